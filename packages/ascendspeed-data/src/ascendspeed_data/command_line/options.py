@@ -1,0 +1,124 @@
+"""Command-line options made from the fields of a pydantic config: one definition per option.
+
+A field carries its help, default, range and, under `json_schema_extra={"flags": [...]}`, further spellings. The
+option of field `micro_batch_size` is `--micro-batch-size`. Options that were not given stay out of the result, so
+that a TOML file can be told apart from a flag.
+"""
+
+import inspect
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+import typer
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def options_from(*configs: type[BaseModel]) -> Callable[[Function], Function]:
+    """Add an option for each field of `configs` to a Typer command.
+
+    The command must take `**options`: it receives the options that were given, by field name. A field whose
+    type is itself a config is walked into; names must therefore be unique across all of them.
+    """
+
+    def decorate(function: Function) -> Function:
+        own = [
+            parameter
+            for parameter in inspect.signature(function).parameters.values()
+            if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+        ]
+        added = [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=None,
+                annotation=Annotated[_option_type(field), _option(name, field, panel)],
+            )
+            for name, field, panel in walk_fields(*configs)
+        ]
+
+        def command(**arguments: Any) -> Any:
+            return function(**given_options(arguments, {parameter.name for parameter in own}))
+
+        command.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
+        command.__doc__ = function.__doc__
+        command.__name__ = function.__name__
+        command.__annotations__ = {p.name: p.annotation for p in [*own, *added]}
+        return command  # type: ignore[return-value]
+
+    return decorate
+
+
+def given_options(arguments: dict[str, Any], always: set[str]) -> dict[str, Any]:
+    """Drop the options that were not given; those named in `always` stay."""
+    return {
+        name: value
+        for name, value in arguments.items()
+        if name in always or (value is not None and value != [] and value != ())
+    }
+
+
+def walk_fields(*configs: type[BaseModel]) -> list[tuple[str, FieldInfo, str]]:
+    """List (name, field, section) of every leaf field, walking into nested configs."""
+    found: list[tuple[str, FieldInfo, str]] = []
+    for config in configs:
+        for name, field in config.model_fields.items():
+            inner = _bare(field.annotation)
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                found += walk_fields(inner)
+            elif not (isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("internal")):
+                found.append((name, field, config.__name__))
+    return found
+
+
+def _bare(annotation: Any) -> Any:
+    """Strip `| None`."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        kept = [a for a in get_args(annotation) if a is not type(None)]
+        if len(kept) == 1:
+            return kept[0]
+    return annotation
+
+
+def _option_type(field: FieldInfo) -> Any:
+    bare = _bare(field.annotation)
+    if get_origin(bare) in (tuple, list):
+        return list[get_args(bare)[0]] | None  # type: ignore[misc]
+    if get_origin(bare) is Literal or bare in (int, float, str, bool, Path):
+        return bare | None if get_origin(bare) is not Literal else Union[bare, None]  # noqa: UP007
+    return str | None
+
+
+def _option(name: str, field: FieldInfo, section: str) -> Any:
+    flag = "--" + name.replace("_", "-")
+    extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+    more = extra.get("flags", [])
+    spellings = [flag, *(str(spelling) for spelling in (more if isinstance(more, list) else []))]
+    bare = _bare(field.annotation)
+    if bare is bool:
+        off = extra.get("off", "--no-" + name.replace("_", "-"))
+        spellings = [f"{spelling}/{off}" if i == 0 and off else spelling for i, spelling in enumerate(spellings)]
+    help_text = " ".join(part for part in (field.description or "", _rule(field), _default(field)) if part)
+    return typer.Option(*spellings, help=help_text, show_default=False, rich_help_panel=section)
+
+
+def _rule(field: FieldInfo) -> str:
+    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+    rules = [
+        f"{sign} {getattr(limit, name)}"
+        for limit in field.metadata
+        for name, sign in signs.items()
+        if getattr(limit, name, None) is not None
+    ]
+    return f"({', '.join(rules)})" if rules else ""
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required() or field.default is None or field.default == () or field.default_factory:
+        return ""
+    value = field.default
+    return f"[default: {str(value).lower() if isinstance(value, bool) else value}]"
