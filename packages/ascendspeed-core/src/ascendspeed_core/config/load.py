@@ -1,0 +1,78 @@
+"""Make a config from a TOML recipe and the flags that were given; flags win."""
+
+import tomllib
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from ascendspeed_data.errors import ConfigError, did_you_mean
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def load_config(config: type[Model], recipe: Path | None, given: dict[str, Any]) -> Model:
+    """Return `config` made of a recipe's sections, overridden by flags.
+
+    Args:
+        config: a config whose fields are sections (configs) themselves.
+        recipe: TOML file with those sections, or `None`.
+        given: flags by field name; the names of all sections' fields are distinct.
+
+    Raises:
+        ConfigError: an unreadable recipe, an unknown section or key, a value outside its range.
+    """
+    sections = {name: _section(field.annotation) for name, field in config.model_fields.items()}
+    merged: dict[str, dict[str, Any]] = {name: {} for name in sections}
+    for section, values in (_read_toml(recipe) if recipe else {}).items():
+        if section not in sections:
+            raise ConfigError(f"{recipe}: unknown section [{section}]{did_you_mean(section, sections)}")
+        for key, value in values.items() if isinstance(values, dict) else [(section, values)]:
+            names = sections[section].model_fields
+            if key not in names:
+                where = next((s for s, c in sections.items() if key in c.model_fields), None)
+                hint = f"; it belongs in [{where}]" if where else did_you_mean(key, names)
+                raise ConfigError(f"{recipe}: unknown key {key} in [{section}]{hint}")
+            merged[section][key] = value
+    for key, value in given.items():
+        section = next(name for name, inner in sections.items() if key in inner.model_fields)
+        merged[section][key] = value
+    return validate(config, merged)
+
+
+def validate(config: type[Model], values: dict[str, Any]) -> Model:
+    """Return `config(**values)`, with pydantic's complaint as one line.
+
+    Raises:
+        ConfigError: a value breaks a rule.
+    """
+    try:
+        return config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_first_complaint(error)) from None
+
+
+def _section(annotation: Any) -> type[BaseModel]:
+    assert isinstance(annotation, type)
+    assert issubclass(annotation, BaseModel)
+    return annotation
+
+
+def _read_toml(recipe: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(recipe.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"recipe {recipe} does not exist; check --config") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"recipe {recipe} is not TOML: {error}") from None
+
+
+def _first_complaint(error: ValidationError) -> str:
+    first = error.errors()[0]
+    message = first["msg"].removeprefix("Value error, ")
+    name = str(first["loc"][-1]) if first["loc"] else ""
+    if first["type"] == "value_error":
+        return message
+    if first["type"] == "missing" or (first["type"] == "too_short" and not first["input"]):
+        return f"{name} is missing; give --{name.replace('_', '-')}"
+    return f"{name}={first['input']!r}: {message[0].lower()}{message[1:]}"

@@ -1,0 +1,213 @@
+"""Options of a training run: what is trained, on which data, how, and where results go."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from ascendspeed_core.config.base import Config, spellings
+from ascendspeed_core.config.model import ArchitectureFlags
+from ascendspeed_core.config.parallel import ParallelConfig
+
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+
+class LaunchConfig(Config):
+    """Where a command runs."""
+
+    device: Literal["auto", "cpu", "cuda", "npu"] = Field(
+        "auto", description="Device; auto takes npu, then cuda, then cpu, and says which."
+    )
+    nproc_per_node: int = Field(
+        1, ge=1, description="Processes to start on this machine; under torchrun leave it out."
+    )
+
+
+class PrecisionConfig(Config):
+    """Number format of weights and arithmetic."""
+
+    dtype: Literal["float64", "float32", "bfloat16", "float16"] | None = Field(
+        None, description="Format of weights and arithmetic. [default: float32]"
+    )
+    fp16: bool = Field(False, description="Short for --dtype float16.")
+    bf16: bool = Field(False, description="Short for --dtype bfloat16.")
+
+    @model_validator(mode="after")
+    def _one_format(self) -> "PrecisionConfig":
+        chosen = [d for d in (self.dtype, "float16" if self.fp16 else None, "bfloat16" if self.bf16 else None) if d]
+        if len(set(chosen)) > 1:
+            raise ValueError(f"{' and '.join(chosen)} were both asked for; give one of --dtype, --fp16, --bf16")
+        return self
+
+    @property
+    def dtype_name(self) -> str:
+        """The format that was chosen, as torch names it."""
+        return self.dtype or ("float16" if self.fp16 else "bfloat16" if self.bf16 else "float32")
+
+
+class StartConfig(Config):
+    """Where the weights come from, and where results go."""
+
+    load: Path | None = Field(
+        None, description="Start from this checkpoint: a training run's folder or a Hugging Face folder."
+    )
+    model_config_file: Path | None = Field(
+        None,
+        description="Start from random weights of this Hugging Face config.json.",
+        json_schema_extra=spellings("--model-config"),
+    )
+    save: Path | None = Field(None, description="Folder of the run: checkpoints, metrics.jsonl, loss.png.")
+    save_interval: int | None = Field(None, ge=1, description="Iterations between checkpoints; the last is always saved.")
+    finetune: bool = Field(
+        False, description="Take only the weights of --load: iteration, optimizer and data order start anew."
+    )
+    auto_resume: bool = Field(
+        False, description="Go on from the newest checkpoint in --save if there is one, else start as told."
+    )
+    load_optim: bool = Field(True, description="Take the optimizer's state from --load.")
+    load_rng: bool = Field(True, description="Take the random state from --load.")
+
+    @model_validator(mode="after")
+    def _one_start(self) -> "StartConfig":
+        if (self.load is None) == (self.model_config_file is None):
+            have = "both" if self.load else "neither"
+            raise ValueError(
+                f"{have} of --load and --model-config given; give --load DIR to start from weights, or "
+                "--model-config FILE to start from random ones"
+            )
+        if self.auto_resume and self.save is None:
+            raise ValueError("auto_resume=true needs --save DIR, where the checkpoints are")
+        return self
+
+
+class DataConfig(Config):
+    """Which tokens are trained on."""
+
+    data_path: tuple[str, ...] = Field(
+        (), min_length=1, description="Prefix of a .bin/.idx pair, or a blend: WEIGHT PREFIX WEIGHT PREFIX ..."
+    )
+    split: str = Field("969,30,1", description="Shares of the documents for training, validation and test.")
+    seq_length: int = Field(ge=1, description="Tokens of one sample, S.")
+    data_cache_path: Path | None = Field(
+        None, description="Folder of the sample index. [default: `cache` beside the data]"
+    )
+    eod_mask_loss: bool = Field(False, description="Leave the loss at end-of-document tokens out.")
+    tokenizer_type: str | None = Field(None, description="PretrainedFromHF; checked against the data's manifest.")
+    tokenizer_name_or_path: Path | None = Field(
+        None, description="Tokenizer folder; compared with the one that made the data."
+    )
+    tokenizer_not_use_fast: bool = Field(
+        False, description="Accepted for old scripts: no tokenizer runs while training.", json_schema_extra={"off": ""}
+    )
+
+    @model_validator(mode="after")
+    def _blend_is_pairs(self) -> "DataConfig":
+        self.blend()
+        parts = self.split.replace("/", ",").split(",")
+        if len(parts) != 3 or not all(part.strip().replace(".", "", 1).isdigit() for part in parts):
+            raise ValueError(f"split={self.split!r} is not three numbers; write for example 969,30,1")
+        return self
+
+    def blend(self) -> tuple[list[str], list[float] | None]:
+        """Return the prefixes, and their weights when there are several."""
+        if len(self.data_path) == 1:
+            return [self.data_path[0]], None
+        try:
+            weights = [float(weight) for weight in self.data_path[0::2]]
+        except ValueError:
+            weights = []
+        prefixes = list(self.data_path[1::2])
+        if not weights or len(weights) != len(prefixes) or min(weights) <= 0:
+            raise ValueError(
+                f"data_path={' '.join(self.data_path)} is neither one prefix nor pairs of a positive weight and "
+                "a prefix; write for example --data-path 0.7 corpus_a 0.3 corpus_b"
+            )
+        return prefixes, weights
+
+
+class BatchConfig(Config):
+    """How many samples make a step, and how many steps a run."""
+
+    micro_batch_size: int = Field(1, ge=1, description="Samples in one forward pass of one device.")
+    global_batch_size: int | None = Field(
+        None, ge=1, description="Samples of one step over all devices. [default: one micro-batch per device]"
+    )
+    rampup_batch_size: tuple[int, ...] = Field(
+        (), description="START INCREMENT SAMPLES: grow the global batch from START over so many samples."
+    )
+    train_iters: int = Field(ge=1, description="Steps of the whole run.")
+    exit_interval: int | None = Field(
+        None, ge=1, description="Save and stop when the iteration is a multiple of this; the run can go on later."
+    )
+    eval_interval: int = Field(1000, ge=1, description="Steps between two measurements of the validation loss.")
+    eval_iters: int = Field(0, ge=0, description="Batches of one measurement; 0 measures none.")
+    log_interval: int = Field(10, ge=1, description="Steps between two lines on the terminal.")
+    seed: int = Field(1234, description="Seed of random weights and of the order of samples.")
+
+    @model_validator(mode="after")
+    def _rampup_is_three(self) -> "BatchConfig":
+        if self.rampup_batch_size and (len(self.rampup_batch_size) != 3 or min(self.rampup_batch_size) < 0):
+            raise ValueError(
+                f"rampup_batch_size={self.rampup_batch_size} is not START INCREMENT SAMPLES; "
+                "write for example --rampup-batch-size 16 8 300000"
+            )
+        return self
+
+    def check_layout(self, dp: int) -> int:
+        """Return the global batch size on `dp` data-parallel ranks, or raise `ValueError`."""
+        step = self.micro_batch_size * dp
+        size = self.global_batch_size or step
+        start, increment, _ = self.rampup_batch_size or (size, step, 0)
+        if size % step:
+            raise ValueError(
+                f"global_batch_size={size} is not a multiple of micro_batch_size x dp = "
+                f"{self.micro_batch_size} x {dp} = {step}; choose {max(size // step, 1) * step}"
+            )
+        if start % step or increment % step or start > size or (increment and (size - start) % increment):
+            raise ValueError(
+                f"rampup_batch_size={start} {increment}: both must be multiples of micro_batch_size x dp = {step}, "
+                f"and lead in whole increments to global_batch_size={size}"
+            )
+        return size
+
+
+class OptimizerConfig(Config):
+    """AdamW, its schedule and gradient clipping."""
+
+    optimizer: Literal["adam"] = Field("adam", description="AdamW with decoupled weight decay.")
+    lr: float = Field(3e-4, gt=0, description="Highest learning rate.")
+    min_lr: float = Field(0.0, ge=0, description="Lowest learning rate.")
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root"] = Field(
+        "linear", description="How the learning rate falls."
+    )
+    lr_decay_iters: int | None = Field(None, ge=1, description="Steps of the fall. [default: --train-iters]")
+    lr_warmup_iters: int = Field(0, ge=0, description="Steps of linear growth at the start.")
+    lr_warmup_fraction: float | None = Field(
+        None, ge=0, lt=1, description="Growth at the start as a share of the decay, instead of a number of steps."
+    )
+    weight_decay: float = Field(0.01, ge=0, description="Decay of matrices; norms and biases have none.")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="Memory of the gradient.")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="Memory of its square.")
+    adam_eps: float = Field(1e-8, gt=0, description="Added to the root of the second moment.")
+    clip_grad: float = Field(1.0, ge=0, description="Largest norm of the whole gradient; 0 does not clip.")
+
+    @model_validator(mode="after")
+    def _rates_in_order(self) -> "OptimizerConfig":
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr={self.min_lr} is above lr={self.lr}; choose a smaller one")
+        if self.lr_warmup_iters and self.lr_warmup_fraction is not None:
+            raise ValueError("lr_warmup_iters and lr_warmup_fraction were both given; give one")
+        return self
+
+
+class PretrainConfig(Config):
+    """Everything `asd-core pretrain` takes; the sections of a TOML recipe."""
+
+    start: StartConfig
+    model: ArchitectureFlags = ArchitectureFlags()
+    parallel: ParallelConfig = ParallelConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    data: DataConfig
+    batch: BatchConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    launch: LaunchConfig = LaunchConfig()

@@ -1,0 +1,1 @@
+"""One decoder, read top to bottom: transformer, attention, mlp, norm, position."""

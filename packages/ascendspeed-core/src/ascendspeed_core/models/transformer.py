@@ -1,0 +1,90 @@
+"""The decoder: embedding, layers, final norm, output head. It knows nothing of parallelism.
+
+Shapes: B batch, S sequence, H hidden size, V vocabulary (V/tp logits on each device under tensor parallel).
+"""
+
+import torch
+from torch import nn
+
+from ascendspeed_core.config.model import ModelConfig
+from ascendspeed_core.models.attention import Attention
+from ascendspeed_core.models.cache import KeyValueCache
+from ascendspeed_core.models.mlp import SwiGLU
+from ascendspeed_core.models.norm import RMSNorm
+from ascendspeed_core.models.position import RotaryTable
+
+
+class TransformerLayer(nn.Module):
+    """Attention and MLP, each after a norm and beside a residual (pre-norm)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
+        self.attention = Attention(config)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
+        self.mlp = SwiGLU(config)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        cache: KeyValueCache | None = None,
+        cache_layer: int = 0,
+    ) -> torch.Tensor:
+        """[B, S, H] -> [B, S, H]; see `Attention` for the other arguments."""
+        x = x + self.attention(self.attention_norm(x), rotary=rotary, cache=cache, cache_layer=cache_layer)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Transformer(nn.Module):
+    """A decoder-only language model.
+
+    Layers are keyed by their global number, so that parameter names are the same wherever a layer lives:
+    `layers.17.attention.q_proj.weight`.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleDict({str(i): TransformerLayer(config) for i in range(config.num_layers)})
+        self.final_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
+        self.output_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.rotary = RotaryTable(config.head_dim, config.rotary_base, config.max_position_embeddings)
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Make the head use the embedding's weight, if the config says so; needed again when weights are replaced."""
+        if self.config.tie_word_embeddings:
+            self.output_head.weight = self.embedding.weight
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> torch.Tensor:
+        """Return the logits of the next token at every place: [B, S] -> [B, S, V].
+
+        Args:
+            tokens: ids, [B, S].
+            positions: place of each token in its text, [B, S]; by default they follow what the cache holds.
+            cache: earlier keys and values of the same texts.
+        """
+        if positions is None:
+            start = cache.length_tokens if cache is not None else 0
+            positions = torch.arange(start, start + tokens.shape[1], device=tokens.device).expand_as(tokens)
+        x = self.embedding(tokens)
+        rotary = self.rotary.at(positions, x.dtype)
+        for place, layer in enumerate(self.layers.values()):
+            x = layer(x, rotary, cache, place)
+        if cache is not None:
+            cache.advance(tokens.shape[1])
+        logits: torch.Tensor = self.output_head(self.final_norm(x))
+        return logits
+
+
+def empty_transformer(config: ModelConfig, dtype: torch.dtype) -> Transformer:
+    """Return the model without storage (torch's meta device): shapes only, to be cut before it is filled."""
+    with torch.device("meta"):
+        return Transformer(config).to(dtype)

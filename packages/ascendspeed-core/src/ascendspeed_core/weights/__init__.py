@@ -1,0 +1,19 @@
+"""Weights by logical name and slice, whatever holds them: a Hugging Face folder, a native checkpoint, a seed."""
+
+from ascendspeed_core.weights.huggingface import HuggingFaceSource
+from ascendspeed_core.weights.initial import InitialWeights
+from ascendspeed_core.weights.load import load_weights
+from ascendspeed_core.weights.native import NativeSource
+from ascendspeed_core.weights.open import open_weights
+from ascendspeed_core.weights.source import Index, TensorInfo, WeightSource
+
+__all__ = [
+    "HuggingFaceSource",
+    "Index",
+    "InitialWeights",
+    "NativeSource",
+    "TensorInfo",
+    "WeightSource",
+    "load_weights",
+    "open_weights",
+]

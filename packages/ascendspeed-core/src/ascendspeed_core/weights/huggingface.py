@@ -1,0 +1,129 @@
+"""Read a Hugging Face folder by slices: safetensors, one or several files with an index, or `.bin`."""
+
+import json
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ascendspeed_core.models.families import Family, family_of_hugging_face
+from ascendspeed_core.weights.source import CheckpointError, Index, TensorInfo, inside
+
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+class HuggingFaceSource:
+    """All weights of a Hugging Face folder under our names; nothing is read until it is asked for."""
+
+    kind = "huggingface"
+
+    def __init__(self, path: Path) -> None:
+        self.path: Path | None = path
+        self._folder = path
+        self.hf_config = read_json(path / "config.json")
+        self.family: Family = family_of_hugging_face(self.hf_config, str(path / "config.json"))
+        self.config = self.family.read_config(self.hf_config | _generation_ids(path))
+        self._theirs = {rule.ours: rule.theirs for rule in self.family.weights(self.config)}
+        self._files: dict[Path, Any] = {}
+        self._check_names()
+
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Return every tensor by our name."""
+        return {ours: self._info(theirs) for ours, theirs in self._theirs.items()}
+
+    def read(self, name: str, index: Index = ()) -> torch.Tensor:
+        """Read a slice; only its bytes leave the disk."""
+        theirs = self._theirs[name]
+        opened = self._open(self._places[theirs])
+        if isinstance(opened, dict):
+            tensor: torch.Tensor = opened[theirs]
+            return tensor[index] if index else tensor
+        view = opened.get_slice(theirs)
+        whole: torch.Tensor = view[index] if index else view[:]
+        return whole
+
+    @cached_property
+    def _places(self) -> dict[str, Path]:
+        """File of each tensor."""
+        for index_name in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+            if (self._folder / index_name).is_file():
+                weight_map = read_json(self._folder / index_name).get("weight_map", {})
+                return {name: inside(self._folder, file) for name, file in weight_map.items()}
+        for single in ("model.safetensors", "pytorch_model.bin"):
+            path = self._folder / single
+            if path.is_file():
+                opened = self._open(path)
+                return dict.fromkeys(opened.keys(), path)
+        raise CheckpointError(
+            f"{self._folder} has a config.json but no weights (model.safetensors or pytorch_model.bin); "
+            "download them, or name the file with --model-config to start from random weights"
+        )
+
+    def _open(self, path: Path) -> Any:
+        if path not in self._files:
+            try:
+                if path.suffix == ".safetensors":
+                    from safetensors import safe_open
+
+                    self._files[path] = safe_open(path, framework="pt")
+                else:
+                    self._files[path] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except Exception as error:  # noqa: BLE001 - each library has its own; the file is what is wrong
+                raise CheckpointError(f"{path} cannot be read: {error}; copy it again") from None
+        return self._files[path]
+
+    def _info(self, theirs: str) -> TensorInfo:
+        opened = self._open(self._places[theirs])
+        if isinstance(opened, dict):
+            return TensorInfo(tuple(opened[theirs].shape), opened[theirs].dtype)
+        view = opened.get_slice(theirs)
+        stored = view.get_dtype()
+        if stored not in SAFETENSORS_DTYPES:
+            raise CheckpointError(f"{self._folder}: {theirs} is stored as {stored}, which is not a float format")
+        return TensorInfo(tuple(view.get_shape()), SAFETENSORS_DTYPES[stored])
+
+    def _check_names(self) -> None:
+        """Every tensor of the model is there, and none that we would drop."""
+        missing = sorted(set(self._theirs.values()) - set(self._places))
+        if missing:
+            raise CheckpointError(f"{self._folder} lacks {len(missing)} tensors, first {missing[0]}")
+        extra = sorted(name for name in set(self._places) - set(self._theirs.values()) if not self._derived(name))
+        if extra:
+            raise CheckpointError(
+                f"{self._folder} holds {len(extra)} tensors that {self.family.name} has no place for, first {extra[0]}"
+            )
+
+    def _derived(self, name: str) -> bool:
+        """Tell tensors that repeat what the config or another tensor says."""
+        return name.endswith("rotary_emb.inv_freq") or (
+            self.config.tie_word_embeddings and name == "lm_head.weight"
+        )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object, or raise `CheckpointError` naming the file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds no JSON object")
+    return value
+
+
+def _generation_ids(folder: Path) -> dict[str, Any]:
+    """Ids that end a generation stand in generation_config.json when there is one."""
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return {}
+    values = read_json(path)
+    return {key: values[key] for key in ("eos_token_id",) if values.get(key) is not None}

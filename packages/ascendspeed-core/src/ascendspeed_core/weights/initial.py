@@ -1,0 +1,51 @@
+"""Random weights that do not depend on the layout: each tensor is drawn whole from its own seed, then cut."""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from ascendspeed_core.config.model import ModelConfig
+from ascendspeed_core.weights.source import Index, TensorInfo
+
+OUTPUT_PROJECTIONS = ("attention.o_proj.weight", "mlp.down_proj.weight")
+"""Projections that write into the residual stream; drawn narrower (Radford et al., 2019, GPT-2, section 2.3)."""
+
+
+class InitialWeights:
+    """Weights of a model that has not been trained.
+
+    Matrices are normal with the config's `initializer_range`, divided by sqrt(2 L) where they write into the
+    residual stream; norm weights are 1. All are drawn in fp32.
+    """
+
+    kind = "random"
+    path: Path | None = None
+
+    def __init__(self, config: ModelConfig, seed: int) -> None:
+        self.config, self.seed = config, seed
+        from ascendspeed_core.models.transformer import empty_transformer
+
+        model = empty_transformer(config, torch.float32)
+        self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Return every tensor by our name."""
+        return {name: TensorInfo(shape, torch.float32) for name, shape in self._shapes.items()}
+
+    def read(self, name: str, index: Index = ()) -> torch.Tensor:
+        """Draw the whole tensor and return a slice of it."""
+        shape = self._shapes[name]
+        if len(shape) == 1:
+            return torch.ones(shape)[index]
+        generator = torch.Generator().manual_seed(_seed_of(self.seed, name))
+        spread = self.config.initializer_range
+        if name.endswith(OUTPUT_PROJECTIONS):
+            spread /= (2 * self.config.num_layers) ** 0.5
+        return torch.empty(shape).normal_(0.0, spread, generator=generator)[index]
+
+
+def _seed_of(seed: int, name: str) -> int:
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return int.from_bytes(digest[:7], "little")

@@ -1,0 +1,55 @@
+"""Put a source's weights into a model, each process reading only the slices that it holds."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from ascendspeed_core.weights.source import CheckpointError, Index, WeightSource
+
+
+def load_weights(model: nn.Module, source: WeightSource) -> None:
+    """Copy every weight of `source` into `model`, whole or cut; formats are converted.
+
+    Raises:
+        CheckpointError: the source lacks a weight, has one too many, or one of another shape.
+    """
+    have = source.tensors()
+    parameters = dict(model.named_parameters())
+    where = source.path or source.kind
+    for name in sorted(set(have) - set(parameters)):
+        raise CheckpointError(f"{where} holds {name}, which the model has no place for")
+    for name, parameter in parameters.items():
+        if name not in have:
+            raise CheckpointError(f"{where} lacks {name}; it is another architecture or an incomplete copy")
+        if have[name].shape != tuple(parameter.shape):
+            raise CheckpointError(
+                f"{where}: {name} has shape {list(have[name].shape)}, the model's is {list(parameter.shape)}; "
+                "its config and its weights disagree"
+            )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            local = local_tensor(parameter)
+            if local.numel():
+                local.copy_(source.read(name, local_index(parameter)))
+
+
+def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """Return this process's part of a tensor, sharing its storage."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def local_index(tensor: torch.Tensor) -> Index:
+    """Return which slice of the whole tensor this process holds; an empty tuple is all of it."""
+    if not isinstance(tensor, DTensor):
+        return ()
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tuple(slice(start, start + length) for start, length in zip(offset, shape, strict=True))
+
+
+def named_local_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, torch.Tensor]]:
+    """Yield name, parameter and this process's part of each parameter."""
+    for name, parameter in model.named_parameters():
+        yield name, parameter, local_tensor(parameter.detach())
