@@ -20,9 +20,13 @@ class ModelConfig(Config):
     ffn_hidden_size: int = Field(ge=1, description="Width inside the MLP, F.")
     num_layers: int = Field(ge=1, description="Transformer layers, L.")
     num_attention_heads: int = Field(ge=1, description="Query heads, N.")
-    num_key_value_heads: int = Field(ge=1, description="Key and value heads, K; K < N is grouped-query attention.")
+    num_key_value_heads: int = Field(
+        ge=1, description="Key and value heads, K; K < N is grouped-query attention."
+    )
     head_dim: int = Field(ge=1, description="Width of one head, D.")
-    max_position_embeddings: int = Field(ge=1, description="Longest sequence the model was made for, in tokens.")
+    max_position_embeddings: int = Field(
+        ge=1, description="Longest sequence the model was made for, in tokens."
+    )
     norm_epsilon: float = Field(gt=0, description="Added to the mean square in RMSNorm.")
     rotary_base: float = Field(gt=0, description="Base of the rotary frequencies.")
     tie_word_embeddings: bool = Field(description="The output head uses the embedding's weight.")
@@ -39,13 +43,17 @@ class ModelConfig(Config):
                 f"num_attention_heads={self.num_attention_heads}; choose a divisor"
             )
         if self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} is odd; rotary embedding turns pairs, choose an even size")
+            raise ValueError(
+                f"head_dim={self.head_dim} is odd; rotary embedding turns pairs, choose an even size"
+            )
         return self
 
     @property
     def num_parameters(self) -> int:
         """Number of weights; a tied head is counted once."""
-        attention = self.hidden_size * self.head_dim * 2 * (self.num_attention_heads + self.num_key_value_heads)
+        attention = (
+            self.hidden_size * self.head_dim * 2 * (self.num_attention_heads + self.num_key_value_heads)
+        )
         layer = attention + 3 * self.hidden_size * self.ffn_hidden_size + 2 * self.hidden_size
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
         return self.num_layers * layer + embeddings + self.hidden_size
@@ -73,7 +81,9 @@ class ArchitectureFlags(Config):
         description="Must equal the model's normalisation epsilon.",
         json_schema_extra=spellings("--layernorm-epsilon"),
     )
-    rotary_base: float | None = Field(None, gt=0, description="Must equal the base of the rotary frequencies.")
+    rotary_base: float | None = Field(
+        None, gt=0, description="Must equal the base of the rotary frequencies."
+    )
 
     def check(self, model: ModelConfig, where: str) -> None:
         """Raise `AscendSpeedError` when a flag contradicts `model`, which was read from `where`."""

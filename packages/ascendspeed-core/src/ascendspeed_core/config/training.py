@@ -34,9 +34,13 @@ class PrecisionConfig(Config):
 
     @model_validator(mode="after")
     def _one_format(self) -> "PrecisionConfig":
-        chosen = [d for d in (self.dtype, "float16" if self.fp16 else None, "bfloat16" if self.bf16 else None) if d]
+        chosen = [
+            d for d in (self.dtype, "float16" if self.fp16 else None, "bfloat16" if self.bf16 else None) if d
+        ]
         if len(set(chosen)) > 1:
-            raise ValueError(f"{' and '.join(chosen)} were both asked for; give one of --dtype, --fp16, --bf16")
+            raise ValueError(
+                f"{' and '.join(chosen)} were both asked for; give one of --dtype, --fp16, --bf16"
+            )
         return self
 
     @property
@@ -57,7 +61,9 @@ class StartConfig(Config):
         json_schema_extra=spellings("--model-config"),
     )
     save: Path | None = Field(None, description="Folder of the run: checkpoints, metrics.jsonl, loss.png.")
-    save_interval: int | None = Field(None, ge=1, description="Iterations between checkpoints; the last is always saved.")
+    save_interval: int | None = Field(
+        None, ge=1, description="Iterations between checkpoints; the last is always saved."
+    )
     finetune: bool = Field(
         False, description="Take only the weights of --load: iteration, optimizer and data order start anew."
     )
@@ -84,7 +90,9 @@ class DataConfig(Config):
     """Which tokens are trained on."""
 
     data_path: tuple[str, ...] = Field(
-        (), min_length=1, description="Prefix of a .bin/.idx pair, or a blend: WEIGHT PREFIX WEIGHT PREFIX ..."
+        (),
+        min_length=1,
+        description="Prefix of a .bin/.idx pair, or a blend: WEIGHT PREFIX WEIGHT PREFIX ...",
     )
     split: str = Field("969,30,1", description="Shares of the documents for training, validation and test.")
     seq_length: int = Field(ge=1, description="Tokens of one sample, S.")
@@ -92,12 +100,16 @@ class DataConfig(Config):
         None, description="Folder of the sample index. [default: `cache` beside the data]"
     )
     eod_mask_loss: bool = Field(False, description="Leave the loss at end-of-document tokens out.")
-    tokenizer_type: str | None = Field(None, description="PretrainedFromHF; checked against the data's manifest.")
+    tokenizer_type: str | None = Field(
+        None, description="PretrainedFromHF; checked against the data's manifest."
+    )
     tokenizer_name_or_path: Path | None = Field(
         None, description="Tokenizer folder; compared with the one that made the data."
     )
     tokenizer_not_use_fast: bool = Field(
-        False, description="Accepted for old scripts: no tokenizer runs while training.", json_schema_extra={"off": ""}
+        False,
+        description="Accepted for old scripts: no tokenizer runs while training.",
+        json_schema_extra={"off": ""},
     )
 
     @model_validator(mode="after")
@@ -137,9 +149,13 @@ class BatchConfig(Config):
     )
     train_iters: int = Field(ge=1, description="Steps of the whole run.")
     exit_interval: int | None = Field(
-        None, ge=1, description="Save and stop when the iteration is a multiple of this; the run can go on later."
+        None,
+        ge=1,
+        description="Save and stop when the iteration is a multiple of this; the run can go on later.",
     )
-    eval_interval: int = Field(1000, ge=1, description="Steps between two measurements of the validation loss.")
+    eval_interval: int = Field(
+        1000, ge=1, description="Steps between two measurements of the validation loss."
+    )
     eval_iters: int = Field(0, ge=0, description="Batches of one measurement; 0 measures none.")
     log_interval: int = Field(10, ge=1, description="Steps between two lines on the terminal.")
     seed: int = Field(1234, description="Seed of random weights and of the order of samples.")
@@ -183,7 +199,10 @@ class OptimizerConfig(Config):
     lr_decay_iters: int | None = Field(None, ge=1, description="Steps of the fall. [default: --train-iters]")
     lr_warmup_iters: int = Field(0, ge=0, description="Steps of linear growth at the start.")
     lr_warmup_fraction: float | None = Field(
-        None, ge=0, lt=1, description="Growth at the start as a share of the decay, instead of a number of steps."
+        None,
+        ge=0,
+        lt=1,
+        description="Growth at the start as a share of the decay, instead of a number of steps.",
     )
     weight_decay: float = Field(0.01, ge=0, description="Decay of matrices; norms and biases have none.")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="Memory of the gradient.")

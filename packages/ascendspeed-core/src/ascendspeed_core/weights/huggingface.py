@@ -86,7 +86,9 @@ class HuggingFaceSource:
         view = opened.get_slice(theirs)
         stored = view.get_dtype()
         if stored not in SAFETENSORS_DTYPES:
-            raise CheckpointError(f"{self._folder}: {theirs} is stored as {stored}, which is not a float format")
+            raise CheckpointError(
+                f"{self._folder}: {theirs} is stored as {stored}, which is not a float format"
+            )
         return TensorInfo(tuple(view.get_shape()), SAFETENSORS_DTYPES[stored])
 
     def _check_names(self) -> None:
@@ -94,7 +96,9 @@ class HuggingFaceSource:
         missing = sorted(set(self._theirs.values()) - set(self._places))
         if missing:
             raise CheckpointError(f"{self._folder} lacks {len(missing)} tensors, first {missing[0]}")
-        extra = sorted(name for name in set(self._places) - set(self._theirs.values()) if not self._derived(name))
+        extra = sorted(
+            name for name in set(self._places) - set(self._theirs.values()) if not self._derived(name)
+        )
         if extra:
             raise CheckpointError(
                 f"{self._folder} holds {len(extra)} tensors that {self.family.name} has no place for, first {extra[0]}"

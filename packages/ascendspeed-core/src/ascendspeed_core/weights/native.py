@@ -48,7 +48,10 @@ _ALLOWED = {
     ("pathlib", "PosixPath"),
     ("pathlib", "WindowsPath"),
     ("pathlib._local", "PosixPath"),
-    *(("torch", name) for name in ("float64", "float32", "bfloat16", "float16", "uint8", "int64", "int32", "bool")),
+    *(
+        ("torch", name)
+        for name in ("float64", "float32", "bfloat16", "float16", "uint8", "int64", "int32", "bool")
+    ),
 }
 
 
@@ -57,7 +60,9 @@ class _MetadataUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ALLOWED:
-            raise CheckpointError(f"its .metadata asks for {module}.{name}, which no checkpoint needs; refused")
+            raise CheckpointError(
+                f"its .metadata asks for {module}.{name}, which no checkpoint needs; refused"
+            )
         return super().find_class(module, name)
 
 
@@ -115,11 +120,15 @@ class DistributedTensors:
             file.seek(place.offset)
             stored = file.read(place.length)
         if len(stored) != place.length:
-            raise CheckpointError(f"{path} is cut short: {name} needs bytes up to {place.offset + place.length}")
+            raise CheckpointError(
+                f"{path} is cut short: {name} needs bytes up to {place.offset + place.length}"
+            )
         try:
             tensor: torch.Tensor = torch.load(io.BytesIO(stored), map_location="cpu", weights_only=True)
         except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-            raise CheckpointError(f"{path} is damaged at {name}: {error}; use an earlier checkpoint") from None
+            raise CheckpointError(
+                f"{path} is damaged at {name}: {error}; use an earlier checkpoint"
+            ) from None
         return tensor
 
 
@@ -175,7 +184,9 @@ def iteration_folder(path: Path) -> Path:
         raise CheckpointError(f"{path} holds no checkpoint: neither {DESCRIPTION} nor {TRACKER} is there")
     text = tracker.read_text(encoding="utf-8").strip()
     if not text.isdecimal():
-        raise CheckpointError(f"{tracker} says {text!r}, not an iteration; write the number of a complete checkpoint")
+        raise CheckpointError(
+            f"{tracker} says {text!r}, not an iteration; write the number of a complete checkpoint"
+        )
     folder = path / f"iter_{int(text):07d}"
     if not (folder / DESCRIPTION).is_file():
         complete = sorted(p.name for p in path.glob("iter_*") if (p / DESCRIPTION).is_file())

@@ -66,5 +66,7 @@ def inside(folder: Path, name: str) -> Path:
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise CheckpointError(f"{folder}: its index names {name!r}, which is outside the folder; refused")
     if not path.is_file():
-        raise CheckpointError(f"{path} is missing, though the index of {folder} names it; copy the folder again")
+        raise CheckpointError(
+            f"{path} is missing, though the index of {folder} names it; copy the folder again"
+        )
     return path

@@ -101,7 +101,9 @@ def _option(name: str, field: FieldInfo, section: str) -> Any:
     bare = _bare(field.annotation)
     if bare is bool:
         off = extra.get("off", "--no-" + name.replace("_", "-"))
-        spellings = [f"{spelling}/{off}" if i == 0 and off else spelling for i, spelling in enumerate(spellings)]
+        spellings = [
+            f"{spelling}/{off}" if i == 0 and off else spelling for i, spelling in enumerate(spellings)
+        ]
     help_text = " ".join(part for part in (field.description or "", _rule(field), _default(field)) if part)
     return typer.Option(*spellings, help=help_text, show_default=False, rich_help_panel=section)
 

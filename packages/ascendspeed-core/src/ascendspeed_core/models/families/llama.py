@@ -41,7 +41,9 @@ def read_config(hf: dict[str, Any]) -> ModelConfig:
     """
     for key, allowed in _MUST_BE.items():
         if hf.get(key, allowed[0]) not in allowed:
-            raise AscendSpeedError(f"config.json: {key}={hf[key]!r} is not supported for llama; only {allowed[0]!r} is")
+            raise AscendSpeedError(
+                f"config.json: {key}={hf[key]!r} is not supported for llama; only {allowed[0]!r} is"
+            )
     rotary = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     if rotary.get("rope_type", rotary.get("type", "default")) != "default":
         raise AscendSpeedError(f"config.json: rope scaling {rotary!r} is not supported; only the default is")

@@ -1,0 +1,27 @@
+"""The command `asd-core`."""
+
+import sys
+
+from ascendspeed_core import __version__
+from ascendspeed_data.command_line import Command, build_app, run_app
+
+SUMMARY = "Train large language models under any parallel layout, on NPU, GPU or CPU."
+
+app = build_app(
+    SUMMARY,
+    __version__,
+    [
+        Command(
+            "pretrain", "ascendspeed_core.commands.pretrain:pretrain", "Train a model on tokenized text."
+        ),
+    ],
+)
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    sys.exit(run_app(app, "asd-core"))
+
+
+if __name__ == "__main__":
+    main()

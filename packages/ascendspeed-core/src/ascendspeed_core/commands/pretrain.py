@@ -1,0 +1,92 @@
+"""`asd-core pretrain`."""
+
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ascendspeed_core.config.load import load_config
+from ascendspeed_core.config.training import PretrainConfig
+from ascendspeed_data.command_line import log
+from ascendspeed_data.command_line.options import options_from
+
+
+@options_from(PretrainConfig)
+def pretrain(
+    config: Annotated[
+        Path | None, typer.Option(help="TOML recipe with the sections below; flags win over it.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print the plan, stop.")
+    ] = False,
+    **given: Any,
+) -> None:
+    """Train a model on tokenized text, from random weights (--model-config) or from a checkpoint (--load).
+
+    Give --nproc-per-node N to use N devices of this machine, or start the command under torchrun. What --save
+    holds afterwards: checkpoints that any layout can load, metrics.jsonl, loss.png.
+    """
+    run = load_config(PretrainConfig, config, given)
+    from ascendspeed_core.launch import is_worker, launch, planned_world_size, worker_errors
+
+    world_size = planned_world_size(run.launch.nproc_per_node)
+    with worker_errors():
+        from ascendspeed_core.device import prepare_torch
+
+        prepare_torch(run.launch.device)
+        from ascendspeed_core.training.plan import plan_run
+
+        plan = plan_run(run, world_size)
+        if not is_worker() or dry_run:
+            describe(plan)
+        if dry_run:
+            return
+        if world_size > 1 and not is_worker():
+            launch("ascendspeed_core.cli", sys.argv[1:], run.launch.nproc_per_node, run.launch.device)
+            return
+        train(plan)
+
+
+def train(plan: Any) -> None:
+    """Run a plan on this process, with the others if there are any."""
+    from ascendspeed_core.launch import process_group
+    from ascendspeed_core.parallel.mesh import ParallelMesh
+    from ascendspeed_core.training.trainer import Trainer
+    from ascendspeed_data.lock import output_lock
+
+    save = plan.config.start.save
+    with process_group(plan.config.launch.device) as (world, device), ExitStack() as held:
+        if save is not None and world.rank == 0:
+            held.enter_context(output_lock(save / "run.lock", f"--save {save}"))
+        records = Trainer(plan, ParallelMesh.create(device, plan.layout)).train()
+    if records:
+        conclude(records, plan)
+
+
+def describe(plan: Any) -> None:
+    """Say what a run will do."""
+    model, batch = plan.model, plan.config.batch
+    log(
+        f"model: {model.family}, {model.num_parameters:,} parameters, {model.num_layers} layers, "
+        f"hidden {model.hidden_size}, vocabulary {model.vocab_size}, weights: {plan.source.kind}"
+    )
+    log(
+        f"layout: {plan.layout}, {plan.config.precision.dtype_name}; batch: {batch.check_layout(plan.layout.dp)} "
+        f"samples of {plan.config.data.seq_length} tokens; iterations {plan.start.iteration} to {batch.train_iters}"
+    )
+
+
+def conclude(records: list[dict[str, Any]], plan: Any) -> None:
+    """Say where the loss ended, against what knowing only token frequencies would give."""
+    last = [record["lm_loss"] for record in records[-10:]]
+    loss = sum(last) / len(last)
+    entropy = plan.manifest.unigram_entropy_nats if plan.manifest else None
+    against = ""
+    if entropy is not None:
+        side = "below" if loss <= entropy else "above"
+        against = (
+            f", {abs(entropy - loss):.3f} nats {side} the unigram entropy of the data ({entropy:.3f} nats)"
+        )
+    log(f"loss: {loss:.4f} nats per token (mean of the last {len(last)} iterations){against}")

@@ -1,0 +1,165 @@
+"""Start a command in several processes, and give each its place.
+
+Under torchrun the environment says who a process is. With `--nproc-per-node N` this module starts torch's own
+elastic launcher, which runs the same command again with that environment.
+"""
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+from ascendspeed_core.device import Device, choose_device, prepare_torch
+from ascendspeed_data.errors import AscendSpeedError, ConfigError
+
+LAUNCHED = "ASCENDSPEED_LAUNCHED"
+"""Set in processes that this module started: their parent reports the error of the first that failed."""
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run, and which one this is."""
+
+    size: int
+    rank: int
+    local_rank: int
+
+
+def world_of_environment() -> World:
+    """Return what torchrun said; without it, one process alone."""
+    return World(
+        size=int(os.environ.get("WORLD_SIZE", "1")),
+        rank=int(os.environ.get("RANK", "0")),
+        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+    )
+
+
+def is_worker() -> bool:
+    """Tell whether a launcher, torchrun or ours, started this process."""
+    return "WORLD_SIZE" in os.environ and "RANK" in os.environ
+
+
+def planned_world_size(nproc_per_node: int) -> int:
+    """Return how many processes the run will have.
+
+    Raises:
+        ConfigError: both torchrun and `--nproc-per-node` were used.
+    """
+    if is_worker():
+        if nproc_per_node > 1 and LAUNCHED not in os.environ:
+            raise ConfigError(
+                f"nproc_per_node={nproc_per_node} under torchrun would start processes twice; leave it out"
+            )
+        return world_of_environment().size
+    return nproc_per_node
+
+
+def launch(module: str, args: Sequence[str], nproc_per_node: int, device: str) -> int:
+    """Run `python -m module args` in several processes on this machine and wait for them.
+
+    Args:
+        module: importable name with a `__main__` block.
+        args: the command line, `--nproc-per-node` included.
+        nproc_per_node: processes.
+        device: as asked for; decides how torch is imported.
+
+    Returns:
+        0, or the exit status of the first process that failed.
+
+    Raises:
+        AscendSpeedError: a process failed; the message is its own.
+    """
+    prepare_torch(device)
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    os.environ[LAUNCHED] = "1"
+    os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // nproc_per_node, 1)))
+    _quiet_elastic()
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=nproc_per_node,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        max_restarts=0,
+        monitor_interval=0.1,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", module, *args)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        message = failure.message if isinstance(failure.message, str) else str(failure.message.get("message"))
+        if failure.exitcode in (1, 2) and failure.error_file != "<NA>":
+            raise _WorkerError(message, failure.exitcode) from None
+        raise AscendSpeedError(
+            f"process {rank} of {nproc_per_node} ended with status {failure.exitcode}; its output is above"
+        ) from None
+    return 0
+
+
+class _WorkerError(AscendSpeedError):
+    """An error that a worker reported, with the worker's exit status."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+@contextmanager
+def worker_errors() -> Iterator[None]:
+    """Hand an error of this process to the launcher that started it, which prints it once for all.
+
+    Without such a launcher the error goes on as it is.
+    """
+    try:
+        yield
+    except AscendSpeedError as error:
+        path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+        if LAUNCHED not in os.environ or not path:
+            if is_worker():
+                raise _WorkerError(f"[rank {world_of_environment().rank}] {error}", error.exit_code) from None
+            raise
+        _write_error_file(path, str(error))
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(error.exit_code)
+
+
+def _write_error_file(path: str, message: str) -> None:
+    import json
+    import time
+    from pathlib import Path
+
+    report = {"message": {"message": message, "extraInfo": {"timestamp": int(time.time())}}}
+    Path(path).write_text(json.dumps(report), encoding="utf-8")
+
+
+@contextmanager
+def process_group(device: str, timeout_seconds: float = 600.0) -> Iterator[tuple[World, Device]]:
+    """Join the processes of the run, and leave at the end.
+
+    Yields:
+        This process's place, and its device.
+    """
+    world = world_of_environment()
+    chosen = choose_device(device, world.local_rank, quiet=world.rank != 0)
+    if world.size == 1:
+        yield world, chosen
+        return
+    import torch.distributed as dist
+
+    dist.init_process_group(chosen.backend, timeout=timedelta(seconds=timeout_seconds))
+    try:
+        yield world, chosen
+    finally:
+        dist.destroy_process_group()
+
+
+def _quiet_elastic() -> None:
+    """Keep the launcher's own log lines and traceback away; the error of the worker is what matters."""
+    import logging
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)

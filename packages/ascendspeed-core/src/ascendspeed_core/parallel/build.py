@@ -1,0 +1,30 @@
+"""Make this process's part of a model and fill it."""
+
+import torch
+
+from ascendspeed_core.config.model import ModelConfig
+from ascendspeed_core.models.transformer import Transformer, empty_transformer
+from ascendspeed_core.parallel.mesh import ParallelMesh
+from ascendspeed_core.parallel.tensor import apply_tensor_parallel
+from ascendspeed_core.weights.load import load_weights
+from ascendspeed_core.weights.source import WeightSource
+
+
+def build_model(config: ModelConfig, mesh: ParallelMesh, dtype: torch.dtype) -> Transformer:
+    """Return this process's part of the model, its storage on the device but not filled.
+
+    No process ever holds more than its own slices.
+    """
+    model = empty_transformer(config, dtype)
+    if mesh.mesh is not None and mesh.layout.tp > 1:
+        apply_tensor_parallel(model, mesh.mesh["tp"])
+    model = model.to_empty(device=mesh.device.torch)
+    model.tie_weights()
+    return model
+
+
+def load_model(source: WeightSource, mesh: ParallelMesh, dtype: torch.dtype) -> Transformer:
+    """Return this process's part of the model that `source` holds, reading only its own slices."""
+    model = build_model(source.config, mesh, dtype)
+    load_weights(model, source)
+    return model

@@ -1,0 +1,72 @@
+"""Cross entropy over a vocabulary that is cut over devices (Shoeybi et al., 2019, Megatron-LM, section 3).
+
+Only three numbers per token cross devices: the largest logit, the sum of exponentials, the target's logit.
+
+Shapes: `...` batch and sequence, V vocabulary, V/tp this device's part.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from ascendspeed_core.parallel.tensor import vocabulary_slice
+
+
+def cross_entropy(
+    logits: torch.Tensor, targets: torch.Tensor, vocab_size: int, group: dist.ProcessGroup | None
+) -> torch.Tensor:
+    """Return the loss of each token, in fp32 (float64 for float64 logits).
+
+    Args:
+        logits: this device's part of the vocabulary, [..., V/tp].
+        targets: ids in the whole vocabulary, [...].
+        vocab_size: V.
+        group: the devices that share the vocabulary, or `None` when it is whole here.
+
+    Returns:
+        Negative log-likelihood of each target in nats, [...].
+    """
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    if group is None:
+        return F.cross_entropy(wide.flatten(0, -2), targets.flatten(), reduction="none").view_as(targets)
+    loss: torch.Tensor = _VocabularyParallelCrossEntropy.apply(wide, targets, vocab_size, group)
+    return loss
+
+
+class _VocabularyParallelCrossEntropy(torch.autograd.Function):
+    """`log(sum(exp(logits))) - logits[target]`; the gradient is `softmax(logits) - onehot(target)`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: torch.Tensor, targets: torch.Tensor, vocab_size: int, group: dist.ProcessGroup
+    ) -> torch.Tensor:
+        mine = vocabulary_slice(vocab_size, dist.get_world_size(group), dist.get_rank(group))
+        here = (targets >= mine.start) & (targets < mine.stop)
+        local_targets = torch.where(here, targets - mine.start, 0).unsqueeze(-1)
+
+        if logits.shape[-1]:
+            largest = logits.amax(dim=-1)
+        else:
+            largest = torch.full(targets.shape, -torch.inf, dtype=logits.dtype, device=logits.device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+        shifted = logits - largest.unsqueeze(-1)
+        target_logit = torch.zeros_like(largest)
+        if logits.shape[-1]:
+            target_logit = torch.where(here, shifted.gather(-1, local_targets).squeeze(-1), 0)
+        exponentials = shifted.exp_()
+        sums = torch.stack([exponentials.sum(dim=-1), target_logit])
+        dist.all_reduce(sums, group=group)
+        normaliser, target_logit = sums
+
+        ctx.save_for_backward(exponentials.div_(normaliser.unsqueeze(-1)), here, local_targets)
+        return normaliser.log() - target_logit
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        softmax, here, local_targets = ctx.saved_tensors
+        gradient = softmax.clone()
+        if gradient.shape[-1]:
+            gradient.scatter_add_(-1, local_targets, -here.unsqueeze(-1).to(gradient.dtype))
+        return gradient.mul_(gradients[0].unsqueeze(-1)), None, None, None

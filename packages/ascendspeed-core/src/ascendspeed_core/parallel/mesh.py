@@ -1,0 +1,66 @@
+"""This process's place among all processes."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from ascendspeed_core.config.parallel import Layout
+from ascendspeed_core.device import Device
+
+
+@dataclass(frozen=True)
+class ParallelMesh:
+    """The layout, this process's place in it, and the groups it talks to.
+
+    Attributes:
+        device: the device of this process.
+        layout: sizes of the dimensions.
+        mesh: torch's mesh with dimensions `dp` and `tp`, or `None` for a single process.
+    """
+
+    device: Device
+    layout: Layout
+    mesh: DeviceMesh | None = None
+
+    @classmethod
+    def create(cls, device: Device, layout: Layout) -> "ParallelMesh":
+        """Make the mesh; `torch.distributed` must be initialised unless the layout is one process."""
+        if layout.world_size == 1:
+            return cls(device, layout)
+        mesh = init_device_mesh(device.kind, (layout.dp, layout.tp), mesh_dim_names=("dp", "tp"))
+        return cls(device, layout, mesh)
+
+    @property
+    def rank(self) -> int:
+        """Number of this process among all."""
+        return dist.get_rank() if self.mesh is not None else 0
+
+    @property
+    def dp_rank(self) -> int:
+        """Which share of the batch this process takes."""
+        return self.mesh.get_local_rank("dp") if self.mesh is not None else 0
+
+    @property
+    def tp_rank(self) -> int:
+        """Which part of each layer this process holds."""
+        return self.mesh.get_local_rank("tp") if self.mesh is not None else 0
+
+    def group(self, dimension: str) -> dist.ProcessGroup | None:
+        """Return the processes along `dp` or `tp`, or `None` when this process is alone there."""
+        if self.mesh is None or getattr(self.layout, dimension) == 1:
+            return None
+        return self.mesh.get_group(dimension)
+
+    def sum_over(self, dimension: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Add `tensor` up along a dimension, in place."""
+        group = self.group(dimension)
+        if group is not None:
+            dist.all_reduce(tensor, group=group)
+        return tensor
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.mesh is not None:
+            dist.barrier()

@@ -1,0 +1,1 @@
+"""Train a model: read `trainer.Trainer.train`, then `step.train_step`."""

@@ -1,0 +1,188 @@
+"""Training samples by megatron-core's `GPTDataset`: the same files, seed and split give the same samples as there.
+
+Documents are joined, shuffled and cut into samples of S + 1 tokens. Sample number n of a run goes to the
+data-parallel rank and micro-batch that Megatron-LM's sequential sampler gives it to.
+"""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+from ascendspeed_core.config.training import DataConfig
+from ascendspeed_core.parallel.mesh import ParallelMesh
+from ascendspeed_core.training.step import MicroBatch
+from ascendspeed_data.command_line import log
+from ascendspeed_data.errors import DataError
+from ascendspeed_data.indexed import check_indexed_dataset
+from ascendspeed_data.manifest import DatasetManifest, load_manifest
+
+
+def check_data(config: DataConfig) -> DatasetManifest | None:
+    """Prove every .bin/.idx pair whole, and all of one tokenizer; needs neither torch nor processes.
+
+    Returns:
+        The manifest of the first prefix, or `None` if it has none (data made by other tools).
+
+    Raises:
+        DataError: a file is missing or damaged, or two tokenizers made the parts of a blend.
+    """
+    manifests = []
+    for prefix in config.blend()[0]:
+        check_indexed_dataset(Path(prefix))
+        manifest = load_manifest(Path(prefix))
+        if manifest is None:
+            log(f"{prefix}: no manifest beside it; its tokenizer cannot be checked")
+        else:
+            manifests.append((prefix, manifest))
+    for prefix, manifest in manifests[1:]:
+        if manifest.tokenizer.fingerprint != manifests[0][1].tokenizer.fingerprint:
+            raise DataError(
+                f"{prefix} and {manifests[0][0]} were made with different tokenizers; tokenize both with one"
+            )
+    return manifests[0][1] if manifests else None
+
+
+class TrainingData:
+    """Training and validation samples of one run.
+
+    Args:
+        config: files, split, length of a sample.
+        seed: of the order.
+        num_samples: samples of the whole run: (training, validation, test).
+        vocab_size: ids must be below.
+        end_of_document: id at which `eod_mask_loss` masks.
+        mesh: all processes build together; the first one writes the index to the cache.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        seed: int,
+        num_samples: tuple[int, int, int],
+        vocab_size: int,
+        end_of_document: int | None,
+        mesh: ParallelMesh,
+    ) -> None:
+        self._mesh = mesh
+        self._vocab_size = vocab_size
+        if mesh.rank == 0:
+            for cache in _cache_folders(config):
+                refuse_pickled_indices(cache)
+        mesh.barrier()
+        self.train, self.validation, _ = _build_datasets(
+            config, seed, num_samples, vocab_size, end_of_document
+        )
+        if self.train is None or len(self.train) < num_samples[0]:
+            raise DataError(
+                f"split={config.split} leaves no training document of {' '.join(config.data_path)}; "
+                "give training a larger share"
+            )
+        if num_samples[1] and self.validation is None:
+            raise DataError(
+                f"split={config.split} leaves no validation document of {' '.join(config.data_path)}; "
+                "give validation a larger share or leave --eval-iters out"
+            )
+
+    def micro_batches(self, consumed: int, num_micro_batches: int, size: int) -> list[MicroBatch]:
+        """Return this rank's micro-batches of the step that follows `consumed` samples."""
+        return list(self._take(self.train, consumed, num_micro_batches, size))
+
+    def validation_batches(self, measured: int, num_micro_batches: int, size: int) -> list[MicroBatch]:
+        """Return this rank's micro-batches of the measurement that follows `measured` samples."""
+        return list(self._take(self.validation, measured, num_micro_batches, size))
+
+    def sample_numbers(self, consumed: int, num_micro_batches: int, size: int) -> list[range]:
+        """Return the sample numbers of this rank's micro-batches: rank after rank within each micro-step."""
+        dp = self._mesh.layout.dp
+        first = consumed + self._mesh.dp_rank * size
+        return [range(first + n * size * dp, first + n * size * dp + size) for n in range(num_micro_batches)]
+
+    def _take(self, dataset: Any, consumed: int, num_micro_batches: int, size: int) -> Iterator[MicroBatch]:
+        for numbers in self.sample_numbers(consumed, num_micro_batches, size):
+            samples = [dataset[number] for number in numbers]
+            batch = MicroBatch(
+                *(
+                    torch.stack([sample[key] for sample in samples])
+                    for key in ("tokens", "labels", "loss_mask")
+                )
+            )
+            highest = max(int(batch.tokens.max()), int(batch.labels.max()))
+            if highest >= self._vocab_size:
+                raise DataError(
+                    f"the data holds token id {highest}, the model's vocabulary ends at {self._vocab_size - 1}; "
+                    "tokenize with the model's tokenizer"
+                )
+            yield batch.to(self._mesh.device.torch)
+
+
+def _build_datasets(
+    config: DataConfig,
+    seed: int,
+    num_samples: tuple[int, int, int],
+    vocab_size: int,
+    end_of_document: int | None,
+) -> list[Any]:
+    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+
+    prefixes, weights = config.blend()
+    # Only the ids of the tokenizer matter here: no padding occurs, and the end of a document may mask the loss.
+    # The identifiers name the cached index; they are those of a tokenizer without a class of its own.
+    tokenizer = SimpleNamespace(
+        eod=-1 if end_of_document is None else end_of_document,
+        pad=-2,
+        vocab_size=None,
+        unique_identifiers={"class": "ids", "vocab_size": vocab_size},
+    )
+    logging.getLogger("megatron.core").setLevel(logging.WARNING)
+    dataset_config = GPTDatasetConfig(
+        random_seed=seed,
+        sequence_length=config.seq_length,
+        blend=(prefixes, weights),
+        split=config.split,
+        path_to_cache=str(config.data_cache_path) if config.data_cache_path else None,
+        tokenizer=tokenizer,
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=config.eod_mask_loss,
+        create_attention_mask=False,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        builder = BlendedMegatronDatasetBuilder(GPTDataset, list(num_samples), lambda: True, dataset_config)
+        built: list[Any] = builder.build()
+    return built
+
+
+def _cache_folders(config: DataConfig) -> list[Path]:
+    """Return where megatron-core keeps the sample index: the folder given, or one beside each prefix."""
+    if config.data_cache_path:
+        return [config.data_cache_path]
+    return [Path(prefix) / "cache" / "GPTDataset_indices" for prefix in config.blend()[0]]
+
+
+def refuse_pickled_indices(cache: Path) -> None:
+    """Look at every cached index before megatron-core opens it, which would unpickle; damaged ones are removed.
+
+    Raises:
+        DataError: a file holds Python objects instead of numbers.
+    """
+    for path in sorted(cache.glob("*.npy")):
+        try:
+            np.load(path, mmap_mode="r", allow_pickle=False)
+        except ValueError as error:
+            if "Object arrays" in str(error) or "pickle" in str(error):
+                raise DataError(
+                    f"{path} holds pickled objects, which an index never does; delete it"
+                ) from None
+            log(f"{path} is damaged ({error}); it is built again")
+            path.unlink()
+        except (EOFError, OSError) as error:
+            log(f"{path} is damaged ({error}); it is built again")
+            path.unlink()

@@ -1,0 +1,98 @@
+"""What a run reports: one JSON object per iteration, lines on the terminal, and a picture."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ascendspeed_core.training.checkpoint import write_durably
+from ascendspeed_data.command_line import log
+
+METRICS = "metrics.jsonl"
+PICTURE = "loss.png"
+
+
+class MetricsFile:
+    """`metrics.jsonl` of a run's folder, appended to and flushed at every iteration.
+
+    Args:
+        run_folder: folder of the run.
+        iteration: where the run goes on; later lines of an interrupted run are dropped, with a log line.
+    """
+
+    def __init__(self, run_folder: Path, iteration: int) -> None:
+        self.path = run_folder / METRICS
+        self.records = [record for record in read_metrics(self.path) if record["iteration"] <= iteration]
+        if self.path.exists():
+            lines = self.path.read_text(encoding="utf-8").count("\n")
+            if lines > len(self.records):
+                log(f"{self.path}: dropped {lines - len(self.records)} lines past iteration {iteration}")
+            write_durably(self.path, "".join(json.dumps(record) + "\n" for record in self.records))
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one iteration."""
+        self.records.append(dict(record))
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a metrics file; a last line that a crash cut short is left out."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def draw_loss(records: Sequence[Mapping[str, Any]], path: Path, unigram_entropy_nats: float | None) -> None:
+    """Draw the loss curve of a run as a PNG.
+
+    Args:
+        records: of `metrics.jsonl`.
+        path: the picture.
+        unigram_entropy_nats: entropy per token of the training data, drawn as a line: what a model reaches that
+            knows only how often each token occurs.
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
+    axes.plot([r["iteration"] for r in records], [r["lm_loss"] for r in records], lw=1, label="training loss")
+    measured = [r for r in records if "validation_loss" in r]
+    if measured:
+        axes.plot(
+            [r["iteration"] for r in measured],
+            [r["validation_loss"] for r in measured],
+            "o-",
+            ms=3,
+            label="validation loss",
+        )
+    if unigram_entropy_nats is not None:
+        axes.axhline(
+            unigram_entropy_nats,
+            color="grey",
+            ls="--",
+            lw=1,
+            label=f"unigram entropy, {unigram_entropy_nats:.2f} nats",
+        )
+    axes.set_xlabel("iteration")
+    axes.set_ylabel("loss, nats per token")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    scratch = path.with_name(path.name + ".incomplete")
+    figure.savefig(scratch, format="png")
+    scratch.replace(path)
+    pyplot.close(figure)

@@ -1,0 +1,166 @@
+"""Everything that can be known to be wrong before a process group or a model exists."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ascendspeed_core.config.model import ModelConfig
+from ascendspeed_core.config.parallel import Layout
+from ascendspeed_core.config.training import PretrainConfig
+from ascendspeed_core.models.families import family_of_hugging_face
+from ascendspeed_core.training.batches import check_data
+from ascendspeed_core.training.checkpoint import Progress, load_progress, saved_iterations
+from ascendspeed_core.training.schedule import samples_of_run
+from ascendspeed_core.weights import InitialWeights, NativeSource, WeightSource, open_weights
+from ascendspeed_core.weights.huggingface import read_json
+from ascendspeed_core.weights.native import TRACKER
+from ascendspeed_data.command_line import log
+from ascendspeed_data.errors import AscendSpeedError, ConfigError
+from ascendspeed_data.manifest import DatasetManifest
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run will do, checked.
+
+    Attributes:
+        config: as given.
+        layout: devices along each dimension.
+        source: where the weights come from.
+        start: where the run stands at its first step.
+        num_samples: samples of the whole run for training, validation and test.
+        manifest: of the training data, if it has one.
+    """
+
+    config: PretrainConfig
+    layout: Layout
+    source: WeightSource
+    start: Progress
+    num_samples: tuple[int, int, int]
+    manifest: DatasetManifest | None
+
+    @property
+    def model(self) -> ModelConfig:
+        """The architecture."""
+        return self.source.config
+
+    @property
+    def resumes(self) -> bool:
+        """Whether the run goes on from a checkpoint with its iteration, optimizer and data position."""
+        return self.start.iteration > 0
+
+
+def plan_run(config: PretrainConfig, world_size: int) -> RunPlan:
+    """Check a run from its config, the headers of its checkpoint and its data.
+
+    Raises:
+        ConfigError: options that contradict each other or the number of processes.
+        AscendSpeedError: a file that is missing, damaged, or does not fit.
+    """
+    layout = config.parallel.layout(world_size)
+    if config.precision.dtype_name == "float16":
+        raise ConfigError("dtype=float16 needs loss scaling, which training does not have yet; use --bf16")
+    try:
+        config.batch.check_layout(layout.dp)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    source = _open_source(config)
+    where = str(source.path or config.start.model_config_file)
+    config.model.check(source.config, where)
+    config.parallel.check_model(source.config)
+    _check_length(config, source.config, where)
+    manifest = check_data(config.data)
+    _check_vocabulary(config, source.config, manifest)
+    samples = _num_samples(config, layout.dp)
+    start = _start(config, source, _data_order(config, samples[0]))
+    _check_save_folder(config, source, start)
+    return RunPlan(config, layout, source, start, samples, manifest)
+
+
+def _open_source(config: PretrainConfig) -> WeightSource:
+    start = config.start
+    if start.auto_resume and start.save and (start.save / TRACKER).is_file():
+        return open_weights(start.save)
+    if start.load is not None:
+        return open_weights(start.load)
+    assert start.model_config_file is not None
+    hf_config = read_json(start.model_config_file)
+    family = family_of_hugging_face(hf_config, str(start.model_config_file))
+    return InitialWeights(family.read_config(hf_config), config.batch.seed)
+
+
+def _check_length(config: PretrainConfig, model: ModelConfig, where: str) -> None:
+    limit = config.model.max_position_embeddings or model.max_position_embeddings
+    if config.data.seq_length > limit:
+        raise AscendSpeedError(
+            f"seq_length={config.data.seq_length} is more than max_position_embeddings={limit} of {where}; "
+            f"choose {limit} or less"
+        )
+
+
+def _check_vocabulary(config: PretrainConfig, model: ModelConfig, manifest: DatasetManifest | None) -> None:
+    if manifest is not None and manifest.tokenizer.vocab_size > model.vocab_size:
+        raise AscendSpeedError(
+            f"{config.data.data_path[-1]} was made with a tokenizer of vocab_size={manifest.tokenizer.vocab_size}, "
+            f"the model has vocab_size={model.vocab_size}; tokenize with the model's tokenizer"
+        )
+    if manifest is not None and config.data.tokenizer_name_or_path is not None:
+        from ascendspeed_data.manifest import check_tokenizer
+        from ascendspeed_data.tokenizer import load_tokenizer
+
+        check_tokenizer(manifest, load_tokenizer(config.data.tokenizer_name_or_path))
+
+
+def _num_samples(config: PretrainConfig, dp: int) -> tuple[int, int, int]:
+    batch = config.batch
+    measurements = batch.train_iters // batch.eval_interval + 1 if batch.eval_iters else 0
+    return samples_of_run(batch, dp), measurements * batch.eval_iters * batch.check_layout(dp), 0
+
+
+def _data_order(config: PretrainConfig, num_samples: int) -> dict[str, Any]:
+    """What fixes the order of samples in megatron-core's builder."""
+    return {
+        "data": [Path(part).name for part in config.data.data_path],
+        "split": config.data.split,
+        "seq_length": config.data.seq_length,
+        "seed": config.batch.seed,
+        "num_samples": num_samples,
+    }
+
+
+def _start(config: PretrainConfig, source: WeightSource, data_order: dict[str, Any]) -> Progress:
+    if not isinstance(source, NativeSource) or config.start.finetune:
+        return Progress(0, 0, 0, data_order)
+    progress = load_progress(source)
+    changed = {key: (progress.data_order.get(key), value) for key, value in data_order.items()}
+    changed = {key: pair for key, pair in changed.items() if pair[0] != pair[1]}
+    if changed:
+        listed = "; ".join(f"{key} was {old}, is {new}" for key, (old, new) in changed.items())
+        raise AscendSpeedError(
+            f"{source.path}: the order of samples would change ({listed}), so samples would be seen twice or never; "
+            "keep these options, stop early with --exit-interval, or give --finetune to start the data anew"
+        )
+    steps = progress.optimizer_steps if config.start.load_optim else 0
+    return Progress(progress.iteration, progress.consumed_samples, steps, data_order)
+
+
+def _check_save_folder(config: PretrainConfig, source: WeightSource, start: Progress) -> None:
+    folder = config.start.save
+    if folder is None:
+        log("save: no --save given; nothing of this run will be kept")
+        return
+    later = [iteration for iteration in saved_iterations(folder) if iteration > start.iteration]
+    same_run = isinstance(source, NativeSource) and folder.resolve() in (
+        source.folder.resolve(),
+        source.folder.resolve().parent,
+    )
+    if saved_iterations(folder) and not same_run:
+        raise AscendSpeedError(
+            f"{folder} already holds checkpoints of a run (newest: iteration {saved_iterations(folder)[-1]}); "
+            f"give --load {folder} to go on with it, or another --save"
+        )
+    if later:
+        raise AscendSpeedError(
+            f"{folder} holds iteration {later[-1]}, later than the {start.iteration} this run would start from; "
+            "load the newest, or choose another --save"
+        )

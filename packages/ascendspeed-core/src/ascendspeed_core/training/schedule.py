@@ -1,0 +1,93 @@
+"""Learning rate and number of micro-batches over a run: megatron-core's own, so that runs agree with Megatron-LM."""
+
+from typing import Any
+
+from ascendspeed_core.config.training import BatchConfig, OptimizerConfig
+from ascendspeed_core.training.optimizer import MasterOptimizer
+
+
+class Schedule:
+    """What changes with the number of samples consumed.
+
+    Args:
+        optimizer: its learning rate and weight decay are set.
+        optimizer_config: highest and lowest rate, warm-up, decay.
+        batch: batch sizes, ramp-up, length of the run.
+        dp: data-parallel ranks.
+    """
+
+    def __init__(
+        self, optimizer: MasterOptimizer, optimizer_config: OptimizerConfig, batch: BatchConfig, dp: int
+    ) -> None:
+        self.global_batch_size = batch.check_layout(dp)
+        self.consumed_samples = 0
+        self._calculator = _micro_batch_calculator(batch, self.global_batch_size, dp)
+        self._rate = _rate_scheduler(optimizer, optimizer_config, batch, self.global_batch_size)
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches that each data-parallel rank takes in the next step."""
+        return int(self._calculator.get())
+
+    @property
+    def step_samples(self) -> int:
+        """Samples of the next step over all ranks."""
+        return int(self._calculator.get_current_running_global_batch_size())
+
+    def advance(self, samples: int) -> None:
+        """Count consumed samples and set the rates of the next step."""
+        self.consumed_samples += samples
+        self._rate.step(samples)
+        self._calculator.update(self.consumed_samples, consistency_check=False)
+
+
+def samples_of_run(batch: BatchConfig, dp: int) -> int:
+    """Return how many samples all steps of a run consume, ramp-up included."""
+    size = batch.check_layout(dp)
+    if not batch.rampup_batch_size:
+        return batch.train_iters * size
+    calculator = _micro_batch_calculator(batch, size, dp)
+    consumed = 0
+    for _ in range(batch.train_iters):
+        consumed += int(calculator.get_current_running_global_batch_size())
+        calculator.update(consumed, consistency_check=False)
+    return consumed
+
+
+def _micro_batch_calculator(batch: BatchConfig, global_batch_size: int, dp: int) -> Any:
+    from megatron.core.num_microbatches_calculator import (
+        ConstantNumMicroBatchesCalculator,
+        RampupBatchsizeNumMicroBatchesCalculator,
+    )
+
+    # rank=-1: the calculators report each growth of the batch from rank 0; the trainer's metrics do.
+    common = (global_batch_size, batch.micro_batch_size, dp, False, -1)
+    if not batch.rampup_batch_size or batch.rampup_batch_size[0] == global_batch_size:
+        return ConstantNumMicroBatchesCalculator(*common)
+    return RampupBatchsizeNumMicroBatchesCalculator(*common, *batch.rampup_batch_size)
+
+
+def _rate_scheduler(
+    optimizer: MasterOptimizer, config: OptimizerConfig, batch: BatchConfig, global_batch_size: int
+) -> Any:
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    decay_iters = config.lr_decay_iters or batch.train_iters
+    decay_samples = decay_iters * global_batch_size
+    if config.lr_warmup_fraction is not None:
+        warmup_samples = int(config.lr_warmup_fraction * decay_samples)
+    else:
+        warmup_samples = min(config.lr_warmup_iters * global_batch_size, decay_samples - 1)
+    return OptimizerParamScheduler(
+        optimizer.adamw,
+        init_lr=0.0,
+        max_lr=config.lr,
+        min_lr=config.min_lr,
+        lr_warmup_steps=warmup_samples,
+        lr_decay_steps=decay_samples,
+        lr_decay_style=config.lr_decay_style,
+        start_wd=config.weight_decay,
+        end_wd=config.weight_decay,
+        wd_incr_steps=decay_samples,
+        wd_incr_style="constant",
+    )

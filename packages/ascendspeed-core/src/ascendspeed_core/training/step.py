@@ -1,0 +1,95 @@
+"""One training step.
+
+Shapes: B micro-batch size, S sequence length, V/tp this device's part of the vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ascendspeed_core.models.transformer import Transformer
+from ascendspeed_core.parallel.cross_entropy import cross_entropy
+from ascendspeed_core.parallel.mesh import ParallelMesh
+from ascendspeed_core.training.optimizer import MasterOptimizer
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Samples of one forward pass.
+
+    Attributes:
+        tokens: ids, [B, S].
+        labels: the id to predict at each place, [B, S].
+        loss_mask: 1 where the loss counts, [B, S].
+    """
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    loss_mask: torch.Tensor
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """Move to a device."""
+        return MicroBatch(self.tokens.to(device), self.labels.to(device), self.loss_mask.to(device))
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step reports.
+
+    Attributes:
+        loss: mean negative log-likelihood per token that counts, in nats, over the global batch.
+        grad_norm: of the whole model's gradient, before clipping.
+        tokens: tokens that counted.
+    """
+
+    loss: float
+    grad_norm: float
+    tokens: int
+
+
+def train_step(
+    model: Transformer, optimizer: MasterOptimizer, micro_batches: Sequence[MicroBatch], mesh: ParallelMesh
+) -> StepResult:
+    """Accumulate the gradient of all micro-batches of all data-parallel ranks, then update once.
+
+    Every token of the global batch weighs the same, however the tokens fall into micro-batches and ranks: each
+    loss is the sum over its tokens divided by the number of tokens of all.
+    """
+    tokens = count_tokens(micro_batches, mesh)
+    loss = torch.zeros((), dtype=torch.float64)
+    for micro_batch in micro_batches:
+        part = loss_sum(model, micro_batch, mesh) / max(tokens, 1)
+        part.backward()  # type: ignore[no-untyped-call]
+        loss += part.detach().cpu()
+    mesh.sum_over("dp", loss := loss.to(mesh.device.torch))
+    return StepResult(loss=float(loss), grad_norm=optimizer.step(), tokens=tokens)
+
+
+@torch.no_grad()
+def evaluate(model: Transformer, micro_batches: Sequence[MicroBatch], mesh: ParallelMesh) -> float:
+    """Return the mean loss per token of the micro-batches of all data-parallel ranks, in nats."""
+    tokens = count_tokens(micro_batches, mesh)
+    total = torch.zeros((), dtype=torch.float64, device=mesh.device.torch)
+    for micro_batch in micro_batches:
+        total += loss_sum(model, micro_batch, mesh)
+    return float(mesh.sum_over("dp", total)) / max(tokens, 1)
+
+
+def loss_sum(model: Transformer, micro_batch: MicroBatch, mesh: ParallelMesh) -> torch.Tensor:
+    """Return the loss added up over the tokens that count."""
+    logits = model(micro_batch.tokens)
+    losses = cross_entropy(logits, micro_batch.labels, model.config.vocab_size, mesh.group("tp"))
+    return (losses * micro_batch.loss_mask).sum()
+
+
+def count_tokens(micro_batches: Sequence[MicroBatch], mesh: ParallelMesh) -> int:
+    """Return how many tokens count in the global batch."""
+    count = sum(int(micro_batch.loss_mask.sum()) for micro_batch in micro_batches)
+    return int(mesh.sum_over("dp", torch.tensor(count, device=mesh.device.torch)))
+
+
+def trainable_parameters(model: nn.Module) -> int:
+    """Return the number of logical weights that are trained."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -1,0 +1,169 @@
+"""The training loop."""
+
+import time
+from typing import Any
+
+import torch
+
+from ascendspeed_core.config.training import PretrainConfig
+from ascendspeed_core.parallel.build import load_model
+from ascendspeed_core.parallel.mesh import ParallelMesh
+from ascendspeed_core.training.batches import TrainingData
+from ascendspeed_core.training.checkpoint import (
+    Progress,
+    load_optimizer,
+    load_random_state,
+    save_checkpoint,
+)
+from ascendspeed_core.training.metrics import PICTURE, MetricsFile, draw_loss
+from ascendspeed_core.training.optimizer import MasterOptimizer
+from ascendspeed_core.training.plan import RunPlan
+from ascendspeed_core.training.schedule import Schedule
+from ascendspeed_core.training.step import StepResult, evaluate, train_step
+from ascendspeed_core.weights import NativeSource
+from ascendspeed_data.command_line import log
+from ascendspeed_data.errors import AscendSpeedError
+
+
+class Trainer:
+    """One run on this process, from its plan to its last checkpoint.
+
+    Args:
+        plan: what to do, checked.
+        mesh: this process's place.
+    """
+
+    def __init__(self, plan: RunPlan, mesh: ParallelMesh) -> None:
+        self.plan, self.mesh = plan, mesh
+        self.config: PretrainConfig = plan.config
+        dtype: torch.dtype = getattr(torch, self.config.precision.dtype_name)
+        torch.manual_seed(self.config.batch.seed + mesh.rank)
+
+        self.model = load_model(plan.source, mesh, dtype)
+        self.optimizer = MasterOptimizer(self.model, self.config.optimizer, mesh)
+        self.schedule = Schedule(self.optimizer, self.config.optimizer, self.config.batch, mesh.layout.dp)
+        self.data = TrainingData(
+            self.config.data,
+            self.config.batch.seed,
+            plan.num_samples,
+            plan.model.vocab_size,
+            plan.manifest.tokenizer.eos_id if plan.manifest else None,
+            mesh,
+        )
+        self.iteration = plan.start.iteration
+        if plan.resumes and isinstance(plan.source, NativeSource):
+            self._resume(plan.source)
+
+    def _resume(self, source: NativeSource) -> None:
+        if self.config.start.load_optim:
+            load_optimizer(source, self.optimizer, self.plan.start.optimizer_steps)
+        if self.config.start.load_rng:
+            load_random_state(source, self.mesh)
+        self.schedule.advance(self.plan.start.consumed_samples)
+        self._say(f"resumed at iteration {self.iteration} from {source.folder}")
+
+    def train(self) -> list[dict[str, Any]]:
+        """Run until `train_iters`, or until `exit_interval` says stop.
+
+        Returns:
+            The records of `metrics.jsonl`; empty on every rank but the first.
+        """
+        batch = self.config.batch
+        folder = self.config.start.save
+        metrics = MetricsFile(folder, self.iteration) if folder and self.mesh.rank == 0 else None
+        try:
+            while self.iteration < batch.train_iters:
+                record = self._iterate()
+                if metrics:
+                    metrics.write(record)
+                last = self.iteration == batch.train_iters
+                leave = batch.exit_interval is not None and self.iteration % batch.exit_interval == 0
+                interval = self.config.start.save_interval
+                if folder and (last or leave or (interval and self.iteration % interval == 0)):
+                    self._save(metrics)
+                if leave and not last:
+                    self._say(
+                        f"stopping at iteration {self.iteration} of {batch.train_iters} (--exit-interval)"
+                    )
+                    break
+        finally:
+            if metrics:
+                metrics.close()
+        return metrics.records if metrics else []
+
+    def _iterate(self) -> dict[str, Any]:
+        """Do one step and return its record."""
+        batch, schedule = self.config.batch, self.schedule
+        started = time.perf_counter()
+        rate, samples = self.optimizer.learning_rate, schedule.step_samples
+        micro_batches = self.data.micro_batches(
+            schedule.consumed_samples, schedule.num_micro_batches, batch.micro_batch_size
+        )
+        result = train_step(self.model, self.optimizer, micro_batches, self.mesh)
+        self.mesh.device.synchronize()
+        seconds = time.perf_counter() - started
+        self.iteration += 1
+        schedule.advance(samples)
+        self._refuse_not_a_number(result)
+        record = {
+            "iteration": self.iteration,
+            "lm_loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "learning_rate": rate,
+            "consumed_samples": schedule.consumed_samples,
+            "global_batch_size": samples,
+            "tokens_per_second": samples * self.config.data.seq_length / seconds,
+            "step_seconds": seconds,
+        }
+        if batch.eval_iters and self.iteration % batch.eval_interval == 0:
+            record["validation_loss"] = self._validation_loss()
+        if self.iteration % batch.log_interval == 0 or self.iteration in (1, batch.train_iters):
+            self._report(record)
+        return record
+
+    def _validation_loss(self) -> float:
+        """Measure on the samples that belong to this iteration, so that a resumed run measures the same."""
+        batch = self.config.batch
+        size = self.schedule.global_batch_size
+        measured = (self.iteration // batch.eval_interval - 1) * batch.eval_iters * size
+        per_batch = size // (batch.micro_batch_size * self.mesh.layout.dp)
+        micro_batches = self.data.validation_batches(
+            measured, batch.eval_iters * per_batch, batch.micro_batch_size
+        )
+        return evaluate(self.model, micro_batches, self.mesh)
+
+    def _refuse_not_a_number(self, result: StepResult) -> None:
+        if not (result.loss - result.loss == 0.0 and result.grad_norm - result.grad_norm == 0.0):
+            raise AscendSpeedError(
+                f"iteration {self.iteration}: loss={result.loss}, grad_norm={result.grad_norm}; the weights are no "
+                "longer usable: go on from the last checkpoint with a lower --lr or other data"
+            )
+
+    def _save(self, metrics: MetricsFile | None) -> None:
+        folder = self.config.start.save
+        assert folder is not None
+        progress = Progress(
+            self.iteration,
+            self.schedule.consumed_samples,
+            self.optimizer.num_steps,
+            self.plan.start.data_order,
+        )
+        run = self.config.model_dump(mode="json")
+        saved = save_checkpoint(folder, progress, self.model, self.optimizer, run, self.mesh)
+        if metrics:
+            manifest = self.plan.manifest
+            draw_loss(metrics.records, folder / PICTURE, manifest.unigram_entropy_nats if manifest else None)
+        self._say(f"saved {saved}")
+
+    def _report(self, record: dict[str, Any]) -> None:
+        left = (self.config.batch.train_iters - self.iteration) * record["step_seconds"]
+        validation = f" | validation {record['validation_loss']:.4f}" if "validation_loss" in record else ""
+        self._say(
+            f"iteration {self.iteration}/{self.config.batch.train_iters} | loss {record['lm_loss']:.4f}{validation}"
+            f" | grad norm {record['grad_norm']:.3f} | lr {record['learning_rate']:.2e}"
+            f" | {record['tokens_per_second']:,.0f} tokens/s | {left:,.0f} s left"
+        )
+
+    def _say(self, message: str) -> None:
+        if self.mesh.rank == 0:
+            log(message)
