@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from ascendspeed_data.indexed import check_indexed_dataset
+from ascendspeed_data.manifest import DatasetManifest, load_manifest
 
 from ascendspeed_core.config.training import DataConfig
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.training.step import MicroBatch
 from ascendspeed_data.command_line import log
 from ascendspeed_data.errors import DataError
-from ascendspeed_data.indexed import check_indexed_dataset
-from ascendspeed_data.manifest import DatasetManifest, load_manifest
 
 
 def check_data(config: DataConfig) -> DatasetManifest | None:

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ascendspeed_data.manifest import DatasetManifest
+
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.config.training import PretrainConfig
@@ -16,7 +18,6 @@ from ascendspeed_core.weights.huggingface import read_json
 from ascendspeed_core.weights.native import TRACKER
 from ascendspeed_data.command_line import log
 from ascendspeed_data.errors import AscendSpeedError, ConfigError
-from ascendspeed_data.manifest import DatasetManifest
 
 
 @dataclass(frozen=True)
