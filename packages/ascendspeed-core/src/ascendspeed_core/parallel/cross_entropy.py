@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from ascendspeed_core.parallel.collectives import all_reduce_sum
 from ascendspeed_core.parallel.tensor import vocabulary_slice
 
 
@@ -57,7 +58,7 @@ class _VocabularyParallelCrossEntropy(torch.autograd.Function):
             target_logit = torch.where(here, shifted.gather(-1, local_targets).squeeze(-1), 0)
         exponentials = shifted.exp_()
         sums = torch.stack([exponentials.sum(dim=-1), target_logit])
-        dist.all_reduce(sums, group=group)
+        all_reduce_sum(sums, group)
         normaliser, target_logit = sums
 
         ctx.save_for_backward(exponentials.div_(normaliser.unsqueeze(-1)), here, local_targets)

@@ -8,6 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.device import Device
+from ascendspeed_core.parallel.collectives import all_reduce_sum
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class ParallelMesh:
         """Add `tensor` up along a dimension, in place."""
         group = self.group(dimension)
         if group is not None:
-            dist.all_reduce(tensor, group=group)
+            all_reduce_sum(tensor, group)
         return tensor
 
     def barrier(self) -> None:

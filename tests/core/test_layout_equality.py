@@ -1,0 +1,88 @@
+"""Every layout computes what one process computes."""
+
+from functools import cache
+
+import pytest
+import torch
+from ascendspeed_core.config.parallel import Layout
+from core.training_cases import Trained, train, vocabulary_cross_entropy
+from support.models import tiny_config
+from support.processes import WorkerPool
+from support.tables import ReportTables
+
+TITLE = "Ten steps against one process: largest relative difference"
+HEADER = ("layout", "dtype", "losses", "grad norm", "first gradients", "weights after")
+
+# Only the order of sums differs. Relative to each tensor's largest entry: float64 rounds at 1e-16, and ten steps of
+# AdamW magnify that; fp32 rounds at 6e-8, bf16 arithmetic at 4e-3. AdamW turns noise in near-zero gradients into
+# whole steps of the learning rate (1e-3 here, weights of about 0.1), which is what the last column shows for bf16.
+TOLERANCE = {
+    "float64": (1e-12, 1e-12, 1e-11, 1e-9),
+    "float32": (1e-5, 1e-4, 1e-4, 1e-2),
+    "bfloat16": (1e-2, 1e-1, 1e-1, 5e-1),
+}
+
+
+@cache
+def one_process(dtype: str, tied: bool, vocab_size: int) -> Trained:
+    torch.set_num_threads(1)
+    return train(tiny_config(tie_word_embeddings=tied, vocab_size=vocab_size), Layout(), dtype)
+
+
+def differences(got: Trained, want: Trained) -> tuple[float, float, float, float]:
+    def of_lists(a: list[float], b: list[float]) -> float:
+        return max(abs(x - y) / abs(y) for x, y in zip(a, b, strict=True))
+
+    def of_tensors(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+        assert a.keys() == b.keys()
+        return max(float((a[n] - b[n]).abs().max() / b[n].abs().max()) for n in b)
+
+    return (
+        of_lists(got.losses, want.losses),
+        of_lists(got.norms, want.norms),
+        of_tensors(got.gradients, want.gradients),
+        of_tensors(got.weights, want.weights),
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("layout", "tied", "vocab_size"),
+    [
+        (Layout(tp=2), False, 128),
+        (Layout(tp=4), False, 128),
+        (Layout(tp=2), True, 127),
+        (Layout(tp=4), True, 125),
+        (Layout(dp=2), False, 128),
+        (Layout(tp=2, dp=2), True, 127),
+    ],
+    ids=str,
+)
+def test_training_equals_one_process(
+    workers: WorkerPool, report: ReportTables, layout: Layout, tied: bool, vocab_size: int, dtype: str
+) -> None:
+    config = tiny_config(tie_word_embeddings=tied, vocab_size=vocab_size)
+    ranks = workers.run(train, layout.world_size, config, layout, dtype)
+    want = one_process(dtype, tied, vocab_size)
+    found = differences(ranks[0], want)
+    name = f"{layout}{', tied' if tied else ''}, vocabulary {vocab_size}"
+    report.add(TITLE, HEADER, name, dtype, *found)
+    assert all(value <= limit for value, limit in zip(found, TOLERANCE[dtype], strict=True)), found
+    for other in ranks[1:]:
+        assert other.losses == ranks[0].losses
+        assert all(torch.equal(other.weights[n], ranks[0].weights[n]) for n in other.weights)
+    assert want.losses[-1] < want.losses[0]
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 16])
+def test_micro_batch_size_does_not_matter(micro_batch_size: int) -> None:
+    config = tiny_config()
+    got = train(config, Layout(), "float64", micro_batch_size=micro_batch_size)
+    assert max(differences(got, one_process("float64", False, 128))) < 1e-11
+
+
+def test_cross_entropy_equals_megatron_core(workers: WorkerPool) -> None:
+    for (loss, gradient), (their_loss, their_gradient) in workers.run(vocabulary_cross_entropy, 2, 96):
+        # fp32 on both sides, the same sums in another order.
+        torch.testing.assert_close(loss, their_loss, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(gradient, their_gradient, rtol=1e-5, atol=1e-7)

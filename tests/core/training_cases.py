@@ -1,0 +1,120 @@
+"""Cases that worker processes run: train a tiny model under a layout and report everything about it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from ascendspeed_core.config.model import ModelConfig
+from ascendspeed_core.config.parallel import Layout
+from ascendspeed_core.config.training import OptimizerConfig
+from ascendspeed_core.device import Device
+from ascendspeed_core.parallel.build import load_model
+from ascendspeed_core.parallel.cross_entropy import cross_entropy
+from ascendspeed_core.parallel.mesh import ParallelMesh
+from ascendspeed_core.training.optimizer import MasterOptimizer
+from ascendspeed_core.training.step import MicroBatch, count_tokens, loss_sum, train_step
+from ascendspeed_core.weights import InitialWeights
+from torch.distributed.tensor import DTensor
+
+SAMPLES, LENGTH = 16, 24
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a layout computed."""
+
+    losses: list[float]
+    norms: list[float]
+    gradients: dict[str, torch.Tensor]
+    weights: dict[str, torch.Tensor]
+
+
+def micro_batches(vocab_size: int, step: int, mesh: ParallelMesh, size: int, masked: bool) -> list[MicroBatch]:
+    """This rank's share of a global batch that depends on the step only."""
+    generator = torch.Generator().manual_seed(step)
+    ids = torch.randint(0, vocab_size, (SAMPLES, LENGTH + 1), generator=generator)
+    mask = torch.ones(SAMPLES, LENGTH)
+    if masked:
+        # Rows differ in how many tokens count, one counts none: a mean per micro-batch would be wrong.
+        for row in range(SAMPLES):
+            mask[row, (row * 5) % LENGTH :] = 0
+    step_rows = size * mesh.layout.dp
+    rows = [
+        slice(start + mesh.dp_rank * size, start + (mesh.dp_rank + 1) * size)
+        for start in range(0, SAMPLES, step_rows)
+    ]
+    return [MicroBatch(ids[r, :-1], ids[r, 1:], mask[r]) for r in rows]
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The logical tensor, on every rank."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def train(
+    config: ModelConfig,
+    layout: Layout,
+    dtype_name: str,
+    steps: int = 10,
+    micro_batch_size: int = 4,
+    masked: bool = True,
+    **optimizer_options: Any,
+) -> Trained:
+    """Train from seeded weights and return losses, norms, first-step gradients and final weights."""
+    mesh = ParallelMesh.create(Device("cpu"), layout)
+    model = load_model(InitialWeights(config, seed=5), mesh, getattr(torch, dtype_name))
+    options: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.1, "clip_grad": 0.5}
+    optimizer = MasterOptimizer(model, OptimizerConfig(**(options | optimizer_options)), mesh)
+    losses, norms = [], []
+    gradients = first_gradients(model, micro_batches(config.vocab_size, 0, mesh, micro_batch_size, masked), mesh)
+    for step in range(steps):
+        result = train_step(
+            model, optimizer, micro_batches(config.vocab_size, step, mesh, micro_batch_size, masked), mesh
+        )
+        losses.append(result.loss)
+        norms.append(result.grad_norm)
+    weights = {name: whole(parameter) for name, parameter in model.named_parameters()}
+    return Trained(losses, norms, gradients, weights)
+
+
+def first_gradients(model: Any, batches: list[MicroBatch], mesh: ParallelMesh) -> dict[str, torch.Tensor]:
+    """Gradients of the first step, whole and added up over data-parallel ranks, without an update."""
+    tokens = count_tokens(batches, mesh)
+    sums: dict[str, torch.Tensor] = {}
+    for batch in batches:
+        loss = loss_sum(model, batch, mesh) / tokens
+        parameters = dict(model.named_parameters())
+        for name, gradient in zip(
+            parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True
+        ):
+            sums[name] = sums.get(name, 0) + whole(gradient).double()
+    return {name: mesh.sum_over("dp", gradient) for name, gradient in sums.items()}
+
+
+def vocabulary_cross_entropy(vocab_size: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Our loss and gradient, and megatron-core's, on the same cut logits: ([loss, gradient], [loss, gradient])."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
+
+    world = torch.distributed.get_world_size()
+    rank = torch.distributed.get_rank()
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=world)
+    try:
+        mesh = ParallelMesh.create(Device("cpu"), Layout(tp=world))
+        generator = torch.Generator().manual_seed(3)
+        logits = torch.randn(4, 7, vocab_size, generator=generator) * 4
+        targets = torch.randint(0, vocab_size, (4, 7), generator=generator)
+        weights = torch.rand(4, 7, generator=generator)
+        mine = logits.chunk(world, dim=-1)[rank]
+        ours = mine.clone().requires_grad_()
+        loss = cross_entropy(ours, targets, vocab_size, mesh.group("tp"))
+        (loss * weights).sum().backward()
+        theirs = mine.clone().requires_grad_()
+        # megatron-core works in place on what it is given.
+        their_loss = vocab_parallel_cross_entropy(theirs * 1.0, targets)
+        (their_loss * weights).sum().backward()
+        assert ours.grad is not None
+        assert theirs.grad is not None
+        return [loss.detach(), ours.grad], [their_loss.detach(), theirs.grad]
+    finally:
+        parallel_state.destroy_model_parallel()

@@ -1,0 +1,94 @@
+"""One set of worker processes for a whole test session.
+
+Starting torch costs seconds, so workers stay and are sent cases: functions by import path, with their arguments.
+Each case gets a fresh gloo group of just the size that it asks for.
+"""
+
+import importlib
+import multiprocessing
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+SECONDS_PER_CASE = 240
+
+
+class WorkerPool:
+    """Worker processes, started as they are needed."""
+
+    def __init__(self) -> None:
+        self._connections: list[Connection] = []
+        self._processes: list[Any] = []
+        self._folder = tempfile.TemporaryDirectory(prefix="asd-tests-")
+        self._cases = 0
+
+    def run(self, case: Callable[..., Any], world_size: int, *args: Any, **kwargs: Any) -> list[Any]:
+        """Run `case(*args, **kwargs)` in `world_size` processes of one group; return what each rank returned."""
+        while len(self._connections) < world_size:
+            self._start_worker()
+        self._cases += 1
+        meeting_place = Path(self._folder.name) / f"case{self._cases}"
+        for rank in range(world_size):
+            self._connections[rank].send(
+                (case.__module__, case.__qualname__, rank, world_size, str(meeting_place), args, kwargs)
+            )
+        results, failures = [], []
+        for rank in range(world_size):
+            if not self._connections[rank].poll(SECONDS_PER_CASE):
+                failures.append(f"rank {rank} gave no answer in {SECONDS_PER_CASE} s")
+                continue
+            try:
+                ok, value = self._connections[rank].recv()
+            except EOFError:
+                ok, value = False, "died"
+            (results if ok else failures).append(value if ok else f"rank {rank}: {value}")
+        if failures:
+            self.close()
+            self.__init__()  # type: ignore[misc]
+            raise AssertionError("\n".join(failures))
+        return results
+
+    def _start_worker(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(theirs, sys.path), daemon=True)
+        process.start()
+        self._connections.append(ours)
+        self._processes.append(process)
+
+    def close(self) -> None:
+        """End all workers."""
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self._folder.cleanup()
+
+
+def _serve(connection: Connection, path: list[str]) -> None:
+    sys.path[:] = path
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    while True:
+        try:
+            module, name, rank, world_size, meeting_place, args, kwargs = connection.recv()
+        except EOFError:
+            return
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
+        try:
+            dist.init_process_group(
+                "gloo", init_method=f"file://{meeting_place}", rank=rank, world_size=world_size
+            )
+            connection.send((True, getattr(importlib.import_module(module), name)(*args, **kwargs)))
+        except BaseException:
+            connection.send((False, traceback.format_exc()))
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
