@@ -134,4 +134,3 @@ def _cut_parameter(module: nn.Module, name: str, mesh: DeviceMesh, axis: int) ->
 
 def _local(parameter: torch.Tensor | None) -> torch.Tensor | None:
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
-

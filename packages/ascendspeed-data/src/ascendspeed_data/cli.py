@@ -1,0 +1,34 @@
+"""The command `asd-data`."""
+
+import sys
+
+from ascendspeed_data import __version__
+from ascendspeed_data.command_line import Command, build_app, run_app
+
+COMMANDS = "ascendspeed_data.commands"
+
+app = build_app(
+    "Turn text into training data for large language models; needs no torch.",
+    __version__,
+    [
+        Command(
+            "train-tokenizer",
+            f"{COMMANDS}.train_tokenizer:train_tokenizer_command",
+            "Train a SentencePiece tokenizer on text.",
+        ),
+        Command(
+            "preprocess", f"{COMMANDS}.preprocess:preprocess_command", "Tokenize text into .bin/.idx files."
+        ),
+        Command("inspect", f"{COMMANDS}.inspect:inspect_command", "Show what a dataset holds."),
+        Command("verify", f"{COMMANDS}.inspect:verify_command", "Prove a dataset whole."),
+    ],
+)
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    sys.exit(run_app(app, "asd-data"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""What made a dataset, beside the dataset: so that nobody trains or serves with another tokenizer unawares."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ascendspeed_data.errors import DataError
+from ascendspeed_data.tokenizer import Tokenizer
+
+FORMAT_VERSION = 1
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+"""How to bring the content of an older version to the next one."""
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TokenizerRecord(_Frozen):
+    """The tokenizer that made the ids."""
+
+    name: str
+    kind: str
+    fingerprint: str
+    vocab_size: int
+    bos_id: int | None
+    eos_id: int | None
+    unk_id: int | None
+    pad_id: int | None
+    add_bos: bool
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> "TokenizerRecord":
+        """Describe a tokenizer; only its folder's name is kept."""
+        keys = ("kind", "fingerprint", "vocab_size", "bos_id", "eos_id", "unk_id", "pad_id", "add_bos")
+        return cls(name=tokenizer.path.name, **{key: getattr(tokenizer, key) for key in keys})
+
+
+class InputRecord(_Frozen):
+    """One input file."""
+
+    name: str
+    num_bytes: int
+    sha256: str
+
+
+class DatasetManifest(_Frozen):
+    """Everything that decides the bytes of a dataset, and what came out."""
+
+    format_version: int = FORMAT_VERSION
+    tokenizer: TokenizerRecord
+    handler: str
+    json_key: str
+    append_eod: bool
+    token_format: str
+    num_documents: int
+    num_empty_documents: int
+    num_tokens: int
+    num_text_bytes: int
+    unigram_entropy_nats: float
+    inputs: tuple[InputRecord, ...]
+    versions: dict[str, str]
+    command: str
+
+
+def manifest_path(prefix: Path) -> Path:
+    """Return where the manifest of a dataset lies."""
+    return prefix.with_name(prefix.name + ".manifest.json")
+
+
+def load_manifest(prefix: Path) -> DatasetManifest | None:
+    """Read the manifest of a dataset, or return `None` when it has none.
+
+    Raises:
+        DataError: the file is there but damaged, or of a newer version.
+    """
+    path = manifest_path(prefix)
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return DatasetManifest.model_validate(migrate(content, MIGRATIONS, path))
+    except (json.JSONDecodeError, UnicodeDecodeError, ValidationError) as error:
+        first = " ".join(str(error).split())[:200]
+        raise DataError(f"{path} is damaged: {first}; delete it to go on without its checks") from None
+
+
+def migrate(
+    content: dict[str, Any], migrations: dict[int, Callable[[dict[str, Any]], dict[str, Any]]], path: Path
+) -> dict[str, Any]:
+    """Bring a manifest's content to the present version, one step at a time."""
+    newest = max([FORMAT_VERSION, *(version + 1 for version in migrations)])
+    while content.get("format_version") != newest:
+        version = content.get("format_version")
+        if version not in migrations:
+            raise DataError(
+                f"{path}: format_version={version}, this version reads up to {newest}; update ascendspeed-data"
+            )
+        content = {**migrations[version](content), "format_version": version + 1}
+    return content
+
+
+def check_tokenizer(manifest: DatasetManifest, tokenizer: Tokenizer, what: str = "the dataset") -> None:
+    """Raise `DataError` unless `tokenizer` is the one that made the dataset."""
+    made = manifest.tokenizer
+    if made.fingerprint != tokenizer.fingerprint:
+        raise DataError(
+            f"tokenizer {tokenizer.path} (vocab_size={tokenizer.vocab_size}, fingerprint "
+            f"{tokenizer.fingerprint[:12]}) did not make {what}: {made.name} (vocab_size={made.vocab_size}, "
+            f"fingerprint {made.fingerprint[:12]}) did; give that one, or tokenize again"
+        )

@@ -1,0 +1,219 @@
+"""Tokenizers by their own ids: a `tokenizer.json`, or a SentencePiece `tokenizer.model` read by SentencePiece itself.
+
+transformers' conversion of a bare `tokenizer.model` merges doubled spaces in another order and drops a leading one,
+so it is not used: models trained with SentencePiece get SentencePiece's ids.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+from ascendspeed_data.command_line import log
+from ascendspeed_data.errors import ConfigError, DataError, did_you_mean
+
+KINDS = ("PretrainedFromHF",)
+DEFINING_FILES = ("tokenizer.json", "tokenizer.model")
+"""Files that define ids, the one that counts first."""
+
+
+class Tokenizer(Protocol):
+    """Text to ids and back.
+
+    Attributes:
+        path: folder or file.
+        kind: `sentencepiece` or `tokenizer.json`.
+        vocab_size: ids are below it.
+        bos_id: id that begins a text, or `None`.
+        eos_id: id that ends a document, or `None`.
+        unk_id: id of what is not known, or `None`.
+        pad_id: id of padding, or `None`.
+        add_bos: whether `encode` begins with `bos_id`.
+        fingerprint: SHA-256 of what defines the ids.
+    """
+
+    path: Path
+    kind: str
+    vocab_size: int
+    bos_id: int | None
+    eos_id: int | None
+    unk_id: int | None
+    pad_id: int | None
+    add_bos: bool
+    fingerprint: str
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Return the ids of a text; special pieces spelled in it are ordinary text."""
+        ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of several texts."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ids, without special pieces."""
+        ...
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model with the special ids that its folder's config names."""
+
+    kind = "sentencepiece"
+
+    def __init__(self, path: Path, model_file: Path, config: dict[str, Any]) -> None:
+        import sentencepiece
+
+        self.path = path
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
+        except (RuntimeError, OSError) as error:
+            raise DataError(f"{model_file} is not a SentencePiece model: {error}") from None
+        self.vocab_size = int(self._model.vocab_size())
+        self.bos_id = self._special(config, "bos_token", self._model.bos_id())
+        self.eos_id = self._special(config, "eos_token", self._model.eos_id())
+        self.unk_id = self._special(config, "unk_token", self._model.unk_id())
+        self.pad_id = self._special(config, "pad_token", self._model.pad_id())
+        self.add_bos = bool(config.get("add_bos_token", bool(config))) and self.bos_id is not None
+        self.fingerprint = _sha256(model_file.read_bytes(), json.dumps([self.add_bos]).encode())
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Return SentencePiece's ids, after BOS if the tokenizer is set so."""
+        ids: list[int] = self._model.encode(text)
+        return [self.bos_id, *ids] if self.add_bos and add_special_tokens and self.bos_id is not None else ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of several texts, on one thread."""
+        encoded: list[list[int]] = self._model.encode(list(texts), num_threads=1)
+        return (
+            [[self.bos_id, *ids] for ids in encoded] if self.add_bos and self.bos_id is not None else encoded
+        )
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ids; control pieces give nothing."""
+        text: str = self._model.decode([int(i) for i in ids if not self._model.is_control(int(i))])
+        return text
+
+    def _special(self, config: dict[str, Any], key: str, default: int) -> int | None:
+        if key not in config:
+            return default if default >= 0 else None
+        piece = _piece(config[key])
+        if piece is None:
+            return None
+        number = int(self._model.piece_to_id(piece))
+        if self._model.id_to_piece(number) != piece:
+            raise DataError(
+                f"{self.path}: {key}={piece!r} of tokenizer_config.json is no piece of tokenizer.model"
+            )
+        return number
+
+
+class JsonTokenizer:
+    """A `tokenizer.json`, with the special ids that its folder's config names."""
+
+    kind = "tokenizer.json"
+
+    def __init__(self, path: Path, json_file: Path, config: dict[str, Any]) -> None:
+        from tokenizers import Tokenizer as FastTokenizer
+
+        self.path = path
+        content = json_file.read_bytes()
+        try:
+            self._tokenizer = FastTokenizer.from_str(content.decode("utf-8"))
+        except (ValueError, Exception) as error:  # noqa: BLE001 - tokenizers raises bare Exception
+            raise DataError(f"{json_file} is not a tokenizer: {error}") from None
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self.bos_id = self._special(config, "bos_token")
+        self.eos_id = self._special(config, "eos_token")
+        self.unk_id = self._special(config, "unk_token")
+        self.pad_id = self._special(config, "pad_token")
+        probe = self._tokenizer.encode("a").ids
+        self.add_bos = self.bos_id is not None and probe[:1] == [self.bos_id]
+        self.fingerprint = _sha256(content)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Return the ids that the file gives."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of several texts."""
+        return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ids, without special pieces."""
+        text: str = self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+        return text
+
+    @cached_property
+    def _ids(self) -> dict[str, int]:
+        vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
+        return vocabulary
+
+    def _special(self, config: dict[str, Any], key: str) -> int | None:
+        piece = _piece(config.get(key))
+        if piece is not None and piece not in self._ids:
+            raise DataError(
+                f"{self.path}: {key}={piece!r} of tokenizer_config.json is no token of tokenizer.json"
+            )
+        return None if piece is None else self._ids[piece]
+
+
+def load_tokenizer(path: Path, kind: str = "PretrainedFromHF") -> SentencePieceTokenizer | JsonTokenizer:
+    """Open a tokenizer folder, a bare SentencePiece model, or a `tokenizer.json`.
+
+    Args:
+        path: a folder with `tokenizer.json` or `tokenizer.model`, or one of these files. In a folder with both,
+            `tokenizer.json` counts. Code named by a config (`auto_map`) is never run.
+        kind: `PretrainedFromHF`, the only type there is.
+
+    Raises:
+        ConfigError: an unknown kind.
+        DataError: nothing there, or not a tokenizer.
+    """
+    if kind not in KINDS:
+        raise ConfigError(
+            f"tokenizer_type={kind} is unknown; known: {', '.join(KINDS)}{did_you_mean(kind, KINDS)}"
+        )
+    if path.is_file():
+        if path.suffix == ".json":
+            return JsonTokenizer(path, path, {})
+        return SentencePieceTokenizer(path, path, {})
+    for name in DEFINING_FILES:
+        if (path / name).is_file():
+            config = _read_config(path)
+            if name == "tokenizer.json":
+                return JsonTokenizer(path, path / name, config)
+            return SentencePieceTokenizer(path, path / name, config)
+    state = "holds neither tokenizer.json nor tokenizer.model" if path.is_dir() else "does not exist"
+    raise DataError(
+        f"tokenizer {path} {state}; check --tokenizer-name-or-path (names of a hub are not downloaded)"
+    )
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "tokenizer_config.json"
+    if not path.is_file():
+        return {}
+    try:
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is not JSON: {error}") from None
+    if config.get("tokenizer_class") == "LLaMATokenizer":
+        log(f"{path} names LLaMATokenizer; read as LlamaTokenizer, which it means")
+    return config
+
+
+def _piece(value: Any) -> str | None:
+    """Special tokens are written as text, or as an object with `content`."""
+    return value.get("content") if isinstance(value, dict) else value
+
+
+def _sha256(*parts: bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()

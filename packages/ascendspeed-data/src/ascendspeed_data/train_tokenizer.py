@@ -1,0 +1,136 @@
+"""Train a SentencePiece tokenizer and save it as a Hugging Face folder."""
+
+import io
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ascendspeed_data.command_line import log
+from ascendspeed_data.errors import AscendSpeedError, DataError
+from ascendspeed_data.readers import find_inputs, read_records, text_of
+
+MAX_SENTENCE_BYTES = 4096
+"""SentencePiece leaves longer sentences out; texts are cut at line ends so that none is."""
+
+
+@dataclass(frozen=True)
+class TokenizerTraining:
+    """How to train.
+
+    Attributes:
+        vocab_size: pieces, special and byte pieces included.
+        model_type: how SentencePiece builds the vocabulary.
+        character_coverage: share of characters that get pieces of their own; the rest is spelled in bytes.
+        sample_bytes: text that is trained on, taken from the start of the input.
+        num_threads: threads of SentencePiece.
+    """
+
+    vocab_size: int
+    model_type: Literal["bpe", "unigram"] = "bpe"
+    character_coverage: float = 0.9995
+    sample_bytes: int = 20_000_000
+    num_threads: int = 2
+
+
+def train_tokenizer(
+    inputs: Sequence[str], json_key: str, folder: Path, training: TokenizerTraining, overwrite: bool = False
+) -> Path:
+    """Train on the texts of `inputs` and write `folder`, under a temporary name first.
+
+    The settings are LLaMA's: no normalisation, digits apart, unknown characters as bytes, ids 0 `<unk>`, 1 `<s>`,
+    2 `</s>`. The same input and settings give the same bytes.
+
+    Raises:
+        AscendSpeedError: the folder exists, or the text does not give so many pieces.
+    """
+    import sentencepiece
+
+    if folder.exists() and not overwrite:
+        raise AscendSpeedError(
+            f"output_dir={folder} exists; give --overwrite to replace it, or another folder"
+        )
+    written = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_sentences(inputs, json_key, training.sample_bytes),
+            model_writer=written,
+            vocab_size=training.vocab_size,
+            model_type=training.model_type,
+            character_coverage=training.character_coverage,
+            num_threads=training.num_threads,
+            byte_fallback=True,
+            split_digits=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=True,
+            allow_whitespace_only_pieces=True,
+            max_sentence_length=MAX_SENTENCE_BYTES,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise DataError(
+            f"vocab_size={training.vocab_size} cannot be trained on this text: {reason}; choose a smaller one or "
+            "give more text"
+        ) from None
+    scratch = folder.with_name(folder.name + ".incomplete")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    (scratch / "tokenizer.model").write_bytes(written.getvalue())
+    _write_configs(scratch)
+    if folder.exists():
+        shutil.rmtree(folder)
+    return scratch.rename(folder)
+
+
+def _sentences(inputs: Sequence[str], json_key: str, sample_bytes: int) -> Iterator[str]:
+    """Yield texts in pieces that SentencePiece takes, up to `sample_bytes`."""
+    taken = 0
+    for path in find_inputs(inputs):
+        for number, record in enumerate(read_records(path), 1):
+            for piece in _cut(text_of(record, json_key, path, number)):
+                size = len(piece.encode("utf-8"))
+                if taken + size > sample_bytes:
+                    log(f"training on the first {taken:,} bytes of text (--sample-bytes)")
+                    return
+                taken += size
+                yield piece
+    log(f"training on all {taken:,} bytes of text")
+
+
+def _cut(text: str) -> Iterator[str]:
+    """Cut a text at line ends, and lines that are still too long anywhere."""
+    characters = MAX_SENTENCE_BYTES // 4
+    piece = ""
+    for line in text.splitlines(keepends=True):
+        if piece and len(piece) + len(line) > characters:
+            yield piece
+            piece = ""
+        piece += line
+        while len(piece) > characters:
+            yield piece[:characters]
+            piece = piece[characters:]
+    if piece:
+        yield piece
+
+
+def _write_configs(folder: Path) -> None:
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    config = {
+        "tokenizer_class": "LlamaTokenizer",
+        **special,
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "legacy": True,
+        "sp_model_kwargs": {},
+    }
+    for name, content in (("tokenizer_config.json", config), ("special_tokens_map.json", special)):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
