@@ -82,6 +82,7 @@ def launch(module: str, args: Sequence[str], nproc_per_node: int, device: str) -
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=nproc_per_node,
+        run_id=f"ascendspeed-{os.getpid()}",
         rdzv_backend="c10d",
         rdzv_endpoint="127.0.0.1:0",
         max_restarts=0,

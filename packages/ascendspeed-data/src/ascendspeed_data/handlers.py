@@ -1,4 +1,7 @@
-"""Handlers: how a record becomes documents. Others add theirs under the entry-point group `ascendspeed_data.handlers`."""
+"""Handlers: how a record becomes documents.
+
+Other packages add theirs under the entry-point group `ascendspeed_data.handlers`.
+"""
 
 from collections.abc import Sequence
 from importlib import metadata

@@ -28,7 +28,7 @@ def find_inputs(patterns: Sequence[str]) -> list[Path]:
         if path.is_dir():
             matches = sorted(p for p in path.rglob("*") if p.is_file() and _format_of(p))
         else:
-            matches = [path] if path.is_file() else [Path(name) for name in sorted(glob.glob(pattern))]
+            matches = [path] if path.is_file() else [Path(name) for name in sorted(glob.glob(pattern))]  # noqa: PTH207 - absolute patterns
         if not matches:
             raise DataError(f"input {pattern} names no file that can be read; check --input")
         found += matches

@@ -4,7 +4,7 @@ Documents are joined, shuffled and cut into samples of S + 1 tokens. Sample numb
 data-parallel rank and micro-batch that Megatron-LM's sequential sampler gives it to.
 """
 
-import logging
+import hashlib
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,14 +13,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from ascendspeed_data.indexed import check_indexed_dataset
-from ascendspeed_data.manifest import DatasetManifest, load_manifest
 
 from ascendspeed_core.config.training import DataConfig
+from ascendspeed_core.megatron import megatron
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.training.step import MicroBatch
 from ascendspeed_data.command_line import log
 from ascendspeed_data.errors import DataError
+from ascendspeed_data.indexed import check_indexed_dataset
+from ascendspeed_data.manifest import DatasetManifest, load_manifest
+
+DIGEST_ENTRIES = 1_000_000
+"""Entries of an index that go into the digest of the sample order."""
 
 
 def check_data(config: DataConfig) -> DatasetManifest | None:
@@ -89,6 +93,12 @@ class TrainingData:
                 "give validation a larger share or leave --eval-iters out"
             )
 
+    def order_digest(self, consumed: int) -> str:
+        """Return a digest of which samples the first `consumed` ones are; equal digests continue each other."""
+        digest = hashlib.sha256()
+        _digest_order(self.train, consumed, digest)
+        return digest.hexdigest()
+
     def micro_batches(self, consumed: int, num_micro_batches: int, size: int) -> list[MicroBatch]:
         """Return this rank's micro-batches of the step that follows `consumed` samples."""
         return list(self._take(self.train, consumed, num_micro_batches, size))
@@ -128,9 +138,8 @@ def _build_datasets(
     vocab_size: int,
     end_of_document: int | None,
 ) -> list[Any]:
-    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-
+    gpt = megatron("datasets.gpt_dataset")
+    blended = megatron("datasets.blended_megatron_dataset_builder")
     prefixes, weights = config.blend()
     # Only the ids of the tokenizer matter here: no padding occurs, and the end of a document may mask the loss.
     # The identifiers name the cached index; they are those of a tokenizer without a class of its own.
@@ -140,8 +149,7 @@ def _build_datasets(
         vocab_size=None,
         unique_identifiers={"class": "ids", "vocab_size": vocab_size},
     )
-    logging.getLogger("megatron.core").setLevel(logging.WARNING)
-    dataset_config = GPTDatasetConfig(
+    dataset_config = gpt.GPTDatasetConfig(
         random_seed=seed,
         sequence_length=config.seq_length,
         blend=(prefixes, weights),
@@ -155,9 +163,24 @@ def _build_datasets(
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        builder = BlendedMegatronDatasetBuilder(GPTDataset, list(num_samples), lambda: True, dataset_config)
+        builder = blended.BlendedMegatronDatasetBuilder(
+            gpt.GPTDataset, list(num_samples), lambda: True, dataset_config
+        )
         built: list[Any] = builder.build()
     return built
+
+
+def _digest_order(dataset: Any, consumed: int, digest: Any) -> None:
+    """Feed the parts of a dataset that decide its first samples; of long tables, every so many entries."""
+    if hasattr(dataset, "datasets"):
+        tables = [dataset.dataset_index[:consumed], dataset.dataset_sample_index[:consumed]]
+        for part in dataset.datasets:
+            _digest_order(part, min(consumed, len(part)), digest)
+    else:
+        tables = [dataset.document_index, dataset.shuffle_index[:consumed]]
+    for table in tables:
+        digest.update(str(table.shape).encode())
+        digest.update(table[:: len(table) // DIGEST_ENTRIES + 1].astype(np.int64).tobytes())
 
 
 def _cache_folders(config: DataConfig) -> list[Path]:

@@ -40,13 +40,15 @@ class Progress:
         iteration: steps done.
         consumed_samples: samples taken from the training data.
         optimizer_steps: updates of the weights.
-        data_order: what fixes the order of samples; equal orders make the position meaningful.
+        data_order: options that decide the order of samples; under others the position means nothing.
+        order_digest: digest of the samples that were consumed; empty before the data is built.
     """
 
     iteration: int
     consumed_samples: int
     optimizer_steps: int
     data_order: Mapping[str, Any]
+    order_digest: str = ""
 
 
 def save_checkpoint(
@@ -87,6 +89,7 @@ def save_checkpoint(
             "consumed_samples": progress.consumed_samples,
             "optimizer_steps": progress.optimizer_steps,
             "data_order": dict(progress.data_order),
+            "order_digest": progress.order_digest,
             "layout": {"tp": mesh.layout.tp, "dp": mesh.layout.dp},
             "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
             "model": model.config.model_dump(mode="json"),
@@ -117,7 +120,7 @@ def load_progress(source: NativeSource) -> Progress:
         return Progress(
             **{
                 key: source.description[key]
-                for key in ("iteration", "consumed_samples", "optimizer_steps", "data_order")
+                for key in ("iteration", "consumed_samples", "optimizer_steps", "data_order", "order_digest")
             }
         )
     except KeyError as error:

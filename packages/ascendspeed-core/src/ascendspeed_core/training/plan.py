@@ -4,8 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ascendspeed_data.manifest import DatasetManifest
-
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.config.training import PretrainConfig
@@ -18,6 +16,7 @@ from ascendspeed_core.weights.huggingface import read_json
 from ascendspeed_core.weights.native import TRACKER
 from ascendspeed_data.command_line import log
 from ascendspeed_data.errors import AscendSpeedError, ConfigError
+from ascendspeed_data.manifest import DatasetManifest
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ def plan_run(config: PretrainConfig, world_size: int) -> RunPlan:
     manifest = check_data(config.data)
     _check_vocabulary(config, source.config, manifest)
     samples = _num_samples(config, layout.dp)
-    start = _start(config, source, _data_order(config, samples[0]))
+    start = _start(config, source, _data_order(config))
     _check_save_folder(config, source, start)
     return RunPlan(config, layout, source, start, samples, manifest)
 
@@ -118,14 +117,13 @@ def _num_samples(config: PretrainConfig, dp: int) -> tuple[int, int, int]:
     return samples_of_run(batch, dp), measurements * batch.eval_iters * batch.check_layout(dp), 0
 
 
-def _data_order(config: PretrainConfig, num_samples: int) -> dict[str, Any]:
-    """What fixes the order of samples in megatron-core's builder."""
+def _data_order(config: PretrainConfig) -> dict[str, Any]:
+    """The options that decide the order of samples; the number of epochs does too, see `TrainingData.order_digest`."""
     return {
         "data": [Path(part).name for part in config.data.data_path],
         "split": config.data.split,
         "seq_length": config.data.seq_length,
         "seed": config.batch.seed,
-        "num_samples": num_samples,
     }
 
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 from ascendspeed_core.config.training import BatchConfig, OptimizerConfig
+from ascendspeed_core.megatron import megatron
 from ascendspeed_core.training.optimizer import MasterOptimizer
 
 
@@ -55,30 +56,24 @@ def samples_of_run(batch: BatchConfig, dp: int) -> int:
 
 
 def _micro_batch_calculator(batch: BatchConfig, global_batch_size: int, dp: int) -> Any:
-    from megatron.core.num_microbatches_calculator import (
-        ConstantNumMicroBatchesCalculator,
-        RampupBatchsizeNumMicroBatchesCalculator,
-    )
-
+    calculators = megatron("num_microbatches_calculator")
     # rank=-1: the calculators report each growth of the batch from rank 0; the trainer's metrics do.
     common = (global_batch_size, batch.micro_batch_size, dp, False, -1)
     if not batch.rampup_batch_size or batch.rampup_batch_size[0] == global_batch_size:
-        return ConstantNumMicroBatchesCalculator(*common)
-    return RampupBatchsizeNumMicroBatchesCalculator(*common, *batch.rampup_batch_size)
+        return calculators.ConstantNumMicroBatchesCalculator(*common)
+    return calculators.RampupBatchsizeNumMicroBatchesCalculator(*common, *batch.rampup_batch_size)
 
 
 def _rate_scheduler(
     optimizer: MasterOptimizer, config: OptimizerConfig, batch: BatchConfig, global_batch_size: int
 ) -> Any:
-    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-
     decay_iters = config.lr_decay_iters or batch.train_iters
     decay_samples = decay_iters * global_batch_size
     if config.lr_warmup_fraction is not None:
         warmup_samples = int(config.lr_warmup_fraction * decay_samples)
     else:
         warmup_samples = min(config.lr_warmup_iters * global_batch_size, decay_samples - 1)
-    return OptimizerParamScheduler(
+    return megatron("optimizer_param_scheduler").OptimizerParamScheduler(
         optimizer.adamw,
         init_lr=0.0,
         max_lr=config.lr,

@@ -59,7 +59,14 @@ class Trainer:
             load_optimizer(source, self.optimizer, self.plan.start.optimizer_steps)
         if self.config.start.load_rng:
             load_random_state(source, self.mesh)
-        self.schedule.advance(self.plan.start.consumed_samples)
+        consumed = self.plan.start.consumed_samples
+        if self.data.order_digest(consumed) != source.description["order_digest"]:
+            raise AscendSpeedError(
+                f"{source.path}: its first {consumed} samples are not the first {consumed} of this run (other data "
+                "files, or another number of epochs through a changed --train-iters); keep the data and "
+                "--train-iters, stop early with --exit-interval, or give --finetune to start the data anew"
+            )
+        self.schedule.advance(consumed)
         self._say(f"resumed at iteration {self.iteration} from {source.folder}")
 
     def train(self) -> list[dict[str, Any]]:
@@ -147,6 +154,7 @@ class Trainer:
             self.schedule.consumed_samples,
             self.optimizer.num_steps,
             self.plan.start.data_order,
+            self.data.order_digest(self.schedule.consumed_samples),
         )
         run = self.config.model_dump(mode="json")
         saved = save_checkpoint(folder, progress, self.model, self.optimizer, run, self.mesh)
