@@ -6,6 +6,7 @@ so it is not used: models trained with SentencePiece get SentencePiece's ids.
 
 import hashlib
 import json
+import shutil
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +18,17 @@ from ascendspeed_data.errors import ConfigError, DataError, did_you_mean
 KINDS = ("PretrainedFromHF",)
 DEFINING_FILES = ("tokenizer.json", "tokenizer.model")
 """Files that define ids, the one that counts first."""
+
+TOKENIZER_FILES = (
+    *DEFINING_FILES,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+)
+"""All files of a Hugging Face tokenizer."""
 
 
 class Tokenizer(Protocol):
@@ -192,6 +204,23 @@ def load_tokenizer(path: Path, kind: str = "PretrainedFromHF") -> SentencePieceT
     raise DataError(
         f"tokenizer {path} {state}; check --tokenizer-name-or-path (names of a hub are not downloaded)"
     )
+
+
+def copy_tokenizer(source: Path, folder: Path) -> list[Path]:
+    """Copy the files of a tokenizer (a folder, or one file) into `folder`, and return the copies."""
+    files = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
+    if source.is_file():
+        files = [source]
+    folder.mkdir(parents=True, exist_ok=True)
+    copies = []
+    for file in files:
+        name = file.name
+        if source.is_file():
+            name = "tokenizer.json" if file.suffix == ".json" else "tokenizer.model"
+        if not (folder / name).is_file() or not file.samefile(folder / name):
+            shutil.copyfile(file, folder / name)
+        copies.append(folder / name)
+    return copies
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

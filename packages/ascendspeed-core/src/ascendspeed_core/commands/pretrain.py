@@ -60,9 +60,20 @@ def train(plan: Any) -> None:
     with process_group(plan.config.launch.device) as (world, device), ExitStack() as held:
         if save is not None and world.rank == 0:
             held.enter_context(output_lock(save / "run.lock", f"--save {save}"))
+            keep_tokenizer(plan, save)
         records = Trainer(plan, ParallelMesh.create(device, plan.layout)).train()
     if records:
         conclude(records, plan)
+
+
+def keep_tokenizer(plan: Any, save: Path) -> None:
+    """Copy the tokenizer's files into the run's folder, so that its checkpoints can be used without being told."""
+    from ascendspeed_core.weights.native import TOKENIZER
+    from ascendspeed_data.tokenizer import copy_tokenizer
+
+    folder = plan.config.data.tokenizer_name_or_path or plan.source.tokenizer
+    if folder is not None:
+        copy_tokenizer(folder, save / TOKENIZER)
 
 
 def describe(plan: Any) -> None:

@@ -5,11 +5,10 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from ascendspeed_core.config.base import Config, spellings
+from ascendspeed_core.config.base import Config
 from ascendspeed_core.config.model import ArchitectureFlags
 from ascendspeed_core.config.parallel import ParallelConfig
-
-DTYPES = ("float64", "float32", "bfloat16", "float16")
+from ascendspeed_core.config.source import ModelSourceConfig
 
 
 class LaunchConfig(Config):
@@ -49,17 +48,9 @@ class PrecisionConfig(Config):
         return self.dtype or ("float16" if self.fp16 else "bfloat16" if self.bf16 else "float32")
 
 
-class StartConfig(Config):
+class StartConfig(ModelSourceConfig):
     """Where the weights come from, and where results go."""
 
-    load: Path | None = Field(
-        None, description="Start from this checkpoint: a training run's folder or a Hugging Face folder."
-    )
-    model_config_file: Path | None = Field(
-        None,
-        description="Start from random weights of this Hugging Face config.json.",
-        json_schema_extra=spellings("--model-config"),
-    )
     save: Path | None = Field(None, description="Folder of the run: checkpoints, metrics.jsonl, loss.png.")
     save_interval: int | None = Field(
         None, ge=1, description="Iterations between checkpoints; the last is always saved."
@@ -74,13 +65,7 @@ class StartConfig(Config):
     load_rng: bool = Field(True, description="Take the random state from --load.")
 
     @model_validator(mode="after")
-    def _one_start(self) -> "StartConfig":
-        if (self.load is None) == (self.model_config_file is None):
-            have = "both" if self.load else "neither"
-            raise ValueError(
-                f"{have} of --load and --model-config given; give --load DIR to start from weights, or "
-                "--model-config FILE to start from random ones"
-            )
+    def _resume_needs_save(self) -> "StartConfig":
         if self.auto_resume and self.save is None:
             raise ValueError("auto_resume=true needs --save DIR, where the checkpoints are")
         return self

@@ -7,12 +7,10 @@ from typing import Any
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.config.training import PretrainConfig
-from ascendspeed_core.models.families import family_of_hugging_face
 from ascendspeed_core.training.batches import check_data
 from ascendspeed_core.training.checkpoint import Progress, load_progress, saved_iterations
 from ascendspeed_core.training.schedule import samples_of_run
-from ascendspeed_core.weights import InitialWeights, NativeSource, WeightSource, open_weights
-from ascendspeed_core.weights.huggingface import read_json
+from ascendspeed_core.weights import NativeSource, WeightSource, open_source, open_weights
 from ascendspeed_core.weights.native import TRACKER
 from ascendspeed_data.command_line import log
 from ascendspeed_data.errors import AscendSpeedError, ConfigError
@@ -81,12 +79,7 @@ def _open_source(config: PretrainConfig) -> WeightSource:
     start = config.start
     if start.auto_resume and start.save and (start.save / TRACKER).is_file():
         return open_weights(start.save)
-    if start.load is not None:
-        return open_weights(start.load)
-    assert start.model_config_file is not None
-    hf_config = read_json(start.model_config_file)
-    family = family_of_hugging_face(hf_config, str(start.model_config_file))
-    return InitialWeights(family.read_config(hf_config), config.batch.seed)
+    return open_source(start, config.batch.seed)
 
 
 def _check_length(config: PretrainConfig, model: ModelConfig, where: str) -> None:

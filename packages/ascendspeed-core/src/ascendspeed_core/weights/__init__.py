@@ -4,7 +4,7 @@ from ascendspeed_core.weights.huggingface import HuggingFaceSource
 from ascendspeed_core.weights.initial import InitialWeights
 from ascendspeed_core.weights.load import load_weights
 from ascendspeed_core.weights.native import NativeSource
-from ascendspeed_core.weights.open import open_weights
+from ascendspeed_core.weights.open import open_source, open_weights
 from ascendspeed_core.weights.source import Index, TensorInfo, WeightSource
 
 __all__ = [
@@ -15,5 +15,6 @@ __all__ = [
     "TensorInfo",
     "WeightSource",
     "load_weights",
+    "open_source",
     "open_weights",
 ]

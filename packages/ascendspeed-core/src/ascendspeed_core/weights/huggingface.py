@@ -10,6 +10,7 @@ import torch
 
 from ascendspeed_core.models.families import Family, family_of_hugging_face
 from ascendspeed_core.weights.source import CheckpointError, Index, TensorInfo, inside
+from ascendspeed_data.tokenizer import DEFINING_FILES
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -33,6 +34,11 @@ class HuggingFaceSource:
         self._theirs = {rule.ours: rule.theirs for rule in self.family.weights(self.config)}
         self._files: dict[Path, Any] = {}
         self._check_names()
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """The folder itself, if a tokenizer lies in it."""
+        return self._folder if any((self._folder / name).is_file() for name in DEFINING_FILES) else None
 
     def tensors(self) -> Mapping[str, TensorInfo]:
         """Return every tensor by our name."""

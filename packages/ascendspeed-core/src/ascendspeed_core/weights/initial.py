@@ -22,6 +22,7 @@ class InitialWeights:
 
     kind = "random"
     path: Path | None = None
+    tokenizer: Path | None = None
 
     def __init__(self, config: ModelConfig, seed: int) -> None:
         self.config, self.seed = config, seed

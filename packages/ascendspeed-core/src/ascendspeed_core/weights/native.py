@@ -5,6 +5,7 @@ Layout of a run's folder, all of it written by `training.checkpoint`:
     latest_checkpointed_iteration.txt    "100"
     iter_0000100/checkpoint.json         model config, iteration, run config; written last
     iter_0000100/.metadata, *.distcp     DCP: tensors by logical name, cut as they were
+    tokenizer/                           files of the tokenizer, if the run was told which
 
 Tensor names: `model/NAME`, `optimizer/exp_avg/NAME`, `optimizer/exp_avg_sq/NAME`, `optimizer/master/NAME`,
 `rng/RANK`. A checkpoint is one logical model: where it was cut shows only in the list of chunks.
@@ -28,6 +29,7 @@ from ascendspeed_data.errors import ConfigError
 FORMAT_VERSION = 1
 TRACKER = "latest_checkpointed_iteration.txt"
 DESCRIPTION = "checkpoint.json"
+TOKENIZER = "tokenizer"
 ITERATION_FOLDER = re.compile(r"iter_(\d{7,})")
 
 _ALLOWED = {
@@ -156,6 +158,14 @@ class NativeSource:
         except (ConfigError, KeyError) as error:
             raise CheckpointError(f"{self.folder / DESCRIPTION}: no valid model config: {error}") from None
         self.stored = DistributedTensors(self.folder)
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """Folder of the tokenizer that the run was told of, if any."""
+        for folder in (self.folder, self.folder.parent):
+            if (folder / TOKENIZER).is_dir():
+                return folder / TOKENIZER
+        return None
 
     def tensors(self) -> Mapping[str, TensorInfo]:
         """Return every weight by its name."""

@@ -2,9 +2,12 @@
 
 from pathlib import Path
 
-from ascendspeed_core.weights.huggingface import HuggingFaceSource
+from ascendspeed_core.config.source import ModelSourceConfig
+from ascendspeed_core.models.families import family_of_hugging_face
+from ascendspeed_core.weights.huggingface import HuggingFaceSource, read_json
+from ascendspeed_core.weights.initial import InitialWeights
 from ascendspeed_core.weights.native import DESCRIPTION, TRACKER, NativeSource
-from ascendspeed_core.weights.source import CheckpointError
+from ascendspeed_core.weights.source import CheckpointError, WeightSource
 
 RECOGNISED = {
     "native": f"a run's folder with {TRACKER}, or an iter_* folder with {DESCRIPTION}",
@@ -26,6 +29,20 @@ def kind_of(path: Path) -> str:
         return "huggingface"
     known = "; ".join(f"{kind}: {what}" for kind, what in RECOGNISED.items())
     raise CheckpointError(f"{path} is no checkpoint that is recognised ({known})")
+
+
+def open_source(source: ModelSourceConfig, seed: int) -> WeightSource:
+    """Open what a command was told to start from: a checkpoint, or random weights of a config.
+
+    Raises:
+        CheckpointError: nothing there, not recognised, incomplete, or of an unsupported architecture.
+    """
+    if source.load is not None:
+        return open_weights(source.load)
+    path = source.model_config_file
+    assert path is not None
+    hf_config = read_json(path)
+    return InitialWeights(family_of_hugging_face(hf_config, str(path)).read_config(hf_config), seed)
 
 
 def open_weights(path: Path) -> HuggingFaceSource | NativeSource:

@@ -41,11 +41,17 @@ class WeightSource(Protocol):
         kind: what it is, `huggingface`, `native` or `random`.
         path: the folder as the user named it, for messages; `None` when there is none.
         config: the architecture.
+        tokenizer: folder of the tokenizer that came with the weights, if any.
     """
 
     kind: str
     path: Path | None
     config: ModelConfig
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """Folder of the tokenizer that came with the weights, if any."""
+        ...
 
     def tensors(self) -> Mapping[str, TensorInfo]:
         """Return every tensor by our parameter name."""

@@ -1,0 +1,31 @@
+"""Which model a command works on."""
+
+from pathlib import Path
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from ascendspeed_core.config.base import Config, spellings
+
+
+class ModelSourceConfig(Config):
+    """Weights come from a checkpoint, or from a seed when that is asked for by name; never by accident."""
+
+    load: Path | None = Field(
+        None, description="Start from this checkpoint: a training run's folder or a Hugging Face folder."
+    )
+    model_config_file: Path | None = Field(
+        None,
+        description="Start from random weights of this Hugging Face config.json.",
+        json_schema_extra=spellings("--model-config"),
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.load is None) == (self.model_config_file is None):
+            have = "both" if self.load else "neither"
+            raise ValueError(
+                f"{have} of --load and --model-config given; give --load DIR to start from weights, or "
+                "--model-config FILE to start from random ones"
+            )
+        return self

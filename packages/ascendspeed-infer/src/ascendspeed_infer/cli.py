@@ -1,0 +1,21 @@
+"""The command `asd-infer`."""
+
+import sys
+
+from ascendspeed_data.command_line import Command, build_app, run_app
+from ascendspeed_infer import __version__
+
+app = build_app(
+    "Generate text from any checkpoint, under any layout.",
+    __version__,
+    [Command("generate", "ascendspeed_infer.commands.generate:generate", "Continue texts.")],
+)
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    sys.exit(run_app(app, "asd-infer"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""Continue a text: `prefill` the prompt, then `decode_one_token` again and again.
+
+Shapes: S prompt length, V vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from ascendspeed_core.models.cache import KeyValueCache
+from ascendspeed_core.models.transformer import Transformer
+from ascendspeed_core.parallel.mesh import ParallelMesh
+from ascendspeed_core.parallel.tensor import gather_logits
+from ascendspeed_data.errors import AscendSpeedError, ConfigError
+from ascendspeed_infer.sampling import Sampling, choose_token
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How a text is continued.
+
+    Attributes:
+        max_new_tokens: exactly so many, unless the text ends before.
+        sampling: how each token is chosen.
+        eos_ids: ids that end the text; the id itself is kept in `token_ids`, not in the text.
+        stop: texts that end the text; cut off together with what follows.
+    """
+
+    max_new_tokens: int
+    sampling: Sampling = field(default_factory=Sampling)
+    eos_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ConfigError(
+                f"max_new_tokens={self.max_new_tokens} is below 1; give how many tokens to generate"
+            )
+
+
+@dataclass(frozen=True)
+class Generated:
+    """New tokens, and why they end."""
+
+    token_ids: tuple[int, ...]
+    finish_reason: Literal["length", "stop"]
+
+
+@torch.no_grad()
+def generate_ids(
+    model: Transformer,
+    mesh: ParallelMesh,
+    prompt_ids: Sequence[int],
+    settings: GenerationSettings,
+    ends: Callable[[Sequence[int]], bool] = lambda _: False,
+) -> Generated:
+    """Continue one prompt; all processes of a tensor-parallel group call it and get the same tokens.
+
+    Args:
+        model: this process's part.
+        mesh: its place.
+        prompt_ids: at least one id.
+        settings: length, sampling, end ids.
+        ends: told the new ids after each, says whether the text is complete (stop strings).
+
+    Raises:
+        AscendSpeedError: an empty prompt, or one that leaves no room for the new tokens.
+    """
+    check_length(len(prompt_ids), settings.max_new_tokens, model.config.max_position_embeddings)
+    cache = make_cache(model, mesh, len(prompt_ids) + settings.max_new_tokens)
+    generator = settings.sampling.generator()
+    logits = prefill(model, mesh, torch.tensor([list(prompt_ids)], device=mesh.device.torch), cache)
+    new_ids: list[int] = []
+    while True:
+        new_ids.append(choose_token(logits, settings.sampling, generator))
+        if new_ids[-1] in settings.eos_ids or ends(new_ids):
+            return Generated(tuple(new_ids), "stop")
+        if len(new_ids) == settings.max_new_tokens:
+            return Generated(tuple(new_ids), "length")
+        logits = decode_one_token(model, mesh, new_ids[-1], cache)
+
+
+def prefill(
+    model: Transformer, mesh: ParallelMesh, prompt: torch.Tensor, cache: KeyValueCache
+) -> torch.Tensor:
+    """Run the prompt [1, S], fill the cache, and return the logits of the token that follows, [V]."""
+    return gather_logits(model(prompt, cache=cache)[0, -1], model.config.vocab_size, mesh.group("tp"))
+
+
+def decode_one_token(
+    model: Transformer, mesh: ParallelMesh, token: int, cache: KeyValueCache
+) -> torch.Tensor:
+    """Run one more token and return the logits of the one that follows, [V]."""
+    tokens = torch.tensor([[token]], device=mesh.device.torch)
+    return gather_logits(model(tokens, cache=cache)[0, -1], model.config.vocab_size, mesh.group("tp"))
+
+
+def make_cache(model: Transformer, mesh: ParallelMesh, capacity_tokens: int) -> KeyValueCache:
+    """Return an empty cache for one text and this process's heads."""
+    config = model.config
+    return KeyValueCache(
+        num_layers=config.num_layers,
+        batch_size=1,
+        capacity_tokens=capacity_tokens,
+        num_key_value_heads=config.num_key_value_heads // mesh.layout.tp,
+        head_dim=config.head_dim,
+        dtype=next(model.parameters()).dtype,
+        device=mesh.device.torch,
+    )
+
+
+def check_length(prompt_tokens: int, new_tokens: int, limit: int) -> None:
+    """Raise `AscendSpeedError` unless prompt and new tokens fit the model."""
+    if prompt_tokens == 0:
+        raise AscendSpeedError("the prompt has no token and the tokenizer adds none; give a text to continue")
+    if prompt_tokens + new_tokens > limit:
+        raise AscendSpeedError(
+            f"the prompt has {prompt_tokens} tokens; with max_new_tokens={new_tokens} that is more than "
+            f"max_position_embeddings={limit} of the model; shorten the prompt or ask for "
+            f"{max(limit - prompt_tokens, 0)} tokens"
+        )

@@ -1,0 +1,227 @@
+"""A model, its tokenizer and its place among processes, as one object."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from ascendspeed_core.config.parallel import ParallelConfig
+from ascendspeed_core.config.source import ModelSourceConfig
+from ascendspeed_core.device import choose_device
+from ascendspeed_core.launch import world_of_environment
+from ascendspeed_core.models.transformer import Transformer
+from ascendspeed_core.parallel.build import load_model
+from ascendspeed_core.parallel.mesh import ParallelMesh
+from ascendspeed_core.parallel.tensor import gather_logits
+from ascendspeed_core.weights import NativeSource, WeightSource, open_source
+from ascendspeed_data.errors import AscendSpeedError
+from ascendspeed_data.tokenizer import Tokenizer, load_tokenizer
+from ascendspeed_infer.generation import GenerationSettings, check_length, generate_ids
+from ascendspeed_infer.sampling import Sampling
+from ascendspeed_infer.scoring import Score, loglikelihood
+
+SCORING_BATCH_SIZE = 8
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A continued text.
+
+    Attributes:
+        prompt: as given.
+        text: what follows it.
+        token_ids: the new ids.
+        finish_reason: `stop` when the text ended by itself, `length` when the limit was reached.
+        prompt_token_ids: ids of the prompt.
+    """
+
+    prompt: str
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: Literal["length", "stop"]
+    prompt_token_ids: tuple[int, ...]
+
+
+class LanguageModel:
+    """Generate and score with one model; under tensor parallelism every process holds its part and calls alike."""
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, mesh: ParallelMesh) -> None:
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.mesh = mesh
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: Path | str,
+        *,
+        tokenizer: Path | str | None = None,
+        device: str = "auto",
+        dtype: str | None = None,
+        parallel: ParallelConfig | None = None,
+    ) -> "LanguageModel":
+        """Load a checkpoint: a training run's folder of any layout, or a Hugging Face folder.
+
+        Args:
+            path: the checkpoint; a missing one is an error.
+            tokenizer: folder of the tokenizer, when none came with the checkpoint.
+            device: `auto`, `npu`, `cuda` or `cpu`.
+            dtype: format to compute in; by default the one the weights are stored in.
+            parallel: layout; more than one process needs torchrun and an initialised process group.
+
+        Raises:
+            AscendSpeedError: nothing there, not recognised, damaged, or no tokenizer.
+        """
+        source = open_source(ModelSourceConfig(load=Path(path)), seed=0)
+        return cls.from_source(source, tokenizer, device, dtype, parallel)
+
+    @classmethod
+    def from_config(
+        cls,
+        config: Path | str,
+        *,
+        tokenizer: Path | str,
+        seed: int = 1234,
+        device: str = "auto",
+        dtype: str = "float32",
+        parallel: ParallelConfig | None = None,
+    ) -> "LanguageModel":
+        """Make a model with random weights from a Hugging Face `config.json`."""
+        source = open_source(ModelSourceConfig(model_config_file=Path(config)), seed)
+        return cls.from_source(source, tokenizer, device, dtype, parallel)
+
+    @classmethod
+    def from_source(
+        cls,
+        source: WeightSource,
+        tokenizer: Path | str | None,
+        device: str,
+        dtype: str | None,
+        parallel: ParallelConfig | None,
+    ) -> "LanguageModel":
+        """Load the weights of a source; see `from_pretrained`."""
+        folder = find_tokenizer(source, Path(tokenizer) if tokenizer is not None else None)
+        parallel = parallel or ParallelConfig()
+        world = world_of_environment()
+        layout = parallel.layout(world.size)
+        parallel.check_model(source.config)
+        mesh = ParallelMesh.create(choose_device(device, world.local_rank, quiet=True), layout)
+        opened = load_tokenizer(folder)
+        if opened.vocab_size > source.config.vocab_size:
+            raise AscendSpeedError(
+                f"tokenizer {folder} has vocab_size={opened.vocab_size}, the model {source.config.vocab_size}; "
+                "give the model's own tokenizer"
+            )
+        return cls(load_model(source, mesh, getattr(torch, dtype or stored_dtype(source))), opened, mesh)
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        max_new_tokens: int = 128,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 1234,
+        stop: Sequence[str] = (),
+        ignore_eos: bool = False,
+    ) -> list[Completion]:
+        """Continue each prompt.
+
+        Args:
+            prompts: one text or several.
+            max_new_tokens: exactly so many, unless the text ends before.
+            do_sample: draw tokens; otherwise the likeliest is taken.
+            temperature: flattens (above 1) or sharpens the distribution.
+            top_k: draw only from the k likeliest; 0 is all.
+            top_p: draw only from the smallest set with this probability; 1 is all.
+            seed: of the draws, for each prompt anew.
+            stop: texts that end a completion and are cut off.
+            ignore_eos: go on past end ids.
+
+        Raises:
+            AscendSpeedError: a prompt that leaves no room.
+        """
+        sampling = Sampling(do_sample, temperature, top_k, top_p, seed)
+        eos_ids = () if ignore_eos else self.model.config.eos_token_ids or (self.tokenizer.eos_id,)
+        ends = tuple(token for token in eos_ids if token is not None)
+        settings = GenerationSettings(max_new_tokens, sampling, ends, tuple(stop))
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        encoded = [self.tokenizer.encode(text) for text in texts]
+        for ids in encoded:
+            check_length(len(ids), max_new_tokens, self.model.config.max_position_embeddings)
+        return [self._complete(text, ids, settings) for text, ids in zip(texts, encoded, strict=True)]
+
+    def loglikelihood(
+        self,
+        pairs: Sequence[tuple[str, str]],
+        batch_size: int = SCORING_BATCH_SIZE,
+        max_tokens: int | None = None,
+    ) -> list[Score]:
+        """Score continuations after their contexts; see `scoring.loglikelihood`."""
+        limit = max_tokens or self.model.config.max_position_embeddings
+        return loglikelihood(self.model, self.mesh, self.tokenizer, pairs, batch_size, limit)
+
+    @torch.no_grad()
+    def logits(self, ids: Sequence[int]) -> torch.Tensor:
+        """Return the logits of the next token at every place of one text: [S, V]."""
+        tokens = torch.tensor([list(ids)], device=self.mesh.device.torch)
+        return gather_logits(self.model(tokens)[0], self.model.config.vocab_size, self.mesh.group("tp"))
+
+    def fingerprint(self) -> str:
+        """Return a digest of the architecture and of this process's weights."""
+        digest = hashlib.sha256(self.model.config.model_dump_json().encode())
+        for name, parameter in self.model.named_parameters():
+            digest.update(name.encode())
+            digest.update(parameter.detach().double().sum().cpu().reshape(1).numpy().tobytes())
+        return digest.hexdigest()
+
+    def _complete(self, prompt: str, ids: Sequence[int], settings: GenerationSettings) -> Completion:
+        def text_of(new_ids: Sequence[int]) -> str:
+            kept = [token for token in new_ids if token not in settings.eos_ids]
+            before = self.tokenizer.decode(ids)
+            whole = self.tokenizer.decode([*ids, *kept])
+            return whole[len(before) :] if whole.startswith(before) else self.tokenizer.decode(kept)
+
+        def ends(new_ids: Sequence[int]) -> bool:
+            text = text_of(new_ids) if settings.stop else ""
+            return any(stop in text for stop in settings.stop)
+
+        generated = generate_ids(self.model, self.mesh, ids, settings, ends)
+        text = text_of(generated.token_ids)
+        for stop in settings.stop:
+            text = text.partition(stop)[0]
+        return Completion(prompt, text, generated.token_ids, generated.finish_reason, tuple(ids))
+
+
+def stored_dtype(source: WeightSource) -> str:
+    """Return the format that the weights are stored in."""
+    return str(next(iter(source.tensors().values())).dtype).removeprefix("torch.")
+
+
+def find_tokenizer(source: WeightSource, given: Path | None) -> Path:
+    """Return the tokenizer to use: the one given, or the one that came with the checkpoint.
+
+    Raises:
+        AscendSpeedError: there is none, or the one given is not the one the run was trained with.
+    """
+    own = source.tokenizer
+    if given is None and own is None:
+        raise AscendSpeedError(
+            f"{source.path or 'random weights'} came without a tokenizer; give --tokenizer-name-or-path"
+        )
+    if given is None:
+        assert own is not None
+        return own
+    if isinstance(source, NativeSource) and own is not None:
+        trained, wanted = load_tokenizer(own), load_tokenizer(given)
+        if trained.fingerprint != wanted.fingerprint:
+            raise AscendSpeedError(
+                f"tokenizer {given} is not the one that {source.path} was trained with ({own}); leave "
+                "--tokenizer-name-or-path out"
+            )
+    return given
