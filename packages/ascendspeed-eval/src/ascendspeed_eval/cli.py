@@ -1,0 +1,27 @@
+"""The command `asd-eval`."""
+
+import sys
+
+from ascendspeed_eval import __version__
+from ascendspeed_eval.command_line import Command, build_app, run_app
+
+COMMANDS = "ascendspeed_eval.commands"
+
+app = build_app(
+    "Benchmark scores that anyone can reproduce; needs no torch.",
+    __version__,
+    [
+        Command("run", f"{COMMANDS}.run:run", "Measure a model on a benchmark."),
+        Command("tasks", f"{COMMANDS}.show:tasks", "List the benchmarks."),
+        Command("report", f"{COMMANDS}.show:report", "Join runs into one table."),
+    ],
+)
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    sys.exit(run_app(app, "asd-eval"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""Typer applications whose commands are imported only when they run, and whose errors are one line.
+
+A copy of what ascendspeed-data has, so that this package needs none of the others; a test holds the two together.
+"""
+
+import importlib
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+
+@dataclass(frozen=True)
+class Command:
+    """One row of an application's table of commands.
+
+    Attributes:
+        name: as typed on the command line.
+        target: `package.module:function`; the function is a Typer command.
+        summary: one line for `--help` of the application.
+    """
+
+    name: str
+    target: str
+    summary: str
+
+    def load(self) -> Callable[..., Any]:
+        """Import and return the function."""
+        module, _, function = self.target.partition(":")
+        loaded: Callable[..., Any] = getattr(importlib.import_module(module), function)
+        return loaded
+
+
+class SpaceSeparatedCommand(TyperCommand):
+    """A command that takes `--flag a b c` for list options and `--some_flag` for `--some-flag`.
+
+    Both spellings are those of Megatron-style scripts. Typer wants a list option repeated (`--flag a --flag b`),
+    so the arguments are rewritten before they are parsed.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Rewrite `args`, then let Typer parse them."""
+        spellings = {
+            spelling: bool(getattr(param, "multiple", False))
+            for param in self.params
+            for spelling in (*param.opts, *param.secondary_opts)
+        }
+        return list(super().parse_args(ctx, expand_arguments(args, spellings)))
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the options, those of one config together under its name."""
+        panels: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record is not None:
+                panels.setdefault(getattr(param, "rich_help_panel", None) or "Options", []).append(record)
+        for panel, records in panels.items():
+            with formatter.section(panel):
+                formatter.write_dl(records)
+
+
+def expand_arguments(args: Sequence[str], spellings: dict[str, bool]) -> list[str]:
+    """Repeat the flag before every value of a list option, and turn underscores of flags into dashes.
+
+    Args:
+        args: the command line after the command's name.
+        spellings: every flag of the command, and whether it takes a list.
+
+    Returns:
+        An equivalent command line in Typer's own form: `--x a b` becomes `--x a --x b`. What follows a bare
+        `--` is left alone.
+    """
+    expanded: list[str] = []
+    list_flag: str | None = None
+    fresh = False
+    for position, arg in enumerate(args):
+        if arg == "--":
+            return [*expanded, *args[position:]]
+        if arg.startswith("--"):
+            name, equals, value = arg.partition("=")
+            dashed = name.replace("_", "-")
+            if name not in spellings and dashed in spellings:
+                name = dashed
+            expanded.append(name + equals + value)
+            list_flag = name if spellings.get(name) and not equals else None
+            fresh = True
+        elif list_flag is not None:
+            expanded += [arg] if fresh else [list_flag, arg]
+            fresh = False
+        else:
+            expanded.append(arg)
+    return expanded
+
+
+class _LazyGroup(TyperGroup):
+    """A group that swaps a chosen placeholder for the real command."""
+
+    table: dict[str, Command]
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, placeholder, rest = super().resolve_command(ctx, args)
+        row = self.table.get(name or "")
+        return (name, _as_typer_command(row), rest) if row else (name, placeholder, rest)
+
+
+def _as_typer_command(row: Command) -> Any:
+    single = typer.Typer(add_completion=False, rich_markup_mode=None)
+    single.command(name=row.name, cls=SpaceSeparatedCommand)(row.load())
+    return typer.main.get_command(single)
+
+
+def build_app(summary: str, version: str, commands: Sequence[Command]) -> typer.Typer:
+    """Make the Typer application of one package.
+
+    Args:
+        summary: what the package does, for `--help`.
+        version: printed by `--version`.
+        commands: the table of commands, in the order of `--help`.
+    """
+    group = type("LazyGroup", (_LazyGroup,), {"table": {row.name: row for row in commands}})
+    app = typer.Typer(
+        cls=group, help=summary, add_completion=False, rich_markup_mode=None, no_args_is_help=True
+    )
+
+    def show_version(wanted: bool) -> None:
+        if wanted:
+            typer.echo(version)
+            raise typer.Exit
+
+    @app.callback()
+    def options(
+        version: bool = typer.Option(
+            False, "--version", callback=show_version, is_eager=True, help="Print the version and exit."
+        ),
+    ) -> None:
+        pass
+
+    options.__doc__ = summary
+    for row in commands:
+        app.command(name=row.name, help=row.summary)(lambda: None)
+    return app
+
+
+def run_app(app: typer.Typer, name: str, args: Sequence[str] | None = None) -> int:
+    """Run an application and return its exit status; errors meant for the user become one line on stderr.
+
+    Exit 2: the arguments or the config alone are wrong. Exit 1: anything that needed a file, a device or a
+    peer. Exit 130: interrupted. Any other exception is a bug and keeps its traceback.
+    """
+    command = typer.main.get_command(app)
+    try:
+        result = command.main(
+            args=list(sys.argv[1:] if args is None else args), prog_name=name, standalone_mode=False
+        )
+    except typer.Abort:
+        return _complain(name, "aborted", 1)
+    except typer.TyperException as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(error.format_message())
+            return 2
+        return _complain(name, _one_line(error.format_message()), error.exit_code)
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 1
+    except Exception as error:
+        # Ours, or that of a backend from another package: what it means to say carries an exit status.
+        status = getattr(error, "exit_code", None)
+        if not isinstance(status, int):
+            raise
+        return _complain(name, str(error), status)
+    return result if isinstance(result, int) else 0
+
+
+def _one_line(message: str) -> str:
+    line = " ".join(message.split()).replace("Value error, ", "")
+    return re.sub(r" \(Possible options: (.*)\)$", r"; did you mean \1?", line)
+
+
+def _complain(name: str, message: str, status: int) -> int:
+    print(f"{name}: error: {message}", file=sys.stderr)
+    return status

@@ -1,0 +1,94 @@
+"""A backend that reads its answers from a file: for trying tasks and for tests."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ascendspeed_eval.errors import EvaluationError
+from ascendspeed_eval.model import (
+    BackendOption,
+    EvaluatedModel,
+    GenerateRequest,
+    GenerateResult,
+    LoglikelihoodRequest,
+    LoglikelihoodResult,
+    ModelDescription,
+)
+
+Answer = dict[str, Any]
+
+
+class ScriptedModel:
+    """Answers from JSON lines.
+
+    A line is `{"contains": TEXT, "logprobs": {CONTINUATION: NUMBER, ...}, "text": TEXT}`; the first whose `contains`
+    occurs in a prompt answers it. A continuation that is not listed gets -100.
+    """
+
+    def __init__(self, answers: Sequence[Answer], name: str) -> None:
+        self._answers, self._name = answers, name
+
+    def describe(self) -> ModelDescription:
+        """Name the file."""
+        return ModelDescription(name=self._name, details={"backend": "scripted"})
+
+    def loglikelihood(self, requests: Sequence[LoglikelihoodRequest]) -> list[LoglikelihoodResult]:
+        """Look continuations up."""
+        results = []
+        for request in requests:
+            logprobs = self._find(request.context).get("logprobs", {})
+            value = float(logprobs.get(request.continuation, -100.0))
+            results.append(LoglikelihoodResult(value, value == max(logprobs.values(), default=None), 0))
+        return results
+
+    def generate(self, requests: Sequence[GenerateRequest]) -> list[GenerateResult]:
+        """Look texts up."""
+        return [
+            GenerateResult(str(self._find(request.prompt).get("text", "")), "stop") for request in requests
+        ]
+
+    def _find(self, prompt: str) -> Answer:
+        for answer in self._answers:
+            if answer.get("contains", "") in prompt:
+                return answer
+        raise EvaluationError(
+            f"{self._name} has no answer for a prompt that ends in {prompt[-60:]!r}; add a line"
+        )
+
+
+class ScriptedBackend:
+    """The entry point `scripted`."""
+
+    name = "scripted"
+    summary = "answers from a file"
+    options: Sequence[BackendOption] = (
+        BackendOption("scripted_answers", str, "JSON lines with the answers of a made-up model."),
+    )
+
+    def claims(self, options: Mapping[str, Any]) -> bool:
+        """Wanted when a file is given."""
+        return "scripted_answers" in options
+
+    def launch(self, options: Mapping[str, Any], arguments: Sequence[str]) -> bool:
+        """One process is enough."""
+        return False
+
+    @contextmanager
+    def open(self, options: Mapping[str, Any]) -> Iterator[EvaluatedModel | None]:
+        """Read the file."""
+        path = Path(options["scripted_answers"])
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+            answers = [json.loads(line) for line in lines if line.strip()]
+        except FileNotFoundError:
+            raise EvaluationError(
+                f"scripted_answers={path} does not exist; check --scripted-answers"
+            ) from None
+        except json.JSONDecodeError as error:
+            raise EvaluationError(f"{path} is not JSON lines: {error}") from None
+        yield ScriptedModel(answers, path.name)
+
+
+backend = ScriptedBackend()
