@@ -1,3 +1,3 @@
-"""x"""
+"""Convert, inspect and verify checkpoints of large language models."""
 
 __version__ = "0.1.0"

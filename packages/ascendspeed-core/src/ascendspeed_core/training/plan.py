@@ -124,6 +124,8 @@ def _start(config: PretrainConfig, source: WeightSource, data_order: dict[str, A
     if not isinstance(source, NativeSource) or config.start.finetune:
         return Progress(0, 0, 0, data_order)
     progress = load_progress(source)
+    if progress.iteration == 0:
+        return Progress(0, 0, 0, data_order)
     changed = {key: (progress.data_order.get(key), value) for key, value in data_order.items()}
     changed = {key: pair for key, pair in changed.items() if pair[0] != pair[1]}
     if changed:

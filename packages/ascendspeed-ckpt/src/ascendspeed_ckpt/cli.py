@@ -1,0 +1,27 @@
+"""The command `asd-ckpt`."""
+
+import sys
+
+from ascendspeed_ckpt import __version__
+from ascendspeed_data.command_line import Command, build_app, run_app
+
+COMMANDS = "ascendspeed_ckpt.commands"
+
+app = build_app(
+    "Convert, inspect and verify checkpoints.",
+    __version__,
+    [
+        Command("convert", f"{COMMANDS}.convert:convert_command", "Convert a checkpoint to another kind."),
+        Command("inspect", f"{COMMANDS}.show:inspect_command", "Say what a checkpoint is."),
+        Command("verify", f"{COMMANDS}.show:verify_command", "Prove two checkpoints the same model."),
+    ],
+)
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    sys.exit(run_app(app, "asd-ckpt"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""Write a Hugging Face folder, tensor by tensor: no more than one tensor is in memory.
+
+A safetensors file is a little-endian uint64 (length of the header), the header (JSON: name -> dtype, shape, offsets
+in the data), and the data. Sizes are known before anything is read, so the header can be written first.
+"""
+
+import json
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ascendspeed_core.models.families import find_family
+from ascendspeed_core.weights.huggingface import SAFETENSORS_DTYPES
+from ascendspeed_core.weights.source import TensorInfo, WeightSource
+
+DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """One tensor to be written."""
+
+    ours: str
+    theirs: str
+    info: TensorInfo
+
+
+def write_hugging_face(
+    source: WeightSource,
+    folder: Path,
+    dtype: torch.dtype | None,
+    max_shard_bytes: int,
+    on_bytes: Callable[[int], None] = lambda _: None,
+) -> None:
+    """Write weights and configs into an existing folder.
+
+    Args:
+        source: the weights.
+        folder: where; files of the same names are replaced.
+        dtype: format of the written weights; by default the stored one.
+        max_shard_bytes: weights in one file, unless a single tensor is larger.
+        on_bytes: told how many bytes were written after each tensor.
+    """
+    shards = plan_shards(source, dtype, max_shard_bytes)
+    names = shard_names(len(shards))
+    for name, shard in zip(names, shards, strict=True):
+        _write_shard(source, folder / name, shard, on_bytes)
+    if len(shards) > 1:
+        weight_map = {p.theirs: name for name, shard in zip(names, shards, strict=True) for p in shard}
+        total = sum(planned.info.num_bytes for shard in shards for planned in shard)
+        _write_json(
+            folder / "model.safetensors.index.json",
+            {"metadata": {"total_size": total}, "weight_map": weight_map},
+        )
+    first = shards[0][0].info.dtype
+    config = find_family(source.config.family).write_config(source.config)
+    _write_json(folder / "config.json", config | {"dtype": str(first).removeprefix("torch.")})
+    eos = list(source.config.eos_token_ids)
+    generation = {
+        "bos_token_id": source.config.bos_token_id,
+        "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
+    }
+    _write_json(folder / "generation_config.json", {k: v for k, v in generation.items() if v is not None})
+
+
+def plan_shards(
+    source: WeightSource, dtype: torch.dtype | None, max_shard_bytes: int
+) -> list[list[_Planned]]:
+    """Return which tensors go into which file, in the order of the family's table."""
+    tensors = source.tensors()
+    shards: list[list[_Planned]] = [[]]
+    size = 0
+    for rule in find_family(source.config.family).weights(source.config):
+        stored = tensors[rule.ours]
+        planned = _Planned(rule.ours, rule.theirs, TensorInfo(stored.shape, dtype or stored.dtype))
+        if shards[-1] and size + planned.info.num_bytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(planned)
+        size += planned.info.num_bytes
+    return shards
+
+
+def shard_names(count: int) -> list[str]:
+    """Return the file names that transformers expects."""
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def _write_shard(
+    source: WeightSource, path: Path, shard: Sequence[_Planned], on_bytes: Callable[[int], None]
+) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for planned in shard:
+        end = offset + planned.info.num_bytes
+        header[planned.theirs] = {
+            "dtype": DTYPE_NAMES[planned.info.dtype],
+            "shape": list(planned.info.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(encoded)))
+        file.write(encoded)
+        for planned in shard:
+            tensor = source.read(planned.ours).to(planned.info.dtype).contiguous()
+            file.write(memoryview(tensor.view(torch.uint8).numpy()).cast("B"))
+            on_bytes(planned.info.num_bytes)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
