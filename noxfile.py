@@ -62,7 +62,9 @@ def build(session: nox.Session) -> None:
     """Wheels of all packages into dist/; name packages after `--` to build fewer."""
     session.install("build")
     for name in session.posargs or PACKAGES:
-        session.run("python", "-m", "build", "--wheel", "--outdir", str(ROOT / "dist"), package(name), silent=True)
+        session.run(
+            "python", "-m", "build", "--wheel", "--outdir", str(ROOT / "dist"), package(name), silent=True
+        )
 
 
 @nox.session(venv_backend="none")

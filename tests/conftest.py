@@ -2,6 +2,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+
 from support.processes import WorkerPool
 from support.tables import ReportTables
 

@@ -4,6 +4,7 @@ from functools import cache
 
 import pytest
 import torch
+
 from ascendspeed_core.config.parallel import Layout
 from core.training_cases import Trained, train, vocabulary_cross_entropy
 from support.models import tiny_config

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
+
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.config.training import OptimizerConfig
@@ -14,7 +16,6 @@ from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.training.optimizer import MasterOptimizer
 from ascendspeed_core.training.step import MicroBatch, count_tokens, loss_sum, train_step
 from ascendspeed_core.weights import InitialWeights
-from torch.distributed.tensor import DTensor
 
 SAMPLES, LENGTH = 16, 24
 
@@ -29,7 +30,9 @@ class Trained:
     weights: dict[str, torch.Tensor]
 
 
-def micro_batches(vocab_size: int, step: int, mesh: ParallelMesh, size: int, masked: bool) -> list[MicroBatch]:
+def micro_batches(
+    vocab_size: int, step: int, mesh: ParallelMesh, size: int, masked: bool
+) -> list[MicroBatch]:
     """This rank's share of a global batch that depends on the step only."""
     generator = torch.Generator().manual_seed(step)
     ids = torch.randint(0, vocab_size, (SAMPLES, LENGTH + 1), generator=generator)
@@ -66,7 +69,9 @@ def train(
     options: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.1, "clip_grad": 0.5}
     optimizer = MasterOptimizer(model, OptimizerConfig(**(options | optimizer_options)), mesh)
     losses, norms = [], []
-    gradients = first_gradients(model, micro_batches(config.vocab_size, 0, mesh, micro_batch_size, masked), mesh)
+    gradients = first_gradients(
+        model, micro_batches(config.vocab_size, 0, mesh, micro_batch_size, masked), mesh
+    )
     for step in range(steps):
         result = train_step(
             model, optimizer, micro_batches(config.vocab_size, step, mesh, micro_batch_size, masked), mesh

@@ -31,8 +31,9 @@ def tiny_config(**changes: Any) -> ModelConfig:
 def save_hugging_face(config: ModelConfig, folder: Path, seed: int = 0) -> Any:
     """Make a random model with transformers, save it, and return it."""
     import torch
-    from ascendspeed_core.models.families import find_family
     from transformers import LlamaConfig, LlamaForCausalLM
+
+    from ascendspeed_core.models.families import find_family
 
     torch.manual_seed(seed)
     model = LlamaForCausalLM(LlamaConfig(**find_family(config.family).write_config(config)))

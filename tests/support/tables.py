@@ -21,7 +21,8 @@ class ReportTables:
             widths = [max(len(row[i]) for row in table) for i in range(len(header))]
             lines += ["", title]
             lines += [
-                "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in table
+                "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+                for row in table
             ]
         return lines
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from ascendspeed_core.config.parallel import Layout
-from ascendspeed_core.device import Device
+from ascendspeed_core.device import HOST
 from ascendspeed_core.parallel.build import load_model
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.weights import WeightSource
@@ -28,7 +28,7 @@ def compare_logits(source: WeightSource, folder: Path) -> tuple[float, float]:
     config = source.config
     length = min(LENGTH, config.max_position_embeddings)
     tokens = torch.randint(0, config.vocab_size, (BATCH, length), generator=torch.Generator().manual_seed(0))
-    ours = load_model(source, ParallelMesh(Device("cpu"), Layout()), torch.float32)(tokens)
+    ours = load_model(source, ParallelMesh(HOST, Layout()), torch.float32)(tokens)
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
     theirs = reference.eval()(tokens).logits
     return float((ours - theirs).abs().max()), float(theirs.abs().max())

@@ -7,7 +7,7 @@ torch: it keeps torch_npu out for `--device cpu`, and turns the failure into adv
 import importlib
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from ascendspeed_data.command_line import log
 from ascendspeed_data.errors import AscendSpeedError
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 BACKENDS = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
 """Collective back end of each device."""
+
+DeviceChoice = Literal["auto", "npu", "cuda", "cpu"]
+"""What `--device` takes; `auto` takes the first that is there."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,10 @@ class Device:
         if self.kind == "cpu":
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return int(getattr(torch, self.kind).max_memory_allocated(self.index))
+
+
+HOST = Device("cpu")
+"""The machine itself: where files are read, and where conversions run."""
 
 
 def prepare_torch(wanted: str) -> None:

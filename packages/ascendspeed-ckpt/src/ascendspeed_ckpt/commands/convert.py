@@ -38,9 +38,9 @@ def convert_command(
 ) -> None:
     """Convert a checkpoint, streaming, and prove the result equal before it gets its name."""
     max_shard_bytes = parse_size(max_shard_size)
-    from ascendspeed_core.device import prepare_torch
+    from ascendspeed_core.device import HOST, prepare_torch
 
-    prepare_torch("cpu")
+    prepare_torch(HOST.kind)
     import torch
 
     from ascendspeed_ckpt.convert import Conversion, convert, other_kind, total_bytes

@@ -16,9 +16,9 @@ def inspect_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Say what a checkpoint is: kind, architecture, sizes, every tensor."""
-    from ascendspeed_core.device import prepare_torch
+    from ascendspeed_core.device import HOST, prepare_torch
 
-    prepare_torch("cpu")
+    prepare_torch(HOST.kind)
     from ascendspeed_core.weights import NativeSource, open_weights
 
     source = open_weights(folder)
@@ -55,9 +55,9 @@ def verify_command(
     tolerance: Annotated[float, typer.Option(min=0, help="Largest accepted difference of an element.")] = 0.0,
 ) -> None:
     """Prove two checkpoints the same logical model, whatever kinds they are; exit 1 with the first differences."""
-    from ascendspeed_core.device import prepare_torch
+    from ascendspeed_core.device import HOST, prepare_torch
 
-    prepare_torch("cpu")
+    prepare_torch(HOST.kind)
     from ascendspeed_ckpt.compare import compare
     from ascendspeed_core.weights import open_weights
 

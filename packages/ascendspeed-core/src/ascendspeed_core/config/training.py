@@ -9,12 +9,13 @@ from ascendspeed_core.config.base import Config
 from ascendspeed_core.config.model import ArchitectureFlags
 from ascendspeed_core.config.parallel import ParallelConfig
 from ascendspeed_core.config.source import ModelSourceConfig
+from ascendspeed_core.device import DeviceChoice
 
 
 class LaunchConfig(Config):
     """Where a command runs."""
 
-    device: Literal["auto", "cpu", "cuda", "npu"] = Field(
+    device: DeviceChoice = Field(
         "auto", description="Device; auto takes npu, then cuda, then cpu, and says which."
     )
     nproc_per_node: int = Field(

@@ -47,7 +47,8 @@ class Attention(nn.Module):
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         if cache is not None:
             k, v = cache.append(cache_layer, k, v)
-        return self.o_proj(causal_attention(q, k, v).transpose(1, 2).flatten(2))
+        out: torch.Tensor = self.o_proj(causal_attention(q, k, v).transpose(1, 2).flatten(2))
+        return out
 
 
 def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

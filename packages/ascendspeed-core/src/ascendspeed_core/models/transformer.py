@@ -33,7 +33,8 @@ class TransformerLayer(nn.Module):
     ) -> torch.Tensor:
         """[B, S, H] -> [B, S, H]; see `Attention` for the other arguments."""
         x = x + self.attention(self.attention_norm(x), rotary=rotary, cache=cache, cache_layer=cache_layer)
-        return x + self.mlp(self.mlp_norm(x))
+        out: torch.Tensor = x + self.mlp(self.mlp_norm(x))
+        return out
 
 
 class Transformer(nn.Module):

@@ -62,7 +62,8 @@ class _VocabularyParallelCrossEntropy(torch.autograd.Function):
         normaliser, target_logit = sums
 
         ctx.save_for_backward(exponentials.div_(normaliser.unsqueeze(-1)), here, local_targets)
-        return normaliser.log() - target_logit
+        loss: torch.Tensor = normaliser.log() - target_logit
+        return loss
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:

@@ -44,9 +44,9 @@ def apply_tensor_parallel(model: Transformer, mesh: DeviceMesh) -> Transformer:
     """
     for layer in model.layers.values():
         for name in COLUMN_PARALLEL:
-            cut_columns(layer.get_submodule(name), mesh)
+            cut_columns(_linear(layer, name), mesh)
         for name in ROW_PARALLEL:
-            cut_rows(layer.get_submodule(name), mesh)
+            cut_rows(_linear(layer, name), mesh)
         for name in ENTRANCES:
             share_input(layer.get_submodule(name), mesh)
     cut_vocabulary(model.embedding, mesh)
@@ -56,19 +56,20 @@ def apply_tensor_parallel(model: Transformer, mesh: DeviceMesh) -> Transformer:
     return model
 
 
-def cut_columns(linear: nn.Module, mesh: DeviceMesh) -> None:
+def cut_columns(linear: nn.Linear, mesh: DeviceMesh) -> None:
     """Cut a linear layer along its output: [..., in] -> [..., out/tp], with no communication."""
     _cut_parameter(linear, "weight", mesh, 0)
-    if getattr(linear, "bias", None) is not None:
+    if linear.bias is not None:
         _cut_parameter(linear, "bias", mesh, 0)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, _local(linear.weight), _local(linear.bias))
+        bias = None if linear.bias is None else _local(linear.bias)
+        return F.linear(x, _local(linear.weight), bias)
 
-    linear.forward = forward
+    linear.forward = forward  # type: ignore[method-assign, assignment]
 
 
-def cut_rows(linear: nn.Module, mesh: DeviceMesh) -> None:
+def cut_rows(linear: nn.Linear, mesh: DeviceMesh) -> None:
     """Cut a linear layer along its input: [..., in/tp] -> [..., out], the parts added up; a bias stays whole."""
     _cut_parameter(linear, "weight", mesh, 1)
     group = mesh.get_group()
@@ -77,7 +78,7 @@ def cut_rows(linear: nn.Module, mesh: DeviceMesh) -> None:
         total = sum_over_group(F.linear(x, _local(linear.weight)), group)
         return total if linear.bias is None else total + linear.bias
 
-    linear.forward = forward
+    linear.forward = forward  # type: ignore[method-assign, assignment]
 
 
 def cut_vocabulary(embedding: nn.Embedding, mesh: DeviceMesh) -> None:
@@ -89,7 +90,6 @@ def cut_vocabulary(embedding: nn.Embedding, mesh: DeviceMesh) -> None:
     def forward(ids: torch.Tensor) -> torch.Tensor:
         elsewhere = (ids < mine.start) | (ids >= mine.stop)
         weight = _local(embedding.weight)
-        assert weight is not None
         if weight.shape[0] == 0:
             rows = weight.new_zeros((*ids.shape, weight.shape[1]))
         else:
@@ -97,7 +97,7 @@ def cut_vocabulary(embedding: nn.Embedding, mesh: DeviceMesh) -> None:
             rows = rows.masked_fill(elsewhere.unsqueeze(-1), 0)
         return sum_over_group(rows, group)
 
-    embedding.forward = forward  # type: ignore[method-assign]
+    embedding.forward = forward  # type: ignore[method-assign, assignment]
 
 
 def share_input(module: nn.Module, mesh: DeviceMesh) -> None:
@@ -132,5 +132,11 @@ def _cut_parameter(module: nn.Module, name: str, mesh: DeviceMesh, axis: int) ->
     setattr(module, name, nn.Parameter(cut, requires_grad=whole.requires_grad))
 
 
-def _local(parameter: torch.Tensor | None) -> torch.Tensor | None:
+def _local(parameter: torch.Tensor) -> torch.Tensor:
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def _linear(layer: nn.Module, name: str) -> nn.Linear:
+    linear = layer.get_submodule(name)
+    assert isinstance(linear, nn.Linear)
+    return linear

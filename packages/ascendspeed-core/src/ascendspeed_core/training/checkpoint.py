@@ -7,6 +7,7 @@ disk; the tracker is replaced last. A run that dies while saving leaves the prev
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,13 +106,17 @@ def save_checkpoint(
 
 
 def _save_tensors(folder: Path, model: Transformer, optimizer: MasterOptimizer, mesh: ParallelMesh) -> None:
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     tensors: dict[str, Any] = {f"model/{name}": p.detach() for name, p in model.named_parameters()}
     tensors |= {f"optimizer/{name}": value for name, value in optimizer.state().items()}
     tensors[f"rng/{mesh.rank}"] = torch.get_rng_state()
-    writer = dcp.FileSystemWriter(folder, single_file_per_rank=True, sync_files=True, thread_count=1)
-    dcp.save(tensors, storage_writer=writer, no_dist=mesh.mesh is None)
+    writer = FileSystemWriter(folder, single_file_per_rank=True, sync_files=True, thread_count=1)
+    with warnings.catch_warnings():
+        # One process without a process group is a layout like any other.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        save(tensors, storage_writer=writer, no_dist=mesh.mesh is None)
 
 
 def load_progress(source: NativeSource) -> Progress:

@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ascendspeed_core.config.training import OptimizerConfig
+from ascendspeed_core.device import HOST
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.weights.load import local_tensor
 
@@ -137,11 +138,10 @@ class MasterOptimizer:
             master = local_slices.get(f"master/{slot.name}")
             if slot.has_copy and master is not None:
                 slot.master.copy_(master)
-            device = slot.master.device
+            # torch keeps the step count of a fused optimizer on the device, of others on the host.
+            step_device = slot.master.device if self.adamw.defaults["fused"] else HOST.torch
             self.adamw.state[slot.master] = {
-                "step": torch.tensor(
-                    float(num_steps), device=device if self.adamw.defaults["fused"] else "cpu"
-                ),
+                "step": torch.tensor(float(num_steps), device=step_device),
                 **{moment: local_slices[f"{moment}/{slot.name}"].to(slot.master) for moment in MOMENTS},
             }
 

@@ -61,7 +61,7 @@ def train_step(
     loss = torch.zeros((), dtype=torch.float64)
     for micro_batch in micro_batches:
         part = loss_sum(model, micro_batch, mesh) / max(tokens, 1)
-        part.backward()  # type: ignore[no-untyped-call]
+        part.backward()
         loss += part.detach().cpu()
     mesh.sum_over("dp", loss := loss.to(mesh.device.torch))
     return StepResult(loss=float(loss), grad_norm=optimizer.step(), tokens=tokens)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ascendspeed_core.device import HOST
 from ascendspeed_core.models.families import Family, family_of_hugging_face
 from ascendspeed_core.weights.source import CheckpointError, Index, TensorInfo, inside
 from ascendspeed_data.tokenizer import DEFINING_FILES
@@ -80,7 +81,7 @@ class HuggingFaceSource:
 
                     self._files[path] = safe_open(path, framework="pt")
                 else:
-                    self._files[path] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                    self._files[path] = torch.load(path, map_location=HOST.kind, weights_only=True, mmap=True)
             except Exception as error:  # noqa: BLE001 - each library has its own; the file is what is wrong
                 raise CheckpointError(f"{path} cannot be read: {error}; copy it again") from None
         return self._files[path]

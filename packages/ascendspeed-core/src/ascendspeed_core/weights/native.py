@@ -22,6 +22,7 @@ import torch
 
 from ascendspeed_core.config.load import validate
 from ascendspeed_core.config.model import ModelConfig
+from ascendspeed_core.device import HOST
 from ascendspeed_core.weights.huggingface import read_json
 from ascendspeed_core.weights.source import CheckpointError, Index, TensorInfo, inside
 from ascendspeed_data.errors import ConfigError
@@ -126,7 +127,7 @@ class DistributedTensors:
                 f"{path} is cut short: {name} needs bytes up to {place.offset + place.length}"
             )
         try:
-            tensor: torch.Tensor = torch.load(io.BytesIO(stored), map_location="cpu", weights_only=True)
+            tensor: torch.Tensor = torch.load(io.BytesIO(stored), map_location=HOST.kind, weights_only=True)
         except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
             raise CheckpointError(
                 f"{path} is damaged at {name}: {error}; use an earlier checkpoint"

@@ -112,7 +112,7 @@ def _write_shard(
         file.write(encoded)
         for planned in shard:
             tensor = source.read(planned.ours).to(planned.info.dtype).contiguous()
-            file.write(memoryview(tensor.view(torch.uint8).numpy()).cast("B"))
+            file.write(tensor.view(torch.uint8).numpy().data.cast("B"))
             on_bytes(planned.info.num_bytes)
 
 

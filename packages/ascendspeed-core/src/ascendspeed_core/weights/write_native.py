@@ -72,6 +72,7 @@ def _metadata(source: WeightSource, dtype: torch.dtype, places: dict[str, tuple[
     """Return DCP's table of one whole chunk per tensor."""
     from torch.distributed.checkpoint.filesystem import _StorageInfo
     from torch.distributed.checkpoint.metadata import (
+        BytesStorageMetadata,
         ChunkStorageMetadata,
         Metadata,
         MetadataIndex,
@@ -79,7 +80,8 @@ def _metadata(source: WeightSource, dtype: torch.dtype, places: dict[str, tuple[
         TensorStorageMetadata,
     )
 
-    tensors, storage = {}, {}
+    tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+    storage = {}
     for name, info in source.tensors().items():
         key, size = f"model/{name}", torch.Size(info.shape)
         origin = torch.Size([0] * len(size))
