@@ -9,7 +9,7 @@ from pathlib import Path
 
 NEVER = {"data": ("torch", "megatron-core"), "eval": ("torch", "megatron-core", "transformers", "numpy")}
 SMALLEST = {
-    "data": ["train-tokenizer", "--input", "text.jsonl", "--output-dir", "tokenizer", "--vocab-size", "400"],
+    "data": ["train-tokenizer", "--input", "text.jsonl", "--output-dir", "tokenizer", "--vocab-size", "340"],
     "core": ["pretrain", "--model-config", "missing.json", "--data-path", "x", "--seq-length", "8"],
     "ckpt": ["inspect", "missing"],
     "infer": ["generate", "--load", "missing", "--prompt", "x"],

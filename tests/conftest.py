@@ -1,8 +1,10 @@
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from support.corpus import make_texts, write_json_lines
 from support.processes import WorkerPool
 from support.tables import ReportTables
 
@@ -19,6 +21,30 @@ def workers() -> Iterator[WorkerPool]:
 @pytest.fixture(scope="session")
 def report() -> ReportTables:
     return TABLES
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small JSON lines file."""
+    return write_json_lines(tmp_path_factory.mktemp("corpus") / "corpus.jsonl", make_texts())
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(corpus: Path) -> Path:
+    """A SentencePiece tokenizer trained on the corpus."""
+    from ascendspeed_data.train_tokenizer import TokenizerTraining, train_tokenizer
+
+    return train_tokenizer([str(corpus)], "text", corpus.parent / "tokenizer", TokenizerTraining(400))
+
+
+@pytest.fixture(scope="session")
+def dataset(corpus: Path, tokenizer_folder: Path) -> Path:
+    """The corpus, tokenized; the prefix of its .bin/.idx."""
+    from ascendspeed_data.preprocess import PreprocessJob, preprocess
+
+    job = PreprocessJob((str(corpus),), corpus.parent / "corpus", tokenizer_folder)
+    preprocess(job)
+    return job.prefix_of("text")
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -1,10 +1,16 @@
 """Run the project's commands as a user does."""
 
+import importlib
+import io
 import os
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
+
+from ascendspeed_data.command_line import run_app
 
 MODULES = {f"asd-{name}": f"ascendspeed_{name}.cli" for name in ("core", "data", "ckpt", "infer", "eval")}
 
@@ -49,3 +55,18 @@ def run_command(*args: object, cwd: Path | None = None, stdin: str = "", **more:
 def command_line(*args: object) -> list[str]:
     """Return the arguments that start a command in this Python."""
     return [sys.executable, "-m", MODULES[str(args[0])], *map(str, args[1:])]
+
+
+def call(*args: object, stdin: str = "") -> Finished:
+    """Run `asd-core pretrain ...` inside this process: no new Python, for commands that end early."""
+    module = importlib.import_module(MODULES[str(args[0])])
+    out, err = io.StringIO(), io.StringIO()
+    words = [str(arg) for arg in args]
+    with (
+        redirect_stdout(out),
+        redirect_stderr(err),
+        patch.object(sys, "argv", words),
+        patch.object(sys, "stdin", io.StringIO(stdin)),
+    ):
+        status = run_app(module.app, words[0], words[1:])
+    return Finished(status, out.getvalue(), err.getvalue())

@@ -57,7 +57,10 @@ class Tokenizer(Protocol):
     fingerprint: str
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Return the ids of a text; special pieces spelled in it are ordinary text."""
+        """Return the ids of a text.
+
+        SentencePiece takes special pieces spelled in it as ordinary text, a `tokenizer.json` as the pieces.
+        """
         ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:

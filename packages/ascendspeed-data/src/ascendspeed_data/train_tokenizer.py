@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -75,11 +76,7 @@ def train_tokenizer(
             minloglevel=2,
         )
     except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise DataError(
-            f"vocab_size={training.vocab_size} cannot be trained on this text: {reason}; choose a smaller one or "
-            "give more text"
-        ) from None
+        raise DataError(_training_problem(training, " ".join(str(error).split()))) from None
     scratch = folder.with_name(folder.name + ".incomplete")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
@@ -88,6 +85,19 @@ def train_tokenizer(
     if folder.exists():
         shutil.rmtree(folder)
     return scratch.rename(folder)
+
+
+def _training_problem(training: TokenizerTraining, reason: str) -> str:
+    """Say in our words what SentencePiece's trainer says about the size of a vocabulary."""
+    limit = re.search(r"Vocabulary size too high.* a value <= (\d+)", reason)
+    if limit:
+        return (
+            f"vocab_size={training.vocab_size} is more than this text can fill; give at most {limit.group(1)}, or "
+            "more text"
+        )
+    return (
+        f"vocab_size={training.vocab_size} cannot be trained: {reason}; choose another size or give more text"
+    )
 
 
 def _sentences(inputs: Sequence[str], json_key: str, sample_bytes: int) -> Iterator[str]:

@@ -176,8 +176,10 @@ def _lock(folder: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
-        yield
-        (folder / "run.lock").unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            (folder / "run.lock").unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, text: str) -> None:

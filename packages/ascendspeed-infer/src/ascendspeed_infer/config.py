@@ -6,9 +6,10 @@ from pydantic import Field
 
 from ascendspeed_core.config.base import Config
 from ascendspeed_core.config.model import ArchitectureFlags
-from ascendspeed_core.config.parallel import ParallelConfig
+from ascendspeed_core.config.parallel import Layout, ParallelConfig
 from ascendspeed_core.config.source import ModelSourceConfig
 from ascendspeed_core.config.training import LaunchConfig, PrecisionConfig
+from ascendspeed_data.errors import ConfigError
 
 
 class TokenizerConfig(Config):
@@ -40,6 +41,21 @@ class SamplingConfig(Config):
     seed: int = Field(1234, description="Seed of the draws, and of random weights.")
     stop: tuple[str, ...] = Field((), description="Texts that end a completion.")
     ignore_eos: bool = Field(False, description="Go on past end-of-text ids.", json_schema_extra={"off": ""})
+
+
+def inference_layout(parallel: ParallelConfig, world_size: int) -> Layout:
+    """Return the layout of a model that only answers; every process must hold a part of it.
+
+    Raises:
+        ConfigError: some processes would only repeat what others compute.
+    """
+    layout = parallel.layout(world_size)
+    if layout.dp > 1:
+        raise ConfigError(
+            f"tensor_model_parallel_size={layout.tp} leaves {world_size} processes to compute the same {layout.dp} "
+            f"times; give --tensor-model-parallel-size {world_size}, or start {layout.tp}"
+        )
+    return layout
 
 
 class GenerateConfig(Config):

@@ -1,6 +1,5 @@
 """A model, its tokenizer and its place among processes, as one object."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from ascendspeed_core.parallel.tensor import gather_logits
 from ascendspeed_core.weights import NativeSource, WeightSource, open_source
 from ascendspeed_data.errors import AscendSpeedError
 from ascendspeed_data.tokenizer import Tokenizer, load_tokenizer
+from ascendspeed_infer.config import inference_layout
 from ascendspeed_infer.generation import GenerationSettings, check_length, generate_ids
 from ascendspeed_infer.sampling import Sampling
 from ascendspeed_infer.scoring import Score, loglikelihood
@@ -106,7 +106,7 @@ class LanguageModel:
         folder = find_tokenizer(source, Path(tokenizer) if tokenizer is not None else None)
         parallel = parallel or ParallelConfig()
         world = world_of_environment()
-        layout = parallel.layout(world.size)
+        layout = inference_layout(parallel, world.size)
         parallel.check_model(source.config)
         mesh = ParallelMesh.create(choose_device(device, world.local_rank, quiet=True), layout)
         opened = load_tokenizer(folder)
@@ -171,14 +171,6 @@ class LanguageModel:
         """Return the logits of the next token at every place of one text: [S, V]."""
         tokens = torch.tensor([list(ids)], device=self.mesh.device.torch)
         return gather_logits(self.model(tokens)[0], self.model.config.vocab_size, self.mesh.group("tp"))
-
-    def fingerprint(self) -> str:
-        """Return a digest of the architecture and of this process's weights."""
-        digest = hashlib.sha256(self.model.config.model_dump_json().encode())
-        for name, parameter in self.model.named_parameters():
-            digest.update(name.encode())
-            digest.update(parameter.detach().double().sum().cpu().reshape(1).numpy().tobytes())
-        return digest.hexdigest()
 
     def _complete(self, prompt: str, ids: Sequence[int], settings: GenerationSettings) -> Completion:
         def text_of(new_ids: Sequence[int]) -> str:

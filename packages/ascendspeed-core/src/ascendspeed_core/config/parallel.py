@@ -1,8 +1,9 @@
 """How one model is spread over devices; pure arithmetic, no torch."""
 
 from dataclasses import dataclass
+from typing import Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ascendspeed_core.config.base import Config
 from ascendspeed_core.config.model import ModelConfig
@@ -14,8 +15,17 @@ class ParallelConfig(Config):
 
     tensor_model_parallel_size: int = Field(1, ge=1, description="Devices that share every layer (tp).")
     pipeline_model_parallel_size: int = Field(
-        1, ge=1, le=1, description="Stages that the layers are cut into (pp); this version runs one."
+        1, ge=1, description="Stages that the layers are cut into (pp); this version runs one."
     )
+
+    @model_validator(mode="after")
+    def _one_stage(self) -> Self:
+        if self.pipeline_model_parallel_size > 1:
+            raise ValueError(
+                f"pipeline_model_parallel_size={self.pipeline_model_parallel_size}: this version runs one stage; "
+                "leave it out and use --tensor-model-parallel-size"
+            )
+        return self
 
     def layout(self, world_size: int) -> "Layout":
         """Return the layout on `world_size` devices.

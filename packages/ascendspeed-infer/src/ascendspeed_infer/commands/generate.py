@@ -13,7 +13,7 @@ from ascendspeed_core.config.load import load_config
 from ascendspeed_data.command_line import log
 from ascendspeed_data.command_line.options import options_from
 from ascendspeed_data.errors import AscendSpeedError, ConfigError
-from ascendspeed_infer.config import GenerateConfig
+from ascendspeed_infer.config import GenerateConfig, inference_layout
 
 
 @options_from(GenerateConfig)
@@ -37,7 +37,7 @@ def generate(
     with worker_errors():
         from ascendspeed_core.device import prepare_torch
 
-        config.parallel.layout(world_size)
+        inference_layout(config.parallel, world_size)
         prepare_torch(config.launch.device)
         check_source(config)
         if world_size > 1 and not is_worker():
