@@ -15,30 +15,37 @@ import numpy as np
 import torch
 
 from ascendspeed_core.config.training import DataConfig
-from ascendspeed_core.megatron import megatron
+from ascendspeed_core.megatron import group_for_megatron, megatron
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.training.step import MicroBatch
 from ascendspeed_data.command_line import log
 from ascendspeed_data.errors import DataError
-from ascendspeed_data.indexed import check_indexed_dataset
+from ascendspeed_data.indexed import IndexedDataset
 from ascendspeed_data.manifest import DatasetManifest, load_manifest
 
 DIGEST_ENTRIES = 1_000_000
 """Entries of an index that go into the digest of the sample order."""
 
 
-def check_data(config: DataConfig) -> DatasetManifest | None:
-    """Prove every .bin/.idx pair whole, and all of one tokenizer; needs neither torch nor processes.
+SPLITS = ("training", "validation", "test")
+
+
+def check_data(config: DataConfig, num_samples: tuple[int, int, int]) -> DatasetManifest | None:
+    """Prove every .bin/.idx pair whole, all of one tokenizer, and no wanted split empty; needs no processes.
+
+    Args:
+        config: files and split.
+        num_samples: samples of the whole run: (training, validation, test).
 
     Returns:
         The manifest of the first prefix, or `None` if it has none (data made by other tools).
 
     Raises:
-        DataError: a file is missing or damaged, or two tokenizers made the parts of a blend.
+        DataError: a file is missing or damaged, a split has no tokens, or two tokenizers made the parts of a blend.
     """
+    check_splits(config, num_samples)
     manifests = []
     for prefix in config.blend()[0]:
-        check_indexed_dataset(Path(prefix))
         manifest = load_manifest(Path(prefix))
         if manifest is None:
             log(f"{prefix}: no manifest beside it; its tokenizer cannot be checked")
@@ -50,6 +57,24 @@ def check_data(config: DataConfig) -> DatasetManifest | None:
                 f"{prefix} and {manifests[0][0]} were made with different tokenizers; tokenize both with one"
             )
     return manifests[0][1] if manifests else None
+
+
+def check_splits(config: DataConfig, num_samples: tuple[int, int, int]) -> None:
+    """Raise `DataError` when a split from which samples are wanted holds no token of one of the files.
+
+    megatron-core would count epochs of nothing for ever.
+    """
+    shares = [float(part) for part in config.split.replace("/", ",").split(",")]
+    edges = [sum(shares[:n]) / sum(shares) for n in range(4)]
+    for prefix in config.blend()[0]:
+        dataset = IndexedDataset(Path(prefix))
+        bounds = [round(edge * len(dataset)) for edge in edges]
+        for place, split in enumerate(SPLITS):
+            if num_samples[place] and not dataset.lengths[bounds[place] : bounds[place + 1]].any():
+                raise DataError(
+                    f"split={config.split} leaves no {split} document of {prefix} ({len(dataset)} documents); give "
+                    f"{split} a larger share"
+                )
 
 
 class TrainingData:
@@ -73,6 +98,7 @@ class TrainingData:
         end_of_document: int | None,
         mesh: ParallelMesh,
     ) -> None:
+        check_splits(config, num_samples)
         self._mesh = mesh
         self._vocab_size = vocab_size
         if mesh.rank == 0:
@@ -82,16 +108,6 @@ class TrainingData:
         self.train, self.validation, _ = _build_datasets(
             config, seed, num_samples, vocab_size, end_of_document
         )
-        if self.train is None or len(self.train) < num_samples[0]:
-            raise DataError(
-                f"split={config.split} leaves no training document of {' '.join(config.data_path)}; "
-                "give training a larger share"
-            )
-        if num_samples[1] and self.validation is None:
-            raise DataError(
-                f"split={config.split} leaves no validation document of {' '.join(config.data_path)}; "
-                "give validation a larger share or leave --eval-iters out"
-            )
 
     def order_digest(self, consumed: int) -> str:
         """Return a digest of which samples the first `consumed` ones are; equal digests continue each other."""
@@ -161,7 +177,12 @@ def _build_datasets(
         eod_mask_loss=config.eod_mask_loss,
         create_attention_mask=False,
     )
-    with warnings.catch_warnings():
+    # A split that nothing is drawn from is not built.
+    dataset_config.split_matrix = [
+        part if wanted else None
+        for part, wanted in zip(dataset_config.split_matrix, num_samples, strict=True)
+    ]
+    with warnings.catch_warnings(), group_for_megatron():
         warnings.simplefilter("ignore")
         builder = blended.BlendedMegatronDatasetBuilder(
             gpt.GPTDataset, list(num_samples), lambda: True, dataset_config
@@ -200,7 +221,7 @@ def refuse_pickled_indices(cache: Path) -> None:
         try:
             np.load(path, mmap_mode="r", allow_pickle=False)
         except ValueError as error:
-            if "Object arrays" in str(error) or "pickle" in str(error):
+            if any(words in str(error) for words in ("Object arrays", "Python objects", "pickle")):
                 raise DataError(
                     f"{path} holds pickled objects, which an index never does; delete it"
                 ) from None
