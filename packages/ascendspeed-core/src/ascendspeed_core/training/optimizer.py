@@ -61,11 +61,13 @@ class MasterOptimizer:
         matrices = [slot.master for slot in self._slots if slot.parameter.dim() > 1]
         vectors = [slot.master for slot in self._slots if slot.parameter.dim() <= 1]
         self.adamw = torch.optim.AdamW(
-            [{"params": matrices, "wd_mult": 1.0}, {"params": vectors, "wd_mult": 0.0}],
+            [
+                {"params": matrices, "weight_decay": config.weight_decay, "wd_mult": 1.0},
+                {"params": vectors, "weight_decay": 0.0, "wd_mult": 0.0},
+            ],
             lr=config.lr,
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_eps,
-            weight_decay=config.weight_decay,
             fused=True if mesh.device.has_fused_adamw else None,
         )
         self.num_steps = 0

@@ -14,6 +14,7 @@ Tensor names: `model/NAME`, `optimizer/exp_avg/NAME`, `optimizer/exp_avg_sq/NAME
 import io
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -127,8 +128,12 @@ class DistributedTensors:
                 f"{path} is cut short: {name} needs bytes up to {place.offset + place.length}"
             )
         try:
+            # torch.load does not look at the checksums that torch.save wrote.
+            with zipfile.ZipFile(io.BytesIO(stored)) as archive:
+                if archive.testzip() is not None:
+                    raise zipfile.BadZipFile("its checksum is wrong")
             tensor: torch.Tensor = torch.load(io.BytesIO(stored), map_location=HOST.kind, weights_only=True)
-        except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        except (RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile) as error:
             raise CheckpointError(
                 f"{path} is damaged at {name}: {error}; use an earlier checkpoint"
             ) from None

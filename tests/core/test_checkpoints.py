@@ -1,0 +1,261 @@
+"""Checkpoints: any layout reads what any layout wrote; damage and malice are refused by name."""
+
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ascendspeed_core.config.model import ModelConfig
+from ascendspeed_core.config.parallel import Layout
+from ascendspeed_core.config.training import OptimizerConfig
+from ascendspeed_core.device import Device
+from ascendspeed_core.parallel.build import load_model
+from ascendspeed_core.parallel.mesh import ParallelMesh
+from ascendspeed_core.training.checkpoint import Progress, load_optimizer, load_random_state, save_checkpoint
+from ascendspeed_core.training.optimizer import MasterOptimizer
+from ascendspeed_core.training.step import train_step
+from ascendspeed_core.weights import InitialWeights, NativeSource, open_weights
+from ascendspeed_core.weights.source import CheckpointError
+from core.training_cases import micro_batches, whole
+from support.models import tiny_config
+from support.processes import WorkerPool
+
+CONFIG = tiny_config(tie_word_embeddings=True, vocab_size=125)
+
+
+class Setup:
+    """A model and its optimizer on this process."""
+
+    def __init__(self, source: Any, layout: Layout, dtype_name: str) -> None:
+        self.mesh = ParallelMesh.create(Device("cpu"), layout)
+        self.model = load_model(source, self.mesh, getattr(torch, dtype_name))
+        self.optimizer = MasterOptimizer(self.model, OptimizerConfig(lr=1e-3), self.mesh)
+
+    def step(self, number: int) -> float:
+        batches = micro_batches(CONFIG.vocab_size, number, self.mesh, 4, masked=True)
+        return train_step(self.model, self.optimizer, batches, self.mesh).loss
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        state = {f"optimizer/{name}": whole(value) for name, value in self.optimizer.state().items()}
+        return {name: whole(p) for name, p in self.model.named_parameters()} | state
+
+
+def write(folder: str, layout: Layout, dtype_name: str, steps: int = 3) -> dict[str, torch.Tensor]:
+    """Train some steps, save, and return everything whole."""
+    setup = Setup(InitialWeights(CONFIG, 5), layout, dtype_name)
+    for number in range(steps):
+        setup.step(number)
+    save_checkpoint(
+        Path(folder), Progress(steps, steps * 16, steps, {}), setup.model, setup.optimizer, {}, setup.mesh
+    )
+    return setup.tensors()
+
+
+def read(
+    folder: str, layout: Layout, dtype_name: str, more_steps: int
+) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """Load, return everything whole, and the losses of further steps."""
+    source = open_weights(Path(folder))
+    assert isinstance(source, NativeSource)
+    setup = Setup(source, layout, dtype_name)
+    load_optimizer(source, setup.optimizer, source.description["optimizer_steps"])
+    load_random_state(source, setup.mesh)
+    tensors = setup.tensors()
+    return tensors, [setup.step(3 + number) for number in range(more_steps)]
+
+
+def losses_without_a_stop(layout: Layout, dtype_name: str, steps: int) -> list[float]:
+    setup = Setup(InitialWeights(CONFIG, 5), layout, dtype_name)
+    return [setup.step(number) for number in range(steps)]
+
+
+@pytest.mark.parametrize("dtype_name", ["float32", "bfloat16"])
+@pytest.mark.parametrize("writer", [Layout(), Layout(tp=2), Layout(tp=2, dp=2)], ids=str)
+def test_any_layout_reads_what_any_layout_wrote(
+    workers: WorkerPool, tmp_path: Path, writer: Layout, dtype_name: str
+) -> None:
+    written = workers.run(write, writer.world_size, str(tmp_path), writer, dtype_name)[0]
+    for reader in (Layout(), Layout(tp=2), Layout(tp=4), Layout(dp=2)):
+        for tensors, _ in workers.run(read, reader.world_size, str(tmp_path), reader, dtype_name, 0):
+            assert tensors.keys() == written.keys()
+            assert all(torch.equal(tensors[name], written[name]) for name in written), reader
+    source = open_weights(tmp_path)
+    assert source.config == CONFIG
+    assert all(torch.equal(source.read(name), written[name]) for name in source.tensors())
+    assert source.read("embedding.weight", (slice(30, 70), slice(3, 9))).equal(
+        written["embedding.weight"][30:70, 3:9]
+    )
+    if dtype_name == "bfloat16":
+        masters = [name for name in written if name.startswith("optimizer/master/")]
+        assert all(written[name].dtype == torch.float32 for name in masters)
+        assert len(masters) == len(source.tensors())
+
+
+@pytest.mark.parametrize("dtype_name", ["float64", "float32", "bfloat16"])
+@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2), Layout(dp=2)], ids=str)
+def test_a_resumed_run_goes_on_bit_for_bit(
+    workers: WorkerPool, tmp_path: Path, layout: Layout, dtype_name: str
+) -> None:
+    workers.run(write, layout.world_size, str(tmp_path), layout, dtype_name)
+    _, losses = workers.run(read, layout.world_size, str(tmp_path), layout, dtype_name, 4)[0]
+    without = workers.run(losses_without_a_stop, layout.world_size, layout, dtype_name, 7)[0]
+    assert losses == without[3:]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    write(str(folder), Layout(), "float32", 1)
+    return folder
+
+
+class _Evil:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (Path("/tmp/ascendspeed-was-here"),))
+
+
+def evil(folder: Path) -> None:
+    (folder / ".metadata").write_bytes(pickle.dumps(_Evil()))
+
+
+def leads_out(folder: Path) -> None:
+    content = (folder / ".metadata").read_bytes()
+    (name,) = (p.name for p in folder.glob("*.distcp"))
+    (folder / ".metadata").write_bytes(
+        content.replace(name.encode(), ("../" + "x" * 20)[: len(name)].encode())
+    )
+
+
+def change_description(**changes: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        content = json.loads((folder / "checkpoint.json").read_text())
+        (folder / "checkpoint.json").write_text(json.dumps(content | changes))
+
+    return change
+
+
+def cut(name: str, keep: float) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (path,) = folder.glob(name)
+        content = path.read_bytes()
+        path.write_bytes(content[: int(len(content) * keep)])
+
+    return change
+
+
+def wider(folder: Path) -> None:
+    change_description(model=tiny_config(tie_word_embeddings=True, vocab_size=126).model_dump(mode="json"))(
+        folder
+    )
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "pickled code": (evil, "refused"),
+    "a path that leads out": (leads_out, "outside the folder; refused"),
+    "metadata cut short": (cut(".metadata", 0.5), "is damaged"),
+    "no metadata": (lambda f: (f / ".metadata").unlink(), "the checkpoint is incomplete"),
+    "tensors cut short": (cut("*.distcp", 0.3), "is cut short"),
+    "no tensors": (lambda f: [p.unlink() for p in f.glob("*.distcp")], "is missing, though the index"),
+    "no description": (lambda f: (f / "checkpoint.json").unlink(), "is missing or incomplete; complete are none"),
+    "a description cut short": (cut("checkpoint.json", 0.5), "is not JSON"),
+    "other shapes": (wider, "embedding.weight has shape .125, 32., the model's is .126, 32."),
+    "a newer format": (change_description(format_version=99), "format_version=99"),
+    "an unknown key": (change_description(model={"color": 1}), "no valid model config"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_refused(checkpoint: Path, tmp_path: Path, damage: str) -> None:
+    shutil.copytree(checkpoint, tmp_path / "run")
+    apply, complaint = DAMAGE[damage]
+    apply(tmp_path / "run" / "iter_0000001")
+    with pytest.raises(CheckpointError, match=complaint) as raised:
+        load_model(open_weights(tmp_path / "run"), ParallelMesh(Device("cpu"), Layout()), torch.float32)
+    assert "\n" not in str(raised.value)
+    assert not Path("/tmp/ascendspeed-was-here").exists()
+
+
+def test_a_flipped_byte_is_found(checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint, tmp_path / "run")
+    (path,) = (tmp_path / "run" / "iter_0000001").glob("*.distcp")
+    before = open_weights(tmp_path / "run").read("embedding.weight")
+    source = open_weights(tmp_path / "run")
+    content = bytearray(path.read_bytes())
+    place = source.stored._metadata.storage_data  # type: ignore[union-attr]
+    start = next(entry.offset for index, entry in place.items() if index.fqn == "model/embedding.weight")
+    raw = before.numpy().tobytes()
+    content[content.index(raw[:64], start)] ^= 0x40
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"is damaged at model/embedding\.weight"):
+        source.read("embedding.weight")
+
+
+def test_trackers_that_lead_nowhere(checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint, tmp_path / "run")
+    tracker = tmp_path / "run" / "latest_checkpointed_iteration.txt"
+    for text, complaint in (
+        ("7", "names iteration 7.*complete are iter_0000001"),
+        ("release?", "not an iteration"),
+    ):
+        tracker.write_text(text)
+        with pytest.raises(CheckpointError, match=complaint):
+            open_weights(tmp_path / "run")
+    assert open_weights(tmp_path / "run" / "iter_0000001").config == CONFIG
+
+
+def test_folders_that_are_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="does not exist; check --load"):
+        open_weights(tmp_path / "none")
+    with pytest.raises(CheckpointError, match="is no checkpoint that is recognised"):
+        open_weights(tmp_path)
+
+
+def test_weights_of_a_seed_do_not_depend_on_how_they_are_read() -> None:
+    source = InitialWeights(CONFIG, 7)
+    for name, info in source.tensors().items():
+        tensor = source.read(name)
+        assert tensor.shape == info.shape
+        rows = slice(1, max(info.shape[0] // 2, 2))
+        index = (rows, *(slice(0, n) for n in info.shape[1:]))
+        assert torch.equal(source.read(name, index), tensor[rows])
+    assert not torch.equal(
+        InitialWeights(CONFIG, 8).read("embedding.weight"), source.read("embedding.weight")
+    )
+
+
+def plain_adam_steps(config: ModelConfig, steps: int) -> dict[str, torch.Tensor]:
+    """The same training with torch's own AdamW, its clipping and a plain model: nothing of ours but the model."""
+    model = load_model(InitialWeights(config, 5), ParallelMesh(Device("cpu"), Layout()), torch.float64)
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() <= 1]
+    adam = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}],
+        lr=1e-3, betas=(0.9, 0.999), eps=1e-8,
+    )  # fmt: skip
+    mesh = ParallelMesh(Device("cpu"), Layout())
+    for step in range(steps):
+        (batch,) = micro_batches(config.vocab_size, step, mesh, 16, masked=True)
+        losses = torch.nn.functional.cross_entropy(
+            model(batch.tokens).flatten(0, 1), batch.labels.flatten(), reduction="none"
+        )
+        mask = batch.loss_mask.flatten()
+        ((losses * mask).sum() / mask.sum()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        adam.step()
+        adam.zero_grad()
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+def test_steps_equal_torchs_own_adamw() -> None:
+    setup = Setup(InitialWeights(CONFIG, 5), Layout(), "float64")
+    for number in range(5):
+        setup.step(number)
+    want = plain_adam_steps(CONFIG, 5)
+    for name, parameter in setup.model.named_parameters():
+        # float64; micro-batches of 4 are summed in another order than one batch of 16.
+        torch.testing.assert_close(parameter.detach(), want[name], rtol=1e-9, atol=1e-11)
