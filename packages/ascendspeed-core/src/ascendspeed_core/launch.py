@@ -115,6 +115,8 @@ def worker_errors() -> Iterator[None]:
 
     Without such a launcher the error goes on as it is.
     """
+    if LAUNCHED in os.environ and is_worker():
+        _end_with_launcher()
     try:
         yield
     except AscendSpeedError as error:
@@ -127,6 +129,19 @@ def worker_errors() -> Iterator[None]:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(error.exit_code)
+
+
+def _end_with_launcher() -> None:
+    """Ask Linux to kill this process when the launcher dies, which a killed launcher cannot do itself.
+
+    Workers left behind would go on writing into the run's folder.
+    """
+    if sys.platform == "linux":
+        import ctypes
+        import signal
+
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 def _write_error_file(path: str, message: str) -> None:

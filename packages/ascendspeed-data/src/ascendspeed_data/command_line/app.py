@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import typer
@@ -156,10 +157,9 @@ def run_app(app: typer.Typer, name: str, args: Sequence[str] | None = None) -> i
     peer. Exit 130: interrupted. Any other exception is a bug and keeps its traceback.
     """
     command = typer.main.get_command(app)
+    words = list(sys.argv[1:] if args is None else args)
     try:
-        result = command.main(
-            args=list(sys.argv[1:] if args is None else args), prog_name=name, standalone_mode=False
-        )
+        result = command.main(args=words, prog_name=name, standalone_mode=False)
     except AscendSpeedError as error:
         return _complain(name, str(error), error.exit_code)
     except typer.Abort:
@@ -168,16 +168,24 @@ def run_app(app: typer.Typer, name: str, args: Sequence[str] | None = None) -> i
         if type(error).__name__ == "NoArgsIsHelpError":
             print(error.format_message())
             return 2
-        return _complain(name, _one_line(error.format_message()), error.exit_code)
+        return _complain(name, _one_line(error, words), error.exit_code)
     except BrokenPipeError:
         sys.stderr.close()
         return 1
     return result if isinstance(result, int) else 0
 
 
-def _one_line(message: str) -> str:
-    line = " ".join(message.split()).replace("Value error, ", "")
-    return re.sub(r" \(Possible options: (.*)\)$", r"; did you mean \1?", line)
+def _one_line(error: typer.TyperException, words: Sequence[str]) -> str:
+    """Return Typer's complaint as one line, with the value that it is about and other flags to try."""
+    line = " ".join(error.format_message().split()).replace("Value error, ", "")
+    line = re.sub(
+        r" \(Possible options: (.*)\)$", lambda m: f"; did you mean {m[1].replace(', ', ' or ')}?", line
+    )
+    flags = getattr(getattr(error, "param", None), "opts", ())
+    values = [value for word, value in pairwise(words) if word in flags]
+    if values:
+        line = line.replace("Invalid value for", f"Invalid value {values[-1]!r} for", 1)
+    return line
 
 
 def _complain(name: str, message: str, status: int) -> int:

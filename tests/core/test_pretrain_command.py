@@ -1,0 +1,283 @@
+"""`asd-core pretrain` as a user runs it: what it leaves, how it goes on after a kill, what it refuses."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ascendspeed_core.models.families import find_family
+from ascendspeed_core.training.metrics import read_metrics
+from ascendspeed_core.weights import open_weights
+from support.commands import call, command_line, environment, run_command
+from support.models import save_hugging_face, tiny_config
+
+
+@pytest.fixture(scope="module")
+def model_json(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("config") / "model.json"
+    path.write_text(json.dumps(find_family("llama").write_config(tiny_config(vocab_size=400))))
+    return path
+
+
+@pytest.fixture
+def arguments(model_json: Path, dataset: Path, tmp_path: Path) -> list[object]:
+    return [
+        "asd-core", "pretrain", "--model-config", model_json, "--data-path", dataset, "--seq-length", 32,
+        "--micro-batch-size", 2, "--global-batch-size", 8, "--train-iters", 12, "--lr", 3e-3, "--save",
+        tmp_path / "run", "--data-cache-path", tmp_path / "cache", "--split", "90,10,0", "--log-interval", 4,
+    ]  # fmt: skip
+
+
+def weights_of(folder: Path) -> dict[str, Any]:
+    source = open_weights(folder)
+    return {name: source.read(name) for name in source.tensors()}
+
+
+def equal_runs(a: Path, b: Path) -> bool:
+    keys = ("iteration", "lm_loss", "grad_norm", "learning_rate", "consumed_samples")
+    rows = [[tuple(r[key] for key in keys) for r in read_metrics(p / "metrics.jsonl")] for p in (a, b)]
+    first, second = weights_of(a), weights_of(b)
+    return rows[0] == rows[1] and all(first[name].equal(second[name]) for name in first)
+
+
+def test_what_a_run_leaves(arguments: list[object], tmp_path: Path, tokenizer_folder: Path) -> None:
+    done = call(
+        *arguments, "--eval-iters", 2, "--eval-interval", 4, "--save-interval", 5, "--tokenizer-name-or-path",
+        tokenizer_folder, "--lr-warmup-iters", 3, "--lr-decay-style", "cosine", "--min-lr", 3e-4,
+    )  # fmt: skip
+    assert done.status == 0, done.stderr
+    assert done.stdout == ""
+    run = tmp_path / "run"
+    records = read_metrics(run / "metrics.jsonl")
+    assert [r["iteration"] for r in records] == list(range(1, 13))
+    assert [r["consumed_samples"] for r in records] == [8 * n for n in range(1, 13)]
+    assert all(r["lm_loss"] > 0 and r["grad_norm"] > 0 and r["tokens_per_second"] > 0 for r in records)
+    assert records[-1]["lm_loss"] < records[0]["lm_loss"] - 0.2
+    rates = [r["learning_rate"] for r in records]
+    assert rates.index(max(rates)) in (2, 3)
+    assert max(rates) == pytest.approx(3e-3)
+    assert min(rates[3:]) >= 3e-4
+    assert [r["iteration"] for r in records if "validation_loss" in r] == [4, 8, 12]
+    assert sorted(p.name for p in run.iterdir()) == [
+        "iter_0000005", "iter_0000010", "iter_0000012", "latest_checkpointed_iteration.txt", "loss.png",
+        "metrics.jsonl", "tokenizer",
+    ]  # fmt: skip
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (run / "tokenizer" / "tokenizer.model").read_bytes() == (
+        tokenizer_folder / "tokenizer.model"
+    ).read_bytes()
+    description = json.loads((run / "iter_0000012" / "checkpoint.json").read_text())
+    assert description["run"]["optimizer"]["lr"] == 3e-3
+    assert "iteration 12/12 | loss" in done.stderr
+    assert "nats below the unigram entropy" in done.stderr or "nats above the unigram entropy" in done.stderr
+
+
+def test_validation_does_not_change_training(arguments: list[object], tmp_path: Path) -> None:
+    assert call(*arguments).status == 0
+    with_validation = [*arguments, "--save", tmp_path / "other", "--eval-iters", 1, "--eval-interval", 1]
+    assert call(*with_validation).status == 0
+    assert equal_runs(tmp_path / "run", tmp_path / "other")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_stopping_and_going_on_changes_nothing(arguments: list[object], tmp_path: Path, dtype: str) -> None:
+    arguments = [*arguments, "--dtype", dtype]
+    assert call(*arguments, "--save", tmp_path / "whole").status == 0
+    assert call(*arguments, "--exit-interval", 5, "--auto-resume").status == 0
+    assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["iteration"] == 5
+    done = call(*arguments, "--auto-resume")
+    assert done.status == 0, done.stderr
+    assert "resumed at iteration 5" in done.stderr
+    assert equal_runs(tmp_path / "run", tmp_path / "whole")
+
+
+def kill_when(condition: Callable[[], bool], arguments: list[object]) -> None:
+    """Start a command with its own process group, and kill all of it with SIGKILL once the condition holds."""
+    running = subprocess.Popen(
+        command_line(*arguments), env=environment(), stderr=subprocess.PIPE, start_new_session=True
+    )
+    end = time.monotonic() + 120
+    while not condition():
+        assert running.poll() is None, running.stderr.read().decode() if running.stderr else ""
+        assert time.monotonic() < end
+        time.sleep(0.005)
+    os.killpg(running.pid, signal.SIGKILL)
+    running.wait()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_kill_and_resume(arguments: list[object], tmp_path: Path, processes: int) -> None:
+    layout = ["--nproc-per-node", processes, "--tensor-model-parallel-size", processes]
+    arguments = [*arguments, *layout, "--save-interval", 3, "--train-iters", 40, "--device", "cpu"]
+    whole = run_command(*arguments, "--save", tmp_path / "whole")
+    assert whole.status == 0, whole.stderr
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    kill_when(lambda: metrics.exists() and len(read_metrics(metrics)) >= 8, arguments)
+    assert len(read_metrics(metrics)) < 60
+    done = run_command(*arguments, "--auto-resume")
+    assert done.status == 0, done.stderr
+    assert "resumed at iteration" in done.stderr
+    assert equal_runs(tmp_path / "run", tmp_path / "whole")
+
+
+def test_workers_do_not_outlive_their_launcher(arguments: list[object], tmp_path: Path) -> None:
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    arguments = [*arguments, "--nproc-per-node", 2, "--train-iters", 100_000, "--device", "cpu"]
+    kill_when(lambda: metrics.exists() and len(read_metrics(metrics)) >= 3, arguments)
+    time.sleep(0.5)
+    before = metrics.stat().st_size
+    time.sleep(0.5)
+    assert metrics.stat().st_size == before
+
+
+def test_a_layout_of_four_processes_under_torchrun(arguments: list[object], tmp_path: Path) -> None:
+    assert call(*arguments).status == 0
+    module = command_line(*arguments)[2:]
+    done = subprocess.run(
+        [*command_line("asd-core")[:1], "-m", "torch.distributed.run", "--nproc-per-node", "4", "--module", *module,
+         "--tensor-model-parallel-size", "2", "--save", str(tmp_path / "four")],
+        env=environment(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    one, four = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("run", "four"))
+    # fp32: the sums run in another order.
+    assert [r["lm_loss"] for r in four] == pytest.approx([r["lm_loss"] for r in one], rel=1e-4)
+    description = json.loads((tmp_path / "four" / "iter_0000012" / "checkpoint.json").read_text())
+    assert description["layout"] == {"tp": 2, "dp": 2}
+
+
+def test_start_from_a_hugging_face_folder(arguments: list[object], tmp_path: Path) -> None:
+    save_hugging_face(tiny_config(vocab_size=400), tmp_path / "hf")
+    start = [*arguments[:2], "--load", tmp_path / "hf", *arguments[4:]]
+    done = call(*start, "--num-layers", 4, "--hidden-size", 32)
+    assert done.status == 0, done.stderr
+    assert "weights: huggingface" in done.stderr
+    assert "num_layers=5 contradicts" in call(*start, "--num-layers", 5, "--save", tmp_path / "b").complaint
+
+
+def test_finetuning_starts_the_data_anew(arguments: list[object], tmp_path: Path) -> None:
+    assert call(*arguments).status == 0
+    second = [*arguments[:2], "--load", tmp_path / "run", *arguments[4:], "--save", tmp_path / "second"]
+    done = call(*second, "--finetune", "--seed", 7)
+    assert done.status == 0, done.stderr
+    records = read_metrics(tmp_path / "second" / "metrics.jsonl")
+    assert records[0]["iteration"] == 1
+    assert records[0]["lm_loss"] < read_metrics(tmp_path / "run" / "metrics.jsonl")[0]["lm_loss"] - 0.2
+    changed = call(*second, "--save", tmp_path / "third", "--seed", 7)
+    assert changed.status == 1
+    assert "seed was 1234, is 7" in changed.complaint
+
+
+def test_a_changed_length_of_the_run_is_refused(arguments: list[object], tmp_path: Path) -> None:
+    assert call(*arguments, "--exit-interval", 5).status == 0
+    done = call(*arguments, "--auto-resume", "--train-iters", 2000)
+    assert done.status == 1
+    assert "stop early with --exit-interval" in done.complaint
+
+
+def test_a_loss_that_is_no_number_ends_the_run(arguments: list[object], tmp_path: Path) -> None:
+    done = call(*arguments, "--lr", 1e30, "--clip-grad", 0, "--save-interval", 1)
+    assert done.status == 1
+    assert "the weights are no longer usable" in done.complaint
+    assert open_weights(tmp_path / "run").read("embedding.weight").isfinite().all()
+
+
+def test_a_dry_run_writes_nothing(arguments: list[object], tmp_path: Path) -> None:
+    done = call(*arguments, "--dry-run")
+    assert done.status == 0
+    assert "8 samples of 32 tokens; iterations 0 to 12" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_second_run_on_the_same_folder(arguments: list[object], tmp_path: Path) -> None:
+    import fcntl
+
+    (tmp_path / "run").mkdir()
+    with (tmp_path / "run" / "run.lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        done = call(*arguments)
+    assert done.status == 1
+    assert "is being written by another run" in done.complaint
+
+
+BAD: dict[str, tuple[list[object], int, str]] = {
+    "a flag that is not": (["--tensor-model-paralel-size", 2], 2, "or --tensor-model-parallel-size?"),
+    "a checkpoint that is not": (["{model}", "--load", "/nowhere/run"], 1, "does not exist"),
+    "heads that do not divide": (["--tensor-model-parallel-size", 8, "--nproc-per-node", 8], 2, "num_key_value_heads"),
+    "ranks that do not divide": (["--tensor-model-parallel-size", 2, "--nproc-per-node", 3], 2, "not divide the 3"),
+    "a batch that does not divide": (["--global-batch-size", 7], 2, "choose 6"),
+    "a length beyond the model": (["--seq-length", 65], 1, "max_position_embeddings=64"),
+    "data that is not": (["{data}", "/nowhere/x"], 1, "/nowhere/x.idx does not exist"),
+    "the wrong format": (["--fp16"], 2, "needs loss scaling"),
+    "two formats": (["--fp16", "--bf16"], 2, "were both asked for"),
+    "pipeline stages": (["--pipeline-model-parallel-size", 2], 2, "this version runs one stage"),
+    "no iterations": (["--train-iters", 0], 2, "train_iters=0"),
+    "an empty split": (["--split", "0,100,0"], 1, "leaves no training document"),
+    "a device that is not": (["--device", "npu"], 1, "device=npu is not available here"),
+    "an unknown device": (["--device", "tpu"], 2, "tpu"),
+    "a value of another kind": (["--lr", "fast"], 2, "Invalid value 'fast' for '--lr'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_leaves_nothing(arguments: list[object], tmp_path: Path, case: str) -> None:
+    flags, status, complaint = BAD[case]
+    if flags[0] == "{model}":
+        arguments, flags = [*arguments[:2], *arguments[4:]], flags[1:]
+    if flags[0] == "{data}":
+        arguments, flags = [*arguments[:4], *arguments[6:], "--data-path"], flags[1:]
+    started = time.monotonic()
+    done = call(*arguments, *flags)
+    assert done.status == status, done.stderr
+    assert complaint in done.complaint
+    assert done.complaint.startswith("asd-core: error: ")
+    assert not (tmp_path / "run").exists()
+    assert time.monotonic() - started < 20
+
+
+def test_no_weights_by_accident(arguments: list[object]) -> None:
+    done = call(*arguments[:2], *arguments[4:])
+    assert done.status == 2
+    assert "neither of --load and --model-config given" in done.complaint
+
+
+def test_another_tokenizer_is_refused(
+    arguments: list[object], tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tokenizer_folder, tmp_path / "other")
+    config = json.loads((tmp_path / "other" / "tokenizer_config.json").read_text()) | {"add_bos_token": False}
+    (tmp_path / "other" / "tokenizer_config.json").write_text(json.dumps(config))
+    done = call(*arguments, "--tokenizer-name-or-path", tmp_path / "other")
+    assert done.status == 1
+    assert "did not make the dataset" in done.complaint
+
+
+def test_a_vocabulary_smaller_than_the_tokenizers(arguments: list[object], tmp_path: Path) -> None:
+    small = tmp_path / "small.json"
+    small.write_text(json.dumps(find_family("llama").write_config(tiny_config(vocab_size=399))))
+    done = call(*arguments[:3], small, *arguments[4:])
+    assert done.status == 1
+    assert "vocab_size=400, the model has vocab_size=399" in done.complaint
+
+
+def test_an_error_of_a_worker_is_told_once(arguments: list[object], dataset: Path, tmp_path: Path) -> None:
+    """Ids beyond the vocabulary show only once samples are read, in every process."""
+    for suffix in (".bin", ".idx"):
+        shutil.copy(f"{dataset}{suffix}", tmp_path / f"x{suffix}")
+    small = tmp_path / "small.json"
+    small.write_text(json.dumps(find_family("llama").write_config(tiny_config(vocab_size=200))))
+    done = run_command(
+        *arguments[:3], small, "--data-path", tmp_path / "x", *arguments[6:], "--nproc-per-node", 2,
+        "--tensor-model-parallel-size", 2, "--device", "cpu",
+    )  # fmt: skip
+    assert done.status == 1
+    assert "the model's vocabulary ends at 199" in done.complaint
+    assert done.stderr.count("the model's vocabulary ends at 199") == 1
+    assert "Traceback" not in done.stderr
