@@ -11,6 +11,7 @@ import torch
 from ascendspeed_core.models.transformer import Transformer
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.tensor import gather_logits
+from ascendspeed_data.errors import AscendSpeedError
 from ascendspeed_data.tokenizer import Tokenizer
 
 
@@ -59,6 +60,9 @@ def loglikelihood(
         pairs: (context, continuation).
         batch_size: pairs computed at once.
         max_tokens: longest input; longer ones lose the beginning of their context, which is counted.
+
+    Raises:
+        AscendSpeedError: a continuation alone is longer than `max_tokens`.
     """
     rows = [_row(tokenizer, context, continuation, max_tokens) for context, continuation in pairs]
     order = sorted(range(len(rows)), key=lambda number: -len(rows[number].ids))
@@ -87,9 +91,14 @@ def _row(tokenizer: Tokenizer, context: str, continuation: str, max_tokens: int)
     before, after = encode_pair(tokenizer, context, continuation)
     if not before:
         before = [token for token in (tokenizer.bos_id, tokenizer.eos_id) if token is not None][:1]
+    if len(after) > max_tokens:
+        raise AscendSpeedError(
+            f"the continuation {continuation[:40]!r} has {len(after)} tokens, more than the {max_tokens} that the "
+            "model takes; no score of a part would be its score"
+        )
     ids = before + after
     truncated = max(len(ids) - (max_tokens + 1), 0)
-    return _Row(tuple(ids[truncated:]), min(len(after), max_tokens), truncated)
+    return _Row(tuple(ids[truncated:]), len(after), truncated)
 
 
 def _score(model: Transformer, mesh: ParallelMesh, rows: Sequence[_Row]) -> list[Score]:

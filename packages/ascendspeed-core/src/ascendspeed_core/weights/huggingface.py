@@ -83,7 +83,8 @@ class HuggingFaceSource:
                 else:
                     self._files[path] = torch.load(path, map_location=HOST.kind, weights_only=True, mmap=True)
             except Exception as error:  # noqa: BLE001 - each library has its own; the file is what is wrong
-                raise CheckpointError(f"{path} cannot be read: {error}; copy it again") from None
+                reason = str(error).splitlines()[0]
+                raise CheckpointError(f"{path} cannot be read: {reason}; copy it again") from None
         return self._files[path]
 
     def _info(self, theirs: str) -> TensorInfo:

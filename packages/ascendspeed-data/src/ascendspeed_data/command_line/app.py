@@ -189,5 +189,5 @@ def _one_line(error: typer.TyperException, words: Sequence[str]) -> str:
 
 
 def _complain(name: str, message: str, status: int) -> int:
-    print(f"{name}: error: {message}", file=sys.stderr)
+    print(f"{name}: error: {' '.join(message.splitlines())}", file=sys.stderr)
     return status

@@ -1,0 +1,177 @@
+"""Generation is transformers' own, under every layout; options mean what they say."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
+
+from ascendspeed_data.errors import AscendSpeedError
+from ascendspeed_data.tokenizer import load_tokenizer
+from ascendspeed_infer.language_model import LanguageModel
+from ascendspeed_infer.sampling import Sampling, choose_token, keep_top_k, keep_top_p
+from support.commands import call, run_command
+from support.models import save_hugging_face, tiny_config
+
+PROMPTS = ["the year", "it was a", "中文 and"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    save_hugging_face(tiny_config(vocab_size=400), path)
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        shutil.copy(tokenizer_folder / name, path)
+    return path
+
+
+def theirs(folder: Path, prompt: str, new_tokens: int) -> list[int]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = torch.tensor([load_tokenizer(folder).encode(prompt)])
+    with torch.no_grad():
+        whole = model.generate(
+            ids, max_new_tokens=new_tokens, do_sample=False, eos_token_id=2, pad_token_id=0
+        )
+    return [int(token) for token in whole[0, ids.shape[1] :]]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_greedy_ids_equal_transformers(folder: Path, prompt: str) -> None:
+    (completion,) = LanguageModel.from_pretrained(folder, device="cpu").generate(prompt, max_new_tokens=20)
+    want = theirs(folder, prompt, 20)
+    assert list(completion.token_ids) == want
+    assert completion.finish_reason == ("stop" if want[-1] == 2 else "length")
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_json_on_the_command_line(folder: Path, tp: int) -> None:
+    done = run_command(
+        "asd-infer", "generate", "--load", folder, "--prompt", *PROMPTS, "--max-new-tokens", 12, "--json", "--device",
+        "cpu", "--nproc-per-node", tp, "--tensor-model-parallel-size", tp,
+    )  # fmt: skip
+    assert done.status == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["prompt"] for line in lines] == PROMPTS
+    for line in lines:
+        assert line["token_ids"] == theirs(folder, line["prompt"], 12)
+        assert line["finish_reason"] in ("length", "stop")
+        assert isinstance(line["text"], str)
+        assert line["prompt_token_ids"] == load_tokenizer(folder).encode(line["prompt"])
+
+
+def test_texts_on_stdout_and_the_rest_on_stderr(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    flags: list[object] = ["--load", folder, "--max-new-tokens", 3, "--device", "cpu"]
+    from_file = call("asd-infer", "generate", *flags, "--prompt-file", tmp_path / "prompts.txt")
+    from_stdin = call("asd-infer", "generate", *flags, stdin="\n".join(PROMPTS))
+    from_flags = call("asd-infer", "generate", *flags, "--prompt", *PROMPTS)
+    assert from_file.stdout == from_stdin.stdout == from_flags.stdout
+    assert "tokens/s" in from_flags.stderr
+    echoed = call("asd-infer", "generate", *flags, "--prompt", "the year", "--echo")
+    assert echoed.stdout.startswith("the year")
+
+
+def test_random_weights_by_name(folder: Path) -> None:
+    flags: list[object] = [
+        "--model-config", folder / "config.json", "--tokenizer-name-or-path", folder, "--prompt", "the", "--json",
+        "--max-new-tokens", 8, "--device", "cpu",
+    ]  # fmt: skip
+    first, again, other = (call("asd-infer", "generate", *flags, "--seed", seed) for seed in (3, 3, 4))
+    assert first.stdout == again.stdout
+    assert first.stdout != other.stdout
+
+
+def test_sampling_is_reproducible_and_seeds_matter(folder: Path) -> None:
+    model = LanguageModel.from_pretrained(folder, device="cpu")
+
+    def ids(**options: object) -> tuple[int, ...]:
+        return model.generate("the", max_new_tokens=16, do_sample=True, **options)[0].token_ids  # type: ignore[arg-type]
+
+    assert ids(seed=1) == ids(seed=1) != ids(seed=2)
+    greedy = model.generate("the", max_new_tokens=16)[0].token_ids
+    assert ids(seed=1, top_k=1) == greedy
+    assert ids(seed=1, temperature=1e-4) == greedy
+
+
+@pytest.mark.parametrize("k", [0, 1, 5, 400, 1000])
+def test_top_k_keeps_what_transformers_keeps(k: int) -> None:
+    scores = torch.randn(400, generator=torch.Generator().manual_seed(k), dtype=torch.float64)
+    want = TopKLogitsWarper(k)(None, scores[None])[0] if k else scores
+    assert torch.equal(keep_top_k(scores, k), want)
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5, 0.9, 0.999, 1.0])
+def test_top_p_keeps_what_transformers_keeps(p: float) -> None:
+    scores = torch.randn(400, generator=torch.Generator().manual_seed(9), dtype=torch.float64) * 3
+    want = TopPLogitsWarper(p)(None, scores[None])[0] if p < 1 else scores
+    assert torch.equal(keep_top_p(scores, p), want)
+
+
+def test_draws_follow_the_distribution() -> None:
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
+    sampling = Sampling(do_sample=True, temperature=0.7, seed=5)
+    generator = sampling.generator()
+    counts = torch.zeros(4)
+    for _ in range(20_000):
+        counts[choose_token(logits, sampling, generator)] += 1
+    # 20,000 draws: one standard deviation is at most 0.0035.
+    assert torch.allclose(counts / 20_000, (logits / 0.7).softmax(-1), atol=0.014)
+
+
+def test_stop_texts_and_end_ids(folder: Path) -> None:
+    model = LanguageModel.from_pretrained(folder, device="cpu")
+    (free,) = model.generate("it was a", max_new_tokens=20, ignore_eos=True)
+    assert (free.finish_reason, len(free.token_ids)) == ("length", 20)
+    stop = free.text[4:7]
+    (stopped,) = model.generate("it was a", max_new_tokens=20, ignore_eos=True, stop=[stop])
+    assert stopped.finish_reason == "stop"
+    assert stopped.text == free.text.partition(stop)[0]
+    assert stopped.token_ids == free.token_ids[: len(stopped.token_ids)]
+
+
+BAD: dict[str, tuple[list[object], int, str]] = {
+    "no model": (["--prompt", "x"], 2, "neither of --load and --model-config given"),
+    "a checkpoint that is not": (["--load", "/nowhere", "--prompt", "x"], 1, "checkpoint /nowhere does not exist"),
+    "a prompt that is too long": (["{model}", "--prompt", "the year " * 40], 1, "more than max_position_embeddings"),
+    "more tokens than fit": (["{model}", "--prompt", "x", "--max-new-tokens", 500], 1, "shorten the prompt or ask for"),
+    "no tokens": (["{model}", "--prompt", "x", "--max-new-tokens", 0], 2, "max_new_tokens"),
+    "a temperature of 0": (["{model}", "--prompt", "x", "--do-sample", "--temperature", 0], 2, "temperature=0"),
+    "a top-p above 1": (["{model}", "--prompt", "x", "--top-p", 1.5], 2, "top_p=1.5"),
+    "two sources of prompts": (["{model}", "--prompt", "x", "--prompt-file", "y"], 2, "give one"),
+    "a file that is not": (["{model}", "--prompt-file", "/nowhere/p"], 1, "prompt_file=/nowhere/p does not exist"),
+    "processes that repeat each other": (["{model}", "--prompt", "x", "--nproc-per-node", 2], 2, "the same 2 times"),
+    "heads that do not divide": (
+        ["{model}", "--prompt", "x", "--tensor-model-parallel-size", 3, "--nproc-per-node", 3],
+        2,
+        "does not divide num_attention_heads=8",
+    ),
+    "another architecture": (["{model}", "--prompt", "x", "--num-layers", 7], 1, "num_layers=7 contradicts"),
+    "another tokenizer": (["{model}", "--prompt", "x", "--tokenizer-type", "Other"], 2, "tokenizer_type=Other"),
+    "a flag that is not": (["{model}", "--promt", "x"], 2, "did you mean --prompt or"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(folder: Path, case: str) -> None:
+    flags, status, complaint = BAD[case]
+    if flags[0] == "{model}":
+        flags = ["--load", folder, *flags[1:]]
+    done = call("asd-infer", "generate", *flags, "--device", "cpu")
+    assert done.status == status, done.stderr
+    assert complaint in done.complaint
+    assert done.stdout == ""
+
+
+def test_a_model_without_a_tokenizer(tmp_path: Path) -> None:
+    save_hugging_face(tiny_config(vocab_size=400), tmp_path)
+    with pytest.raises(AscendSpeedError, match="came without a tokenizer; give --tokenizer-name-or-path"):
+        LanguageModel.from_pretrained(tmp_path, device="cpu")
+
+
+def test_a_tokenizer_larger_than_the_model(tmp_path: Path, tokenizer_folder: Path) -> None:
+    save_hugging_face(tiny_config(vocab_size=300), tmp_path)
+    with pytest.raises(AscendSpeedError, match="has vocab_size=400, the model 300"):
+        LanguageModel.from_pretrained(tmp_path, tokenizer=tokenizer_folder, device="cpu")
