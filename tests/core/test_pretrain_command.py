@@ -103,13 +103,17 @@ def kill_when(condition: Callable[[], bool], arguments: list[object]) -> None:
     running = subprocess.Popen(
         command_line(*arguments), env=environment(), stderr=subprocess.PIPE, start_new_session=True
     )
-    end = time.monotonic() + 120
-    while not condition():
-        assert running.poll() is None, running.stderr.read().decode() if running.stderr else ""
-        assert time.monotonic() < end
-        time.sleep(0.005)
+    wait_for(condition, running)
     os.killpg(running.pid, signal.SIGKILL)
     running.wait()
+
+
+def wait_for(condition: Callable[[], bool], running: "subprocess.Popen[Any]") -> None:
+    end = time.monotonic() + 120
+    while not condition():
+        assert running.poll() is None, running.stderr.read() if running.stderr else ""
+        assert time.monotonic() < end
+        time.sleep(0.005)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -135,6 +139,23 @@ def test_workers_do_not_outlive_their_launcher(arguments: list[object], tmp_path
     before = metrics.stat().st_size
     time.sleep(0.5)
     assert metrics.stat().st_size == before
+
+
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_all_processes_with_one_line(
+    arguments: list[object], tmp_path: Path, sent: signal.Signals, status: int
+) -> None:
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    flags = ["--nproc-per-node", 2, "--train-iters", 100_000, "--device", "cpu"]
+    running = subprocess.Popen(
+        command_line(*arguments, *flags), env=environment(), stderr=subprocess.PIPE, text=True
+    )
+    wait_for(lambda: metrics.exists() and len(read_metrics(metrics)) >= 2, running)
+    running.send_signal(sent)
+    _, complaints = running.communicate(timeout=60)
+    assert running.returncode == status, complaints
+    assert complaints.splitlines()[-1] == f"asd-core: error: stopped by {sent.name}, all processes with it"
+    assert "Traceback" not in complaints
 
 
 def test_a_layout_of_four_processes_under_torchrun(arguments: list[object], tmp_path: Path) -> None:

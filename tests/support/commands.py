@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
 
-from ascendspeed_data.command_line import run_app
-
 MODULES = {f"asd-{name}": f"ascendspeed_{name}.cli" for name in ("core", "data", "ckpt", "infer", "eval")}
 
 
@@ -68,5 +66,5 @@ def call(*args: object, stdin: str = "") -> Finished:
         patch.object(sys, "argv", words),
         patch.object(sys, "stdin", io.StringIO(stdin)),
     ):
-        status = run_app(module.app, words[0], words[1:])
+        status = module.run_app(module.app, words[0], words[1:])
     return Finished(status, out.getvalue(), err.getvalue())

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from ascendspeed_core.device import Device, choose_device, prepare_torch
+from ascendspeed_data.command_line import log
 from ascendspeed_data.errors import AscendSpeedError, ConfigError
 
 LAUNCHED = "ASCENDSPEED_LAUNCHED"
@@ -39,6 +40,12 @@ def world_of_environment() -> World:
 def is_worker() -> bool:
     """Tell whether a launcher, torchrun or ours, started this process."""
     return "WORLD_SIZE" in os.environ and "RANK" in os.environ
+
+
+def announce(message: str) -> None:
+    """Log a line that every process would find out before the run, once: in the launcher, or in torchrun's rank 0."""
+    if not is_worker() or (LAUNCHED not in os.environ and world_of_environment().rank == 0):
+        log(message)
 
 
 def planned_world_size(nproc_per_node: int) -> int:
@@ -72,6 +79,7 @@ def launch(module: str, args: Sequence[str], nproc_per_node: int, device: str) -
         AscendSpeedError: a process failed; the message is its own.
     """
     prepare_torch(device)
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -90,6 +98,10 @@ def launch(module: str, args: Sequence[str], nproc_per_node: int, device: str) -
     )
     try:
         elastic_launch(config, sys.executable)("-m", module, *args)
+    except SignalException as error:
+        raise _WorkerError(
+            f"stopped by {error.sigval.name}, all processes with it", 128 + error.sigval
+        ) from None
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         message = failure.message if isinstance(failure.message, str) else str(failure.message.get("message"))
@@ -102,7 +114,7 @@ def launch(module: str, args: Sequence[str], nproc_per_node: int, device: str) -
 
 
 class _WorkerError(AscendSpeedError):
-    """An error that a worker reported, with the worker's exit status."""
+    """An error that a worker reported, or a signal, with the exit status that belongs to it."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)

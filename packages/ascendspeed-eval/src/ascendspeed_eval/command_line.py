@@ -157,7 +157,7 @@ def run_app(app: typer.Typer, name: str, args: Sequence[str] | None = None) -> i
     try:
         result = command.main(args=words, prog_name=name, standalone_mode=False)
     except typer.Abort:
-        return _complain(name, "aborted", 1)
+        return _complain(name, "interrupted", 130)
     except typer.TyperException as error:
         if type(error).__name__ == "NoArgsIsHelpError":
             print(error.format_message())

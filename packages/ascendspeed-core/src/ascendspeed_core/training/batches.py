@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from ascendspeed_core.config.training import DataConfig
+from ascendspeed_core.launch import announce
 from ascendspeed_core.megatron import group_for_megatron, megatron
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.training.step import MicroBatch
@@ -48,7 +49,7 @@ def check_data(config: DataConfig, num_samples: tuple[int, int, int]) -> Dataset
     for prefix in config.blend()[0]:
         manifest = load_manifest(Path(prefix))
         if manifest is None:
-            log(f"{prefix}: no manifest beside it; its tokenizer cannot be checked")
+            announce(f"{prefix}: no manifest beside it; its tokenizer cannot be checked")
         else:
             manifests.append((prefix, manifest))
     for prefix, manifest in manifests[1:]:

@@ -7,12 +7,12 @@ from typing import Any
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.config.training import PretrainConfig
+from ascendspeed_core.launch import announce
 from ascendspeed_core.training.batches import check_data
 from ascendspeed_core.training.checkpoint import Progress, load_progress, saved_iterations
 from ascendspeed_core.training.schedule import samples_of_run
 from ascendspeed_core.weights import NativeSource, WeightSource, open_source, open_weights
 from ascendspeed_core.weights.native import TRACKER
-from ascendspeed_data.command_line import log
 from ascendspeed_data.errors import AscendSpeedError, ConfigError
 from ascendspeed_data.manifest import DatasetManifest
 
@@ -141,7 +141,7 @@ def _start(config: PretrainConfig, source: WeightSource, data_order: dict[str, A
 def _check_save_folder(config: PretrainConfig, source: WeightSource, start: Progress) -> None:
     folder = config.start.save
     if folder is None:
-        log("save: no --save given; nothing of this run will be kept")
+        announce("save: no --save given; nothing of this run will be kept")
         return
     later = [iteration for iteration in saved_iterations(folder) if iteration > start.iteration]
     same_run = isinstance(source, NativeSource) and folder.resolve() in (

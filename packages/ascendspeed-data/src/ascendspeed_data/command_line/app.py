@@ -163,7 +163,7 @@ def run_app(app: typer.Typer, name: str, args: Sequence[str] | None = None) -> i
     except AscendSpeedError as error:
         return _complain(name, str(error), error.exit_code)
     except typer.Abort:
-        return _complain(name, "aborted", 1)
+        return _complain(name, "interrupted", 130)
     except typer.TyperException as error:
         if type(error).__name__ == "NoArgsIsHelpError":
             print(error.format_message())

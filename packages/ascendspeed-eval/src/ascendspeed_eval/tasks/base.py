@@ -1,5 +1,6 @@
 """What a task is."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,7 +120,5 @@ def answer_choice(model: EvaluatedModel, samples: Sequence[Sample], protocol: Pr
 
 
 def fill(template: str, fields: Mapping[str, Any]) -> str:
-    """Put fields into a template; braces of unknown names are left as they are."""
-    for name, value in fields.items():
-        template = template.replace("{" + name + "}", str(value))
-    return template
+    """Put fields into a template; braces of unknown names, and those within fields, are left as they are."""
+    return re.sub(r"\{(\w+)\}", lambda m: str(fields[m[1]]) if m[1] in fields else m[0], template)
