@@ -26,7 +26,8 @@ def group_for_megatron() -> Iterator[None]:
     if dist.is_initialized():
         yield
         return
-    dist.init_process_group(HOST.backend, store=dist.HashStore(), rank=0, world_size=1)
+    alone = dist.HashStore()  # type: ignore[attr-defined] # public, but not listed
+    dist.init_process_group(HOST.backend, store=alone, rank=0, world_size=1)
     try:
         yield
     finally:
