@@ -1,0 +1,113 @@
+"""Every command and every program in a document runs as it stands."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from support.commands import environment
+from support.models import save_hugging_face, tiny_config
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("packages/*/README.md")), *sorted(ROOT.glob("docs/*.md"))]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+RUN_BY_HAND = {
+    "python -m pip install nox && python -m nox -s quickstart",
+    "python -m pip install nox && python -m nox -s tests",
+}
+"""They install everything anew: one runs the tests that this is one of."""
+
+
+def fences(document: Path, language: str) -> list[str]:
+    return [body for found, body in FENCE.findall(document.read_text(encoding="utf-8")) if found == language]
+
+
+@pytest.fixture(scope="module")
+def inputs(
+    tmp_path_factory: pytest.TempPathFactory, corpus: Path, tokenizer_folder: Path, dataset: Path
+) -> Path:
+    """The files that documents speak of: corpus.jsonl, its dataset, model.json, run/, model-hf/."""
+    from ascendspeed_ckpt.convert import Conversion, convert
+    from ascendspeed_core.models.families import find_family
+
+    folder = tmp_path_factory.mktemp("documents")
+    config = tiny_config(vocab_size=400, max_position_embeddings=256)
+    shutil.copy(corpus, folder / "corpus.jsonl")
+    for suffix in (".bin", ".idx", ".manifest.json"):
+        shutil.copy(f"{dataset}{suffix}", folder / f"corpus_text_document{suffix}")
+    (folder / "model.json").write_text(json.dumps(find_family("llama").write_config(config)))
+    save_hugging_face(config, folder / "model-hf")
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        shutil.copy(tokenizer_folder / name, folder / "model-hf")
+    convert(Conversion(folder / "model-hf", folder / "run", "native"))
+    return folder
+
+
+def run(command: list[str], folder: Path) -> str:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env=environment(PATH=path),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, f"{command[-1]}\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_commands_run(document: Path, inputs: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "work"
+    shutil.copytree(inputs, folder)
+    for block in fences(document, "bash"):
+        if block.strip() not in RUN_BY_HAND:
+            run(["bash", "-euo", "pipefail", "-c", block], folder)
+
+
+@pytest.mark.parametrize("name", ["core", "infer"])
+def test_programs_run(name: str, inputs: Path, tmp_path: Path) -> None:
+    (program,) = fences(ROOT / f"packages/ascendspeed-{name}/README.md", "python")
+    folder = tmp_path / "work"
+    shutil.copytree(inputs, folder)
+    (folder / "program.py").write_text(program)
+    alone = run([sys.executable, "program.py"], folder)
+    assert alone
+    if name == "core":
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "program.py"]
+        numbers = [
+            [float(n) for n in re.findall(r"\d+\.\d+", line)] for line in run(launcher, folder).splitlines()
+        ]
+        (want,) = [[float(n) for n in re.findall(r"\d+\.\d+", line)] for line in alone.splitlines()]
+        # Printed to four places; fp32 sums run in another order.
+        assert numbers == [pytest.approx(want, abs=2e-4)] * 2
+
+
+def test_the_handler_of_the_document_is_a_handler() -> None:
+    (program,) = fences(ROOT / "docs" / "extending.md", "python")
+    names: dict[str, object] = {}
+    exec(program, names)
+    handler = names["TitleAndText"]()  # type: ignore[operator]
+    assert handler.texts({"title": "A", "text": "b"}, "text") == ["A\n\nb"]
+
+
+def test_links_lead_somewhere() -> None:
+    for document in DOCUMENTS:
+        for target in re.findall(r"\]\(([^)#]+)\)", document.read_text(encoding="utf-8")):
+            if not target.startswith("http"):
+                assert (document.parent / target).exists(), f"{document}: {target}"
+
+
+def test_files_that_are_named_exist() -> None:
+    core = ROOT / "packages/ascendspeed-core/src/ascendspeed_core"
+    for path in re.findall(
+        r"`((?:training|models|parallel|weights)/\w+\.py)`", (ROOT / "docs/architecture.md").read_text()
+    ):
+        assert (core / path).is_file(), path
