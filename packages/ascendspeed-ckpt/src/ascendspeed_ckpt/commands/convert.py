@@ -10,8 +10,10 @@ from ascendspeed_data.errors import ConfigError
 
 
 def convert_command(
-    input_model_dir: Annotated[Path, typer.Option(help="Checkpoint to read; its kind is recognised.")],
-    output_model_dir: Annotated[Path, typer.Option(help="Folder to write.")],
+    input_model_dir: Annotated[
+        Path, typer.Option("--input-model-dir", "--load", help="Checkpoint to read; its kind is recognised.")
+    ],
+    output_model_dir: Annotated[Path, typer.Option("--output-model-dir", "--save", help="Folder to write.")],
     to: Annotated[
         Literal["huggingface", "native"] | None,
         typer.Option(help="Kind to write. [default: native from huggingface, huggingface from native]"),
