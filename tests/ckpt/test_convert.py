@@ -33,9 +33,7 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def hugging_face(tmp_path: Path, tokenizer_folder: Path) -> Path:
-    save_hugging_face(tiny_config(vocab_size=400), tmp_path / "hf")
-    for name in ("tokenizer.model", "tokenizer_config.json"):
-        shutil.copy(tokenizer_folder / name, tmp_path / "hf")
+    save_hugging_face(tiny_config(vocab_size=400), tmp_path / "hf", tokenizer=tokenizer_folder)
     return tmp_path / "hf"
 
 

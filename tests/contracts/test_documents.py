@@ -41,9 +41,7 @@ def inputs(
     for suffix in (".bin", ".idx", ".manifest.json"):
         shutil.copy(f"{dataset}{suffix}", folder / f"corpus_text_document{suffix}")
     (folder / "model.json").write_text(json.dumps(find_family("llama").write_config(config)))
-    save_hugging_face(config, folder / "model-hf")
-    for name in ("tokenizer.model", "tokenizer_config.json"):
-        shutil.copy(tokenizer_folder / name, folder / "model-hf")
+    save_hugging_face(config, folder / "model-hf", tokenizer=tokenizer_folder)
     convert(Conversion(folder / "model-hf", folder / "run", "native"))
     return folder
 

@@ -1,7 +1,6 @@
 """Scores of real checkpoints through the backend: the same under every layout, and those that transformers gives."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,9 @@ from support.shared_data import SHARED_DATA, STORIES, needs_shared_data
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
     path = tmp_path_factory.mktemp("model")
-    save_hugging_face(tiny_config(vocab_size=400, max_position_embeddings=256), path)
-    for name in ("tokenizer.model", "tokenizer_config.json"):
-        shutil.copy(tokenizer_folder / name, path)
+    save_hugging_face(
+        tiny_config(vocab_size=400, max_position_embeddings=256), path, tokenizer=tokenizer_folder
+    )
     return path
 
 

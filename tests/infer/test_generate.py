@@ -1,7 +1,6 @@
 """Generation is transformers' own, under every layout; options mean what they say."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -22,9 +21,7 @@ PROMPTS = ["the year", "it was a", "中文 and"]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
     path = tmp_path_factory.mktemp("model")
-    save_hugging_face(tiny_config(vocab_size=400), path)
-    for name in ("tokenizer.model", "tokenizer_config.json"):
-        shutil.copy(tokenizer_folder / name, path)
+    save_hugging_face(tiny_config(vocab_size=400), path, tokenizer=tokenizer_folder)
     return path
 
 

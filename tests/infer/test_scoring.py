@@ -1,6 +1,5 @@
 """Log-likelihoods equal those computed one by one with transformers."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +29,7 @@ PAIRS = [
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
     path = tmp_path_factory.mktemp("model")
-    save_hugging_face(tiny_config(vocab_size=400), path)
-    for name in ("tokenizer.model", "tokenizer_config.json"):
-        shutil.copy(tokenizer_folder / name, path)
+    save_hugging_face(tiny_config(vocab_size=400), path, tokenizer=tokenizer_folder)
     return path
 
 

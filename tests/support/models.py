@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ascendspeed_core.config.model import ModelConfig
+from ascendspeed_data.tokenizer import copy_tokenizer
 
 
 def tiny_config(**changes: Any) -> ModelConfig:
@@ -28,8 +29,8 @@ def tiny_config(**changes: Any) -> ModelConfig:
     return ModelConfig(**(values | changes))
 
 
-def save_hugging_face(config: ModelConfig, folder: Path, seed: int = 0) -> Any:
-    """Make a random model with transformers, save it, and return it."""
+def save_hugging_face(config: ModelConfig, folder: Path, seed: int = 0, tokenizer: Path | None = None) -> Any:
+    """Make a random model with transformers, save it, with the files of a tokenizer if given, and return it."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -40,4 +41,6 @@ def save_hugging_face(config: ModelConfig, folder: Path, seed: int = 0) -> Any:
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, 1.0 if parameter.dim() == 1 else 0.0, 0.08)
     model.save_pretrained(folder)
+    if tokenizer is not None:
+        copy_tokenizer(tokenizer, folder)
     return model.eval()
