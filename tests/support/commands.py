@@ -29,8 +29,11 @@ class Finished:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Return an environment for commands: one thread per process, nothing of a launcher."""
-    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    """Return an environment for commands: one thread per process, nothing of a launcher or of commands before."""
+    launcher = (
+        "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "ASCENDSPEED_LAUNCHED",
+        "TORCH_DEVICE_BACKEND_AUTOLOAD",
+    )  # fmt: skip
     clean = {name: value for name, value in os.environ.items() if name not in launcher}
     return {**clean, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **more}
 
