@@ -69,21 +69,33 @@ def read(
     return tensors, [setup.step(3 + number) for number in range(more_steps)]
 
 
+def joined(stages: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """All tensors of all stages; copies must be equal."""
+    found: dict[str, torch.Tensor] = {}
+    for stage in stages:
+        for name, tensor in stage.items():
+            assert torch.equal(found.setdefault(name, tensor), tensor), name
+    return found
+
+
 def losses_without_a_stop(layout: Layout, dtype_name: str, steps: int) -> list[float]:
     setup = Setup(InitialWeights(CONFIG, 5), layout, dtype_name)
     return [setup.step(number) for number in range(steps)]
 
 
 @pytest.mark.parametrize("dtype_name", ["float32", "bfloat16"])
-@pytest.mark.parametrize("writer", [Layout(), Layout(tp=2), Layout(tp=2, dp=2)], ids=str)
+@pytest.mark.parametrize(
+    "writer", [Layout(), Layout(tp=2), Layout(tp=2, dp=2), Layout(pp=3), Layout(tp=2, pp=2)], ids=str
+)
 def test_any_layout_reads_what_any_layout_wrote(
     workers: WorkerPool, tmp_path: Path, writer: Layout, dtype_name: str
 ) -> None:
-    written = workers.run(write, writer.world_size, str(tmp_path), writer, dtype_name)[0]
-    for reader in (Layout(), Layout(tp=2), Layout(tp=4), Layout(dp=2)):
-        for tensors, _ in workers.run(read, reader.world_size, str(tmp_path), reader, dtype_name, 0):
-            assert tensors.keys() == written.keys()
-            assert all(torch.equal(tensors[name], written[name]) for name in written), reader
+    written = joined(workers.run(write, writer.world_size, str(tmp_path), writer, dtype_name))
+    for reader in (Layout(), Layout(tp=4), Layout(dp=2), Layout(pp=4), Layout(tp=2, pp=2)):
+        found = workers.run(read, reader.world_size, str(tmp_path), reader, dtype_name, 0)
+        tensors = joined([tensors for tensors, _ in found])
+        assert tensors.keys() == written.keys()
+        assert all(torch.equal(tensors[name], written[name]) for name in written), reader
     source = open_weights(tmp_path)
     assert source.config == CONFIG
     assert all(torch.equal(source.read(name), written[name]) for name in source.tensors())
@@ -97,7 +109,7 @@ def test_any_layout_reads_what_any_layout_wrote(
 
 
 @pytest.mark.parametrize("dtype_name", ["float64", "float32", "bfloat16"])
-@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2), Layout(dp=2)], ids=str)
+@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2), Layout(dp=2), Layout(pp=2)], ids=str)
 def test_a_resumed_run_goes_on_bit_for_bit(
     workers: WorkerPool, tmp_path: Path, layout: Layout, dtype_name: str
 ) -> None:

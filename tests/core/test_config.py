@@ -7,7 +7,7 @@ import typer
 
 from ascendspeed_core.commands.pretrain import pretrain
 from ascendspeed_core.config.load import load_config
-from ascendspeed_core.config.parallel import Layout, ParallelConfig
+from ascendspeed_core.config.parallel import Layout, ParallelConfig, stages
 from ascendspeed_core.config.training import PretrainConfig
 from ascendspeed_data.command_line.options import walk_fields
 from ascendspeed_data.errors import ConfigError
@@ -57,7 +57,6 @@ def test_flags_win_over_the_recipe(recipe: Path) -> None:
         ("[precision]\ndtype = 'float31'", "dtype='float31'"),
         (
             "[parallel]\npipeline_model_parallel_size = 2",
-            "pipeline_model_parallel_size=2: this version runs one",
         ),
         ("lr = 1", "unknown section"),
         ("[launch", "is not TOML"),
@@ -131,6 +130,17 @@ def test_layouts() -> None:
         ParallelConfig(tensor_model_parallel_size=4).layout(6)
     with pytest.raises(ConfigError, match=r"does not divide num_key_value_heads=4; choose 1, 2, 4"):
         ParallelConfig(tensor_model_parallel_size=8).check_model(tiny_config())
+    assert ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2).layout(8) == Layout(
+        2, 2, 2
+    )
+    with pytest.raises(
+        ConfigError, match=r"times pipeline_model_parallel_size=3 is 6, .* start a multiple of 6"
+    ):
+        ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=3).layout(8)
+    with pytest.raises(
+        ConfigError, match="leaves a stage without any of the num_layers=4 layers; choose 4 or less"
+    ):
+        ParallelConfig(pipeline_model_parallel_size=5).check_model(tiny_config())
     with pytest.raises(ConfigError, match="does not divide ffn_hidden_size=46"):
         ParallelConfig(tensor_model_parallel_size=4).check_model(tiny_config(ffn_hidden_size=46))
 
@@ -142,3 +152,15 @@ def test_list_options_and_underscores_on_the_command_line() -> None:
     )  # fmt: skip
     assert done.status == 2
     assert "data_path=0.5 a 0.5 is neither one prefix nor pairs" in done.complaint
+
+
+@pytest.mark.parametrize("num_layers", range(1, 14))
+def test_stages_hold_every_layer_once_and_are_nearly_equal(num_layers: int) -> None:
+    for pp in range(1, num_layers + 1):
+        cut = stages(num_layers, pp)
+        assert [layer for stage in cut for layer in stage.layers] == list(range(num_layers))
+        lengths = [len(stage.layers) for stage in cut]
+        assert max(lengths) - min(lengths) <= 1
+        assert lengths[0] >= lengths[-1] >= 1
+        assert [stage.is_first for stage in cut] == [n == 0 for n in range(pp)]
+        assert [stage.is_last for stage in cut] == [n == pp - 1 for n in range(pp)]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ascendspeed_core.config.parallel import Layout
-from core.training_cases import Trained, train, vocabulary_cross_entropy
+from core.training_cases import Trained, join_stages, train, vocabulary_cross_entropy
 from support.models import tiny_config
 from support.processes import WorkerPool
 from support.tables import ReportTables
@@ -56,6 +56,12 @@ def differences(got: Trained, want: Trained) -> tuple[float, float, float, float
         (Layout(tp=4), True, 125),
         (Layout(dp=2), False, 128),
         (Layout(tp=2, dp=2), True, 127),
+        (Layout(pp=2), False, 128),
+        (Layout(pp=4), True, 128),
+        (Layout(pp=3), True, 127),
+        (Layout(tp=2, pp=2), True, 127),
+        (Layout(pp=2, dp=2), True, 128),
+        (Layout(tp=2, pp=2, dp=2), True, 127),
     ],
     ids=str,
 )
@@ -65,14 +71,16 @@ def test_training_equals_one_process(
     config = tiny_config(tie_word_embeddings=tied, vocab_size=vocab_size)
     ranks = workers.run(train, layout.world_size, config, layout, dtype)
     want = one_process(dtype, tied, vocab_size)
-    found = differences(ranks[0], want)
+    found = differences(join_stages(ranks, layout), want)
     name = f"{layout}{', tied' if tied else ''}, vocabulary {vocab_size}"
     report.add(TITLE, HEADER, name, dtype, *found)
     assert all(value <= limit for value, limit in zip(found, TOLERANCE[dtype], strict=True)), found
-    for other in ranks[1:]:
+    per_stage = layout.tp * layout.dp
+    for number, other in enumerate(ranks):
         assert other.losses == ranks[0].losses
-        assert all(torch.equal(other.weights[n], ranks[0].weights[n]) for n in other.weights)
-    assert want.losses[-1] < want.losses[0]
+        first = ranks[number // per_stage * per_stage]
+        assert all(torch.equal(other.weights[n], first.weights[n]) for n in other.weights)
+    assert min(want.norms) > 0.1
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 16])
@@ -80,6 +88,13 @@ def test_micro_batch_size_does_not_matter(micro_batch_size: int) -> None:
     config = tiny_config()
     got = train(config, Layout(), "float64", micro_batch_size=micro_batch_size)
     assert max(differences(got, one_process("float64", False, 128))) < 1e-11
+
+
+@pytest.mark.parametrize("micro_batch_size", [2, 8, 16])
+def test_fewer_micro_batches_than_stages(workers: WorkerPool, micro_batch_size: int) -> None:
+    config, layout = tiny_config(tie_word_embeddings=True), Layout(pp=4)
+    ranks = workers.run(train, 4, config, layout, "float64", micro_batch_size=micro_batch_size)
+    assert max(differences(join_stages(ranks, layout), one_process("float64", True, 128))) < 1e-11
 
 
 def test_cross_entropy_equals_megatron_core(workers: WorkerPool) -> None:

@@ -171,7 +171,32 @@ def test_a_layout_of_four_processes_under_torchrun(arguments: list[object], tmp_
     # fp32: the sums run in another order.
     assert [r["lm_loss"] for r in four] == pytest.approx([r["lm_loss"] for r in one], rel=1e-4)
     description = json.loads((tmp_path / "four" / "iter_0000012" / "checkpoint.json").read_text())
-    assert description["layout"] == {"tp": 2, "dp": 2}
+    assert description["layout"] == {"tp": 2, "pp": 1, "dp": 2}
+
+
+def test_stages_are_printed_and_validate(arguments: list[object], tmp_path: Path) -> None:
+    measured = [*arguments, "--eval-iters", 1, "--eval-interval", 4]
+    assert call(*measured).status == 0
+    flags = [
+        "--pipeline-model-parallel-size",
+        3,
+        "--nproc-per-node",
+        3,
+        "--save",
+        tmp_path / "three",
+        "--device",
+        "cpu",
+    ]
+    done = run_command(*measured, *flags)
+    assert done.status == 0, done.stderr
+    assert "stages: layers 0-1, 2, 3" in done.stderr
+    one, three = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("run", "three"))
+    for key in ("lm_loss", "grad_norm"):
+        # fp32: the sums of the gradient norm run in another order.
+        assert [r[key] for r in three] == pytest.approx([r[key] for r in one], rel=1e-4)
+    losses = [[r["validation_loss"] for r in rows if "validation_loss" in r] for rows in (three, one)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert len(losses[0]) == 3
 
 
 def test_start_from_a_hugging_face_folder(arguments: list[object], tmp_path: Path) -> None:
@@ -238,7 +263,8 @@ BAD: dict[str, tuple[list[object], int, str]] = {
     "data that is not": (["{data}", "/nowhere/x"], 1, "/nowhere/x.idx does not exist"),
     "the wrong format": (["--fp16"], 2, "needs loss scaling"),
     "two formats": (["--fp16", "--bf16"], 2, "were both asked for"),
-    "pipeline stages": (["--pipeline-model-parallel-size", 2], 2, "this version runs one stage"),
+    "a stage without a layer": (["--pipeline-model-parallel-size", 5, "--nproc-per-node", 5], 2, "choose 4 or less"),
+    "stages that do not divide": (["--pipeline-model-parallel-size", 2, "--nproc-per-node", 3], 2, "multiple of 2"),
     "no iterations": (["--train-iters", 0], 2, "train_iters=0"),
     "an empty split": (["--split", "0,100,0"], 1, "leaves no training document"),
     "a device that is not": (["--device", "npu"], 1, "device=npu is not available here"),

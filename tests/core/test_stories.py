@@ -12,6 +12,7 @@ from ascendspeed_core.device import Device
 from ascendspeed_core.parallel.build import load_model
 from ascendspeed_core.parallel.cross_entropy import cross_entropy
 from ascendspeed_core.parallel.mesh import ParallelMesh
+from ascendspeed_core.parallel.pipeline import forward_through_stages
 from ascendspeed_core.parallel.tensor import gather_logits
 from ascendspeed_core.weights import open_weights
 from support.processes import WorkerPool
@@ -23,20 +24,21 @@ TITLE = "stories260K in fp32 against transformers"
 HEADER = ("layout", "logits, largest difference", "mean NLL, difference", "greedy ids equal")
 
 
-def answers(folder: str, cases: list[dict[str, Any]], plain_ids: list[int], tp: int) -> dict[str, Any]:
+def answers(folder: str, cases: list[dict[str, Any]], plain_ids: list[int], layout: Layout) -> dict[str, Any]:
     """Logits of every prompt with its greedy answer, the ids that are likeliest at each place, the NLL of a text."""
-    mesh = ParallelMesh.create(Device("cpu"), Layout(tp=tp))
+    mesh = ParallelMesh.create(Device("cpu"), layout)
     model = load_model(open_weights(Path(folder)), mesh, torch.float32).eval()
     vocab_size, group = model.config.vocab_size, mesh.group("tp")
     with torch.no_grad():
         logits, greedy = [], []
         for case in cases:
             ids = torch.tensor([case["greedy_ids"]])
-            logits.append(gather_logits(model(ids)[0], vocab_size, group))
+            logits.append(gather_logits(forward_through_stages(model, mesh, ids)[0], vocab_size, group))
             before = len(case["prompt_ids"])
             greedy.append(case["prompt_ids"] + logits[-1].argmax(-1)[before - 1 : -1].tolist())
         text = torch.tensor([plain_ids])
-        nll = cross_entropy(model(text[:, :-1]), text[:, 1:], vocab_size, group).mean()
+        scores = forward_through_stages(model, mesh, text[:, :-1])
+        nll = cross_entropy(scores, text[:, 1:], vocab_size, group).mean()
     return {"logits": logits, "greedy": greedy, "nll": float(nll)}
 
 
@@ -55,15 +57,21 @@ def reference(expected: dict[str, Any]) -> list[torch.Tensor]:
         return [model(torch.tensor([c["greedy_ids"]])).logits[0] for c in expected["cases"]]
 
 
-@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(), Layout(tp=2), Layout(tp=4), Layout(pp=2), Layout(pp=5), Layout(tp=2, pp=2)],
+    ids=str,
+)
 def test_answers_equal_the_published_ones(
     workers: WorkerPool,
     report: ReportTables,
     expected: dict[str, Any],
     reference: list[torch.Tensor],
-    tp: int,
+    layout: Layout,
 ) -> None:
-    for found in workers.run(answers, tp, str(STORIES), expected["cases"], expected["plain_text_ids"], tp):
+    for found in workers.run(
+        answers, layout.world_size, str(STORIES), expected["cases"], expected["plain_text_ids"], layout
+    ):
         difference = max(
             float((ours - theirs).abs().max())
             for ours, theirs in zip(found["logits"], reference, strict=True)
@@ -77,4 +85,4 @@ def test_answers_equal_the_published_ones(
             last = logits[len(case["prompt_ids"]) - 1]
             top = last[case["last_prompt_top5_ids"]]
             assert (top - torch.tensor(case["last_prompt_top5_logits"])).abs().max() < 1e-4
-    report.add(TITLE, HEADER, f"tp{tp}", difference, nll_difference, "yes")
+    report.add(TITLE, HEADER, str(layout), difference, nll_difference, "yes")

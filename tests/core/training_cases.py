@@ -14,7 +14,7 @@ from ascendspeed_core.parallel.build import load_model
 from ascendspeed_core.parallel.cross_entropy import cross_entropy
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.training.optimizer import MasterOptimizer
-from ascendspeed_core.training.step import MicroBatch, count_tokens, loss_sum, train_step
+from ascendspeed_core.training.step import MicroBatch, count_tokens, forward_backward, train_step
 from ascendspeed_core.weights import InitialWeights
 
 SAMPLES, LENGTH = 16, 24
@@ -67,11 +67,10 @@ def train(
     mesh = ParallelMesh.create(Device("cpu"), layout)
     model = load_model(InitialWeights(config, seed=5), mesh, getattr(torch, dtype_name))
     options: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.1, "clip_grad": 0.5}
+    batches = micro_batches(config.vocab_size, 0, mesh, micro_batch_size, masked)
+    gradients = first_gradients(model, batches, mesh)
     optimizer = MasterOptimizer(model, OptimizerConfig(**(options | optimizer_options)), mesh)
     losses, norms = [], []
-    gradients = first_gradients(
-        model, micro_batches(config.vocab_size, 0, mesh, micro_batch_size, masked), mesh
-    )
     for step in range(steps):
         result = train_step(
             model, optimizer, micro_batches(config.vocab_size, step, mesh, micro_batch_size, masked), mesh
@@ -83,17 +82,26 @@ def train(
 
 
 def first_gradients(model: Any, batches: list[MicroBatch], mesh: ParallelMesh) -> dict[str, torch.Tensor]:
-    """Gradients of the first step, whole and added up over data-parallel ranks, without an update."""
-    tokens = count_tokens(batches, mesh)
-    sums: dict[str, torch.Tensor] = {}
-    for batch in batches:
-        loss = loss_sum(model, batch, mesh) / tokens
-        parameters = dict(model.named_parameters())
-        for name, gradient in zip(
-            parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True
-        ):
-            sums[name] = sums.get(name, 0) + whole(gradient).double()
-    return {name: mesh.sum_over("dp", gradient) for name, gradient in sums.items()}
+    """This stage's gradients of the first step, whole and added up over data-parallel ranks, without an update."""
+    forward_backward(model, batches, mesh, count_tokens(batches, mesh))
+    sums = {}
+    for name, parameter in model.named_parameters():
+        sums[name] = mesh.sum_over("dp", whole(parameter.grad).double())
+        parameter.grad = None
+    return sums
+
+
+def join_stages(ranks: list[Trained], layout: Layout) -> Trained:
+    """Put together what the stages of one pipeline reported; a tied weight's gradient has two parts."""
+    stages = [ranks[number * layout.tp * layout.dp] for number in range(layout.pp)]
+    gradients: dict[str, torch.Tensor] = {}
+    weights: dict[str, torch.Tensor] = {}
+    for stage in stages:
+        for name, gradient in stage.gradients.items():
+            gradients[name] = gradients[name] + gradient if name in gradients else gradient
+        for name, weight in stage.weights.items():
+            assert torch.equal(weights.setdefault(name, weight), weight), f"copies of {name} differ"
+    return Trained(stages[0].losses, stages[0].norms, gradients, weights)
 
 
 def vocabulary_cross_entropy(vocab_size: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

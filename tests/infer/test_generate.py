@@ -43,11 +43,11 @@ def test_greedy_ids_equal_transformers(folder: Path, prompt: str) -> None:
     assert completion.finish_reason == ("stop" if want[-1] == 2 else "length")
 
 
-@pytest.mark.parametrize("tp", [1, 2])
-def test_json_on_the_command_line(folder: Path, tp: int) -> None:
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2)])
+def test_json_on_the_command_line(folder: Path, tp: int, pp: int) -> None:
     done = run_command(
         "asd-infer", "generate", "--load", folder, "--prompt", *PROMPTS, "--max-new-tokens", 12, "--json", "--device",
-        "cpu", "--nproc-per-node", tp, "--tensor-model-parallel-size", tp,
+        "cpu", "--nproc-per-node", tp * pp, "--tensor-model-parallel-size", tp, "--pipeline-model-parallel-size", pp,
     )  # fmt: skip
     assert done.status == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]

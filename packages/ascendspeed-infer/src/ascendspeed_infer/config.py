@@ -53,7 +53,7 @@ def inference_layout(parallel: ParallelConfig, world_size: int) -> Layout:
     if layout.dp > 1:
         raise ConfigError(
             f"tensor_model_parallel_size={layout.tp} leaves {world_size} processes to compute the same {layout.dp} "
-            f"times; give --tensor-model-parallel-size {world_size}, or start {layout.tp}"
+            f"times; give --tensor-model-parallel-size {world_size // layout.pp}, or start {layout.tp * layout.pp}"
         )
     return layout
 

@@ -51,7 +51,7 @@ OPTIONS = (
     Option("device", str, "auto, npu, cuda or cpu."),
     Option("nproc_per_node", int, "Processes to start on this machine."),
     Option("tensor_model_parallel_size", int, "Devices that share every layer."),
-    Option("pipeline_model_parallel_size", int, "Stages of layers; this version runs one."),
+    Option("pipeline_model_parallel_size", int, "Stages that the layers are cut into."),
     Option("dtype", str, "Format to compute in. [default: as stored]"),
     Option("fp16", bool, "Short for --dtype float16."),
     Option("bf16", bool, "Short for --dtype bfloat16."),

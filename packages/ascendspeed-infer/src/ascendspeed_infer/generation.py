@@ -12,6 +12,7 @@ import torch
 from ascendspeed_core.models.cache import KeyValueCache
 from ascendspeed_core.models.transformer import Transformer
 from ascendspeed_core.parallel.mesh import ParallelMesh
+from ascendspeed_core.parallel.pipeline import forward_through_stages
 from ascendspeed_core.parallel.tensor import gather_logits
 from ascendspeed_data.errors import AscendSpeedError, ConfigError
 from ascendspeed_infer.sampling import Sampling, choose_token
@@ -86,7 +87,8 @@ def prefill(
     model: Transformer, mesh: ParallelMesh, prompt: torch.Tensor, cache: KeyValueCache
 ) -> torch.Tensor:
     """Run the prompt [1, S], fill the cache, and return the logits of the token that follows, [V]."""
-    return gather_logits(model(prompt, cache=cache)[0, -1], model.config.vocab_size, mesh.group("tp"))
+    logits = forward_through_stages(model, mesh, prompt, cache)
+    return gather_logits(logits[0, -1], model.config.vocab_size, mesh.group("tp"))
 
 
 def decode_one_token(
@@ -94,14 +96,15 @@ def decode_one_token(
 ) -> torch.Tensor:
     """Run one more token and return the logits of the one that follows, [V]."""
     tokens = torch.tensor([[token]], device=mesh.device.torch)
-    return gather_logits(model(tokens, cache=cache)[0, -1], model.config.vocab_size, mesh.group("tp"))
+    logits = forward_through_stages(model, mesh, tokens, cache)
+    return gather_logits(logits[0, -1], model.config.vocab_size, mesh.group("tp"))
 
 
 def make_cache(model: Transformer, mesh: ParallelMesh, capacity_tokens: int) -> KeyValueCache:
     """Return an empty cache for one text and this process's heads."""
     config = model.config
     return KeyValueCache(
-        num_layers=config.num_layers,
+        num_layers=len(model.layers),
         batch_size=1,
         capacity_tokens=capacity_tokens,
         num_key_value_heads=config.num_key_value_heads // mesh.layout.tp,

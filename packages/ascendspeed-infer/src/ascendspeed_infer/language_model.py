@@ -14,6 +14,7 @@ from ascendspeed_core.launch import world_of_environment
 from ascendspeed_core.models.transformer import Transformer
 from ascendspeed_core.parallel.build import load_model
 from ascendspeed_core.parallel.mesh import ParallelMesh
+from ascendspeed_core.parallel.pipeline import forward_through_stages
 from ascendspeed_core.parallel.tensor import gather_logits
 from ascendspeed_core.weights import NativeSource, WeightSource, open_source
 from ascendspeed_data.errors import AscendSpeedError
@@ -170,7 +171,8 @@ class LanguageModel:
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
         """Return the logits of the next token at every place of one text: [S, V]."""
         tokens = torch.tensor([list(ids)], device=self.mesh.device.torch)
-        return gather_logits(self.model(tokens)[0], self.model.config.vocab_size, self.mesh.group("tp"))
+        logits = forward_through_stages(self.model, self.mesh, tokens)
+        return gather_logits(logits[0], self.model.config.vocab_size, self.mesh.group("tp"))
 
     def _complete(self, prompt: str, ids: Sequence[int], settings: GenerationSettings) -> Completion:
         def text_of(new_ids: Sequence[int]) -> str:

@@ -10,6 +10,7 @@ import torch
 
 from ascendspeed_core.models.transformer import Transformer
 from ascendspeed_core.parallel.mesh import ParallelMesh
+from ascendspeed_core.parallel.pipeline import forward_through_stages
 from ascendspeed_core.parallel.tensor import gather_logits
 from ascendspeed_data.errors import AscendSpeedError
 from ascendspeed_data.tokenizer import Tokenizer
@@ -107,7 +108,7 @@ def _score(model: Transformer, mesh: ParallelMesh, rows: Sequence[_Row]) -> list
     tokens = torch.zeros(len(rows), length, dtype=torch.long)
     for place, row in enumerate(rows):
         tokens[place, : len(row.ids) - 1] = torch.tensor(row.ids[:-1])
-    logits = model(tokens.to(mesh.device.torch))
+    logits = forward_through_stages(model, mesh, tokens.to(mesh.device.torch))
     scores = []
     for place, row in enumerate(rows):
         end = len(row.ids) - 1

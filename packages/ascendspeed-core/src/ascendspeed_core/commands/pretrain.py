@@ -87,6 +87,19 @@ def describe(plan: Any) -> None:
         f"layout: {plan.layout}, {plan.config.precision.dtype_name}; batch: {batch.check_layout(plan.layout.dp)} "
         f"samples of {plan.config.data.seq_length} tokens; iterations {plan.start.iteration} to {batch.train_iters}"
     )
+    if plan.layout.pp > 1:
+        log(f"stages: {stage_list(plan.layout, model.num_layers)}")
+
+
+def stage_list(layout: Any, num_layers: int) -> str:
+    """Return which layers each pipeline stage holds."""
+    from ascendspeed_core.config.parallel import stages
+
+    parts = [
+        f"{stage.layers.start}-{stage.layers.stop - 1}" if len(stage.layers) > 1 else str(stage.layers.start)
+        for stage in stages(num_layers, layout.pp)
+    ]
+    return "layers " + ", ".join(parts)
 
 
 def conclude(records: list[dict[str, Any]], plan: Any) -> None:

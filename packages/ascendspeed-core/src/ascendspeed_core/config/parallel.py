@@ -1,9 +1,8 @@
 """How one model is spread over devices; pure arithmetic, no torch."""
 
 from dataclasses import dataclass
-from typing import Self
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from ascendspeed_core.config.base import Config
 from ascendspeed_core.config.model import ModelConfig
@@ -15,34 +14,31 @@ class ParallelConfig(Config):
 
     tensor_model_parallel_size: int = Field(1, ge=1, description="Devices that share every layer (tp).")
     pipeline_model_parallel_size: int = Field(
-        1, ge=1, description="Stages that the layers are cut into (pp); this version runs one."
+        1, ge=1, description="Stages that the layers are cut into (pp); they need not be equally long."
     )
-
-    @model_validator(mode="after")
-    def _one_stage(self) -> Self:
-        if self.pipeline_model_parallel_size > 1:
-            raise ValueError(
-                f"pipeline_model_parallel_size={self.pipeline_model_parallel_size}: this version runs one stage; "
-                "leave it out and use --tensor-model-parallel-size"
-            )
-        return self
 
     def layout(self, world_size: int) -> "Layout":
         """Return the layout on `world_size` devices.
 
         Raises:
-            ConfigError: tp does not divide the number of devices.
+            ConfigError: tp times pp does not divide the number of devices.
         """
-        tp = self.tensor_model_parallel_size
-        if world_size % tp:
+        tp, pp = self.tensor_model_parallel_size, self.pipeline_model_parallel_size
+        if pp == 1 and world_size % tp:
             raise ConfigError(
                 f"tensor_model_parallel_size={tp} does not divide the {world_size} processes; "
                 f"choose one of {', '.join(map(str, divisors(world_size)))} or start a multiple of {tp}"
             )
-        return Layout(tp=tp, dp=world_size // tp)
+        if world_size % (tp * pp):
+            raise ConfigError(
+                f"tensor_model_parallel_size={tp} times pipeline_model_parallel_size={pp} is {tp * pp}, which does not "
+                f"divide the {world_size} processes; start a multiple of {tp * pp}"
+            )
+        return Layout(tp=tp, pp=pp, dp=world_size // (tp * pp))
 
     def check_model(self, model: ModelConfig) -> None:
         """Raise `ConfigError` when the model cannot be cut this way."""
+        stages(model.num_layers, self.pipeline_model_parallel_size)
         tp = self.tensor_model_parallel_size
         for name in ("num_attention_heads", "num_key_value_heads", "ffn_hidden_size"):
             size = getattr(model, name)
@@ -56,18 +52,59 @@ class ParallelConfig(Config):
 
 @dataclass(frozen=True)
 class Layout:
-    """Number of devices along each dimension; tp varies fastest with the rank, then dp."""
+    """Number of devices along each dimension; tp varies fastest with the rank, then dp, then pp, as in Megatron-LM."""
 
     tp: int = 1
+    pp: int = 1
     dp: int = 1
 
     @property
     def world_size(self) -> int:
         """All devices."""
-        return self.tp * self.dp
+        return self.tp * self.pp * self.dp
 
     def __str__(self) -> str:
-        return f"tp{self.tp} x dp{self.dp}"
+        return f"tp{self.tp} x pp{self.pp} x dp{self.dp}"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The part of a model that one pipeline stage holds.
+
+    Attributes:
+        index: number of the stage.
+        count: stages in all.
+        layers: global numbers of its layers.
+    """
+
+    index: int
+    count: int
+    layers: range
+
+    @property
+    def is_first(self) -> bool:
+        """Whether the embedding is here."""
+        return self.index == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the final norm and the head are here."""
+        return self.index == self.count - 1
+
+
+def stages(num_layers: int, pp: int) -> list[Stage]:
+    """Cut the layers into stages as equal as can be; the first ones are longer, as the head works in the last.
+
+    Raises:
+        ConfigError: a stage would be without a layer.
+    """
+    if pp > num_layers:
+        raise ConfigError(
+            f"pipeline_model_parallel_size={pp} leaves a stage without any of the num_layers={num_layers} layers; "
+            f"choose {num_layers} or less"
+        )
+    edges = [-(-num_layers * number // pp) for number in range(pp + 1)]
+    return [Stage(number, pp, range(edges[number], edges[number + 1])) for number in range(pp)]
 
 
 def divisors(number: int) -> list[int]:

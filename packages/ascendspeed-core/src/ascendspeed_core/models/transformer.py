@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ascendspeed_core.config.model import ModelConfig
+from ascendspeed_core.config.parallel import Stage
 from ascendspeed_core.models.attention import Attention
 from ascendspeed_core.models.cache import KeyValueCache
 from ascendspeed_core.models.mlp import SwiGLU
@@ -38,26 +39,39 @@ class TransformerLayer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A decoder-only language model.
+    """A decoder-only language model, or one stage of it.
 
     Layers are keyed by their global number, so that parameter names are the same wherever a layer lives:
-    `layers.17.attention.q_proj.weight`.
+    `layers.17.attention.q_proj.weight`. A stage lacks what is not its own; a last stage whose head is tied holds the
+    embedding's weight too.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, stage: Stage | None = None) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleDict({str(i): TransformerLayer(config) for i in range(config.num_layers)})
-        self.final_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
-        self.output_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.stage = stage or Stage(0, 1, range(config.num_layers))
+        self.embedding: nn.Embedding | None = None
+        self.final_norm: RMSNorm | None = None
+        self.output_head: nn.Linear | None = None
+        if self.stage.is_first or (self.stage.is_last and config.tie_word_embeddings):
+            self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleDict({str(number): TransformerLayer(config) for number in self.stage.layers})
+        if self.stage.is_last:
+            self.final_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
+            self.output_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.rotary = RotaryTable(config.head_dim, config.rotary_base, config.max_position_embeddings)
         self.tie_weights()
 
     def tie_weights(self) -> None:
         """Make the head use the embedding's weight, if the config says so; needed again when weights are replaced."""
-        if self.config.tie_word_embeddings:
+        if self.config.tie_word_embeddings and self.output_head is not None and self.embedding is not None:
             self.output_head.weight = self.embedding.weight
+
+    @property
+    def borrowed(self) -> tuple[str, ...]:
+        """Names of parameters that belong to the first stage and are here for a tied head."""
+        tied = self.config.tie_word_embeddings and self.stage.is_last and not self.stage.is_first
+        return ("embedding.weight",) if tied else ()
 
     def forward(
         self,
@@ -68,24 +82,30 @@ class Transformer(nn.Module):
         """Return the logits of the next token at every place: [B, S] -> [B, S, V].
 
         Args:
-            tokens: ids, [B, S].
+            tokens: ids, [B, S]; for a later stage what the stage before gave, [B, S, H].
             positions: place of each token in its text, [B, S]; by default they follow what the cache holds.
             cache: earlier keys and values of the same texts.
+
+        Returns:
+            Logits; from a stage before the last one its hidden states, [B, S, H].
         """
+        batch, length = tokens.shape[:2]
         if positions is None:
             start = cache.length_tokens if cache is not None else 0
-            positions = torch.arange(start, start + tokens.shape[1], device=tokens.device).expand_as(tokens)
-        x = self.embedding(tokens)
+            positions = torch.arange(start, start + length, device=tokens.device).expand(batch, length)
+        x = self.embedding(tokens) if self.stage.is_first and self.embedding is not None else tokens
         rotary = self.rotary.at(positions, x.dtype)
         for place, layer in enumerate(self.layers.values()):
             x = layer(x, rotary, cache, place)
         if cache is not None:
-            cache.advance(tokens.shape[1])
+            cache.advance(length)
+        if self.output_head is None or self.final_norm is None:
+            return x
         logits: torch.Tensor = self.output_head(self.final_norm(x))
         return logits
 
 
-def empty_transformer(config: ModelConfig, dtype: torch.dtype) -> Transformer:
+def empty_transformer(config: ModelConfig, dtype: torch.dtype, stage: Stage | None = None) -> Transformer:
     """Return the model without storage (torch's meta device): shapes only, to be cut before it is filled."""
     with torch.device("meta"):
-        return Transformer(config).to(dtype)
+        return Transformer(config, stage).to(dtype)

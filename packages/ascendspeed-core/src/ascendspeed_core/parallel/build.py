@@ -3,6 +3,7 @@
 import torch
 
 from ascendspeed_core.config.model import ModelConfig
+from ascendspeed_core.config.parallel import stages
 from ascendspeed_core.models.transformer import Transformer, empty_transformer
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.tensor import apply_tensor_parallel
@@ -15,7 +16,8 @@ def build_model(config: ModelConfig, mesh: ParallelMesh, dtype: torch.dtype) -> 
 
     No process ever holds more than its own slices.
     """
-    model = empty_transformer(config, dtype)
+    stage = stages(config.num_layers, mesh.layout.pp)[mesh.pp_rank]
+    model = empty_transformer(config, dtype, stage)
     if mesh.mesh is not None and mesh.layout.tp > 1:
         apply_tensor_parallel(model, mesh.mesh["tp"])
     model = model.to_empty(device=mesh.device.torch)

@@ -18,25 +18,33 @@ class ParallelMesh:
     Attributes:
         device: the device of this process.
         layout: sizes of the dimensions.
-        mesh: torch's mesh with dimensions `dp` and `tp`, or `None` for a single process.
+        mesh: torch's mesh with dimensions `pp`, `dp` and `tp`, or `None` for a single process.
+        ends: first and last stage of this process's pipeline, or `None` in the stages between.
     """
 
     device: Device
     layout: Layout
     mesh: DeviceMesh | None = None
+    ends: dist.ProcessGroup | None = None
 
     @classmethod
     def create(cls, device: Device, layout: Layout) -> "ParallelMesh":
         """Make the mesh; `torch.distributed` must be initialised unless the layout is one process."""
         if layout.world_size == 1:
             return cls(device, layout)
-        mesh = init_device_mesh(device.kind, (layout.dp, layout.tp), mesh_dim_names=("dp", "tp"))
-        return cls(device, layout, mesh)
+        shape = (layout.pp, layout.dp, layout.tp)
+        mesh = init_device_mesh(device.kind, shape, mesh_dim_names=("pp", "dp", "tp"))
+        return cls(device, layout, mesh, _ends_of_pipelines(layout))
 
     @property
     def rank(self) -> int:
         """Number of this process among all."""
         return dist.get_rank() if self.mesh is not None else 0
+
+    @property
+    def pp_rank(self) -> int:
+        """Which stage of the pipeline this process holds."""
+        return self.mesh.get_local_rank("pp") if self.mesh is not None else 0
 
     @property
     def dp_rank(self) -> int:
@@ -49,7 +57,7 @@ class ParallelMesh:
         return self.mesh.get_local_rank("tp") if self.mesh is not None else 0
 
     def group(self, dimension: str) -> dist.ProcessGroup | None:
-        """Return the processes along `dp` or `tp`, or `None` when this process is alone there."""
+        """Return the processes along `pp`, `dp` or `tp`, or `None` when this process is alone there."""
         if self.mesh is None or getattr(self.layout, dimension) == 1:
             return None
         return self.mesh.get_group(dimension)
@@ -65,3 +73,17 @@ class ParallelMesh:
         """Wait for all processes."""
         if self.mesh is not None:
             dist.barrier()
+
+
+def _ends_of_pipelines(layout: Layout) -> dist.ProcessGroup | None:
+    """Make the group of first and last stage of every pipeline, on all processes alike; return this process's."""
+    if layout.pp == 1:
+        return None
+    per_stage = layout.tp * layout.dp
+    mine = None
+    for place in range(per_stage):
+        ranks = [place, place + (layout.pp - 1) * per_stage]
+        group = dist.new_group(ranks)
+        if dist.get_rank() in ranks:
+            mine = group
+    return mine

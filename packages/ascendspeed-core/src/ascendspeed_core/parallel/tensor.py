@@ -49,9 +49,11 @@ def apply_tensor_parallel(model: Transformer, mesh: DeviceMesh) -> Transformer:
             cut_rows(_linear(layer, name), mesh)
         for name in ENTRANCES:
             share_input(layer.get_submodule(name), mesh)
-    cut_vocabulary(model.embedding, mesh)
-    cut_columns(model.output_head, mesh)
-    share_input(model.output_head, mesh)
+    if model.embedding is not None:
+        cut_vocabulary(model.embedding, mesh)
+    if model.output_head is not None:
+        cut_columns(model.output_head, mesh)
+        share_input(model.output_head, mesh)
     model.tie_weights()
     return model
 

@@ -9,7 +9,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,7 @@ def save_checkpoint(
             "optimizer_steps": progress.optimizer_steps,
             "data_order": dict(progress.data_order),
             "order_digest": progress.order_digest,
-            "layout": {"tp": mesh.layout.tp, "dp": mesh.layout.dp},
+            "layout": asdict(mesh.layout),
             "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
             "model": model.config.model_dump(mode="json"),
             "run": dict(run_config),
@@ -156,9 +156,7 @@ def load_optimizer(source: NativeSource, optimizer: MasterOptimizer, num_steps: 
 def load_random_state(source: NativeSource, mesh: ParallelMesh) -> None:
     """Take over this rank's random state; under another number of processes new ranks are left as seeded."""
     name = f"rng/{mesh.rank}"
-    if source.description["layout"] != {"tp": mesh.layout.tp, "dp": mesh.layout.dp} or (
-        name not in source.stored.names()
-    ):
+    if source.description["layout"] != asdict(mesh.layout) or (name not in source.stored.names()):
         if mesh.rank == 0:
             log("random state: the layout changed, each rank keeps the one seeded for it")
         return

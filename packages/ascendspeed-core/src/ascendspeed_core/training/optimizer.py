@@ -14,6 +14,8 @@ from torch.distributed.tensor import DTensor
 
 from ascendspeed_core.config.training import OptimizerConfig
 from ascendspeed_core.device import HOST
+from ascendspeed_core.models.transformer import Transformer
+from ascendspeed_core.parallel.collectives import all_reduce_sum
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.weights.load import local_tensor
 
@@ -30,12 +32,14 @@ class _Slot:
         parameter: what the model computes with.
         master: this process's slice in fp32 or float64; shares storage with the parameter if that is as wide.
         gradient: sum over micro-batches so far, kept only for 16-bit parameters.
+        is_borrowed: another stage owns the parameter; it counts there in the norm.
     """
 
     name: str
     parameter: nn.Parameter
     master: torch.Tensor
     gradient: torch.Tensor | None = None
+    is_borrowed: bool = False
 
     @property
     def is_cut(self) -> bool:
@@ -51,11 +55,13 @@ class _Slot:
 class MasterOptimizer:
     """AdamW for one model on this process."""
 
-    def __init__(self, model: nn.Module, config: OptimizerConfig, mesh: ParallelMesh) -> None:
+    def __init__(self, model: Transformer, config: OptimizerConfig, mesh: ParallelMesh) -> None:
         self._mesh = mesh
+        self._is_tied = model.config.tie_word_embeddings
         self._clip_grad = config.clip_grad
         self._slots = [_make_slot(name, parameter) for name, parameter in model.named_parameters()]
         for slot in self._slots:
+            slot.is_borrowed = slot.name in model.borrowed
             if slot.has_copy:
                 _accumulate_wide(slot)
         matrices = [slot.master for slot in self._slots if slot.parameter.dim() > 1]
@@ -84,6 +90,8 @@ class MasterOptimizer:
             Norm of the whole model's gradient before clipping.
         """
         gradients = [_take_gradient(slot) for slot in self._slots]
+        if self._is_tied and self._mesh.ends is not None:
+            self._sum_tied(gradients)
         _sum_over_data_parallel(gradients, self._mesh)
         norm = self._norm(gradients)
         if self._clip_grad > 0:
@@ -106,14 +114,23 @@ class MasterOptimizer:
                 if slot.has_copy:
                     local_tensor(slot.parameter).copy_(slot.master)
 
+    def _sum_tied(self, gradients: list[torch.Tensor]) -> None:
+        """Add up what first and last stage found for the weight that embedding and head share."""
+        ends = self._mesh.ends
+        assert ends is not None
+        for slot, gradient in zip(self._slots, gradients, strict=True):
+            if slot.name == "embedding.weight":
+                all_reduce_sum(gradient, ends)
+
     def _norm(self, gradients: list[torch.Tensor]) -> float:
-        """Norm over all processes: slices are added up along tp, whole tensors counted once."""
+        """Norm over all processes: slices and stages are added up, whole and tied tensors counted once."""
         squares = []
+        own = [(g, s.is_cut) for g, s in zip(gradients, self._slots, strict=True) if not s.is_borrowed]
         for is_cut in (True, False):
-            part = [g for g, slot in zip(gradients, self._slots, strict=True) if slot.is_cut == is_cut]
+            part = [gradient for gradient, cut in own if cut == is_cut]
             total = torch.nn.utils.get_total_norm(part).square() if part else gradients[0].new_zeros(())
             squares.append(self._mesh.sum_over("tp", total) if is_cut else total)
-        return float((squares[0] + squares[1]).sqrt())
+        return float(self._mesh.sum_over("pp", squares[0] + squares[1]).sqrt())
 
     def state(self) -> dict[str, torch.Tensor]:
         """Return the state under layout-free names, each tensor cut as its parameter."""

@@ -12,6 +12,7 @@ from torch import nn
 from ascendspeed_core.models.transformer import Transformer
 from ascendspeed_core.parallel.cross_entropy import cross_entropy
 from ascendspeed_core.parallel.mesh import ParallelMesh
+from ascendspeed_core.parallel.pipeline import forward_through_stages, run_pipeline
 from ascendspeed_core.training.optimizer import MasterOptimizer
 
 
@@ -58,13 +59,35 @@ def train_step(
     loss is the sum over its tokens divided by the number of tokens of all.
     """
     tokens = count_tokens(micro_batches, mesh)
-    loss = torch.zeros((), dtype=torch.float64)
+    loss = mesh.sum_over("dp", forward_backward(model, micro_batches, mesh, tokens))
+    return StepResult(loss=float(loss), grad_norm=optimizer.step(), tokens=tokens)
+
+
+def forward_backward(
+    model: Transformer, micro_batches: Sequence[MicroBatch], mesh: ParallelMesh, tokens: int
+) -> torch.Tensor:
+    """Add the gradients of this rank's micro-batches to the parameters, and return their share of the loss.
+
+    Args:
+        model: this process's part.
+        micro_batches: of this data-parallel rank.
+        mesh: its place.
+        tokens: tokens that count in the global batch; the loss is a mean over them.
+    """
+    if mesh.layout.pp > 1:
+        return run_pipeline(
+            model,
+            mesh,
+            [micro_batch.tokens for micro_batch in micro_batches],
+            lambda number, logits: masked_sum(model, logits, micro_batches[number], mesh) / max(tokens, 1),
+            backward=True,
+        )
+    loss = torch.zeros((), dtype=torch.float64, device=mesh.device.torch)
     for micro_batch in micro_batches:
         part = loss_sum(model, micro_batch, mesh) / max(tokens, 1)
         part.backward()
-        loss += part.detach().cpu()
-    mesh.sum_over("dp", loss := loss.to(mesh.device.torch))
-    return StepResult(loss=float(loss), grad_norm=optimizer.step(), tokens=tokens)
+        loss += part.detach()
+    return loss
 
 
 @torch.no_grad()
@@ -73,13 +96,20 @@ def evaluate(model: Transformer, micro_batches: Sequence[MicroBatch], mesh: Para
     tokens = count_tokens(micro_batches, mesh)
     total = torch.zeros((), dtype=torch.float64, device=mesh.device.torch)
     for micro_batch in micro_batches:
-        total += loss_sum(model, micro_batch, mesh)
+        logits = forward_through_stages(model, mesh, micro_batch.tokens)
+        total += masked_sum(model, logits, micro_batch, mesh)
     return float(mesh.sum_over("dp", total)) / max(tokens, 1)
 
 
 def loss_sum(model: Transformer, micro_batch: MicroBatch, mesh: ParallelMesh) -> torch.Tensor:
     """Return the loss added up over the tokens that count."""
-    logits = model(micro_batch.tokens)
+    return masked_sum(model, model(micro_batch.tokens), micro_batch, mesh)
+
+
+def masked_sum(
+    model: Transformer, logits: torch.Tensor, micro_batch: MicroBatch, mesh: ParallelMesh
+) -> torch.Tensor:
+    """Return the loss of logits added up over the tokens that count."""
     losses = cross_entropy(logits, micro_batch.labels, model.config.vocab_size, mesh.group("tp"))
     return (losses * micro_batch.loss_mask).sum()
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from ascendspeed_core.config.model import ModelConfig
+from ascendspeed_core.weights.load import parameter_shapes
 from ascendspeed_core.weights.source import Index, TensorInfo
 
 OUTPUT_PROJECTIONS = ("attention.o_proj.weight", "mlp.down_proj.weight")
@@ -26,10 +27,7 @@ class InitialWeights:
 
     def __init__(self, config: ModelConfig, seed: int) -> None:
         self.config, self.seed = config, seed
-        from ascendspeed_core.models.transformer import empty_transformer
-
-        model = empty_transformer(config, torch.float32)
-        self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        self._shapes = parameter_shapes(config)
 
     def tensors(self) -> Mapping[str, TensorInfo]:
         """Return every tensor by our name."""

@@ -7,11 +7,13 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from ascendspeed_core.config.model import ModelConfig
+from ascendspeed_core.models.transformer import Transformer, empty_transformer
 from ascendspeed_core.weights.source import CheckpointError, Index, WeightSource
 
 
-def load_weights(model: nn.Module, source: WeightSource) -> None:
-    """Copy every weight of `source` into `model`, whole or cut; formats are converted.
+def load_weights(model: Transformer, source: WeightSource) -> None:
+    """Copy the weights of `source` into `model`, whole, cut, or one stage; formats are converted.
 
     Raises:
         CheckpointError: the source lacks a weight, has one too many, or one of another shape.
@@ -19,7 +21,7 @@ def load_weights(model: nn.Module, source: WeightSource) -> None:
     have = source.tensors()
     parameters = dict(model.named_parameters())
     where = source.path or source.kind
-    for name in sorted(set(have) - set(parameters)):
+    for name in sorted(set(have) - parameter_shapes(model.config).keys()):
         raise CheckpointError(f"{where} holds {name}, which the model has no place for")
     for name, parameter in parameters.items():
         if name not in have:
@@ -34,6 +36,12 @@ def load_weights(model: nn.Module, source: WeightSource) -> None:
             local = local_tensor(parameter)
             if local.numel():
                 local.copy_(source.read(name, local_index(parameter)))
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Return name and shape of every parameter of the whole model."""
+    model = empty_transformer(config, torch.float32)
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:

@@ -59,7 +59,7 @@ def write_native(
         "optimizer_steps": 0,
         "data_order": {},
         "order_digest": "",
-        "layout": {"tp": 1, "dp": 1},
+        "layout": {"tp": 1, "pp": 1, "dp": 1},
         "dtype": str(written).removeprefix("torch."),
         "model": source.config.model_dump(mode="json"),
         "run": {},
