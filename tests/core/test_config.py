@@ -55,9 +55,7 @@ def test_flags_win_over_the_recipe(recipe: Path) -> None:
             "tensor_model_parallel_size=0: input should be greater",
         ),
         ("[precision]\ndtype = 'float31'", "dtype='float31'"),
-        (
-            "[parallel]\npipeline_model_parallel_size = 2",
-        ),
+        ("[parallel]\npipeline_model_parallel_size = 0", "pipeline_model_parallel_size=0"),
         ("lr = 1", "unknown section"),
         ("[launch", "is not TOML"),
     ],
