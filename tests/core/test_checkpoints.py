@@ -51,7 +51,7 @@ def write(folder: str, layout: Layout, dtype_name: str, steps: int = 3) -> dict[
     for number in range(steps):
         setup.step(number)
     save_checkpoint(
-        Path(folder), Progress(steps, steps * 16, steps, {}), setup.model, setup.optimizer, {}, setup.mesh
+        Path(folder), Progress(steps, steps * 16, 0, steps, {}), setup.model, setup.optimizer, {}, setup.mesh
     )
     return setup.tensors()
 

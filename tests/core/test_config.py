@@ -108,6 +108,7 @@ FLAGS_OF_2023 = """
     --tensor-model-parallel-size --pipeline-model-parallel-size --num-layers --hidden-size --ffn-hidden-size
     --num-attention-heads --micro-batch-size --global-batch-size --seq-length --max-position-embeddings --train-iters
     --save --load --data-path --tokenizer-name-or-path --tokenizer-not-use-fast --split --lr --lr-decay-style --min-lr
+    --initial-loss-scale --loss-scale --min-loss-scale --loss-scale-window --hysteresis
     --weight-decay --clip-grad --lr-warmup-fraction --lr-warmup-iters --lr-decay-iters --adam-beta1 --adam-beta2
     --log-interval --save-interval --eval-interval --eval-iters --bf16 --fp16 --seed --no-load-optim --no-load-rng
     --finetune --layernorm-epsilon --rampup-batch-size --exit-interval --tokenizer-type --adam-eps

@@ -261,7 +261,6 @@ BAD: dict[str, tuple[list[object], int, str]] = {
     "a batch that does not divide": (["--global-batch-size", 7], 2, "choose 6"),
     "a length beyond the model": (["--seq-length", 65], 1, "max_position_embeddings=64"),
     "data that is not": (["{data}", "/nowhere/x"], 1, "/nowhere/x.idx does not exist"),
-    "the wrong format": (["--fp16"], 2, "needs loss scaling"),
     "two formats": (["--fp16", "--bf16"], 2, "were both asked for"),
     "a stage without a layer": (["--pipeline-model-parallel-size", 5, "--nproc-per-node", 5], 2, "choose 4 or less"),
     "stages that do not divide": (["--pipeline-model-parallel-size", 2, "--nproc-per-node", 3], 2, "multiple of 2"),

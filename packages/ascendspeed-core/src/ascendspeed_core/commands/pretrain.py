@@ -104,7 +104,9 @@ def stage_list(layout: Any, num_layers: int) -> str:
 
 def conclude(records: list[dict[str, Any]], plan: Any) -> None:
     """Say where the loss ended, against what knowing only token frequencies would give."""
-    last = [record["lm_loss"] for record in records[-10:]]
+    last = [record["lm_loss"] for record in records if record["lm_loss"] is not None][-10:]
+    if not last:
+        return
     loss = sum(last) / len(last)
     entropy = plan.manifest.unigram_entropy_nats if plan.manifest else None
     against = ""

@@ -49,6 +49,31 @@ class PrecisionConfig(Config):
         return self.dtype or ("float16" if self.fp16 else "bfloat16" if self.bf16 else "float32")
 
 
+class LossScaleConfig(Config):
+    """Scaling of the loss in fp16 training; other formats need none."""
+
+    loss_scale: float | None = Field(
+        None, gt=0, description="Scale that never changes. [default: one that adapts to overflows]"
+    )
+    initial_loss_scale: float = Field(
+        2.0**32, gt=0, description="First scale; halved at once until nothing overflows."
+    )
+    min_loss_scale: float = Field(1.0, gt=0, description="Lowest scale; an overflow there ends the run.")
+    loss_scale_window: int = Field(
+        1000, ge=1, description="Steps without an overflow before the scale doubles."
+    )
+    hysteresis: int = Field(2, ge=1, description="Overflows until the scale is halved.")
+
+    @model_validator(mode="after")
+    def _scales_in_order(self) -> "LossScaleConfig":
+        if self.min_loss_scale > self.initial_loss_scale:
+            raise ValueError(
+                f"min_loss_scale={self.min_loss_scale} is above initial_loss_scale={self.initial_loss_scale}; choose a "
+                "smaller one"
+            )
+        return self
+
+
 class StartConfig(ModelSourceConfig):
     """Where the weights come from, and where results go."""
 
@@ -212,6 +237,7 @@ class PretrainConfig(Config):
     model: ArchitectureFlags = ArchitectureFlags()
     parallel: ParallelConfig = ParallelConfig()
     precision: PrecisionConfig = PrecisionConfig()
+    loss_scaling: LossScaleConfig = LossScaleConfig()
     data: DataConfig
     batch: BatchConfig
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -9,7 +9,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from ascendspeed_core import __version__
 from ascendspeed_core.models.transformer import Transformer
 from ascendspeed_core.parallel.mesh import ParallelMesh
+from ascendspeed_core.training.loss_scale import LossScale
 from ascendspeed_core.training.optimizer import MasterOptimizer
 from ascendspeed_core.weights.load import local_index
 from ascendspeed_core.weights.native import (
@@ -40,6 +41,7 @@ class Progress:
     Attributes:
         iteration: steps done.
         consumed_samples: samples taken from the training data.
+        skipped_samples: of these, samples of steps that an fp16 overflow skipped; the schedule did not see them.
         optimizer_steps: updates of the weights.
         data_order: options that decide the order of samples; under others the position means nothing.
         order_digest: digest of the samples that were consumed; empty before the data is built.
@@ -47,6 +49,7 @@ class Progress:
 
     iteration: int
     consumed_samples: int
+    skipped_samples: int
     optimizer_steps: int
     data_order: Mapping[str, Any]
     order_digest: str = ""
@@ -59,6 +62,7 @@ def save_checkpoint(
     optimizer: MasterOptimizer,
     run_config: Mapping[str, Any],
     mesh: ParallelMesh,
+    loss_scale: LossScale | None = None,
 ) -> Path:
     """Write one checkpoint; all processes take part.
 
@@ -69,6 +73,7 @@ def save_checkpoint(
         optimizer: its state.
         run_config: the resolved config of the run, as JSON values.
         mesh: the layout.
+        loss_scale: of fp16 training.
 
     Returns:
         The checkpoint's folder.
@@ -88,10 +93,12 @@ def save_checkpoint(
             "torch": torch.__version__,
             "iteration": progress.iteration,
             "consumed_samples": progress.consumed_samples,
+            "skipped_samples": progress.skipped_samples,
             "optimizer_steps": progress.optimizer_steps,
             "data_order": dict(progress.data_order),
             "order_digest": progress.order_digest,
             "layout": asdict(mesh.layout),
+            "loss_scale": loss_scale.state() if loss_scale else None,
             "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
             "model": model.config.model_dump(mode="json"),
             "run": dict(run_config),
@@ -123,10 +130,7 @@ def load_progress(source: NativeSource) -> Progress:
     """Return where the run that wrote a checkpoint stood."""
     try:
         return Progress(
-            **{
-                key: source.description[key]
-                for key in ("iteration", "consumed_samples", "optimizer_steps", "data_order", "order_digest")
-            }
+            **{key: source.description[key] for key in (field.name for field in fields(Progress))}
         )
     except KeyError as error:
         raise CheckpointError(

@@ -69,7 +69,8 @@ def draw_loss(records: Sequence[Mapping[str, Any]], path: Path, unigram_entropy_
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
-    axes.plot([r["iteration"] for r in records], [r["lm_loss"] for r in records], lw=1, label="training loss")
+    known = [r for r in records if r["lm_loss"] is not None]
+    axes.plot([r["iteration"] for r in known], [r["lm_loss"] for r in known], lw=1, label="training loss")
     measured = [r for r in records if "validation_loss" in r]
     if measured:
         axes.plot(

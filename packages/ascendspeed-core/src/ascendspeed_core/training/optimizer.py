@@ -83,16 +83,24 @@ class MasterOptimizer:
         """Rate of the next step."""
         return float(self.adamw.param_groups[0]["lr"])
 
-    def step(self) -> float:
+    def step(self, loss_scale: float | None = None) -> float | None:
         """Reduce the gradients over data-parallel ranks, clip them by their global norm, and update.
 
+        Args:
+            loss_scale: by which the loss was multiplied; with one, a step that overflowed is skipped everywhere.
+
         Returns:
-            Norm of the whole model's gradient before clipping.
+            Norm of the whole model's gradient before clipping; `None` for a skipped step.
         """
         gradients = [_take_gradient(slot) for slot in self._slots]
         if self._is_tied and self._mesh.ends is not None:
             self._sum_tied(gradients)
         _sum_over_data_parallel(gradients, self._mesh)
+        if loss_scale is not None:
+            if self._overflowed(gradients):
+                self._forget_gradients()
+                return None
+            torch._foreach_div_(gradients, loss_scale)
         norm = self._norm(gradients)
         if self._clip_grad > 0:
             scale = self._clip_grad / (norm + 1e-6)
@@ -102,17 +110,27 @@ class MasterOptimizer:
             slot.master.grad = gradient
         self.adamw.step()
         self.num_steps += 1
-        self.adamw.zero_grad(set_to_none=True)
+        self._forget_gradients()
         self._publish()
         return norm
+
+    def _forget_gradients(self) -> None:
+        self.adamw.zero_grad(set_to_none=True)
+        for slot in self._slots:
+            slot.parameter.grad = None
 
     def _publish(self) -> None:
         """Give the model the new weights, rounded to its format."""
         with torch.no_grad():
             for slot in self._slots:
-                slot.parameter.grad = None
                 if slot.has_copy:
                     local_tensor(slot.parameter).copy_(slot.master)
+
+    def _overflowed(self, gradients: list[torch.Tensor]) -> bool:
+        """Tell, on all processes alike, whether any gradient of the whole model is infinite or no number."""
+        finite = torch.stack([gradient.isfinite().all() for gradient in gradients]).all()
+        found = (~finite).to(torch.float32).reshape(1)
+        return bool(self._mesh.sum_over("pp", self._mesh.sum_over("tp", found)))
 
     def _sum_tied(self, gradients: list[torch.Tensor]) -> None:
         """Add up what first and last stage found for the weight that embedding and head share."""

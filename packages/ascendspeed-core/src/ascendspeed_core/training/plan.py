@@ -56,8 +56,6 @@ def plan_run(config: PretrainConfig, world_size: int) -> RunPlan:
         AscendSpeedError: a file that is missing, damaged, or does not fit.
     """
     layout = config.parallel.layout(world_size)
-    if config.precision.dtype_name == "float16":
-        raise ConfigError("dtype=float16 needs loss scaling, which training does not have yet; use --bf16")
     try:
         config.batch.check_layout(layout.dp)
     except ValueError as error:
@@ -122,10 +120,10 @@ def _data_order(config: PretrainConfig) -> dict[str, Any]:
 
 def _start(config: PretrainConfig, source: WeightSource, data_order: dict[str, Any]) -> Progress:
     if not isinstance(source, NativeSource) or config.start.finetune:
-        return Progress(0, 0, 0, data_order)
+        return Progress(0, 0, 0, 0, data_order)
     progress = load_progress(source)
     if progress.iteration == 0:
-        return Progress(0, 0, 0, data_order)
+        return Progress(0, 0, 0, 0, data_order)
     changed = {key: (progress.data_order.get(key), value) for key, value in data_order.items()}
     changed = {key: pair for key, pair in changed.items() if pair[0] != pair[1]}
     if changed:
@@ -135,7 +133,9 @@ def _start(config: PretrainConfig, source: WeightSource, data_order: dict[str, A
             "keep these options, stop early with --exit-interval, or give --finetune to start the data anew"
         )
     steps = progress.optimizer_steps if config.start.load_optim else 0
-    return Progress(progress.iteration, progress.consumed_samples, steps, data_order)
+    return Progress(
+        progress.iteration, progress.consumed_samples, progress.skipped_samples, steps, data_order
+    )
 
 
 def _check_save_folder(config: PretrainConfig, source: WeightSource, start: Progress) -> None:

@@ -21,7 +21,7 @@ class Schedule:
         self, optimizer: MasterOptimizer, optimizer_config: OptimizerConfig, batch: BatchConfig, dp: int
     ) -> None:
         self.global_batch_size = batch.check_layout(dp)
-        self.consumed_samples = 0
+        self.consumed_samples = self.skipped_samples = 0
         self._calculator = _micro_batch_calculator(batch, self.global_batch_size, dp)
         self._rate = _rate_scheduler(optimizer, optimizer_config, batch, self.global_batch_size)
 
@@ -35,10 +35,11 @@ class Schedule:
         """Samples of the next step over all ranks."""
         return int(self._calculator.get_current_running_global_batch_size())
 
-    def advance(self, samples: int) -> None:
-        """Count consumed samples and set the rates of the next step."""
+    def advance(self, samples: int, skipped: int = 0) -> None:
+        """Count consumed samples and set the rates of the next step, which those of skipped steps do not change."""
         self.consumed_samples += samples
-        self._rate.step(samples)
+        self.skipped_samples += skipped
+        self._rate.step(samples - skipped)
         self._calculator.update(self.consumed_samples, consistency_check=False)
 
 

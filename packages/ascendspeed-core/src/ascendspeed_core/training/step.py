@@ -13,6 +13,7 @@ from ascendspeed_core.models.transformer import Transformer
 from ascendspeed_core.parallel.cross_entropy import cross_entropy
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.pipeline import forward_through_stages, run_pipeline
+from ascendspeed_core.training.loss_scale import LossScale
 from ascendspeed_core.training.optimizer import MasterOptimizer
 
 
@@ -41,17 +42,26 @@ class StepResult:
 
     Attributes:
         loss: mean negative log-likelihood per token that counts, in nats, over the global batch.
-        grad_norm: of the whole model's gradient, before clipping.
+        grad_norm: of the whole model's gradient, before clipping; `None` when the step was skipped.
         tokens: tokens that counted.
     """
 
     loss: float
-    grad_norm: float
+    grad_norm: float | None
     tokens: int
+
+    @property
+    def is_skipped(self) -> bool:
+        """Whether fp16 overflowed, so that nothing was updated."""
+        return self.grad_norm is None
 
 
 def train_step(
-    model: Transformer, optimizer: MasterOptimizer, micro_batches: Sequence[MicroBatch], mesh: ParallelMesh
+    model: Transformer,
+    optimizer: MasterOptimizer,
+    micro_batches: Sequence[MicroBatch],
+    mesh: ParallelMesh,
+    loss_scale: LossScale | None = None,
 ) -> StepResult:
     """Accumulate the gradient of all micro-batches of all data-parallel ranks, then update once.
 
@@ -59,12 +69,20 @@ def train_step(
     loss is the sum over its tokens divided by the number of tokens of all.
     """
     tokens = count_tokens(micro_batches, mesh)
-    loss = mesh.sum_over("dp", forward_backward(model, micro_batches, mesh, tokens))
-    return StepResult(loss=float(loss), grad_norm=optimizer.step(), tokens=tokens)
+    scale = loss_scale.scale if loss_scale else None
+    loss = mesh.sum_over("dp", forward_backward(model, micro_batches, mesh, tokens, scale or 1.0))
+    result = StepResult(loss=float(loss), grad_norm=optimizer.step(scale), tokens=tokens)
+    if loss_scale:
+        loss_scale.update(overflow=result.is_skipped)
+    return result
 
 
 def forward_backward(
-    model: Transformer, micro_batches: Sequence[MicroBatch], mesh: ParallelMesh, tokens: int
+    model: Transformer,
+    micro_batches: Sequence[MicroBatch],
+    mesh: ParallelMesh,
+    tokens: int,
+    scale: float = 1.0,
 ) -> torch.Tensor:
     """Add the gradients of this rank's micro-batches to the parameters, and return their share of the loss.
 
@@ -73,21 +91,24 @@ def forward_backward(
         micro_batches: of this data-parallel rank.
         mesh: its place.
         tokens: tokens that count in the global batch; the loss is a mean over them.
+        scale: factor of the gradients, see `LossScale`; the loss that is returned is without it.
     """
+    weight = scale / max(tokens, 1)
     if mesh.layout.pp > 1:
-        return run_pipeline(
+        total = run_pipeline(
             model,
             mesh,
             [micro_batch.tokens for micro_batch in micro_batches],
-            lambda number, logits: masked_sum(model, logits, micro_batches[number], mesh) / max(tokens, 1),
+            lambda number, logits: masked_sum(model, logits, micro_batches[number], mesh) * weight,
             backward=True,
         )
+        return total / scale
     loss = torch.zeros((), dtype=torch.float64, device=mesh.device.torch)
     for micro_batch in micro_batches:
-        part = loss_sum(model, micro_batch, mesh) / max(tokens, 1)
+        part = loss_sum(model, micro_batch, mesh) * weight
         part.backward()
         loss += part.detach()
-    return loss
+    return loss / scale
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """The training loop."""
 
 import time
+from math import isfinite
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from ascendspeed_core.training.checkpoint import (
     load_random_state,
     save_checkpoint,
 )
+from ascendspeed_core.training.loss_scale import LossScale
 from ascendspeed_core.training.metrics import PICTURE, MetricsFile, draw_loss
 from ascendspeed_core.training.optimizer import MasterOptimizer
 from ascendspeed_core.training.plan import RunPlan
@@ -41,6 +43,7 @@ class Trainer:
 
         self.model = load_model(plan.source, mesh, dtype)
         self.optimizer = MasterOptimizer(self.model, self.config.optimizer, mesh)
+        self.loss_scale = LossScale.create(self.config.loss_scaling, is_fp16=dtype == torch.float16)
         self.schedule = Schedule(self.optimizer, self.config.optimizer, self.config.batch, mesh.layout.dp)
         self.data = TrainingData(
             self.config.data,
@@ -66,7 +69,9 @@ class Trainer:
                 "files, or another number of epochs through a changed --train-iters); keep the data and "
                 "--train-iters, stop early with --exit-interval, or give --finetune to start the data anew"
             )
-        self.schedule.advance(consumed)
+        if self.loss_scale and source.description["loss_scale"]:
+            self.loss_scale.load_state(source.description["loss_scale"])
+        self.schedule.advance(consumed, self.plan.start.skipped_samples)
         self._say(f"resumed at iteration {self.iteration} from {source.folder}")
 
     def train(self) -> list[dict[str, Any]]:
@@ -106,15 +111,16 @@ class Trainer:
         micro_batches = self.data.micro_batches(
             schedule.consumed_samples, schedule.num_micro_batches, batch.micro_batch_size
         )
-        result = train_step(self.model, self.optimizer, micro_batches, self.mesh)
+        scale = self.loss_scale.scale if self.loss_scale else None
+        result = train_step(self.model, self.optimizer, micro_batches, self.mesh, self.loss_scale)
         self.mesh.device.synchronize()
         seconds = time.perf_counter() - started
         self.iteration += 1
-        schedule.advance(samples)
+        schedule.advance(samples, samples if result.is_skipped else 0)
         self._refuse_not_a_number(result)
         record = {
             "iteration": self.iteration,
-            "lm_loss": result.loss,
+            "lm_loss": result.loss if isfinite(result.loss) else None,
             "grad_norm": result.grad_norm,
             "learning_rate": rate,
             "consumed_samples": schedule.consumed_samples,
@@ -122,6 +128,8 @@ class Trainer:
             "tokens_per_second": samples * self.config.data.seq_length / seconds,
             "step_seconds": seconds,
         }
+        if scale is not None:
+            record |= {"loss_scale": scale, "skipped": result.is_skipped}
         if batch.eval_iters and self.iteration % batch.eval_interval == 0:
             record["validation_loss"] = self._validation_loss()
         if self.iteration % batch.log_interval == 0 or self.iteration in (1, batch.train_iters):
@@ -140,7 +148,16 @@ class Trainer:
         return evaluate(self.model, micro_batches, self.mesh)
 
     def _refuse_not_a_number(self, result: StepResult) -> None:
-        if not (result.loss - result.loss == 0.0 and result.grad_norm - result.grad_norm == 0.0):
+        """End the run when the weights would be spoilt, or when no smaller loss scale is left to try."""
+        if result.is_skipped:
+            if self.loss_scale and self.loss_scale.is_exhausted:
+                raise AscendSpeedError(
+                    f"iteration {self.iteration}: fp16 overflows at loss_scale={self.loss_scale.scale}, and it may not "
+                    "fall further; use --bf16, or go on from the last checkpoint with a lower --lr or other data"
+                )
+            return
+        assert result.grad_norm is not None
+        if not (isfinite(result.loss) and isfinite(result.grad_norm)):
             raise AscendSpeedError(
                 f"iteration {self.iteration}: loss={result.loss}, grad_norm={result.grad_norm}; the weights are no "
                 "longer usable: go on from the last checkpoint with a lower --lr or other data"
@@ -152,12 +169,13 @@ class Trainer:
         progress = Progress(
             self.iteration,
             self.schedule.consumed_samples,
+            self.schedule.skipped_samples,
             self.optimizer.num_steps,
             self.plan.start.data_order,
             self.data.order_digest(self.schedule.consumed_samples),
         )
         run = self.config.model_dump(mode="json")
-        saved = save_checkpoint(folder, progress, self.model, self.optimizer, run, self.mesh)
+        saved = save_checkpoint(folder, progress, self.model, self.optimizer, run, self.mesh, self.loss_scale)
         if metrics:
             manifest = self.plan.manifest
             draw_loss(metrics.records, folder / PICTURE, manifest.unigram_entropy_nats if manifest else None)
@@ -166,10 +184,12 @@ class Trainer:
     def _report(self, record: dict[str, Any]) -> None:
         left = (self.config.batch.train_iters - self.iteration) * record["step_seconds"]
         validation = f" | validation {record['validation_loss']:.4f}" if "validation_loss" in record else ""
+        loss = "not finite" if record["lm_loss"] is None else f"{record['lm_loss']:.4f}"
+        scale = f" | loss scale {record['loss_scale']:.0f}" if "loss_scale" in record else ""
+        norm = "overflow, skipped" if record["grad_norm"] is None else f"grad norm {record['grad_norm']:.3f}"
         self._say(
-            f"iteration {self.iteration}/{self.config.batch.train_iters} | loss {record['lm_loss']:.4f}{validation}"
-            f" | grad norm {record['grad_norm']:.3f} | lr {record['learning_rate']:.2e}"
-            f" | {record['tokens_per_second']:,.0f} tokens/s | {left:,.0f} s left"
+            f"iteration {self.iteration}/{self.config.batch.train_iters} | loss {loss}{validation} | {norm}{scale}"
+            f" | lr {record['learning_rate']:.2e} | {record['tokens_per_second']:,.0f} tokens/s | {left:,.0f} s left"
         )
 
     def _say(self, message: str) -> None:
