@@ -14,6 +14,11 @@ app = build_app(
         Command(
             "pretrain", "ascendspeed_core.commands.pretrain:pretrain", "Train a model on tokenized text."
         ),
+        Command(
+            "compare-loss",
+            "ascendspeed_core.commands.compare_loss:compare_loss",
+            "Compare the losses of runs, with a verdict.",
+        ),
     ],
 )
 

@@ -24,12 +24,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ascendspeed_data.errors import DataError
+from ascendspeed_data.files import INCOMPLETE
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")
 FORMATS: dict[int, Any] = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
-INCOMPLETE = ".incomplete"
 
 
 def smallest_format(vocab_size: int) -> Any:

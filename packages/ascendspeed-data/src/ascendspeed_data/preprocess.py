@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from ascendspeed_data import __version__
 from ascendspeed_data.command_line import Progress
 from ascendspeed_data.errors import AscendSpeedError, ConfigError, DataError
+from ascendspeed_data.files import write_durably
 from ascendspeed_data.handlers import find_handler
 from ascendspeed_data.indexed import IndexedDatasetWriter, smallest_format
 from ascendspeed_data.lock import output_lock
@@ -158,9 +159,7 @@ class _Output:
         path = manifest_path(job.prefix_of(key))
         path.unlink(missing_ok=True)
         self._writer.finish()
-        scratch = path.with_name(path.name + ".incomplete")
-        scratch.write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        scratch.replace(path)
+        write_durably(path, manifest.model_dump_json(indent=2) + "\n")
         return manifest
 
 

@@ -5,7 +5,6 @@ disk; the tracker is replaced last. A run that dies while saving leaves the prev
 """
 
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -30,8 +29,7 @@ from ascendspeed_core.weights.native import (
 )
 from ascendspeed_core.weights.source import CheckpointError
 from ascendspeed_data.command_line import log
-
-INCOMPLETE = ".incomplete"
+from ascendspeed_data.files import INCOMPLETE, write_durably
 
 
 @dataclass(frozen=True)
@@ -175,13 +173,3 @@ def saved_iterations(run_folder: Path) -> list[int]:
         if match and (path / DESCRIPTION).is_file():
             found.append(int(match.group(1)))
     return sorted(found)
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Replace a file's content so that a crash leaves the old or the new one."""
-    scratch = path.with_name(path.name + INCOMPLETE)
-    with scratch.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(path)

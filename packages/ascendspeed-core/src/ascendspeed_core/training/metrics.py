@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ascendspeed_core.training.checkpoint import write_durably
 from ascendspeed_data.command_line import log
+from ascendspeed_data.files import write_durably
 
 METRICS = "metrics.jsonl"
 PICTURE = "loss.png"
