@@ -63,15 +63,18 @@ def given_options(arguments: dict[str, Any], always: set[str]) -> dict[str, Any]
 
 
 def walk_fields(*configs: type[BaseModel]) -> list[tuple[str, FieldInfo, str]]:
-    """List (name, field, section) of every leaf field, walking into nested configs."""
+    """List (name, field, section) of every leaf field, walking into nested configs, whose names are the sections."""
+    return [found for config in configs for found in _walk(config, config.__name__)]
+
+
+def _walk(config: type[BaseModel], section: str) -> list[tuple[str, FieldInfo, str]]:
     found: list[tuple[str, FieldInfo, str]] = []
-    for config in configs:
-        for name, field in config.model_fields.items():
-            inner = _bare(field.annotation)
-            if isinstance(inner, type) and issubclass(inner, BaseModel):
-                found += walk_fields(inner)
-            elif not (isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("internal")):
-                found.append((name, field, config.__name__))
+    for name, field in config.model_fields.items():
+        inner = _bare(field.annotation)
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            found += _walk(inner, f"[{name}]")
+        elif not (isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("internal")):
+            found.append((name, field, section))
     return found
 
 
