@@ -19,6 +19,9 @@ app = build_app(
             "ascendspeed_core.commands.compare_loss:compare_loss",
             "Compare the losses of runs, with a verdict.",
         ),
+        Command(
+            "parity", "ascendspeed_core.commands.parity:parity", "Prove layouts equal on your model and data."
+        ),
     ],
 )
 

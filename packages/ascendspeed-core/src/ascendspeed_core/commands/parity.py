@@ -1,0 +1,68 @@
+"""`asd-core parity`."""
+
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ascendspeed_core.device import DeviceChoice
+from ascendspeed_data.errors import AscendSpeedError, ConfigError
+
+
+def parity(
+    data_path: Annotated[list[str], typer.Option(help="Prefix of a .bin/.idx pair, or a blend.")],
+    layouts: Annotated[str, typer.Option(help="Layouts to compare with one process: tp2,pp2,tp2pp2,dp2.")],
+    load: Annotated[Path | None, typer.Option(help="Checkpoint to start from.")] = None,
+    model_config_file: Annotated[
+        Path | None,
+        typer.Option("--model-config-file", "--model-config", help="Random weights of this config.json."),
+    ] = None,
+    seq_length: Annotated[int, typer.Option(min=1, help="Tokens of one sample.")] = 128,
+    micro_batch_size: Annotated[int, typer.Option(min=1, help="Samples of one forward pass.")] = 1,
+    global_batch_size: Annotated[int, typer.Option(min=1, help="Samples of one step.")] = 8,
+    train_iters: Annotated[int, typer.Option(min=1, help="Steps.")] = 5,
+    lr: Annotated[float, typer.Option(min=0, help="Highest learning rate.")] = 1e-4,
+    dtype: Annotated[
+        str, typer.Option(help="float64 shows real differences; narrower formats blur them.")
+    ] = "float64",
+    tolerance: Annotated[
+        float | None, typer.Option(min=0, help="Largest accepted relative deviation. [default: by --dtype]")
+    ] = None,
+    device: Annotated[DeviceChoice, typer.Option(help="Device of all runs.")] = "auto",
+) -> None:
+    """Train your model on your data for a few steps under several layouts, and compare them with one process.
+
+    Ends with status 1 when a layout deviates. Nothing is kept.
+    """
+    if (load is None) == (model_config_file is None):
+        raise ConfigError("give either --load DIR or --model-config FILE")
+    from ascendspeed_core.device import prepare_torch
+
+    prepare_torch(device)
+    from ascendspeed_core.training.parity import TOLERANCE, parse_layouts, run_parity, table
+
+    if dtype not in TOLERANCE:
+        raise ConfigError(f"dtype={dtype} is unknown; there are {', '.join(TOLERANCE)}")
+    wanted = parse_layouts(layouts)
+    for layout in wanted:
+        if global_batch_size % (micro_batch_size * layout.dp):
+            raise ConfigError(
+                f"global_batch_size={global_batch_size} is not a multiple of micro_batch_size x dp = "
+                f"{micro_batch_size} x {layout.dp} of {layout}"
+            )
+    limit = TOLERANCE[dtype] if tolerance is None else tolerance
+    source = ["--load", str(load), "--finetune"] if load else ["--model-config", str(model_config_file)]
+    arguments = [
+        *source, "--data-path", *data_path, "--split", "1,0,0", "--seq-length", seq_length, "--micro-batch-size",
+        micro_batch_size, "--global-batch-size", global_batch_size, "--train-iters", train_iters, "--lr", lr, "--dtype",
+        dtype,
+    ]  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="ascendspeed-parity-") as scratch:
+        rows = run_parity(wanted, [str(argument) for argument in arguments], Path(scratch), device)
+    print("\n".join(table(rows, limit)))
+    different = [str(row.layout) for row in rows if not row.within(limit)]
+    if different:
+        raise AscendSpeedError(
+            f"{', '.join(different)} deviate by more than tolerance={limit} from one process"
+        )
