@@ -59,6 +59,7 @@ def test_what_a_run_leaves(arguments: list[object], tmp_path: Path, tokenizer_fo
     assert [r["iteration"] for r in records] == list(range(1, 13))
     assert [r["consumed_samples"] for r in records] == [8 * n for n in range(1, 13)]
     assert all(r["lm_loss"] > 0 and r["grad_norm"] > 0 and r["tokens_per_second"] > 0 for r in records)
+    assert records[-1]["peak_memory_bytes"] > 10_000_000
     assert records[-1]["lm_loss"] < records[0]["lm_loss"] - 0.2
     rates = [r["learning_rate"] for r in records]
     assert rates.index(max(rates)) in (2, 3)

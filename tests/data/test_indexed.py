@@ -11,7 +11,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset as TheirDatase
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from ascendspeed_data.errors import DataError
-from ascendspeed_data.indexed import HEADER, IndexedDataset, IndexedDatasetWriter, check_indexed_dataset
+from ascendspeed_data.indexed import HEADER, IndexedDataset, IndexedDatasetWriter
 
 LENGTHS = [3, 1, 0, 7, 250, 2]
 
@@ -92,17 +92,17 @@ def test_damage_is_found(tmp_path: Path, damage: str) -> None:
     with IndexedDatasetWriter(tmp_path / "x", np.uint16) as writer:
         writer.add_documents(LENGTHS, np.concatenate(documents(np.uint16)))
         writer.finish()
-    assert check_indexed_dataset(tmp_path / "x").num_tokens == sum(LENGTHS)
+    assert IndexedDataset(tmp_path / "x").info.num_tokens == sum(LENGTHS)
     apply, complaint = DAMAGE[damage]
     apply(tmp_path / "x.bin", tmp_path / "x.idx")
     with pytest.raises(DataError, match=complaint) as raised:
-        check_indexed_dataset(tmp_path / "x")
+        IndexedDataset(tmp_path / "x")
     assert "\n" not in str(raised.value)
 
 
 def test_the_hint_for_a_prefix_with_its_ending(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"without the ending: .*/x$"):
-        check_indexed_dataset(tmp_path / "x.bin")
+        IndexedDataset(tmp_path / "x.bin")
 
 
 def test_an_aborted_writer_leaves_nothing(tmp_path: Path) -> None:

@@ -143,15 +143,6 @@ class IndexedDataset:
         )
 
 
-def check_indexed_dataset(prefix: Path) -> IndexedDatasetInfo:
-    """Prove a pair whole: magic, version, counts, and every pointer within the files.
-
-    Raises:
-        DataError: the first thing that is wrong, with the file and the rule.
-    """
-    return IndexedDataset(prefix).info
-
-
 def _read_index(prefix: Path) -> tuple[np.dtype[Any], NDArray[Any], NDArray[Any], NDArray[Any]]:
     path = _existing(prefix, ".idx")
     size = path.stat().st_size

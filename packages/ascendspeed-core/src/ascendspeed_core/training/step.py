@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from ascendspeed_core.models.transformer import Transformer
 from ascendspeed_core.parallel.cross_entropy import cross_entropy
@@ -139,8 +138,3 @@ def count_tokens(micro_batches: Sequence[MicroBatch], mesh: ParallelMesh) -> int
     """Return how many tokens count in the global batch."""
     count = sum(int(micro_batch.loss_mask.sum()) for micro_batch in micro_batches)
     return int(mesh.sum_over("dp", torch.tensor(count, device=mesh.device.torch)))
-
-
-def trainable_parameters(model: nn.Module) -> int:
-    """Return the number of logical weights that are trained."""
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

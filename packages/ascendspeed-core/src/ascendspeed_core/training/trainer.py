@@ -127,6 +127,7 @@ class Trainer:
             "global_batch_size": samples,
             "tokens_per_second": samples * self.config.data.seq_length / seconds,
             "step_seconds": seconds,
+            "peak_memory_bytes": self.mesh.device.peak_memory_bytes(),
         }
         if scale is not None:
             record |= {"loss_scale": scale, "skipped": result.is_skipped}

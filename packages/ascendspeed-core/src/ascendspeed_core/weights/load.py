@@ -1,9 +1,6 @@
 """Put a source's weights into a model, each process reading only the slices that it holds."""
 
-from collections.abc import Iterator
-
 import torch
-from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -55,9 +52,3 @@ def local_index(tensor: torch.Tensor) -> Index:
         return ()
     shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return tuple(slice(start, start + length) for start, length in zip(offset, shape, strict=True))
-
-
-def named_local_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, torch.Tensor]]:
-    """Yield name, parameter and this process's part of each parameter."""
-    for name, parameter in model.named_parameters():
-        yield name, parameter, local_tensor(parameter.detach())
