@@ -136,7 +136,7 @@ class JsonTokenizer:
         content = json_file.read_bytes()
         try:
             self._tokenizer = FastTokenizer.from_str(content.decode("utf-8"))
-        except (ValueError, Exception) as error:  # noqa: BLE001 - tokenizers raises bare Exception
+        except Exception as error:  # noqa: BLE001 - tokenizers raises bare Exception
             raise DataError(f"{json_file} is not a tokenizer: {error}") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()

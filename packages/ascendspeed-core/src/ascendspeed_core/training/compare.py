@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ascendspeed_core.training.metrics import METRICS, read_metrics
+from ascendspeed_core.training.metrics import METRICS, read_metrics, save_figure
 from ascendspeed_data.errors import DataError
 
 
@@ -85,8 +85,4 @@ def draw_comparison(runs: Sequence[tuple[str, Mapping[int, float]]], path: Path)
     for axes in (above, below):
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.tight_layout()
-    scratch = path.with_name(path.name + ".incomplete")
-    figure.savefig(scratch, format="png")
-    scratch.replace(path)
-    pyplot.close(figure)
+    save_figure(figure, path)

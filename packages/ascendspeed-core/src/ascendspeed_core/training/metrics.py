@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ascendspeed_data.command_line import log
-from ascendspeed_data.files import write_durably
+from ascendspeed_data.files import INCOMPLETE, write_durably
 
 METRICS = "metrics.jsonl"
 PICTURE = "loss.png"
@@ -92,8 +92,15 @@ def draw_loss(records: Sequence[Mapping[str, Any]], path: Path, unigram_entropy_
     axes.set_ylabel("loss, nats per token")
     axes.grid(alpha=0.3)
     axes.legend()
+    save_figure(figure, path)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a picture as PNG under a temporary name, rename it, and close the figure."""
+    from matplotlib import pyplot
+
     figure.tight_layout()
-    scratch = path.with_name(path.name + ".incomplete")
+    scratch = path.with_name(path.name + INCOMPLETE)
     figure.savefig(scratch, format="png")
     scratch.replace(path)
     pyplot.close(figure)
