@@ -2,7 +2,10 @@
 
 import json
 import pickle
+import resource
 import shutil
+import signal
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,14 +17,21 @@ from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.config.training import OptimizerConfig
 from ascendspeed_core.device import Device
-from ascendspeed_core.parallel.build import load_model
+from ascendspeed_core.parallel.build import load_model, parameter_slices
 from ascendspeed_core.parallel.mesh import ParallelMesh
-from ascendspeed_core.training.checkpoint import Progress, load_optimizer, load_random_state, save_checkpoint
+from ascendspeed_core.training.checkpoint import (
+    CheckpointWriter,
+    Progress,
+    Retention,
+    load_optimizer,
+    load_random_state,
+    saved_iterations,
+)
 from ascendspeed_core.training.optimizer import MasterOptimizer
 from ascendspeed_core.training.step import train_step
 from ascendspeed_core.weights import InitialWeights, NativeSource, open_weights
 from ascendspeed_core.weights.source import CheckpointError
-from core.training_cases import micro_batches, whole
+from core.training_cases import Piece, join, micro_batches
 from support.models import tiny_config
 from support.processes import WorkerPool
 
@@ -40,42 +50,60 @@ class Setup:
         batches = micro_batches(CONFIG.vocab_size, number, self.mesh, 4, masked=True)
         return train_step(self.model, self.optimizer, batches, self.mesh).loss
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        state = {f"optimizer/{name}": whole(value) for name, value in self.optimizer.state().items()}
-        return {name: whole(p) for name, p in self.model.named_parameters()} | state
+    def pieces(self) -> dict[str, Piece]:
+        """Everything that is here."""
+        slices = parameter_slices(self.model, self.mesh)
+        state = {f"optimizer/{name}": piece for name, piece in self.optimizer.state().items()}
+        return {name: (slices[name], p.detach()) for name, p in self.model.named_parameters()} | state
 
 
-def write(folder: str, layout: Layout, dtype_name: str, steps: int = 3) -> dict[str, torch.Tensor]:
-    """Train some steps, save, and return everything whole."""
+def write(
+    folder: str, layout: Layout, dtype_name: str, steps: int = 3, in_background: bool = False
+) -> dict[str, Piece]:
+    """Train some steps, save, and return everything that is here; saved in the background, train on meanwhile."""
     setup = Setup(InitialWeights(CONFIG, 5), layout, dtype_name)
     for number in range(steps):
         setup.step(number)
-    save_checkpoint(
-        Path(folder), Progress(steps, steps * 16, 0, steps, {}), setup.model, setup.optimizer, {}, setup.mesh
-    )
-    return setup.tensors()
+    pieces = {name: (part, tensor.clone()) for name, (part, tensor) in setup.pieces().items()}
+    writer = CheckpointWriter(Path(folder), setup.mesh, in_background=in_background)
+    writer.save(Progress(steps, steps * 16, 0, steps, {}), setup.model, setup.optimizer, {})
+    if in_background:
+        setup.step(steps)
+    writer.wait()
+    return pieces
 
 
 def read(
     folder: str, layout: Layout, dtype_name: str, more_steps: int
-) -> tuple[dict[str, torch.Tensor], list[float]]:
-    """Load, return everything whole, and the losses of further steps."""
+) -> tuple[dict[str, Piece], list[float]]:
+    """Load, return everything that is here, and the losses of further steps."""
     source = open_weights(Path(folder))
     assert isinstance(source, NativeSource)
     setup = Setup(source, layout, dtype_name)
     load_optimizer(source, setup.optimizer, source.description["optimizer_steps"])
     load_random_state(source, setup.mesh)
-    tensors = setup.tensors()
-    return tensors, [setup.step(3 + number) for number in range(more_steps)]
+    pieces = {name: (part, tensor.clone()) for name, (part, tensor) in setup.pieces().items()}
+    return pieces, [setup.step(3 + number) for number in range(more_steps)]
 
 
-def joined(stages: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """All tensors of all stages; copies must be equal."""
-    found: dict[str, torch.Tensor] = {}
-    for stage in stages:
-        for name, tensor in stage.items():
-            assert torch.equal(found.setdefault(name, tensor), tensor), name
-    return found
+def joined(ranks: list[dict[str, Piece]]) -> dict[str, torch.Tensor]:
+    """All tensors whole, from what all ranks hold; copies must be equal."""
+    names = {name for pieces in ranks for name in pieces}
+    return {name: join([pieces[name] for pieces in ranks if name in pieces]) for name in names}
+
+
+def read_by_torch(run: Path) -> dict[str, torch.Tensor]:
+    """All tensors as torch's own reader of distributed checkpoints finds them."""
+    from torch.distributed.checkpoint import FileSystemReader, load
+
+    (folder,) = run.glob("iter_*")
+    reader = FileSystemReader(folder)
+    entries = reader.read_metadata().state_dict_metadata
+    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()}  # type: ignore[union-attr]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
 
 
 def losses_without_a_stop(layout: Layout, dtype_name: str, steps: int) -> list[float]:
@@ -83,19 +111,42 @@ def losses_without_a_stop(layout: Layout, dtype_name: str, steps: int) -> list[f
     return [setup.step(number) for number in range(steps)]
 
 
-@pytest.mark.parametrize("dtype_name", ["float32", "bfloat16"])
+SHARDED = Layout(tp=2, dp=2, sharded_optimizer=True)
+
+
 @pytest.mark.parametrize(
-    "writer", [Layout(), Layout(tp=2), Layout(tp=2, dp=2), Layout(pp=3), Layout(tp=2, pp=2)], ids=str
+    ("writer", "dtype_name"),
+    [
+        (Layout(), "float32"),
+        (Layout(tp=2), "bfloat16"),
+        (Layout(tp=8), "float32"),
+        (Layout(tp=2, dp=2), "float32"),
+        (Layout(pp=3), "bfloat16"),
+        (Layout(tp=2, pp=2, sequence_parallel=True), "float32"),
+        (SHARDED, "bfloat16"),
+        (Layout(pp=2, dp=4, sharded_optimizer=True), "float32"),
+    ],
+    ids=str,
 )
 def test_any_layout_reads_what_any_layout_wrote(
     workers: WorkerPool, tmp_path: Path, writer: Layout, dtype_name: str
 ) -> None:
     written = joined(workers.run(write, writer.world_size, str(tmp_path), writer, dtype_name))
-    for reader in (Layout(), Layout(tp=4), Layout(dp=2), Layout(pp=4), Layout(tp=2, pp=2)):
+    for reader in (
+        Layout(),
+        Layout(tp=4),
+        Layout(dp=4, sharded_optimizer=True),
+        Layout(pp=4),
+        Layout(tp=2, pp=2),
+        SHARDED,
+    ):
         found = workers.run(read, reader.world_size, str(tmp_path), reader, dtype_name, 0)
-        tensors = joined([tensors for tensors, _ in found])
+        tensors = joined([pieces for pieces, _ in found])
         assert tensors.keys() == written.keys()
         assert all(torch.equal(tensors[name], written[name]) for name in written), reader
+    torchs = {name.removeprefix("model/"): tensor for name, tensor in read_by_torch(tmp_path).items()}
+    assert {name for name in torchs if not name.startswith("rng/")} == written.keys()
+    assert all(torch.equal(torchs[name], written[name]) for name in written)
     source = open_weights(tmp_path)
     assert source.config == CONFIG
     assert all(torch.equal(source.read(name), written[name]) for name in source.tensors())
@@ -109,7 +160,7 @@ def test_any_layout_reads_what_any_layout_wrote(
 
 
 @pytest.mark.parametrize("dtype_name", ["float64", "float32", "bfloat16"])
-@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2), Layout(dp=2), Layout(pp=2)], ids=str)
+@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2), Layout(dp=2), Layout(pp=2), SHARDED], ids=str)
 def test_a_resumed_run_goes_on_bit_for_bit(
     workers: WorkerPool, tmp_path: Path, layout: Layout, dtype_name: str
 ) -> None:
@@ -117,6 +168,65 @@ def test_a_resumed_run_goes_on_bit_for_bit(
     _, losses = workers.run(read, layout.world_size, str(tmp_path), layout, dtype_name, 4)[0]
     without = workers.run(losses_without_a_stop, layout.world_size, layout, dtype_name, 7)[0]
     assert losses == without[3:]
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2, pp=2), SHARDED], ids=str)
+def test_saving_in_the_background_keeps_the_moment(
+    workers: WorkerPool, tmp_path: Path, layout: Layout
+) -> None:
+    """The step that was taken while the files were written is not in them."""
+    written = joined(
+        workers.run(write, layout.world_size, str(tmp_path), layout, "float32", in_background=True)
+    )
+    found = joined([read(str(tmp_path), Layout(), "float32", 0)[0]])
+    assert all(torch.equal(found[name], written[name]) for name in written)
+
+
+def write_several(folder: str, layout: Layout, iterations: list[int], retention: Retention) -> list[str]:
+    setup = Setup(InitialWeights(CONFIG, 5), layout, "float32")
+    writer = CheckpointWriter(Path(folder), setup.mesh, retention)
+    for iteration in iterations:
+        writer.save(Progress(iteration, 0, 0, 0, {}), setup.model, setup.optimizer, {})
+    return sorted(path.name for path in Path(folder).iterdir())
+
+
+def test_retention(workers: WorkerPool, tmp_path: Path) -> None:
+    (tmp_path / "iter_0000099.incomplete").mkdir()
+    names = workers.run(
+        write_several, 2, str(tmp_path), Layout(tp=2), list(range(10, 90, 10)), Retention(2, 30)
+    )[0]
+    kept = ["iter_0000030", "iter_0000060", "iter_0000070", "iter_0000080"]
+    assert names == [*kept, "latest_checkpointed_iteration.txt"]
+
+
+def write_where_it_cannot(folder: str, layout: Layout, broken_rank: int) -> list[str]:
+    """Save, then save again where one rank's file cannot be made; the errors of both ways to save."""
+    setup = Setup(InitialWeights(CONFIG, 5), layout, "float32")
+    errors = []
+    for iteration, in_background in ((1, False), (2, False), (3, True)):
+        writer = CheckpointWriter(Path(folder), setup.mesh, in_background=in_background)
+        setup.mesh.barrier()
+        if iteration > 1 and setup.mesh.rank == broken_rank:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        try:
+            writer.save(Progress(iteration, 0, 0, 0, {}), setup.model, setup.optimizer, {})
+            writer.wait()
+        except CheckpointError as error:
+            errors.append(str(error))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    return errors
+
+
+@pytest.mark.parametrize("broken_rank", [0, 1])
+def test_a_full_disk_leaves_what_was_there(workers: WorkerPool, tmp_path: Path, broken_rank: int) -> None:
+    """One process may write 1,000 bytes and no more; all processes learn of it."""
+    for errors in workers.run(write_where_it_cannot, 2, str(tmp_path), Layout(tp=2), broken_rank):
+        assert len(errors) == 2
+        assert all("File too large; earlier ones are as they were" in error for error in errors), errors
+    assert saved_iterations(tmp_path) == [1]
+    assert open_weights(tmp_path).config == CONFIG
 
 
 @pytest.fixture(scope="module")

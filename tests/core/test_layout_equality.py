@@ -62,6 +62,12 @@ def differences(got: Trained, want: Trained) -> tuple[float, float, float, float
         (Layout(tp=2, pp=2), True, 127),
         (Layout(pp=2, dp=2), True, 128),
         (Layout(tp=2, pp=2, dp=2), True, 127),
+        (Layout(tp=8), False, 128),
+        (Layout(dp=2, sharded_optimizer=True), False, 128),
+        (Layout(dp=4, sharded_optimizer=True), True, 127),
+        (Layout(tp=2, sequence_parallel=True), True, 127),
+        (Layout(tp=8, sequence_parallel=True), False, 128),
+        (Layout(tp=2, pp=2, dp=2, sequence_parallel=True, sharded_optimizer=True), True, 127),
     ],
     ids=str,
 )

@@ -4,15 +4,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
+import torch.distributed as dist
 
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.config.training import OptimizerConfig
 from ascendspeed_core.device import Device
-from ascendspeed_core.parallel.build import load_model
+from ascendspeed_core.parallel.build import load_model, parameter_slices
 from ascendspeed_core.parallel.cross_entropy import cross_entropy
 from ascendspeed_core.parallel.mesh import ParallelMesh
+from ascendspeed_core.parallel.slices import Slice
 from ascendspeed_core.training.optimizer import MasterOptimizer
 from ascendspeed_core.training.step import MicroBatch, count_tokens, forward_backward, train_step
 from ascendspeed_core.weights import InitialWeights
@@ -49,9 +50,36 @@ def micro_batches(
     return [MicroBatch(ids[r, :-1], ids[r, 1:], mask[r]) for r in rows]
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The logical tensor, on every rank."""
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+Piece = tuple[Slice, torch.Tensor]
+"""A part of a tensor, and which part it is."""
+
+
+def join(pieces: list[Piece], add_copies: bool = False) -> torch.Tensor:
+    """Put a tensor together; copies of a part must be equal, or are added up."""
+    result = torch.zeros(pieces[0][0].shape, dtype=pieces[0][1].dtype)
+    seen = torch.zeros(pieces[0][0].shape, dtype=torch.bool)
+    for place, piece in pieces:
+        here = seen[place.index]
+        if add_copies:
+            result[place.index] += piece
+        else:
+            assert torch.equal(result[place.index][here], piece[here]), "copies differ"
+            result[place.index] = piece
+        seen[place.index] = True
+    assert seen.all(), "a part is missing"
+    return result
+
+
+def whole(
+    part: torch.Tensor, place: Slice, group: dist.ProcessGroup | None, add_copies: bool = False
+) -> torch.Tensor:
+    """The whole of a tensor whose parts are in a group, on every rank."""
+    mine = (place, part.detach().clone())
+    shared: list[Any] = [mine]
+    if group is not None:
+        shared = [None] * dist.get_world_size(group)
+        dist.all_gather_object(shared, mine, group=group)
+    return join(shared, add_copies)
 
 
 def train(
@@ -77,16 +105,19 @@ def train(
         )
         losses.append(result.loss)
         norms.append(result.grad_norm)
-    weights = {name: whole(parameter) for name, parameter in model.named_parameters()}
+    slices = parameter_slices(model, mesh)
+    weights = {name: whole(p, slices[name], mesh.group("tp")) for name, p in model.named_parameters()}
     return Trained(losses, norms, gradients, weights)
 
 
 def first_gradients(model: Any, batches: list[MicroBatch], mesh: ParallelMesh) -> dict[str, torch.Tensor]:
     """This stage's gradients of the first step, whole and added up over data-parallel ranks, without an update."""
     forward_backward(model, batches, mesh, count_tokens(batches, mesh))
-    sums = {}
+    sums, slices = {}, parameter_slices(model, mesh)
     for name, parameter in model.named_parameters():
-        sums[name] = mesh.sum_over("dp", whole(parameter.grad).double())
+        place = slices[name]
+        gradient = whole(parameter.grad, place, mesh.group("tp"), add_copies=place.has_partial_gradient)
+        sums[name] = mesh.sum_over("dp", gradient.double())
         parameter.grad = None
     return sums
 

@@ -14,6 +14,7 @@ from ascendspeed_data.errors import AscendSpeedError
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
 BACKENDS = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
 """Collective back end of each device."""
@@ -67,6 +68,21 @@ class Device:
         if self.kind == "cpu":
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return int(getattr(torch, self.kind).max_memory_allocated(self.index))
+
+    def rng_state(self) -> "Tensor | None":
+        """Return the state of the accelerator's random numbers; `None` on a CPU, whose state torch keeps."""
+        if self.kind == "cpu":
+            return None
+        import torch
+
+        state: Tensor = getattr(torch, self.kind).get_rng_state(self.index)
+        return state
+
+    def set_rng_state(self, state: "Tensor") -> None:
+        """Take over what `rng_state` of an accelerator gave."""
+        import torch
+
+        getattr(torch, self.kind).set_rng_state(state, self.index)
 
 
 HOST = Device("cpu")

@@ -5,6 +5,7 @@ elastic launcher, which runs the same command again with that environment.
 """
 
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -85,6 +86,8 @@ def launch(module: str, args: Sequence[str], nproc_per_node: int, device: str) -
 
     os.environ[LAUNCHED] = "1"
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // nproc_per_node, 1)))
+    # Time to save after SIGTERM.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
     _quiet_elastic()
     config = LaunchConfig(
         min_nodes=1,
@@ -105,7 +108,7 @@ def launch(module: str, args: Sequence[str], nproc_per_node: int, device: str) -
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         message = failure.message if isinstance(failure.message, str) else str(failure.message.get("message"))
-        if failure.exitcode in (1, 2) and failure.error_file != "<NA>":
+        if failure.exitcode in (1, 2, 128 + signal.SIGTERM) and failure.error_file != "<NA>":
             raise _WorkerError(message, failure.exitcode) from None
         raise AscendSpeedError(
             f"process {rank} of {nproc_per_node} ended with status {failure.exitcode}; its output is above"
@@ -150,7 +153,6 @@ def _end_with_launcher() -> None:
     """
     if sys.platform == "linux":
         import ctypes
-        import signal
 
         set_parent_death_signal = 1
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)

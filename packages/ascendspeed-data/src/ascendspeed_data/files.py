@@ -7,11 +7,11 @@ INCOMPLETE = ".incomplete"
 """Ending of what is not whole yet."""
 
 
-def write_durably(path: Path, text: str) -> None:
-    """Replace a file's content in one step, flushed to the disk."""
+def write_durably(path: Path, content: str | bytes) -> None:
+    """Replace a file's content in one step, flushed to the disk; text is written as UTF-8."""
     scratch = path.with_name(path.name + INCOMPLETE)
-    with scratch.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with scratch.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     scratch.replace(path)

@@ -107,7 +107,7 @@ def make_cache(model: Transformer, mesh: ParallelMesh, capacity_tokens: int) -> 
         num_layers=len(model.layers),
         batch_size=1,
         capacity_tokens=capacity_tokens,
-        num_key_value_heads=config.num_key_value_heads // mesh.layout.tp,
+        num_key_value_heads=max(config.num_key_value_heads // mesh.layout.tp, 1),
         head_dim=config.head_dim,
         dtype=next(model.parameters()).dtype,
         device=mesh.device.torch,

@@ -81,6 +81,16 @@ class StartConfig(ModelSourceConfig):
     save_interval: int | None = Field(
         None, ge=1, description="Iterations between checkpoints; the last is always saved."
     )
+    async_save: bool = Field(
+        False,
+        description="Write checkpoints while training goes on; costs a copy of what is saved in host memory.",
+    )
+    keep_checkpoints: int | None = Field(
+        None, ge=1, description="Newest checkpoints that are kept; older ones are removed. [default: all]"
+    )
+    save_retain_interval: int | None = Field(
+        None, ge=1, description="Checkpoints whose iteration is a multiple of this are never removed."
+    )
     finetune: bool = Field(
         False, description="Take only the weights of --load: iteration, optimizer and data order start anew."
     )

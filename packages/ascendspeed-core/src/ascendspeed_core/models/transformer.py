@@ -89,20 +89,25 @@ class Transformer(nn.Module):
         Returns:
             Logits; from a stage before the last one its hidden states, [B, S, H].
         """
-        batch, length = tokens.shape[:2]
         if positions is None:
-            start = cache.length_tokens if cache is not None else 0
-            positions = torch.arange(start, start + length, device=tokens.device).expand(batch, length)
+            positions = following_positions(tokens, cache)
         x = self.embedding(tokens) if self.stage.is_first and self.embedding is not None else tokens
         rotary = self.rotary.at(positions, x.dtype)
         for place, layer in enumerate(self.layers.values()):
             x = layer(x, rotary, cache, place)
         if cache is not None:
-            cache.advance(length)
+            cache.advance(positions.shape[1])
         if self.output_head is None or self.final_norm is None:
             return x
         logits: torch.Tensor = self.output_head(self.final_norm(x))
         return logits
+
+
+def following_positions(tokens: torch.Tensor, cache: KeyValueCache | None) -> torch.Tensor:
+    """Return the places of tokens, [B, S, ...] -> [B, S], that follow what the cache holds."""
+    batch, length = tokens.shape[:2]
+    start = cache.length_tokens if cache is not None else 0
+    return torch.arange(start, start + length, device=tokens.device).expand(batch, length)
 
 
 def empty_transformer(config: ModelConfig, dtype: torch.dtype, stage: Stage | None = None) -> Transformer:

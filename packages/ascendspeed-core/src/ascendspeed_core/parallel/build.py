@@ -6,8 +6,9 @@ from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.parallel import stages
 from ascendspeed_core.models.transformer import Transformer, empty_transformer
 from ascendspeed_core.parallel.mesh import ParallelMesh
+from ascendspeed_core.parallel.slices import Slice, tensor_slice
 from ascendspeed_core.parallel.tensor import apply_tensor_parallel
-from ascendspeed_core.weights.load import load_weights
+from ascendspeed_core.weights.load import load_weights, parameter_shapes
 from ascendspeed_core.weights.source import WeightSource
 
 
@@ -18,8 +19,9 @@ def build_model(config: ModelConfig, mesh: ParallelMesh, dtype: torch.dtype) -> 
     """
     stage = stages(config.num_layers, mesh.layout.pp)[mesh.pp_rank]
     model = empty_transformer(config, dtype, stage)
-    if mesh.mesh is not None and mesh.layout.tp > 1:
-        apply_tensor_parallel(model, mesh.mesh["tp"])
+    group = mesh.group("tp")
+    if group is not None:
+        apply_tensor_parallel(model, group, mesh.layout)
     model = model.to_empty(device=mesh.device.torch)
     model.tie_weights()
     return model
@@ -28,5 +30,14 @@ def build_model(config: ModelConfig, mesh: ParallelMesh, dtype: torch.dtype) -> 
 def load_model(source: WeightSource, mesh: ParallelMesh, dtype: torch.dtype) -> Transformer:
     """Return this process's part of the model that `source` holds, reading only its own slices."""
     model = build_model(source.config, mesh, dtype)
-    load_weights(model, source)
+    load_weights(model, source, parameter_slices(model, mesh))
     return model
+
+
+def parameter_slices(model: Transformer, mesh: ParallelMesh) -> dict[str, Slice]:
+    """Return which part of each parameter this process holds."""
+    shapes = parameter_shapes(model.config)
+    return {
+        name: tensor_slice(name, shapes[name], model.config, mesh.layout, mesh.tp_rank)
+        for name, _ in model.named_parameters()
+    }

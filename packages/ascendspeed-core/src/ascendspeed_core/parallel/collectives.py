@@ -3,7 +3,9 @@
 Between a column-parallel and a row-parallel layer every device computes on its own. At the border stand two
 functions that are each other's gradient (Shoeybi et al., 2019, Megatron-LM, section 3, `f` and `g`): going in, the
 input is copied and its gradients are added up; going out, the partial results are added up and the gradient is
-copied.
+copied. With sequence parallelism the two are an all-gather and a reduce-scatter along the sequence.
+
+Shapes: B batch, S sequence, H hidden size, n devices of the group.
 """
 
 from typing import Any
@@ -27,16 +29,8 @@ def all_reduce_sum(x: torch.Tensor, group: dist.ProcessGroup) -> None:
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     mine = x.detach().contiguous()
     parts = [mine if other == rank else torch.empty_like(mine) for other in range(size)]
-    others = [other for other in range(size) if other != rank]
-    works = [dist.isend(mine, group=group, group_dst=other) for other in others]
-    works += [dist.irecv(parts[other], group=group, group_src=other) for other in others]
-    for work in works:
-        assert work is not None
-        work.wait()
-    total = parts[0].clone()
-    for part in parts[1:]:
-        total += part
-    x.copy_(total)
+    _exchange([mine] * size, parts, group)
+    x.copy_(_sum_in_order(parts))
 
 
 def copy_to_group(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
@@ -48,6 +42,63 @@ def copy_to_group(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
 def sum_over_group(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """Return `x` added up over the devices of `group`; its gradient is the result's."""
     total: torch.Tensor = _SumOverGroup.apply(x, group)
+    return total
+
+
+def gather_sequence(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Put the parts of the sequence together, [B, S/n, H] -> [B, S, H]; the gradient is added up and cut."""
+    whole: torch.Tensor = _GatherSequence.apply(x, group)
+    return whole
+
+
+def sum_over_group_scattering_sequence(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Return this device's part of the sum, [B, S, H] -> [B, S/n, H]; the gradient is put together."""
+    part: torch.Tensor = _SumScatteringSequence.apply(x, group)
+    return part
+
+
+def reduce_scatter_sum(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Add up `x`, [n, ...], over the devices of `group`, and return this device's row of the sum, [...]."""
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    if dist.get_backend(group) != dist.Backend.GLOO:
+        mine = torch.empty_like(x[rank])
+        dist.reduce_scatter_tensor(mine, x.contiguous(), group=group)
+        return mine
+    # gloo's own reduce-scatter is an all-reduce; sending each part where it belongs moves 1/n of that.
+    rows = x.contiguous()
+    parts = [rows[rank] if other == rank else torch.empty_like(rows[rank]) for other in range(size)]
+    _exchange([rows[other] for other in range(size)], parts, group)
+    return _sum_in_order(parts)
+
+
+def all_gather_rows(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Return `x` of every device of `group`, stacked: [...] -> [n, ...]."""
+    size = dist.get_world_size(group)
+    rows = x.new_empty((size, *x.shape))
+    if dist.get_backend(group) != dist.Backend.GLOO:
+        dist.all_gather_into_tensor(rows, x.contiguous(), group=group)
+        return rows
+    mine = x.contiguous()
+    rows[dist.get_rank(group)] = mine
+    _exchange([mine] * size, list(rows), group)
+    return rows
+
+
+def _exchange(to: list[torch.Tensor], into: list[torch.Tensor], group: dist.ProcessGroup) -> None:
+    """Send `to[other]` to each other device, and receive `into[other]` from it."""
+    others = [other for other in range(dist.get_world_size(group)) if other != dist.get_rank(group)]
+    works = [dist.isend(to[other], group=group, group_dst=other) for other in others]
+    works += [dist.irecv(into[other], group=group, group_src=other) for other in others]
+    for work in works:
+        assert work is not None
+        work.wait()
+
+
+def _sum_in_order(parts: list[torch.Tensor]) -> torch.Tensor:
+    """Add up in rank order, so that every device gets the same bits."""
+    total = parts[0].clone()
+    for part in parts[1:]:
+        total += part
     return total
 
 
@@ -74,3 +125,33 @@ class _SumOverGroup(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
         return gradients[0], None
+
+
+def _join_sequence(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    return all_gather_rows(x, group).movedim(0, 1).flatten(1, 2)
+
+
+def _sum_and_cut_sequence(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    return reduce_scatter_sum(x.unflatten(1, (dist.get_world_size(group), -1)).movedim(1, 0), group)
+
+
+class _GatherSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        return _join_sequence(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return _sum_and_cut_sequence(gradients[0], ctx.group), None
+
+
+class _SumScatteringSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        return _sum_and_cut_sequence(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return _join_sequence(gradients[0], ctx.group), None

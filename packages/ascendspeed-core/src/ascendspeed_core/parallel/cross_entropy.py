@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from ascendspeed_core.parallel.collectives import all_reduce_sum
-from ascendspeed_core.parallel.tensor import vocabulary_slice
+from ascendspeed_core.parallel.slices import rounded_share
 
 
 def cross_entropy(
@@ -43,7 +43,7 @@ class _VocabularyParallelCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, logits: torch.Tensor, targets: torch.Tensor, vocab_size: int, group: dist.ProcessGroup
     ) -> torch.Tensor:
-        mine = vocabulary_slice(vocab_size, dist.get_world_size(group), dist.get_rank(group))
+        mine = rounded_share(vocab_size, dist.get_world_size(group), dist.get_rank(group))
         here = (targets >= mine.start) & (targets < mine.stop)
         local_targets = torch.where(here, targets - mine.start, 0).unsqueeze(-1)
 

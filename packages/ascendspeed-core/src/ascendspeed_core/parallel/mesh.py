@@ -1,6 +1,6 @@
 """This process's place among all processes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,7 @@ class ParallelMesh:
     layout: Layout
     mesh: DeviceMesh | None = None
     ends: dist.ProcessGroup | None = None
+    _neighbours: dict[int, dist.ProcessGroup] = field(default_factory=dict)
 
     @classmethod
     def create(cls, device: Device, layout: Layout) -> "ParallelMesh":
@@ -62,11 +63,31 @@ class ParallelMesh:
             return None
         return self.mesh.get_group(dimension)
 
+    def neighbours(self, count: int) -> dist.ProcessGroup:
+        """Return the group of `count` neighbouring tensor-parallel devices; all processes ask together."""
+        if count == self.layout.tp:
+            assert self.mesh is not None
+            return self.mesh.get_group("tp")
+        if count not in self._neighbours:
+            for first in range(0, self.layout.world_size, count):
+                ranks = list(range(first, first + count))
+                group = dist.new_group(ranks)
+                if self.rank in ranks:
+                    self._neighbours[count] = group
+        return self._neighbours[count]
+
     def sum_over(self, dimension: str, tensor: torch.Tensor) -> torch.Tensor:
         """Add `tensor` up along a dimension, in place."""
         group = self.group(dimension)
         if group is not None:
             all_reduce_sum(tensor, group)
+        return tensor
+
+    def sum_over_all(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Add `tensor` up over all processes, in place."""
+        if self.mesh is not None:
+            assert dist.group.WORLD is not None
+            all_reduce_sum(tensor, dist.group.WORLD)
         return tensor
 
     def barrier(self) -> None:

@@ -5,7 +5,8 @@ forward and one backward in turn, so that a stage keeps the activations of at mo
 micro-batch enters as its number; the first stage looks its tokens up, the loss its labels, so nothing but hidden
 states travels.
 
-Shapes: B micro-batch size, S sequence length, H hidden size, V vocabulary.
+Shapes: B micro-batch size, S sequence length, H hidden size, V vocabulary. Hidden states are [B, S, H], with sequence
+parallelism [B, S/tp, H].
 """
 
 from collections.abc import Callable
@@ -17,9 +18,9 @@ from torch import nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
 from ascendspeed_core.models.cache import KeyValueCache
-from ascendspeed_core.models.transformer import Transformer
+from ascendspeed_core.models.transformer import Transformer, following_positions
 from ascendspeed_core.parallel.mesh import ParallelMesh
-from ascendspeed_core.parallel.tensor import vocabulary_slice
+from ascendspeed_core.parallel.slices import rounded_share
 
 
 class _StageModule(nn.Module):
@@ -30,8 +31,9 @@ class _StageModule(nn.Module):
         self.model, self._tokens = model, tokens
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[1] -> [B, S, H] or logits in the first stage; [B, S, H] -> the same or logits in the others."""
-        out: torch.Tensor = self.model(self._tokens[int(x)] if self.model.stage.is_first else x)
+        """[1] -> hidden states or logits in the first stage; hidden states -> the same or logits in the others."""
+        inputs = self._tokens[int(x)] if self.model.stage.is_first else x
+        out: torch.Tensor = self.model(inputs, following_positions(self._tokens[0], None))
         return out
 
 
@@ -79,8 +81,8 @@ def _stage(model: Transformer, mesh: ParallelMesh, tokens: list[torch.Tensor]) -
     config = model.config
     batch, length = tokens[0].shape
     dtype = next(model.parameters()).dtype
-    hidden = torch.empty(batch, length, config.hidden_size, dtype=dtype, device="meta")
-    mine = vocabulary_slice(config.vocab_size, mesh.layout.tp, mesh.tp_rank)
+    hidden = torch.empty(hidden_shape(tokens[0], model, mesh), dtype=dtype, device="meta")
+    mine = rounded_share(config.vocab_size, mesh.layout.tp, mesh.tp_rank)
     logits = torch.empty(batch, length, mine.stop - mine.start, dtype=dtype, device="meta")
     return PipelineStage(
         _StageModule(model, tokens),
@@ -93,6 +95,13 @@ def _stage(model: Transformer, mesh: ParallelMesh, tokens: list[torch.Tensor]) -
         output_args=(logits if model.stage.is_last else hidden).requires_grad_(),
         group=mesh.group("pp"),
     )
+
+
+def hidden_shape(tokens: torch.Tensor, model: Transformer, mesh: ParallelMesh) -> tuple[int, int, int]:
+    """Return the shape of what travels between stages for tokens, [B, S]."""
+    batch, length = tokens.shape
+    cut = mesh.layout.tp if mesh.layout.sequence_parallel else 1
+    return batch, length // cut, model.config.hidden_size
 
 
 @torch.no_grad()
@@ -115,12 +124,12 @@ def forward_through_stages(
     dtype = next(model.parameters()).dtype
     x = tokens
     if not stage.is_first:
-        x = torch.empty(*tokens.shape, config.hidden_size, dtype=dtype, device=tokens.device)
+        x = torch.empty(hidden_shape(tokens, model, mesh), dtype=dtype, device=tokens.device)
         dist.recv(x, group=group, group_src=stage.index - 1)
-    out: torch.Tensor = model(x, cache=cache)
+    out: torch.Tensor = model(x, following_positions(tokens, cache), cache)
     if not stage.is_last:
         dist.send(out.contiguous(), group=group, group_dst=stage.index + 1)
-        mine = vocabulary_slice(config.vocab_size, mesh.layout.tp, mesh.tp_rank)
+        mine = rounded_share(config.vocab_size, mesh.layout.tp, mesh.tp_rank)
         out = torch.empty(*tokens.shape, mine.stop - mine.start, dtype=dtype, device=tokens.device)
     out = out.contiguous()
     dist.broadcast(out, group=group, group_src=stage.count - 1)

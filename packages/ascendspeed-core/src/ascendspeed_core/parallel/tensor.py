@@ -1,117 +1,88 @@
-"""Tensor parallelism: every layer cut over devices, applied to a plain model from outside.
+"""Tensor and sequence parallelism: every layer cut over devices, applied to a plain model from outside.
 
-Attention and MLP each are a column-parallel cut (rows of the weight, [out/tp, in]) followed by a row-parallel one
-([out, in/tp]); between them no device needs another (Shoeybi et al., 2019, Megatron-LM, section 3). One
-all-reduce ends each half of a layer; going back, one all-reduce adds up the gradient of its input. Embedding and
-head are cut along the vocabulary, which need not divide evenly.
+Attention and MLP each are a column-parallel cut followed by a row-parallel one; between them no device needs another
+(Shoeybi et al., 2019, Megatron-LM, section 3). One all-reduce ends each half of a layer; going back, one all-reduce
+adds up the gradient of its input. Embedding and head are cut along the vocabulary, which need not divide evenly.
 
-Parameters become DTensors, which keep the logical shape and name and say which slice is here; optimizer and
-checkpoints rely on that. The arithmetic runs on the local slices with collectives spelled out: DTensor's own
-dispatch costs about 0.2 ms for each operation on it, several times more than the operation in small models.
+With sequence parallelism what stands between the halves, norms and residuals, is cut along the sequence
+(Korthikanti et al., 2022, section 4.2.2): an all-gather opens each half and a reduce-scatter ends it, which together
+move as many bytes as the all-reduce. Weights outside the cuts, those of the norms, then see a part of the sequence
+only; the optimizer adds their gradients up.
+
+Parameters are plain tensors of this device's part, see `parallel.slices`. DTensor's dispatch costs about 0.2 ms for
+each operation, several times more than the operation in small models, and it has no cut that copies a head to some
+devices.
 
 Shapes: B batch, S sequence, H hidden size, V vocabulary.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.models.transformer import Transformer
-from ascendspeed_core.parallel.collectives import copy_to_group, sum_over_group
-
-COLUMN_PARALLEL = ("attention.q_proj", "attention.k_proj", "attention.v_proj", "mlp.gate_proj", "mlp.up_proj")
-"""Linear layers of a transformer layer that are cut along their output."""
-
-ROW_PARALLEL = ("attention.o_proj", "mlp.down_proj")
-"""Linear layers that are cut along their input; their results are added up."""
+from ascendspeed_core.parallel.collectives import (
+    copy_to_group,
+    gather_sequence,
+    sum_over_group,
+    sum_over_group_scattering_sequence,
+)
+from ascendspeed_core.parallel.slices import ROW_PARALLEL, rounded_share, tensor_slice
 
 ENTRANCES = ("attention", "mlp")
-"""Modules whose input is the same everywhere and whose inside is cut."""
+"""Modules of a layer whose input is the same everywhere and whose inside is cut."""
 
 
-def apply_tensor_parallel(model: Transformer, mesh: DeviceMesh) -> Transformer:
-    """Cut `model` over the devices of `mesh` (one dimension), in place.
+@dataclass(frozen=True)
+class _Border:
+    """How hidden states enter and leave what is cut.
+
+    Attributes:
+        group: the tensor-parallel devices.
+        enter: whole hidden states from what stands between cut modules.
+        leave: what stands between them from partial sums.
+    """
+
+    group: dist.ProcessGroup
+    enter: Callable[[torch.Tensor], torch.Tensor]
+    leave: Callable[[torch.Tensor], torch.Tensor]
+
+
+def apply_tensor_parallel(model: Transformer, group: dist.ProcessGroup, layout: Layout) -> None:
+    """Cut `model` over the devices of `group`, in place.
+
+    `model(tokens)` then gives this device's logits, [B, S, V/tp]. With sequence parallelism hidden states between
+    layers, and so between pipeline stages, are [B, S/tp, H].
 
     Args:
-        model: on the meta device or filled; heads and MLP width must divide by the mesh's size.
-        mesh: the `tp` dimension.
-
-    Returns:
-        The same model; `model(tokens)` now gives this device's logits, [B, S, V/tp].
+        model: on the meta device or filled; sizes must fit, see `ParallelConfig.check_model`.
+        group: devices that share each layer.
+        layout: of all devices.
     """
+    if layout.sequence_parallel:
+        border = _Border(
+            group,
+            partial(gather_sequence, group=group),
+            partial(sum_over_group_scattering_sequence, group=group),
+        )
+    else:
+        border = _Border(group, partial(copy_to_group, group=group), partial(sum_over_group, group=group))
+    _cut_parameters(model, layout, dist.get_rank(group))
     for layer in model.layers.values():
-        for name in COLUMN_PARALLEL:
-            cut_columns(_linear(layer, name), mesh)
         for name in ROW_PARALLEL:
-            cut_rows(_linear(layer, name), mesh)
+            _sum_results(layer.get_submodule(name), border)
         for name in ENTRANCES:
-            share_input(layer.get_submodule(name), mesh)
+            _share_input(layer.get_submodule(name), border)
     if model.embedding is not None:
-        cut_vocabulary(model.embedding, mesh)
+        _look_up_in_parts(model.embedding, model.config.vocab_size, border)
     if model.output_head is not None:
-        cut_columns(model.output_head, mesh)
-        share_input(model.output_head, mesh)
-    model.tie_weights()
-    return model
-
-
-def cut_columns(linear: nn.Linear, mesh: DeviceMesh) -> None:
-    """Cut a linear layer along its output: [..., in] -> [..., out/tp], with no communication."""
-    _cut_parameter(linear, "weight", mesh, 0)
-    if linear.bias is not None:
-        _cut_parameter(linear, "bias", mesh, 0)
-
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        bias = None if linear.bias is None else _local(linear.bias)
-        return F.linear(x, _local(linear.weight), bias)
-
-    linear.forward = forward  # type: ignore[method-assign, assignment]
-
-
-def cut_rows(linear: nn.Linear, mesh: DeviceMesh) -> None:
-    """Cut a linear layer along its input: [..., in/tp] -> [..., out], the parts added up; a bias stays whole."""
-    _cut_parameter(linear, "weight", mesh, 1)
-    group = mesh.get_group()
-
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        total = sum_over_group(F.linear(x, _local(linear.weight)), group)
-        return total if linear.bias is None else total + linear.bias
-
-    linear.forward = forward  # type: ignore[method-assign, assignment]
-
-
-def cut_vocabulary(embedding: nn.Embedding, mesh: DeviceMesh) -> None:
-    """Cut an embedding along its rows: [B, S] -> [B, S, H]; each id is looked up where its row is."""
-    _cut_parameter(embedding, "weight", mesh, 0)
-    group = mesh.get_group()
-    mine = vocabulary_slice(embedding.num_embeddings, mesh.size(), mesh.get_local_rank())
-
-    def forward(ids: torch.Tensor) -> torch.Tensor:
-        elsewhere = (ids < mine.start) | (ids >= mine.stop)
-        weight = _local(embedding.weight)
-        if weight.shape[0] == 0:
-            rows = weight.new_zeros((*ids.shape, weight.shape[1]))
-        else:
-            rows = F.embedding((ids - mine.start).masked_fill(elsewhere, 0), weight)
-            rows = rows.masked_fill(elsewhere.unsqueeze(-1), 0)
-        return sum_over_group(rows, group)
-
-    embedding.forward = forward  # type: ignore[method-assign, assignment]
-
-
-def share_input(module: nn.Module, mesh: DeviceMesh) -> None:
-    """Add up the gradient of a module's first argument over devices."""
-    group = mesh.get_group()
-    module.register_forward_pre_hook(lambda _, args: (copy_to_group(args[0], group), *args[1:]))
-
-
-def vocabulary_slice(vocab_size: int, tp: int, tp_rank: int) -> slice:
-    """Return the ids whose rows a device holds; as DTensor cuts, the last devices may hold fewer."""
-    share = -(-vocab_size // tp)
-    return slice(min(tp_rank * share, vocab_size), min((tp_rank + 1) * share, vocab_size))
+        _share_input(model.output_head, border)
 
 
 def gather_logits(logits: torch.Tensor, vocab_size: int, group: dist.ProcessGroup | None) -> torch.Tensor:
@@ -121,24 +92,50 @@ def gather_logits(logits: torch.Tensor, vocab_size: int, group: dist.ProcessGrou
     tp, rank = dist.get_world_size(group), dist.get_rank(group)
     share = -(-vocab_size // tp)
     padded = logits.new_zeros((*logits.shape[:-1], share))
-    mine = vocabulary_slice(vocab_size, tp, rank)
+    mine = rounded_share(vocab_size, tp, rank)
     padded[..., : mine.stop - mine.start] = logits
     parts = [torch.empty_like(padded) for _ in range(tp)]
     dist.all_gather(parts, padded, group=group)
     return torch.cat(parts, dim=-1)[..., :vocab_size]
 
 
-def _cut_parameter(module: nn.Module, name: str, mesh: DeviceMesh, axis: int) -> None:
-    whole = getattr(module, name)
-    cut = distribute_tensor(whole.detach(), mesh, [Shard(axis)])
-    setattr(module, name, nn.Parameter(cut, requires_grad=whole.requires_grad))
+def _cut_parameters(model: Transformer, layout: Layout, tp_rank: int) -> None:
+    for name, whole in list(model.named_parameters()):
+        part = tensor_slice(name, tuple(whole.shape), model.config, layout, tp_rank)
+        if part.sizes != part.shape:
+            owner, _, kind = name.rpartition(".")
+            setattr(model.get_submodule(owner), kind, nn.Parameter(whole.detach()[part.index].clone()))
+    model.tie_weights()
 
 
-def _local(parameter: torch.Tensor) -> torch.Tensor:
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+def _share_input(module: nn.Module, border: _Border) -> None:
+    """Give a cut module whole hidden states; the gradient of its first argument is added up over devices."""
+    module.register_forward_pre_hook(lambda _, args: (border.enter(args[0]), *args[1:]))
 
 
-def _linear(layer: nn.Module, name: str) -> nn.Linear:
-    linear = layer.get_submodule(name)
+def _sum_results(linear: nn.Module, border: _Border) -> None:
+    """Add up what a row-parallel layer gives: [..., in/tp] -> [..., out]; a bias is whole, and added once."""
     assert isinstance(linear, nn.Linear)
-    return linear
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        total = border.leave(F.linear(x, linear.weight))
+        return total if linear.bias is None else total + linear.bias
+
+    linear.forward = forward  # type: ignore[method-assign, assignment]
+
+
+def _look_up_in_parts(embedding: nn.Embedding, vocab_size: int, border: _Border) -> None:
+    """Look each id up where its row is: [B, S] -> [B, S, H]."""
+    mine = rounded_share(vocab_size, dist.get_world_size(border.group), dist.get_rank(border.group))
+
+    def forward(ids: torch.Tensor) -> torch.Tensor:
+        elsewhere = (ids < mine.start) | (ids >= mine.stop)
+        weight = embedding.weight
+        if weight.shape[0] == 0:
+            rows = weight.new_zeros((*ids.shape, weight.shape[1]))
+        else:
+            rows = F.embedding((ids - mine.start).masked_fill(elsewhere, 0), weight)
+            rows = rows.masked_fill(elsewhere.unsqueeze(-1), 0)
+        return border.leave(rows)
+
+    embedding.forward = forward  # type: ignore[method-assign, assignment]

@@ -2,24 +2,30 @@
 
 A checkpoint is written into a folder whose name says that it is incomplete, and renamed when all of it is on the
 disk; the tracker is replaced last. A run that dies while saving leaves the previous checkpoint as it was.
+
+Every part of every tensor is written by one of the processes that hold it, chosen so that they write equally much.
 """
 
 import json
 import shutil
-import warnings
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from ascendspeed_core import __version__
+from ascendspeed_core.device import HOST
 from ascendspeed_core.models.transformer import Transformer
+from ascendspeed_core.parallel.build import parameter_slices
 from ascendspeed_core.parallel.mesh import ParallelMesh
+from ascendspeed_core.parallel.slices import Slice, assign_writers
 from ascendspeed_core.training.loss_scale import LossScale
 from ascendspeed_core.training.optimizer import MasterOptimizer
-from ascendspeed_core.weights.load import local_index
 from ascendspeed_core.weights.native import (
     DESCRIPTION,
     FORMAT_VERSION,
@@ -28,6 +34,7 @@ from ascendspeed_core.weights.native import (
     NativeSource,
 )
 from ascendspeed_core.weights.source import CheckpointError
+from ascendspeed_core.weights.write_tensors import StoredPiece, TensorFile, write_metadata
 from ascendspeed_data.command_line import log
 from ascendspeed_data.files import INCOMPLETE, write_durably
 
@@ -53,38 +60,76 @@ class Progress:
     order_digest: str = ""
 
 
-def save_checkpoint(
-    run_folder: Path,
-    progress: Progress,
-    model: Transformer,
-    optimizer: MasterOptimizer,
-    run_config: Mapping[str, Any],
-    mesh: ParallelMesh,
-    loss_scale: LossScale | None = None,
-) -> Path:
-    """Write one checkpoint; all processes take part.
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay when a new one is complete.
+
+    Attributes:
+        newest: how many of the newest; `None` keeps all.
+        interval: iterations whose multiples stay for ever.
+    """
+
+    newest: int | None = None
+    interval: int | None = None
+
+    def superseded(self, iterations: list[int]) -> list[int]:
+        """Return which of the complete checkpoints, ascending, are to be removed."""
+        if self.newest is None:
+            return []
+        return [n for n in iterations[: -self.newest] if not (self.interval and n % self.interval == 0)]
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of one run; all processes call it alike.
 
     Args:
         run_folder: folder of the run.
-        progress: where the run stands.
-        model: weights, with the architecture.
-        optimizer: its state.
-        run_config: the resolved config of the run, as JSON values.
         mesh: the layout.
-        loss_scale: of fp16 training.
-
-    Returns:
-        The checkpoint's folder.
+        retention: which earlier checkpoints stay.
+        in_background: copy the tensors to the host and write while training goes on.
+        on_saved: called with the folder, in the first process, when a checkpoint is complete.
     """
-    final = run_folder / f"iter_{progress.iteration:07d}"
-    scratch = final.with_name(final.name + INCOMPLETE)
-    if mesh.rank == 0:
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
-    mesh.barrier()
-    _save_tensors(scratch, model, optimizer, mesh)
-    mesh.barrier()
-    if mesh.rank == 0:
+
+    def __init__(
+        self,
+        run_folder: Path,
+        mesh: ParallelMesh,
+        retention: Retention | None = None,
+        in_background: bool = False,
+        on_saved: Callable[[Path], None] = lambda _: None,
+    ) -> None:
+        self._folder, self._mesh = run_folder, mesh
+        self._retention = retention or Retention()
+        self._in_background, self._on_saved = in_background, on_saved
+        self._thread: threading.Thread | None = None
+        self._error: str | None = None
+        self._group: dist.ProcessGroup | None = None
+        if mesh.mesh is not None:
+            # A group of its own, so that writing may overlap training; a slow disk is no reason to give up.
+            self._group = dist.new_group(backend=HOST.backend, timeout=timedelta(days=1))
+
+    def save(
+        self,
+        progress: Progress,
+        model: Transformer,
+        optimizer: MasterOptimizer,
+        run_config: Mapping[str, Any],
+        loss_scale: LossScale | None = None,
+    ) -> None:
+        """Write one checkpoint, after the one before is complete.
+
+        Args:
+            progress: where the run stands.
+            model: weights, with the architecture.
+            optimizer: its state.
+            run_config: the resolved config of the run, as JSON values.
+            loss_scale: of fp16 training.
+
+        Raises:
+            CheckpointError: it could not be written, or the one before; what was complete is left as it was.
+        """
+        self.wait()
+        tensors = _tensors_to_write(model, optimizer, self._mesh)
         description = {
             "format_version": FORMAT_VERSION,
             "ascendspeed_core": __version__,
@@ -95,33 +140,130 @@ def save_checkpoint(
             "optimizer_steps": progress.optimizer_steps,
             "data_order": dict(progress.data_order),
             "order_digest": progress.order_digest,
-            "layout": asdict(mesh.layout),
+            "layout": asdict(self._mesh.layout),
             "loss_scale": loss_scale.state() if loss_scale else None,
             "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
             "model": model.config.model_dump(mode="json"),
             "run": dict(run_config),
         }
-        write_durably(scratch / DESCRIPTION, json.dumps(description, indent=2) + "\n")
-        if final.exists():
-            shutil.rmtree(final)
-        scratch.rename(final)
-        write_durably(run_folder / TRACKER, f"{progress.iteration}\n")
-    mesh.barrier()
-    return final
+        if not self._in_background:
+            self._write(progress.iteration, tensors, description)
+            self.wait()
+            return
+        copies = [(name, part, tensor.to(HOST.torch, copy=True)) for name, part, tensor in tensors]
+        self._thread = threading.Thread(
+            target=self._write, args=(progress.iteration, copies, description), name="checkpoint"
+        )
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Return when nothing is being written.
+
+        Raises:
+            CheckpointError: the last checkpoint could not be written.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error:
+            raise CheckpointError(error)
+
+    def _write(
+        self,
+        iteration: int,
+        tensors: list[tuple[str, Slice | None, torch.Tensor]],
+        description: Mapping[str, Any],
+    ) -> None:
+        """Write everything; an error of any process becomes the error of all."""
+        final = self._folder / f"iter_{iteration:07d}"
+        scratch = final.with_name(final.name + INCOMPLETE)
+        pieces: list[StoredPiece] = []
+
+        def write_tensors() -> None:
+            with TensorFile(scratch, self._mesh.rank) as file:
+                for name, part, tensor in tensors:
+                    file.add(name, tensor, part)
+            pieces.extend(file.pieces)
+
+        def complete(everything: list[list[StoredPiece]]) -> None:
+            write_metadata(scratch, [piece for of_rank in everything for piece in of_rank])
+            write_durably(scratch / DESCRIPTION, json.dumps(description, indent=2) + "\n")
+            if final.exists():
+                shutil.rmtree(final)
+            scratch.rename(final)
+            write_durably(self._folder / TRACKER, f"{iteration}\n")
+            self._on_saved(final)
+            self._remove_old()
+
+        is_first = self._mesh.rank == 0
+        error = self._together(lambda: _fresh_folder(scratch) if is_first else None)
+        error = error or self._together(write_tensors)
+        if not error:
+            everything = self._gather(pieces)
+            error = self._together(lambda: complete(everything) if is_first else None)
+        self._error = error
+
+    def _together(self, action: Callable[[], None]) -> str | None:
+        """Do something on every process, and return the error of the first that failed."""
+        error = None
+        try:
+            action()
+        except Exception as caught:  # noqa: BLE001 - told to all processes, and raised by `wait`
+            error = f"{self._folder}: the checkpoint could not be written: {caught}; earlier ones are as they were"
+        return next((found for found in self._gather(error) if found), None)
+
+    def _gather(self, value: Any) -> list[Any]:
+        if self._group is None:
+            return [value]
+        values: list[Any] = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def _remove_old(self) -> None:
+        """Remove superseded checkpoints and what a killed run left half-written."""
+        for iteration in self._retention.superseded(saved_iterations(self._folder)):
+            folder = self._folder / f"iter_{iteration:07d}"
+            folder.rename(folder.with_name(folder.name + INCOMPLETE))
+        for folder in self._folder.glob(f"iter_*{INCOMPLETE}"):
+            shutil.rmtree(folder)
 
 
-def _save_tensors(folder: Path, model: Transformer, optimizer: MasterOptimizer, mesh: ParallelMesh) -> None:
-    from torch.distributed.checkpoint.filesystem import FileSystemWriter
-    from torch.distributed.checkpoint.state_dict_saver import save
+def _fresh_folder(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
 
-    tensors: dict[str, Any] = {f"model/{name}": p.detach() for name, p in model.named_parameters()}
-    tensors |= {f"optimizer/{name}": value for name, value in optimizer.state().items()}
-    tensors[f"rng/{mesh.rank}"] = torch.get_rng_state()
-    writer = FileSystemWriter(folder, single_file_per_rank=True, sync_files=True, thread_count=1)
-    with warnings.catch_warnings():
-        # One process without a process group is a layout like any other.
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        save(tensors, storage_writer=writer, no_dist=mesh.mesh is None)
+
+def _tensors_to_write(
+    model: Transformer, optimizer: MasterOptimizer, mesh: ParallelMesh
+) -> list[tuple[str, Slice | None, torch.Tensor]]:
+    """Return name, part and value of what this process writes."""
+    layout, slices = mesh.layout, parameter_slices(model, mesh)
+    is_sharded = layout.sharded_optimizer and layout.dp > 1
+    held: list[tuple[str, Slice, torch.Tensor, int, int]] = []
+    for name, parameter in model.named_parameters():
+        part = slices[name]
+        held.append(
+            (f"model/{name}", part, parameter, part.copies * layout.dp, part.copy * layout.dp + mesh.dp_rank)
+        )
+    for name, (part, value) in optimizer.state().items():
+        if is_sharded:
+            held.append((f"optimizer/{name}", part, value, part.copies, part.copy))
+        else:
+            holder = part.copy * layout.dp + mesh.dp_rank
+            held.append((f"optimizer/{name}", part, value, part.copies * layout.dp, holder))
+    held = [entry for entry in held if not entry[0].endswith(tuple(f"/{name}" for name in model.borrowed))]
+    writers = assign_writers((name, part, holders) for name, part, _, holders, _ in held)
+    mine: list[tuple[str, Slice | None, torch.Tensor]] = [
+        (name, part, value)
+        for name, part, value, _, holder in held
+        if writers[name] == holder and value.numel()
+    ]
+    mine.append((f"rng/{mesh.rank}", None, torch.get_rng_state()))
+    device_state = mesh.device.rng_state()
+    if device_state is not None:
+        mine.append((f"device_rng/{mesh.rank}", None, device_state))
+    return mine
 
 
 def load_progress(source: NativeSource) -> Progress:
@@ -143,26 +285,35 @@ def load_optimizer(source: NativeSource, optimizer: MasterOptimizer, num_steps: 
         CheckpointError: a tensor is missing.
     """
     stored = set(source.stored.names())
-    slices = {}
-    for name in optimizer.state():
+    parts = {}
+    for name, part in optimizer.state_slices().items():
         full_name = f"optimizer/{name}"
         if full_name in stored:
-            slices[name] = source.stored.read(full_name, local_index(optimizer.parameter_of(name)))
+            parts[name] = source.stored.read(full_name, part.index)
         elif not name.startswith("master/"):
             raise CheckpointError(
                 f"{source.folder} lacks {full_name}; give --no-load-optim to start with a fresh optimizer"
             )
-    optimizer.load_state(slices, num_steps)
+    optimizer.load_state(parts, num_steps)
 
 
 def load_random_state(source: NativeSource, mesh: ParallelMesh) -> None:
-    """Take over this rank's random state; under another number of processes new ranks are left as seeded."""
-    name = f"rng/{mesh.rank}"
-    if source.description["layout"] != asdict(mesh.layout) or (name not in source.stored.names()):
+    """Take over this rank's random state; under another layout or kind of device ranks are left as seeded."""
+    stored = source.stored.names()
+    before, now = source.description["layout"], asdict(mesh.layout)
+    if any(before[size] != now[size] for size in ("tp", "pp", "dp")) or f"rng/{mesh.rank}" not in stored:
         if mesh.rank == 0:
             log("random state: the layout changed, each rank keeps the one seeded for it")
         return
-    torch.set_rng_state(source.stored.read(name))
+    torch.set_rng_state(source.stored.read(f"rng/{mesh.rank}"))
+    if mesh.device.rng_state() is None:
+        return
+    if f"device_rng/{mesh.rank}" in stored:
+        mesh.device.set_rng_state(source.stored.read(f"device_rng/{mesh.rank}"))
+    elif mesh.rank == 0:
+        log(
+            f"random state: the checkpoint has none of a {mesh.device.kind}, each rank keeps the one seeded for it"
+        )
 
 
 def saved_iterations(run_folder: Path) -> list[int]:

@@ -1,8 +1,12 @@
 """AdamW over this process's slices, with fp32 master weights and gradients when the model computes in 16 bits.
 
-The update is elementwise, so it runs on plain local tensors whatever the layout; only the gradient norm needs
-the other processes. State is keyed by parameter name and cut like the parameter: a checkpoint of it is as
-independent of the layout as the weights.
+The update is elementwise, so it runs on plain local tensors whatever the layout; only the gradients' sums and their
+norm need the other processes. State is named by parameter and cut like it: a checkpoint of it is as independent of
+the layout as the weights.
+
+With a sharded optimizer (ZeRO-1: Rajbhandari et al., 2020, section 5.1) each data-parallel process updates some rows
+of every tensor: one reduce-scatter gives it the sum of their gradients, one all-gather gives all processes the new
+weights. That moves the bytes of the replicated optimizer's one all-reduce, and divides its state by dp.
 """
 
 from collections.abc import Mapping
@@ -10,14 +14,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from ascendspeed_core.config.training import OptimizerConfig
 from ascendspeed_core.device import HOST
 from ascendspeed_core.models.transformer import Transformer
-from ascendspeed_core.parallel.collectives import all_reduce_sum
+from ascendspeed_core.parallel.build import parameter_slices
+from ascendspeed_core.parallel.collectives import all_gather_rows, all_reduce_sum, reduce_scatter_sum
 from ascendspeed_core.parallel.mesh import ParallelMesh
-from ascendspeed_core.weights.load import local_tensor
+from ascendspeed_core.parallel.slices import Slice, rounded_share
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Tensors that AdamW keeps for each parameter."""
@@ -29,27 +33,36 @@ class _Slot:
 
     Attributes:
         name: parameter name.
-        parameter: what the model computes with.
-        master: this process's slice in fp32 or float64; shares storage with the parameter if that is as wide.
-        gradient: sum over micro-batches so far, kept only for 16-bit parameters.
+        parameter: what the model computes with: this process's part of the tensor.
+        rows: rows of it that this process updates; all of them unless the optimizer is sharded.
+        slice: those rows in the whole tensor.
+        master: those rows in fp32 or float64; shares storage with the parameter if that is as wide.
+        gradient: of the whole part, sum over micro-batches so far; kept only for 16-bit parameters.
         is_borrowed: another stage owns the parameter; it counts there in the norm.
     """
 
     name: str
     parameter: nn.Parameter
+    rows: slice
+    slice: Slice
     master: torch.Tensor
     gradient: torch.Tensor | None = None
     is_borrowed: bool = False
 
     @property
-    def is_cut(self) -> bool:
-        """Whether other processes hold other slices."""
-        return isinstance(self.parameter, DTensor) and any(p.is_shard() for p in self.parameter.placements)
+    def counts_in_norm(self) -> bool:
+        """Whether this process is the one of those with the same part whose gradient is counted."""
+        return self.slice.copy == 0 and not self.is_borrowed
 
     @property
     def has_copy(self) -> bool:
         """Whether the master weights are a wider copy."""
         return self.master.dtype != self.parameter.dtype
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What a checkpoint keeps of it."""
+        return (*MOMENTS, "master") if self.has_copy else MOMENTS
 
 
 class MasterOptimizer:
@@ -59,7 +72,9 @@ class MasterOptimizer:
         self._mesh = mesh
         self._is_tied = model.config.tie_word_embeddings
         self._clip_grad = config.clip_grad
-        self._slots = [_make_slot(name, parameter) for name, parameter in model.named_parameters()]
+        self._is_sharded = mesh.layout.sharded_optimizer and mesh.layout.dp > 1
+        slices = parameter_slices(model, mesh)
+        self._slots = [self._slot(name, p, slices[name]) for name, p in model.named_parameters()]
         for slot in self._slots:
             slot.is_borrowed = slot.name in model.borrowed
             if slot.has_copy:
@@ -78,13 +93,21 @@ class MasterOptimizer:
         )
         self.num_steps = 0
 
+    def _slot(self, name: str, parameter: nn.Parameter, part: Slice) -> _Slot:
+        rows = slice(0, parameter.shape[0])
+        if self._is_sharded:
+            rows = rounded_share(parameter.shape[0], self._mesh.layout.dp, self._mesh.dp_rank)
+        mine = parameter.detach()[rows]
+        narrow = mine.dtype in (torch.float16, torch.bfloat16)
+        return _Slot(name, parameter, rows, part.rows(rows), mine.float() if narrow else mine)
+
     @property
     def learning_rate(self) -> float:
         """Rate of the next step."""
         return float(self.adamw.param_groups[0]["lr"])
 
     def step(self, loss_scale: float | None = None) -> float | None:
-        """Reduce the gradients over data-parallel ranks, clip them by their global norm, and update.
+        """Reduce the gradients over the other processes, clip them by their global norm, and update.
 
         Args:
             loss_scale: by which the loss was multiplied; with one, a step that overflowed is skipped everywhere.
@@ -92,10 +115,9 @@ class MasterOptimizer:
         Returns:
             Norm of the whole model's gradient before clipping; `None` for a skipped step.
         """
-        gradients = [_take_gradient(slot) for slot in self._slots]
-        if self._is_tied and self._mesh.ends is not None:
-            self._sum_tied(gradients)
-        _sum_over_data_parallel(gradients, self._mesh)
+        gradients = self._sum_over_data_parallel([_take_gradient(slot) for slot in self._slots])
+        self._sum_tied(gradients)
+        self._sum_copies(gradients)
         if loss_scale is not None:
             if self._overflowed(gradients):
                 self._forget_gradients()
@@ -119,130 +141,159 @@ class MasterOptimizer:
         for slot in self._slots:
             slot.parameter.grad = None
 
+    @torch.no_grad()
     def _publish(self) -> None:
         """Give the model the new weights, rounded to its format."""
-        with torch.no_grad():
-            for slot in self._slots:
-                if slot.has_copy:
-                    local_tensor(slot.parameter).copy_(slot.master)
+        for slot in self._slots:
+            if slot.has_copy:
+                slot.parameter[slot.rows].copy_(slot.master)
+        group = self._mesh.group("dp")
+        if group is None or not self._is_sharded:
+            return
+        shares = [self._rows_of(rank) for rank in range(self._mesh.layout.dp)]
+        parameters = [slot.parameter.detach() for slot in self._slots]
+        mine = _join(parameters, shares[self._mesh.dp_rank], _longest(parameters, shares))
+        for rank, row in enumerate(all_gather_rows(mine, group)):
+            if rank != self._mesh.dp_rank:
+                _split(row, parameters, shares[rank])
+
+    def _sum_over_data_parallel(self, gradients: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Add the gradients up in one reduction, and return those of the rows that this process updates.
+
+        Each rank's loss is already divided by the tokens of all ranks.
+        """
+        group = self._mesh.group("dp")
+        if group is None:
+            return gradients
+        dp = self._mesh.layout.dp
+        if self._is_sharded:
+            shares = [self._rows_of(rank) for rank in range(dp)]
+            length = _longest(gradients, shares)
+            flat = reduce_scatter_sum(torch.stack([_join(gradients, rows, length) for rows in shares]), group)
+            sums = [torch.empty_like(slot.master) for slot in self._slots]
+        else:
+            flat = torch.cat([gradient.flatten() for gradient in gradients])
+            all_reduce_sum(flat, group)
+            sums = gradients
+        _split(flat, sums, [slice(None)] * len(sums))
+        return sums
+
+    def _rows_of(self, dp_rank: int) -> list[slice]:
+        """Return the rows of each parameter that a data-parallel process updates."""
+        return [rounded_share(slot.parameter.shape[0], self._mesh.layout.dp, dp_rank) for slot in self._slots]
+
+    def _sum_tied(self, gradients: list[torch.Tensor]) -> None:
+        """Add up what first and last stage found for the weight that embedding and head share."""
+        if self._mesh.ends is None or not self._is_tied:
+            return
+        for slot, gradient in zip(self._slots, gradients, strict=True):
+            if slot.name == "embedding.weight":
+                all_reduce_sum(gradient, self._mesh.ends)
+
+    def _sum_copies(self, gradients: list[torch.Tensor]) -> None:
+        """Add up the gradients of a part that several tensor-parallel devices hold, each doing a share of its work."""
+        by_copies: dict[int, list[torch.Tensor]] = {}
+        for slot, gradient in zip(self._slots, gradients, strict=True):
+            if slot.slice.has_partial_gradient:
+                by_copies.setdefault(slot.slice.copies, []).append(gradient)
+        for copies, shared in sorted(by_copies.items()):
+            flat = torch.cat([gradient.flatten() for gradient in shared])
+            all_reduce_sum(flat, self._mesh.neighbours(copies))
+            _split(flat, shared, [slice(None)] * len(shared))
+
+    def _over_model(self, value: torch.Tensor) -> torch.Tensor:
+        """Add a number up over all processes that hold different parts of the gradient."""
+        for dimension in ("tp", "pp", "dp") if self._is_sharded else ("tp", "pp"):
+            self._mesh.sum_over(dimension, value)
+        return value
 
     def _overflowed(self, gradients: list[torch.Tensor]) -> bool:
         """Tell, on all processes alike, whether any gradient of the whole model is infinite or no number."""
         finite = torch.stack([gradient.isfinite().all() for gradient in gradients]).all()
-        found = (~finite).to(torch.float32).reshape(1)
-        return bool(self._mesh.sum_over("pp", self._mesh.sum_over("tp", found)))
-
-    def _sum_tied(self, gradients: list[torch.Tensor]) -> None:
-        """Add up what first and last stage found for the weight that embedding and head share."""
-        ends = self._mesh.ends
-        assert ends is not None
-        for slot, gradient in zip(self._slots, gradients, strict=True):
-            if slot.name == "embedding.weight":
-                all_reduce_sum(gradient, ends)
+        return bool(self._over_model((~finite).to(torch.float32).reshape(1)))
 
     def _norm(self, gradients: list[torch.Tensor]) -> float:
-        """Norm over all processes: slices and stages are added up, whole and tied tensors counted once."""
-        squares = []
-        own = [(g, s.is_cut) for g, s in zip(gradients, self._slots, strict=True) if not s.is_borrowed]
-        for is_cut in (True, False):
-            part = [gradient for gradient, cut in own if cut == is_cut]
-            total = torch.nn.utils.get_total_norm(part).square() if part else gradients[0].new_zeros(())
-            squares.append(self._mesh.sum_over("tp", total) if is_cut else total)
-        return float(self._mesh.sum_over("pp", squares[0] + squares[1]).sqrt())
+        """Norm over all processes: parts and stages are added up, what several hold is counted once."""
+        counted = [g for g, slot in zip(gradients, self._slots, strict=True) if slot.counts_in_norm]
+        square = torch.nn.utils.get_total_norm(counted).square() if counted else gradients[0].new_zeros(())
+        return float(self._over_model(square).sqrt())
 
-    def state(self) -> dict[str, torch.Tensor]:
-        """Return the state under layout-free names, each tensor cut as its parameter."""
+    def state(self) -> dict[str, tuple[Slice, torch.Tensor]]:
+        """Return this process's part of the state, under names that no layout changes."""
         tensors = {}
         for slot in self._slots:
-            for moment in MOMENTS:
-                value = self.adamw.state.get(slot.master, {}).get(moment)
-                filled = torch.zeros_like(slot.master) if value is None else value
-                tensors[f"{moment}/{slot.name}"] = _like_parameter(filled, slot.parameter)
-            if slot.has_copy:
-                tensors[f"master/{slot.name}"] = _like_parameter(slot.master, slot.parameter)
+            known = {"master": slot.master, **self.adamw.state.get(slot.master, {})}
+            for kind in slot.kinds:
+                value = known[kind] if kind in known else torch.zeros_like(slot.master)
+                tensors[f"{kind}/{slot.name}"] = (slot.slice, value)
         return tensors
 
-    def load_state(self, local_slices: Mapping[str, torch.Tensor], num_steps: int) -> None:
+    def state_slices(self) -> dict[str, Slice]:
+        """Return which parts `load_state` wants."""
+        return {f"{kind}/{slot.name}": slot.slice for slot in self._slots for kind in slot.kinds}
+
+    def load_state(self, parts: Mapping[str, torch.Tensor], num_steps: int) -> None:
         """Take over a state.
 
         Args:
-            local_slices: this process's slices, under the names of `state`; `master` tensors may be absent, then
-                the model's weights are taken.
+            parts: this process's parts, under the names of `state`; `master` tensors may be absent, then the model's
+                weights are taken.
             num_steps: steps that led to it.
         """
         self.num_steps = num_steps
         for slot in self._slots:
-            master = local_slices.get(f"master/{slot.name}")
+            master = parts.get(f"master/{slot.name}")
             if slot.has_copy and master is not None:
                 slot.master.copy_(master)
             # torch keeps the step count of a fused optimizer on the device, of others on the host.
             step_device = slot.master.device if self.adamw.defaults["fused"] else HOST.torch
             self.adamw.state[slot.master] = {
                 "step": torch.tensor(float(num_steps), device=step_device),
-                **{moment: local_slices[f"{moment}/{slot.name}"].to(slot.master) for moment in MOMENTS},
+                **{moment: parts[f"{moment}/{slot.name}"].to(slot.master) for moment in MOMENTS},
             }
-
-    def parameter_of(self, state_name: str) -> nn.Parameter:
-        """Return the parameter to which a name of `state` belongs."""
-        wanted = state_name.partition("/")[2]
-        return next(slot.parameter for slot in self._slots if slot.name == wanted)
-
-
-def _make_slot(name: str, parameter: nn.Parameter) -> _Slot:
-    local = local_tensor(parameter.detach())
-    narrow = local.dtype in (torch.float16, torch.bfloat16)
-    return _Slot(name, parameter, local.float() if narrow else local)
 
 
 def _accumulate_wide(slot: _Slot) -> None:
     """Add each micro-batch's 16-bit gradient into a wide one, so that small contributions are not rounded away."""
 
     def add(parameter: torch.Tensor) -> None:
-        gradient = _whole_gradient(slot.parameter)
-        slot.gradient = gradient.float() if slot.gradient is None else slot.gradient.add_(gradient)
+        assert parameter.grad is not None
+        if slot.gradient is None:
+            slot.gradient = parameter.grad.float()
+        else:
+            slot.gradient.add_(parameter.grad)
         parameter.grad = None
 
     slot.parameter.register_post_accumulate_grad_hook(add)
-
-
-def _whole_gradient(parameter: nn.Parameter) -> torch.Tensor:
-    """Return this process's slice of the gradient, cut exactly as the parameter."""
-    gradient = parameter.grad
-    assert gradient is not None
-    if isinstance(gradient, DTensor) and isinstance(parameter, DTensor):
-        gradient = gradient.redistribute(placements=parameter.placements)
-    return local_tensor(gradient)
 
 
 def _take_gradient(slot: _Slot) -> torch.Tensor:
     if slot.has_copy:
         gradient, slot.gradient = slot.gradient, None
     else:
-        gradient = _whole_gradient(slot.parameter) if slot.parameter.grad is not None else None
-    return torch.zeros_like(slot.master) if gradient is None else gradient
+        gradient = slot.parameter.grad
+    if gradient is None:
+        return torch.zeros_like(slot.parameter, dtype=slot.master.dtype)
+    return gradient
 
 
-def _sum_over_data_parallel(gradients: list[torch.Tensor], mesh: ParallelMesh) -> None:
-    """Add the gradients up in one reduction; each rank's loss is already divided by the tokens of all ranks."""
-    if mesh.layout.dp == 1:
-        return
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    mesh.sum_over("dp", flat)
-    start = 0
-    for gradient in gradients:
-        gradient.copy_(flat[start : start + gradient.numel()].view_as(gradient))
-        start += gradient.numel()
-
-
-def _like_parameter(local: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
-    """Wrap a slice as the DTensor of the parameter's shape and cut; plain parameters give a plain tensor."""
-    if not isinstance(parameter, DTensor):
-        return local
-    return DTensor.from_local(
-        local,
-        parameter.device_mesh,
-        parameter.placements,
-        run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
+def _longest(tensors: list[torch.Tensor], shares: list[list[slice]]) -> int:
+    """Return the most elements that any share holds."""
+    return max(
+        sum(tensor[part].numel() for tensor, part in zip(tensors, rows, strict=True)) for rows in shares
     )
+
+
+def _join(tensors: list[torch.Tensor], rows: list[slice], length: int) -> torch.Tensor:
+    """Put rows of each tensor behind one another, and zeros up to a length."""
+    flat = torch.cat([tensor[part].flatten() for tensor, part in zip(tensors, rows, strict=True)])
+    return torch.nn.functional.pad(flat, (0, length - flat.numel()))
+
+
+def _split(flat: torch.Tensor, tensors: list[torch.Tensor], rows: list[slice]) -> None:
+    """Write what `_join` put together into rows of each tensor."""
+    start = 0
+    for tensor, part in zip(tensors, rows, strict=True):
+        target = tensor[part]
+        target.copy_(flat[start : start + target.numel()].view_as(target))
+        start += target.numel()

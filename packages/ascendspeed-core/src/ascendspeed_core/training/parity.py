@@ -40,22 +40,31 @@ class ParityRow:
 
 
 def parse_layouts(text: str) -> list[Layout]:
-    """Read `tp2,pp2,tp2pp2,dp2`.
+    """Read `tp2,pp2,tp2pp2,dp2`; `+sp` adds sequence parallelism, `+sharded` a sharded optimizer.
 
     Raises:
         ConfigError: a part that is no layout.
     """
     layouts = []
     for part in text.split(","):
-        sizes = re.findall(r"(tp|pp|dp)([1-9]\d*)", part.strip())
-        names = [name for name, _ in sizes]
-        if (
-            not sizes
-            or "".join(name + size for name, size in sizes) != part.strip()
-            or len(set(names)) < len(names)
-        ):
-            raise ConfigError(f"layouts={text!r}: {part!r} is no layout; write for example tp2,pp2,tp2pp2dp2")
-        layouts.append(Layout(**{name: int(size) for name, size in sizes}))
+        sizes, *options = part.strip().split("+")
+        found = re.findall(r"(tp|pp|dp)([1-9]\d*)", sizes)
+        names = [name for name, _ in found]
+        is_read = found and "".join(name + size for name, size in found) == sizes
+        if not is_read or len(set(names)) < len(names) or not set(options) <= {"sp", "sharded"}:
+            raise ConfigError(
+                f"layouts={text!r}: {part!r} is no layout; write for example tp2,pp2,tp2pp2dp2,tp2+sp,dp2+sharded"
+            )
+        number = {name: int(size) for name, size in found}
+        layouts.append(
+            Layout(
+                number.get("tp", 1),
+                number.get("pp", 1),
+                number.get("dp", 1),
+                "sp" in options,
+                "sharded" in options,
+            )
+        )
     return layouts
 
 
@@ -90,6 +99,8 @@ def _train(layout: Layout, arguments: Sequence[str], scratch: Path, device: str)
         "--tensor-model-parallel-size", layout.tp, "--pipeline-model-parallel-size", layout.pp, "--nproc-per-node",
         layout.world_size, "--device", device, "--save", run, "--data-cache-path", scratch / "cache",
     ]  # fmt: skip
+    flags += ["--sequence-parallel"] * layout.sequence_parallel
+    flags += ["--use-distributed-optimizer"] * layout.sharded_optimizer
     command = [sys.executable, "-m", "ascendspeed_core.cli", "pretrain", *arguments, *map(str, flags)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

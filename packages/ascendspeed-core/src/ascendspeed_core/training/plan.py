@@ -64,6 +64,7 @@ def plan_run(config: PretrainConfig, world_size: int) -> RunPlan:
     where = str(source.path or config.start.model_config_file)
     config.model.check(source.config, where)
     config.parallel.check_model(source.config)
+    config.parallel.check_sequence(config.data.seq_length)
     _check_length(config, source.config, where)
     samples = _num_samples(config, layout.dp)
     manifest = check_data(config.data, samples)

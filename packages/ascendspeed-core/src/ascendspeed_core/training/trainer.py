@@ -11,10 +11,11 @@ from ascendspeed_core.parallel.build import load_model
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.training.batches import TrainingData
 from ascendspeed_core.training.checkpoint import (
+    CheckpointWriter,
     Progress,
+    Retention,
     load_optimizer,
     load_random_state,
-    save_checkpoint,
 )
 from ascendspeed_core.training.loss_scale import LossScale
 from ascendspeed_core.training.metrics import PICTURE, MetricsFile, draw_loss
@@ -22,6 +23,7 @@ from ascendspeed_core.training.optimizer import MasterOptimizer
 from ascendspeed_core.training.plan import RunPlan
 from ascendspeed_core.training.schedule import Schedule
 from ascendspeed_core.training.step import StepResult, evaluate, train_step
+from ascendspeed_core.training.stop import StoppedError, StopSignal
 from ascendspeed_core.weights import NativeSource
 from ascendspeed_data.command_line import log
 from ascendspeed_data.errors import AscendSpeedError
@@ -75,33 +77,66 @@ class Trainer:
         self._say(f"resumed at iteration {self.iteration} from {source.folder}")
 
     def train(self) -> list[dict[str, Any]]:
-        """Run until `train_iters`, or until `exit_interval` says stop.
+        """Run until `train_iters`, until `exit_interval` says stop, or until SIGTERM does.
 
         Returns:
             The records of `metrics.jsonl`; empty on every rank but the first.
+
+        Raises:
+            StoppedError: SIGTERM came; everything was saved.
         """
-        batch = self.config.batch
         folder = self.config.start.save
-        metrics = MetricsFile(folder, self.iteration) if folder and self.mesh.rank == 0 else None
+        if folder is None:
+            while self.iteration < self.config.batch.train_iters and not self._is_exit():
+                self._iterate()
+            return []
+        metrics = MetricsFile(folder, self.iteration) if self.mesh.rank == 0 else None
+        start = self.config.start
+        writer = CheckpointWriter(
+            folder,
+            self.mesh,
+            Retention(start.keep_checkpoints, start.save_retain_interval),
+            start.async_save,
+            on_saved=lambda saved: log(f"saved {saved}"),
+        )
         try:
-            while self.iteration < batch.train_iters:
-                record = self._iterate()
-                if metrics:
-                    metrics.write(record)
-                last = self.iteration == batch.train_iters
-                leave = batch.exit_interval is not None and self.iteration % batch.exit_interval == 0
-                interval = self.config.start.save_interval
-                if folder and (last or leave or (interval and self.iteration % interval == 0)):
-                    self._save(metrics)
-                if leave and not last:
-                    self._say(
-                        f"stopping at iteration {self.iteration} of {batch.train_iters} (--exit-interval)"
-                    )
-                    break
+            with StopSignal(self.mesh) as stop_signal:
+                self._train_and_save(writer, metrics, stop_signal)
         finally:
+            writer.wait()
             if metrics:
                 metrics.close()
         return metrics.records if metrics else []
+
+    def _train_and_save(
+        self, writer: CheckpointWriter, metrics: MetricsFile | None, stop_signal: StopSignal
+    ) -> None:
+        batch, interval = self.config.batch, self.config.start.save_interval
+        while self.iteration < batch.train_iters:
+            record = self._iterate()
+            if metrics:
+                metrics.write(record)
+            last, stop = self.iteration == batch.train_iters, stop_signal.is_asked()
+            if last or stop or self._is_exit() or (interval and self.iteration % interval == 0):
+                self._save(writer, metrics)
+            if stop and not last:
+                writer.wait()
+                raise StoppedError(
+                    f"stopped by SIGTERM at iteration {self.iteration} of {batch.train_iters}, which was saved; "
+                    "--auto-resume goes on from there"
+                )
+            if self._is_exit() and not last:
+                self._say(f"stopping at iteration {self.iteration} of {batch.train_iters} (--exit-interval)")
+                return
+
+    def _is_exit(self) -> bool:
+        """Whether `exit_interval` ends the run here."""
+        interval = self.config.batch.exit_interval
+        return (
+            interval is not None
+            and self.iteration > self.plan.start.iteration
+            and self.iteration % interval == 0
+        )
 
     def _iterate(self) -> dict[str, Any]:
         """Do one step and return its record."""
@@ -164,9 +199,7 @@ class Trainer:
                 "longer usable: go on from the last checkpoint with a lower --lr or other data"
             )
 
-    def _save(self, metrics: MetricsFile | None) -> None:
-        folder = self.config.start.save
-        assert folder is not None
+    def _save(self, writer: CheckpointWriter, metrics: MetricsFile | None) -> None:
         progress = Progress(
             self.iteration,
             self.schedule.consumed_samples,
@@ -176,11 +209,11 @@ class Trainer:
             self.data.order_digest(self.schedule.consumed_samples),
         )
         run = self.config.model_dump(mode="json")
-        saved = save_checkpoint(folder, progress, self.model, self.optimizer, run, self.mesh, self.loss_scale)
+        writer.save(progress, self.model, self.optimizer, run, self.loss_scale)
         if metrics:
             manifest = self.plan.manifest
-            draw_loss(metrics.records, folder / PICTURE, manifest.unigram_entropy_nats if manifest else None)
-        self._say(f"saved {saved}")
+            entropy = manifest.unigram_entropy_nats if manifest else None
+            draw_loss(metrics.records, metrics.path.with_name(PICTURE), entropy)
 
     def _report(self, record: dict[str, Any]) -> None:
         left = (self.config.batch.train_iters - self.iteration) * record["step_seconds"]

@@ -1,23 +1,17 @@
-"""Write a native checkpoint of weights alone, tensor by tensor: no more than one tensor is in memory.
+"""Write a native checkpoint of weights alone, tensor by tensor: no more than one tensor is in memory."""
 
-The files are those that torch's DCP writes from one process: blobs of `torch.save` one after the other, and a
-pickled table of where each lies. DCP itself wants all tensors at once.
-"""
-
-import io
 import json
-import pickle
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ascendspeed_core import __version__
+from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.weights.native import DESCRIPTION, FORMAT_VERSION, TRACKER
 from ascendspeed_core.weights.source import WeightSource
-
-DATA_FILE = "__0_0.distcp"
+from ascendspeed_core.weights.write_tensors import TensorFile, write_metadata
 
 
 def write_native(
@@ -36,20 +30,12 @@ def write_native(
     """
     place = folder / "iter_0000000"
     place.mkdir()
-    places: dict[str, tuple[int, int]] = {}
-    written = torch.float32
-    with (place / DATA_FILE).open("wb") as file:
+    with TensorFile(place) as file:
         for name, info in source.tensors().items():
             tensor = source.read(name)
-            tensor = tensor.to(dtype or tensor.dtype).contiguous().clone()
-            blob = io.BytesIO()
-            torch.save(tensor, blob)
-            places[f"model/{name}"] = (file.tell(), blob.tell())
-            file.write(blob.getbuffer())
-            written = tensor.dtype
+            file.add(f"model/{name}", tensor.to(dtype or tensor.dtype))
             on_bytes(info.num_bytes)
-    metadata = _metadata(source, written, places)
-    (place / ".metadata").write_bytes(pickle.dumps(metadata))
+    write_metadata(place, file.pieces)
     description = {
         "format_version": FORMAT_VERSION,
         "ascendspeed_core": __version__,
@@ -60,37 +46,11 @@ def write_native(
         "optimizer_steps": 0,
         "data_order": {},
         "order_digest": "",
-        "layout": {"tp": 1, "pp": 1, "dp": 1},
+        "layout": asdict(Layout()),
         "loss_scale": None,
-        "dtype": str(written).removeprefix("torch."),
+        "dtype": str(file.pieces[0].dtype).removeprefix("torch."),
         "model": source.config.model_dump(mode="json"),
         "run": {},
     }
     (place / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     (folder / TRACKER).write_text("0\n", encoding="utf-8")
-
-
-def _metadata(source: WeightSource, dtype: torch.dtype, places: dict[str, tuple[int, int]]) -> Any:
-    """Return DCP's table of one whole chunk per tensor."""
-    from torch.distributed.checkpoint.filesystem import _StorageInfo
-    from torch.distributed.checkpoint.metadata import (
-        BytesStorageMetadata,
-        ChunkStorageMetadata,
-        Metadata,
-        MetadataIndex,
-        TensorProperties,
-        TensorStorageMetadata,
-    )
-
-    tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
-    storage = {}
-    for name, info in source.tensors().items():
-        key, size = f"model/{name}", torch.Size(info.shape)
-        origin = torch.Size([0] * len(size))
-        tensors[key] = TensorStorageMetadata(
-            properties=TensorProperties(dtype=dtype), size=size, chunks=[ChunkStorageMetadata(origin, size)]
-        )
-        storage[MetadataIndex(key, origin, 0)] = _StorageInfo(DATA_FILE, *places[key])
-    return Metadata(
-        state_dict_metadata=tensors, planner_data={key: (key,) for key in tensors}, storage_data=storage
-    )
