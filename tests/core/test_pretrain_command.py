@@ -13,10 +13,13 @@ from typing import Any
 import pytest
 
 from ascendspeed_core.models.families import find_family
+from ascendspeed_core.training.checkpoint import saved_iterations
 from ascendspeed_core.training.metrics import read_metrics
 from ascendspeed_core.weights import open_weights
+from ascendspeed_core.weights.source import CheckpointError
 from support.commands import call, command_line, environment, run_command
 from support.models import save_hugging_face, tiny_config
+from support.tables import ReportTables
 
 
 @pytest.fixture(scope="module")
@@ -142,21 +145,113 @@ def test_workers_do_not_outlive_their_launcher(arguments: list[object], tmp_path
     assert metrics.stat().st_size == before
 
 
-@pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_all_processes_with_one_line(
-    arguments: list[object], tmp_path: Path, sent: signal.Signals, status: int
-) -> None:
-    metrics = tmp_path / "run" / "metrics.jsonl"
+def test_ctrl_c_ends_all_processes_with_one_line(arguments: list[object], tmp_path: Path) -> None:
     flags = ["--nproc-per-node", 2, "--train-iters", 100_000, "--device", "cpu"]
-    running = subprocess.Popen(
-        command_line(*arguments, *flags), env=environment(), stderr=subprocess.PIPE, text=True
-    )
-    wait_for(lambda: metrics.exists() and len(read_metrics(metrics)) >= 2, running)
-    running.send_signal(sent)
+    running = start([*arguments, *flags], tmp_path / "run", records=2)
+    running.send_signal(signal.SIGINT)
     _, complaints = running.communicate(timeout=60)
-    assert running.returncode == status, complaints
-    assert complaints.splitlines()[-1] == f"asd-core: error: stopped by {sent.name}, all processes with it"
+    assert running.returncode == 130, complaints
+    assert complaints.splitlines()[-1] == "asd-core: error: stopped by SIGINT, all processes with it"
     assert "Traceback" not in complaints
+
+
+def start(arguments: list[object], run: Path, records: int) -> "subprocess.Popen[str]":
+    """Start a command, and return once its run has written so many records."""
+    running = subprocess.Popen(
+        command_line(*arguments), env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    metrics = run / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and len(read_metrics(metrics)) >= records, running)
+    return running
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sigterm_saves_and_exits(arguments: list[object], tmp_path: Path, processes: int) -> None:
+    """What was done is not lost, and the run goes on as if it had not been stopped."""
+    layout = ["--nproc-per-node", processes, "--tensor-model-parallel-size", processes, "--device", "cpu"]
+    flags = [*arguments, *layout, "--train-iters", 100, "--async-save"]
+    running = start(flags, tmp_path / "run", records=2)
+    running.send_signal(signal.SIGTERM)
+    _, complaints = running.communicate(timeout=60)
+    assert running.returncode == 143, complaints
+    assert "SIGTERM: saving after this step" in complaints
+    assert "Traceback" not in complaints
+    assert "stopped by SIGTERM" in complaints.splitlines()[-1]
+    reached = len(read_metrics(tmp_path / "run" / "metrics.jsonl"))
+    assert 2 <= reached < 100
+    assert saved_iterations(tmp_path / "run") == [reached]
+    assert run_command(*flags, "--auto-resume").status == 0
+    assert run_command(*flags, "--save", tmp_path / "whole").status == 0
+    assert equal_runs(tmp_path / "run", tmp_path / "whole")
+
+
+def test_only_the_newest_checkpoints_are_kept(arguments: list[object], tmp_path: Path) -> None:
+    done = call(
+        *arguments, "--save-interval", 2, "--keep-checkpoints", 2, "--save-retain-interval", 6, "--async-save"
+    )
+    assert done.status == 0, done.stderr
+    assert saved_iterations(tmp_path / "run") == [6, 10, 12]
+
+
+@pytest.fixture(scope="module")
+def large_model_json(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose checkpoint of 110 MB takes long enough to write that it can be killed meanwhile."""
+    config = tiny_config(
+        vocab_size=400, hidden_size=256, ffn_hidden_size=1024, head_dim=32, tie_word_embeddings=True
+    )
+    path = tmp_path_factory.mktemp("large") / "model.json"
+    path.write_text(json.dumps(find_family("llama").write_config(config)))
+    return path
+
+
+LAYOUTS: dict[str, list[object]] = {
+    "tp2 x pp2": ["--tensor-model-parallel-size", 2, "--pipeline-model-parallel-size", 2, "--nproc-per-node", 4],
+    "tp4": ["--tensor-model-parallel-size", 4, "--nproc-per-node", 4],
+    "pp2": ["--pipeline-model-parallel-size", 2, "--nproc-per-node", 2],
+    "dp2 + sharded optimizer": ["--nproc-per-node", 2, "--use-distributed-optimizer"],
+    "one process": [],
+}  # fmt: skip
+
+
+def test_a_save_killed_half_way_and_resumed_under_any_layout(
+    arguments: list[object], large_model_json: Path, tmp_path: Path, report: ReportTables
+) -> None:
+    """Killed with -9 while it saves iteration 6, the run still has iteration 3, and any layout goes on from there."""
+    arguments = [*arguments[:3], large_model_json, *arguments[4:], "--dtype", "float64", "--save-interval", 3]
+    arguments += ["--train-iters", 8, "--device", "cpu"]
+    whole = run_command(*arguments, *LAYOUTS["tp2 x pp2"], "--save", tmp_path / "whole")
+    assert whole.status == 0, whole.stderr
+    half = tmp_path / "run" / "iter_0000006.incomplete"
+    kill_when(lambda: any(half.glob("*.distcp")), [*arguments, *LAYOUTS["tp2 x pp2"]])
+    assert saved_iterations(tmp_path / "run") == [3]
+    assert half.exists()
+    with pytest.raises(CheckpointError, match="was not completed"):
+        open_weights(half)
+    want = read_metrics(tmp_path / "whole" / "metrics.jsonl")
+    for name, flags in LAYOUTS.items():
+        run = tmp_path / name.replace(" ", "")
+        shutil.copytree(tmp_path / "run", run)
+        done = run_command(*arguments, *flags, "--save", run, "--auto-resume")
+        assert done.status == 0, done.stderr
+        assert "resumed at iteration 3" in done.stderr
+        records = read_metrics(run / "metrics.jsonl")
+        # float64: the sums run in another order. The same losses come from the same samples only.
+        worst = max(
+            abs(a["lm_loss"] - b["lm_loss"]) / b["lm_loss"] for a, b in zip(records, want, strict=True)
+        )
+        assert worst < 1e-12
+        assert (worst == 0) or name != "tp2 x pp2"
+        assert sorted(saved_iterations(run)) == [3, 6, 8]
+        assert not list(run.glob("*.incomplete"))
+        digests = [
+            json.loads((f / "iter_0000008/checkpoint.json").read_text())["order_digest"]
+            for f in (run, tmp_path / "whole")
+        ]
+        assert digests[0] == digests[1]
+        report.add(
+            "Killed during the save of iteration 6 at tp2 x pp2, resumed from iteration 3, float64",
+            ("resumed as", "largest relative difference of a loss", "sample order"), name, worst, "same",
+        )  # fmt: skip
 
 
 def test_a_layout_of_four_processes_under_torchrun(arguments: list[object], tmp_path: Path) -> None:
@@ -172,7 +267,7 @@ def test_a_layout_of_four_processes_under_torchrun(arguments: list[object], tmp_
     # fp32: the sums run in another order.
     assert [r["lm_loss"] for r in four] == pytest.approx([r["lm_loss"] for r in one], rel=1e-4)
     description = json.loads((tmp_path / "four" / "iter_0000012" / "checkpoint.json").read_text())
-    assert description["layout"] == {"tp": 2, "pp": 1, "dp": 2}
+    assert {size: description["layout"][size] for size in ("tp", "pp", "dp")} == {"tp": 2, "pp": 1, "dp": 2}
 
 
 def test_stages_are_printed_and_validate(arguments: list[object], tmp_path: Path) -> None:
@@ -257,7 +352,13 @@ def test_a_second_run_on_the_same_folder(arguments: list[object], tmp_path: Path
 BAD: dict[str, tuple[list[object], int, str]] = {
     "a flag that is not": (["--tensor-model-paralel-size", 2], 2, "or --tensor-model-parallel-size?"),
     "a checkpoint that is not": (["{model}", "--load", "/nowhere/run"], 1, "does not exist"),
-    "heads that do not divide": (["--tensor-model-parallel-size", 8, "--nproc-per-node", 8], 2, "num_key_value_heads"),
+    "heads that do not divide": (["--tensor-model-parallel-size", 16, "--nproc-per-node", 16], 2, "choose 1, 2, 4, 8"),
+    "a sequence that cannot be cut": (["--sequence-parallel"], 2, "give --tensor-model-parallel-size 2 or more"),
+    "a sequence that does not divide": (
+        ["--seq-length", 33, "--sequence-parallel", "--tensor-model-parallel-size", 2, "--nproc-per-node", 2],
+        2,
+        "choose 32",
+    ),
     "ranks that do not divide": (["--tensor-model-parallel-size", 2, "--nproc-per-node", 3], 2, "not divide the 3"),
     "a batch that does not divide": (["--global-batch-size", 7], 2, "choose 6"),
     "a length beyond the model": (["--seq-length", 65], 1, "max_position_embeddings=64"),

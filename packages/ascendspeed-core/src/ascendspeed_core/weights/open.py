@@ -8,6 +8,7 @@ from ascendspeed_core.weights.huggingface import HuggingFaceSource, read_json
 from ascendspeed_core.weights.initial import InitialWeights
 from ascendspeed_core.weights.native import DESCRIPTION, TRACKER, NativeSource
 from ascendspeed_core.weights.source import CheckpointError, WeightSource
+from ascendspeed_data.files import INCOMPLETE
 
 RECOGNISED = {
     "native": f"a run's folder with {TRACKER}, or an iter_* folder with {DESCRIPTION}",
@@ -23,6 +24,8 @@ def kind_of(path: Path) -> str:
     """
     if not path.exists():
         raise CheckpointError(f"checkpoint {path} does not exist; check --load")
+    if path.name.endswith(INCOMPLETE):
+        raise CheckpointError(f"{path} was not completed; use an earlier checkpoint of {path.parent}")
     if (path / TRACKER).is_file() or (path / DESCRIPTION).is_file():
         return "native"
     if (path / "config.json").is_file():
