@@ -1,6 +1,7 @@
 """This process's place among all processes."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -94,6 +95,15 @@ class ParallelMesh:
         """Wait for all processes."""
         if self.mesh is not None:
             dist.barrier()
+
+
+def gather_objects(value: Any, mesh: ParallelMesh, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Return what each process of a group has, by default of all processes; small Python values only."""
+    if mesh.mesh is None:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
 
 
 def _ends_of_pipelines(layout: Layout) -> dist.ProcessGroup | None:

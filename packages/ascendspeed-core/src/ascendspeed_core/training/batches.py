@@ -15,9 +15,11 @@ import numpy as np
 import torch
 
 from ascendspeed_core.config.training import DataConfig
-from ascendspeed_core.launch import announce
+from ascendspeed_core.launch import announce, world_of_environment
 from ascendspeed_core.megatron import group_for_megatron, megatron
 from ascendspeed_core.parallel.mesh import ParallelMesh
+from ascendspeed_core.training.build_index import build_index_alone
+from ascendspeed_core.training.shared_folder import sees_folder_of_first_process
 from ascendspeed_core.training.step import MicroBatch
 from ascendspeed_data.command_line import log
 from ascendspeed_data.errors import DataError
@@ -26,6 +28,9 @@ from ascendspeed_data.manifest import DatasetManifest, load_manifest
 
 DIGEST_ENTRIES = 1_000_000
 """Entries of an index that go into the digest of the sample order."""
+
+DIGEST_SAMPLES = 64
+"""Samples whose tokens are compared between machines."""
 
 
 SPLITS = ("training", "validation", "test")
@@ -106,14 +111,38 @@ class TrainingData:
             for cache in _cache_folders(config):
                 refuse_pickled_indices(cache)
         mesh.barrier()
+        self._build_where_not_shared(
+            config=config,
+            seed=seed,
+            num_samples=num_samples,
+            vocab_size=vocab_size,
+            end_of_document=end_of_document,
+        )
         self.train, self.validation, _ = _build_datasets(
             config, seed, num_samples, vocab_size, end_of_document
         )
+
+    def _build_where_not_shared(self, **arguments: Any) -> None:
+        """Build the index on machines that do not see the first one's cache: once on each."""
+        seen = [
+            sees_folder_of_first_process(folder, self._mesh) for folder in _cache_folders(arguments["config"])
+        ]
+        if not all(seen) and world_of_environment().local_rank == 0:
+            log(f"process {self._mesh.rank}: the cache of sample indices is not shared; building it here too")
+            build_index_alone(**arguments)
+        self._mesh.barrier()
 
     def order_digest(self, consumed: int) -> str:
         """Return a digest of which samples the first `consumed` ones are; equal digests continue each other."""
         digest = hashlib.sha256()
         _digest_order(self.train, consumed, digest)
+        return digest.hexdigest()
+
+    def content_digest(self, num_samples: int) -> str:
+        """Return a digest of the order of all samples and of the tokens of some of them, to compare machines."""
+        digest = hashlib.sha256(self.order_digest(num_samples).encode())
+        for number in range(0, num_samples, num_samples // DIGEST_SAMPLES + 1):
+            digest.update(self.train[number]["tokens"].numpy().tobytes())
         return digest.hexdigest()
 
     def micro_batches(self, consumed: int, num_micro_batches: int, size: int) -> list[MicroBatch]:

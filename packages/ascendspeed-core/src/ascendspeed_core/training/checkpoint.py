@@ -22,10 +22,11 @@ from ascendspeed_core import __version__
 from ascendspeed_core.device import HOST
 from ascendspeed_core.models.transformer import Transformer
 from ascendspeed_core.parallel.build import parameter_slices
-from ascendspeed_core.parallel.mesh import ParallelMesh
+from ascendspeed_core.parallel.mesh import ParallelMesh, gather_objects
 from ascendspeed_core.parallel.slices import Slice, assign_writers
 from ascendspeed_core.training.loss_scale import LossScale
 from ascendspeed_core.training.optimizer import MasterOptimizer
+from ascendspeed_core.training.shared_folder import sees_folder_of_first_process
 from ascendspeed_core.weights.native import (
     DESCRIPTION,
     FORMAT_VERSION,
@@ -88,6 +89,9 @@ class CheckpointWriter:
         retention: which earlier checkpoints stay.
         in_background: copy the tensors to the host and write while training goes on.
         on_saved: called with the folder, in the first process, when a checkpoint is complete.
+
+    Raises:
+        CheckpointError: the folder is not the same one for all processes.
     """
 
     def __init__(
@@ -98,7 +102,7 @@ class CheckpointWriter:
         in_background: bool = False,
         on_saved: Callable[[Path], None] = lambda _: None,
     ) -> None:
-        self._folder, self._mesh = run_folder, mesh
+        self.run_folder, self._mesh = run_folder, mesh
         self._retention = retention or Retention()
         self._in_background, self._on_saved = in_background, on_saved
         self._thread: threading.Thread | None = None
@@ -107,6 +111,12 @@ class CheckpointWriter:
         if mesh.mesh is not None:
             # A group of its own, so that writing may overlap training; a slow disk is no reason to give up.
             self._group = dist.new_group(backend=HOST.backend, timeout=timedelta(days=1))
+        seen = gather_objects(sees_folder_of_first_process(run_folder, mesh), mesh, self._group)
+        if not all(seen):
+            raise CheckpointError(
+                f"save={run_folder} of process {seen.index(False)} is not the folder of process 0; give a path on a "
+                "file system that all machines share"
+            )
 
     def save(
         self,
@@ -176,7 +186,7 @@ class CheckpointWriter:
         description: Mapping[str, Any],
     ) -> None:
         """Write everything; an error of any process becomes the error of all."""
-        final = self._folder / f"iter_{iteration:07d}"
+        final = self.run_folder / f"iter_{iteration:07d}"
         scratch = final.with_name(final.name + INCOMPLETE)
         pieces: list[StoredPiece] = []
 
@@ -192,7 +202,7 @@ class CheckpointWriter:
             if final.exists():
                 shutil.rmtree(final)
             scratch.rename(final)
-            write_durably(self._folder / TRACKER, f"{iteration}\n")
+            write_durably(self.run_folder / TRACKER, f"{iteration}\n")
             self._on_saved(final)
             self._remove_old()
 
@@ -200,7 +210,7 @@ class CheckpointWriter:
         error = self._together(lambda: _fresh_folder(scratch) if is_first else None)
         error = error or self._together(write_tensors)
         if not error:
-            everything = self._gather(pieces)
+            everything = gather_objects(pieces, self._mesh, self._group)
             error = self._together(lambda: complete(everything) if is_first else None)
         self._error = error
 
@@ -210,22 +220,15 @@ class CheckpointWriter:
         try:
             action()
         except Exception as caught:  # noqa: BLE001 - told to all processes, and raised by `wait`
-            error = f"{self._folder}: the checkpoint could not be written: {caught}; earlier ones are as they were"
-        return next((found for found in self._gather(error) if found), None)
-
-    def _gather(self, value: Any) -> list[Any]:
-        if self._group is None:
-            return [value]
-        values: list[Any] = [None] * dist.get_world_size(self._group)
-        dist.all_gather_object(values, value, group=self._group)
-        return values
+            error = f"{self.run_folder}: the checkpoint could not be written: {caught}; earlier ones are as they were"
+        return next((found for found in gather_objects(error, self._mesh, self._group) if found), None)
 
     def _remove_old(self) -> None:
         """Remove superseded checkpoints and what a killed run left half-written."""
-        for iteration in self._retention.superseded(saved_iterations(self._folder)):
-            folder = self._folder / f"iter_{iteration:07d}"
+        for iteration in self._retention.superseded(saved_iterations(self.run_folder)):
+            folder = self.run_folder / f"iter_{iteration:07d}"
             folder.rename(folder.with_name(folder.name + INCOMPLETE))
-        for folder in self._folder.glob(f"iter_*{INCOMPLETE}"):
+        for folder in self.run_folder.glob(f"iter_*{INCOMPLETE}"):
             shutil.rmtree(folder)
 
 

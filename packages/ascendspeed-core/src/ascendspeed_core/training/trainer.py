@@ -8,7 +8,7 @@ import torch
 
 from ascendspeed_core.config.training import PretrainConfig
 from ascendspeed_core.parallel.build import load_model
-from ascendspeed_core.parallel.mesh import ParallelMesh
+from ascendspeed_core.parallel.mesh import ParallelMesh, gather_objects
 from ascendspeed_core.training.batches import TrainingData
 from ascendspeed_core.training.checkpoint import (
     CheckpointWriter,
@@ -26,7 +26,7 @@ from ascendspeed_core.training.step import StepResult, evaluate, train_step
 from ascendspeed_core.training.stop import StoppedError, StopSignal
 from ascendspeed_core.weights import NativeSource
 from ascendspeed_data.command_line import log
-from ascendspeed_data.errors import AscendSpeedError
+from ascendspeed_data.errors import AscendSpeedError, DataError
 
 
 class Trainer:
@@ -42,6 +42,7 @@ class Trainer:
         self.config: PretrainConfig = plan.config
         dtype: torch.dtype = getattr(torch, self.config.precision.dtype_name)
         torch.manual_seed(self.config.batch.seed + mesh.rank)
+        self.writer = self._writer()
 
         self.model = load_model(plan.source, mesh, dtype)
         self.optimizer = MasterOptimizer(self.model, self.config.optimizer, mesh)
@@ -55,9 +56,32 @@ class Trainer:
             plan.manifest.tokenizer.eos_id if plan.manifest else None,
             mesh,
         )
+        self._refuse_different_data()
         self.iteration = plan.start.iteration
         if plan.resumes and isinstance(plan.source, NativeSource):
             self._resume(plan.source)
+
+    def _writer(self) -> CheckpointWriter | None:
+        start = self.config.start
+        if start.save is None:
+            return None
+        return CheckpointWriter(
+            start.save,
+            self.mesh,
+            Retention(start.keep_checkpoints, start.save_retain_interval),
+            start.async_save,
+            on_saved=lambda saved: log(f"saved {saved}"),
+        )
+
+    def _refuse_different_data(self) -> None:
+        """Machines may have their own copies of the data, but they must be copies."""
+        digests = gather_objects(self.data.content_digest(self.plan.num_samples[0]), self.mesh)
+        different = next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None)
+        if different is not None:
+            raise DataError(
+                f"the training samples of process {different} are not those of process 0; give all machines the same "
+                "data files"
+            )
 
     def _resume(self, source: NativeSource) -> None:
         if self.config.start.load_optim:
@@ -85,20 +109,12 @@ class Trainer:
         Raises:
             StoppedError: SIGTERM came; everything was saved.
         """
-        folder = self.config.start.save
-        if folder is None:
+        writer = self.writer
+        if writer is None:
             while self.iteration < self.config.batch.train_iters and not self._is_exit():
                 self._iterate()
             return []
-        metrics = MetricsFile(folder, self.iteration) if self.mesh.rank == 0 else None
-        start = self.config.start
-        writer = CheckpointWriter(
-            folder,
-            self.mesh,
-            Retention(start.keep_checkpoints, start.save_retain_interval),
-            start.async_save,
-            on_saved=lambda saved: log(f"saved {saved}"),
-        )
+        metrics = MetricsFile(writer.run_folder, self.iteration) if self.mesh.rank == 0 else None
         try:
             with StopSignal(self.mesh) as stop_signal:
                 self._train_and_save(writer, metrics, stop_signal)

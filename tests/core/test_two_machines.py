@@ -1,0 +1,98 @@
+"""Two torchrun agents, each in a working directory of its own, as on two machines."""
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ascendspeed_core.models.families import find_family
+from ascendspeed_core.training.checkpoint import saved_iterations
+from ascendspeed_core.training.metrics import read_metrics
+from support.commands import call, command_line, environment
+from support.models import tiny_config
+
+
+@pytest.fixture
+def machines(tmp_path: Path, dataset: Path) -> list[Path]:
+    """Two working directories, each with a copy of the data and the model's config."""
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for folder in folders:
+        folder.mkdir()
+        for suffix in (".bin", ".idx", ".manifest.json"):
+            shutil.copy(f"{dataset}{suffix}", folder / f"corpus{suffix}")
+        config = find_family("llama").write_config(tiny_config(vocab_size=400))
+        (folder / "model.json").write_text(json.dumps(config))
+    return folders
+
+
+ARGUMENTS: list[object] = [
+    "asd-core", "pretrain", "--model-config", "model.json", "--data-path", "corpus", "--data-cache-path", "cache",
+    "--seq-length", 32, "--micro-batch-size", 2, "--global-batch-size", 8, "--train-iters", 8, "--lr", 3e-3,
+    "--split", "90,10,0", "--eval-iters", 1, "--eval-interval", 4,
+]  # fmt: skip
+
+
+def torchrun(machines: list[Path], *flags: object) -> list[tuple[int, str]]:
+    """Run on all machines; exit status and stderr of each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    agents = []
+    for rank, folder in enumerate(machines):
+        launcher = [
+            sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "2", "--node-rank",
+            str(rank), "--master-addr", "127.0.0.1", "--master-port", str(port), "--module",
+        ]  # fmt: skip
+        module = command_line(*ARGUMENTS, *flags)[2:]
+        agents.append(
+            subprocess.Popen(
+                [*launcher, *module], cwd=folder, env=environment(), stderr=subprocess.PIPE, text=True
+            )
+        )
+    ended = [agent.communicate(timeout=240)[1] for agent in agents]
+    return [(agent.returncode, stderr) for agent, stderr in zip(agents, ended, strict=True)]
+
+
+def test_two_machines_train_save_and_resume(
+    machines: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache of sample indices is each machine's own; the run's folder is shared."""
+    flags = ["--tensor-model-parallel-size", 2, "--use-distributed-optimizer", "--save", tmp_path / "run"]
+    for more in (["--exit-interval", 4], []):
+        done = torchrun(machines, *flags, "--auto-resume", *more)
+        assert [status for status, _ in done] == [0, 0], done
+    assert "process 2: the cache of sample indices is not shared; building it here too" in done[1][1]
+    assert "resumed at iteration 4" in done[0][1]
+    caches = [sorted(path.name for path in (folder / "cache").iterdir()) for folder in machines]
+    assert caches[0] == caches[1]
+    assert len(caches[0]) >= 6
+    assert saved_iterations(tmp_path / "run") == [4, 8]
+
+    monkeypatch.chdir(machines[0])
+    assert call(*ARGUMENTS, "--save", tmp_path / "one").status == 0
+    one, two = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "run"))
+    for key in ("lm_loss", "grad_norm"):
+        # fp32: the sums run in another order.
+        assert [r[key] for r in two] == pytest.approx([r[key] for r in one], rel=1e-4)
+    measured = [[r["validation_loss"] for r in rows if "validation_loss" in r] for rows in (two, one)]
+    assert measured[0] == pytest.approx(measured[1], rel=1e-4)
+    assert len(measured[0]) == 2
+
+
+def test_a_folder_for_results_that_is_not_shared(machines: list[Path]) -> None:
+    done = torchrun(machines, "--save", "run")
+    assert all(status for status, _ in done)
+    assert "save=run of process 2 is not the folder of process 0; give a path on a file" in done[1][1]
+
+
+def test_data_that_differs(machines: list[Path], tmp_path: Path) -> None:
+    """Same documents, same lengths; on the second machine the tokens are turned by one place."""
+    content = (machines[1] / "corpus.bin").read_bytes()
+    (machines[1] / "corpus.bin").write_bytes(content[2:] + content[:2])
+    done = torchrun(machines, "--save", tmp_path / "run")
+    assert all(status for status, _ in done)
+    assert "the training samples of process 2 are not those of process 0" in done[1][1]
