@@ -16,6 +16,10 @@ import torch.distributed as dist
 SMALL_ELEMENTS = 1 << 18
 """Below this, gloo's all-reduce costs its fixed part, and parts are exchanged directly instead."""
 
+# torch 2.13 renamed both, and warns of the names before.
+_REDUCE_SCATTER: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_ALL_GATHER: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 def all_reduce_sum(x: torch.Tensor, group: dist.ProcessGroup) -> None:
     """Add `x` up over the devices of `group`, in place; every device ends with the same bits.
@@ -58,11 +62,11 @@ def sum_over_group_scattering_sequence(x: torch.Tensor, group: dist.ProcessGroup
 
 
 def reduce_scatter_sum(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """Add up `x`, [n, ...], over the devices of `group`, and return this device's row of the sum, [...]."""
+    """Add up `x`, [n, D, ...], over the devices of `group`, and return this device's row of the sum, [D, ...]."""
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     if dist.get_backend(group) != dist.Backend.GLOO:
-        mine = torch.empty_like(x[rank])
-        dist.reduce_scatter_tensor(mine, x.contiguous(), group=group)
+        mine = torch.empty_like(x[rank], memory_format=torch.contiguous_format)
+        _REDUCE_SCATTER(mine, x.flatten(0, 1).contiguous(), group=group)
         return mine
     # gloo's own reduce-scatter is an all-reduce; sending each part where it belongs moves 1/n of that.
     rows = x.contiguous()
@@ -72,11 +76,11 @@ def reduce_scatter_sum(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tenso
 
 
 def all_gather_rows(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """Return `x` of every device of `group`, stacked: [...] -> [n, ...]."""
+    """Return `x` of every device of `group`, stacked: [D, ...] -> [n, D, ...]."""
     size = dist.get_world_size(group)
     rows = x.new_empty((size, *x.shape))
     if dist.get_backend(group) != dist.Backend.GLOO:
-        dist.all_gather_into_tensor(rows, x.contiguous(), group=group)
+        _ALL_GATHER(rows.flatten(0, 1), x.contiguous(), group=group)
         return rows
     mine = x.contiguous()
     rows[dist.get_rank(group)] = mine
