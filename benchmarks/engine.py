@@ -11,6 +11,7 @@ from statistics import median
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -24,8 +25,8 @@ from ascendspeed_core.parallel.build import load_model
 from ascendspeed_core.parallel.collectives import all_reduce_sum
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.training.optimizer import MasterOptimizer
-from ascendspeed_core.training.step import MicroBatch, train_step
-from ascendspeed_core.weights import InitialWeights, load_weights
+from ascendspeed_core.training.step import MicroBatch, loss_sum, train_step
+from ascendspeed_core.weights import InitialWeights
 from support.models import tiny_config
 from support.processes import WorkerPool
 from support.tables import ReportTables
@@ -66,7 +67,8 @@ def collectives() -> list[tuple[int, dict[str, float]]]:
 
 def dtensor_model(config: ModelConfig, mesh: ParallelMesh) -> Transformer:
     """The same plain model under torch's own plan: DTensor does arithmetic and communication."""
-    model = Transformer(config)
+    alone = ParallelMesh(mesh.device, Layout())
+    model = load_model(InitialWeights(config, 1), alone, torch.float32)
     assert mesh.mesh is not None
     for layer in model.layers.values():
         plan = {
@@ -75,27 +77,52 @@ def dtensor_model(config: ModelConfig, mesh: ParallelMesh) -> Transformer:
             **dict.fromkeys(("attention.o_proj", "mlp.down_proj"), RowwiseParallel()),
         }
         parallelize_module(layer, mesh.mesh["tp"], plan)
-    load_weights(model, InitialWeights(config, 1))
     return model
 
 
-def step_of(model: Transformer, mesh: ParallelMesh, whole_head: bool) -> Callable[[], object]:
+def batch_of(model: Transformer) -> MicroBatch:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(model.config.vocab_size, (BATCH, LENGTH + 1), generator=generator)
+    return MicroBatch(tokens[:, :-1], tokens[:, 1:], torch.ones(BATCH, LENGTH))
+
+
+def our_step(mesh: ParallelMesh) -> Callable[[], object]:
+    model = load_model(InitialWeights(MODEL, 1), mesh, torch.float32)
     optimizer = MasterOptimizer(model, OptimizerConfig(), mesh)
-    tokens = torch.randint(
-        model.config.vocab_size, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(0)
-    )
-    batch = MicroBatch(tokens[:, :-1], tokens[:, 1:], torch.ones(BATCH, LENGTH))
-    # A head that is whole everywhere needs no exchange in the loss.
-    seen = ParallelMesh(mesh.device, Layout()) if whole_head else mesh
-    return lambda: train_step(model, optimizer, [batch], seen)
+    return lambda: train_step(model, optimizer, [batch_of(model)], mesh)
+
+
+def dtensor_step(mesh: ParallelMesh) -> Callable[[], object]:
+    """A head that is whole everywhere, torch's AdamW, and no gradient norm, which ours has to compute."""
+    model = dtensor_model(MODEL, mesh)
+    alone = ParallelMesh(mesh.device, Layout())
+    is_cut = [isinstance(parameter, DTensor) for parameter in model.parameters()]
+    optimizers = [
+        torch.optim.AdamW(
+            [p for p, cut in zip(model.parameters(), is_cut, strict=True) if cut == kind], fused=True
+        )
+        for kind in (True, False)
+    ]
+
+    def step() -> None:
+        batch = batch_of(model)
+        (loss_sum(model, batch, alone) / (BATCH * LENGTH)).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return step
 
 
 def training_step() -> dict[str, float]:
     size = dist.get_world_size()
     mesh = ParallelMesh.create(Device("cpu"), Layout(tp=size))
-    ways = {"ours": step_of(load_model(InitialWeights(MODEL, 1), mesh, torch.float32), mesh, False)}
+    ways = {"ours": our_step(mesh)}
     if size > 1:
-        ways["DTensor plan"] = step_of(dtensor_model(MODEL, mesh), mesh, True)
+        ways["with sp"] = our_step(
+            ParallelMesh.create(Device("cpu"), Layout(tp=size, sequence_parallel=True))
+        )
+        ways["DTensor plan"] = dtensor_step(mesh)
     return milliseconds(ways, 7)
 
 
@@ -114,8 +141,9 @@ def main() -> None:
         theirs = times.get("DTensor plan")
         tables.add(
             f"One training step, {MODEL.num_parameters:,} weights, {BATCH} x {LENGTH} tokens, fp32",
-            ("layout", "ours, ms", "DTensor plan, ms", "ratio", "ours, tokens/s"),
-            f"tp{size}", f"{times['ours']:.0f}", f"{theirs:.0f}" if theirs else "",
+            ("layout", "ours, ms", "ours with sp, ms", "DTensor plan, ms", "ratio", "ours, tokens/s"),
+            f"tp{size}", f"{times['ours']:.0f}", f"{times['with sp']:.0f}" if theirs else "",
+            f"{theirs:.0f}" if theirs else "",
             f"{times['ours'] / theirs:.2f}" if theirs else "", f"{BATCH * LENGTH / times['ours'] * 1e3:,.0f}",
         )  # fmt: skip
     pool.close()

@@ -11,7 +11,7 @@ from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.device import Device
 from ascendspeed_core.models.families import find_family
-from ascendspeed_core.parallel.build import load_model
+from ascendspeed_core.parallel.build import load_model, parameter_slices
 from ascendspeed_core.parallel.cross_entropy import cross_entropy
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.tensor import gather_logits
@@ -46,10 +46,15 @@ def ours(folder: str, layout: Layout, dtype_name: str) -> tuple[torch.Tensor, di
     losses = cross_entropy(logits[:, :-1], tokens[:, 1:], model.config.vocab_size, mesh.group("tp"))
     losses.mean().backward()
     gathered = gather_logits(logits.detach(), model.config.vocab_size, mesh.group("tp"))
-    return gathered, {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    gradients = {}
+    for name, place in parameter_slices(model, mesh).items():
+        gradient = model.get_parameter(name).grad
+        assert gradient is not None
+        gradients[name] = whole(gradient, place, mesh.group("tp"), place.has_partial_gradient)
+    return gathered, gradients
 
 
-@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("tp", [1, 2, 8])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype_name", TOLERANCE)
 def test_logits_and_gradients(

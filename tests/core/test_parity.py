@@ -15,7 +15,11 @@ from support.models import save_hugging_face, tiny_config
 
 def test_layouts_are_read() -> None:
     assert parse_layouts("tp2, pp2,dp2pp3") == [Layout(tp=2), Layout(pp=2), Layout(pp=3, dp=2)]
-    for wrong in ("", "tp0", "tp2,,pp2", "cp2", "tp2tp2", "tp", "tp2x"):
+    assert parse_layouts("tp2+sp,tp2dp2+sp+sharded") == [
+        Layout(tp=2, sequence_parallel=True),
+        Layout(tp=2, dp=2, sequence_parallel=True, sharded_optimizer=True),
+    ]
+    for wrong in ("", "tp0", "tp2,,pp2", "cp2", "tp2tp2", "tp", "tp2x", "tp2+zero", "+sp"):
         with pytest.raises(ConfigError, match="is no layout; write for example"):
             parse_layouts(wrong)
 
@@ -25,17 +29,17 @@ def test_a_table_of_layouts(tmp_path: Path) -> None:
     data = write_dataset(tmp_path / "data", 128)
     flags: list[object] = [
         "asd-core", "parity", "--load", tmp_path / "model", "--data-path", data, "--seq-length", 16, "--train-iters", 3,
-        "--layouts", "tp2,pp2dp2", "--device", "cpu",
+        "--layouts", "tp2+sp,pp2dp2+sharded", "--device", "cpu",
     ]  # fmt: skip
     done = run_command(*flags)
     assert done.status == 0, done.stderr
     head, first, second = done.stdout.splitlines()
     assert head.split() == ["layout", "loss", "gradient", "norm", "weights", "verdict"]
-    assert first.startswith("tp2 x pp1 x dp1")
-    assert second.startswith("tp1 x pp2 x dp2")
+    assert first.startswith("tp2 x pp1 x dp1 + sp ")
+    assert second.startswith("tp1 x pp2 x dp2 + sharded optimizer ")
     assert first.endswith("equal")
     assert second.endswith("equal")
-    assert all(float(cell) < 1e-9 for row in (first, second) for cell in row.split()[5:8])
+    assert all(float(cell) < 1e-9 for row in (first, second) for cell in row.split()[-4:-1])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["data.bin", "data.idx", "model"]
 
 

@@ -59,7 +59,7 @@ def reference(expected: dict[str, Any]) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize(
     "layout",
-    [Layout(), Layout(tp=2), Layout(tp=4), Layout(pp=2), Layout(pp=5), Layout(tp=2, pp=2)],
+    [Layout(), Layout(tp=2), Layout(tp=4), Layout(tp=8), Layout(pp=2), Layout(pp=5), Layout(tp=2, pp=2)],
     ids=str,
 )
 def test_answers_equal_the_published_ones(
