@@ -123,7 +123,10 @@ class Quickstart:
 
     def resume(self) -> None:
         before = mean_loss(self.records()[-10:])
-        command("asd-core", "pretrain", "--load", self.folder / "run", *self.train_arguments())
+        command(
+            "asd-core", "pretrain", "--load", self.folder / "run", *self.train_arguments(),
+            "--pipeline-model-parallel-size", 2, "--nproc-per-node", 2, "--micro-batch-size", GLOBAL_BATCH_SIZE // 4,
+        )  # fmt: skip
         records = self.records()
         first = mean_loss(records[self.train_iters // 2 :][:10])
         last = mean_loss(records[-10:])
@@ -135,7 +138,7 @@ class Quickstart:
         if self.train_iters >= 300 and below < NATS_BELOW_UNIGRAM:
             sys.exit(f"quickstart: loss {last:.3f} is only {below:.3f} nats below the unigram entropy")
         self.note(
-            "resumed on one process",
+            "resumed at pp2",
             self.folder / "run" / "loss.png",
             f"loss {last:.3f} nats per token, {below:.3f} below unigram",
         )

@@ -24,7 +24,7 @@ def kind_of(path: Path) -> str:
     """
     if not path.exists():
         raise CheckpointError(f"checkpoint {path} does not exist; check --load")
-    if path.name.endswith(INCOMPLETE):
+    if path.name.startswith("iter_") and path.name.endswith(INCOMPLETE):
         raise CheckpointError(f"{path} was not completed; use an earlier checkpoint of {path.parent}")
     if (path / TRACKER).is_file() or (path / DESCRIPTION).is_file():
         return "native"
