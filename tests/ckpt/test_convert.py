@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.weights import open_weights
-from core.test_checkpoints import CONFIG, write
+from core.test_checkpoints import CONFIG, joined, write
 from support.commands import Finished, call, command_line, environment
 from support.models import save_hugging_face, tiny_config
 from support.processes import WorkerPool
@@ -37,11 +37,11 @@ def hugging_face(tmp_path: Path, tokenizer_folder: Path) -> Path:
     return tmp_path / "hf"
 
 
-@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2), Layout(tp=4)], ids=str)
+@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2), Layout(tp=8, sequence_parallel=True)], ids=str)
 def test_what_any_layout_trained_loads_in_transformers(
     workers: WorkerPool, tmp_path: Path, layout: Layout
 ) -> None:
-    written = workers.run(write, layout.world_size, str(tmp_path / "run"), layout, "float32")[0]
+    written = joined(workers.run(write, layout.world_size, str(tmp_path / "run"), layout, "float32"))
     done = convert(tmp_path / "run", tmp_path / "hf")
     assert done.status == 0, done.stderr
     assert "equal to the source bit for bit" in done.stdout
