@@ -241,21 +241,20 @@ def _tensors_to_write(
     model: Transformer, optimizer: MasterOptimizer, mesh: ParallelMesh
 ) -> list[tuple[str, Slice | None, torch.Tensor]]:
     """Return name, part and value of what this process writes."""
-    layout, slices = mesh.layout, parameter_slices(model, mesh)
-    is_sharded = layout.sharded_optimizer and layout.dp > 1
+    dp, slices = mesh.layout.dp, parameter_slices(model, mesh)
+    is_sharded = mesh.layout.sharded_optimizer and dp > 1
+    borrowed = tuple(f"/{name}" for name in model.borrowed)
+    # Name, part, value, how many devices hold that part, and which of them this one is.
     held: list[tuple[str, Slice, torch.Tensor, int, int]] = []
     for name, parameter in model.named_parameters():
         part = slices[name]
-        held.append(
-            (f"model/{name}", part, parameter, part.copies * layout.dp, part.copy * layout.dp + mesh.dp_rank)
-        )
+        held.append((f"model/{name}", part, parameter, part.copies * dp, part.copy * dp + mesh.dp_rank))
     for name, (part, value) in optimizer.state().items():
-        if is_sharded:
-            held.append((f"optimizer/{name}", part, value, part.copies, part.copy))
-        else:
-            holder = part.copy * layout.dp + mesh.dp_rank
-            held.append((f"optimizer/{name}", part, value, part.copies * layout.dp, holder))
-    held = [entry for entry in held if not entry[0].endswith(tuple(f"/{name}" for name in model.borrowed))]
+        replicas, replica = (1, 0) if is_sharded else (dp, mesh.dp_rank)
+        held.append(
+            (f"optimizer/{name}", part, value, part.copies * replicas, part.copy * replicas + replica)
+        )
+    held = [entry for entry in held if not entry[0].endswith(borrowed)]
     writers = assign_writers((name, part, holders) for name, part, _, holders, _ in held)
     mine: list[tuple[str, Slice | None, torch.Tensor]] = [
         (name, part, value)

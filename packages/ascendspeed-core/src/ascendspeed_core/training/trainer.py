@@ -113,6 +113,7 @@ class Trainer:
         if writer is None:
             while self.iteration < self.config.batch.train_iters and not self._is_exit():
                 self._iterate()
+            self._say_exit()
             return []
         metrics = MetricsFile(writer.run_folder, self.iteration) if self.mesh.rank == 0 else None
         try:
@@ -141,8 +142,8 @@ class Trainer:
                     f"stopped by SIGTERM at iteration {self.iteration} of {batch.train_iters}, which was saved; "
                     "--auto-resume goes on from there"
                 )
-            if self._is_exit() and not last:
-                self._say(f"stopping at iteration {self.iteration} of {batch.train_iters} (--exit-interval)")
+            if self._is_exit():
+                self._say_exit()
                 return
 
     def _is_exit(self) -> bool:
@@ -153,6 +154,12 @@ class Trainer:
             and self.iteration > self.plan.start.iteration
             and self.iteration % interval == 0
         )
+
+    def _say_exit(self) -> None:
+        if self.iteration < self.config.batch.train_iters:
+            self._say(
+                f"stopping at iteration {self.iteration} of {self.config.batch.train_iters} (--exit-interval)"
+            )
 
     def _iterate(self) -> dict[str, Any]:
         """Do one step and return its record."""

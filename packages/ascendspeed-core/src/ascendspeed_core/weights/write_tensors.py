@@ -57,9 +57,12 @@ class TensorFile:
         whole = Slice(tuple(tensor.shape), tuple(slice(0, length) for length in tensor.shape))
         start = self._file.tell()
         stream = _Stream(self._file)
+        tensor = tensor.detach()
+        if tensor.untyped_storage().nbytes() != tensor.nbytes:
+            # A view would be saved with all of the storage that it looks at.
+            tensor = tensor.clone()
         try:
-            # A clone, because a view would be saved with all of the storage that it looks at.
-            torch.save(tensor.detach().clone(), stream)  # type: ignore[arg-type] # all that it needs
+            torch.save(tensor, stream)  # type: ignore[arg-type] # all that it needs
         except RuntimeError as error:
             raise stream.error or error from None
         length = self._file.tell() - start
