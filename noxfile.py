@@ -37,9 +37,16 @@ def quickstart(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """All tests; arguments after `--` go to pytest."""
+    """All tests but the long sweeps; arguments after `--` go to pytest."""
     install(session, *TEST_TOOLS)
-    session.run("python", "-m", "pytest", *session.posargs, env={"OMP_NUM_THREADS": "1"})
+    session.run("python", "-m", "pytest", "-m", "not nightly", *session.posargs, env={"OMP_NUM_THREADS": "1"})
+
+
+@nox.session
+def nightly(session: nox.Session) -> None:
+    """The long sweeps; arguments after `--` go to pytest."""
+    install(session, *TEST_TOOLS)
+    session.run("python", "-m", "pytest", "-m", "nightly", *session.posargs, env={"OMP_NUM_THREADS": "1"})
 
 
 @nox.session

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.parallel import Layout
+from ascendspeed_data.errors import ConfigError
 
 COLUMN_PARALLEL = ("attention.q_proj", "mlp.gate_proj", "mlp.up_proj")
 """Linear layers of a transformer layer that are cut along their output."""
@@ -69,6 +70,9 @@ def tensor_slice(
         config: the model.
         layout: of all devices.
         tp_rank: which of the tensor-parallel devices.
+
+    Raises:
+        ConfigError: the devices do not divide what is cut; nothing is left over silently.
     """
     tp = layout.tp
     module, _, kind = name.rpartition(".")
@@ -76,15 +80,15 @@ def tensor_slice(
     if module in VOCABULARY:
         return Slice(shape, (rounded_share(shape[0], tp, tp_rank), *everything[1:]))
     if module.endswith(COLUMN_PARALLEL):
-        return Slice(shape, (_share(shape[0], tp, tp_rank), *everything[1:]))
+        return Slice(shape, (_share(name, shape[0], tp, tp_rank), *everything[1:]))
     if module.endswith(KEY_VALUE):
         copies = max(tp // config.num_key_value_heads, 1)
-        rows = _share(shape[0], tp // copies, tp_rank // copies)
+        rows = _share(name, shape[0], tp // copies, tp_rank // copies)
         return Slice(
             shape, (rows, *everything[1:]), copies, tp_rank % copies, has_partial_gradient=copies > 1
         )
     if module.endswith(ROW_PARALLEL) and kind == "weight":
-        return Slice(shape, (everything[0], _share(shape[1], tp, tp_rank)))
+        return Slice(shape, (everything[0], _share(name, shape[1], tp, tp_rank)))
     return Slice(shape, everything, tp, tp_rank, has_partial_gradient=layout.sequence_parallel)
 
 
@@ -116,6 +120,11 @@ def assign_writers(parts: Iterable[tuple[str, Slice, int]]) -> dict[str, int]:
     return writers
 
 
-def _share(length: int, parts: int, part: int) -> slice:
+def _share(name: str, length: int, parts: int, part: int) -> slice:
+    if length % parts:
+        raise ConfigError(
+            f"{name} has {length} rows or columns to cut, which {parts} devices do not divide; "
+            "choose a tensor_model_parallel_size that does"
+        )
     share = length // parts
     return slice(part * share, (part + 1) * share)
