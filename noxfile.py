@@ -9,7 +9,7 @@ import nox
 ROOT = Path(__file__).parent
 PACKAGES = ("data", "core", "ckpt", "infer", "eval")
 CONSTRAINTS = ROOT / "constraints.txt"
-TEST_TOOLS = ("pytest", "transformers", "protobuf")
+TEST_TOOLS = ("pytest", "pytest-xdist", "transformers", "protobuf")
 
 nox.options.sessions = ["tests"]
 nox.options.reuse_existing_virtualenvs = True
@@ -39,7 +39,9 @@ def quickstart(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """All tests but the long sweeps; arguments after `--` go to pytest."""
     install(session, *TEST_TOOLS)
-    session.run("python", "-m", "pytest", "-m", "not nightly", *session.posargs, env={"OMP_NUM_THREADS": "1"})
+    # Many tests wait for processes that start: two at a time use both cores of a small machine.
+    arguments = ("-m", "not nightly", "-n", "2", "--dist", "worksteal", *session.posargs)
+    session.run("python", "-m", "pytest", *arguments, env={"OMP_NUM_THREADS": "1"})
 
 
 @nox.session

@@ -47,6 +47,25 @@ def dataset(corpus: Path, tokenizer_folder: Path) -> Path:
     return job.prefix_of("text")
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Hand the tables of a process of pytest-xdist to the one that prints."""
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["tables"] = TABLES.tables
+
+
+class TablesOfProcesses:
+    """Takes the tables over from each process of pytest-xdist as it ends."""
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any, error: object) -> None:
+        TABLES.merge(getattr(node, "workeroutput", {}).get("tables", {}))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(TablesOfProcesses())
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     for line in TABLES.render():
         terminalreporter.write_line(line)

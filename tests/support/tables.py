@@ -11,7 +11,16 @@ class ReportTables:
 
     def add(self, title: str, header: Sequence[str], *row: object) -> None:
         """Add one row."""
-        self.tables.setdefault(title, (header, []))[1].append([_cell(value) for value in row])
+        self._add_cells(title, header, [_cell(value) for value in row])
+
+    def merge(self, tables: "dict[str, tuple[Sequence[str], list[Sequence[str]]]]") -> None:
+        """Add what another process of this test run collected."""
+        for title, (header, rows) in tables.items():
+            for row in rows:
+                self._add_cells(title, header, row)
+
+    def _add_cells(self, title: str, header: Sequence[str], cells: Sequence[str]) -> None:
+        self.tables.setdefault(title, (header, []))[1].append(cells)
 
     def render(self) -> list[str]:
         """Return all tables as aligned lines."""
