@@ -1,6 +1,6 @@
 """The architecture of one model, and the flags that name parts of it."""
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -8,13 +8,43 @@ from ascendspeed_core.config.base import Config, spellings
 from ascendspeed_data.errors import AscendSpeedError
 
 
+class RotaryScaling(Config):
+    """How rotary frequencies are changed so that a model reads longer texts than it was first trained on.
+
+    `linear` divides all positions (Chen et al., 2023). `llama3` divides slow frequencies only, as Llama 3.1 does.
+    `yarn` does so by a ramp over the dimensions, and makes attention sharper (Peng et al., 2023).
+    """
+
+    kind: Literal["linear", "llama3", "yarn"]
+    factor: float = Field(gt=0, description="By how much texts may be longer.")
+    original_max_position_embeddings: int | None = Field(
+        None, ge=1, description="Longest sequence before the change; llama3 and yarn need it."
+    )
+    low_freq_factor: float = Field(1.0, gt=0, description="llama3: slower frequencies are divided.")
+    high_freq_factor: float = Field(4.0, gt=0, description="llama3: faster frequencies stay.")
+    beta_fast: float = Field(32.0, gt=0, description="yarn: dimensions that turn more often stay.")
+    beta_slow: float = Field(1.0, gt=0, description="yarn: dimensions that turn less often are divided.")
+    attention_factor: float | None = Field(
+        None, gt=0, description="yarn: factor of cosine and sine. [default: 0.1 ln(factor) + 1]"
+    )
+
+    @model_validator(mode="after")
+    def _has_its_length(self) -> "RotaryScaling":
+        if self.kind != "linear" and self.original_max_position_embeddings is None:
+            raise ValueError(
+                f"rotary scaling {self.kind} lacks original_max_position_embeddings; add it to the model's config"
+            )
+        return self
+
+
 class ModelConfig(Config):
     """A decoder-only transformer, complete: two models with equal configs have the same tensors.
 
-    The word `llama` in `family` names the table that maps the model to and from a Hugging Face folder.
+    `family` names the table that maps the model to and from a Hugging Face folder. What a field leaves out is as in
+    LLaMA: RMSNorm, rotary positions, SwiGLU, no biases.
     """
 
-    family: str = Field(description="Name of the family's table: llama.")
+    family: str = Field(description="Name of the family's table, see `asd-core models`.")
     vocab_size: int = Field(ge=1, description="Rows of the embedding.")
     hidden_size: int = Field(ge=1, description="Width of the residual stream, H.")
     ffn_hidden_size: int = Field(ge=1, description="Width inside the MLP, F.")
@@ -27,8 +57,23 @@ class ModelConfig(Config):
     max_position_embeddings: int = Field(
         ge=1, description="Longest sequence the model was made for, in tokens."
     )
-    norm_epsilon: float = Field(gt=0, description="Added to the mean square in RMSNorm.")
-    rotary_base: float = Field(gt=0, description="Base of the rotary frequencies.")
+    norm: Literal["rmsnorm", "layernorm"] = Field(
+        "rmsnorm", description="Normalisation; layernorm has a bias."
+    )
+    norm_epsilon: float = Field(gt=0, description="Added to the mean square or the variance.")
+    position: Literal["rotary", "alibi"] = Field("rotary", description="How places are told apart.")
+    rotary_base: float = Field(10000.0, gt=0, description="Base of the rotary frequencies.")
+    rotary_scaling: RotaryScaling | None = Field(None, description="Change of the rotary frequencies.")
+    sliding_window: int | None = Field(
+        None, ge=1, description="A token sees itself and the tokens before it, so many in all. [default: all]"
+    )
+    mlp: Literal["swiglu", "gelu"] = Field("swiglu", description="MLP; gelu is its tanh approximation.")
+    qkv_bias: bool = Field(False, description="Queries, keys and values have a bias.")
+    output_bias: bool = Field(False, description="The attention's output projection has a bias.")
+    mlp_bias: bool = Field(False, description="The MLP's projections have a bias.")
+    qk_norm: bool = Field(False, description="Each query and key head is normalised (RMSNorm).")
+    embedding_norm: bool = Field(False, description="A norm follows the embedding.")
+    normalised_head: bool = Field(False, description="Rows of the output head are used at length 1.")
     tie_word_embeddings: bool = Field(description="The output head uses the embedding's weight.")
     initializer_range: float = Field(0.02, gt=0, description="Standard deviation of random weights.")
     bos_token_id: int | None = Field(None, description="Id that begins a text.")
@@ -42,21 +87,32 @@ class ModelConfig(Config):
                 f"num_key_value_heads={self.num_key_value_heads} does not divide "
                 f"num_attention_heads={self.num_attention_heads}; choose a divisor"
             )
-        if self.head_dim % 2:
+        if self.position == "rotary" and self.head_dim % 2:
             raise ValueError(
                 f"head_dim={self.head_dim} is odd; rotary embedding turns pairs, choose an even size"
+            )
+        if self.position == "alibi" and self.rotary_scaling:
+            raise ValueError("rotary_scaling was given for position=alibi, which has no rotary frequencies")
+        if self.normalised_head and self.tie_word_embeddings:
+            raise ValueError(
+                "normalised_head=true needs a head of its own; no model has tie_word_embeddings=true with it"
             )
         return self
 
     @property
     def num_parameters(self) -> int:
         """Number of weights; a tied head is counted once."""
-        attention = (
-            self.hidden_size * self.head_dim * 2 * (self.num_attention_heads + self.num_key_value_heads)
+        queries, keys = (self.head_dim * n for n in (self.num_attention_heads, self.num_key_value_heads))
+        projections = 3 if self.mlp == "swiglu" else 2
+        norm = self.hidden_size * (2 if self.norm == "layernorm" else 1)
+        layer = (
+            2 * self.hidden_size * (queries + keys) + projections * self.hidden_size * self.ffn_hidden_size
         )
-        layer = attention + 3 * self.hidden_size * self.ffn_hidden_size + 2 * self.hidden_size
+        layer += self.qkv_bias * (queries + 2 * keys) + self.output_bias * self.hidden_size
+        layer += self.mlp_bias * ((projections - 1) * self.ffn_hidden_size + self.hidden_size)
+        layer += 2 * norm + self.qk_norm * 2 * self.head_dim
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
-        return self.num_layers * layer + embeddings + self.hidden_size
+        return self.num_layers * layer + embeddings + (1 + self.embedding_norm) * norm
 
 
 class ArchitectureFlags(Config):

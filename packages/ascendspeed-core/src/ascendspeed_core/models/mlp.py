@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ascendspeed_core.config.model import ModelConfig
+from ascendspeed_core.models.projections import Projections
 
 
 class SwiGLU(nn.Module):
@@ -15,11 +16,33 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.ffn_hidden_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.ffn_hidden_size, bias=False)
-        self.down_proj = nn.Linear(config.ffn_hidden_size, config.hidden_size, bias=False)
+        inner, bias = config.ffn_hidden_size, config.mlp_bias
+        self.gate_proj = nn.Linear(config.hidden_size, inner, bias=bias)
+        self.up_proj = nn.Linear(config.hidden_size, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, config.hidden_size, bias=bias)
+        self.projections = Projections(self, ("gate_proj", "up_proj"))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, S, H] -> [B, S, H]."""
-        out: torch.Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.projections(x)
+        out: torch.Tensor = self.down_proj(F.silu(gate) * up)
         return out
+
+
+class GeluMLP(nn.Module):
+    """`down(gelu(up(x)))` with gelu's tanh approximation (Hendrycks and Gimpel, 2016), as in GPT-2 and Bloom."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.ffn_hidden_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.ffn_hidden_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, S, H] -> [B, S, H]."""
+        out: torch.Tensor = self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
+        return out
+
+
+def make_mlp(config: ModelConfig) -> SwiGLU | GeluMLP:
+    """Return the MLP that the config asks for."""
+    return SwiGLU(config) if config.mlp == "swiglu" else GeluMLP(config)

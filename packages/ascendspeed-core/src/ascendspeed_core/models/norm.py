@@ -6,6 +6,8 @@ Shapes: B batch, S sequence, H hidden size.
 import torch
 from torch import nn
 
+from ascendspeed_core.config.model import ModelConfig
+
 
 class RMSNorm(nn.Module):
     """Root mean square normalisation, `x / rms(x) * weight` (Zhang and Sennrich, 2019, section 3).
@@ -24,3 +26,10 @@ class RMSNorm(nn.Module):
         wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.epsilon)
         return self.weight * normed.to(x.dtype)
+
+
+def make_norm(config: ModelConfig) -> RMSNorm | nn.LayerNorm:
+    """Return the norm of the residual stream: RMSNorm, or LayerNorm with a bias (Ba et al., 2016)."""
+    if config.norm == "layernorm":
+        return nn.LayerNorm(config.hidden_size, eps=config.norm_epsilon)
+    return RMSNorm(config.hidden_size, config.norm_epsilon)

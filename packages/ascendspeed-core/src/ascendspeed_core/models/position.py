@@ -1,34 +1,160 @@
-"""Rotary position embedding (Su et al., 2021, RoFormer, section 3.4.2), half-split layout of GPT-NeoX and LLaMA.
+"""How attention tells places apart: rotary embedding or ALiBi, and which keys a query sees.
 
-Shapes: B batch, S sequence, N heads (this device's), D head size.
+Shapes: B batch, S queries, T keys (the last S of them belong to the queries), N query heads of this device, D head
+size.
 """
+
+import math
+from dataclasses import dataclass
 
 import torch
 
+from ascendspeed_core.config.model import ModelConfig, RotaryScaling
 
-class RotaryTable:
-    """Cosines and sines of every position up to a length; not a module, so it never enters a checkpoint.
+
+@dataclass(frozen=True)
+class Places:
+    """What attention needs to know of places; the same for all layers.
+
+    Attributes:
+        rotary: cosine and sine of the queries' positions, [B, S, 1, D] each; `None` without rotary embedding.
+        mask: what is added to the scores, [N, S, T], or which keys are seen (bool), [S, T]; `None` when a query sees
+            all keys up to its own place, and queries are as many as keys or a single last one.
+    """
+
+    rotary: tuple[torch.Tensor, torch.Tensor] | None
+    mask: torch.Tensor | None
+
+
+class Positions:
+    """Makes `Places`; not a module, so it never enters a checkpoint.
+
+    Attributes:
+        heads: query heads of this device, all of them unless the model is cut over devices.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        self._window = config.sliding_window
+        self._rotary = RotaryEmbedding(config) if config.position == "rotary" else None
+        self._slopes = alibi_slopes(config.num_attention_heads) if config.position == "alibi" else None
+        self.heads = range(config.num_attention_heads)
+
+    def at(self, positions: torch.Tensor, num_keys: int, dtype: torch.dtype) -> Places:
+        """Return what attention needs.
+
+        Args:
+            positions: place of each query in its text, [B, S]; rotary embedding turns by it.
+            num_keys: T; masks and ALiBi go by the order of keys.
+            dtype: of the hidden states.
+        """
+        slopes = None
+        if self._slopes is not None:
+            mine = self._slopes[self.heads.start : self.heads.stop]
+            wide = dtype if dtype == torch.float64 else torch.float32
+            slopes = torch.tensor(mine, dtype=wide, device=positions.device)
+        mask = attention_mask(positions.shape[1], num_keys, self._window, slopes, positions.device)
+        if mask is not None and mask.is_floating_point():
+            mask = mask.to(dtype)
+        return Places(self._rotary.at(positions, dtype) if self._rotary else None, mask)
+
+
+def attention_mask(
+    queries: int, keys: int, window: int | None, slopes: torch.Tensor | None, device: torch.device
+) -> torch.Tensor | None:
+    """Return the mask of `Places`: causal, within a window, with ALiBi's `slope * (key - query)` where asked for.
+
+    Args:
+        queries: S.
+        keys: T.
+        window: keys that a query sees, its own included.
+        slopes: of ALiBi, one for each head, [N].
+        device: where.
+    """
+    is_windowed = window is not None and keys > window
+    if slopes is None and not is_windowed and queries in (1, keys):
+        return None
+    own = torch.arange(keys - queries, keys, device=device)
+    distance = torch.arange(keys, device=device) - own.unsqueeze(-1)
+    seen = distance <= 0
+    if window is not None and is_windowed:
+        seen &= distance > -window
+    if slopes is None:
+        return seen
+    return (slopes[:, None, None] * distance).masked_fill(~seen, -torch.inf)
+
+
+def alibi_slopes(num_heads: int) -> list[float]:
+    """Return the slope of each head (Press et al., 2022, section 3; other numbers than powers of 2 as in its code)."""
+    power = 2 ** math.floor(math.log2(num_heads))
+    slopes = [2.0 ** (-8 * (head + 1) / power) for head in range(power)]
+    return slopes + [2.0 ** (-4 * (2 * head + 1) / power) for head in range(num_heads - power)]
+
+
+class RotaryEmbedding:
+    """Cosines and sines (Su et al., 2021, RoFormer, section 3.4.2), half-split layout of GPT-NeoX and LLaMA.
 
     Computed in fp32, as the published weights were trained.
     """
 
-    def __init__(self, head_dim: int, base: float, max_positions: int) -> None:
-        self.head_dim, self.base, self.max_positions = head_dim, base, max_positions
-        self._table: tuple[torch.Tensor, torch.Tensor] | None = None
+    def __init__(self, config: ModelConfig) -> None:
+        self._config = config
+        self._frequencies: torch.Tensor | None = None
+        self._magnitude = magnitude_of(config.rotary_scaling)
 
     def at(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Return cosine and sine, each [B, S, 1, D], for `positions` [B, S]."""
-        if self._table is None or self._table[0].device != positions.device:
-            self._table = self._compute(positions.device)
-        cos, sin = self._table
-        return cos[positions].unsqueeze(-2).to(dtype), sin[positions].unsqueeze(-2).to(dtype)
+        if self._frequencies is None or self._frequencies.device != positions.device:
+            self._frequencies = rotary_frequencies(self._config).to(positions.device)
+        angles = positions.float().unsqueeze(-1) * self._frequencies
+        angles = torch.cat([angles, angles], dim=-1).unsqueeze(-2)
+        return (angles.cos() * self._magnitude).to(dtype), (angles.sin() * self._magnitude).to(dtype)
 
-    def _compute(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        pairs = torch.arange(0, self.head_dim, 2, dtype=torch.int64).float()
-        frequencies = 1.0 / (self.base ** (pairs / self.head_dim))
-        angles = torch.outer(torch.arange(self.max_positions).float(), frequencies)
-        angles = torch.cat([angles, angles], dim=-1)
-        return angles.cos().to(device), angles.sin().to(device)
+
+def rotary_frequencies(config: ModelConfig) -> torch.Tensor:
+    """Return the angle per position of each pair of dimensions, fp32, [D/2]."""
+    pairs = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float()
+    frequencies = 1.0 / (config.rotary_base ** (pairs / config.head_dim))
+    scaling = config.rotary_scaling
+    if scaling is None:
+        return frequencies
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    assert scaling.original_max_position_embeddings is not None
+    if scaling.kind == "llama3":
+        return _llama3(frequencies, scaling, scaling.original_max_position_embeddings)
+    return _yarn(frequencies, config, scaling, scaling.original_max_position_embeddings)
+
+
+def _llama3(frequencies: torch.Tensor, scaling: RotaryScaling, length: int) -> torch.Tensor:
+    """Divide frequencies that turn rarely within the original length, keep fast ones, blend between (Llama 3.1)."""
+    turns = length * frequencies / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - keep) * frequencies / scaling.factor + keep * frequencies
+
+
+def _yarn(
+    frequencies: torch.Tensor, config: ModelConfig, scaling: RotaryScaling, length: int
+) -> torch.Tensor:
+    """Blend by a ramp over dimensions (Peng et al., 2023, YaRN, section 3.2)."""
+
+    def dimension_of(turns: float) -> float:
+        return config.head_dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(config.rotary_base))
+
+    first = max(math.floor(dimension_of(scaling.beta_fast)), 0)
+    last = min(math.ceil(dimension_of(scaling.beta_slow)), config.head_dim - 1)
+    places = torch.arange(config.head_dim // 2, dtype=torch.float32)
+    divide = ((places - first) / max(last - first, 0.001)).clamp(0, 1)
+    return divide * frequencies / scaling.factor + (1 - divide) * frequencies
+
+
+def magnitude_of(scaling: RotaryScaling | None) -> float:
+    """Return the factor of cosine and sine: YaRN sharpens attention with it (section 3.4), others do not."""
+    if scaling is None or scaling.kind != "yarn":
+        return 1.0
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    return 0.1 * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

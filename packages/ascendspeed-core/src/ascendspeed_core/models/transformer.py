@@ -10,9 +10,10 @@ from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.parallel import Stage
 from ascendspeed_core.models.attention import Attention
 from ascendspeed_core.models.cache import KeyValueCache
-from ascendspeed_core.models.mlp import SwiGLU
-from ascendspeed_core.models.norm import RMSNorm
-from ascendspeed_core.models.position import RotaryTable
+from ascendspeed_core.models.head import make_head
+from ascendspeed_core.models.mlp import make_mlp
+from ascendspeed_core.models.norm import RMSNorm, make_norm
+from ascendspeed_core.models.position import Places, Positions
 
 
 class TransformerLayer(nn.Module):
@@ -20,20 +21,16 @@ class TransformerLayer(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
+        self.attention_norm = make_norm(config)
         self.attention = Attention(config)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
-        self.mlp = SwiGLU(config)
+        self.mlp_norm = make_norm(config)
+        self.mlp = make_mlp(config)
 
     def forward(
-        self,
-        x: torch.Tensor,
-        rotary: tuple[torch.Tensor, torch.Tensor],
-        cache: KeyValueCache | None = None,
-        cache_layer: int = 0,
+        self, x: torch.Tensor, places: Places, cache: KeyValueCache | None = None, cache_layer: int = 0
     ) -> torch.Tensor:
         """[B, S, H] -> [B, S, H]; see `Attention` for the other arguments."""
-        x = x + self.attention(self.attention_norm(x), rotary=rotary, cache=cache, cache_layer=cache_layer)
+        x = x + self.attention(self.attention_norm(x), places=places, cache=cache, cache_layer=cache_layer)
         out: torch.Tensor = x + self.mlp(self.mlp_norm(x))
         return out
 
@@ -51,15 +48,18 @@ class Transformer(nn.Module):
         self.config = config
         self.stage = stage or Stage(0, 1, range(config.num_layers))
         self.embedding: nn.Embedding | None = None
-        self.final_norm: RMSNorm | None = None
+        self.embedding_norm: RMSNorm | nn.LayerNorm | None = None
+        self.final_norm: RMSNorm | nn.LayerNorm | None = None
         self.output_head: nn.Linear | None = None
         if self.stage.is_first or (self.stage.is_last and config.tie_word_embeddings):
             self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        if self.stage.is_first and config.embedding_norm:
+            self.embedding_norm = make_norm(config)
         self.layers = nn.ModuleDict({str(number): TransformerLayer(config) for number in self.stage.layers})
         if self.stage.is_last:
-            self.final_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
-            self.output_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.rotary = RotaryTable(config.head_dim, config.rotary_base, config.max_position_embeddings)
+            self.final_norm = make_norm(config)
+            self.output_head = make_head(config)
+        self.positions = Positions(config)
         self.tie_weights()
 
     def tie_weights(self) -> None:
@@ -92,9 +92,12 @@ class Transformer(nn.Module):
         if positions is None:
             positions = following_positions(tokens, cache)
         x = self.embedding(tokens) if self.stage.is_first and self.embedding is not None else tokens
-        rotary = self.rotary.at(positions, x.dtype)
-        for place, layer in enumerate(self.layers.values()):
-            x = layer(x, rotary, cache, place)
+        if self.embedding_norm is not None:
+            x = self.embedding_norm(x)
+        num_keys = positions.shape[1] + (cache.length_tokens if cache is not None else 0)
+        places = self.positions.at(positions, num_keys, x.dtype)
+        for number, layer in enumerate(self.layers.values()):
+            x = layer(x, places, cache, number)
         if cache is not None:
             cache.advance(positions.shape[1])
         if self.output_head is None or self.final_norm is None:

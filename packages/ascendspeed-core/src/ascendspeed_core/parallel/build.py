@@ -4,6 +4,7 @@ import torch
 
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.parallel import stages
+from ascendspeed_core.models.projections import join_projections
 from ascendspeed_core.models.transformer import Transformer, empty_transformer
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.slices import Slice, tensor_slice
@@ -12,10 +13,18 @@ from ascendspeed_core.weights.load import load_weights, parameter_shapes
 from ascendspeed_core.weights.source import WeightSource
 
 
-def build_model(config: ModelConfig, mesh: ParallelMesh, dtype: torch.dtype) -> Transformer:
+def build_model(
+    config: ModelConfig, mesh: ParallelMesh, dtype: torch.dtype, joined_projections: bool = False
+) -> Transformer:
     """Return this process's part of the model, its storage on the device but not filled.
 
     No process ever holds more than its own slices.
+
+    Args:
+        config: the model.
+        mesh: this process's place.
+        dtype: of the weights.
+        joined_projections: one matrix product for queries, keys and values, and one for gate and up.
     """
     stage = stages(config.num_layers, mesh.layout.pp)[mesh.pp_rank]
     model = empty_transformer(config, dtype, stage)
@@ -24,12 +33,16 @@ def build_model(config: ModelConfig, mesh: ParallelMesh, dtype: torch.dtype) -> 
         apply_tensor_parallel(model, group, mesh.layout)
     model = model.to_empty(device=mesh.device.torch)
     model.tie_weights()
+    if joined_projections:
+        join_projections(model)
     return model
 
 
-def load_model(source: WeightSource, mesh: ParallelMesh, dtype: torch.dtype) -> Transformer:
+def load_model(
+    source: WeightSource, mesh: ParallelMesh, dtype: torch.dtype, joined_projections: bool = False
+) -> Transformer:
     """Return this process's part of the model that `source` holds, reading only its own slices."""
-    model = build_model(source.config, mesh, dtype)
+    model = build_model(source.config, mesh, dtype, joined_projections)
     load_weights(model, source, parameter_slices(model, mesh))
     return model
 

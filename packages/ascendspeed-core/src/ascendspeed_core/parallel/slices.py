@@ -1,8 +1,8 @@
 """Which part of each tensor a device holds: one table for layers, optimizer and checkpoints; pure arithmetic.
 
 Column-parallel weights, [out, in], are cut by rows, row-parallel ones by columns, embedding and head by rows of the
-vocabulary. Everything else is whole on every device. Keys and values are cut by heads; with more devices than heads,
-each head is on several devices.
+vocabulary; the biases of column-parallel layers are cut like their rows. Everything else is whole on every device.
+Keys and values are cut by heads; with more devices than heads, each head is on several devices.
 """
 
 from collections.abc import Iterable
@@ -20,6 +20,9 @@ KEY_VALUE = ("attention.k_proj", "attention.v_proj")
 
 ROW_PARALLEL = ("attention.o_proj", "mlp.down_proj")
 """Linear layers that are cut along their input; their results are added up."""
+
+OF_EVERY_HEAD = ("attention.q_norm", "attention.k_norm")
+"""Norms inside the cut: whole on every device, but each sees only its own heads."""
 
 VOCABULARY = ("embedding", "output_head")
 """Tensors with a row for each id; the last devices may hold fewer."""
@@ -89,7 +92,15 @@ def tensor_slice(
         )
     if module.endswith(ROW_PARALLEL) and kind == "weight":
         return Slice(shape, (everything[0], _share(name, shape[1], tp, tp_rank)))
+    if module.endswith(OF_EVERY_HEAD):
+        return Slice(shape, everything, tp, tp_rank, has_partial_gradient=tp > 1)
     return Slice(shape, everything, tp, tp_rank, has_partial_gradient=layout.sequence_parallel)
+
+
+def query_heads(config: ModelConfig, tp: int, tp_rank: int) -> range:
+    """Return which query heads a device holds."""
+    mine = _share("num_attention_heads", config.num_attention_heads, tp, tp_rank)
+    return range(mine.start, mine.stop)
 
 
 def rounded_share(length: int, parts: int, part: int) -> slice:

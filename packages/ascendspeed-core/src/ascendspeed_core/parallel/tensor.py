@@ -33,7 +33,7 @@ from ascendspeed_core.parallel.collectives import (
     sum_over_group,
     sum_over_group_scattering_sequence,
 )
-from ascendspeed_core.parallel.slices import ROW_PARALLEL, rounded_share, tensor_slice
+from ascendspeed_core.parallel.slices import ROW_PARALLEL, query_heads, rounded_share, tensor_slice
 
 ENTRANCES = ("attention", "mlp")
 """Modules of a layer whose input is the same everywhere and whose inside is cut."""
@@ -74,6 +74,7 @@ def apply_tensor_parallel(model: Transformer, group: dist.ProcessGroup, layout: 
     else:
         border = _Border(group, partial(copy_to_group, group=group), partial(sum_over_group, group=group))
     _cut_parameters(model, layout, dist.get_rank(group))
+    model.positions.heads = query_heads(model.config, layout.tp, dist.get_rank(group))
     for layer in model.layers.values():
         for name in ROW_PARALLEL:
             _sum_results(layer.get_submodule(name), border)

@@ -18,7 +18,7 @@ class InitialWeights:
     """Weights of a model that has not been trained.
 
     Matrices are normal with the config's `initializer_range`, divided by sqrt(2 L) where they write into the
-    residual stream; norm weights are 1. All are drawn in fp32.
+    residual stream; norm weights are 1, biases 0. All are drawn in fp32.
     """
 
     kind = "random"
@@ -36,6 +36,8 @@ class InitialWeights:
     def read(self, name: str, index: Index = ()) -> torch.Tensor:
         """Draw the whole tensor and return a slice of it."""
         shape = self._shapes[name]
+        if name.endswith(".bias"):
+            return torch.zeros(shape)[index]
         if len(shape) == 1:
             return torch.ones(shape)[index]
         generator = torch.Generator().manual_seed(_seed_of(self.seed, name))

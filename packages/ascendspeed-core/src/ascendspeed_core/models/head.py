@@ -1,0 +1,45 @@
+"""From hidden states to logits.
+
+Shapes: H hidden size, V vocabulary (V/tp on each device under tensor parallel).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ascendspeed_core.config.model import ModelConfig
+
+
+class NormalisedHead(nn.Linear):
+    """Logits are the cosine between hidden state and weight row, times the hidden state's length (Baichuan 2).
+
+    The published code divides the weight by the lengths of its rows; dividing the logits is the same and needs
+    neither a second weight nor its gradient.
+    """
+
+    def __init__(self, hidden_size: int, vocab_size: int) -> None:
+        super().__init__(hidden_size, vocab_size, bias=False)
+        self._kept: tuple[int, int, torch.Tensor] | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., H] -> [..., V]."""
+        return F.linear(x, self.weight) / self._lengths().to(x.dtype)
+
+    def _lengths(self) -> torch.Tensor:
+        """Length of each row, [V], fp32 or float64; kept while no gradient is wanted and the weight is unchanged."""
+        weight = self.weight
+        state = (weight.data_ptr(), weight._version)
+        if not torch.is_grad_enabled() and self._kept is not None and self._kept[:2] == state:
+            return self._kept[2]
+        wide = weight if weight.dtype == torch.float64 else weight.float()
+        lengths = wide.square().sum(-1).sqrt().clamp_min(1e-12)
+        if not torch.is_grad_enabled():
+            self._kept = (*state, lengths)
+        return lengths
+
+
+def make_head(config: ModelConfig) -> nn.Linear:
+    """Return the output head that the config asks for."""
+    if config.normalised_head:
+        return NormalisedHead(config.hidden_size, config.vocab_size)
+    return nn.Linear(config.hidden_size, config.vocab_size, bias=False)

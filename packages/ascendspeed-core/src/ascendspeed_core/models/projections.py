@@ -1,0 +1,97 @@
+"""Linear layers that read the same input: one matrix product each, or one for all of them.
+
+Joined layers stay layers of their own, with their names, parameters and gradients; only their storage lies in one
+piece, so that one product over all rows gives all results. Checkpoints, optimizer and tensor parallelism see nothing
+of it.
+
+Shapes: H input size, R_i output size of layer i (its share under tensor parallel), R their sum.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class Projections:
+    """The named linear layers of a module; not a module, so that it adds no name.
+
+    Args:
+        owner: the module that holds the layers.
+        names: attributes of it.
+    """
+
+    def __init__(self, owner: nn.Module, names: tuple[str, ...]) -> None:
+        self._owner, self._names = owner, names
+        self._weight: torch.Tensor | None = None
+        self._bias: torch.Tensor | None = None
+
+    def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Apply every layer: [..., H] -> [..., R_i] each."""
+        layers = self._layers()
+        if self._weight is None:
+            return [layer(x) for layer in layers]
+        parameters = [layer.weight for layer in layers]
+        parameters += [layer.bias for layer in layers if layer.bias is not None]
+        joined: torch.Tensor = _JoinedLinear.apply(x, self._weight, self._bias, *parameters)
+        return list(joined.split([layer.weight.shape[0] for layer in layers], dim=-1))
+
+    def join(self) -> None:
+        """Lay the layers' parameters into one piece each of weights and biases; their values stay.
+
+        Called when the parameters have their final storage; whoever replaces that calls it again.
+        """
+        layers = self._layers()
+        self._weight = _lay_together([layer.weight for layer in layers])
+        has_bias = layers[0].bias is not None
+        self._bias = _lay_together([layer.bias for layer in layers]) if has_bias else None
+
+    def _layers(self) -> list[nn.Linear]:
+        return [getattr(self._owner, name) for name in self._names]
+
+
+def join_projections(model: nn.Module) -> None:
+    """Make one matrix product of layers that read the same input, in every module that has such layers."""
+    for module in model.modules():
+        projections = getattr(module, "projections", None)
+        if isinstance(projections, Projections):
+            projections.join()
+
+
+def _lay_together(parameters: list[nn.Parameter]) -> torch.Tensor:
+    together = torch.cat([parameter.detach() for parameter in parameters])
+    start = 0
+    for parameter in parameters:
+        end = start + parameter.shape[0]
+        parameter.data = together[start:end]
+        start = end
+    return together
+
+
+class _JoinedLinear(torch.autograd.Function):
+    """`x @ weight.T + bias`; the gradients go to the parameters whose storage `weight` and `bias` are."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *parameters: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        count = len(parameters) // (2 if bias is not None else 1)
+        ctx.rows = [parameter.shape[0] for parameter in parameters[:count]]
+        ctx.has_bias = bias is not None
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        gradient = gradients[0]
+        of_x = gradient @ weight if ctx.needs_input_grad[0] else None
+        wanted = ctx.needs_input_grad[3:]
+        if not any(wanted):
+            return of_x, None, None, *(None for _ in wanted)
+        flat = gradient.flatten(0, -2)
+        of_parameters = list((flat.T @ x.flatten(0, -2)).split(ctx.rows))
+        if ctx.has_bias:
+            of_parameters += flat.sum(0).split(ctx.rows)
+        return of_x, None, None, *(g if w else None for g, w in zip(of_parameters, wanted, strict=True))
