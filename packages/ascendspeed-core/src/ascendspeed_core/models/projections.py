@@ -32,7 +32,7 @@ class Projections:
         layers = self._layers()
         if self._weight is None:
             return [layer(x) for layer in layers]
-        parameters = [layer.weight for layer in layers]
+        parameters: list[torch.Tensor] = [layer.weight for layer in layers]
         parameters += [layer.bias for layer in layers if layer.bias is not None]
         joined: torch.Tensor = _JoinedLinear.apply(x, self._weight, self._bias, *parameters)
         return list(joined.split([layer.weight.shape[0] for layer in layers], dim=-1))

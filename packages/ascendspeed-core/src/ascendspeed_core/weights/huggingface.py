@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 
 from ascendspeed_core.device import HOST
-from ascendspeed_core.models.families import Family, family_of_hugging_face
+from ascendspeed_core.models.families import Family, WeightRule, family_of_hugging_face
 from ascendspeed_core.weights.source import CheckpointError, Index, TensorInfo, inside
 from ascendspeed_data.tokenizer import DEFINING_FILES
 
@@ -32,8 +33,8 @@ class HuggingFaceSource:
         self.hf_config = read_json(path / "config.json")
         self.family: Family = family_of_hugging_face(self.hf_config, str(path / "config.json"))
         self.config = self.family.read_config(self.hf_config | _generation_ids(path))
-        self._theirs = {rule.ours: rule.theirs for rule in self.family.weights(self.config)}
         self._files: dict[Path, Any] = {}
+        self._rules = self._rules_of_this_folder()
         self._check_names()
 
     @property
@@ -43,11 +44,21 @@ class HuggingFaceSource:
 
     def tensors(self) -> Mapping[str, TensorInfo]:
         """Return every tensor by our name."""
-        return {ours: self._info(theirs) for ours, theirs in self._theirs.items()}
+        return {ours: self._info_of(rule) for ours, rule in self._rules.items()}
 
     def read(self, name: str, index: Index = ()) -> torch.Tensor:
         """Read a slice; only its bytes leave the disk."""
-        theirs = self._theirs[name]
+        rule = self._rules[name]
+        if rule.packed is None:
+            return self._read(rule.theirs, index)
+        rows = index[0] if index else slice(0, rule.packed.num_rows(self.config))
+        places = list(rule.packed.places(self.config, rows))
+        if not places:
+            return self._read(rule.theirs, (slice(0, 0), *index[1:]))
+        columns = index[1:] or tuple(slice(0, length) for length in self._info(rule.theirs).shape[1:])
+        return torch.cat([self._read(rule.theirs, (place, *columns)) for place in places])
+
+    def _read(self, theirs: str, index: Index) -> torch.Tensor:
         opened = self._open(self._places[theirs])
         if isinstance(opened, dict):
             tensor: torch.Tensor = opened[theirs]
@@ -55,6 +66,14 @@ class HuggingFaceSource:
         view = opened.get_slice(theirs)
         whole: torch.Tensor = view[index] if index else view[:]
         return whole
+
+    def _rules_of_this_folder(self) -> dict[str, WeightRule]:
+        """The family's table by our names; a folder of a model without its head leaves the prefix out."""
+        prefix = self.family.prefix
+        rules = {rule.ours: rule for rule in self.family.weights(self.config)}
+        if not prefix or any(name.startswith(prefix) for name in self._places):
+            return rules
+        return {ours: replace(rule, theirs=rule.theirs.removeprefix(prefix)) for ours, rule in rules.items()}
 
     @cached_property
     def _places(self) -> dict[str, Path]:
@@ -99,14 +118,26 @@ class HuggingFaceSource:
             )
         return TensorInfo(tuple(view.get_shape()), SAFETENSORS_DTYPES[stored])
 
+    def _info_of(self, rule: WeightRule) -> TensorInfo:
+        """What is known of one of our tensors."""
+        info = self._info(rule.theirs)
+        if rule.packed is None:
+            return info
+        packed = sum(block.rows for block in rule.packed.blocks(self.config))
+        if info.shape[0] != packed:
+            raise CheckpointError(
+                f"{self._folder}: {rule.theirs} has {info.shape[0]} rows, the config makes it {packed}; its config and "
+                "its weights disagree"
+            )
+        return TensorInfo((rule.packed.num_rows(self.config), *info.shape[1:]), info.dtype)
+
     def _check_names(self) -> None:
         """Every tensor of the model is there, and none that we would drop."""
-        missing = sorted(set(self._theirs.values()) - set(self._places))
+        wanted = {rule.theirs for rule in self._rules.values()}
+        missing = sorted(wanted - set(self._places))
         if missing:
             raise CheckpointError(f"{self._folder} lacks {len(missing)} tensors, first {missing[0]}")
-        extra = sorted(
-            name for name in set(self._places) - set(self._theirs.values()) if not self._derived(name)
-        )
+        extra = sorted(name for name in set(self._places) - wanted if not self._derived(name))
         if extra:
             raise CheckpointError(
                 f"{self._folder} holds {len(extra)} tensors that {self.family.name} has no place for, first {extra[0]}"

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 
 from ascendspeed_core.models.families import find_family
+from ascendspeed_core.models.families.config_rules import written_end_ids
 from ascendspeed_core.weights.huggingface import SAFETENSORS_DTYPES
+from ascendspeed_core.weights.huggingface_names import HuggingFaceNames
 from ascendspeed_core.weights.source import TensorInfo, WeightSource
 
 DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
@@ -24,7 +26,6 @@ DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 class _Planned:
     """One tensor to be written."""
 
-    ours: str
     theirs: str
     info: TensorInfo
 
@@ -45,10 +46,11 @@ def write_hugging_face(
         max_shard_bytes: weights in one file, unless a single tensor is larger.
         on_bytes: told how many bytes were written after each tensor.
     """
-    shards = plan_shards(source, dtype, max_shard_bytes)
+    weights = HuggingFaceNames(source)
+    shards = plan_shards(weights, dtype, max_shard_bytes)
     names = shard_names(len(shards))
     for name, shard in zip(names, shards, strict=True):
-        _write_shard(source, folder / name, shard, on_bytes)
+        _write_shard(weights, folder / name, shard, on_bytes)
     if len(shards) > 1:
         weight_map = {p.theirs: name for name, shard in zip(names, shards, strict=True) for p in shard}
         total = sum(planned.info.num_bytes for shard in shards for planned in shard)
@@ -59,24 +61,21 @@ def write_hugging_face(
     first = shards[0][0].info.dtype
     config = find_family(source.config.family).write_config(source.config)
     _write_json(folder / "config.json", config | {"dtype": str(first).removeprefix("torch.")})
-    eos = list(source.config.eos_token_ids)
     generation = {
         "bos_token_id": source.config.bos_token_id,
-        "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
+        "eos_token_id": written_end_ids(source.config),
     }
     _write_json(folder / "generation_config.json", {k: v for k, v in generation.items() if v is not None})
 
 
 def plan_shards(
-    source: WeightSource, dtype: torch.dtype | None, max_shard_bytes: int
+    weights: HuggingFaceNames, dtype: torch.dtype | None, max_shard_bytes: int
 ) -> list[list[_Planned]]:
     """Return which tensors go into which file, in the order of the family's table."""
-    tensors = source.tensors()
     shards: list[list[_Planned]] = [[]]
     size = 0
-    for rule in find_family(source.config.family).weights(source.config):
-        stored = tensors[rule.ours]
-        planned = _Planned(rule.ours, rule.theirs, TensorInfo(stored.shape, dtype or stored.dtype))
+    for theirs, stored in weights.tensors().items():
+        planned = _Planned(theirs, TensorInfo(stored.shape, dtype or stored.dtype))
         if shards[-1] and size + planned.info.num_bytes > max_shard_bytes:
             shards.append([])
             size = 0
@@ -93,7 +92,7 @@ def shard_names(count: int) -> list[str]:
 
 
 def _write_shard(
-    source: WeightSource, path: Path, shard: Sequence[_Planned], on_bytes: Callable[[int], None]
+    weights: HuggingFaceNames, path: Path, shard: Sequence[_Planned], on_bytes: Callable[[int], None]
 ) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -111,7 +110,7 @@ def _write_shard(
         file.write(struct.pack("<Q", len(encoded)))
         file.write(encoded)
         for planned in shard:
-            tensor = source.read(planned.ours).to(planned.info.dtype).contiguous()
+            tensor = weights.read(planned.theirs).to(planned.info.dtype).contiguous()
             file.write(tensor.view(torch.uint8).numpy().data.cast("B"))
             on_bytes(planned.info.num_bytes)
 

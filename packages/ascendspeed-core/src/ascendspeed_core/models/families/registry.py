@@ -1,36 +1,83 @@
-"""The families that are known."""
+"""The families that are known: those of this package, and those that other packages add.
 
+Other packages add theirs under the entry-point group `ascendspeed_core.families`; each entry names a `Family`.
+"""
+
+from collections.abc import Mapping
+from importlib import metadata
 from types import MappingProxyType
 from typing import Any
 
+from ascendspeed_core.launch import announce
+from ascendspeed_core.models.families.aquila import AQUILA
+from ascendspeed_core.models.families.baichuan import BAICHUAN
 from ascendspeed_core.models.families.base import Family
+from ascendspeed_core.models.families.bloom import BLOOM
+from ascendspeed_core.models.families.internlm import INTERNLM
 from ascendspeed_core.models.families.llama import LLAMA
+from ascendspeed_core.models.families.mistral import MISTRAL
+from ascendspeed_core.models.families.qwen import QWEN2, QWEN3
 from ascendspeed_data.errors import AscendSpeedError, did_you_mean
 
-FAMILIES = MappingProxyType({family.name: family for family in (LLAMA,)})
-"""Families by name."""
+ENTRY_POINTS = "ascendspeed_core.families"
+
+FAMILIES = MappingProxyType(
+    {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, INTERNLM, AQUILA, BAICHUAN, BLOOM)}
+)
+"""Families of this package by name."""
+
+
+def known_families() -> Mapping[str, Family]:
+    """Return all families by name, those of installed packages included.
+
+    Raises:
+        AscendSpeedError: an installed one takes a name or an architecture that another has.
+    """
+    families = dict(FAMILIES)
+    for point in sorted(metadata.entry_points(group=ENTRY_POINTS), key=lambda point: point.name):
+        family: Family = point.load()
+        taken = {name for other in families.values() for name in other.architectures}
+        double = taken.intersection(family.architectures) or {family.name}.intersection(families)
+        if double:
+            raise AscendSpeedError(
+                f"{point.value} takes {', '.join(sorted(double))}, which another family has; uninstall "
+                f"{point.dist.name if point.dist else point.value} or rename it there"
+            )
+        families[family.name] = family
+    return families
 
 
 def find_family(name: str) -> Family:
     """Return the family of that name, or raise `AscendSpeedError`."""
-    if name not in FAMILIES:
+    if name in FAMILIES:
+        return FAMILIES[name]
+    families = known_families()
+    if name not in families:
         raise AscendSpeedError(
-            f"family={name} is unknown; known are {', '.join(FAMILIES)}{did_you_mean(name, FAMILIES)}"
+            f"family={name} is unknown; known are {', '.join(families)}{did_you_mean(name, families)}"
         )
-    return FAMILIES[name]
+    return families[name]
 
 
-def family_of_hugging_face(hf_config: dict[str, Any], where: str) -> Family:
+def family_of_hugging_face(hf_config: Mapping[str, Any], where: str) -> Family:
     """Return the family that a Hugging Face config names in `architectures`.
+
+    Code that the config names is never imported; one line says so.
 
     Raises:
         AscendSpeedError: no family claims it.
     """
     named = [str(name) for name in hf_config.get("architectures") or []]
-    for family in FAMILIES.values():
-        if any(name in family.architectures for name in named):
-            return family
-    known = [name for family in FAMILIES.values() for name in family.architectures]
-    raise AscendSpeedError(
-        f"{where}: architectures={named} is not supported; supported are {', '.join(known)}"
-    )
+    families = known_families()
+    found = next((f for f in families.values() if set(named) & set(f.architectures)), None)
+    if found is None:
+        known = [name for family in families.values() for name in family.architectures]
+        raise AscendSpeedError(
+            f"{where}: architectures={named} is not supported; supported are {', '.join(known)}"
+        )
+    asked = [key for key in ("auto_map", "trust_remote_code") if hf_config.get(key)]
+    if asked:
+        announce(
+            f"{where}: {' and '.join(asked)} not followed, no code of a model is run; read as {found.name}"
+        )
+    return found
