@@ -1,6 +1,7 @@
 """Every layout computes what one process computes."""
 
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -93,6 +94,51 @@ def test_training_equals_one_process(
         assert other.losses == ranks[0].losses
         first = ranks[number // per_stage * per_stage]
         assert all(torch.equal(other.weights[n], first.weights[n]) for n in other.weights)
+    assert min(want.norms) > 0.1
+
+
+BLOOM = {
+    "norm": "layernorm", "position": "alibi", "mlp": "gelu", "qkv_bias": True, "output_bias": True, "mlp_bias": True,
+    "embedding_norm": True, "tie_word_embeddings": True, "num_key_value_heads": 8, "vocab_size": 127,
+}  # fmt: skip
+FAMILIES: dict[str, dict[str, Any]] = {
+    "Bloom": BLOOM,
+    "Qwen 3": {"qk_norm": True, "vocab_size": 127},
+    "Qwen 2": {"qkv_bias": True, "tie_word_embeddings": True},
+    "Baichuan 2 13B": {"position": "alibi", "normalised_head": True, "num_key_value_heads": 8},
+}
+EVERYTHING = Layout(tp=2, pp=2, dp=2, sequence_parallel=True, sharded_optimizer=True)
+FAMILY_CASES = [
+    ("Bloom", Layout(tp=2, sequence_parallel=True), False),
+    ("Bloom", EVERYTHING, False),
+    ("Bloom", EVERYTHING, True),
+    ("Qwen 3", Layout(tp=2), False),
+    ("Qwen 3", Layout(tp=8, sequence_parallel=True), False),
+    ("Qwen 3", EVERYTHING, True),
+    ("Qwen 2", Layout(), True),
+    ("Qwen 2", Layout(tp=2, dp=2, sharded_optimizer=True), True),
+    ("Baichuan 2 13B", EVERYTHING, False),
+]
+"""Family, layout, whether projections are joined."""
+
+
+@cache
+def family_on_one_process(name: str) -> Trained:
+    torch.set_num_threads(1)
+    return train(tiny_config(**FAMILIES[name]), Layout(), "float64")
+
+
+@pytest.mark.parametrize(("name", "layout", "joined"), FAMILY_CASES, ids=str)
+def test_training_of_families_equals_one_process(
+    workers: WorkerPool, report: ReportTables, name: str, layout: Layout, joined: bool
+) -> None:
+    ranks = workers.run(
+        train, layout.world_size, tiny_config(**FAMILIES[name]), layout, "float64", joined=joined
+    )
+    want = family_on_one_process(name)
+    found = differences(join_stages(ranks, layout), want)
+    report.add(TITLE, HEADER, f"{name}, {layout}{', joined' if joined else ''}", "float64", *found)
+    assert all(value <= limit for value, limit in zip(found, TOLERANCE["float64"], strict=True)), found
     assert min(want.norms) > 0.1
 
 

@@ -89,11 +89,12 @@ def train(
     steps: int = 10,
     micro_batch_size: int = 4,
     masked: bool = True,
+    joined: bool = False,
     **optimizer_options: Any,
 ) -> Trained:
     """Train from seeded weights and return losses, norms, first-step gradients and final weights."""
     mesh = ParallelMesh.create(Device("cpu"), layout)
-    model = load_model(InitialWeights(config, seed=5), mesh, getattr(torch, dtype_name))
+    model = load_model(InitialWeights(config, seed=5), mesh, getattr(torch, dtype_name), joined)
     options: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.1, "clip_grad": 0.5}
     batches = micro_batches(config.vocab_size, 0, mesh, micro_batch_size, masked)
     gradients = first_gradients(model, batches, mesh)

@@ -19,6 +19,7 @@ app = build_app(
             "ascendspeed_core.commands.compare_loss:compare_loss",
             "Compare the losses of runs, with a verdict.",
         ),
+        Command("models", "ascendspeed_core.commands.models:models", "List families and sizes of models."),
         Command(
             "parity", "ascendspeed_core.commands.parity:parity", "Prove layouts equal on your model and data."
         ),

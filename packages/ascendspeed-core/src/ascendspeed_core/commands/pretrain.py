@@ -87,6 +87,9 @@ def describe(plan: Any) -> None:
         f"layout: {plan.layout}, {plan.config.precision.dtype_name}; batch: {batch.check_layout(plan.layout.dp)} "
         f"samples of {plan.config.data.seq_length} tokens; iterations {plan.start.iteration} to {batch.train_iters}"
     )
+    if plan.config.compute.mlp_layer_fusion:
+        joined = ["queries, keys and values"] + ["gate and up"] * (model.mlp == "swiglu")
+        log(f"one matrix product each for {'; '.join(joined)} (--mlp-layer-fusion)")
     if plan.layout.pp > 1:
         log(f"stages: {stage_list(plan.layout, model.num_layers)}")
 

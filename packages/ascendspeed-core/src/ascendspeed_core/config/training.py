@@ -49,6 +49,16 @@ class PrecisionConfig(Config):
         return self.dtype or ("float16" if self.fp16 else "bfloat16" if self.bf16 else "float32")
 
 
+class ComputeConfig(Config):
+    """How the model is computed; what is computed stays the same."""
+
+    mlp_layer_fusion: bool = Field(
+        False,
+        description="One matrix product for gate and up, and one for queries, keys and values; checkpoints are as "
+        "without.",
+    )
+
+
 class LossScaleConfig(Config):
     """Scaling of the loss in fp16 training; other formats need none."""
 
@@ -247,6 +257,7 @@ class PretrainConfig(Config):
     model: ArchitectureFlags = ArchitectureFlags()
     parallel: ParallelConfig = ParallelConfig()
     precision: PrecisionConfig = PrecisionConfig()
+    compute: ComputeConfig = ComputeConfig()
     loss_scaling: LossScaleConfig = LossScaleConfig()
     data: DataConfig
     batch: BatchConfig

@@ -7,6 +7,7 @@ of it.
 Shapes: H input size, R_i output size of layer i (its share under tensor parallel), R their sum.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ class Projections:
         if self._weight is None:
             return [layer(x) for layer in layers]
         parameters: list[torch.Tensor] = [layer.weight for layer in layers]
-        parameters += [layer.bias for layer in layers if layer.bias is not None]
+        parameters += [layer.bias for layer in layers if self._bias is not None]
         joined: torch.Tensor = _JoinedLinear.apply(x, self._weight, self._bias, *parameters)
         return list(joined.split([layer.weight.shape[0] for layer in layers], dim=-1))
 
@@ -44,8 +45,9 @@ class Projections:
         """
         layers = self._layers()
         self._weight = _lay_together([layer.weight for layer in layers])
-        has_bias = layers[0].bias is not None
-        self._bias = _lay_together([layer.bias for layer in layers]) if has_bias else None
+        self._bias = None
+        if layers[0].bias is not None:
+            self._bias = _lay_together([layer.bias for layer in layers])
 
     def _layers(self) -> list[nn.Linear]:
         return [getattr(self._owner, name) for name in self._names]
@@ -59,7 +61,7 @@ def join_projections(model: nn.Module) -> None:
             projections.join()
 
 
-def _lay_together(parameters: list[nn.Parameter]) -> torch.Tensor:
+def _lay_together(parameters: Sequence[torch.Tensor]) -> torch.Tensor:
     together = torch.cat([parameter.detach() for parameter in parameters])
     start = 0
     for parameter in parameters:

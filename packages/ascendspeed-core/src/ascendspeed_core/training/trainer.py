@@ -44,7 +44,7 @@ class Trainer:
         torch.manual_seed(self.config.batch.seed + mesh.rank)
         self.writer = self._writer()
 
-        self.model = load_model(plan.source, mesh, dtype)
+        self.model = load_model(plan.source, mesh, dtype, self.config.compute.mlp_layer_fusion)
         self.optimizer = MasterOptimizer(self.model, self.config.optimizer, mesh)
         self.loss_scale = LossScale.create(self.config.loss_scaling, is_fp16=dtype == torch.float16)
         self.schedule = Schedule(self.optimizer, self.config.optimizer, self.config.batch, mesh.layout.dp)

@@ -37,7 +37,8 @@ class Key:
         value = next((hf[key] for key in self.keys if hf.get(key) is not None), self.default)
         if value is REQUIRED:
             raise AscendSpeedError(
-                f"config.json: {self.theirs}={hf.get(self.theirs)!r} says nothing of {self.ours[0]}; add it"
+                f"config.json: {self.theirs}={hf.get(self.theirs)!r} does not say {self.ours[0]}, which has no "
+                "default; add it"
             )
         return dict.fromkeys(self.ours, value)
 
