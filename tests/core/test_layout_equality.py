@@ -128,6 +128,17 @@ def family_on_one_process(name: str) -> Trained:
     return train(tiny_config(**FAMILIES[name]), Layout(), "float64")
 
 
+def without_key_bias(trained: Trained) -> Trained:
+    noise = [name for name in trained.gradients if name.endswith("k_proj.bias")]
+    assert noise
+    assert all(float(trained.gradients[name].abs().max()) < 1e-15 for name in noise)
+    kept = (
+        {n: t for n, t in tensors.items() if n not in noise}
+        for tensors in (trained.gradients, trained.weights)
+    )
+    return Trained(trained.losses, trained.norms, *kept)
+
+
 @pytest.mark.parametrize(("name", "layout", "joined"), FAMILY_CASES, ids=str)
 def test_training_of_families_equals_one_process(
     workers: WorkerPool, report: ReportTables, name: str, layout: Layout, joined: bool
@@ -135,8 +146,12 @@ def test_training_of_families_equals_one_process(
     ranks = workers.run(
         train, layout.world_size, tiny_config(**FAMILIES[name]), layout, "float64", joined=joined
     )
-    want = family_on_one_process(name)
-    found = differences(join_stages(ranks, layout), want)
+    got, want = join_stages(ranks, layout), family_on_one_process(name)
+    if name == "Bloom":
+        # Without rotary positions a bias of the keys adds the same to all scores of a query, which softmax takes out:
+        # its gradient is rounding noise, which AdamW turns into steps. Nothing that is computed depends on it.
+        got, want = without_key_bias(got), without_key_bias(want)
+    found = differences(got, want)
     report.add(TITLE, HEADER, f"{name}, {layout}{', joined' if joined else ''}", "float64", *found)
     assert all(value <= limit for value, limit in zip(found, TOLERANCE["float64"], strict=True)), found
     assert min(want.norms) > 0.1

@@ -429,3 +429,25 @@ def test_an_error_of_a_worker_is_told_once(arguments: list[object], dataset: Pat
     assert "the model's vocabulary ends at 199" in done.complaint
     assert done.stderr.count("the model's vocabulary ends at 199") == 1
     assert "Traceback" not in done.stderr
+
+
+def test_joined_projections_leave_the_checkpoints_of_a_plain_run(
+    arguments: list[object], tmp_path: Path
+) -> None:
+    """--mlp-layer-fusion: the same names and weights; a run goes on without it, and with it under another layout."""
+    plain = [*arguments, "--dtype", "float64"]
+    assert call(*plain).status == 0
+    (tmp_path / "run").rename(tmp_path / "plain")
+    first = call(*plain, "--mlp-layer-fusion", "--exit-interval", 4)
+    assert first.status == 0, first.stderr
+    assert "one matrix product each for queries, keys and values; gate and up" in first.stderr
+    assert call(*plain, "--auto-resume", "--exit-interval", 4).status == 0
+    cut = ("--tensor-model-parallel-size", 2, "--sequence-parallel", "--nproc-per-node", 4)
+    last = run_command(*plain, *cut, "--use-distributed-optimizer", "--mlp-layer-fusion", "--auto-resume")
+    assert last.status == 0, last.stderr
+    got, want = weights_of(tmp_path / "run"), weights_of(tmp_path / "plain")
+    assert got.keys() == want.keys()
+    # float64, sums in another order, magnified by twelve steps of AdamW.
+    assert max(float((got[name] - want[name]).abs().max()) for name in want) < 1e-11
+    losses = [[r["lm_loss"] for r in read_metrics(tmp_path / n / "metrics.jsonl")] for n in ("run", "plain")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12)
