@@ -52,14 +52,17 @@ class Positions:
             mine = self._slopes[self.heads.start : self.heads.stop]
             wide = dtype if dtype == torch.float64 else torch.float32
             slopes = torch.tensor(mine, dtype=wide, device=positions.device)
-        mask = attention_mask(positions.shape[1], num_keys, self._window, slopes, positions.device)
-        if mask is not None and mask.is_floating_point():
-            mask = mask.to(dtype)
+        mask = attention_mask(positions.shape[1], num_keys, self._window, slopes, dtype, positions.device)
         return Places(self._rotary.at(positions, dtype) if self._rotary else None, mask)
 
 
 def attention_mask(
-    queries: int, keys: int, window: int | None, slopes: torch.Tensor | None, device: torch.device
+    queries: int,
+    keys: int,
+    window: int | None,
+    slopes: torch.Tensor | None,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> torch.Tensor | None:
     """Return the mask of `Places`: causal, within a window, with ALiBi's `slope * (key - query)` where asked for.
 
@@ -68,6 +71,7 @@ def attention_mask(
         keys: T.
         window: keys that a query sees, its own included.
         slopes: of ALiBi, one for each head, [N].
+        dtype: of ALiBi's mask; distances to near keys, which weigh most, lose least when it is narrow.
         device: where.
     """
     is_windowed = window is not None and keys > window
@@ -80,7 +84,7 @@ def attention_mask(
         seen &= distance > -window
     if slopes is None:
         return seen
-    return (slopes[:, None, None] * distance).masked_fill(~seen, -torch.inf)
+    return (slopes[:, None, None] * distance).to(dtype).masked_fill_(~seen, -torch.inf)
 
 
 def alibi_slopes(num_heads: int) -> list[float]:
