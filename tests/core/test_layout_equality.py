@@ -157,6 +157,13 @@ def test_training_of_families_equals_one_process(
     assert min(want.norms) > 0.1
 
 
+def test_joined_projections_add_up_16_bit_gradients_as_separate_ones_do() -> None:
+    """fp32 sums of bf16 gradients over micro-batches, and master weights, see no difference but rounding."""
+    got = train(tiny_config(tie_word_embeddings=True, vocab_size=127), Layout(), "bfloat16", joined=True)
+    found = differences(got, one_process("bfloat16", True, 127))
+    assert all(value <= limit for value, limit in zip(found, TOLERANCE["bfloat16"], strict=True)), found
+
+
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 16])
 def test_micro_batch_size_does_not_matter(micro_batch_size: int) -> None:
     config = tiny_config()
