@@ -1,7 +1,6 @@
 """A model's weights under the names and in the packing of a Hugging Face folder."""
 
 from collections.abc import Mapping
-from functools import cached_property
 
 import torch
 
@@ -24,10 +23,6 @@ class HuggingFaceNames:
 
     def tensors(self) -> Mapping[str, TensorInfo]:
         """Return every tensor by their name, in the order of the family's table."""
-        return self._tensors
-
-    @cached_property
-    def _tensors(self) -> dict[str, TensorInfo]:
         ours = self._source.tensors()
         found = {}
         for theirs, rules in self._rules.items():
@@ -43,7 +38,7 @@ class HuggingFaceNames:
         if packed is None:
             return self._source.read(rules[0].ours, index)
         by_part = {rule.packed.part: rule.ours for rule in rules if rule.packed is not None}
-        shape = self._tensors[name].shape
+        shape = self.tensors()[name].shape
         whole = index or tuple(slice(0, length) for length in shape)
         pieces = [
             self._source.read(by_part[part], (rows, *whole[1:]))
