@@ -165,7 +165,7 @@ def test_list_options_and_underscores_on_the_command_line() -> None:
 @pytest.mark.parametrize("num_layers", range(1, 14))
 def test_stages_hold_every_layer_once_and_are_nearly_equal(num_layers: int) -> None:
     for pp in range(1, num_layers + 1):
-        cut = stages(num_layers, pp)
+        cut = stages(num_layers, pp, "pp")
         assert [layer for stage in cut for layer in stage.layers] == list(range(num_layers))
         lengths = [len(stage.layers) for stage in cut]
         assert max(lengths) - min(lengths) <= 1

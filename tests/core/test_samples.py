@@ -85,7 +85,9 @@ def numbers_of_ranks(config: DataConfig, layout: Layout, size: int, micro: int) 
     mesh = ParallelMesh.create(Device("cpu"), layout)
     data = TrainingData(config, SEED, SAMPLES, VOCABULARY, None, mesh)
     step = size * micro * layout.dp
-    return [[list(r) for r in data.sample_numbers(consumed, micro, size)] for consumed in (0, step, 5 * step)]
+    return [
+        [list(r) for r in data.sample_numbers(consumed, (size,) * micro)] for consumed in (0, step, 5 * step)
+    ]
 
 
 def sampler_of_megatron_lm(consumed: int, dp: int, dp_rank: int, size: int, micro: int) -> list[list[int]]:
@@ -136,7 +138,7 @@ def test_ids_beyond_the_vocabulary_are_refused(prefixes: list[str], tmp_path: Pa
     with pytest.raises(
         DataError, match="the model's vocabulary ends at 49; tokenize with the model's tokenizer"
     ):
-        data.micro_batches(0, 2, 10)
+        data.micro_batches(0, (10, 10))
 
 
 def test_the_end_of_a_document_can_be_masked(prefixes: list[str], tmp_path: Path) -> None:
@@ -144,7 +146,7 @@ def test_the_end_of_a_document_can_be_masked(prefixes: list[str], tmp_path: Path
         update={"data_cache_path": tmp_path, "eod_mask_loss": True}
     )
     data = TrainingData(config, SEED, SAMPLES, VOCABULARY, 5, ParallelMesh(Device("cpu"), Layout()))
-    (batch,) = data.micro_batches(0, 1, 30)
+    (batch,) = data.micro_batches(0, (30,))
     assert torch.equal(batch.loss_mask == 0, batch.tokens == 5)
     assert (batch.tokens == 5).any()
 

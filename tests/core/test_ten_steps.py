@@ -86,7 +86,7 @@ def gradients(folder: str, dtype: str, tp: int) -> dict[str, torch.Tensor]:
         data_path=(str(job.folder / "wiki_text_document"),), split="100,0,0", seq_length=LENGTH
     )
     data = TrainingData(config, 1234, (STEPS * BATCH, 0, 0), 32000, 2, mesh)
-    return first_gradients(model, data.micro_batches(0, 2, 4), mesh)
+    return first_gradients(model, data.micro_batches(0, (4, 4)), mesh)
 
 
 def compare(job: Job, run: Path, dtype: str) -> tuple[float, float]:

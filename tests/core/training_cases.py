@@ -1,5 +1,6 @@
 """Cases that worker processes run: train a tiny model under a layout and report everything about it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,11 +9,12 @@ import torch.distributed as dist
 
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.parallel import Layout
-from ascendspeed_core.config.training import OptimizerConfig
+from ascendspeed_core.config.training import OptimizerConfig, RecomputeConfig
 from ascendspeed_core.device import Device
 from ascendspeed_core.parallel.build import load_model, parameter_slices
 from ascendspeed_core.parallel.cross_entropy import cross_entropy
 from ascendspeed_core.parallel.mesh import ParallelMesh
+from ascendspeed_core.parallel.recompute import apply_recompute
 from ascendspeed_core.parallel.slices import Slice
 from ascendspeed_core.training.optimizer import MasterOptimizer
 from ascendspeed_core.training.step import MicroBatch, count_tokens, forward_backward, train_step
@@ -32,9 +34,9 @@ class Trained:
 
 
 def micro_batches(
-    vocab_size: int, step: int, mesh: ParallelMesh, size: int, masked: bool
+    vocab_size: int, step: int, mesh: ParallelMesh, size: int | Sequence[int], masked: bool
 ) -> list[MicroBatch]:
-    """This rank's share of a global batch that depends on the step only."""
+    """This rank's share, in micro-batches of one size or of several, of a global batch that depends on the step."""
     generator = torch.Generator().manual_seed(step)
     ids = torch.randint(0, vocab_size, (SAMPLES, LENGTH + 1), generator=generator)
     mask = torch.ones(SAMPLES, LENGTH)
@@ -42,11 +44,9 @@ def micro_batches(
         # Rows differ in how many tokens count, one counts none: a mean per micro-batch would be wrong.
         for row in range(SAMPLES):
             mask[row, (row * 5) % LENGTH :] = 0
-    step_rows = size * mesh.layout.dp
-    rows = [
-        slice(start + mesh.dp_rank * size, start + (mesh.dp_rank + 1) * size)
-        for start in range(0, SAMPLES, step_rows)
-    ]
+    sizes = [size] * (SAMPLES // (size * mesh.layout.dp)) if isinstance(size, int) else size
+    starts = [sum(sizes[:number]) * mesh.layout.dp + mesh.dp_rank * own for number, own in enumerate(sizes)]
+    rows = [slice(start, start + own) for start, own in zip(starts, sizes, strict=True)]
     return [MicroBatch(ids[r, :-1], ids[r, 1:], mask[r]) for r in rows]
 
 
@@ -87,14 +87,16 @@ def train(
     layout: Layout,
     dtype_name: str,
     steps: int = 10,
-    micro_batch_size: int = 4,
+    micro_batch_size: int | Sequence[int] = 4,
     masked: bool = True,
     joined: bool = False,
+    recompute: RecomputeConfig | None = None,
     **optimizer_options: Any,
 ) -> Trained:
     """Train from seeded weights and return losses, norms, first-step gradients and final weights."""
     mesh = ParallelMesh.create(Device("cpu"), layout)
     model = load_model(InitialWeights(config, seed=5), mesh, getattr(torch, dtype_name), joined)
+    apply_recompute(model, recompute or RecomputeConfig(), mesh.pp_rank)
     options: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.1, "clip_grad": 0.5}
     batches = micro_batches(config.vocab_size, 0, mesh, micro_batch_size, masked)
     gradients = first_gradients(model, batches, mesh)
@@ -124,7 +126,7 @@ def first_gradients(model: Any, batches: list[MicroBatch], mesh: ParallelMesh) -
 
 
 def join_stages(ranks: list[Trained], layout: Layout) -> Trained:
-    """Put together what the stages of one pipeline reported; a tied weight's gradient has two parts."""
+    """Put together what the devices of one pipeline reported; a tied weight's gradient has two parts."""
     stages = [ranks[number * layout.tp * layout.dp] for number in range(layout.pp)]
     gradients: dict[str, torch.Tensor] = {}
     weights: dict[str, torch.Tensor] = {}

@@ -95,12 +95,14 @@ def describe(plan: Any) -> None:
 
 
 def stage_list(layout: Any, num_layers: int) -> str:
-    """Return which layers each pipeline stage holds."""
-    from ascendspeed_core.config.parallel import stages
+    """Return which layers each pipeline device holds; several stages of one device are joined by a plus."""
+    from ascendspeed_core.config.parallel import stages_of_devices
+
+    def named(layers: range) -> str:
+        return f"{layers.start}-{layers.stop - 1}" if len(layers) > 1 else str(layers.start)
 
     parts = [
-        f"{stage.layers.start}-{stage.layers.stop - 1}" if len(stage.layers) > 1 else str(stage.layers.start)
-        for stage in stages(num_layers, layout.pp)
+        "+".join(named(stage.layers) for stage in held) for held in stages_of_devices(num_layers, layout)
     ]
     return "layers " + ", ".join(parts)
 

@@ -1,12 +1,28 @@
 """How one model is spread over devices; pure arithmetic, no torch."""
 
 from dataclasses import dataclass
+from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ascendspeed_core.config.base import Config
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_data.errors import ConfigError
+
+PipelineSchedule = Literal["1f1b", "gpipe", "interleaved", "interleaved-zb", "zbv", "dualpipev"]
+"""Orders of forwards and backwards:
+
+- `1f1b`: one stage a device, one forward and one backward in turn (Narayanan et al., 2021, PipeDream-Flush).
+- `gpipe`: all forwards, then all backwards (Huang et al., 2019).
+- `interleaved`: several stages a device, dealt out in turn (Narayanan et al., 2021, Megatron-LM, section 2.2).
+- `interleaved-zb`: the same, with the gradients of the weights moved into the bubble (Qi et al., 2023, ZB1P).
+- `zbv`, `dualpipev`: two stages a device, down and up again like a V (Qi et al., 2024; DeepSeek-AI, 2025).
+"""
+
+V_SCHEDULES = ("zbv", "dualpipev")
+"""The first device holds the first and the last stage."""
+
+INTERLEAVED_SCHEDULES = ("interleaved", "interleaved-zb")
 
 
 class ParallelConfig(Config):
@@ -23,6 +39,36 @@ class ParallelConfig(Config):
     use_distributed_optimizer: bool = Field(
         False, description="Cut optimizer state and master weights over the data-parallel devices (ZeRO-1)."
     )
+    num_layers_per_virtual_pipeline_stage: int | None = Field(
+        None,
+        ge=1,
+        description="Give each device several stages of so many layers, in turn: a smaller bubble, more messages.",
+    )
+    pipeline_schedule: PipelineSchedule | None = Field(
+        None,
+        description="Order of forwards and backwards. [default: 1f1b; interleaved with several stages a device]",
+    )
+
+    @model_validator(mode="after")
+    def _schedule_fits_stages(self) -> "ParallelConfig":
+        several, schedule = self.num_layers_per_virtual_pipeline_stage is not None, self.pipeline_schedule
+        if (several or schedule) and self.pipeline_model_parallel_size == 1:
+            given = "num_layers_per_virtual_pipeline_stage" if several else f"pipeline_schedule={schedule}"
+            raise ValueError(
+                f"{given} was given for pipeline_model_parallel_size=1, which has no pipeline; choose 2 or more, or "
+                "leave it out"
+            )
+        if several and schedule not in (None, *INTERLEAVED_SCHEDULES):
+            raise ValueError(
+                f"num_layers_per_virtual_pipeline_stage goes with {' and '.join(INTERLEAVED_SCHEDULES)}, not with "
+                f"pipeline_schedule={schedule}; leave one of them out"
+            )
+        if schedule in INTERLEAVED_SCHEDULES and not several:
+            raise ValueError(
+                f"pipeline_schedule={schedule} needs several stages a device; give "
+                "--num-layers-per-virtual-pipeline-stage N"
+            )
+        return self
 
     def layout(self, world_size: int) -> "Layout":
         """Return the layout on `world_size` devices.
@@ -52,11 +98,15 @@ class ParallelConfig(Config):
             dp=world_size // (tp * pp),
             sequence_parallel=self.sequence_parallel,
             sharded_optimizer=self.use_distributed_optimizer,
+            schedule=self.pipeline_schedule
+            or ("interleaved" if self.num_layers_per_virtual_pipeline_stage else "1f1b"),
+            layers_per_stage=self.num_layers_per_virtual_pipeline_stage,
         )
 
     def check_model(self, model: ModelConfig) -> None:
         """Raise `ConfigError` when the model cannot be cut this way."""
-        stages(model.num_layers, self.pipeline_model_parallel_size)
+        pp = self.pipeline_model_parallel_size
+        stages_of_devices(model.num_layers, self.layout(self.tensor_model_parallel_size * pp))
         tp, heads = self.tensor_model_parallel_size, model.num_key_value_heads
         for name in ("num_attention_heads", "ffn_hidden_size"):
             size = getattr(model, name)
@@ -90,6 +140,9 @@ class Layout:
         dp: shares of the batch.
         sequence_parallel: the tp devices cut the sequence between layers.
         sharded_optimizer: the dp devices cut the optimizer's state.
+        schedule: order of forwards and backwards of the pipeline.
+        layers_per_stage: layers of each stage when devices hold several (virtual pipeline); `None` cuts as evenly as
+            can be.
     """
 
     tp: int = 1
@@ -97,15 +150,41 @@ class Layout:
     dp: int = 1
     sequence_parallel: bool = False
     sharded_optimizer: bool = False
+    schedule: PipelineSchedule = "1f1b"
+    layers_per_stage: int | None = None
 
     @property
     def world_size(self) -> int:
         """All devices."""
         return self.tp * self.pp * self.dp
 
+    def check_micro_batches(self, count: int) -> None:
+        """Raise `ConfigError` when the schedule cannot run so many micro-batches per step and device."""
+        if self.schedule in INTERLEAVED_SCHEDULES:
+            rounds = max(count // self.pp, 1)
+            if count % rounds:
+                raise ConfigError(
+                    f"{count} micro-batches per step and device do not fill rounds of equal length on "
+                    f"pipeline_model_parallel_size={self.pp} devices, which pipeline_schedule={self.schedule} needs; "
+                    f"choose sizes that give {count // self.pp * self.pp or 1} or {-(-count // self.pp) * self.pp}"
+                )
+        if self.schedule == "dualpipev" and count < 2 * self.pp:
+            raise ConfigError(
+                f"pipeline_schedule=dualpipev needs a micro-batch for each of its {2 * self.pp} stages, not "
+                f"{count} per step and device; choose sizes that give more, or another schedule"
+            )
+
     def __str__(self) -> str:
         sizes = f"tp{self.tp} x pp{self.pp} x dp{self.dp}"
-        return sizes + " + sp" * self.sequence_parallel + " + sharded optimizer" * self.sharded_optimizer
+        pipeline = "" if self.schedule == "1f1b" else f" + {self.schedule}"
+        if self.layers_per_stage:
+            pipeline += f" of {self.layers_per_stage} layer{'s' * (self.layers_per_stage > 1)}"
+        return (
+            sizes
+            + pipeline
+            + " + sp" * self.sequence_parallel
+            + " + sharded optimizer" * self.sharded_optimizer
+        )
 
 
 @dataclass(frozen=True)
@@ -133,19 +212,56 @@ class Stage:
         return self.index == self.count - 1
 
 
-def stages(num_layers: int, pp: int) -> list[Stage]:
+def stages_of_devices(num_layers: int, layout: Layout) -> list[tuple[Stage, ...]]:
+    """Return by pipeline rank the stages that it holds, first ones first.
+
+    One stage a device is the rule. Interleaved schedules deal several out in turn; V schedules two, down and up
+    again, so that the first device has the first and the last.
+
+    Raises:
+        ConfigError: the layers cannot be cut like that.
+    """
+    pp, per_stage = layout.pp, layout.layers_per_stage
+    if layout.schedule in V_SCHEDULES:
+        cut = stages(num_layers, 2 * pp, f"two stages for each of pipeline_model_parallel_size={pp} devices")
+        return [(cut[rank], cut[-1 - rank]) for rank in range(pp)]
+    if per_stage is None:
+        cut = stages(num_layers, pp, f"pipeline_model_parallel_size={pp}")
+        return [(stage,) for stage in cut]
+    if num_layers % (pp * per_stage):
+        fitting = [n for n in divisors(num_layers) if num_layers % (pp * n) == 0]
+        choose = f"choose {', '.join(map(str, fitting))}" if fitting else f"{pp} must divide the layers"
+        raise ConfigError(
+            f"num_layers_per_virtual_pipeline_stage={per_stage} times pipeline_model_parallel_size={pp} does not "
+            f"divide num_layers={num_layers}; {choose}"
+        )
+    if num_layers == pp * per_stage:
+        raise ConfigError(
+            f"num_layers_per_virtual_pipeline_stage={per_stage} gives each of {pp} devices one stage only; choose "
+            "fewer layers, or leave it out"
+        )
+    cut = stages(num_layers, num_layers // per_stage, "the virtual pipeline")
+    return [tuple(cut[rank::pp]) for rank in range(pp)]
+
+
+def stages(num_layers: int, count: int, asked_by: str) -> list[Stage]:
     """Cut the layers into stages as equal as can be; the first ones are longer, as the head works in the last.
+
+    Args:
+        num_layers: of the model.
+        count: of stages.
+        asked_by: what wants so many, for the message.
 
     Raises:
         ConfigError: a stage would be without a layer.
     """
-    if pp > num_layers:
+    if count > num_layers:
         raise ConfigError(
-            f"pipeline_model_parallel_size={pp} leaves a stage without any of the num_layers={num_layers} layers; "
-            f"choose {num_layers} or less"
+            f"{asked_by} leaves a stage without any of the num_layers={num_layers} layers; "
+            f"choose {num_layers} stages or less"
         )
-    edges = [-(-num_layers * number // pp) for number in range(pp + 1)]
-    return [Stage(number, pp, range(edges[number], edges[number + 1])) for number in range(pp)]
+    edges = [-(-num_layers * number // count) for number in range(count + 1)]
+    return [Stage(number, count, range(edges[number], edges[number + 1])) for number in range(count)]
 
 
 def divisors(number: int) -> list[int]:

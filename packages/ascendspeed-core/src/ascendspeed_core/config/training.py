@@ -1,5 +1,6 @@
 """Options of a training run: what is trained, on which data, how, and where results go."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -10,6 +11,7 @@ from ascendspeed_core.config.model import ArchitectureFlags
 from ascendspeed_core.config.parallel import ParallelConfig
 from ascendspeed_core.config.source import ModelSourceConfig
 from ascendspeed_core.device import DeviceChoice
+from ascendspeed_data.errors import ConfigError
 
 
 class LaunchConfig(Config):
@@ -168,6 +170,13 @@ class DataConfig(Config):
         return prefixes, weights
 
 
+MICRO_BATCH_EXAMPLES = {
+    "example-config-1": (1, 2, 3, 4, 5, 5, 5, 5, 5, 5, 5, 5, 5, 4, 3, 2),
+    "example-config-2": (1, 2, 2, 3, 4, *(5,) * 13, 4, 4, 3, 3, 3, 2),
+}
+"""The two of the 2023 system: small at both ends, where a pipeline fills and drains, large between."""
+
+
 class BatchConfig(Config):
     """How many samples make a step, and how many steps a run."""
 
@@ -177,6 +186,15 @@ class BatchConfig(Config):
     )
     rampup_batch_size: tuple[int, ...] = Field(
         (), description="START INCREMENT SAMPLES: grow the global batch from START over so many samples."
+    )
+    optimized_pipeline: bool = Field(
+        False,
+        description="Micro-batches of different sizes, as --manual-mbs says: less idle time with pp > 1.",
+    )
+    manual_mbs: str | None = Field(
+        None,
+        description="Sizes of one device's micro-batches in order, 1,2,3,3,2,1, or example-config-1 (pp 4, 64 "
+        "samples), example-config-2 (pp 8, 96 samples).",
     )
     train_iters: int = Field(ge=1, description="Steps of the whole run.")
     exit_interval: int | None = Field(
@@ -200,6 +218,35 @@ class BatchConfig(Config):
             )
         return self
 
+    @model_validator(mode="after")
+    def _sizes_are_numbers(self) -> "BatchConfig":
+        if self.optimized_pipeline != (self.manual_mbs is not None):
+            raise ValueError(
+                "optimized_pipeline and manual_mbs go together; give --optimized-pipeline --manual-mbs SIZES, or "
+                "neither"
+            )
+        if self.optimized_pipeline and self.rampup_batch_size:
+            raise ValueError(
+                "manual_mbs fixes the samples of a step, rampup_batch_size changes them; leave one of them out"
+            )
+        if any(size < 1 for size in self.manual_sizes()):
+            raise ValueError(f"manual_mbs={self.manual_mbs}: every size must be 1 or more")
+        return self
+
+    def manual_sizes(self) -> tuple[int, ...]:
+        """Return the sizes of `manual_mbs`; none without it."""
+        if self.manual_mbs is None:
+            return ()
+        if self.manual_mbs in MICRO_BATCH_EXAMPLES:
+            return MICRO_BATCH_EXAMPLES[self.manual_mbs]
+        try:
+            return tuple(int(size) for size in self.manual_mbs.split(","))
+        except ValueError:
+            raise ValueError(
+                f"manual_mbs={self.manual_mbs!r} is neither {' nor '.join(MICRO_BATCH_EXAMPLES)} nor numbers; write "
+                "for example 1,2,3,3,2,1"
+            ) from None
+
     def check_layout(self, dp: int) -> int:
         """Return the global batch size on `dp` data-parallel ranks, or raise `ValueError`."""
         step = self.micro_batch_size * dp
@@ -214,6 +261,12 @@ class BatchConfig(Config):
             raise ValueError(
                 f"rampup_batch_size={start} {increment}: both must be multiples of micro_batch_size x dp = {step}, "
                 f"and lead in whole increments to global_batch_size={size}"
+            )
+        manual = self.manual_sizes()
+        if manual and sum(manual) * dp != size:
+            raise ValueError(
+                f"manual_mbs={self.manual_mbs} makes {sum(manual)} samples per device, with dp = {dp} a step of "
+                f"{sum(manual) * dp}, not global_batch_size={size}; change one of them"
             )
         return size
 
@@ -250,6 +303,54 @@ class OptimizerConfig(Config):
         return self
 
 
+class RecomputeConfig(Config):
+    """Which activations are dropped after the forward pass and computed again in the backward pass."""
+
+    checkpoint_activations: bool = Field(
+        False, description="Keep fewer activations and compute the others twice: less memory, more time."
+    )
+    checkpoint_policy: Literal["full", "block", "custom", "selective", "attention"] = Field(
+        "full",
+        description="full: all layers; block: the first --checkpoint-block-layer of each stage; custom: as "
+        "--recomputation-layer-num says; selective: in all layers everything but matrix products and attention; "
+        "attention: the attention of all layers.",
+    )
+    checkpoint_block_layer: int = Field(
+        25, ge=1, description="Layers of each stage that policy block recomputes."
+    )
+    recomputation_layer_num: tuple[int, ...] = Field(
+        (), description="For policy custom: layers to recompute in each pipeline stage, 3 2 1 0."
+    )
+
+    @model_validator(mode="after")
+    def _options_belong_together(self) -> "RecomputeConfig":
+        if not self.checkpoint_activations and self.model_fields_set - {"checkpoint_activations"}:
+            given = ", ".join(sorted(self.model_fields_set - {"checkpoint_activations"}))
+            raise ValueError(f"{given} means nothing without --checkpoint-activations; give it too")
+        if (self.checkpoint_policy == "custom") != bool(self.recomputation_layer_num):
+            raise ValueError(
+                "checkpoint_policy=custom and recomputation_layer_num go together; give both or neither"
+            )
+        if any(count < 0 for count in self.recomputation_layer_num):
+            raise ValueError(f"recomputation_layer_num={self.recomputation_layer_num}: 0 is the least")
+        return self
+
+    def check_stages(self, layers_by_device: Sequence[int]) -> None:
+        """Raise `ConfigError` unless `custom` has a number for each pipeline device, none above its layers."""
+        counts = self.recomputation_layer_num
+        if counts and len(counts) != len(layers_by_device):
+            raise ConfigError(
+                f"recomputation_layer_num has {len(counts)} numbers for {len(layers_by_device)} pipeline stages; give "
+                "one for each"
+            )
+        for stage, (count, layers) in enumerate(zip(counts, layers_by_device, strict=False)):
+            if count > layers:
+                raise ConfigError(
+                    f"recomputation_layer_num asks for {count} layers in pipeline stage {stage}, which has {layers}; "
+                    f"choose {layers} or less"
+                )
+
+
 class PretrainConfig(Config):
     """Everything `asd-core pretrain` takes; the sections of a TOML recipe."""
 
@@ -261,5 +362,6 @@ class PretrainConfig(Config):
     loss_scaling: LossScaleConfig = LossScaleConfig()
     data: DataConfig
     batch: BatchConfig
+    recompute: RecomputeConfig = RecomputeConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     launch: LaunchConfig = LaunchConfig()

@@ -3,6 +3,8 @@
 Shapes: B batch, S sequence, H hidden size, V vocabulary (V/tp logits on each device under tensor parallel).
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -36,27 +38,31 @@ class TransformerLayer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A decoder-only language model, or one stage of it.
+    """A decoder-only language model, or some stages of it.
 
     Layers are keyed by their global number, so that parameter names are the same wherever a layer lives:
-    `layers.17.attention.q_proj.weight`. A stage lacks what is not its own; a last stage whose head is tied holds the
-    embedding's weight too.
+    `layers.17.attention.q_proj.weight`. What no stage needs is absent; who has the last stage but not the first holds
+    the embedding's weight too if the head is tied to it.
     """
 
-    def __init__(self, config: ModelConfig, stage: Stage | None = None) -> None:
+    def __init__(self, config: ModelConfig, stages: Sequence[Stage] = ()) -> None:
         super().__init__()
         self.config = config
-        self.stage = stage or Stage(0, 1, range(config.num_layers))
+        self.stages = tuple(stages) or (Stage(0, 1, range(config.num_layers)),)
+        self.has_first = any(stage.is_first for stage in self.stages)
+        self.has_last = any(stage.is_last for stage in self.stages)
         self.embedding: nn.Embedding | None = None
         self.embedding_norm: RMSNorm | nn.LayerNorm | None = None
         self.final_norm: RMSNorm | nn.LayerNorm | None = None
         self.output_head: nn.Linear | None = None
-        if self.stage.is_first or (self.stage.is_last and config.tie_word_embeddings):
+        if self.has_first or (self.has_last and config.tie_word_embeddings):
             self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        if self.stage.is_first and config.embedding_norm:
+        if self.has_first and config.embedding_norm:
             self.embedding_norm = make_norm(config)
-        self.layers = nn.ModuleDict({str(number): TransformerLayer(config) for number in self.stage.layers})
-        if self.stage.is_last:
+        numbers = [number for stage in self.stages for number in stage.layers]
+        self.layers = nn.ModuleDict({str(number): TransformerLayer(config) for number in numbers})
+        self._cache_places = {number: place for place, number in enumerate(numbers)}
+        if self.has_last:
             self.final_norm = make_norm(config)
             self.output_head = make_head(config)
         self.positions = Positions(config)
@@ -70,7 +76,7 @@ class Transformer(nn.Module):
     @property
     def borrowed(self) -> tuple[str, ...]:
         """Names of parameters that belong to the first stage and are here for a tied head."""
-        tied = self.config.tie_word_embeddings and self.stage.is_last and not self.stage.is_first
+        tied = self.config.tie_word_embeddings and self.has_last and not self.has_first
         return ("embedding.weight",) if tied else ()
 
     def forward(
@@ -78,6 +84,7 @@ class Transformer(nn.Module):
         tokens: torch.Tensor,
         positions: torch.Tensor | None = None,
         cache: KeyValueCache | None = None,
+        stage: Stage | None = None,
     ) -> torch.Tensor:
         """Return the logits of the next token at every place: [B, S] -> [B, S, V].
 
@@ -85,25 +92,34 @@ class Transformer(nn.Module):
             tokens: ids, [B, S]; for a later stage what the stage before gave, [B, S, H].
             positions: place of each token in its text, [B, S]; by default they follow what the cache holds.
             cache: earlier keys and values of the same texts.
+            stage: which of this module's stages to run, when it holds several.
 
         Returns:
             Logits; from a stage before the last one its hidden states, [B, S, H].
         """
+        stage = stage or self.stages[0]
         if positions is None:
             positions = following_positions(tokens, cache)
-        x = self.embedding(tokens) if self.stage.is_first and self.embedding is not None else tokens
-        if self.embedding_norm is not None:
+        x = self.embedding(tokens) if stage.is_first and self.embedding is not None else tokens
+        if stage.is_first and self.embedding_norm is not None:
             x = self.embedding_norm(x)
         num_keys = positions.shape[1] + (cache.length_tokens if cache is not None else 0)
         places = self.positions.at(positions, num_keys, x.dtype)
-        for number, layer in enumerate(self.layers.values()):
-            x = layer(x, places, cache, number)
-        if cache is not None:
+        for number in stage.layers:
+            x = self.layers[str(number)](x, places, cache, self._cache_places[number])
+        if cache is not None and stage is self.stages[-1]:
             cache.advance(positions.shape[1])
-        if self.output_head is None or self.final_norm is None:
+        if not stage.is_last or self.output_head is None or self.final_norm is None:
             return x
         logits: torch.Tensor = self.output_head(self.final_norm(x))
         return logits
+
+    def modules_of(self, stage: Stage) -> list[nn.Module]:
+        """Return the modules that one stage runs, in order."""
+        before = [self.embedding, self.embedding_norm] if stage.is_first else []
+        after = [self.final_norm, self.output_head] if stage.is_last else []
+        layers = [self.layers[str(number)] for number in stage.layers]
+        return [module for module in (*before, *layers, *after) if module is not None]
 
 
 def following_positions(tokens: torch.Tensor, cache: KeyValueCache | None) -> torch.Tensor:
@@ -113,7 +129,7 @@ def following_positions(tokens: torch.Tensor, cache: KeyValueCache | None) -> to
     return torch.arange(start, start + length, device=tokens.device).expand(batch, length)
 
 
-def empty_transformer(config: ModelConfig, dtype: torch.dtype, stage: Stage | None = None) -> Transformer:
+def empty_transformer(config: ModelConfig, dtype: torch.dtype, stages: Sequence[Stage] = ()) -> Transformer:
     """Return the model without storage (torch's meta device): shapes only, to be cut before it is filled."""
     with torch.device("meta"):
-        return Transformer(config, stage).to(dtype)
+        return Transformer(config, stages).to(dtype)

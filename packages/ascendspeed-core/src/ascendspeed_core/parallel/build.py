@@ -3,7 +3,7 @@
 import torch
 
 from ascendspeed_core.config.model import ModelConfig
-from ascendspeed_core.config.parallel import stages
+from ascendspeed_core.config.parallel import stages_of_devices
 from ascendspeed_core.models.projections import join_projections
 from ascendspeed_core.models.transformer import Transformer, empty_transformer
 from ascendspeed_core.parallel.mesh import ParallelMesh
@@ -26,8 +26,8 @@ def build_model(
         dtype: of the weights.
         joined_projections: one matrix product for queries, keys and values, and one for gate and up.
     """
-    stage = stages(config.num_layers, mesh.layout.pp)[mesh.pp_rank]
-    model = empty_transformer(config, dtype, stage)
+    mine = stages_of_devices(config.num_layers, mesh.layout)[mesh.pp_rank]
+    model = empty_transformer(config, dtype, mine)
     group = mesh.group("tp")
     if group is not None:
         apply_tensor_parallel(model, group, mesh.layout)

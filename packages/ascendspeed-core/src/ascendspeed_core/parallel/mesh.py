@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from ascendspeed_core.config.parallel import Layout
+from ascendspeed_core.config.parallel import V_SCHEDULES, Layout
 from ascendspeed_core.device import Device
 from ascendspeed_core.parallel.collectives import all_reduce_sum
 
@@ -20,7 +20,8 @@ class ParallelMesh:
         device: the device of this process.
         layout: sizes of the dimensions.
         mesh: torch's mesh with dimensions `pp`, `dp` and `tp`, or `None` for a single process.
-        ends: first and last stage of this process's pipeline, or `None` in the stages between.
+        ends: the two processes with first and last stage of this pipeline; `None` in those between, and where one
+            process has both.
     """
 
     device: Device
@@ -108,7 +109,7 @@ def gather_objects(value: Any, mesh: ParallelMesh, group: dist.ProcessGroup | No
 
 def _ends_of_pipelines(layout: Layout) -> dist.ProcessGroup | None:
     """Make the group of first and last stage of every pipeline, on all processes alike; return this process's."""
-    if layout.pp == 1:
+    if layout.pp == 1 or layout.schedule in V_SCHEDULES:
         return None
     per_stage = layout.tp * layout.dp
     mine = None

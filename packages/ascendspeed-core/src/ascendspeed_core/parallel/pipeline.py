@@ -1,100 +1,145 @@
 """Pipeline parallelism: the layers cut into stages, micro-batches flowing through them.
 
-Training runs torch's 1F1B schedule (Narayanan et al., 2021, PipeDream-Flush): after a warm-up each stage does one
-forward and one backward in turn, so that a stage keeps the activations of at most `pp` micro-batches. Each
-micro-batch enters as its number; the first stage looks its tokens up, the loss its labels, so nothing but hidden
-states travels.
+Training runs torch's schedules, see `config.parallel.PipelineSchedule`. The plain one is 1F1B: after a warm-up each
+stage does one forward and one backward in turn, so that a stage keeps the activations of at most `pp` micro-batches.
+Each micro-batch enters as its number; the first stage looks its tokens up, the loss its labels, so nothing but hidden
+states travels, and micro-batches may differ in size.
 
 Shapes: B micro-batch size, S sequence length, H hidden size, V vocabulary. Hidden states are [B, S, H], with sequence
 parallelism [B, S/tp, H].
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleDualPipeV,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
+    ScheduleZBVZeroBubble,
+)
 
+from ascendspeed_core.config.parallel import Stage, stages_of_devices
 from ascendspeed_core.models.cache import KeyValueCache
 from ascendspeed_core.models.transformer import Transformer, following_positions
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.slices import rounded_share
 
-
-class _StageModule(nn.Module):
-    """A stage that takes the number of a micro-batch where the model takes its tokens."""
-
-    def __init__(self, model: Transformer, tokens: list[torch.Tensor]) -> None:
-        super().__init__()
-        self.model, self._tokens = model, tokens
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[1] -> hidden states or logits in the first stage; hidden states -> the same or logits in the others."""
-        inputs = self._tokens[int(x)] if self.model.stage.is_first else x
-        out: torch.Tensor = self.model(inputs, following_positions(self._tokens[0], None))
-        return out
+SCHEDULES: dict[str, Any] = {
+    "1f1b": Schedule1F1B,
+    "gpipe": ScheduleGPipe,
+    "interleaved": ScheduleInterleaved1F1B,
+    "interleaved-zb": ScheduleInterleavedZeroBubble,
+    "zbv": ScheduleZBVZeroBubble,
+    "dualpipev": ScheduleDualPipeV,
+}
 
 
 def run_pipeline(
     model: Transformer,
     mesh: ParallelMesh,
-    tokens: list[torch.Tensor],
+    tokens: Sequence[torch.Tensor],
     loss_of: Callable[[int, torch.Tensor], torch.Tensor],
-    backward: bool,
 ) -> torch.Tensor:
-    """Run micro-batches through all stages; with `backward`, gradients are added to the parameters.
+    """Run micro-batches forwards and backwards through all stages; gradients are added to the parameters.
 
     Args:
-        model: this process's stage.
+        model: this process's stages.
         mesh: its place.
-        tokens: ids of every micro-batch, all of one shape, [B, S].
-        loss_of: number of a micro-batch and its logits -> scalar; called in the last stage.
-        backward: whether gradients are wanted.
+        tokens: ids of every micro-batch, [B, S]; B may differ.
+        loss_of: number of a micro-batch and its logits -> scalar; called by the process with the last stage.
 
     Returns:
-        Sum of the losses, float64, the same on every stage.
+        Sum of the losses, float64, the same on every process.
     """
-    count = len(tokens)
-    numbers = torch.arange(count, device=mesh.device.torch)
-    stage = _stage(model, mesh, tokens)
+    numbers = torch.arange(len(tokens), device=mesh.device.torch)
 
     def loss(output: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
         return loss_of(int(number), output)
 
-    # With fewer micro-batches than stages 1F1B is all forward, then all backward, which torch calls GPipe.
-    schedule_type = Schedule1F1B if count >= mesh.layout.pp else ScheduleGPipe
-    schedule = schedule_type(stage, count, loss_fn=loss, scale_grads=False)
+    parts = [_Stage(model, mesh, stage, tokens) for stage in model.stages]
+    name = mesh.layout.schedule
+    if name == "1f1b" and len(tokens) < mesh.layout.pp:
+        # With fewer micro-batches than stages 1F1B is all forward, then all backward, which torch calls GPipe.
+        name = "gpipe"
+    schedule = SCHEDULES[name](
+        parts if len(parts) > 1 else parts[0], len(tokens), loss_fn=loss, scale_grads=False
+    )
     losses: list[torch.Tensor] = []
-    inputs = (numbers,) if model.stage.is_first else ()
-    run: Any = schedule.step if backward else schedule.eval
-    run(*inputs, target=numbers, losses=losses, return_outputs=False)
+    inputs = (numbers,) if model.has_first else ()
+    schedule.step(*inputs, target=numbers, losses=losses, return_outputs=False)
     total = torch.zeros((), dtype=torch.float64, device=mesh.device.torch)
     for part in losses:
         total += part.detach()
     return mesh.sum_over("pp", total)
 
 
-def _stage(model: Transformer, mesh: ParallelMesh, tokens: list[torch.Tensor]) -> PipelineStage:
-    """Describe this process's stage; shapes are known, so torch need not run the model to learn them."""
-    config = model.config
-    batch, length = tokens[0].shape
-    dtype = next(model.parameters()).dtype
-    hidden = torch.empty(hidden_shape(tokens[0], model, mesh), dtype=dtype, device="meta")
-    mine = rounded_share(config.vocab_size, mesh.layout.tp, mesh.tp_rank)
-    logits = torch.empty(batch, length, mine.stop - mine.start, dtype=dtype, device="meta")
-    return PipelineStage(
-        _StageModule(model, tokens),
-        model.stage.index,
-        model.stage.count,
-        mesh.device.torch,
-        input_args=torch.empty(1, dtype=torch.long, device="meta")
-        if model.stage.is_first
-        else hidden.requires_grad_(),
-        output_args=(logits if model.stage.is_last else hidden).requires_grad_(),
-        group=mesh.group("pp"),
-    )
+class _StageModule(nn.Module):
+    """A stage that takes the number of a micro-batch where the model takes its tokens."""
+
+    def __init__(self, model: Transformer, stage: Stage, tokens: Sequence[torch.Tensor]) -> None:
+        super().__init__()
+        # The parameters of this stage alone: schedules that compute weight gradients apart ask for them.
+        self.parts = nn.ModuleList(model.modules_of(stage))
+        self._run, self._stage, self._tokens = model.forward, stage, tokens
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[1] -> hidden states or logits in the first stage; hidden states -> the same or logits in the others."""
+        if self._stage.is_first:
+            x = self._tokens[int(x)]
+        length = self._tokens[0].shape[1]
+        positions = torch.arange(length, device=x.device).expand(x.shape[0], length)
+        out: torch.Tensor = self._run(x, positions, stage=self._stage)
+        return out
+
+
+class _Stage(PipelineStage):
+    """A stage whose receive buffers fit each micro-batch.
+
+    Shapes are known, so torch need not run the model to learn them. torch makes all buffers for one size; this is the
+    only place that touches its private tables of them (`tests/core/test_pipeline_schedules.py`).
+    """
+
+    def __init__(
+        self, model: Transformer, mesh: ParallelMesh, stage: Stage, tokens: Sequence[torch.Tensor]
+    ) -> None:
+        self._sizes = [batch.shape[0] for batch in tokens]
+        dtype = next(model.parameters()).dtype
+        hidden = torch.empty(hidden_shape(tokens[0], model, mesh), dtype=dtype, device="meta")
+        logits = torch.empty(logits_shape(tokens[0], model, mesh), dtype=dtype, device="meta")
+        number = torch.empty(1, dtype=torch.long, device="meta")
+        super().__init__(
+            _StageModule(model, stage, tokens),
+            stage.index,
+            stage.count,
+            mesh.device.torch,
+            input_args=number if stage.is_first else hidden.requires_grad_(),
+            output_args=(logits if stage.is_last else hidden).requires_grad_(),
+            group=mesh.group("pp"),
+        )
+
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> Any:
+        """Return the receives of one forward."""
+        self._fit(self.args_recv_info, fwd_chunk_id)
+        return super().get_fwd_recv_ops(fwd_chunk_id)
+
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> Any:
+        """Return the receives of one backward."""
+        self._fit(self.grad_recv_info, bwd_chunk_id)
+        return super().get_bwd_recv_ops(bwd_chunk_id)
+
+    def _fit(self, table: Any, number: int) -> None:
+        for info in table.get(number, ()):
+            buffer = getattr(info, "buffer", None)
+            if buffer is not None and buffer.shape[0] != self._sizes[number]:
+                fitting = buffer.new_empty(self._sizes[number], *buffer.shape[1:])
+                info.buffer = fitting.requires_grad_(buffer.requires_grad)
 
 
 def hidden_shape(tokens: torch.Tensor, model: Transformer, mesh: ParallelMesh) -> tuple[int, int, int]:
@@ -104,6 +149,12 @@ def hidden_shape(tokens: torch.Tensor, model: Transformer, mesh: ParallelMesh) -
     return batch, length // cut, model.config.hidden_size
 
 
+def logits_shape(tokens: torch.Tensor, model: Transformer, mesh: ParallelMesh) -> tuple[int, int, int]:
+    """Return the shape of this device's logits for tokens, [B, S]."""
+    mine = rounded_share(model.config.vocab_size, mesh.layout.tp, mesh.tp_rank)
+    return tokens.shape[0], tokens.shape[1], mine.stop - mine.start
+
+
 @torch.no_grad()
 def forward_through_stages(
     model: Transformer, mesh: ParallelMesh, tokens: torch.Tensor, cache: KeyValueCache | None = None
@@ -111,26 +162,34 @@ def forward_through_stages(
     """Return this device's logits, [B, S, V/tp], on every stage; no gradient flows.
 
     Args:
-        model: this process's stage, or the whole model.
+        model: this process's stages, or the whole model.
         mesh: its place.
         tokens: ids, [B, S], the same on every stage.
-        cache: earlier keys and values of this stage's layers.
+        cache: earlier keys and values of the layers held here.
     """
     group = mesh.group("pp")
     if group is None:
         logits: torch.Tensor = model(tokens, cache=cache)
         return logits
-    stage, config = model.stage, model.config
     dtype = next(model.parameters()).dtype
-    x = tokens
-    if not stage.is_first:
-        x = torch.empty(hidden_shape(tokens, model, mesh), dtype=dtype, device=tokens.device)
-        dist.recv(x, group=group, group_src=stage.index - 1)
-    out: torch.Tensor = model(x, following_positions(tokens, cache), cache)
-    if not stage.is_last:
-        dist.send(out.contiguous(), group=group, group_dst=stage.index + 1)
-        mine = rounded_share(config.vocab_size, mesh.layout.tp, mesh.tp_rank)
-        out = torch.empty(*tokens.shape, mine.stop - mine.start, dtype=dtype, device=tokens.device)
+    holder = _holders(model, mesh)
+    positions = following_positions(tokens, cache)
+    out = tokens
+    for stage in model.stages:
+        if not stage.is_first and holder[stage.index - 1] != mesh.pp_rank:
+            out = torch.empty(hidden_shape(tokens, model, mesh), dtype=dtype, device=tokens.device)
+            dist.recv(out, group=group, group_src=holder[stage.index - 1])
+        out = model(out, positions, cache, stage)
+        if not stage.is_last and holder[stage.index + 1] != mesh.pp_rank:
+            dist.send(out.contiguous(), group=group, group_dst=holder[stage.index + 1])
+    if not model.has_last:
+        out = torch.empty(logits_shape(tokens, model, mesh), dtype=dtype, device=tokens.device)
     out = out.contiguous()
-    dist.broadcast(out, group=group, group_src=stage.count - 1)
+    dist.broadcast(out, group=group, group_src=holder[-1])
     return out
+
+
+def _holders(model: Transformer, mesh: ParallelMesh) -> list[int]:
+    """Return by stage the pipeline rank that holds it."""
+    held = stages_of_devices(model.config.num_layers, mesh.layout)
+    return [rank for _, rank in sorted((stage.index, rank) for rank, own in enumerate(held) for stage in own)]

@@ -6,7 +6,7 @@ data-parallel rank and micro-batch that Megatron-LM's sequential sampler gives i
 
 import hashlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -145,22 +145,25 @@ class TrainingData:
             digest.update(self.train[number]["tokens"].numpy().tobytes())
         return digest.hexdigest()
 
-    def micro_batches(self, consumed: int, num_micro_batches: int, size: int) -> list[MicroBatch]:
-        """Return this rank's micro-batches of the step that follows `consumed` samples."""
-        return list(self._take(self.train, consumed, num_micro_batches, size))
+    def micro_batches(self, consumed: int, sizes: Sequence[int]) -> list[MicroBatch]:
+        """Return this rank's micro-batches, of those sizes, of the step that follows `consumed` samples."""
+        return list(self._take(self.train, consumed, sizes))
 
-    def validation_batches(self, measured: int, num_micro_batches: int, size: int) -> list[MicroBatch]:
+    def validation_batches(self, measured: int, sizes: Sequence[int]) -> list[MicroBatch]:
         """Return this rank's micro-batches of the measurement that follows `measured` samples."""
-        return list(self._take(self.validation, measured, num_micro_batches, size))
+        return list(self._take(self.validation, measured, sizes))
 
-    def sample_numbers(self, consumed: int, num_micro_batches: int, size: int) -> list[range]:
+    def sample_numbers(self, consumed: int, sizes: Sequence[int]) -> list[range]:
         """Return the sample numbers of this rank's micro-batches: rank after rank within each micro-step."""
-        dp = self._mesh.layout.dp
-        first = consumed + self._mesh.dp_rank * size
-        return [range(first + n * size * dp, first + n * size * dp + size) for n in range(num_micro_batches)]
+        numbers, first = [], consumed
+        for size in sizes:
+            mine = first + self._mesh.dp_rank * size
+            numbers.append(range(mine, mine + size))
+            first += size * self._mesh.layout.dp
+        return numbers
 
-    def _take(self, dataset: Any, consumed: int, num_micro_batches: int, size: int) -> Iterator[MicroBatch]:
-        for numbers in self.sample_numbers(consumed, num_micro_batches, size):
+    def _take(self, dataset: Any, consumed: int, sizes: Sequence[int]) -> Iterator[MicroBatch]:
+        for numbers in self.sample_numbers(consumed, sizes):
             samples = [dataset[number] for number in numbers]
             batch = MicroBatch(
                 *(

@@ -7,8 +7,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from ascendspeed_core.config.parallel import Layout
+from ascendspeed_core.config.parallel import V_SCHEDULES, Layout
 from ascendspeed_core.training.metrics import METRICS, read_metrics
 from ascendspeed_core.weights import open_weights
 from ascendspeed_data.command_line import log
@@ -40,7 +41,10 @@ class ParityRow:
 
 
 def parse_layouts(text: str) -> list[Layout]:
-    """Read `tp2,pp2,tp2pp2,dp2`; `+sp` adds sequence parallelism, `+sharded` a sharded optimizer.
+    """Read `tp2,pp2,tp2pp2,dp2`.
+
+    Behind a plus: `sp` for sequence parallelism, `sharded` for a sharded optimizer, `gpipe`, `zbv` or `dualpipev` for
+    the pipeline's schedule, `vppN` or `vppN-zb` for virtual stages of N layers.
 
     Raises:
         ConfigError: a part that is no layout.
@@ -51,21 +55,28 @@ def parse_layouts(text: str) -> list[Layout]:
         found = re.findall(r"(tp|pp|dp)([1-9]\d*)", sizes)
         names = [name for name, _ in found]
         is_read = found and "".join(name + size for name, size in found) == sizes
-        if not is_read or len(set(names)) < len(names) or not set(options) <= {"sp", "sharded"}:
+        chosen = [_option(option) for option in options]
+        if not is_read or len(set(names)) < len(names) or None in chosen:
             raise ConfigError(
-                f"layouts={text!r}: {part!r} is no layout; write for example tp2,pp2,tp2pp2dp2,tp2+sp,dp2+sharded"
+                f"layouts={text!r}: {part!r} is no layout; write for example "
+                "tp2,pp2,tp2pp2dp2,tp2+sp,dp2+sharded,pp2+zbv,pp2+vpp1"
             )
-        number = {name: int(size) for name, size in found}
-        layouts.append(
-            Layout(
-                number.get("tp", 1),
-                number.get("pp", 1),
-                number.get("dp", 1),
-                "sp" in options,
-                "sharded" in options,
-            )
-        )
+        given: dict[str, Any] = {name: int(size) for name, size in found}
+        for option in chosen:
+            given |= option or {}
+        layouts.append(Layout(**given))
     return layouts
+
+
+def _option(text: str) -> dict[str, Any] | None:
+    """Return what `+text` sets in a `Layout`; `None` when it is no option."""
+    virtual = re.fullmatch(r"vpp([1-9]\d*)(-zb)?", text)
+    if virtual:
+        schedule = "interleaved-zb" if virtual[2] else "interleaved"
+        return {"schedule": schedule, "layers_per_stage": int(virtual[1])}
+    if text in ("gpipe", *V_SCHEDULES):
+        return {"schedule": text}
+    return {"sp": {"sequence_parallel": True}, "sharded": {"sharded_optimizer": True}}.get(text)
 
 
 def run_parity(
@@ -101,6 +112,10 @@ def _train(layout: Layout, arguments: Sequence[str], scratch: Path, device: str)
     ]  # fmt: skip
     flags += ["--sequence-parallel"] * layout.sequence_parallel
     flags += ["--use-distributed-optimizer"] * layout.sharded_optimizer
+    if layout.layers_per_stage:
+        flags += ["--num-layers-per-virtual-pipeline-stage", layout.layers_per_stage]
+    if layout.schedule != "1f1b":
+        flags += ["--pipeline-schedule", layout.schedule]
     command = [sys.executable, "-m", "ascendspeed_core.cli", "pretrain", *arguments, *map(str, flags)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ascendspeed_core.config.model import ModelConfig
-from ascendspeed_core.config.parallel import Layout
+from ascendspeed_core.config.parallel import Layout, stages_of_devices
 from ascendspeed_core.config.training import PretrainConfig
 from ascendspeed_core.launch import announce
 from ascendspeed_core.training.batches import check_data
@@ -65,6 +65,7 @@ def plan_run(config: PretrainConfig, world_size: int) -> RunPlan:
     config.model.check(source.config, where)
     config.parallel.check_model(source.config)
     config.parallel.check_sequence(config.data.seq_length)
+    _check_pipeline(config, layout, source.config)
     _check_length(config, source.config, where)
     samples = _num_samples(config, layout.dp)
     manifest = check_data(config.data, samples)
@@ -79,6 +80,21 @@ def _open_source(config: PretrainConfig) -> WeightSource:
     if start.auto_resume and start.save and (start.save / TRACKER).is_file():
         return open_weights(start.save)
     return open_source(start, config.batch.seed)
+
+
+def _check_pipeline(config: PretrainConfig, layout: Layout, model: ModelConfig) -> None:
+    batch = config.batch
+    if batch.optimized_pipeline and layout.pp == 1:
+        raise ConfigError(
+            "optimized_pipeline=true was given for pipeline_model_parallel_size=1, which has no pipeline; choose 2 or "
+            "more, or leave it out"
+        )
+    size, per_micro_step = batch.check_layout(layout.dp), batch.micro_batch_size * layout.dp
+    start, increment, _ = batch.rampup_batch_size or (size, size, 0)
+    for samples in range(start, size + 1, increment or size):
+        layout.check_micro_batches(len(batch.manual_sizes()) or samples // per_micro_step)
+    held = stages_of_devices(model.num_layers, layout)
+    config.recompute.check_stages([sum(len(stage.layers) for stage in own) for own in held])
 
 
 def _check_length(config: PretrainConfig, model: ModelConfig, where: str) -> None:

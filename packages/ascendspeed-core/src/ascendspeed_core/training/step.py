@@ -99,7 +99,6 @@ def forward_backward(
             mesh,
             [micro_batch.tokens for micro_batch in micro_batches],
             lambda number, logits: masked_sum(model, logits, micro_batches[number], mesh) * weight,
-            backward=True,
         )
         return total / scale
     loss = torch.zeros((), dtype=torch.float64, device=mesh.device.torch)

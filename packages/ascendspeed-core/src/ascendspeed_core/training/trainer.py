@@ -9,6 +9,7 @@ import torch
 from ascendspeed_core.config.training import PretrainConfig
 from ascendspeed_core.parallel.build import load_model
 from ascendspeed_core.parallel.mesh import ParallelMesh, gather_objects
+from ascendspeed_core.parallel.recompute import apply_recompute
 from ascendspeed_core.training.batches import TrainingData
 from ascendspeed_core.training.checkpoint import (
     CheckpointWriter,
@@ -45,6 +46,7 @@ class Trainer:
         self.writer = self._writer()
 
         self.model = load_model(plan.source, mesh, dtype, self.config.compute.mlp_layer_fusion)
+        apply_recompute(self.model, self.config.recompute, mesh.pp_rank)
         self.optimizer = MasterOptimizer(self.model, self.config.optimizer, mesh)
         self.loss_scale = LossScale.create(self.config.loss_scaling, is_fp16=dtype == torch.float16)
         self.schedule = Schedule(self.optimizer, self.config.optimizer, self.config.batch, mesh.layout.dp)
@@ -166,9 +168,8 @@ class Trainer:
         batch, schedule = self.config.batch, self.schedule
         started = time.perf_counter()
         rate, samples = self.optimizer.learning_rate, schedule.step_samples
-        micro_batches = self.data.micro_batches(
-            schedule.consumed_samples, schedule.num_micro_batches, batch.micro_batch_size
-        )
+        sizes = batch.manual_sizes() or (batch.micro_batch_size,) * schedule.num_micro_batches
+        micro_batches = self.data.micro_batches(schedule.consumed_samples, sizes)
         scale = self.loss_scale.scale if self.loss_scale else None
         result = train_step(self.model, self.optimizer, micro_batches, self.mesh, self.loss_scale)
         self.mesh.device.synchronize()
@@ -202,7 +203,7 @@ class Trainer:
         measured = (self.iteration // batch.eval_interval - 1) * batch.eval_iters * size
         per_batch = size // (batch.micro_batch_size * self.mesh.layout.dp)
         micro_batches = self.data.validation_batches(
-            measured, batch.eval_iters * per_batch, batch.micro_batch_size
+            measured, (batch.micro_batch_size,) * (batch.eval_iters * per_batch)
         )
         return evaluate(self.model, micro_batches, self.mesh)
 

@@ -1,0 +1,87 @@
+"""Recompute: activations that the backward pass needs are computed again instead of kept.
+
+(Chen et al., 2016, Training Deep Nets with Sublinear Memory Cost; Korthikanti et al., 2022, section 5, for choosing
+what is worth it.) It is applied from outside, to whole layers or to a part of each; the model knows nothing of it, and
+computes the same numbers.
+
+What a layer sends to other devices under tensor parallelism is sent again, in the same order on all of them.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+from ascendspeed_core.config.training import RecomputeConfig
+from ascendspeed_core.models.transformer import Transformer
+
+aten = torch.ops.aten
+
+KEPT_OPERATORS = (
+    aten.mm.default,
+    aten.addmm.default,
+    aten.bmm.default,
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+    aten._scaled_dot_product_fused_attention_overrideable.default,
+)
+"""What policy `selective` keeps: the operators that take the time. The others take the memory."""
+
+
+def apply_recompute(model: Transformer, config: RecomputeConfig, pp_rank: int) -> None:
+    """Make the layers of this process drop activations as `config` says, in place.
+
+    Args:
+        model: this process's stages, cut and filled.
+        config: policy.
+        pp_rank: which entry of `recomputation_layer_num` is this process's.
+    """
+    if not config.checkpoint_activations:
+        return
+    for layer in recomputed_layers(model, config, pp_rank):
+        if config.checkpoint_policy == "selective":
+            _recompute(layer, partial(create_selective_checkpoint_contexts, _keep_products))
+        elif config.checkpoint_policy == "attention":
+            _recompute(layer.get_submodule("attention"))
+        else:
+            _recompute(layer)
+
+
+def recomputed_layers(model: Transformer, config: RecomputeConfig, pp_rank: int) -> list[nn.Module]:
+    """Return the layers that a policy touches: the first ones of each stage, or all."""
+    chosen: list[nn.Module] = []
+    left = config.recomputation_layer_num[pp_rank] if config.checkpoint_policy == "custom" else 0
+    for stage in model.stages:
+        count = len(stage.layers)
+        if config.checkpoint_policy == "block":
+            count = min(count, config.checkpoint_block_layer)
+        elif config.checkpoint_policy == "custom":
+            count, left = min(count, left), max(left - count, 0)
+        chosen += [model.layers[str(number)] for number in stage.layers[:count]]
+    return chosen
+
+
+def _recompute(module: nn.Module, contexts: Callable[[], Any] | None = None) -> None:
+    forward = module.forward
+    options: dict[str, Any] = {} if contexts is None else {"context_fn": contexts}
+
+    def recomputed(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        # Nothing in a layer draws random numbers.
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **options, **kwargs)
+
+    module.forward = recomputed
+
+
+def _keep_products(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operator in KEPT_OPERATORS else CheckpointPolicy.PREFER_RECOMPUTE

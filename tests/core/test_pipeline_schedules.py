@@ -1,0 +1,166 @@
+"""Every schedule, virtual stages and micro-batches of several sizes compute what one process computes."""
+
+from typing import Any
+
+import pytest
+
+from ascendspeed_core.config.parallel import Layout, ParallelConfig, stages_of_devices
+from ascendspeed_core.config.training import MICRO_BATCH_EXAMPLES, BatchConfig
+from ascendspeed_data.errors import ConfigError
+from core.test_layout_equality import HEADER, TITLE, TOLERANCE, differences, one_process
+from core.training_cases import join_stages, train
+from support.models import tiny_config
+from support.processes import WorkerPool
+from support.tables import ReportTables
+
+SCHEDULES: tuple[dict[str, Any], ...] = (
+    {"schedule": "gpipe"},
+    {"schedule": "interleaved", "layers_per_stage": 1},
+    {"schedule": "interleaved-zb", "layers_per_stage": 1},
+    {"schedule": "zbv"},
+    {"schedule": "dualpipev"},
+)
+LAYOUTS = [
+    *(Layout(pp=2, **schedule) for schedule in SCHEDULES),
+    Layout(tp=2, pp=2, sequence_parallel=True, schedule="interleaved", layers_per_stage=1),
+    Layout(tp=2, pp=2, schedule="zbv"),
+    Layout(pp=2, dp=2, sharded_optimizer=True, schedule="interleaved-zb", layers_per_stage=1),
+    Layout(tp=2, pp=2, dp=2, sequence_parallel=True, sharded_optimizer=True, schedule="dualpipev"),
+]
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_schedules(workers: WorkerPool, report: ReportTables, layout: Layout, tied: bool) -> None:
+    size = 16 // (4 * layout.dp)
+    ranks = workers.run(
+        train,
+        layout.world_size,
+        tiny_config(tie_word_embeddings=tied),
+        layout,
+        "float64",
+        micro_batch_size=size,
+    )
+    found = differences(join_stages(ranks, layout), one_process("float64", tied, 128))
+    report.add(TITLE, HEADER, f"{layout}{', tied' if tied else ''}", "float64", *found)
+    assert all(value <= limit for value, limit in zip(found, TOLERANCE["float64"], strict=True)), found
+
+
+@pytest.mark.parametrize(
+    ("layout", "sizes"),
+    [
+        (Layout(pp=2), (1, 5, 2, 8)),
+        (Layout(tp=2, pp=2, sequence_parallel=True), (1, 2, 5, 5, 2, 1)),
+        (Layout(pp=2, dp=2), (1, 2, 3, 2)),
+        (Layout(pp=2, schedule="interleaved", layers_per_stage=1), (1, 5, 2, 8)),
+        (Layout(pp=2, schedule="zbv"), (3, 6, 5, 2)),
+    ],
+    ids=str,
+)
+def test_micro_batches_of_several_sizes(
+    workers: WorkerPool, report: ReportTables, layout: Layout, sizes: tuple[int, ...]
+) -> None:
+    ranks = workers.run(train, layout.world_size, tiny_config(), layout, "float64", micro_batch_size=sizes)
+    found = differences(join_stages(ranks, layout), one_process("float64", False, 128))
+    report.add(TITLE, HEADER, f"{layout}, micro-batches of {sizes}", "float64", *found)
+    assert all(value <= limit for value, limit in zip(found, TOLERANCE["float64"], strict=True)), found
+
+
+def test_interleaved_stages_are_dealt_out_in_turn() -> None:
+    held = stages_of_devices(8, Layout(pp=2, schedule="interleaved", layers_per_stage=2))
+    assert [[list(stage.layers) for stage in own] for own in held] == [[[0, 1], [4, 5]], [[2, 3], [6, 7]]]
+    assert held[0][0].is_first
+    assert held[1][1].is_last
+
+
+def test_v_schedules_go_down_and_up_again() -> None:
+    held = stages_of_devices(7, Layout(pp=3, schedule="zbv"))
+    assert [[list(stage.layers) for stage in own] for own in held] == [[[0, 1], [6]], [[2], [5]], [[3], [4]]]
+    assert held[0][0].is_first
+    assert held[0][1].is_last
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (
+            {"num_layers_per_virtual_pipeline_stage": 3},
+            "3 times pipeline_model_parallel_size=2 does not divide num_layers=4; choose 1, 2",
+        ),
+        ({"num_layers_per_virtual_pipeline_stage": 2}, "gives each of 2 devices one stage only"),
+    ],
+)
+def test_layers_that_do_not_fit(options: dict[str, int], complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        ParallelConfig(pipeline_model_parallel_size=2, **options).check_model(tiny_config())
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"pipeline_schedule": "zbv"}, "pipeline_model_parallel_size=1, which has no pipeline"),
+        ({"num_layers_per_virtual_pipeline_stage": 1}, "which has no pipeline"),
+        (
+            {
+                "pipeline_model_parallel_size": 2,
+                "pipeline_schedule": "zbv",
+                "num_layers_per_virtual_pipeline_stage": 1,
+            },
+            "goes with interleaved and interleaved-zb, not with pipeline_schedule=zbv",
+        ),
+        (
+            {"pipeline_model_parallel_size": 2, "pipeline_schedule": "interleaved"},
+            "give --num-layers-per-virtual-pipeline-stage N",
+        ),
+    ],
+)
+def test_options_that_contradict(options: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        ParallelConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("layout", "count", "complaint"),
+    [
+        (Layout(pp=4, schedule="interleaved", layers_per_stage=1), 11, "give 8 or 12"),
+        (Layout(pp=2, schedule="dualpipev"), 3, "a micro-batch for each of its 4 stages, not 3"),
+    ],
+)
+def test_numbers_of_micro_batches(layout: Layout, count: int, complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        layout.check_micro_batches(count)
+
+
+def test_sizes_of_the_2023_examples() -> None:
+    assert [(len(sizes), sum(sizes)) for sizes in MICRO_BATCH_EXAMPLES.values()] == [(16, 64), (24, 96)]
+    batch = BatchConfig(
+        train_iters=1,
+        global_batch_size=128,
+        micro_batch_size=4,
+        optimized_pipeline=True,
+        manual_mbs="example-config-1",
+    )
+    assert batch.check_layout(2) == 128
+    with pytest.raises(ValueError, match="makes 64 samples per device, with dp = 1 a step of 64, not"):
+        batch.check_layout(1)
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"optimized_pipeline": True}, "optimized_pipeline and manual_mbs go together"),
+        ({"manual_mbs": "1,2"}, "go together"),
+        (
+            {"optimized_pipeline": True, "manual_mbs": "1,x"},
+            "neither example-config-1 nor example-config-2 nor numbers",
+        ),
+        ({"optimized_pipeline": True, "manual_mbs": "1,0"}, "every size must be 1 or more"),
+        (
+            {"optimized_pipeline": True, "manual_mbs": "1,2", "rampup_batch_size": (1, 1, 5)},
+            "leave one of them out",
+        ),
+    ],
+)
+def test_sizes_that_make_no_sense(options: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        BatchConfig(train_iters=1, **options)
