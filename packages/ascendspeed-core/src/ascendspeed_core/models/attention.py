@@ -30,6 +30,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.norm_epsilon) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.norm_epsilon) if config.qk_norm else None
         self.projections = Projections(self, ("q_proj", "k_proj", "v_proj"))
+        self.attend = causal_attention
 
     def forward(
         self, x: torch.Tensor, *, places: Places, cache: KeyValueCache | None = None, cache_layer: int = 0
@@ -50,7 +51,7 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.append(cache_layer, k, v)
-        attended = causal_attention(q, k, v, places.mask)
+        attended = self.attend(q, k, v, places.mask)
         out: torch.Tensor = self.o_proj(attended.transpose(1, 2).flatten(2))
         return out
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ascendspeed_core.config.training import PretrainConfig
+from ascendspeed_core.kernels.dispatch import apply_kernels
 from ascendspeed_core.parallel.build import load_model
 from ascendspeed_core.parallel.mesh import ParallelMesh, gather_objects
 from ascendspeed_core.parallel.recompute import apply_recompute
@@ -46,6 +47,8 @@ class Trainer:
         self.writer = self._writer()
 
         self.model = load_model(plan.source, mesh, dtype, self.config.compute.mlp_layer_fusion)
+        for choice in apply_kernels(self.model, self.config.kernels):
+            self._say(f"kernel: {choice.operator}: {choice.implementation} ({choice.reason})")
         apply_recompute(self.model, self.config.recompute, mesh.pp_rank)
         self.optimizer = MasterOptimizer(self.model, self.config.optimizer, mesh)
         self.loss_scale = LossScale.create(self.config.loss_scaling, is_fp16=dtype == torch.float16)

@@ -1,0 +1,1 @@
+"""Implementations of single operators: faster or smaller ones beside the plain torch that says what is right."""

@@ -1,0 +1,40 @@
+"""Which implementation of an operator a run uses: chosen once, and said."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ascendspeed_core.config.training import KernelConfig
+from ascendspeed_core.kernels.reference import reference_attention
+from ascendspeed_core.kernels.triangle import triangle_attention
+from ascendspeed_core.models.attention import Attention, causal_attention
+from ascendspeed_core.models.transformer import Transformer
+
+AttentionKernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+
+ATTENTION: dict[str, AttentionKernel] = {
+    "sdpa": causal_attention,
+    "triangle": triangle_attention,
+    "reference": reference_attention,
+}
+"""Implementations of attention by name; all give what `reference` gives."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One row of the table that a run prints at its start."""
+
+    operator: str
+    implementation: str
+    reason: str
+
+
+def apply_kernels(model: Transformer, config: KernelConfig) -> list[Choice]:
+    """Give the layers of this process the implementations that `config` asks for, in place."""
+    name = config.attention_name
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.attend = ATTENTION[name]
+    asked = "asked for" if config.asked_for_attention else "torch's own, which takes the device's fused one"
+    return [Choice("attention", name, asked)]
