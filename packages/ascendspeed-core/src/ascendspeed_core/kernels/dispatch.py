@@ -1,19 +1,14 @@
 """Which implementation of an operator a run uses: chosen once, and said."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-
-import torch
 
 from ascendspeed_core.config.training import KernelConfig
 from ascendspeed_core.kernels.reference import reference_attention
 from ascendspeed_core.kernels.triangle import triangle_attention
-from ascendspeed_core.models.attention import Attention, causal_attention
+from ascendspeed_core.models.attention import Attention, AttentionFunction, causal_attention
 from ascendspeed_core.models.transformer import Transformer
 
-AttentionKernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
-
-ATTENTION: dict[str, AttentionKernel] = {
+ATTENTION: dict[str, AttentionFunction] = {
     "sdpa": causal_attention,
     "triangle": triangle_attention,
     "reference": reference_attention,

@@ -4,6 +4,8 @@ Shapes: B batch, S sequence, H hidden size, D head size, N query heads and K key
 (under tensor parallel each device holds N/tp and K/tp of them), T tokens attended to.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -13,6 +15,9 @@ from ascendspeed_core.models.cache import KeyValueCache
 from ascendspeed_core.models.norm import RMSNorm
 from ascendspeed_core.models.position import Places, rotate
 from ascendspeed_core.models.projections import Projections
+
+AttentionFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+"""An implementation of `causal_attention`."""
 
 
 class Attention(nn.Module):
@@ -30,7 +35,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.norm_epsilon) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.norm_epsilon) if config.qk_norm else None
         self.projections = Projections(self, ("q_proj", "k_proj", "v_proj"))
-        self.attend = causal_attention
+        self.attend: AttentionFunction = causal_attention
 
     def forward(
         self, x: torch.Tensor, *, places: Places, cache: KeyValueCache | None = None, cache_layer: int = 0

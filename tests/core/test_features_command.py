@@ -1,0 +1,79 @@
+"""`asd-core pretrain` with the acceleration flags of the 2023 system: all at once, resumed without, and refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ascendspeed_core.models.families import find_family
+from ascendspeed_core.training.metrics import read_metrics
+from support.commands import call, run_command
+from support.models import tiny_config
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> list[object]:
+    folder = tmp_path_factory.mktemp("features")
+    (folder / "model.json").write_text(
+        json.dumps(find_family("llama").write_config(tiny_config(vocab_size=400)))
+    )
+    return [
+        "asd-core", "pretrain", "--model-config", folder / "model.json", "--data-path", dataset, "--seq-length", 32,
+        "--global-batch-size", 8, "--train-iters", 6, "--lr", 3e-3, "--data-cache-path", folder / "cache", "--split",
+        "90,10,0", "--dtype", "float64", "--device", "cpu", "--eval-iters", 1, "--eval-interval", 3,
+    ]  # fmt: skip
+
+
+ALL = [
+    "--pipeline-model-parallel-size", 2, "--num-layers-per-virtual-pipeline-stage", 1, "--optimized-pipeline",
+    "--manual-mbs", "1,2,3,2", "--checkpoint-activations", "--checkpoint_policy", "custom",
+    "--recomputation-layer-num", 2, 1, "--triangle-attn", "--nproc-per-node", 2,
+]  # fmt: skip
+
+
+def test_all_at_once_and_resumed_without(arguments: list[object], tmp_path: Path) -> None:
+    assert call(*arguments, "--save", tmp_path / "plain").status == 0
+    done = run_command(*arguments, *ALL, "--save", tmp_path / "all", "--exit-interval", 3)
+    assert done.status == 0, done.stderr
+    assert "stages: layers 0+2, 1+3" in done.stderr
+    assert "kernel: attention: triangle (asked for)" in done.stderr
+    go_on = [*arguments[:2], "--load", tmp_path / "all", *arguments[4:], "--save", tmp_path / "all"]
+    assert call(*go_on).status == 0
+    plain, other = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("plain", "all"))
+    for key in ("lm_loss", "grad_norm", "consumed_samples"):
+        # float64: only the order of sums differs.
+        assert [r[key] for r in other] == pytest.approx([r[key] for r in plain], rel=1e-12)
+    measured = [[r["validation_loss"] for r in rows if "validation_loss" in r] for rows in (other, plain)]
+    assert measured[0] == pytest.approx(measured[1], rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--triangle-attn", "--attention", "sdpa"], "triangle_attn and attention=sdpa were both given"),
+        (["--checkpoint-policy", "full"], "means nothing without --checkpoint-activations"),
+        (["--optimized-pipeline", "--manual-mbs", "4,4"], "pipeline_model_parallel_size=1, which has no pipeline"),
+        (["--optimized-pipeline", "--manual-mbs", "4,5"], "not global_batch_size=8; change one of them"),
+        (["--pipeline-schedule", "zbv"], "which has no pipeline"),
+        (
+            ["--pipeline-model-parallel-size", 2, "--pipeline-schedule", "dualpipev", "--nproc-per-node", 2,
+             "--micro-batch-size", 4],
+            "a micro-batch for each of its 4 stages, not 2 per step",
+        ),
+        (
+            ["--pipeline-model-parallel-size", 2, "--nproc-per-node", 2, "--checkpoint-activations",
+             "--checkpoint-policy", "custom", "--recomputation-layer-num", 1],
+            "has 1 numbers for 2 pipeline stages",
+        ),
+        (
+            ["--pipeline-model-parallel-size", 2, "--nproc-per-node", 2, "--num-layers-per-virtual-pipeline-stage", 3],
+            "does not divide num_layers=4; choose 1, 2",
+        ),
+    ],
+    ids=lambda value: str(value)[:60],
+)  # fmt: skip
+def test_refusals(arguments: list[object], tmp_path: Path, flags: list[object], complaint: str) -> None:
+    done = call(*arguments, *flags, "--save", tmp_path / "run", "--dry-run")
+    assert done.status == 2
+    assert complaint in done.complaint
+    assert not (tmp_path / "run").exists()
