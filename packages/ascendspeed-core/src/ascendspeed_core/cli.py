@@ -21,6 +21,11 @@ app = build_app(
         ),
         Command("models", "ascendspeed_core.commands.models:models", "List families and sizes of models."),
         Command(
+            "timeline",
+            "ascendspeed_core.commands.timeline:timeline",
+            "Draw what each pipeline device does in a step.",
+        ),
+        Command(
             "parity", "ascendspeed_core.commands.parity:parity", "Prove layouts equal on your model and data."
         ),
     ],

@@ -10,6 +10,7 @@ parallelism [B, S/tp, H].
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from ascendspeed_core.models.cache import KeyValueCache
 from ascendspeed_core.models.transformer import Transformer, following_positions
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.slices import rounded_share
+from ascendspeed_core.parallel.timeline import Kind, Recorder
 
 SCHEDULES: dict[str, Any] = {
     "1f1b": Schedule1F1B,
@@ -46,6 +48,7 @@ def run_pipeline(
     mesh: ParallelMesh,
     tokens: Sequence[torch.Tensor],
     loss_of: Callable[[int, torch.Tensor], torch.Tensor],
+    recorder: Recorder | None = None,
 ) -> torch.Tensor:
     """Run micro-batches forwards and backwards through all stages; gradients are added to the parameters.
 
@@ -54,6 +57,7 @@ def run_pipeline(
         mesh: its place.
         tokens: ids of every micro-batch, [B, S]; B may differ.
         loss_of: number of a micro-batch and its logits -> scalar; called by the process with the last stage.
+        recorder: notes when each stage computes.
 
     Returns:
         Sum of the losses, float64, the same on every process.
@@ -63,7 +67,7 @@ def run_pipeline(
     def loss(output: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
         return loss_of(int(number), output)
 
-    parts = [_Stage(model, mesh, stage, tokens) for stage in model.stages]
+    parts = [_Stage(model, mesh, stage, tokens, recorder) for stage in model.stages]
     name = mesh.layout.schedule
     if name == "1f1b" and len(tokens) < mesh.layout.pp:
         # With fewer micro-batches than stages 1F1B is all forward, then all backward, which torch calls GPipe.
@@ -107,8 +111,14 @@ class _Stage(PipelineStage):
     """
 
     def __init__(
-        self, model: Transformer, mesh: ParallelMesh, stage: Stage, tokens: Sequence[torch.Tensor]
+        self,
+        model: Transformer,
+        mesh: ParallelMesh,
+        stage: Stage,
+        tokens: Sequence[torch.Tensor],
+        recorder: Recorder | None,
     ) -> None:
+        self._recorder = recorder
         self._sizes = [batch.shape[0] for batch in tokens]
         dtype = next(model.parameters()).dtype
         hidden = torch.empty(hidden_shape(tokens[0], model, mesh), dtype=dtype, device="meta")
@@ -123,6 +133,26 @@ class _Stage(PipelineStage):
             output_args=(logits if stage.is_last else hidden).requires_grad_(),
             group=mesh.group("pp"),
         )
+
+    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        """Run one forward."""
+        with self._noted("forward", fwd_chunk_id):
+            return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+
+    def backward_one_chunk(
+        self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
+    ) -> Any:
+        """Run one backward, or only its gradient of the input."""
+        with self._noted("backward" if full_backward else "input gradient", bwd_chunk_id):
+            return super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
+
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> Any:
+        """Run the gradients of the weights that a backward left out."""
+        with self._noted("weight gradient", bwd_chunk_id):
+            return super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
+
+    def _noted(self, kind: Kind, micro_batch: int) -> AbstractContextManager[None]:
+        return self._recorder.note(kind, self.stage_index, micro_batch) if self._recorder else nullcontext()
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> Any:
         """Return the receives of one forward."""

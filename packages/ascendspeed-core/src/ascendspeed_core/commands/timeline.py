@@ -1,0 +1,92 @@
+"""`asd-core timeline`."""
+
+import json
+import sys
+from dataclasses import asdict
+from typing import Any
+
+from ascendspeed_core.config.load import load_config
+from ascendspeed_core.config.timeline import TimelineConfig
+from ascendspeed_data.command_line import log
+from ascendspeed_data.command_line.options import options_from
+from ascendspeed_data.errors import ConfigError
+
+WARM_UP_STEPS = 2
+
+
+@options_from(TimelineConfig)
+def timeline(**given: Any) -> None:
+    """Run a few steps of a pipeline on random tokens, and draw what each device did when in the last one.
+
+    Below the measured step the picture shows the same work with messages that take no time: what the schedule itself
+    leaves idle.
+    """
+    config = load_config(TimelineConfig, None, {"train_iters": WARM_UP_STEPS + 1, **given})
+    from ascendspeed_core.launch import is_worker, launch, planned_world_size, worker_errors
+
+    world_size = planned_world_size(config.launch.nproc_per_node)
+    with worker_errors():
+        from ascendspeed_core.device import prepare_torch
+
+        prepare_torch(config.launch.device)
+        check(config, world_size)
+        if world_size > 1 and not is_worker():
+            launch("ascendspeed_core.cli", sys.argv[1:], config.launch.nproc_per_node, config.launch.device)
+            return
+        measure(config)
+
+
+def check(config: TimelineConfig, world_size: int) -> None:
+    """Raise `AscendSpeedError` when there is nothing to draw, or the layout does not fit."""
+    from ascendspeed_core.weights import open_source
+
+    if config.parallel.pipeline_model_parallel_size == 1:
+        raise ConfigError("a timeline shows a pipeline; give --pipeline-model-parallel-size 2 or more")
+    layout = config.parallel.layout(world_size)
+    model = open_source(config.source, config.batch.seed).config
+    config.parallel.check_model(model)
+    config.parallel.check_sequence(config.drawing.seq_length)
+    try:
+        size = config.batch.check_layout(layout.dp)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    layout.check_micro_batches(len(sizes_of(config, size, layout.dp)))
+
+
+def sizes_of(config: TimelineConfig, global_batch_size: int, dp: int) -> tuple[int, ...]:
+    """Return the sizes of one device's micro-batches."""
+    size = config.batch.micro_batch_size
+    return config.batch.manual_sizes() or (size,) * (global_batch_size // (size * dp))
+
+
+def measure(config: TimelineConfig) -> None:
+    """Run the steps on this process with the others; the first one draws its pipeline."""
+    from ascendspeed_core.launch import process_group
+    from ascendspeed_core.parallel.mesh import ParallelMesh, gather_objects
+    from ascendspeed_core.parallel.timeline import Timeline, draw_timelines, ideal
+    from ascendspeed_core.training.step import record_step
+
+    with process_group(config.launch.device) as (world, device):
+        layout = config.parallel.layout(world.size)
+        mesh = ParallelMesh.create(device, layout)
+        sizes = sizes_of(config, config.batch.check_layout(layout.dp), layout.dp)
+        actions = record_step(config, mesh, sizes)
+        everything = gather_objects((mesh.tp_rank, mesh.dp_rank, actions), mesh)
+        if world.rank:
+            return
+        measured = Timeline(tuple(tuple(own) for tp, dp, own in everything if tp == 0 and dp == 0))
+        planned = ideal(measured)
+        picture = config.drawing.picture
+        draw_timelines([(f"{layout}, measured", measured), ("messages that take no time", planned)], picture)
+        numbers = {
+            "layout": str(layout),
+            "micro_batch_sizes": sizes,
+            "measured": {"seconds": measured.makespan, "bubble": measured.bubble},
+            "ideal": {"seconds": planned.makespan, "bubble": planned.bubble},
+            "actions": [[asdict(action) for action in own] for own in measured.devices],
+        }
+        picture.with_suffix(".json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+        log(
+            f"{picture}: step {measured.makespan * 1000:.0f} ms, bubble {measured.bubble:.1%}; with messages that take "
+            f"no time {planned.makespan * 1000:.0f} ms, bubble {planned.bubble:.1%}"
+        )

@@ -1,0 +1,184 @@
+"""What each pipeline device did when in one step, and what it could have done had no message taken time.
+
+No torch here: the ideal is planned from the order and the lengths of what was measured.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+Kind = Literal["forward", "backward", "input gradient", "weight gradient"]
+"""A backward is an input gradient and a weight gradient in one."""
+
+COLOURS: dict[Kind, str] = {
+    "forward": "#4c78a8",
+    "backward": "#f58518",
+    "input gradient": "#eeca3b",
+    "weight gradient": "#54a24b",
+}
+
+
+@dataclass(frozen=True)
+class Action:
+    """One piece of work of one device.
+
+    Attributes:
+        kind: what.
+        stage: of which stage.
+        micro_batch: for which micro-batch.
+        start: seconds on the machine's clock.
+        end: seconds.
+    """
+
+    kind: Kind
+    stage: int
+    micro_batch: int
+    start: float
+    end: float
+
+    @property
+    def seconds(self) -> float:
+        """How long it took."""
+        return self.end - self.start
+
+
+@dataclass
+class Recorder:
+    """Notes the actions of this process.
+
+    Attributes:
+        synchronize: waits until the device has done what it was given.
+        actions: in the order in which they ran.
+    """
+
+    synchronize: Callable[[], None]
+    actions: list[Action] = field(default_factory=list)
+
+    @contextmanager
+    def note(self, kind: Kind, stage: int, micro_batch: int) -> Iterator[None]:
+        """Time one action."""
+        self.synchronize()
+        started = time.perf_counter()
+        yield
+        self.synchronize()
+        self.actions.append(Action(kind, stage, micro_batch, started, time.perf_counter()))
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """The actions of all devices of one pipeline, by pipeline rank, each in its order."""
+
+    devices: tuple[tuple[Action, ...], ...]
+
+    @property
+    def start(self) -> float:
+        """When the first action started."""
+        return min(actions[0].start for actions in self.devices)
+
+    @property
+    def makespan(self) -> float:
+        """Seconds from the first start to the last end."""
+        return max(action.end for actions in self.devices for action in actions) - self.start
+
+    @property
+    def bubble(self) -> float:
+        """Share of all devices' time in which they did nothing."""
+        busy = sum(action.seconds for actions in self.devices for action in actions)
+        return 1 - busy / (len(self.devices) * self.makespan)
+
+
+def ideal(measured: Timeline) -> Timeline:
+    """Return when each action could have run: same order, same lengths, messages that take no time.
+
+    A forward waits for the stage before, a gradient of the input for the stage behind it.
+
+    Raises:
+        ValueError: the order of a device waits for something that never comes.
+    """
+    ended: dict[tuple[str, int, int], float] = {}
+    clocks = [0.0] * len(measured.devices)
+    left = [list(actions) for actions in measured.devices]
+    planned: list[list[Action]] = [[] for _ in measured.devices]
+    last = max(action.stage for actions in measured.devices for action in actions)
+    while any(left):
+        moved = False
+        for device, actions in enumerate(left):
+            while actions and (ready := _ready_at(actions[0], ended, last)) is not None:
+                action = actions.pop(0)
+                start = max(clocks[device], ready)
+                clocks[device] = start + action.seconds
+                planned[device].append(replace(action, start=start, end=clocks[device]))
+                if action.kind != "weight gradient":
+                    step = "forward" if action.kind == "forward" else "backward"
+                    ended[step, action.stage, action.micro_batch] = clocks[device]
+                moved = True
+        if not moved:
+            waiting = next(actions[0] for actions in left if actions)
+            raise ValueError(f"the order of actions never lets {waiting} start")
+    return Timeline(tuple(map(tuple, planned)))
+
+
+def _ready_at(action: Action, ended: dict[tuple[str, int, int], float], last: int) -> float | None:
+    """Return when what an action needs from other stages is there; `None` when that is not known yet."""
+    if action.kind == "weight gradient":
+        return 0.0
+    if action.kind == "forward":
+        return 0.0 if action.stage == 0 else ended.get(("forward", action.stage - 1, action.micro_batch))
+    if action.stage == last:
+        return ended.get(("forward", last, action.micro_batch))
+    return ended.get(("backward", action.stage + 1, action.micro_batch))
+
+
+def draw_timelines(timelines: Sequence[tuple[str, Timeline]], path: Path) -> None:
+    """Draw timelines above one another, one row a device, on the same scale, as a PNG.
+
+    Args:
+        timelines: title and actions.
+        path: the picture.
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.patches import Patch
+
+    from ascendspeed_core.training.metrics import save_figure
+
+    devices = max(len(timeline.devices) for _, timeline in timelines)
+    figure, rows = pyplot.subplots(
+        len(timelines),
+        1,
+        figsize=(12, (0.4 * devices + 1.2) * len(timelines)),
+        dpi=120,
+        sharex=True,
+        squeeze=False,
+    )
+    for axes, (title, timeline) in zip(rows[:, 0], timelines, strict=True):
+        for device, actions in enumerate(timeline.devices):
+            stages = sorted({action.stage for action in actions})
+            for action in actions:
+                left = (action.start - timeline.start) * 1000
+                width = action.seconds * 1000
+                paleness = 0.7 * stages.index(action.stage) / len(stages)
+                axes.barh(
+                    device, width, left=left, height=0.8, color=COLOURS[action.kind], alpha=1 - paleness,
+                    edgecolor="white", lw=0.5,
+                )  # fmt: skip
+                axes.text(left + width / 2, device, action.micro_batch, ha="center", va="center", fontsize=6)
+        axes.set_title(
+            f"{title}: {timeline.makespan * 1000:.0f} ms, bubble {timeline.bubble:.1%}",
+            fontsize=10,
+            loc="left",
+        )
+        axes.set_yticks(range(len(timeline.devices)), [f"device {n}" for n in range(len(timeline.devices))])
+        axes.invert_yaxis()
+    rows[-1, 0].set_xlabel("ms; the number is that of the micro-batch, paler is a later stage of the device")
+    shown = {action.kind for _, timeline in timelines for actions in timeline.devices for action in actions}
+    figure.legend(
+        handles=[Patch(color=colour, label=kind) for kind, colour in COLOURS.items() if kind in shown],
+        loc="upper right", ncols=4, fontsize=8,
+    )  # fmt: skip
+    save_figure(figure, path)
