@@ -15,6 +15,11 @@ from support.models import save_hugging_face, tiny_config
 
 def test_layouts_are_read() -> None:
     assert parse_layouts("tp2, pp2,dp2pp3") == [Layout(tp=2), Layout(pp=2), Layout(pp=3, dp=2)]
+    assert parse_layouts("pp2+zbv,pp2+vpp1-zb,pp2dp2+vpp2+aiao") == [
+        Layout(pp=2, schedule="zbv"),
+        Layout(pp=2, schedule="interleaved-zb", layers_per_stage=1),
+        Layout(pp=2, dp=2, schedule="looped-bfs", layers_per_stage=2, early_reduction=True),
+    ]
     assert parse_layouts("tp2+sp,tp2dp2+sp+sharded") == [
         Layout(tp=2, sequence_parallel=True),
         Layout(tp=2, dp=2, sequence_parallel=True, sharded_optimizer=True),

@@ -1,20 +1,34 @@
 """Every schedule, virtual stages and micro-batches of several sizes compute what one process computes."""
 
+import time
 from typing import Any
+from unittest.mock import patch
 
 import pytest
+import torch
+import torch.distributed as dist
 
-from ascendspeed_core.config.parallel import Layout, ParallelConfig, stages_of_devices
-from ascendspeed_core.config.training import MICRO_BATCH_EXAMPLES, BatchConfig
+from ascendspeed_core.config.parallel import Layout, ParallelConfig, Stage, stages_of_devices
+from ascendspeed_core.config.training import MICRO_BATCH_EXAMPLES, BatchConfig, OptimizerConfig
+from ascendspeed_core.device import Device
+from ascendspeed_core.parallel import collectives
+from ascendspeed_core.parallel.build import load_model
+from ascendspeed_core.parallel.mesh import ParallelMesh
+from ascendspeed_core.parallel.pipeline import run_pipeline
+from ascendspeed_core.parallel.timeline import Recorder
+from ascendspeed_core.training.optimizer import MasterOptimizer
+from ascendspeed_core.training.step import masked_sum
+from ascendspeed_core.weights import InitialWeights
 from ascendspeed_data.errors import ConfigError
 from core.test_layout_equality import HEADER, TITLE, TOLERANCE, differences, one_process
-from core.training_cases import join_stages, train
+from core.training_cases import join_stages, micro_batches, train
 from support.models import tiny_config
 from support.processes import WorkerPool
 from support.tables import ReportTables
 
 SCHEDULES: tuple[dict[str, Any], ...] = (
     {"schedule": "gpipe"},
+    {"schedule": "looped-bfs", "layers_per_stage": 1},
     {"schedule": "interleaved", "layers_per_stage": 1},
     {"schedule": "interleaved-zb", "layers_per_stage": 1},
     {"schedule": "zbv"},
@@ -26,6 +40,10 @@ LAYOUTS = [
     Layout(tp=2, pp=2, schedule="zbv"),
     Layout(pp=2, dp=2, sharded_optimizer=True, schedule="interleaved-zb", layers_per_stage=1),
     Layout(tp=2, pp=2, dp=2, sequence_parallel=True, sharded_optimizer=True, schedule="dualpipev"),
+    Layout(pp=2, dp=2, schedule="looped-bfs", layers_per_stage=1, early_reduction=True),
+    Layout(
+        pp=2, dp=2, schedule="interleaved", layers_per_stage=1, early_reduction=True, sharded_optimizer=True
+    ),
 ]
 
 
@@ -64,6 +82,68 @@ def test_micro_batches_of_several_sizes(
     found = differences(join_stages(ranks, layout), one_process("float64", False, 128))
     report.add(TITLE, HEADER, f"{layout}, micro-batches of {sizes}", "float64", *found)
     assert all(value <= limit for value, limit in zip(found, TOLERANCE["float64"], strict=True)), found
+
+
+def step_events(layout: Layout) -> tuple[list[tuple[str, int]], int]:
+    """What a process did in one step: actions and starts of reductions, in order; and how many reductions it made."""
+    mesh = ParallelMesh.create(Device("cpu"), layout)
+    model = load_model(InitialWeights(tiny_config(), seed=5), mesh, torch.float32)
+    optimizer = MasterOptimizer(model, OptimizerConfig(), mesh)
+    batches = micro_batches(128, 0, mesh, 2, masked=False)
+    recorder, starts, messages = Recorder(lambda: None), [], []
+
+    class CountingDist:
+        """`torch.distributed` as the collectives see it; torch's own schedules go on with the real one."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(dist, name)
+
+        def isend(self, *args: Any, **kwargs: Any) -> Any:
+            if kwargs["group"] is mesh.group("dp"):
+                messages.append(args)
+            return dist.isend(*args, **kwargs)
+
+    def on_stage_done(stage: Stage) -> None:
+        starts.append((time.perf_counter(), stage.index))
+        optimizer.start_reduction(stage)
+
+    with patch.object(collectives, "dist", CountingDist()):
+        run_pipeline(
+            model, mesh, [batch.tokens for batch in batches],
+            lambda number, logits: masked_sum(model, logits, batches[number], mesh), recorder, on_stage_done,
+        )  # fmt: skip
+        optimizer.step()
+    events = [(action.start, action.kind, action.stage) for action in recorder.actions]
+    events += [(moment, "reduction", stage) for moment, stage in starts]
+    # With one other data-parallel rank a small reduction is one message.
+    return [(kind, stage) for _, kind, stage in sorted(events)], len(messages)
+
+
+@pytest.mark.parametrize("mode", ["aiao", "fifo"])
+def test_a_finished_stage_is_reduced_while_the_other_computes(
+    workers: WorkerPool, report: ReportTables, mode: str
+) -> None:
+    config = ParallelConfig(
+        pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=1, foldx_mode=mode
+    )
+    layout = config.layout(4)
+    for rank, (events, reductions) in enumerate(workers.run(step_events, 4, layout)):
+        first, second = 0 + rank // 2, 2 + rank // 2
+        assert [event for event in events if event[0] == "reduction"] == [
+            ("reduction", second),
+            ("reduction", first),
+        ]
+        # One reduction of each weight: two stages, nothing left for the optimizer's step.
+        assert reductions == 2
+        started = events.index(("reduction", second))
+        later = [event for event in events[started:] if event[0] == "backward"]
+        assert later
+        assert set(later) == {("backward", first)}
+        report.add(
+            "Early reduction: backwards of the other stage that still run when a stage's reduction starts",
+            ("mode", "rank", "micro-batches", "backwards", "reductions in the step"),
+            mode, rank, 4, len(later), reductions,
+        )  # fmt: skip
 
 
 def test_interleaved_stages_are_dealt_out_in_turn() -> None:
@@ -106,7 +186,11 @@ def test_layers_that_do_not_fit(options: dict[str, int], complaint: str) -> None
                 "pipeline_schedule": "zbv",
                 "num_layers_per_virtual_pipeline_stage": 1,
             },
-            "goes with interleaved and interleaved-zb, not with pipeline_schedule=zbv",
+            "goes with interleaved, interleaved-zb, looped-bfs, not with pipeline_schedule=zbv",
+        ),
+        (
+            {"pipeline_model_parallel_size": 2, "foldx_mode": "aiao"},
+            "foldx_mode=aiao needs --num-layers-per-virtual-pipeline-stage N and runs pipeline_schedule=looped-bfs",
         ),
         (
             {"pipeline_model_parallel_size": 2, "pipeline_schedule": "interleaved"},

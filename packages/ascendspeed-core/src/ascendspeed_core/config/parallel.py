@@ -5,15 +5,16 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from ascendspeed_core.config.base import Config
+from ascendspeed_core.config.base import Config, spellings
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_data.errors import ConfigError
 
-PipelineSchedule = Literal["1f1b", "gpipe", "interleaved", "interleaved-zb", "zbv", "dualpipev"]
+PipelineSchedule = Literal["1f1b", "gpipe", "looped-bfs", "interleaved", "interleaved-zb", "zbv", "dualpipev"]
 """Orders of forwards and backwards:
 
 - `1f1b`: one stage a device, one forward and one backward in turn (Narayanan et al., 2021, PipeDream-Flush).
 - `gpipe`: all forwards, then all backwards (Huang et al., 2019).
+- `looped-bfs`: several stages a device, each for all micro-batches in turn (Lamy-Poirier, 2022, breadth-first).
 - `interleaved`: several stages a device, dealt out in turn (Narayanan et al., 2021, Megatron-LM, section 2.2).
 - `interleaved-zb`: the same, with the gradients of the weights moved into the bubble (Qi et al., 2023, ZB1P).
 - `zbv`, `dualpipev`: two stages a device, down and up again like a V (Qi et al., 2024; DeepSeek-AI, 2025).
@@ -22,7 +23,11 @@ PipelineSchedule = Literal["1f1b", "gpipe", "interleaved", "interleaved-zb", "zb
 V_SCHEDULES = ("zbv", "dualpipev")
 """The first device holds the first and the last stage."""
 
-INTERLEAVED_SCHEDULES = ("interleaved", "interleaved-zb")
+INTERLEAVED_SCHEDULES = ("interleaved", "interleaved-zb", "looped-bfs")
+"""Several stages a device, dealt out in turn."""
+
+FOLD_SCHEDULES = {"aiao": "looped-bfs", "fifo": "interleaved"}
+"""What the fold modes of the 2023 system are called today."""
 
 
 class ParallelConfig(Config):
@@ -48,6 +53,12 @@ class ParallelConfig(Config):
         None,
         description="Order of forwards and backwards. [default: 1f1b; interleaved with several stages a device]",
     )
+    foldx_mode: Literal["aiao", "fifo"] | None = Field(
+        None,
+        description="Add up the gradients of a stage over the data-parallel devices while the device's other stages "
+        "still compute: aiao runs looped-bfs, fifo interleaved. Needs several stages a device.",
+        json_schema_extra=spellings("--fold-mode"),
+    )
 
     @model_validator(mode="after")
     def _schedule_fits_stages(self) -> "ParallelConfig":
@@ -60,8 +71,14 @@ class ParallelConfig(Config):
             )
         if several and schedule not in (None, *INTERLEAVED_SCHEDULES):
             raise ValueError(
-                f"num_layers_per_virtual_pipeline_stage goes with {' and '.join(INTERLEAVED_SCHEDULES)}, not with "
+                f"num_layers_per_virtual_pipeline_stage goes with {', '.join(INTERLEAVED_SCHEDULES)}, not with "
                 f"pipeline_schedule={schedule}; leave one of them out"
+            )
+        if self.foldx_mode and (not several or schedule not in (None, FOLD_SCHEDULES[self.foldx_mode])):
+            wanted = FOLD_SCHEDULES[self.foldx_mode]
+            raise ValueError(
+                f"foldx_mode={self.foldx_mode} needs --num-layers-per-virtual-pipeline-stage N and runs "
+                f"pipeline_schedule={wanted}; leave --pipeline-schedule out"
             )
         if schedule in INTERLEAVED_SCHEDULES and not several:
             raise ValueError(
@@ -98,10 +115,16 @@ class ParallelConfig(Config):
             dp=world_size // (tp * pp),
             sequence_parallel=self.sequence_parallel,
             sharded_optimizer=self.use_distributed_optimizer,
-            schedule=self.pipeline_schedule
-            or ("interleaved" if self.num_layers_per_virtual_pipeline_stage else "1f1b"),
+            schedule=self._schedule(),
             layers_per_stage=self.num_layers_per_virtual_pipeline_stage,
+            early_reduction=self.foldx_mode is not None,
         )
+
+    def _schedule(self) -> PipelineSchedule:
+        if self.foldx_mode:
+            return "looped-bfs" if self.foldx_mode == "aiao" else "interleaved"
+        several = self.num_layers_per_virtual_pipeline_stage is not None
+        return self.pipeline_schedule or ("interleaved" if several else "1f1b")
 
     def check_model(self, model: ModelConfig) -> None:
         """Raise `ConfigError` when the model cannot be cut this way."""
@@ -143,6 +166,7 @@ class Layout:
         schedule: order of forwards and backwards of the pipeline.
         layers_per_stage: layers of each stage when devices hold several (virtual pipeline); `None` cuts as evenly as
             can be.
+        early_reduction: gradients of a stage are added up over dp while other stages of the device still compute.
     """
 
     tp: int = 1
@@ -152,6 +176,7 @@ class Layout:
     sharded_optimizer: bool = False
     schedule: PipelineSchedule = "1f1b"
     layers_per_stage: int | None = None
+    early_reduction: bool = False
 
     @property
     def world_size(self) -> int:
@@ -160,7 +185,7 @@ class Layout:
 
     def check_micro_batches(self, count: int) -> None:
         """Raise `ConfigError` when the schedule cannot run so many micro-batches per step and device."""
-        if self.schedule in INTERLEAVED_SCHEDULES:
+        if self.schedule in ("interleaved", "interleaved-zb"):
             rounds = max(count // self.pp, 1)
             if count % rounds:
                 raise ConfigError(
@@ -179,6 +204,7 @@ class Layout:
         pipeline = "" if self.schedule == "1f1b" else f" + {self.schedule}"
         if self.layers_per_stage:
             pipeline += f" of {self.layers_per_stage} layer{'s' * (self.layers_per_stage > 1)}"
+        pipeline += " + early reduction" * self.early_reduction
         return (
             sizes
             + pipeline

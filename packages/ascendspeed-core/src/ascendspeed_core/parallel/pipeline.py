@@ -23,6 +23,7 @@ from torch.distributed.pipelining import (
     ScheduleGPipe,
     ScheduleInterleaved1F1B,
     ScheduleInterleavedZeroBubble,
+    ScheduleLoopedBFS,
     ScheduleZBVZeroBubble,
 )
 
@@ -36,6 +37,7 @@ from ascendspeed_core.parallel.timeline import Kind, Recorder
 SCHEDULES: dict[str, Any] = {
     "1f1b": Schedule1F1B,
     "gpipe": ScheduleGPipe,
+    "looped-bfs": ScheduleLoopedBFS,
     "interleaved": ScheduleInterleaved1F1B,
     "interleaved-zb": ScheduleInterleavedZeroBubble,
     "zbv": ScheduleZBVZeroBubble,
@@ -49,6 +51,7 @@ def run_pipeline(
     tokens: Sequence[torch.Tensor],
     loss_of: Callable[[int, torch.Tensor], torch.Tensor],
     recorder: Recorder | None = None,
+    on_stage_done: Callable[[Stage], None] | None = None,
 ) -> torch.Tensor:
     """Run micro-batches forwards and backwards through all stages; gradients are added to the parameters.
 
@@ -58,6 +61,7 @@ def run_pipeline(
         tokens: ids of every micro-batch, [B, S]; B may differ.
         loss_of: number of a micro-batch and its logits -> scalar; called by the process with the last stage.
         recorder: notes when each stage computes.
+        on_stage_done: told when the gradients of a stage are complete; other stages may still compute.
 
     Returns:
         Sum of the losses, float64, the same on every process.
@@ -67,7 +71,7 @@ def run_pipeline(
     def loss(output: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
         return loss_of(int(number), output)
 
-    parts = [_Stage(model, mesh, stage, tokens, recorder) for stage in model.stages]
+    parts = [_Stage(model, mesh, stage, tokens, recorder, on_stage_done) for stage in model.stages]
     name = mesh.layout.schedule
     if name == "1f1b" and len(tokens) < mesh.layout.pp:
         # With fewer micro-batches than stages 1F1B is all forward, then all backward, which torch calls GPipe.
@@ -117,8 +121,9 @@ class _Stage(PipelineStage):
         stage: Stage,
         tokens: Sequence[torch.Tensor],
         recorder: Recorder | None,
+        on_done: Callable[[Stage], None] | None,
     ) -> None:
-        self._recorder = recorder
+        self._recorder, self._on_done, self._described = recorder, on_done, stage
         self._sizes = [batch.shape[0] for batch in tokens]
         dtype = next(model.parameters()).dtype
         hidden = torch.empty(hidden_shape(tokens[0], model, mesh), dtype=dtype, device="meta")
@@ -141,15 +146,22 @@ class _Stage(PipelineStage):
 
     def backward_one_chunk(
         self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
-    ) -> Any:
+    ) -> None:
         """Run one backward, or only its gradient of the input."""
         with self._noted("backward" if full_backward else "input gradient", bwd_chunk_id):
-            return super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
+            super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
+        if full_backward:
+            self._tell_if_done(last_backward)
 
-    def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> Any:
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
         """Run the gradients of the weights that a backward left out."""
         with self._noted("weight gradient", bwd_chunk_id):
-            return super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
+            super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
+        self._tell_if_done(last_backward)
+
+    def _tell_if_done(self, is_last: bool) -> None:
+        if is_last and self._on_done:
+            self._on_done(self._described)
 
     def _noted(self, kind: Kind, micro_batch: int) -> AbstractContextManager[None]:
         return self._recorder.note(kind, self.stage_index, micro_batch) if self._recorder else nullcontext()

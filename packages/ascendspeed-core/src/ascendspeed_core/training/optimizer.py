@@ -15,11 +15,18 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ascendspeed_core.config.parallel import Stage
 from ascendspeed_core.config.training import OptimizerConfig
 from ascendspeed_core.device import HOST
 from ascendspeed_core.models.transformer import Transformer
 from ascendspeed_core.parallel.build import parameter_slices
-from ascendspeed_core.parallel.collectives import all_gather_rows, all_reduce_sum, reduce_scatter_sum
+from ascendspeed_core.parallel.collectives import (
+    Finish,
+    all_gather_rows,
+    all_reduce_sum,
+    start_all_reduce_sum,
+    start_reduce_scatter_sum,
+)
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.slices import Slice, rounded_share
 
@@ -69,7 +76,8 @@ class MasterOptimizer:
     """AdamW for one model on this process."""
 
     def __init__(self, model: Transformer, config: OptimizerConfig, mesh: ParallelMesh) -> None:
-        self._mesh = mesh
+        self._mesh, self._model = mesh, model
+        self._started: list[tuple[list[_Slot], Finish]] = []
         self._is_tied = model.config.tie_word_embeddings
         self._clip_grad = config.clip_grad
         self._is_sharded = mesh.layout.sharded_optimizer and mesh.layout.dp > 1
@@ -115,7 +123,7 @@ class MasterOptimizer:
         Returns:
             Norm of the whole model's gradient before clipping; `None` for a skipped step.
         """
-        gradients = self._sum_over_data_parallel([_take_gradient(slot) for slot in self._slots])
+        gradients = self._finish_reductions()
         self._sum_tied(gradients)
         self._sum_copies(gradients)
         if loss_scale is not None:
@@ -150,37 +158,65 @@ class MasterOptimizer:
         group = self._mesh.group("dp")
         if group is None or not self._is_sharded:
             return
-        shares = [self._rows_of(rank) for rank in range(self._mesh.layout.dp)]
+        shares = [self._rows_of(rank, self._slots) for rank in range(self._mesh.layout.dp)]
         parameters = [slot.parameter.detach() for slot in self._slots]
         mine = _join(parameters, shares[self._mesh.dp_rank], _longest(parameters, shares))
         for rank, row in enumerate(all_gather_rows(mine, group)):
             if rank != self._mesh.dp_rank:
                 _split(row, parameters, shares[rank])
 
-    def _sum_over_data_parallel(self, gradients: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Add the gradients up in one reduction, and return those of the rows that this process updates.
+    def start_reduction(self, stage: Stage) -> None:
+        """Start to add up the gradients of one stage, which are complete; `step` waits for them.
+
+        A weight that another stage of this process uses too waits for `step`.
+        """
+        names = {id(p) for module in self._model.modules_of(stage) for p in module.parameters()}
+        others = {
+            id(p)
+            for other in self._model.stages
+            if other is not stage
+            for module in self._model.modules_of(other)
+            for p in module.parameters()
+        }
+        mine = [slot for slot in self._slots if id(slot.parameter) in names - others]
+        if self._mesh.group("dp") is not None:
+            self._started.append((mine, self._start_sum(mine)))
+
+    def _finish_reductions(self) -> list[torch.Tensor]:
+        """Return by slot the sum of the gradients over data-parallel ranks, of the rows that this process updates.
 
         Each rank's loss is already divided by the tokens of all ranks.
         """
-        group = self._mesh.group("dp")
-        if group is None:
-            return gradients
-        dp = self._mesh.layout.dp
-        if self._is_sharded:
-            shares = [self._rows_of(rank) for rank in range(dp)]
-            length = _longest(gradients, shares)
-            flat = reduce_scatter_sum(torch.stack([_join(gradients, rows, length) for rows in shares]), group)
-            sums = [torch.empty_like(slot.master) for slot in self._slots]
-        else:
-            flat = torch.cat([gradient.flatten() for gradient in gradients])
-            all_reduce_sum(flat, group)
-            sums = gradients
-        _split(flat, sums, [slice(None)] * len(sums))
-        return sums
+        if self._mesh.group("dp") is None:
+            return [_take_gradient(slot) for slot in self._slots]
+        started, self._started = self._started, []
+        early = {slot.name for slots, _ in started for slot in slots}
+        rest = [slot for slot in self._slots if slot.name not in early]
+        if rest:
+            started.append((rest, self._start_sum(rest)))
+        sums: dict[str, torch.Tensor] = {}
+        for slots, finish in started:
+            targets = [slot.master.new_empty(slot.master.shape) for slot in slots]
+            _split(finish(), targets, [slice(None)] * len(targets))
+            sums |= zip((slot.name for slot in slots), targets, strict=True)
+        return [sums[slot.name] for slot in self._slots]
 
-    def _rows_of(self, dp_rank: int) -> list[slice]:
+    def _start_sum(self, slots: list[_Slot]) -> Finish:
+        """Start one reduction of the gradients of some parameters."""
+        group = self._mesh.group("dp")
+        assert group is not None
+        gradients = [_take_gradient(slot) for slot in slots]
+        if not self._is_sharded:
+            return start_all_reduce_sum(torch.cat([gradient.flatten() for gradient in gradients]), group)
+        shares = [self._rows_of(rank, slots) for rank in range(self._mesh.layout.dp)]
+        length = _longest(gradients, shares)
+        return start_reduce_scatter_sum(
+            torch.stack([_join(gradients, rows, length) for rows in shares]), group
+        )
+
+    def _rows_of(self, dp_rank: int, slots: list[_Slot]) -> list[slice]:
         """Return the rows of each parameter that a data-parallel process updates."""
-        return [rounded_share(slot.parameter.shape[0], self._mesh.layout.dp, dp_rank) for slot in self._slots]
+        return [rounded_share(slot.parameter.shape[0], self._mesh.layout.dp, dp_rank) for slot in slots]
 
     def _sum_tied(self, gradients: list[torch.Tensor]) -> None:
         """Add up what first and last stage found for the weight that embedding and head share."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ascendspeed_core.config.parallel import V_SCHEDULES, Layout
+from ascendspeed_core.config.parallel import FOLD_SCHEDULES, V_SCHEDULES, Layout
 from ascendspeed_core.training.metrics import METRICS, read_metrics
 from ascendspeed_core.weights import open_weights
 from ascendspeed_data.command_line import log
@@ -44,7 +44,8 @@ def parse_layouts(text: str) -> list[Layout]:
     """Read `tp2,pp2,tp2pp2,dp2`.
 
     Behind a plus: `sp` for sequence parallelism, `sharded` for a sharded optimizer, `gpipe`, `zbv` or `dualpipev` for
-    the pipeline's schedule, `vppN` or `vppN-zb` for virtual stages of N layers.
+    the pipeline's schedule, `vppN` or `vppN-zb` for virtual stages of N layers, `vppN+fifo` or `vppN+aiao` to reduce
+    their gradients early.
 
     Raises:
         ConfigError: a part that is no layout.
@@ -59,7 +60,7 @@ def parse_layouts(text: str) -> list[Layout]:
         if not is_read or len(set(names)) < len(names) or None in chosen:
             raise ConfigError(
                 f"layouts={text!r}: {part!r} is no layout; write for example "
-                "tp2,pp2,tp2pp2dp2,tp2+sp,dp2+sharded,pp2+zbv,pp2+vpp1"
+                "tp2,pp2,tp2pp2dp2,tp2+sp,dp2+sharded,pp2+zbv,pp2+vpp1,pp2dp2+vpp1+aiao"
             )
         given: dict[str, Any] = {name: int(size) for name, size in found}
         for option in chosen:
@@ -76,6 +77,8 @@ def _option(text: str) -> dict[str, Any] | None:
         return {"schedule": schedule, "layers_per_stage": int(virtual[1])}
     if text in ("gpipe", *V_SCHEDULES):
         return {"schedule": text}
+    if text in FOLD_SCHEDULES:
+        return {"schedule": FOLD_SCHEDULES[text], "early_reduction": True}
     return {"sp": {"sequence_parallel": True}, "sharded": {"sharded_optimizer": True}}.get(text)
 
 
@@ -114,7 +117,9 @@ def _train(layout: Layout, arguments: Sequence[str], scratch: Path, device: str)
     flags += ["--use-distributed-optimizer"] * layout.sharded_optimizer
     if layout.layers_per_stage:
         flags += ["--num-layers-per-virtual-pipeline-stage", layout.layers_per_stage]
-    if layout.schedule != "1f1b":
+    if layout.early_reduction:
+        flags += ["--foldx-mode", "aiao" if layout.schedule == FOLD_SCHEDULES["aiao"] else "fifo"]
+    elif layout.schedule != "1f1b":
         flags += ["--pipeline-schedule", layout.schedule]
     command = [sys.executable, "-m", "ascendspeed_core.cli", "pretrain", *arguments, *map(str, flags)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -3,11 +3,12 @@
 Shapes: B micro-batch size, S sequence length, V/tp this device's part of the vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from ascendspeed_core.config.parallel import Stage
 from ascendspeed_core.config.timeline import TimelineConfig
 from ascendspeed_core.kernels.dispatch import apply_kernels
 from ascendspeed_core.models.transformer import Transformer
@@ -75,7 +76,8 @@ def train_step(
     """
     tokens = count_tokens(micro_batches, mesh)
     scale = loss_scale.scale if loss_scale else None
-    loss = mesh.sum_over("dp", forward_backward(model, micro_batches, mesh, tokens, scale or 1.0))
+    early = optimizer.start_reduction if mesh.layout.early_reduction else None
+    loss = mesh.sum_over("dp", forward_backward(model, micro_batches, mesh, tokens, scale or 1.0, early))
     result = StepResult(loss=float(loss), grad_norm=optimizer.step(scale), tokens=tokens)
     if loss_scale:
         loss_scale.update(overflow=result.is_skipped)
@@ -88,6 +90,7 @@ def forward_backward(
     mesh: ParallelMesh,
     tokens: int,
     scale: float = 1.0,
+    on_stage_done: Callable[[Stage], None] | None = None,
 ) -> torch.Tensor:
     """Add the gradients of this rank's micro-batches to the parameters, and return their share of the loss.
 
@@ -97,6 +100,7 @@ def forward_backward(
         mesh: its place.
         tokens: tokens that count in the global batch; the loss is a mean over them.
         scale: factor of the gradients, see `LossScale`; the loss that is returned is without it.
+        on_stage_done: see `run_pipeline`.
     """
     weight = scale / max(tokens, 1)
     if mesh.layout.pp > 1:
@@ -105,6 +109,7 @@ def forward_backward(
             mesh,
             [micro_batch.tokens for micro_batch in micro_batches],
             lambda number, logits: masked_sum(model, logits, micro_batches[number], mesh) * weight,
+            on_stage_done=on_stage_done,
         )
         return total / scale
     loss = torch.zeros((), dtype=torch.float64, device=mesh.device.torch)
