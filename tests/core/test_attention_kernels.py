@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ascendspeed_core.config.parallel import Layout
-from ascendspeed_core.config.training import KernelConfig
+from ascendspeed_core.config.training import ComputeConfig
 from ascendspeed_core.device import Device
 from ascendspeed_core.kernels.dispatch import ATTENTION, apply_kernels
 from ascendspeed_core.kernels.reference import reference_attention
@@ -56,7 +56,9 @@ def test_triangle_equals_sdpa(report: ReportTables, length: int, dtype: torch.dt
 @pytest.mark.parametrize("kind", ["alibi", "window", "causal"])
 def test_masks_and_earlier_keys(name: str, queries: int, keys: int, kind: str) -> None:
     slopes = torch.tensor(alibi_slopes(4), dtype=torch.float64) if kind == "alibi" else None
-    mask = attention_mask(queries, keys, 20 if kind == "window" else None, slopes, torch.device("cpu"))
+    mask = attention_mask(
+        queries, keys, 20 if kind == "window" else None, slopes, torch.float64, torch.device("cpu")
+    )
     assert max(both(name, tensors(queries, keys, torch.float64), mask, "reference")) < 1e-12
 
 
@@ -81,7 +83,7 @@ def test_what_lies_above_the_diagonal_is_never_read() -> None:
 def test_a_model_computes_the_same(name: str) -> None:
     mesh = ParallelMesh.create(Device("cpu"), Layout())
     logits = []
-    for config in (KernelConfig(), KernelConfig(attention=name)):
+    for config in (ComputeConfig(), ComputeConfig(attention=name)):
         model = load_model(InitialWeights(tiny_config(), seed=1), mesh, torch.float64)
         (choice,) = apply_kernels(model, config)
         logits.append(model(torch.arange(64).view(2, 32)))
@@ -91,4 +93,4 @@ def test_a_model_computes_the_same(name: str) -> None:
 
 def test_two_choices_are_refused() -> None:
     with pytest.raises(ValueError, match="triangle_attn and attention=sdpa were both given"):
-        KernelConfig(triangle_attn=True, attention="sdpa")
+        ComputeConfig(triangle_attn=True, attention="sdpa")

@@ -146,7 +146,7 @@ def test_layouts() -> None:
     ):
         ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=3).layout(8)
     with pytest.raises(
-        ConfigError, match="leaves a stage without any of the num_layers=4 layers; choose 4 or less"
+        ConfigError, match="leaves a stage without any of the num_layers=4 layers; choose 4 stages or less"
     ):
         ParallelConfig(pipeline_model_parallel_size=5).check_model(tiny_config())
     with pytest.raises(ConfigError, match="does not divide ffn_hidden_size=46"):

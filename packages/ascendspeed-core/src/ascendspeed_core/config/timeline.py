@@ -9,7 +9,7 @@ from ascendspeed_core.config.parallel import ParallelConfig
 from ascendspeed_core.config.source import ModelSourceConfig
 from ascendspeed_core.config.training import (
     BatchConfig,
-    KernelConfig,
+    ComputeConfig,
     LaunchConfig,
     PrecisionConfig,
     RecomputeConfig,
@@ -32,5 +32,5 @@ class TimelineConfig(Config):
     precision: PrecisionConfig = PrecisionConfig()
     batch: BatchConfig
     recompute: RecomputeConfig = RecomputeConfig()
-    kernels: KernelConfig = KernelConfig()
+    compute: ComputeConfig = ComputeConfig()
     launch: LaunchConfig = LaunchConfig()

@@ -59,6 +59,32 @@ class ComputeConfig(Config):
         description="One matrix product for gate and up, and one for queries, keys and values; checkpoints are as "
         "without.",
     )
+    attention: Literal["auto", "sdpa", "triangle", "reference"] = Field(
+        "auto",
+        description="sdpa: torch's scaled_dot_product_attention; triangle: by blocks, none above the diagonal; "
+        "reference: all scores in memory; auto: sdpa.",
+    )
+    triangle_attn: bool = Field(
+        False, description="Short for --attention triangle.", json_schema_extra={"off": ""}
+    )
+
+    @model_validator(mode="after")
+    def _one_attention(self) -> "ComputeConfig":
+        if self.triangle_attn and self.attention not in ("auto", "triangle"):
+            raise ValueError(f"triangle_attn and attention={self.attention} were both given; give one")
+        return self
+
+    @property
+    def asked_for_attention(self) -> bool:
+        """Whether an implementation of attention was named."""
+        return self.triangle_attn or self.attention != "auto"
+
+    @property
+    def attention_name(self) -> str:
+        """The implementation of attention."""
+        if self.triangle_attn:
+            return "triangle"
+        return "sdpa" if self.attention == "auto" else self.attention
 
 
 class LossScaleConfig(Config):
@@ -351,37 +377,6 @@ class RecomputeConfig(Config):
                 )
 
 
-class KernelConfig(Config):
-    """Which implementation computes an operator, where there are several."""
-
-    attention: Literal["auto", "sdpa", "triangle", "reference"] = Field(
-        "auto",
-        description="sdpa: torch's scaled_dot_product_attention; triangle: by blocks, none above the diagonal; "
-        "reference: all scores in memory; auto: sdpa.",
-    )
-    triangle_attn: bool = Field(
-        False, description="Short for --attention triangle.", json_schema_extra={"off": ""}
-    )
-
-    @model_validator(mode="after")
-    def _one_attention(self) -> "KernelConfig":
-        if self.triangle_attn and self.attention not in ("auto", "triangle"):
-            raise ValueError(f"triangle_attn and attention={self.attention} were both given; give one")
-        return self
-
-    @property
-    def asked_for_attention(self) -> bool:
-        """Whether an implementation of attention was named."""
-        return self.triangle_attn or self.attention != "auto"
-
-    @property
-    def attention_name(self) -> str:
-        """The implementation of attention."""
-        if self.triangle_attn:
-            return "triangle"
-        return "sdpa" if self.attention == "auto" else self.attention
-
-
 class PretrainConfig(Config):
     """Everything `asd-core pretrain` takes; the sections of a TOML recipe."""
 
@@ -394,6 +389,5 @@ class PretrainConfig(Config):
     data: DataConfig
     batch: BatchConfig
     recompute: RecomputeConfig = RecomputeConfig()
-    kernels: KernelConfig = KernelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     launch: LaunchConfig = LaunchConfig()

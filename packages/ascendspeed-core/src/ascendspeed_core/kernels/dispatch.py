@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ascendspeed_core.config.training import KernelConfig
+from ascendspeed_core.config.training import ComputeConfig
 from ascendspeed_core.kernels.reference import reference_attention
 from ascendspeed_core.kernels.triangle import triangle_attention
 from ascendspeed_core.models.attention import Attention, AttentionFunction, causal_attention
@@ -25,7 +25,7 @@ class Choice:
     reason: str
 
 
-def apply_kernels(model: Transformer, config: KernelConfig) -> list[Choice]:
+def apply_kernels(model: Transformer, config: ComputeConfig) -> list[Choice]:
     """Give the layers of this process the implementations that `config` asks for, in place."""
     name = config.attention_name
     for module in model.modules():

@@ -159,8 +159,9 @@ def record_step(config: TimelineConfig, mesh: ParallelMesh, sizes: Sequence[int]
         sizes: of its micro-batches.
     """
     source = open_source(config.source, config.batch.seed)
-    model = load_model(source, mesh, getattr(torch, config.precision.dtype_name))
-    apply_kernels(model, config.kernels)
+    dtype = getattr(torch, config.precision.dtype_name)
+    model = load_model(source, mesh, dtype, config.compute.mlp_layer_fusion)
+    apply_kernels(model, config.compute)
     apply_recompute(model, config.recompute, mesh.pp_rank)
     generator = torch.Generator().manual_seed(config.batch.seed)
     shape = (sum(sizes), config.drawing.seq_length)

@@ -47,7 +47,7 @@ class Trainer:
         self.writer = self._writer()
 
         self.model = load_model(plan.source, mesh, dtype, self.config.compute.mlp_layer_fusion)
-        for choice in apply_kernels(self.model, self.config.kernels):
+        for choice in apply_kernels(self.model, self.config.compute):
             self._say(f"kernel: {choice.operator}: {choice.implementation} ({choice.reason})")
         apply_recompute(self.model, self.config.recompute, mesh.pp_rank)
         self.optimizer = MasterOptimizer(self.model, self.config.optimizer, mesh)
