@@ -47,6 +47,20 @@ def test_all_at_once_and_resumed_without(arguments: list[object], tmp_path: Path
     assert measured[0] == pytest.approx(measured[1], rel=1e-12)
 
 
+def test_sizes_that_are_found_by_measuring(arguments: list[object], tmp_path: Path) -> None:
+    flags = [
+        "--pipeline-model-parallel-size", 2, "--optimized-pipeline", "--manual-mbs", "auto", "--micro-batch-size", 4,
+        "--nproc-per-node", 2, "--save", tmp_path / "found",
+    ]  # fmt: skip
+    done = run_command(*arguments, *flags)
+    assert done.status == 0, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if "micro-batches: " in line]
+    sizes = [int(size) for size in line.split("micro-batches: ")[1].split(";")[0].split(",")]
+    assert sum(sizes) == 8
+    assert max(sizes) <= 4
+    assert read_metrics(tmp_path / "found" / "metrics.jsonl")[-1]["consumed_samples"] == 48
+
+
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [

@@ -1,11 +1,20 @@
 """Timelines: the ideal of a schedule, and the command that measures one."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from ascendspeed_core.config.training import MICRO_BATCH_EXAMPLES
 from ascendspeed_core.models.families import find_family
+from ascendspeed_core.parallel.micro_batches import (
+    PROPORTIONAL,
+    StageCost,
+    best_sizes,
+    bubble_seconds,
+    makespan,
+)
 from ascendspeed_core.parallel.timeline import Action, Timeline, ideal
 from support.commands import call, run_command
 from support.models import tiny_config
@@ -31,6 +40,40 @@ def test_the_bubble_of_1f1b_is_the_known_one(pp: int, count: int) -> None:
     # Narayanan et al., 2021, section 2.2: (pp - 1) of a forward and a backward are idle.
     assert planned.makespan == pytest.approx(3.0 * (count + pp - 1))
     assert planned.bubble == pytest.approx((pp - 1) / (count + pp - 1))
+
+
+@pytest.mark.parametrize("sizes", [(4,) * 8, (1, 2, 3, 3, 2, 1), (5, 1), (3,)])
+@pytest.mark.parametrize("pp", [2, 4])
+def test_the_planned_length_of_a_step_is_that_of_the_timeline(sizes: tuple[int, ...], pp: int) -> None:
+    cost = StageCost(0.5, 1.0, 0.25, 2.0)
+    even = one_forward_one_backward(pp, len(sizes), 1.0, 1.0)
+    lengths = {"forward": cost.forward, "backward": cost.backward}
+    timed = Timeline(
+        tuple(
+            tuple(replace(a, end=lengths[a.kind](sizes[a.micro_batch])) for a in own) for own in even.devices
+        )
+    )
+    assert makespan(sizes, pp, cost) == pytest.approx(ideal(timed).makespan)
+
+
+@pytest.mark.parametrize(
+    ("name", "pp", "saved"), [("example-config-1", 4, 0.31), ("example-config-2", 8, 0.24)]
+)
+def test_the_examples_of_2023_leave_less_idle(name: str, pp: int, saved: float) -> None:
+    sizes = MICRO_BATCH_EXAMPLES[name]
+    even = (4,) * (sum(sizes) // 4)
+    ratio = bubble_seconds(sizes, pp, PROPORTIONAL) / bubble_seconds(even, pp, PROPORTIONAL)
+    assert 1 - ratio == pytest.approx(saved, abs=0.006)
+
+
+@pytest.mark.parametrize("fixed", [0.0, 1.0, 4.0])
+def test_found_sizes_are_never_worse(fixed: float) -> None:
+    cost = StageCost(fixed, 1.0, fixed, 2.0)
+    found = best_sizes(24, 4, cost, most=5)
+    assert sum(found) == 24
+    assert max(found) <= 5
+    others = [(4,) * 6, (3,) * 8, (1,) * 24, (1, 2, 3, 4, 4, 4, 3, 2, 1)]
+    assert all(makespan(found, 4, cost) <= makespan(sizes, 4, cost) + 1e-9 for sizes in others)
 
 
 def test_weight_gradients_wait_for_nobody() -> None:

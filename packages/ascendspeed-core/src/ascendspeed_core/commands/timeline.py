@@ -11,8 +11,6 @@ from ascendspeed_data.command_line import log
 from ascendspeed_data.command_line.options import options_from
 from ascendspeed_data.errors import ConfigError
 
-WARM_UP_STEPS = 2
-
 
 @options_from(TimelineConfig)
 def timeline(**given: Any) -> None:
@@ -21,7 +19,7 @@ def timeline(**given: Any) -> None:
     Below the measured step the picture shows the same work with messages that take no time: what the schedule itself
     leaves idle.
     """
-    config = load_config(TimelineConfig, None, {"train_iters": WARM_UP_STEPS + 1, **given})
+    config = load_config(TimelineConfig, None, {"train_iters": 1, **given})
     from ascendspeed_core.launch import is_worker, launch, planned_world_size, worker_errors
 
     world_size = planned_world_size(config.launch.nproc_per_node)
@@ -59,18 +57,40 @@ def sizes_of(config: TimelineConfig, global_batch_size: int, dp: int) -> tuple[i
     return config.batch.manual_sizes() or (size,) * (global_batch_size // (size * dp))
 
 
+def load_pipeline(config: TimelineConfig, mesh: Any) -> Any:
+    """Return this process's stages, computed as the options say."""
+    import torch
+
+    from ascendspeed_core.kernels.dispatch import apply_kernels
+    from ascendspeed_core.parallel.build import load_model
+    from ascendspeed_core.parallel.recompute import apply_recompute
+    from ascendspeed_core.weights import open_source
+
+    source = open_source(config.source, config.batch.seed)
+    dtype = getattr(torch, config.precision.dtype_name)
+    model = load_model(source, mesh, dtype, config.compute.mlp_layer_fusion)
+    apply_kernels(model, config.compute)
+    apply_recompute(model, config.recompute, mesh.pp_rank)
+    return model
+
+
 def measure(config: TimelineConfig) -> None:
     """Run the steps on this process with the others; the first one draws its pipeline."""
     from ascendspeed_core.launch import process_group
     from ascendspeed_core.parallel.mesh import ParallelMesh, gather_objects
     from ascendspeed_core.parallel.timeline import Timeline, draw_timelines, ideal
-    from ascendspeed_core.training.step import record_step
+    from ascendspeed_core.training.measure import chosen_sizes, record_step
 
     with process_group(config.launch.device) as (world, device):
         layout = config.parallel.layout(world.size)
         mesh = ParallelMesh.create(device, layout)
-        sizes = sizes_of(config, config.batch.check_layout(layout.dp), layout.dp)
-        actions = record_step(config, mesh, sizes)
+        model = load_pipeline(config, mesh)
+        size = config.batch.check_layout(layout.dp)
+        sizes = sizes_of(config, size, layout.dp)
+        if config.batch.finds_sizes:
+            length, largest = config.drawing.seq_length, config.batch.micro_batch_size
+            sizes, _ = chosen_sizes(model, mesh, length, size // layout.dp, largest)
+        actions = record_step(model, mesh, sizes, config.drawing.seq_length)
         everything = gather_objects((mesh.tp_rank, mesh.dp_rank, actions), mesh)
         if world.rank:
             return

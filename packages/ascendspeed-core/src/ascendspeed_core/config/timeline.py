@@ -24,7 +24,7 @@ class DrawingConfig(Config):
 
 
 class TimelineConfig(Config):
-    """Everything `asd-core timeline` takes; `train_iters` steps are run, the last one is drawn."""
+    """Everything `asd-core timeline` takes."""
 
     source: ModelSourceConfig
     drawing: DrawingConfig

@@ -220,7 +220,7 @@ class BatchConfig(Config):
     manual_mbs: str | None = Field(
         None,
         description="Sizes of one device's micro-batches in order, 1,2,3,3,2,1, or example-config-1 (pp 4, 64 "
-        "samples), example-config-2 (pp 8, 96 samples).",
+        "samples), example-config-2 (pp 8, 96 samples), or auto: measured, none above --micro-batch-size.",
     )
     train_iters: int = Field(ge=1, description="Steps of the whole run.")
     exit_interval: int | None = Field(
@@ -259,9 +259,14 @@ class BatchConfig(Config):
             raise ValueError(f"manual_mbs={self.manual_mbs}: every size must be 1 or more")
         return self
 
+    @property
+    def finds_sizes(self) -> bool:
+        """Whether the sizes of micro-batches are found by measuring."""
+        return self.manual_mbs == "auto"
+
     def manual_sizes(self) -> tuple[int, ...]:
-        """Return the sizes of `manual_mbs`; none without it."""
-        if self.manual_mbs is None:
+        """Return the sizes of `manual_mbs`; none without it, or when they are still to be found."""
+        if self.manual_mbs is None or self.finds_sizes:
             return ()
         if self.manual_mbs in MICRO_BATCH_EXAMPLES:
             return MICRO_BATCH_EXAMPLES[self.manual_mbs]
@@ -269,8 +274,8 @@ class BatchConfig(Config):
             return tuple(int(size) for size in self.manual_mbs.split(","))
         except ValueError:
             raise ValueError(
-                f"manual_mbs={self.manual_mbs!r} is neither {' nor '.join(MICRO_BATCH_EXAMPLES)} nor numbers; write "
-                "for example 1,2,3,3,2,1"
+                f"manual_mbs={self.manual_mbs!r} is neither {' nor '.join(MICRO_BATCH_EXAMPLES)} nor auto nor numbers; "
+                "write for example 1,2,3,3,2,1"
             ) from None
 
     def check_layout(self, dp: int) -> int:

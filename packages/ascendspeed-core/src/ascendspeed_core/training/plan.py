@@ -89,6 +89,10 @@ def _check_pipeline(config: PretrainConfig, layout: Layout, model: ModelConfig) 
             "optimized_pipeline=true was given for pipeline_model_parallel_size=1, which has no pipeline; choose 2 or "
             "more, or leave it out"
         )
+    if batch.finds_sizes and layout.schedule != "1f1b":
+        raise ConfigError(
+            f"manual_mbs=auto plans the schedule 1f1b, not {layout.schedule}; write the sizes out, or leave one out"
+        )
     size, per_micro_step = batch.check_layout(layout.dp), batch.micro_batch_size * layout.dp
     start, increment, _ = batch.rampup_batch_size or (size, size, 0)
     for samples in range(start, size + 1, increment or size):

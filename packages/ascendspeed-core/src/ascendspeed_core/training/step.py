@@ -9,18 +9,12 @@ from dataclasses import dataclass
 import torch
 
 from ascendspeed_core.config.parallel import Stage
-from ascendspeed_core.config.timeline import TimelineConfig
-from ascendspeed_core.kernels.dispatch import apply_kernels
 from ascendspeed_core.models.transformer import Transformer
-from ascendspeed_core.parallel.build import load_model
 from ascendspeed_core.parallel.cross_entropy import cross_entropy
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.pipeline import forward_through_stages, run_pipeline
-from ascendspeed_core.parallel.recompute import apply_recompute
-from ascendspeed_core.parallel.timeline import Action, Recorder
 from ascendspeed_core.training.loss_scale import LossScale
 from ascendspeed_core.training.optimizer import MasterOptimizer
-from ascendspeed_core.weights import open_source
 
 
 @dataclass(frozen=True)
@@ -148,33 +142,3 @@ def count_tokens(micro_batches: Sequence[MicroBatch], mesh: ParallelMesh) -> int
     """Return how many tokens count in the global batch."""
     count = sum(int(micro_batch.loss_mask.sum()) for micro_batch in micro_batches)
     return int(mesh.sum_over("dp", torch.tensor(count, device=mesh.device.torch)))
-
-
-def record_step(config: TimelineConfig, mesh: ParallelMesh, sizes: Sequence[int]) -> list[Action]:
-    """Run `train_iters` steps of a pipeline on random tokens, and return what this process did in the last one.
-
-    Args:
-        config: model, precision, recompute, kernels.
-        mesh: this process's place.
-        sizes: of its micro-batches.
-    """
-    source = open_source(config.source, config.batch.seed)
-    dtype = getattr(torch, config.precision.dtype_name)
-    model = load_model(source, mesh, dtype, config.compute.mlp_layer_fusion)
-    apply_kernels(model, config.compute)
-    apply_recompute(model, config.recompute, mesh.pp_rank)
-    generator = torch.Generator().manual_seed(config.batch.seed)
-    shape = (sum(sizes), config.drawing.seq_length)
-    ids = torch.randint(source.config.vocab_size, shape, generator=generator).to(mesh.device.torch)
-    tokens = ids.split(list(sizes))
-    group = mesh.group("tp")
-
-    def loss_of(number: int, logits: torch.Tensor) -> torch.Tensor:
-        return cross_entropy(logits, tokens[number], source.config.vocab_size, group).sum() / ids.numel()
-
-    for _ in range(config.batch.train_iters):
-        recorder = Recorder(mesh.device.synchronize)
-        model.zero_grad()
-        mesh.barrier()
-        run_pipeline(model, mesh, tokens, loss_of, recorder)
-    return recorder.actions

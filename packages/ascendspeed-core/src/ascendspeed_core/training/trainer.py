@@ -10,6 +10,7 @@ from ascendspeed_core.config.training import PretrainConfig
 from ascendspeed_core.kernels.dispatch import apply_kernels
 from ascendspeed_core.parallel.build import load_model
 from ascendspeed_core.parallel.mesh import ParallelMesh, gather_objects
+from ascendspeed_core.parallel.micro_batches import bubble_seconds
 from ascendspeed_core.parallel.recompute import apply_recompute
 from ascendspeed_core.training.batches import TrainingData
 from ascendspeed_core.training.checkpoint import (
@@ -20,6 +21,7 @@ from ascendspeed_core.training.checkpoint import (
     load_random_state,
 )
 from ascendspeed_core.training.loss_scale import LossScale
+from ascendspeed_core.training.measure import chosen_sizes
 from ascendspeed_core.training.metrics import PICTURE, MetricsFile, draw_loss
 from ascendspeed_core.training.optimizer import MasterOptimizer
 from ascendspeed_core.training.plan import RunPlan
@@ -50,6 +52,7 @@ class Trainer:
         for choice in apply_kernels(self.model, self.config.compute):
             self._say(f"kernel: {choice.operator}: {choice.implementation} ({choice.reason})")
         apply_recompute(self.model, self.config.recompute, mesh.pp_rank)
+        self.sizes = self.config.batch.manual_sizes() or self._found_sizes()
         self.optimizer = MasterOptimizer(self.model, self.config.optimizer, mesh)
         self.loss_scale = LossScale.create(self.config.loss_scaling, is_fp16=dtype == torch.float16)
         self.schedule = Schedule(self.optimizer, self.config.optimizer, self.config.batch, mesh.layout.dp)
@@ -77,6 +80,23 @@ class Trainer:
             start.async_save,
             on_saved=lambda saved: log(f"saved {saved}"),
         )
+
+    def _found_sizes(self) -> tuple[int, ...]:
+        """Measure the pipeline and choose sizes of micro-batches, if that was asked for."""
+        batch, layout = self.config.batch, self.mesh.layout
+        if not batch.finds_sizes:
+            return ()
+        samples = batch.check_layout(layout.dp) // layout.dp
+        sizes, cost = chosen_sizes(
+            self.model, self.mesh, self.config.data.seq_length, samples, batch.micro_batch_size
+        )
+        even = (batch.micro_batch_size,) * (samples // batch.micro_batch_size)
+        before, after = (bubble_seconds(own, layout.pp, cost) * 1000 for own in (even, sizes))
+        self._say(
+            f"micro-batches: {','.join(map(str, sizes))}; planned idle time per step {after:.1f} ms, {before:.1f} ms "
+            "with even ones; give them as --manual-mbs to use them again"
+        )
+        return sizes
 
     def _refuse_different_data(self) -> None:
         """Machines may have their own copies of the data, but they must be copies."""
@@ -171,7 +191,7 @@ class Trainer:
         batch, schedule = self.config.batch, self.schedule
         started = time.perf_counter()
         rate, samples = self.optimizer.learning_rate, schedule.step_samples
-        sizes = batch.manual_sizes() or (batch.micro_batch_size,) * schedule.num_micro_batches
+        sizes = self.sizes or (batch.micro_batch_size,) * schedule.num_micro_batches
         micro_batches = self.data.micro_batches(schedule.consumed_samples, sizes)
         scale = self.loss_scale.scale if self.loss_scale else None
         result = train_step(self.model, self.optimizer, micro_batches, self.mesh, self.loss_scale)

@@ -1,0 +1,79 @@
+"""Time the pipeline of a model on random tokens: for pictures, and to choose sizes of micro-batches."""
+
+from collections.abc import Sequence
+
+import torch
+
+from ascendspeed_core.models.transformer import Transformer
+from ascendspeed_core.parallel.cross_entropy import cross_entropy
+from ascendspeed_core.parallel.mesh import ParallelMesh, gather_objects
+from ascendspeed_core.parallel.micro_batches import StageCost, best_sizes
+from ascendspeed_core.parallel.pipeline import run_pipeline
+from ascendspeed_core.parallel.timeline import Action, Recorder
+
+WARM_UP_STEPS = 2
+
+
+def record_step(
+    model: Transformer,
+    mesh: ParallelMesh,
+    sizes: Sequence[int],
+    seq_length: int,
+    steps: int = WARM_UP_STEPS + 1,
+) -> list[Action]:
+    """Run steps of a pipeline on random tokens, and return what this process did in the last one.
+
+    Args:
+        model: this process's stages; its gradients are dropped.
+        mesh: its place.
+        sizes: of this data-parallel rank's micro-batches.
+        seq_length: tokens of a sample.
+        steps: how many; the first ones warm up.
+    """
+    vocab_size, group = model.config.vocab_size, mesh.group("tp")
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocab_size, (sum(sizes), seq_length), generator=generator).to(mesh.device.torch)
+    tokens = ids.split(list(sizes))
+
+    def loss_of(number: int, logits: torch.Tensor) -> torch.Tensor:
+        return cross_entropy(logits, tokens[number], vocab_size, group).sum() / ids.numel()
+
+    for _ in range(steps):
+        recorder = Recorder(mesh.device.synchronize)
+        mesh.barrier()
+        run_pipeline(model, mesh, tokens, loss_of, recorder)
+        model.zero_grad(set_to_none=True)
+    return recorder.actions
+
+
+def measured_cost(model: Transformer, mesh: ParallelMesh, seq_length: int, largest: int) -> StageCost:
+    """Time micro-batches of one sample and of `largest` samples, and return what the slowest stage takes.
+
+    All processes call it alike, and get the same numbers.
+    """
+    seconds: dict[tuple[str, int], float] = {}
+    for size in sorted({1, largest}):
+        actions = record_step(model, mesh, (size,) * mesh.layout.pp, seq_length)
+        mine = {
+            kind: sum(action.seconds for action in actions if action.kind == kind) / mesh.layout.pp
+            for kind in ("forward", "backward")
+        }
+        for kind in mine:
+            seconds[kind, size] = max(other[kind] for other in gather_objects(mine, mesh))
+
+    def line(kind: str) -> tuple[float, float]:
+        each = (
+            (seconds[kind, largest] - seconds[kind, 1]) / (largest - 1) if largest > 1 else seconds[kind, 1]
+        )
+        each = max(each, 0.0)
+        return max(seconds[kind, 1] - each, 0.0), each
+
+    return StageCost(*line("forward"), *line("backward"))
+
+
+def chosen_sizes(
+    model: Transformer, mesh: ParallelMesh, seq_length: int, samples: int, largest: int
+) -> tuple[tuple[int, ...], StageCost]:
+    """Return the sizes, none above `largest`, that leave this pipeline the least idle, and what they rest on."""
+    cost = measured_cost(model, mesh, seq_length, largest)
+    return best_sizes(samples, mesh.layout.pp, cost, largest), cost
