@@ -109,9 +109,13 @@ def largest_differences(
     )
 
 
-CASES = [(name, layout) for name in REFERENCES for layout in LAYOUTS]
+CASES: list[Any] = [(name, layout) for name in REFERENCES for layout in LAYOUTS]
 # Eight devices share four key-value heads, whose norms then stand on all of them.
-CASES += [("Qwen 3", Layout(tp=8)), ("Qwen 2", Layout(tp=8, sequence_parallel=False))]
+CASES += [
+    ("Qwen 3", Layout(tp=8)),
+    pytest.param("Qwen 2", Layout(tp=8), marks=pytest.mark.nightly),
+    pytest.param("Mistral", Layout(tp=4, pp=2), marks=pytest.mark.nightly),
+]
 
 
 @pytest.mark.parametrize(("name", "layout"), CASES, ids=str)

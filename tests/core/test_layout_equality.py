@@ -108,9 +108,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Baichuan 2 13B": {"position": "alibi", "normalised_head": True, "num_key_value_heads": 8},
 }
 EVERYTHING = Layout(tp=2, pp=2, dp=2, sequence_parallel=True, sharded_optimizer=True)
-FAMILY_CASES = [
+FAMILY_CASES: list[Any] = [
     ("Bloom", Layout(tp=2, sequence_parallel=True), False),
-    ("Bloom", EVERYTHING, False),
+    pytest.param("Bloom", EVERYTHING, False, marks=pytest.mark.nightly),
     ("Bloom", EVERYTHING, True),
     ("Qwen 3", Layout(tp=2), False),
     ("Qwen 3", Layout(tp=8, sequence_parallel=True), False),
