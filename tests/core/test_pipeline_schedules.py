@@ -236,7 +236,7 @@ def test_sizes_of_the_2023_examples() -> None:
         ({"manual_mbs": "1,2"}, "go together"),
         (
             {"optimized_pipeline": True, "manual_mbs": "1,x"},
-            "neither example-config-1 nor example-config-2 nor numbers",
+            "neither example-config-1 nor example-config-2 nor auto",
         ),
         ({"optimized_pipeline": True, "manual_mbs": "1,0"}, "every size must be 1 or more"),
         (
