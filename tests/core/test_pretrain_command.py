@@ -364,7 +364,7 @@ BAD: dict[str, tuple[list[object], int, str]] = {
     "a length beyond the model": (["--seq-length", 65], 1, "max_position_embeddings=64"),
     "data that is not": (["{data}", "/nowhere/x"], 1, "/nowhere/x.idx does not exist"),
     "two formats": (["--fp16", "--bf16"], 2, "were both asked for"),
-    "a stage without a layer": (["--pipeline-model-parallel-size", 5, "--nproc-per-node", 5], 2, "choose 4 stages or less"),
+    "a stage without a layer": (["--pipeline-model-parallel-size", 5, "--nproc-per-node", 5], 2, "choose 4 stages"),
     "stages that do not divide": (["--pipeline-model-parallel-size", 2, "--nproc-per-node", 3], 2, "multiple of 2"),
     "no iterations": (["--train-iters", 0], 2, "train_iters=0"),
     "an empty split": (["--split", "0,100,0"], 1, "leaves no training document"),
