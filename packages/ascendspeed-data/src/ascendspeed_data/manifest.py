@@ -135,8 +135,15 @@ def load_manifest(prefix: Path) -> DatasetManifest | None:
         DataError: the file is there but damaged, or of a newer version.
     """
     path = manifest_path(prefix)
-    if not path.is_file():
-        return None
+    return read_manifest(path) if path.is_file() else None
+
+
+def read_manifest(path: Path) -> DatasetManifest:
+    """Read a manifest from its file.
+
+    Raises:
+        DataError: it is damaged, or of a newer version.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         return DatasetManifest.model_validate(migrate(content, MIGRATIONS, path))
