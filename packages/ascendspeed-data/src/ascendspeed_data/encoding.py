@@ -16,6 +16,7 @@ from ascendspeed_data.reading.records import check_columns, place_of, records_of
 from ascendspeed_data.reading.shards import Shard
 from ascendspeed_data.tokenizer import TokenBatch, Tokenizer
 
+IDS_PER_PIECE = 1 << 20
 INPUT_IDS, ATTENTION_MASK, LABELS = "input_ids", "attention_mask", "labels"
 
 
@@ -113,10 +114,14 @@ class ShardEncoder:
         for key, kept in texts.items():
             batch = self.encoder.encode_contents(kept)
             spot_check(self.tokenizer, self.encoder, kept)
+            num_documents = len(kept)
+            kept.clear()
+            token_format = smallest_format(self.tokenizer.vocab_size)
+            batch = TokenBatch(batch.ids.astype(token_format, copy=False), batch.lengths)
             whole = surround(batch, self.tokenizer.prefix_ids, self._suffix)
-            ids = whole.ids.astype(smallest_format(self.tokenizer.vocab_size), copy=False)
-            frequencies = np.bincount(ids, minlength=self.tokenizer.vocab_size)
-            counts = Counts(len(kept), len(kept), len(ids), len(ids), num_empty[key], num_bytes[key])
+            ids = whole.ids
+            frequencies = frequencies_of(ids, self.tokenizer.vocab_size)
+            counts = Counts(num_documents, num_documents, len(ids), len(ids), num_empty[key], num_bytes[key])
             encoded[key] = EncodedOutput(
                 {key: ids}, whole.lengths.astype(np.int32), None, counts, frequencies
             )
@@ -147,7 +152,7 @@ class ShardEncoder:
         counts.num_documents, counts.num_sequences = len(sequences), len(rows)
         counts.num_tokens, counts.num_trained_tokens = len(ids), int((labels != IGNORED_LABEL).sum())
         arrays = {INPUT_IDS: ids, ATTENTION_MASK: np.ones(len(ids), np.int32), LABELS: labels}
-        frequencies = np.bincount(ids, minlength=self.tokenizer.vocab_size)
+        frequencies = frequencies_of(ids, self.tokenizer.vocab_size)
         return EncodedOutput(arrays, lengths, np.array(sequences, np.int32), counts, frequencies)
 
 
@@ -176,6 +181,14 @@ def surround(batch: TokenBatch, prefix: Sequence[int], suffix: Sequence[int]) ->
         is_content[places] = False
     ids[is_content] = batch.ids
     return TokenBatch(ids, lengths)
+
+
+def frequencies_of(ids: NDArray[Any], vocab_size: int) -> NDArray[np.int64]:
+    """Count how often each id occurs; piece by piece, as numpy widens ids to eight bytes."""
+    counted = np.zeros(vocab_size, np.int64)
+    for start in range(0, len(ids), IDS_PER_PIECE):
+        counted += np.bincount(ids[start : start + IDS_PER_PIECE], minlength=vocab_size)
+    return counted
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from ascendspeed_data.errors import AscendSpeedError
 from ascendspeed_data.indexed import WriterState
 
 FORMAT_VERSION = 1
-SHARE_OF_TIME = 0.05
+SHARE_OF_TIME = 0.1
 """How much of a run may go into flushing: with a slow disk lines are written more seldom."""
 
 
@@ -56,11 +56,25 @@ class Journal:
         self._seconds = 0.0
 
     def resume(self) -> Commit | None:
-        """Return where to go on, or `None` if there is no journal.
+        """Return where to go on, or `None` if there is no journal; lines that do not hold any more are dropped.
 
         Raises:
             AscendSpeedError: the journal is that of another job.
         """
+        usable = self._usable()
+        if usable is None:
+            return None
+        self._rewrite(usable)
+        return usable[-1] if usable else Commit()
+
+    def documents_kept(self) -> int:
+        """Return how many documents of each output the next run will find."""
+        usable = self._usable()
+        states = list(usable[-1].outputs.values()) if usable else []
+        return states[0].num_documents if states else 0
+
+    def _usable(self) -> list[Commit] | None:
+        """Return the lines that hold for the job and the inputs as they are, `None` if there is no journal."""
         if not self.path.is_file():
             return None
         lines = _whole_lines(self.path)
@@ -75,16 +89,12 @@ class Journal:
             raise self._other_job("it read other files")
         changed = [number for number, entry in enumerate(known) if entry != self.inputs[number]]
         first_changed = min(changed, default=len(known))
-        usable = [_commit_of(line) for line in lines[1:]]
-        usable = [
+        commits = [_commit_of(line) for line in lines[1:]]
+        return [
             commit
-            for commit in usable
+            for commit in commits
             if commit.file < first_changed or (commit.file == first_changed and commit.place == 0)
         ]
-        found = usable[-1] if usable else Commit()
-        # What is changed later is read as it is now.
-        self._rewrite(usable)
-        return found
 
     def _other_job(self, difference: str) -> AscendSpeedError:
         return AscendSpeedError(

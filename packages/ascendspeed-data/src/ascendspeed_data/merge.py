@@ -15,7 +15,7 @@ from ascendspeed_data.files import write_durably
 from ascendspeed_data.indexed import IndexedDatasetWriter
 from ascendspeed_data.lock import output_lock
 from ascendspeed_data.manifest import DatasetManifest, FileRecord, PackRecord
-from ascendspeed_data.packing import frequencies_of
+from ascendspeed_data.packing import frequencies_in
 from ascendspeed_data.preprocess import entropy_nats
 from ascendspeed_data.reading.inputs import sha256_of
 
@@ -130,7 +130,7 @@ def _manifest(
     if len(known) < len(datasets):
         return None
     first = known[0]
-    frequencies = frequencies_of(ids_path, datasets[0].ids.info.format, first.tokenizer.vocab_size)
+    frequencies = frequencies_in(ids_path, datasets[0].ids.info.format, first.tokenizer.vocab_size)
     counted = (
         "num_documents", "num_sequences", "num_empty_documents", "num_tokens", "num_trained_tokens", "num_text_bytes",
     )  # fmt: skip

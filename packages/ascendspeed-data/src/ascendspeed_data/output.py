@@ -1,6 +1,5 @@
 """The files that a run writes, and what it counts."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from ascendspeed_data.encoding import Counts, EncodedOutput
 from ascendspeed_data.indexed import IndexedDatasetWriter, WriterState, smallest_format
 from ascendspeed_data.job import ARRAYS, PreprocessJob
 from ascendspeed_data.journal import Commit
-from ascendspeed_data.packing import frequencies_of
+from ascendspeed_data.packing import frequencies_in
 
 
 @dataclass
@@ -45,6 +44,53 @@ class Output:
         return next(iter(self.writers.values()))
 
 
+@dataclass(frozen=True)
+class OutputPlaces:
+    """Where an output goes.
+
+    Attributes:
+        manifest: its manifest.
+        prefixes: of each pair of files, by array.
+    """
+
+    manifest: Path
+    prefixes: dict[str, Path]
+
+    @property
+    def files(self) -> list[Path]:
+        """The files under their names, the manifest last."""
+        pairs = [
+            prefix.with_name(prefix.name + suffix)
+            for prefix in self.prefixes.values()
+            for suffix in (".bin", ".idx")
+        ]
+        return [*pairs, self.manifest]
+
+    @property
+    def scratch(self) -> list[Path]:
+        """The unfinished files."""
+        return [
+            path for prefix in self.prefixes.values() for path in IndexedDatasetWriter.scratch_paths(prefix)
+        ]
+
+
+def output_places(job: PreprocessJob, of_samples: bool) -> dict[str, OutputPlaces]:
+    """Return where the outputs of a job go; samples have one output, named ``""``."""
+    if of_samples:
+        prefixes = {array: job.packed_prefix(array) for array in ARRAYS}
+        return {"": OutputPlaces(job.beside("_packed.manifest.json"), prefixes)}
+    return {
+        key: OutputPlaces(job.beside(f"_{key}_document.manifest.json"), {key: job.prefix_of(key)})
+        for key in job.keys
+    }
+
+
+def unpacked_places(job: PreprocessJob) -> OutputPlaces:
+    """Return where samples lie until they are packed."""
+    prefixes = {array: job.beside(f"_unpacked_{array}") for array in ARRAYS}
+    return OutputPlaces(job.beside("_packed.manifest.json"), prefixes)
+
+
 def open_outputs(
     job: PreprocessJob, of_samples: bool, vocab_size: int, commit: Commit | None
 ) -> dict[str, Output]:
@@ -52,28 +98,18 @@ def open_outputs(
 
     Samples that are to be packed go into files of their own first.
     """
-
-    def writer(prefix: Path, token_format: type) -> IndexedDatasetWriter:
-        state = commit.outputs.get(prefix.name) if commit else None
-        return IndexedDatasetWriter(prefix, token_format, state, keep=True)
-
+    places = {"": unpacked_places(job)} if job.pack else output_places(job, of_samples)
+    token_format = np.int32 if of_samples else smallest_format(vocab_size)
     outputs = {}
-    if of_samples:
-        where: Callable[[str], Path] = unpacked_prefix(job) if job.pack else job.packed_prefix
-        pairs = {array: writer(where(array), np.int32) for array in ARRAYS}
-        outputs[""] = _output("", job.beside("_packed.manifest.json"), pairs, vocab_size, commit)
-    else:
-        for key in job.keys:
-            prefix = job.prefix_of(key)
-            pairs = {key: writer(prefix, smallest_format(vocab_size))}
-            manifest = prefix.with_name(prefix.name + ".manifest.json")
-            outputs[key] = _output(key, manifest, pairs, vocab_size, commit)
+    for key, place in places.items():
+        writers = {
+            array: IndexedDatasetWriter(
+                prefix, token_format, commit.outputs.get(prefix.name) if commit else None, keep=True
+            )
+            for array, prefix in place.prefixes.items()
+        }
+        outputs[key] = _output(key, place.manifest, writers, vocab_size, commit)
     return outputs
-
-
-def unpacked_prefix(job: PreprocessJob) -> Callable[[str], Path]:
-    """Return where the arrays of samples lie until they are packed."""
-    return lambda array: job.beside(f"_unpacked_{array}")
 
 
 def _output(
@@ -84,5 +120,5 @@ def _output(
     if first.state == WriterState():
         frequencies = np.zeros(vocab_size, np.int64)
     else:
-        frequencies = frequencies_of(first.scratch_paths(first.prefix)[0], first.format, vocab_size)
+        frequencies = frequencies_in(first.scratch_paths(first.prefix)[0], first.format, vocab_size)
     return Output(key, manifest, pairs, counts, frequencies)

@@ -7,7 +7,6 @@ Samples are packed in windows: within one, longest first, each into the fullest 
 decreasing). Memory is bounded by the window, and the packs do not depend on how the work was cut.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ascendspeed_data.encoding import LABELS
+from ascendspeed_data.encoding import LABELS, frequencies_of
 from ascendspeed_data.handlers import IGNORED_LABEL
 from ascendspeed_data.indexed import IndexedDatasetWriter
 
@@ -131,15 +130,10 @@ def _pack_window(
     counts.num_tokens += int(kept[order].sum(dtype=np.int64))
 
 
-def frequencies_of(path: Path, token_format: Any, vocab_size: int) -> NDArray[np.int64]:
+def frequencies_in(path: Path, token_format: Any, vocab_size: int) -> NDArray[np.int64]:
     """Count how often each id occurs in a file of ids."""
     counted = np.zeros(vocab_size, np.int64)
-    for ids in _pieces(path, np.dtype(token_format)):
-        counted += np.bincount(ids, minlength=vocab_size)
-    return counted
-
-
-def _pieces(path: Path, token_format: np.dtype[Any]) -> Iterator[NDArray[Any]]:
     with path.open("rb") as file:
         while content := file.read(1 << 24):
-            yield np.frombuffer(content, token_format)
+            counted += frequencies_of(np.frombuffer(content, token_format), vocab_size)
+    return counted

@@ -26,12 +26,18 @@ from ascendspeed_data.fast_tokenizer import EncoderChoice, ExactEncoder, choose_
 from ascendspeed_data.files import INCOMPLETE
 from ascendspeed_data.handlers import SampleHandler, TextHandler
 from ascendspeed_data.indexed import IndexedDatasetWriter
-from ascendspeed_data.job import ARRAYS, PreprocessJob, read_chat_template, template_of
+from ascendspeed_data.job import PreprocessJob, read_chat_template, template_of
 from ascendspeed_data.journal import Commit, Journal
 from ascendspeed_data.lock import output_lock
-from ascendspeed_data.manifest import DatasetManifest, FileRecord, PackRecord, TokenizerRecord
-from ascendspeed_data.output import Output, open_outputs, unpacked_prefix
-from ascendspeed_data.packing import PackCounts, frequencies_of, pack_samples
+from ascendspeed_data.manifest import (
+    DatasetManifest,
+    FileRecord,
+    PackRecord,
+    TokenizerRecord,
+    read_manifest,
+)
+from ascendspeed_data.output import Output, open_outputs, output_places, unpacked_places
+from ascendspeed_data.packing import PackCounts, frequencies_in, pack_samples
 from ascendspeed_data.reading.inputs import sha256_of
 from ascendspeed_data.reading.shards import Shard
 from ascendspeed_data.reading.sources import InputFile, Source, first_records
@@ -97,7 +103,7 @@ class _Run:
     def run(self, log_interval: int, seconds_between_lines: float) -> dict[str, DatasetManifest]:
         commit = self._begin()
         if commit is not None and commit.renaming:
-            return self._rename(open_outputs(self.job, self._of_samples, 1, None), {})
+            return self._rename({})
         outputs = open_outputs(self.job, self._of_samples, self.tokenizer.vocab_size, commit)
         with ExitStack() as stack:
             for output in outputs.values():
@@ -138,14 +144,8 @@ class _Run:
         return commit
 
     def _refuse_existing(self) -> None:
-        prefixes = (
-            [self.job.packed_prefix(array) for array in ARRAYS]
-            if self._of_samples
-            else [self.job.prefix_of(key) for key in self.job.keys]
-        )
-        for prefix in prefixes:
-            for suffix in (".bin", ".idx"):
-                path = prefix.with_name(prefix.name + suffix)
+        for places in output_places(self.job, self._of_samples).values():
+            for path in places.files[:-1]:
                 if path.exists():
                     raise AscendSpeedError(
                         f"{path} exists; give --overwrite to replace it, or another --output-prefix"
@@ -215,8 +215,7 @@ class _Run:
 
     def _leave(self, outputs: dict[str, Output]) -> None:
         """Keep what the journal vouches for; if that is nothing, leave nothing."""
-        commit = self.journal.resume()
-        kept = sum(state.num_documents for state in list(commit.outputs.values())[:1]) if commit else 0
+        kept = self.journal.documents_kept()
         if kept:
             log(f"{kept:,} documents are kept; the same command goes on after them")
             return
@@ -254,21 +253,20 @@ class _Run:
             content = manifests[key].model_dump_json(indent=2) + "\n"
             _scratch(output.manifest).write_text(content, encoding="utf-8")
         self._commit(unpacked, len(self.sources), 0, renaming=True)
-        return self._rename(outputs, manifests)
+        return self._rename(manifests)
 
     def _pack(self, outputs: dict[str, Output]) -> tuple[dict[str, Output], PackCounts]:
         assert self.job.seq_length is not None
-        unpacked = unpacked_prefix(self.job)
+        target = output_places(self.job, of_samples=True)[""]
         pairs = {
-            array: IndexedDatasetWriter(self.job.packed_prefix(array), np.int32, keep=True)
-            for array in ARRAYS
+            array: IndexedDatasetWriter(prefix, np.int32, keep=True)
+            for array, prefix in target.prefixes.items()
         }
-        sources = {array: unpacked(array) for array in ARRAYS}
-        counts = pack_samples(sources, pairs, self.job.seq_length)
+        counts = pack_samples(unpacked_places(self.job).prefixes, pairs, self.job.seq_length)
         for writer in pairs.values():
             writer.to_disk()
         before = outputs[""]
-        ids = IndexedDatasetWriter.scratch_paths(self.job.packed_prefix(INPUT_IDS))[0]
+        ids = IndexedDatasetWriter.scratch_paths(target.prefixes[INPUT_IDS])[0]
         new_counts = replace(
             before.counts,
             num_documents=counts.num_packs,
@@ -276,7 +274,7 @@ class _Run:
             num_tokens=counts.num_tokens,
             num_trained_tokens=counts.num_trained_tokens,
         )
-        frequencies = frequencies_of(ids, np.int32, self.tokenizer.vocab_size)
+        frequencies = frequencies_in(ids, np.int32, self.tokenizer.vocab_size)
         return {"": Output("", before.manifest, pairs, new_counts, frequencies)}, counts
 
     def _manifest(
@@ -318,33 +316,22 @@ class _Run:
             **vars(output.counts),
         )
 
-    def _rename(
-        self, outputs: dict[str, Output], manifests: dict[str, DatasetManifest]
-    ) -> dict[str, DatasetManifest]:
+    def _rename(self, manifests: dict[str, DatasetManifest]) -> dict[str, DatasetManifest]:
         """Give the files their names; all of them are complete, so this may be done again after a crash."""
-        for output in outputs.values():
-            if _scratch(output.manifest).exists():
-                output.manifest.unlink(missing_ok=True)
-        arrays = [self.job.packed_prefix(array) for array in ARRAYS]
-        prefixes = arrays if self._of_samples else [self.job.prefix_of(key) for key in self.job.keys]
-        targets = [
-            prefix.with_name(prefix.name + suffix) for prefix in prefixes for suffix in (".bin", ".idx")
-        ]
-        for target in (*targets, *(output.manifest for output in outputs.values())):
-            if _scratch(target).exists():
-                _scratch(target).replace(target)
-        for key, output in outputs.items():
+        outputs = output_places(self.job, self._of_samples)
+        for places in outputs.values():
+            if _scratch(places.manifest).exists():
+                places.manifest.unlink(missing_ok=True)
+        for places in outputs.values():
+            for path in places.files:
+                if _scratch(path).exists():
+                    _scratch(path).replace(path)
+        for key, places in outputs.items():
             if key not in manifests:
-                content = output.manifest.read_text(encoding="utf-8")
-                manifests[key] = DatasetManifest.model_validate_json(content)
-            for writer in output.writers.values():
-                writer.discard()
-        if self.job.pack:
-            for array in ARRAYS:
-                for path in IndexedDatasetWriter.scratch_paths(unpacked_prefix(self.job)(array)):
-                    path.unlink(missing_ok=True)
-                for path in IndexedDatasetWriter.scratch_paths(self.job.packed_prefix(array)):
-                    path.unlink(missing_ok=True)
+                manifests[key] = read_manifest(places.manifest)
+        leftovers = [path for places in outputs.values() for path in places.scratch]
+        for path in (*leftovers, *(unpacked_places(self.job).scratch if self.job.pack else ())):
+            path.unlink(missing_ok=True)
         self.journal.remove()
         return manifests
 

@@ -305,7 +305,19 @@ def load_tokenizer(path: Path, kind: str = "PretrainedFromHF") -> SentencePieceT
         raise ConfigError(
             f"tokenizer_type={kind} is unknown; known: {', '.join(KINDS)}{did_you_mean(kind, KINDS)}"
         )
-    only_sentencepiece = kind == "SentencePieceTokenizer"
+    try:
+        opened = _open_tokenizer(path, only_sentencepiece=kind == "SentencePieceTokenizer")
+    except OSError as error:
+        raise DataError(f"tokenizer {path} cannot be read: {error.strerror or error}") from None
+    if opened is not None:
+        return opened
+    state = "holds neither tokenizer.json nor tokenizer.model" if path.is_dir() else "does not exist"
+    raise DataError(
+        f"tokenizer {path} {state}; check --tokenizer-name-or-path (names of a hub are not downloaded)"
+    )
+
+
+def _open_tokenizer(path: Path, only_sentencepiece: bool) -> SentencePieceTokenizer | JsonTokenizer | None:
     if path.is_file():
         if path.suffix == ".json" and not only_sentencepiece:
             return JsonTokenizer(path, path, {})
@@ -316,10 +328,7 @@ def load_tokenizer(path: Path, kind: str = "PretrainedFromHF") -> SentencePieceT
             if name == "tokenizer.json":
                 return JsonTokenizer(path, path / name, config)
             return SentencePieceTokenizer(path, path / name, config)
-    state = "holds neither tokenizer.json nor tokenizer.model" if path.is_dir() else "does not exist"
-    raise DataError(
-        f"tokenizer {path} {state}; check --tokenizer-name-or-path (names of a hub are not downloaded)"
-    )
+    return None
 
 
 def tokenizer_files(source: Path) -> list[Path]:

@@ -46,8 +46,8 @@ class MessagesHandler(HandlerBase):
 
     def samples(self, record: Record, tokenizer: Tokenizer) -> list[Sample]:
         """Return the conversation as one sample."""
-        template = ChatTemplate.of(tokenizer)
-        return [template.sample(self.messages(record), record.get("tools"))]
+        messages = self.messages(record)
+        return [ChatTemplate.of(tokenizer).sample(messages, record.get("tools"))]
 
 
 class ShareGPTHandler(MessagesHandler):

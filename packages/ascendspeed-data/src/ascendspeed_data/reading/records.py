@@ -1,5 +1,6 @@
 """Read the records of a shard."""
 
+import io
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -32,24 +33,20 @@ def records_of(shard: Shard) -> Iterator[tuple[int, Record]]:
 
 
 def _line_records(shard: Shard, content: bytes) -> Iterator[tuple[int, Record]]:
-    if shard.start == 0:
-        content = content.removeprefix(b"\xef\xbb\xbf")
-    try:
-        lines = content.decode("utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        number = content.count(b"\n", 0, error.start)
-        raise DataError(f"{place_of(shard, number)} cannot be read as UTF-8: {error.reason}") from None
-    if lines[-1] == "":
-        lines.pop()
-    if format_of(shard.path) == ".txt":
-        for number, line in enumerate(lines):
+    is_text = format_of(shard.path) == ".txt"
+    # Line by line: of a large document no copy more than needed is held.
+    for number, raw in enumerate(io.BytesIO(content)):
+        try:
+            line = raw.decode("utf-8-sig" if number == shard.start == 0 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{place_of(shard, number)} cannot be read as UTF-8: {error.reason}") from None
+        if is_text:
             if "\0" in line:
                 raise DataError(
                     f"{place_of(shard, number)}: holds a NUL byte, so it is no text; repair the file"
                 )
-            yield number, {"text": line.removesuffix("\r")}
-        return
-    for number, line in enumerate(lines):
+            yield number, {"text": line.removesuffix("\n").removesuffix("\r")}
+            continue
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:

@@ -103,7 +103,7 @@ def _compressed_line_shards(path: Path, file: int, start: int, shard_bytes: int)
             line += skipped.count(b"\n")
             place += len(skipped)
         while True:
-            more = lines.read(READ_BYTES)
+            more = lines.read(min(READ_BYTES, shard_bytes))
             buffer += more
             if len(buffer) < shard_bytes and more:
                 continue
