@@ -1,6 +1,7 @@
 """Packed sequences, merged datasets, and what inspect shows of them."""
 
 import json
+import re
 import shutil
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +17,7 @@ from support.commands import call
 from support.corpus import make_texts
 
 TEXTS = make_texts(600, seed=6)
-SEQ_LENGTH = 300
+SEQ_LENGTH = 900
 
 
 def records(count: int = 300) -> list[dict[str, Any]]:
@@ -69,6 +70,7 @@ def test_a_pack_holds_whole_samples_with_their_boundaries(folder: Path) -> None:
     documents = np.asarray(packed.ids.documents)
     tokens = [int(packed.ids.lengths[a:b].sum()) for a, b in pairwise(documents)]
     assert max(tokens) <= SEQ_LENGTH
+    assert np.diff(documents).max() >= 3
     manifest = packed.manifest
     assert manifest is not None
     assert manifest.pack is not None
@@ -79,6 +81,23 @@ def test_a_pack_holds_whole_samples_with_their_boundaries(folder: Path) -> None:
     # Samples of a pack lie one behind the other in the .bin, so a reader takes them in one piece.
     whole = np.fromfile(folder / "packed_packed_input_ids_document.bin", np.int32)
     assert whole.tolist() == [token for ids, _ in samples(packed) for token in ids]
+
+
+def test_the_reader_of_the_document_reads_packs(folder: Path) -> None:
+    document = Path(__file__).parents[2] / "docs" / "data-formats.md"
+    (program,) = re.findall(r"^```python\n(.*?)^```$", document.read_text(), re.MULTILINE | re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(program, names)
+    packed = open_dataset(folder / "packed")
+    most = int(np.diff(packed.ids.documents).argmax())
+    read = names["read_pack"](str(folder / "packed"), most)
+    start, end = (int(edge) for edge in packed.ids.documents[most : most + 2])
+    assert end - start > 1
+    assert len(read["cu_seqlens"]) == end - start + 1
+    for number, (begin, finish) in enumerate(pairwise(read["cu_seqlens"].tolist())):
+        assert read["input_ids"][begin:finish].tolist() == packed.ids[start + number].tolist()
+        assert read["labels"][begin] == -100
+    assert read["cu_seqlens"][-1] == len(read["attention_mask"]) == len(read["labels"])
 
 
 def test_packs_follow_the_input() -> None:
@@ -107,7 +126,7 @@ def test_merged_is_one_behind_the_other(folder: Path, tmp_path: Path, dataset: P
     mixed = call("asd-data", "merge", folder / "plain", dataset, "--output-prefix", tmp_path / "x")
     assert "one holds samples with labels, the other plain text" in mixed.complaint
     packs = call("asd-data", "merge", folder / "plain", folder / "packed", "--output-prefix", tmp_path / "x")
-    assert "is packed to 300" in packs.complaint
+    assert "is packed to 900" in packs.complaint
     exists = call("asd-data", "merge", dataset, dataset, "--output-prefix", dataset)
     assert exists.status == 2
     assert "is one of the datasets to be merged" in exists.complaint
