@@ -11,7 +11,7 @@ from ascendspeed_data import __version__
 from ascendspeed_data.blend import check_same_tokenizer
 from ascendspeed_data.dataset import Dataset, manifest_of, open_dataset
 from ascendspeed_data.errors import AscendSpeedError, ConfigError, DataError
-from ascendspeed_data.files import write_durably
+from ascendspeed_data.files import full_disk_named, write_durably
 from ascendspeed_data.indexed import IndexedDatasetWriter
 from ascendspeed_data.lock import output_lock
 from ascendspeed_data.manifest import DatasetManifest, FileRecord, PackRecord
@@ -52,8 +52,11 @@ def merge(prefixes: Sequence[Path], output_prefix: Path, overwrite: bool = False
         raise ConfigError(
             f"output_prefix={output_prefix} is one of the datasets to be merged; choose another"
         )
-    with output_lock(
-        output_prefix.with_name(output_prefix.name + ".lock"), f"--output-prefix {output_prefix}"
+    with (
+        output_lock(
+            output_prefix.with_name(output_prefix.name + ".lock"), f"--output-prefix {output_prefix}"
+        ),
+        full_disk_named(output_prefix, "make room and give the same command again"),
     ):
         _refuse_existing(targets, overwrite)
         with ExitStack() as stack:

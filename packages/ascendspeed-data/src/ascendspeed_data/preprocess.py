@@ -4,7 +4,6 @@ Documents keep the order of the input, so the bytes are the same for any number 
 is done is journalled: the same command goes on where an earlier run was cut off.
 """
 
-import errno
 import hashlib
 import sys
 from collections.abc import Iterator, Sequence
@@ -23,7 +22,7 @@ from ascendspeed_data.command_line import Progress, log
 from ascendspeed_data.encoding import INPUT_IDS, ShardEncoder
 from ascendspeed_data.errors import AscendSpeedError, ConfigError, DataError
 from ascendspeed_data.fast_tokenizer import EncoderChoice, ExactEncoder, choose_encoder
-from ascendspeed_data.files import INCOMPLETE
+from ascendspeed_data.files import INCOMPLETE, full_disk_named
 from ascendspeed_data.handlers import SampleHandler, TextHandler
 from ascendspeed_data.indexed import IndexedDatasetWriter
 from ascendspeed_data.job import PreprocessJob, read_chat_template, template_of
@@ -74,7 +73,11 @@ def preprocess(
             f"tokenizer {job.tokenizer} names no end-of-sequence id to end documents with; give --no-append-eod"
         )
     sources = job.sources(handler)
-    with output_lock(job.beside(".lock"), f"--output-prefix {job.output_prefix}"), _disk_errors(job):
+    remedy = "make room and give the same command again: it goes on with what was written"
+    with (
+        output_lock(job.beside(".lock"), f"--output-prefix {job.output_prefix}"),
+        full_disk_named(job.output_prefix, remedy),
+    ):
         choice = choose_encoder(
             tokenizer, job.tokenizer_type, job.use_fast, _sample_texts(job, handler, tokenizer, sources)
         )
@@ -124,14 +127,13 @@ class _Run:
 
     def _begin(self) -> Commit | None:
         """Decide where to begin, and say so."""
-        if self.job.overwrite and self.journal.path.exists():
-            log(f"--overwrite: discarding the unfinished run of {self.journal.path}, unless it is the same")
-            try:
-                commit = self.journal.resume()
-            except AscendSpeedError:
-                commit = None
-        else:
+        try:
             commit = self.journal.resume()
+        except AscendSpeedError as error:
+            if not self.job.overwrite:
+                raise
+            log(f"--overwrite: discarding an unfinished run ({error})")
+            commit = None
         if commit is None and not self.job.overwrite:
             self._refuse_existing()
         if commit is None:
@@ -334,23 +336,6 @@ class _Run:
             path.unlink(missing_ok=True)
         self.journal.remove()
         return manifests
-
-
-class _disk_errors:  # noqa: N801 - used like a function
-    """Say what a full disk means for the run."""
-
-    def __init__(self, job: PreprocessJob) -> None:
-        self._job = job
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise AscendSpeedError(
-                f"no space left for {self._job.output_prefix}; make room and give the same command again: it goes on "
-                "with what was written"
-            ) from None
 
 
 def entropy_nats(counts: NDArray[np.int64]) -> float:
