@@ -227,7 +227,7 @@ BAD_FILES: dict[str, tuple[str, bytes, str]] = {
     "an empty file": ("x.jsonl", b"", "holds no record"),
     "not JSON": ("x.jsonl", b'{"text": "a"}\n{"text": \n', "line 2: not JSON"),
     "a list": ("x.jsonl", b"[1, 2]\n", "line 1: not an object"),
-    "another column": ("x.jsonl", b'{"body": "a"}\n', "record 1 has no column 'text'; it has body"),
+    "another column": ("x.jsonl", b'{"body": "a"}\n', "line 1: no column 'text'; there are body"),
     "a number": ("x.jsonl", b'{"text": 5}\n', "column 'text' holds int, not text"),
     "only empty texts": ("x.jsonl", b'{"text": ""}\n', "holds no text"),
     "half a surrogate pair": ("x.jsonl", b'{"text": "a\\ud83d"}\n', "half a surrogate pair at character 1"),

@@ -139,3 +139,21 @@ def test_a_special_token_that_does_not_exist(tokenizer_folder: Path, tmp_path: P
 def test_an_unknown_kind(tokenizer_folder: Path) -> None:
     with pytest.raises(ConfigError, match="did you mean PretrainedFromHF"):
         load_tokenizer(tokenizer_folder, "PretrainedFromHf")
+
+
+def test_the_name_of_2023_loads_with_one_line(
+    tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy_tokenizer(tokenizer_folder, tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tokenizer_class": "LLaMATokenizer"}))
+    assert load_tokenizer(tmp_path).encode("the") == load_tokenizer(tokenizer_folder).encode("the")
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert "names LLaMATokenizer; read as LlamaTokenizer" in said[0]
+
+
+def test_a_type_may_insist_on_sentencepiece(json_folder: Path, tokenizer_folder: Path) -> None:
+    shutil.copy(tokenizer_folder / "tokenizer.model", json_folder)
+    assert load_tokenizer(json_folder, "SentencePieceTokenizer").kind == "sentencepiece"
+    assert load_tokenizer(json_folder, "HuggingFaceTokenizer").kind == "tokenizer.json"

@@ -19,7 +19,9 @@ app = build_app(
         Command(
             "preprocess", f"{COMMANDS}.preprocess:preprocess_command", "Tokenize text into .bin/.idx files."
         ),
+        Command("handlers", f"{COMMANDS}.handlers:handlers_command", "List how records become documents."),
         Command("inspect", f"{COMMANDS}.inspect:inspect_command", "Show what a dataset holds."),
+        Command("merge", f"{COMMANDS}.merge:merge_command", "Join datasets of one tokenizer."),
         Command("verify", f"{COMMANDS}.inspect:verify_command", "Prove a dataset whole."),
     ],
 )

@@ -14,7 +14,8 @@ Layout of the `.idx`, little-endian, as megatron-core's `IndexedDatasetBuilder` 
 
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +30,7 @@ from ascendspeed_data.files import INCOMPLETE
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")
+CHUNK_BYTES = 1 << 22
 FORMATS: dict[int, Any] = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 
 
@@ -48,50 +50,119 @@ class IndexedDatasetInfo:
     num_bytes: int
 
 
+@dataclass(frozen=True)
+class WriterState:
+    """How far a writer has come; enough to go on from there.
+
+    Attributes:
+        num_bytes: of the `.bin`.
+        num_sequences: in it.
+        num_documents: that these belong to.
+    """
+
+    num_bytes: int = 0
+    num_sequences: int = 0
+    num_documents: int = 0
+
+
 class IndexedDatasetWriter:
-    """Write a pair, document by document; it gets its name only when all of it is on the disk.
+    """Write a pair piece by piece; it gets its name only when all of it is on the disk.
+
+    Lengths are kept in files too, so memory does not grow with the number of documents.
 
     Args:
         prefix: path without `.bin`.
         token_format: numpy integer type of the ids.
+        state: where to go on in what an earlier run left; what lies behind is cut off.
+        keep: whether to leave the unfinished files when the block ends with an error.
     """
 
-    def __init__(self, prefix: Path, token_format: Any) -> None:
+    def __init__(
+        self, prefix: Path, token_format: Any, state: WriterState | None = None, keep: bool = False
+    ) -> None:
         self.prefix = prefix
-        self._format = np.dtype(token_format)
+        self.keep = keep
+        self.format = np.dtype(token_format)
+        self.state = state or WriterState()
         prefix.parent.mkdir(parents=True, exist_ok=True)
-        self._bin_path = _with_suffix(prefix, ".bin" + INCOMPLETE)
-        self._bin = self._bin_path.open("wb")
-        self._lengths: list[NDArray[np.int32]] = []
+        sizes = (self.state.num_bytes, 4 * self.state.num_sequences, 4 * self.state.num_documents)
+        self._files = [
+            _open_at(path, size) for path, size in zip(self.scratch_paths(prefix), sizes, strict=True)
+        ]
 
-    def add_documents(self, lengths: Sequence[int], tokens: NDArray[Any]) -> None:
-        """Append documents of one sequence each.
+    @staticmethod
+    def scratch_paths(prefix: Path) -> tuple[Path, Path, Path]:
+        """Return the unfinished files: ids, ids in each sequence, sequences in each document (both int32)."""
+        names = (".bin", ".lengths", ".documents")
+        return tuple(_with_suffix(prefix, name + INCOMPLETE) for name in names)  # type: ignore[return-value]
+
+    def add_documents(
+        self,
+        lengths: Sequence[int] | NDArray[Any],
+        tokens: NDArray[Any],
+        sequences: NDArray[Any] | None = None,
+    ) -> None:
+        """Append documents.
 
         Args:
-            lengths: tokens of each document.
+            lengths: tokens of each sequence.
             tokens: ids of all of them, one after the other.
+            sequences: sequences of each document; by default one.
         """
-        assert sum(lengths) == len(tokens)
-        self._bin.write(tokens.astype(self._format, copy=False).tobytes())
-        self._lengths.append(np.asarray(lengths, dtype=np.int32))
+        of_sequences = np.asarray(lengths, dtype=np.int32)
+        of_documents = (
+            np.ones(len(of_sequences), np.int32) if sequences is None else sequences.astype(np.int32)
+        )
+        assert int(of_sequences.sum(dtype=np.int64)) == len(tokens)
+        assert int(of_documents.sum(dtype=np.int64)) == len(of_sequences)
+        content = tokens.astype(self.format, copy=False)
+        for file, array in zip(self._files, (content, of_sequences, of_documents), strict=True):
+            file.write(np.ascontiguousarray(array).data)
+        self.state = WriterState(
+            self.state.num_bytes + content.nbytes,
+            self.state.num_sequences + len(of_sequences),
+            self.state.num_documents + len(of_documents),
+        )
+
+    def to_disk(self) -> None:
+        """Flush everything that was added."""
+        for file in self._files:
+            _to_disk(file)
+
+    def prepare(self) -> list[tuple[Path, Path]]:
+        """Write the index under its temporary name, and return which file is to get which name."""
+        self.to_disk()
+        bin_path, lengths_path, documents_path = self.scratch_paths(self.prefix)
+        idx_path = _with_suffix(self.prefix, ".idx" + INCOMPLETE)
+        code = next(code for code, known in FORMATS.items() if np.dtype(known) == self.format)
+        with idx_path.open("wb") as file:
+            file.write(
+                HEADER.pack(MAGIC, VERSION, code, self.state.num_sequences, self.state.num_documents + 1)
+            )
+            for chunk in _chunks(lengths_path):
+                file.write(chunk.data)
+            _write_starts(file, lengths_path, self.format.itemsize, with_end=False)
+            _write_starts(file, documents_path, 1, with_end=True)
+            _to_disk(file)
+        return [
+            (bin_path, _with_suffix(self.prefix, ".bin")),
+            (idx_path, _with_suffix(self.prefix, ".idx")),
+        ]
 
     def finish(self) -> None:
         """Write the index, and give both files their names."""
-        lengths = np.concatenate(self._lengths) if self._lengths else np.empty(0, np.int32)
-        starts = np.zeros(len(lengths), dtype=np.int64)
-        np.cumsum(lengths[:-1].astype(np.int64) * self._format.itemsize, out=starts[1:])
-        code = next(code for code, known in FORMATS.items() if np.dtype(known) == self._format)
-        idx_path = _with_suffix(self.prefix, ".idx" + INCOMPLETE)
-        with idx_path.open("wb") as file:
-            file.write(HEADER.pack(MAGIC, VERSION, code, len(lengths), len(lengths) + 1))
-            file.write(lengths.tobytes())
-            file.write(starts.tobytes())
-            file.write(np.arange(len(lengths) + 1, dtype=np.int64).tobytes())
-            _to_disk(file)
-        _to_disk(self._bin)
-        self._bin.close()
-        self._bin_path.replace(_with_suffix(self.prefix, ".bin"))
-        idx_path.replace(_with_suffix(self.prefix, ".idx"))
+        for source, target in self.prepare():
+            source.replace(target)
+        self.discard()
+
+    def discard(self) -> None:
+        """Remove what is unfinished."""
+        for file in self._files:
+            # A full disk may refuse what is still in the buffer of a file that is to go anyway.
+            with suppress(OSError):
+                file.close()
+        for path in (*self.scratch_paths(self.prefix), _with_suffix(self.prefix, ".idx" + INCOMPLETE)):
+            path.unlink(missing_ok=True)
 
     def __enter__(self) -> "IndexedDatasetWriter":
         return self
@@ -99,8 +170,11 @@ class IndexedDatasetWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bin.close()
-        self._bin_path.unlink(missing_ok=True)
+        if not self.keep:
+            self.discard()
+        for file in self._files:
+            with suppress(OSError):
+                file.close()
 
 
 class IndexedDataset:
@@ -200,6 +274,34 @@ def _existing(prefix: Path, suffix: str) -> Path:
         )
         raise DataError(f"{path} does not exist; {hint}")
     return path
+
+
+def _open_at(path: Path, size: int) -> Any:
+    """Open a file for writing behind its first `size` bytes; the rest of it goes."""
+    have = path.stat().st_size if path.exists() else 0
+    if have < size:
+        raise DataError(f"{path} has {have} bytes, {size} were written; give --overwrite to start anew")
+    file = path.open("r+b" if size else "wb")
+    file.truncate(size)
+    file.seek(size)
+    return file
+
+
+def _chunks(path: Path) -> Iterator[NDArray[np.int32]]:
+    with path.open("rb") as file:
+        while content := file.read(CHUNK_BYTES):
+            yield np.frombuffer(content, np.int32)
+
+
+def _write_starts(file: Any, path: Path, unit: int, with_end: bool) -> None:
+    """Write where each item starts, int64, given the file of their lengths; with the end of the last if wanted."""
+    start = 0
+    for lengths in _chunks(path):
+        ends = start + np.cumsum(lengths, dtype=np.int64) * unit
+        file.write((ends - lengths.astype(np.int64) * unit).data)
+        start = int(ends[-1])
+    if with_end:
+        file.write(np.int64(start).tobytes())
 
 
 def _with_suffix(prefix: Path, suffix: str) -> Path:

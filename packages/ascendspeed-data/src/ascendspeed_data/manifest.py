@@ -1,17 +1,40 @@
 """What made a dataset, beside the dataset: so that nobody trains or serves with another tokenizer unawares."""
 
+import hashlib
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ascendspeed_data.errors import DataError
-from ascendspeed_data.tokenizer import Tokenizer
+from ascendspeed_data.tokenizer import Tokenizer, tokenizer_files
 
-FORMAT_VERSION = 1
-MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+FORMAT_VERSION = 2
+
+
+def _from_version_1(content: dict[str, Any]) -> dict[str, Any]:
+    """Version 1 knew plain text only, one sequence per document."""
+    versions = content["versions"]
+    library = "sentencepiece" if content["tokenizer"]["kind"] == "sentencepiece" else "tokenizers"
+    return {
+        **content,
+        "kind": "text",
+        "tokenizer": {**content["tokenizer"], "files": {}},
+        "encoder": f"{library} {versions.get(library, 'of an unknown version')}",
+        "template": "",
+        "template_sha256": "",
+        "seq_length": None,
+        "pack": None,
+        "num_sequences": content["num_documents"],
+        "num_trained_tokens": content["num_tokens"],
+        "files": [],
+    }
+
+
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_version_1}
 """How to bring the content of an older version to the next one."""
 
 
@@ -31,44 +54,78 @@ class TokenizerRecord(_Frozen):
     unk_id: int | None
     pad_id: int | None
     add_bos: bool
+    files: dict[str, str]
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> "TokenizerRecord":
         """Describe a tokenizer; only its folder's name is kept."""
         keys = ("kind", "fingerprint", "vocab_size", "bos_id", "eos_id", "unk_id", "pad_id", "add_bos")
-        return cls(name=tokenizer.path.name, **{key: getattr(tokenizer, key) for key in keys})
+        files = tokenizer_files(tokenizer.path)
+        return cls(
+            name=tokenizer.path.name,
+            files={file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files},
+            **{key: getattr(tokenizer, key) for key in keys},
+        )
 
 
-class InputRecord(_Frozen):
-    """One input file."""
+class FileRecord(_Frozen):
+    """A file, by its content."""
 
     name: str
     num_bytes: int
     sha256: str
 
 
+class PackRecord(_Frozen):
+    """How samples were packed: a pack is a document, its samples are the sequences of the document.
+
+    Attributes:
+        seq_length: tokens that a pack may hold.
+        padding_share: share of the tokens of `num_documents` sequences of `seq_length` that will be padding.
+        padding_share_unpacked: the same if each sample had a sequence of its own.
+        num_cut_samples: longer than `seq_length`, so their end is missing.
+        num_dropped_samples: longer, and nothing to be learned was left.
+    """
+
+    seq_length: int
+    padding_share: float
+    padding_share_unpacked: float
+    num_cut_samples: int
+    num_dropped_samples: int
+
+
 class DatasetManifest(_Frozen):
     """Everything that decides the bytes of a dataset, and what came out."""
 
     format_version: int = FORMAT_VERSION
+    kind: Literal["text", "samples"]
     tokenizer: TokenizerRecord
+    encoder: str
     handler: str
-    json_key: str
+    template: str
+    template_sha256: str
+    json_key: str | None
     append_eod: bool
+    seq_length: int | None
+    pack: PackRecord | None
     token_format: str
     num_documents: int
+    num_sequences: int
     num_empty_documents: int
     num_tokens: int
+    num_trained_tokens: int
     num_text_bytes: int
     unigram_entropy_nats: float
-    inputs: tuple[InputRecord, ...]
+    inputs: tuple[FileRecord, ...]
+    files: tuple[FileRecord, ...]
     versions: dict[str, str]
     command: str
 
 
 def manifest_path(prefix: Path) -> Path:
-    """Return where the manifest of a dataset lies."""
-    return prefix.with_name(prefix.name + ".manifest.json")
+    """Return where the manifest of a dataset lies; the three arrays of samples share one."""
+    name = re.sub(r"_packed_(input_ids|attention_mask|labels)_document$", "_packed", prefix.name)
+    return prefix.with_name(name + ".manifest.json")
 
 
 def load_manifest(prefix: Path) -> DatasetManifest | None:
@@ -78,8 +135,15 @@ def load_manifest(prefix: Path) -> DatasetManifest | None:
         DataError: the file is there but damaged, or of a newer version.
     """
     path = manifest_path(prefix)
-    if not path.is_file():
-        return None
+    return read_manifest(path) if path.is_file() else None
+
+
+def read_manifest(path: Path) -> DatasetManifest:
+    """Read a manifest from its file.
+
+    Raises:
+        DataError: it is damaged, or of a newer version.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         return DatasetManifest.model_validate(migrate(content, MIGRATIONS, path))

@@ -1,166 +1,341 @@
-"""Tokenize files into indexed datasets with a manifest.
+"""Tokenize inputs into indexed datasets with a manifest.
 
-Documents keep the order of the input. Work is handed out in batches of records and collected in order, so the
-bytes are the same for any number of workers.
+Documents keep the order of the input, so the bytes are the same for any number of workers and any size of shard. What
+is done is journalled: the same command goes on where an earlier run was cut off.
 """
 
 import hashlib
 import sys
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import replace
 from importlib import metadata
 from itertools import islice
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ascendspeed_data import __version__
-from ascendspeed_data.command_line import Progress
+from ascendspeed_data.command_line import Progress, log
+from ascendspeed_data.encoding import INPUT_IDS, ShardEncoder
 from ascendspeed_data.errors import AscendSpeedError, ConfigError, DataError
-from ascendspeed_data.files import write_durably
-from ascendspeed_data.handlers import find_handler
-from ascendspeed_data.indexed import IndexedDatasetWriter, smallest_format
+from ascendspeed_data.fast_tokenizer import EncoderChoice, ExactEncoder, choose_encoder
+from ascendspeed_data.files import INCOMPLETE, full_disk_named
+from ascendspeed_data.handlers import SampleHandler, TextHandler
+from ascendspeed_data.indexed import IndexedDatasetWriter
+from ascendspeed_data.job import PreprocessJob, read_chat_template, template_of
+from ascendspeed_data.journal import Commit, Journal
 from ascendspeed_data.lock import output_lock
-from ascendspeed_data.manifest import DatasetManifest, InputRecord, TokenizerRecord, manifest_path
-from ascendspeed_data.readers import find_inputs, read_records, text_of
+from ascendspeed_data.manifest import (
+    DatasetManifest,
+    FileRecord,
+    PackRecord,
+    TokenizerRecord,
+    read_manifest,
+)
+from ascendspeed_data.output import Output, open_outputs, output_places, unpacked_places
+from ascendspeed_data.packing import PackCounts, frequencies_in, pack_samples
+from ascendspeed_data.reading.inputs import sha256_of
+from ascendspeed_data.reading.shards import Shard
+from ascendspeed_data.reading.sources import InputFile, Source, first_records
 from ascendspeed_data.tokenizer import JsonTokenizer, SentencePieceTokenizer, load_tokenizer
+from ascendspeed_data.workers import WorkerTask, encode_all
 
-RECORDS_PER_BATCH = 64
-BATCHES_IN_FLIGHT_PER_WORKER = 4
+SAMPLE_CHARACTERS = 200_000
+"""Text of the input on which the fast tokenizer is compared with the exact one."""
 
-
-@dataclass(frozen=True)
-class PreprocessJob:
-    """What to tokenize, and how.
-
-    Attributes:
-        inputs: files, folders, globs.
-        output_prefix: each column gives `<prefix>_<column>_document.bin` and `.idx`.
-        tokenizer: folder or file.
-        tokenizer_type: `PretrainedFromHF`.
-        json_keys: columns.
-        handler_name: how a record becomes documents.
-        append_eod: end each document with the tokenizer's end-of-sequence id.
-        workers: processes that tokenize.
-        overwrite: replace outputs that exist.
-    """
-
-    inputs: tuple[str, ...]
-    output_prefix: Path
-    tokenizer: Path
-    tokenizer_type: str = "PretrainedFromHF"
-    json_keys: tuple[str, ...] = ("text",)
-    handler_name: str = "GeneralPretrainHandler"
-    append_eod: bool = True
-    workers: int = 1
-    overwrite: bool = False
-
-    def prefix_of(self, key: str) -> Path:
-        """Return the dataset prefix of a column."""
-        return self.output_prefix.with_name(f"{self.output_prefix.name}_{key}_document")
+DOCUMENTS_BETWEEN_LINES = 100
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """Documents of one column, tokenized."""
+def preprocess(
+    job: PreprocessJob, log_interval: int = DOCUMENTS_BETWEEN_LINES, seconds_between_lines: float = 10.0
+) -> dict[str, DatasetManifest]:
+    """Tokenize, write, and return the manifest of each column; of samples under the name ``""``.
 
-    lengths: list[int]
-    tokens: NDArray[Any]
-    num_empty: int
-    num_text_bytes: int
-
-
-def preprocess(job: PreprocessJob, seconds_between_lines: float = 10.0) -> dict[str, DatasetManifest]:
-    """Tokenize, write, and return the manifest of each column.
+    Args:
+        job: what to do.
+        log_interval: documents between two lines of progress, at least.
+        seconds_between_lines: time between two lines of progress, at least.
 
     Raises:
-        ConfigError: an unknown handler, tokenizer type or ending.
-        AscendSpeedError: an input that cannot be read, an output that exists or is being written.
+        ConfigError: an unknown handler, tokenizer type or ending, or options that exclude each other.
+        AscendSpeedError: an input that cannot be read, an output that exists or is being written, a full disk. What
+            was done until then is kept for the next run.
     """
-    find_handler(job.handler_name)
+    handler = job.handler()
     tokenizer = load_tokenizer(job.tokenizer, job.tokenizer_type)
+    if job.chat_template is not None:
+        tokenizer.chat_template = read_chat_template(job.chat_template)
     if job.append_eod and tokenizer.eos_id is None:
         raise DataError(
             f"tokenizer {job.tokenizer} names no end-of-sequence id to end documents with; give --no-append-eod"
         )
-    files = find_inputs(job.inputs)
-    if not job.overwrite:
-        for key in job.json_keys:
-            _refuse_existing(job.prefix_of(key))
-    lock = job.output_prefix.with_name(job.output_prefix.name + ".lock")
-    with ExitStack() as stack:
-        stack.enter_context(output_lock(lock, f"--output-prefix {job.output_prefix}"))
-        outputs = {
-            key: _Output(stack.enter_context(_writer(job, key, tokenizer.vocab_size)), tokenizer.vocab_size)
-            for key in job.json_keys
-        }
-        bar = stack.enter_context(Progress("tokenizing", None, "documents", seconds_between_lines))
-        for batches in _tokenize_all(job, files):
-            for key, batch in batches.items():
-                outputs[key].add(batch)
-            first = outputs[job.json_keys[0]]
-            bar.advance(len(batches[job.json_keys[0]].lengths), f"{first.num_tokens:,} tokens")
-        inputs = tuple(_describe(path) for path in files)
-        manifests = {}
-        for key, output in outputs.items():
-            manifests[key] = output.finish(job, key, tokenizer, inputs)
-    return manifests
+    sources = job.sources(handler)
+    remedy = "make room and give the same command again: it goes on with what was written"
+    with (
+        output_lock(job.beside(".lock"), f"--output-prefix {job.output_prefix}"),
+        full_disk_named(job.output_prefix, remedy),
+    ):
+        choice = choose_encoder(
+            tokenizer, job.tokenizer_type, job.use_fast, _sample_texts(job, handler, tokenizer, sources)
+        )
+        log(f"tokenizer: {choice.name} ({choice.reason})")
+        identity = job.identity(tokenizer, handler, choice.name)
+        journal = Journal(job.beside(".journal"), identity, [source.identity() for source in sources])
+        run = _Run(job, handler, tokenizer, sources, journal, choice)
+        return run.run(log_interval, seconds_between_lines)
 
 
-class _Output:
-    """The dataset of one column while it is written."""
+class _Run:
+    """One run from its start, or from where an earlier one was cut off, to the names of the outputs."""
 
-    def __init__(self, writer: IndexedDatasetWriter, vocab_size: int) -> None:
-        self._writer = writer
-        self._counts = np.zeros(vocab_size, dtype=np.int64)
-        self.num_documents = self.num_empty = self.num_text_bytes = self.num_tokens = 0
-
-    def add(self, batch: _Batch) -> None:
-        self._writer.add_documents(batch.lengths, batch.tokens)
-        self._counts += np.bincount(batch.tokens, minlength=len(self._counts))
-        self.num_documents += len(batch.lengths)
-        self.num_tokens += len(batch.tokens)
-        self.num_empty += batch.num_empty
-        self.num_text_bytes += batch.num_text_bytes
-
-    def finish(
+    def __init__(
         self,
         job: PreprocessJob,
-        key: str,
+        handler: TextHandler | SampleHandler,
         tokenizer: SentencePieceTokenizer | JsonTokenizer,
-        inputs: tuple[InputRecord, ...],
+        sources: Sequence[Source],
+        journal: Journal,
+        choice: EncoderChoice,
+    ) -> None:
+        self.job, self.handler, self.tokenizer, self.sources = job, handler, tokenizer, sources
+        self.journal, self.choice = journal, choice
+
+    def run(self, log_interval: int, seconds_between_lines: float) -> dict[str, DatasetManifest]:
+        commit = self._begin()
+        if commit is not None and commit.renaming:
+            return self._rename({})
+        outputs = open_outputs(self.job, self._of_samples, self.tokenizer.vocab_size, commit)
+        with ExitStack() as stack:
+            for output in outputs.values():
+                for writer in output.writers.values():
+                    stack.enter_context(writer)
+            hashes = self._start_hashing(stack)
+            try:
+                self._tokenize(outputs, commit or Commit(), log_interval, seconds_between_lines)
+                self._check_not_empty(outputs)
+            except BaseException:
+                self._leave(outputs)
+                raise
+            return self._finish(outputs, [record for future in hashes for record in future.result()])
+
+    @property
+    def _of_samples(self) -> bool:
+        return isinstance(self.handler, SampleHandler)
+
+    def _begin(self) -> Commit | None:
+        """Decide where to begin, and say so."""
+        try:
+            commit = self.journal.resume()
+        except AscendSpeedError as error:
+            if not self.job.overwrite:
+                raise
+            log(f"--overwrite: discarding an unfinished run ({error})")
+            commit = None
+        if commit is None and not self.job.overwrite:
+            self._refuse_existing()
+        if commit is None:
+            self.journal.start()
+        elif commit.renaming:
+            log("all documents are tokenized already; giving the files their names")
+        else:
+            done = sum(state.num_documents for state in list(commit.outputs.values())[:1])
+            log(f"going on after {done:,} documents that an earlier run wrote")
+        return commit
+
+    def _refuse_existing(self) -> None:
+        for places in output_places(self.job, self._of_samples).values():
+            for path in places.files[:-1]:
+                if path.exists():
+                    raise AscendSpeedError(
+                        f"{path} exists; give --overwrite to replace it, or another --output-prefix"
+                    )
+
+    def _start_hashing(self, stack: ExitStack) -> list[Future[list[InputFile]]]:
+        """Hash the inputs beside the tokenizing; hashing leaves the interpreter to others."""
+        pool = ThreadPoolExecutor(1)
+        stack.callback(pool.shutdown, wait=False, cancel_futures=True)
+        return [pool.submit(source.describe) for source in self.sources]
+
+    def _tokenize(
+        self, outputs: dict[str, Output], commit: Commit, log_interval: int, seconds_between_lines: float
+    ) -> None:
+        job = self.job
+        task = WorkerTask(
+            job.handler_name, job.keys, job.append_eod, self.choice,
+            self.tokenizer.chat_template if job.chat_template else None,
+        )  # fmt: skip
+        held = 0
+        last: Shard | None = None
+        with Progress("tokenizing", None, "documents", seconds_between_lines) as bar:
+            for shard, encoded in encode_all(task, self._shards(commit), job.workers):
+                if last is not None and shard.file != last.file:
+                    self._commit(outputs, shard.file, 0)
+                for key, part in encoded.items():
+                    outputs[key].add(part)
+                first = next(iter(outputs.values()))
+                held += next(iter(encoded.values())).counts.num_documents
+                if held >= log_interval:
+                    bar.advance(held, f"{first.counts.num_tokens:,} tokens")
+                    held = 0
+                if self.journal.is_due():
+                    self._commit(outputs, shard.file, shard.end)
+                last = shard
+        self._commit(outputs, len(self.sources), 0)
+
+    def _shards(self, commit: Commit) -> Iterator[Shard]:
+        for number, source in enumerate(self.sources):
+            if number >= commit.file:
+                start = commit.place if number == commit.file else 0
+                yield from source.shards(number, start, self.job.shard_bytes)
+
+    def _commit(self, outputs: dict[str, Output], file: int, place: int, renaming: bool = False) -> None:
+        writers = [writer for output in outputs.values() for writer in output.writers.values()]
+
+        def flush() -> None:
+            for writer in writers:
+                writer.to_disk()
+
+        self.journal.commit(
+            Commit(
+                file,
+                place,
+                {writer.prefix.name: writer.state for writer in writers},
+                {key: vars(output.counts) for key, output in outputs.items()},
+                renaming,
+            ),
+            flush,
+        )
+
+    def _check_not_empty(self, outputs: dict[str, Output]) -> None:
+        for key, output in outputs.items():
+            if output.counts.num_documents == 0:
+                what = f"column {key!r}" if key else "what the handler made"
+                raise DataError(f"{what} of {' '.join(self.job.inputs)} holds no text; check --json-key")
+
+    def _leave(self, outputs: dict[str, Output]) -> None:
+        """Keep what the journal vouches for; if that is nothing, leave nothing."""
+        kept = self.journal.documents_kept()
+        if kept:
+            log(f"{kept:,} documents are kept; the same command goes on after them")
+            return
+        for output in outputs.values():
+            for writer in output.writers.values():
+                writer.keep = False
+        self.journal.remove()
+
+    def _finish(self, outputs: dict[str, Output], inputs: Sequence[InputFile]) -> dict[str, DatasetManifest]:
+        """Prepare every file under a temporary name, note that, and give all of them their names."""
+        changed = [
+            entry[0]
+            for source, entry in zip(self.sources, self.journal.inputs, strict=True)
+            if source.identity() != entry
+        ]
+        if changed:
+            raise DataError(f"{changed[0]} was changed while it was read; run the same command again")
+        manifests = {}
+        packed: PackCounts | None = None
+        unpacked = outputs
+        if self.job.pack:
+            outputs, packed = self._pack(outputs)
+        for key, output in outputs.items():
+            files = []
+            for writer in output.writers.values():
+                for source_path, target in writer.prepare():
+                    files.append(
+                        FileRecord(
+                            name=target.name,
+                            num_bytes=source_path.stat().st_size,
+                            sha256=sha256_of(source_path),
+                        )
+                    )
+            manifests[key] = self._manifest(output, inputs, files, packed)
+            content = manifests[key].model_dump_json(indent=2) + "\n"
+            _scratch(output.manifest).write_text(content, encoding="utf-8")
+        self._commit(unpacked, len(self.sources), 0, renaming=True)
+        return self._rename(manifests)
+
+    def _pack(self, outputs: dict[str, Output]) -> tuple[dict[str, Output], PackCounts]:
+        assert self.job.seq_length is not None
+        target = output_places(self.job, of_samples=True)[""]
+        pairs = {
+            array: IndexedDatasetWriter(prefix, np.int32, keep=True)
+            for array, prefix in target.prefixes.items()
+        }
+        counts = pack_samples(unpacked_places(self.job).prefixes, pairs, self.job.seq_length)
+        for writer in pairs.values():
+            writer.to_disk()
+        before = outputs[""]
+        ids = IndexedDatasetWriter.scratch_paths(target.prefixes[INPUT_IDS])[0]
+        new_counts = replace(
+            before.counts,
+            num_documents=counts.num_packs,
+            num_sequences=counts.num_samples,
+            num_tokens=counts.num_tokens,
+            num_trained_tokens=counts.num_trained_tokens,
+        )
+        frequencies = frequencies_in(ids, np.int32, self.tokenizer.vocab_size)
+        return {"": Output("", before.manifest, pairs, new_counts, frequencies)}, counts
+
+    def _manifest(
+        self,
+        output: Output,
+        inputs: Sequence[InputFile],
+        files: Sequence[FileRecord],
+        packed: PackCounts | None,
     ) -> DatasetManifest:
-        if self.num_documents == 0:
-            raise DataError(f"column {key!r} of {' '.join(job.inputs)} holds no text; check --json-key")
-        manifest = DatasetManifest(
-            tokenizer=TokenizerRecord.of(tokenizer),
+        job = self.job
+        template = template_of(self.handler, self.tokenizer)
+        pack = None
+        if packed is not None and job.seq_length is not None:
+            pack = PackRecord(
+                seq_length=job.seq_length,
+                padding_share=1 - packed.num_tokens / (job.seq_length * max(packed.num_packs, 1)),
+                padding_share_unpacked=1 - packed.num_tokens / (job.seq_length * max(packed.num_samples, 1)),
+                num_cut_samples=packed.num_cut_samples,
+                num_dropped_samples=packed.num_dropped_samples,
+            )
+        return DatasetManifest(
+            kind="samples" if self._of_samples else "text",
+            tokenizer=TokenizerRecord.of(self.tokenizer),
+            encoder=self.choice.name,
             handler=job.handler_name,
-            json_key=key,
+            template=template,
+            template_sha256=hashlib.sha256(template.encode()).hexdigest(),
+            json_key=output.key or None,
             append_eod=job.append_eod,
-            token_format=np.dtype(smallest_format(tokenizer.vocab_size)).name,
-            num_documents=self.num_documents,
-            num_empty_documents=self.num_empty,
-            num_tokens=self.num_tokens,
-            num_text_bytes=self.num_text_bytes,
-            unigram_entropy_nats=entropy_nats(self._counts),
-            inputs=inputs,
+            seq_length=job.seq_length,
+            pack=pack,
+            token_format=output.first.format.name,
+            unigram_entropy_nats=entropy_nats(output.frequencies),
+            inputs=tuple(FileRecord(**vars(record)) for record in inputs),
+            files=tuple(files),
             versions={"ascendspeed-data": __version__}
             | {name: metadata.version(name) for name in ("sentencepiece", "tokenizers", "numpy")},
             command=" ".join(["asd-data", *sys.argv[1:]]),
+            **vars(output.counts),
         )
-        path = manifest_path(job.prefix_of(key))
-        path.unlink(missing_ok=True)
-        self._writer.finish()
-        write_durably(path, manifest.model_dump_json(indent=2) + "\n")
-        return manifest
+
+    def _rename(self, manifests: dict[str, DatasetManifest]) -> dict[str, DatasetManifest]:
+        """Give the files their names; all of them are complete, so this may be done again after a crash."""
+        outputs = output_places(self.job, self._of_samples)
+        for places in outputs.values():
+            if _scratch(places.manifest).exists():
+                places.manifest.unlink(missing_ok=True)
+        for places in outputs.values():
+            for path in places.files:
+                if _scratch(path).exists():
+                    _scratch(path).replace(path)
+        for key, places in outputs.items():
+            if key not in manifests:
+                manifests[key] = read_manifest(places.manifest)
+        leftovers = [path for places in outputs.values() for path in places.scratch]
+        for path in (*leftovers, *(unpacked_places(self.job).scratch if self.job.pack else ())):
+            path.unlink(missing_ok=True)
+        self.journal.remove()
+        return manifests
 
 
 def entropy_nats(counts: NDArray[np.int64]) -> float:
@@ -169,99 +344,33 @@ def entropy_nats(counts: NDArray[np.int64]) -> float:
     return float(-(shares * np.log(shares)).sum())
 
 
-def _refuse_existing(prefix: Path) -> None:
-    for suffix in (".bin", ".idx"):
-        path = prefix.with_name(prefix.name + suffix)
-        if path.exists():
-            raise AscendSpeedError(
-                f"{path} exists; give --overwrite to replace it, or another --output-prefix"
-            )
+def _scratch(path: Path) -> Path:
+    return path.with_name(path.name + INCOMPLETE)
 
 
-def _writer(job: PreprocessJob, key: str, vocab_size: int) -> IndexedDatasetWriter:
-    return IndexedDatasetWriter(job.prefix_of(key), smallest_format(vocab_size))
+def _sample_texts(
+    job: PreprocessJob,
+    handler: TextHandler | SampleHandler,
+    tokenizer: SentencePieceTokenizer | JsonTokenizer,
+    sources: Sequence[Source],
+) -> list[str]:
+    """Return text from the beginning of the input; an input that cannot be read complains here already."""
+    for shard in islice(first_records(sources, SAMPLE_CHARACTERS), 1):
+        if isinstance(handler, TextHandler):
+            reader = ShardEncoder(handler, job.keys, job.append_eod, tokenizer, ExactEncoder(tokenizer))
+            found = [text for _, outputs in reader.texts(shard) for texts in outputs for text in texts]
+        else:
+            from ascendspeed_data.reading.records import records_of
 
-
-def _texts(job: PreprocessJob, files: Sequence[Path]) -> Iterator[tuple[str, ...]]:
-    """Yield the texts of each record, one per column."""
-    handler = find_handler(job.handler_name)
-    for path in files:
-        for number, record in enumerate(read_records(path), 1):
-            for key in job.json_keys:
-                text_of(record, key, path, number)
-            documents = [handler.texts(record, key) for key in job.json_keys]
-            for texts in zip(*documents, strict=True):
-                _check_unicode(texts, path, number)
-                yield texts
-
-
-def _check_unicode(texts: tuple[str, ...], path: Path, number: int) -> None:
-    for text in texts:
-        try:
-            (text or "").encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise DataError(
-                f"{path}: record {number} holds half a surrogate pair at character {error.start}, which is no text; "
-                "repair the record"
-            ) from None
-
-
-def _tokenize_all(job: PreprocessJob, files: Sequence[Path]) -> Iterator[dict[str, _Batch]]:
-    """Yield tokenized batches in the order of the input."""
-    texts = _texts(job, files)
-    batches = iter(lambda: list(islice(texts, RECORDS_PER_BATCH)), [])
-    if job.workers == 1:
-        for batch in batches:
-            yield _tokenize(job, batch)
-        return
-    with ProcessPoolExecutor(job.workers, mp_context=get_context("spawn")) as pool:
-        waiting: deque[Future[dict[str, _Batch]]] = deque()
-        try:
-            for batch in batches:
-                waiting.append(pool.submit(_tokenize, job, batch))
-                if len(waiting) >= job.workers * BATCHES_IN_FLIGHT_PER_WORKER:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        except BrokenProcessPool:
-            raise AscendSpeedError(
-                "a worker process was killed, most often for want of memory; give fewer --workers"
-            ) from None
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
-@cache
-def _worker_tokenizer(path: Path, kind: str) -> SentencePieceTokenizer | JsonTokenizer:
-    return load_tokenizer(path, kind)
-
-
-def _tokenize(job: PreprocessJob, records: Sequence[tuple[str, ...]]) -> dict[str, _Batch]:
-    tokenizer = _worker_tokenizer(job.tokenizer, job.tokenizer_type)
-    batches = {}
-    for place, key in enumerate(job.json_keys):
-        texts = [record[place] for record in records]
-        kept = [text for text in texts if text]
-        documents = tokenizer.encode_batch(kept)
-        if job.append_eod:
-            assert tokenizer.eos_id is not None
-            for document in documents:
-                document.append(tokenizer.eos_id)
-        lengths = [len(document) for document in documents]
-        tokens = np.fromiter(
-            (token for document in documents for token in document), dtype=np.int64, count=sum(lengths)
-        )
-        num_bytes = sum(len(text.encode("utf-8")) for text in kept)
-        batches[key] = _Batch(
-            lengths, tokens.astype(smallest_format(tokenizer.vocab_size)), len(texts) - len(kept), num_bytes
-        )
-    return batches
-
-
-def _describe(path: Path) -> InputRecord:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return InputRecord(name=path.name, num_bytes=path.stat().st_size, sha256=digest)
+            found = [str(value) for _, record in records_of(shard) for value in record.values()]
+        kept, size = [], 0
+        for text in found:
+            if size + len(text) > SAMPLE_CHARACTERS:
+                break
+            kept.append(text.encode("utf-8", errors="replace").decode())
+            size += len(text)
+        return kept
+    return []
 
 
 def check_options(dataset_impl: str) -> None:

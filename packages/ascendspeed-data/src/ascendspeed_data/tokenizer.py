@@ -8,14 +8,20 @@ import hashlib
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ascendspeed_data.command_line import log
 from ascendspeed_data.errors import ConfigError, DataError, did_you_mean
 
-KINDS = ("PretrainedFromHF",)
+KINDS = ("PretrainedFromHF", "SentencePieceTokenizer", "HuggingFaceTokenizer")
+"""Names of 2023 and of Megatron-LM. Only the second one demands something: a SentencePiece model."""
+
 DEFINING_FILES = ("tokenizer.json", "tokenizer.model")
 """Files that define ids, the one that counts first."""
 
@@ -31,6 +37,34 @@ TOKENIZER_FILES = (
 """All files of a Hugging Face tokenizer."""
 
 
+@dataclass(frozen=True)
+class TokenBatch:
+    """Ids of several texts.
+
+    Attributes:
+        ids: of all texts, one after the other, int64 or uint32.
+        lengths: ids of each text, int64.
+    """
+
+    ids: NDArray[Any]
+    lengths: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, encoded: Sequence[Sequence[int]]) -> "TokenBatch":
+        """Join lists of ids."""
+        lengths = np.fromiter((len(ids) for ids in encoded), np.int64, len(encoded))
+        joined = np.empty(int(lengths.sum()), np.int64)
+        start = 0
+        for ids in encoded:
+            joined[start : start + len(ids)] = ids
+            start += len(ids)
+        return cls(joined, lengths)
+
+    def split(self) -> list[NDArray[Any]]:
+        """Return the ids of each text."""
+        return np.split(self.ids, np.cumsum(self.lengths)[:-1]) if len(self.lengths) else []
+
+
 class Tokenizer(Protocol):
     """Text to ids and back.
 
@@ -43,6 +77,10 @@ class Tokenizer(Protocol):
         unk_id: id of what is not known, or `None`.
         pad_id: id of padding, or `None`.
         add_bos: whether `encode` begins with `bos_id`.
+        prefix_ids: ids that the tokenizer's own setting puts before a text, most often BOS or nothing.
+        suffix_ids: ids that it puts behind.
+        special_ids: special pieces and their ids.
+        chat_template: the Jinja program that lays conversations out, or `None`.
         fingerprint: SHA-256 of what defines the ids.
     """
 
@@ -54,6 +92,10 @@ class Tokenizer(Protocol):
     unk_id: int | None
     pad_id: int | None
     add_bos: bool
+    prefix_ids: list[int]
+    suffix_ids: list[int]
+    special_ids: dict[str, int]
+    chat_template: str | None
     fingerprint: str
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -65,6 +107,18 @@ class Tokenizer(Protocol):
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of several texts."""
+        ...
+
+    def encode_contents(self, texts: Sequence[str]) -> TokenBatch:
+        """Return the ids of several texts without `prefix_ids` and `suffix_ids`."""
+        ...
+
+    def encode_with_places(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return the ids of a text without prefix and suffix, and the characters (begin, end) that each covers."""
+        ...
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """Return each id as the vocabulary spells it."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -81,6 +135,7 @@ class SentencePieceTokenizer:
         import sentencepiece
 
         self.path = path
+        self.chat_template = _chat_template(path, config)
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
         except (RuntimeError, OSError) as error:
@@ -90,20 +145,45 @@ class SentencePieceTokenizer:
         self.eos_id = self._special(config, "eos_token", self._model.eos_id())
         self.unk_id = self._special(config, "unk_token", self._model.unk_id())
         self.pad_id = self._special(config, "pad_token", self._model.pad_id())
+        # SentencePiece never makes control pieces of text.
+        control = [i for i in range(self.vocab_size) if self._model.is_control(i)]
+        self.special_ids: dict[str, int] = {self._model.id_to_piece(i): i for i in control}
         self.add_bos = bool(config.get("add_bos_token", bool(config))) and self.bos_id is not None
-        self.fingerprint = _sha256(model_file.read_bytes(), json.dumps([self.add_bos]).encode())
+        self.prefix_ids = [self.bos_id] if self.add_bos and self.bos_id is not None else []
+        add_eos = bool(config.get("add_eos_token")) and self.eos_id is not None
+        self.suffix_ids = [self.eos_id] if add_eos and self.eos_id is not None else []
+        settings = [self.add_bos, True] if add_eos else [self.add_bos]
+        self.model_file = model_file
+        self.fingerprint = _sha256(model_file.read_bytes(), json.dumps(settings).encode())
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Return SentencePiece's ids, after BOS if the tokenizer is set so."""
         ids: list[int] = self._model.encode(text)
-        return [self.bos_id, *ids] if self.add_bos and add_special_tokens and self.bos_id is not None else ids
+        return [*self.prefix_ids, *ids, *self.suffix_ids] if add_special_tokens else ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of several texts, on one thread."""
         encoded: list[list[int]] = self._model.encode(list(texts), num_threads=1)
-        return (
-            [[self.bos_id, *ids] for ids in encoded] if self.add_bos and self.bos_id is not None else encoded
-        )
+        return [[*self.prefix_ids, *ids, *self.suffix_ids] for ids in encoded]
+
+    def encode_contents(self, texts: Sequence[str]) -> TokenBatch:
+        """Return the ids of several texts without BOS and EOS, on one thread."""
+        encoded: Any = self._model.encode(list(texts), out_type="numpy", num_threads=1)
+        lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
+        return TokenBatch(np.concatenate(encoded) if len(encoded) else np.empty(0, np.int32), lengths)
+
+    def encode_with_places(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return the ids of a text, and the characters that each covers.
+
+        The byte pieces of one character begin with it, and all but the last end there too.
+        """
+        mapped: Any = self._model.encode(text, out_type="offset_mapping")
+        return list(mapped["ids"]), list(mapped["offsets"])
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """Return each id's piece."""
+        named: list[str] = self._model.id_to_piece([int(i) for i in ids])
+        return named
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids; control pieces give nothing."""
@@ -133,6 +213,7 @@ class JsonTokenizer:
         from tokenizers import Tokenizer as FastTokenizer
 
         self.path = path
+        self.chat_template = _chat_template(path, config)
         content = json_file.read_bytes()
         try:
             self._tokenizer = FastTokenizer.from_str(content.decode("utf-8"))
@@ -145,8 +226,14 @@ class JsonTokenizer:
         self.eos_id = self._special(config, "eos_token")
         self.unk_id = self._special(config, "unk_token")
         self.pad_id = self._special(config, "pad_token")
-        probe = self._tokenizer.encode("a").ids
-        self.add_bos = self.bos_id is not None and probe[:1] == [self.bos_id]
+        self.prefix_ids, self.suffix_ids = self._surroundings()
+        self.add_bos = self.bos_id is not None and self.prefix_ids[:1] == [self.bos_id]
+        self.special_ids = {
+            token.content: number
+            for number, token in self._tokenizer.get_added_tokens_decoder().items()
+            if token.special
+        }
+        self.model_file = json_file
         self.fingerprint = _sha256(content)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -157,6 +244,31 @@ class JsonTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of several texts."""
         return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))]
+
+    def encode_contents(self, texts: Sequence[str]) -> TokenBatch:
+        """Return the ids of several texts without prefix and suffix."""
+        encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return TokenBatch.of([encoding.ids for encoding in encoded])
+
+    def encode_with_places(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return the ids of a text, and the characters that each covers."""
+        encoded = self._tokenizer.encode(text, add_special_tokens=False)
+        return list(encoded.ids), list(encoded.offsets)
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """Return each id's token."""
+        return [self._tokenizer.id_to_token(int(i)) or f"<{int(i)}>" for i in ids]
+
+    def _surroundings(self) -> tuple[list[int], list[int]]:
+        """What the file's post-processor puts around a text."""
+        bare = self._tokenizer.encode("a", add_special_tokens=False).ids
+        whole = self._tokenizer.encode("a").ids
+        for start in range(len(whole) - len(bare) + 1):
+            if whole[start : start + len(bare)] == bare:
+                return whole[:start], whole[start + len(bare) :]
+        raise DataError(
+            f"{self.path}: its post-processor changes the ids inside a text, which is not supported"
+        )
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, without special pieces."""
@@ -183,7 +295,7 @@ def load_tokenizer(path: Path, kind: str = "PretrainedFromHF") -> SentencePieceT
     Args:
         path: a folder with `tokenizer.json` or `tokenizer.model`, or one of these files. In a folder with both,
             `tokenizer.json` counts. Code named by a config (`auto_map`) is never run.
-        kind: `PretrainedFromHF`, the only type there is.
+        kind: one of `KINDS`.
 
     Raises:
         ConfigError: an unknown kind.
@@ -193,27 +305,42 @@ def load_tokenizer(path: Path, kind: str = "PretrainedFromHF") -> SentencePieceT
         raise ConfigError(
             f"tokenizer_type={kind} is unknown; known: {', '.join(KINDS)}{did_you_mean(kind, KINDS)}"
         )
-    if path.is_file():
-        if path.suffix == ".json":
-            return JsonTokenizer(path, path, {})
-        return SentencePieceTokenizer(path, path, {})
-    for name in DEFINING_FILES:
-        if (path / name).is_file():
-            config = _read_config(path)
-            if name == "tokenizer.json":
-                return JsonTokenizer(path, path / name, config)
-            return SentencePieceTokenizer(path, path / name, config)
+    try:
+        opened = _open_tokenizer(path, only_sentencepiece=kind == "SentencePieceTokenizer")
+    except OSError as error:
+        raise DataError(f"tokenizer {path} cannot be read: {error.strerror or error}") from None
+    if opened is not None:
+        return opened
     state = "holds neither tokenizer.json nor tokenizer.model" if path.is_dir() else "does not exist"
     raise DataError(
         f"tokenizer {path} {state}; check --tokenizer-name-or-path (names of a hub are not downloaded)"
     )
 
 
+def _open_tokenizer(path: Path, only_sentencepiece: bool) -> SentencePieceTokenizer | JsonTokenizer | None:
+    if path.is_file():
+        if path.suffix == ".json" and not only_sentencepiece:
+            return JsonTokenizer(path, path, {})
+        return SentencePieceTokenizer(path, path, {})
+    for name in DEFINING_FILES[1:] if only_sentencepiece else DEFINING_FILES:
+        if (path / name).is_file():
+            config = _read_config(path)
+            if name == "tokenizer.json":
+                return JsonTokenizer(path, path / name, config)
+            return SentencePieceTokenizer(path, path / name, config)
+    return None
+
+
+def tokenizer_files(source: Path) -> list[Path]:
+    """Return the files of a tokenizer, given as a folder or as one file."""
+    if source.is_file():
+        return [source]
+    return [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
+
+
 def copy_tokenizer(source: Path, folder: Path) -> list[Path]:
     """Copy the files of a tokenizer (a folder, or one file) into `folder`, and return the copies."""
-    files = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
-    if source.is_file():
-        files = [source]
+    files = tokenizer_files(source)
     folder.mkdir(parents=True, exist_ok=True)
     copies = []
     for file in files:
@@ -237,6 +364,17 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if config.get("tokenizer_class") == "LLaMATokenizer":
         log(f"{path} names LLaMATokenizer; read as LlamaTokenizer, which it means")
     return config
+
+
+def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
+    """Return the folder's template; of several the one named `default`."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        template = next((item["template"] for item in template if item.get("name") == "default"), None)
+    return template if isinstance(template, str) else None
 
 
 def _piece(value: Any) -> str | None:

@@ -11,7 +11,8 @@ from typing import Literal
 
 from ascendspeed_data.command_line import log
 from ascendspeed_data.errors import AscendSpeedError, DataError
-from ascendspeed_data.readers import find_inputs, read_records, text_of
+from ascendspeed_data.reading.inputs import find_inputs
+from ascendspeed_data.reading.records import read_records, text_of
 
 MAX_SENTENCE_BYTES = 4096
 """SentencePiece leaves longer sentences out; texts are cut at line ends so that none is."""
@@ -104,8 +105,12 @@ def _sentences(inputs: Sequence[str], json_key: str, sample_bytes: int) -> Itera
     """Yield texts in pieces that SentencePiece takes, up to `sample_bytes`."""
     taken = 0
     for path in find_inputs(inputs):
-        for number, record in enumerate(read_records(path), 1):
-            for piece in _cut(text_of(record, json_key, path, number)):
+        for number, record in enumerate(read_records(path, [json_key]), 1):
+            try:
+                text = text_of(record, json_key)
+            except DataError as error:
+                raise DataError(f"{path}: record {number}: {error}") from None
+            for piece in _cut(text):
                 size = len(piece.encode("utf-8"))
                 if taken + size > sample_bytes:
                     log(f"training on the first {taken:,} bytes of text (--sample-bytes)")

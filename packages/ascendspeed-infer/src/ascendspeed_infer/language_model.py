@@ -18,6 +18,7 @@ from ascendspeed_core.parallel.pipeline import forward_through_stages
 from ascendspeed_core.parallel.tensor import gather_logits
 from ascendspeed_core.weights import NativeSource, WeightSource, open_source
 from ascendspeed_data.errors import AscendSpeedError
+from ascendspeed_data.manifest import check_tokenizer
 from ascendspeed_data.tokenizer import Tokenizer, load_tokenizer
 from ascendspeed_infer.config import inference_layout
 from ascendspeed_infer.generation import GenerationSettings, check_length, generate_ids
@@ -211,7 +212,11 @@ def find_tokenizer(source: WeightSource, given: Path | None) -> Path:
     if given is None:
         assert own is not None
         return own
-    if isinstance(source, NativeSource) and own is not None:
+    if isinstance(source, NativeSource) and source.data_manifest is not None:
+        check_tokenizer(
+            source.data_manifest, load_tokenizer(given), f"the data that {source.path} was trained on"
+        )
+    elif isinstance(source, NativeSource) and own is not None:
         trained, wanted = load_tokenizer(own), load_tokenizer(given)
         if trained.fingerprint != wanted.fingerprint:
             raise AscendSpeedError(

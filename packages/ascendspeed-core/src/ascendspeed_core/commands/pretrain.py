@@ -67,13 +67,19 @@ def train(plan: Any) -> None:
 
 
 def keep_tokenizer(plan: Any, save: Path) -> None:
-    """Copy the tokenizer's files into the run's folder, so that its checkpoints can be used without being told."""
-    from ascendspeed_core.weights.native import TOKENIZER
+    """Copy the tokenizer's files into the run's folder, so that its checkpoints can be used without being told.
+
+    The manifest of the data goes there too: it tells the right tokenizer where the files are not known.
+    """
+    from ascendspeed_core.weights.native import DATA_MANIFEST, TOKENIZER
+    from ascendspeed_data.files import write_durably
     from ascendspeed_data.tokenizer import copy_tokenizer
 
     folder = plan.config.data.tokenizer_name_or_path or plan.source.tokenizer
     if folder is not None:
         copy_tokenizer(folder, save / TOKENIZER)
+    if plan.manifest is not None:
+        write_durably(save / DATA_MANIFEST, plan.manifest.model_dump_json(indent=2) + "\n")
 
 
 def describe(plan: Any) -> None:

@@ -11,6 +11,7 @@ from ascendspeed_core.config.model import ArchitectureFlags
 from ascendspeed_core.config.parallel import ParallelConfig
 from ascendspeed_core.config.source import ModelSourceConfig
 from ascendspeed_core.device import DeviceChoice
+from ascendspeed_data.data_path import parse_blend
 from ascendspeed_data.errors import ConfigError
 
 
@@ -181,19 +182,10 @@ class DataConfig(Config):
 
     def blend(self) -> tuple[list[str], list[float] | None]:
         """Return the prefixes, and their weights when there are several."""
-        if len(self.data_path) == 1:
-            return [self.data_path[0]], None
         try:
-            weights = [float(weight) for weight in self.data_path[0::2]]
-        except ValueError:
-            weights = []
-        prefixes = list(self.data_path[1::2])
-        if not weights or len(weights) != len(prefixes) or min(weights) <= 0:
-            raise ValueError(
-                f"data_path={' '.join(self.data_path)} is neither one prefix nor pairs of a positive weight and "
-                "a prefix; write for example --data-path 0.7 corpus_a 0.3 corpus_b"
-            )
-        return prefixes, weights
+            return parse_blend(self.data_path)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
 
 
 MICRO_BATCH_EXAMPLES = {

@@ -69,7 +69,7 @@ def plan_run(config: PretrainConfig, world_size: int) -> RunPlan:
     _check_length(config, source.config, where)
     samples = _num_samples(config, layout.dp)
     manifest = check_data(config.data, samples)
-    _check_vocabulary(config, source.config, manifest)
+    _check_vocabulary(config, source, manifest)
     start = _start(config, source, _data_order(config))
     _check_save_folder(config, source, start)
     return RunPlan(config, layout, source, start, samples, manifest)
@@ -110,17 +110,21 @@ def _check_length(config: PretrainConfig, model: ModelConfig, where: str) -> Non
         )
 
 
-def _check_vocabulary(config: PretrainConfig, model: ModelConfig, manifest: DatasetManifest | None) -> None:
-    if manifest is not None and manifest.tokenizer.vocab_size > model.vocab_size:
+def _check_vocabulary(config: PretrainConfig, source: WeightSource, manifest: DatasetManifest | None) -> None:
+    """Compare the data's tokenizer with the model's vocabulary, and with the tokenizer given or beside the weights."""
+    if manifest is None:
+        return
+    if manifest.tokenizer.vocab_size > source.config.vocab_size:
         raise AscendSpeedError(
             f"{config.data.data_path[-1]} was made with a tokenizer of vocab_size={manifest.tokenizer.vocab_size}, "
-            f"the model has vocab_size={model.vocab_size}; tokenize with the model's tokenizer"
+            f"the model has vocab_size={source.config.vocab_size}; tokenize with the model's tokenizer"
         )
-    if manifest is not None and config.data.tokenizer_name_or_path is not None:
+    tokenizer = config.data.tokenizer_name_or_path or source.tokenizer
+    if tokenizer is not None:
         from ascendspeed_data.manifest import check_tokenizer
         from ascendspeed_data.tokenizer import load_tokenizer
 
-        check_tokenizer(manifest, load_tokenizer(config.data.tokenizer_name_or_path))
+        check_tokenizer(manifest, load_tokenizer(tokenizer))
 
 
 def _num_samples(config: PretrainConfig, dp: int) -> tuple[int, int, int]:

@@ -27,11 +27,13 @@ from ascendspeed_core.device import HOST
 from ascendspeed_core.weights.huggingface import read_json
 from ascendspeed_core.weights.source import CheckpointError, Index, TensorInfo, inside
 from ascendspeed_data.errors import ConfigError
+from ascendspeed_data.manifest import DatasetManifest, read_manifest
 
 FORMAT_VERSION = 1
 TRACKER = "latest_checkpointed_iteration.txt"
 DESCRIPTION = "checkpoint.json"
 TOKENIZER = "tokenizer"
+DATA_MANIFEST = "data.manifest.json"
 ITERATION_FOLDER = re.compile(r"iter_(\d{7,})")
 
 _ALLOWED = {
@@ -171,6 +173,14 @@ class NativeSource:
         for folder in (self.folder, self.folder.parent):
             if (folder / TOKENIZER).is_dir():
                 return folder / TOKENIZER
+        return None
+
+    @property
+    def data_manifest(self) -> DatasetManifest | None:
+        """Manifest of the data that the run was trained on, if it had one."""
+        for folder in (self.folder, self.folder.parent):
+            if (folder / DATA_MANIFEST).is_file():
+                return read_manifest(folder / DATA_MANIFEST)
         return None
 
     def tensors(self) -> Mapping[str, TensorInfo]:

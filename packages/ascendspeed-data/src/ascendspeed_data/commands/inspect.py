@@ -1,80 +1,177 @@
 """`asd-data inspect` and `asd-data verify`."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 
+from ascendspeed_data.blend import open_blend
 from ascendspeed_data.command_line import log
-from ascendspeed_data.errors import DataError
-from ascendspeed_data.indexed import IndexedDataset
-from ascendspeed_data.manifest import DatasetManifest, check_tokenizer, load_manifest
-from ascendspeed_data.tokenizer import load_tokenizer
+from ascendspeed_data.dataset import Dataset, open_dataset
+from ascendspeed_data.errors import ConfigError
+from ascendspeed_data.manifest import check_tokenizer
+from ascendspeed_data.statistics import draw_histogram, histogram_lines, length_statistics
+from ascendspeed_data.tokenizer import Tokenizer, load_tokenizer
+from ascendspeed_data.verify import verify
 
-Prefix = Annotated[Path, typer.Argument(help="Prefix of a .bin/.idx pair.")]
+LEARNED, PLAIN, MASKED = "\x1b[32m", "\x1b[0m", "\x1b[2m"
 
 
 def inspect_command(
-    prefix: Prefix,
-    documents: Annotated[int, typer.Option(min=0, help="Documents to show, from the first on.")] = 2,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to show of each document.")] = 64,
+    data_path: Annotated[
+        list[str],
+        typer.Argument(
+            help="Prefix of a dataset, or a blend: WEIGHT PREFIX WEIGHT PREFIX ...", metavar="PREFIX"
+        ),
+    ],
+    documents: Annotated[int, typer.Option(min=0, help="Documents to show.")] = 2,
+    first: Annotated[int, typer.Option(min=0, help="Number of the first document to show.")] = 0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to show of each sequence.")] = 64,
     tokenizer_name_or_path: Annotated[
         Path | None, typer.Option(help="Tokenizer that made the data; shows text beside the ids.")
     ] = None,
+    stats: Annotated[bool, typer.Option("--stats", help="Show a histogram of lengths.")] = False,
+    png: Annotated[Path | None, typer.Option(help="Write the histogram as a picture.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    color: Annotated[
+        bool | None,
+        typer.Option("--color/--no-color", help="Learned tokens in green. [default: on a terminal]"),
+    ] = None,
 ) -> None:
-    """Show what a dataset holds: its counts, what made it, its first documents."""
-    dataset = IndexedDataset(prefix)
-    manifest = load_manifest(prefix)
+    """Show what a dataset holds: its counts, what made it, its documents with the learned tokens in colour."""
+    if len(data_path) > 1:
+        _show_blend(data_path, as_json)
+        return
+    dataset = open_dataset(Path(data_path[0]))
     tokenizer = None
     if tokenizer_name_or_path is not None:
         tokenizer = load_tokenizer(tokenizer_name_or_path)
-        if manifest is not None:
-            check_tokenizer(manifest, tokenizer, str(prefix))
-    shown: list[dict[str, Any]] = []
-    for number in range(min(documents, len(dataset))):
-        ids = dataset[number][:max_tokens].tolist()
-        shown.append({"document": number, "num_tokens": int(dataset.lengths[number]), "ids": ids})
-        if tokenizer is not None:
-            shown[-1]["text"] = tokenizer.decode(ids)
-    counts = vars(dataset.info)
-    made = manifest.model_dump(mode="json") if manifest else None
+        if dataset.manifest is not None:
+            check_tokenizer(dataset.manifest, tokenizer, str(dataset.prefix))
+    count = len(dataset.ids.documents) - 1
+    if first and first >= count:
+        raise ConfigError(f"first={first} is beyond the last of {count:,} documents, number {count - 1}")
+    shown = [
+        _document(dataset, number, max_tokens, tokenizer)
+        for number in range(first, min(first + documents, count))
+    ]
+    made = dataset.manifest.model_dump(mode="json") if dataset.manifest else None
+    counts = vars(dataset.ids.info)
+    statistics = length_statistics(dataset) if stats or png else None
+    if statistics is not None and png is not None:
+        draw_histogram(statistics, str(dataset.prefix), png)
+        log(f"wrote {png}")
     if as_json:
-        print(json.dumps({**counts, "manifest": made, "documents": shown}, ensure_ascii=False))
+        result = {**counts, "manifest": made, "documents": shown}
+        if statistics is not None:
+            values = vars(statistics)
+            result["lengths"] = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in values.items()}
+        print(json.dumps(result, ensure_ascii=False))
         return
     for key, value in {**counts, **(made or {"manifest": "none"})}.items():
         print(f"{key}: {value}")
+    if statistics is not None:
+        print("\n".join(histogram_lines(statistics)))
+    colored = sys.stdout.isatty() if color is None else color
     for document in shown:
-        print(f"document {document['document']} ({document['num_tokens']} tokens): {document['ids']}")
-        if "text" in document:
-            print(f"  {document['text']!r}")
+        _print_document(document, dataset.is_samples, colored)
 
 
-def verify_command(prefix: Prefix) -> None:
-    """Prove a dataset whole: index, pointers, ids within the vocabulary, and the manifest's counts."""
-    dataset = IndexedDataset(prefix)
-    manifest = load_manifest(prefix)
-    if manifest is None:
-        log(f"{prefix}: no manifest; counts and vocabulary cannot be compared")
-    else:
-        _compare(dataset, manifest)
-    info = dataset.info
+def _document(dataset: Dataset, number: int, max_tokens: int, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """Describe a document; one of a single sequence shows it without a level more."""
+    start, end = (int(edge) for edge in dataset.ids.documents[number : number + 2])
+    sequences = []
+    for sequence in range(start, end):
+        ids = dataset.ids[sequence][:max_tokens].tolist()
+        described: dict[str, Any] = {"num_tokens": int(dataset.ids.lengths[sequence]), "ids": ids}
+        if dataset.is_samples:
+            described["trained"] = dataset.trained(sequence)[:max_tokens].astype(int).tolist()
+            described["attention_mask"] = dataset.attended(sequence)[:max_tokens].tolist()
+        if tokenizer is not None:
+            described["text"] = tokenizer.decode(ids)
+            described["pieces"] = tokenizer.pieces(ids)
+        sequences.append(described)
+    only = sequences[0] if len(sequences) == 1 else {"sequences": sequences}
+    return {"document": number, **only}
+
+
+def _print_document(document: dict[str, Any], has_labels: bool, colored: bool) -> None:
+    sequences = document.get("sequences", [document])
+    for number, sequence in enumerate(sequences):
+        part = f", sequence {number + 1} of {len(sequences)}" if len(sequences) > 1 else ""
+        print(f"document {document['document']}{part} ({sequence['num_tokens']} tokens): {sequence['ids']}")
+        trained = sequence.get("trained", [1] * len(sequence["ids"]))
+        if has_labels:
+            print(
+                f"  learned {sum(trained)}: {_spans(trained)}; attention {_spans(sequence['attention_mask'])}"
+            )
+        if "pieces" not in sequence:
+            continue
+        if not has_labels:
+            print(f"  {sequence['text']!r}")
+        elif colored:
+            words = [
+                f"{LEARNED if learned else MASKED}{piece}{PLAIN}"
+                for piece, learned in zip(sequence["pieces"], trained, strict=True)
+            ]
+            print("  " + "".join(words))
+        else:
+            words = [
+                f"[{piece}]" if learned else piece
+                for piece, learned in zip(sequence["pieces"], trained, strict=True)
+            ]
+            print("  " + "".join(words))
+
+
+def _spans(flags: list[int]) -> str:
+    """Return where flags are set, `3-7, 9-12`, as places of tokens."""
+    edges = np.flatnonzero(np.diff([0, *flags, 0]))
+    return (
+        ", ".join(f"{begin}-{end - 1}" for begin, end in zip(edges[::2], edges[1::2], strict=True)) or "none"
+    )
+
+
+def _show_blend(words: list[str], as_json: bool) -> None:
+    parts = open_blend(words)
+    rows = [
+        {
+            "prefix": str(part.dataset.prefix),
+            "share": part.share,
+            "num_tokens": part.dataset.ids.info.num_tokens,
+            "num_documents": part.dataset.ids.info.num_documents,
+            "epochs": part.epochs,
+            "tokenizer": part.dataset.manifest.tokenizer.name if part.dataset.manifest else None,
+        }
+        for part in parts
+    ]
+    if as_json:
+        print(json.dumps(rows))
+        return
+    print(f"{'share':>7} {'tokens':>15} {'documents':>12} {'epochs':>8}  dataset")
+    for row in rows:
+        print(
+            f"{row['share']:>7.1%} {row['num_tokens']:>15,} {row['num_documents']:>12,} {row['epochs']:>8.2f}  "
+            f"{row['prefix']}"
+            + ("" if row["tokenizer"] else " (no manifest: its tokenizer cannot be checked)")
+        )
+    print(
+        "epochs: how often each is seen until the blend has been seen for as many tokens as all of it holds"
+    )
+
+
+def verify_command(
+    prefix: Annotated[Path, typer.Argument(help="Prefix of a dataset.")],
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Leave out what reads every byte: hashes and ids.")
+    ] = False,
+) -> None:
+    """Prove a dataset whole: index, pointers, ids within the vocabulary, labels, counts and hashes."""
+    dataset = open_dataset(prefix)
+    if dataset.manifest is None:
+        log(f"{prefix}: no manifest; counts, hashes and vocabulary cannot be compared")
+    verify(dataset, quick)
+    info = dataset.ids.info
     print(f"{prefix}: whole; {info.num_documents:,} documents, {info.num_tokens:,} tokens, {info.format}")
-
-
-def _compare(dataset: IndexedDataset, manifest: DatasetManifest) -> None:
-    info = dataset.info
-    for name in ("num_documents", "num_tokens"):
-        have, said = getattr(info, name), getattr(manifest, name)
-        if have != said:
-            raise DataError(
-                f"{dataset.prefix}: {name}={have}, its manifest says {said}; the files do not belong together"
-            )
-    limit = manifest.tokenizer.vocab_size
-    for number in range(len(dataset)):
-        ids = dataset[number]
-        if len(ids) and int(ids.max()) >= limit:
-            raise DataError(
-                f"{dataset.prefix}: document {number} holds id {int(ids.max())}, vocab_size is {limit}"
-            )

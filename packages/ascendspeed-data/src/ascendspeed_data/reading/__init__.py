@@ -1,0 +1,1 @@
+"""Reading inputs: files into shards, shards into records; nothing is held whole."""

@@ -1,0 +1,87 @@
+"""Prove a dataset whole."""
+
+from typing import Any
+
+import numpy as np
+
+from ascendspeed_data.dataset import Dataset
+from ascendspeed_data.encoding import ATTENTION_MASK, LABELS
+from ascendspeed_data.errors import DataError
+from ascendspeed_data.handlers import IGNORED_LABEL
+from ascendspeed_data.manifest import DatasetManifest
+from ascendspeed_data.reading.inputs import sha256_of
+
+
+def verify(dataset: Dataset, quick: bool = False) -> None:
+    """Compare a dataset with its manifest, and its arrays with each other.
+
+    Args:
+        dataset: opened, so index and pointers are checked.
+        quick: leave out what reads every byte.
+
+    Raises:
+        DataError: something does not fit; the message says where.
+    """
+    manifest = dataset.manifest
+    if manifest is not None:
+        _check_counts(dataset, manifest)
+        if not quick:
+            _check_hashes(dataset, manifest)
+    if not quick:
+        _check_ids(dataset, manifest.tokenizer.vocab_size if manifest else None)
+
+
+def _check_counts(dataset: Dataset, manifest: DatasetManifest) -> None:
+    info = dataset.ids.info
+    for name in ("num_documents", "num_sequences", "num_tokens"):
+        have, said = getattr(info, name), getattr(manifest, name)
+        if have != said:
+            raise DataError(
+                f"{dataset.prefix}: {name}={have}, its manifest says {said}; the files do not belong together"
+            )
+    if manifest.pack is not None and len(dataset.ids):
+        starts = np.asarray(dataset.ids.documents[:-1])
+        tokens = np.add.reduceat(np.asarray(dataset.ids.lengths, np.int64), starts)
+        if int(tokens.max()) > manifest.pack.seq_length:
+            raise DataError(
+                f"{dataset.prefix}: pack {int(tokens.argmax())} holds {int(tokens.max())} tokens, more than "
+                f"seq_length={manifest.pack.seq_length}; make it again"
+            )
+
+
+def _check_hashes(dataset: Dataset, manifest: DatasetManifest) -> None:
+    known = {record.name: record for record in manifest.files}
+    for prefix in dataset.prefixes.values():
+        for suffix in (".bin", ".idx"):
+            path = prefix.with_name(prefix.name + suffix)
+            # A dataset may be renamed as a whole; its files keep their order.
+            record = known.get(path.name) or next(
+                (r for n, r in known.items() if len(known) == 2 and n.endswith(suffix)), None
+            )
+            if record is not None and record.sha256 != sha256_of(path):
+                raise DataError(
+                    f"{path} is not the file that was written: its SHA-256 differs; make it again"
+                )
+
+
+def _check_ids(dataset: Dataset, limit: int | None) -> None:
+    for number in range(len(dataset.ids)):
+        ids = dataset.ids[number]
+        if not len(ids):
+            continue
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or (limit is not None and high >= limit):
+            raise DataError(
+                f"{dataset.prefix}: sequence {number} holds id {low if low < 0 else high}, vocab_size is {limit}"
+            )
+        if dataset.is_samples:
+            _check_labels(dataset, number, ids, limit)
+
+
+def _check_labels(dataset: Dataset, number: int, ids: Any, limit: int | None) -> None:
+    labels = dataset.arrays[LABELS][number]
+    learned = labels[labels != IGNORED_LABEL]
+    if len(learned) and (int(learned.min()) < 0 or (limit is not None and int(learned.max()) >= limit)):
+        raise DataError(f"{dataset.prefix}: sequence {number} holds a label outside the vocabulary")
+    if not np.isin(dataset.arrays[ATTENTION_MASK][number], (0, 1)).all():
+        raise DataError(f"{dataset.prefix}: the attention mask of sequence {number} is not 0 or 1 everywhere")

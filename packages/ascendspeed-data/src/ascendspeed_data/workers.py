@@ -1,0 +1,111 @@
+"""Encode shards in order, in this process or in several."""
+
+import os
+import threading
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import cache
+from multiprocessing import connection, get_context, parent_process
+
+from ascendspeed_data.encoding import EncodedOutput, ShardEncoder
+from ascendspeed_data.errors import AscendSpeedError
+from ascendspeed_data.fast_tokenizer import EncoderChoice
+from ascendspeed_data.handlers import find_handler
+from ascendspeed_data.reading.shards import Shard
+
+SHARDS_IN_FLIGHT_PER_WORKER = 2
+
+Encoded = dict[str, EncodedOutput]
+
+
+@dataclass(frozen=True)
+class WorkerTask:
+    """What every worker needs to know.
+
+    Attributes:
+        handler_name: how records become documents.
+        json_keys: columns.
+        append_eod: whether documents end with the end-of-sequence id.
+        choice: tokenizer and library.
+        chat_template: in place of the tokenizer's own.
+    """
+
+    handler_name: str
+    json_keys: tuple[str, ...]
+    append_eod: bool
+    choice: EncoderChoice
+    chat_template: str | None = None
+
+    def open(self) -> ShardEncoder:
+        """Load the tokenizer and the handler."""
+        tokenizer, encoder = self.choice.open()
+        if self.chat_template is not None:
+            tokenizer.chat_template = self.chat_template
+        handler = find_handler(self.handler_name)
+        return ShardEncoder(handler, self.json_keys, self.append_eod, tokenizer, encoder)
+
+
+def encode_all(task: WorkerTask, shards: Iterator[Shard], workers: int) -> Iterator[tuple[Shard, Encoded]]:
+    """Yield every shard, without its content, with what it became; in order.
+
+    Raises:
+        AscendSpeedError: a worker was killed, or complains.
+    """
+    if workers == 1:
+        encoder = task.open()
+        for shard in shards:
+            yield _bare(shard), encoder.encode(shard)
+        return
+    with ProcessPoolExecutor(
+        workers, mp_context=get_context("spawn"), initializer=_start, initargs=(task,)
+    ) as pool:
+        waiting: deque[tuple[Shard, Future[Encoded]]] = deque()
+        try:
+            for shard in shards:
+                waiting.append((_bare(shard), pool.submit(_encode, task, shard)))
+                if len(waiting) >= workers * SHARDS_IN_FLIGHT_PER_WORKER:
+                    yield _first(waiting)
+            while waiting:
+                yield _first(waiting)
+        except BrokenProcessPool:
+            raise AscendSpeedError(
+                "a worker process was killed, most often for want of memory; give fewer --workers and run again: what "
+                "was done is kept"
+            ) from None
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _first(waiting: deque[tuple[Shard, Future[Encoded]]]) -> tuple[Shard, Encoded]:
+    shard, future = waiting.popleft()
+    return shard, future.result()
+
+
+def _bare(shard: Shard) -> Shard:
+    return Shard(shard.file, shard.path, shard.start, shard.end)
+
+
+def _start(task: WorkerTask) -> None:
+    """Load what is needed before the first shard comes, and end with the process that started this one."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _opened(task)
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+
+@cache
+def _opened(task: WorkerTask) -> ShardEncoder:
+    return task.open()
+
+
+def _encode(task: WorkerTask, shard: Shard) -> Encoded:
+    return _opened(task).encode(shard)
