@@ -151,9 +151,7 @@ def test_checkpoints_of_others_are_read_by_what_they_say(model: Path, tmp_path: 
         content = torch.load(path, weights_only=False)
         del content["ascendspeed"]
         torch.save(content, path)
-    by_arguments = open_weights(there)
-    ids = {"eos_token_ids": (), "bos_token_id": None}
-    assert by_arguments.config == CONFIG.model_copy(update=ids)
+    assert open_weights(there).config == open_weights(model).config
     for path in there.glob("release/mp_rank_*/*.pt"):
         content = torch.load(path, weights_only=False)
         content["args"] = {"padded_vocab_size": 256}

@@ -9,7 +9,7 @@ import torch
 
 from ascendspeed_core.weights.source import CheckpointError, Index, TensorInfo
 
-SLAB_BYTES = 16 << 20
+SLAB_BYTES = 1 << 21
 """Most bytes of a tensor that are in memory at once, unless one row is larger."""
 
 OnBytes = Callable[[int], None]

@@ -31,7 +31,8 @@ class TorchArchive:
         file: open for writing; the archive begins where it stands.
         content: nested dictionaries with `TensorInfo`s in place of tensors, or one `TensorInfo`.
 
-    It is a context manager. Tensors must be written in the order in which `content` names them: `begin_tensor`, `write` as often as needed.
+    It is a context manager. Tensors must be written in the order in which `content` names them: `begin_tensor`, then
+    `write` as often as needed.
     """
 
     def __init__(self, file: BinaryIO, content: Any) -> None:
