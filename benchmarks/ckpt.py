@@ -31,6 +31,9 @@ from support.models import tiny_config
 from support.tables import ReportTables
 
 SMALL_LAYERS, LAYERS = 4, 20
+HEADER = (
+    "way", "written", "on disk", "written / cp", "on disk / cp + sync", "GB/s", "anonymous GB", "verdict", "imports",
+)  # fmt: skip
 LIMIT = "1 GiB + 2 x largest tensor"
 
 
@@ -178,12 +181,14 @@ def measure(num_layers: int, folder: Path, tables: ReportTables, with_others: bo
         rows.append(("transformers, load and save", run("transformers", hf, copy), cp_hf))
         shutil.rmtree(copy)
     shutil.rmtree(hf)
-    largest = max(2 * rows_ * (shape_[0] if shape_ else 1) for rows_, *shape_ in parameter_shapes(config).values())
+    largest = max(
+        2 * rows_ * (shape_[0] if shape_ else 1) for rows_, *shape_ in parameter_shapes(config).values()
+    )
     limit = (1 << 30) + 2 * largest
     for name, found, cp in rows:
         tables.add(
             f"{num_layers} layers, {size / 1e9:.1f} GB in bf16; seconds; {LIMIT} = {limit / 1e9:.2f} GB",
-            ("way", "written", "on disk", "written / cp", "on disk / cp + sync", "GB/s", "anonymous GB", "verdict", "imports"),
+            HEADER,
             name,
             *(f"{found[key]:.2f}" for key in ("written", "on disk")),
             *(f"{found[key] / cp[key]:.2f}" if cp else "-" for key in ("written", "on disk")),

@@ -253,12 +253,12 @@ def test_optimizer_state_moves_between_native_checkpoints(workers: WorkerPool, t
 
 REFUSED: dict[str, tuple[dict[str, Any], ForeignKind, str]] = {
     "query-key norms in 2023": ({"qk_norm": True}, "ascendspeed", "has no norms of queries and keys"),
-    "a window in 2023": ({"sliding_window": 8}, "ascendspeed", "has no a sliding window"),
+    "a window in 2023": ({"sliding_window": 8}, "ascendspeed", "has no sliding window"),
     "ALiBi in GPTModel": ({"position": "alibi"}, "megatron", "has no ALiBi"),
     "an embedding norm in GPTModel": (
         {"embedding_norm": True},
         "torch_dist",
-        "has no a norm behind the embedding",
+        "has no norm behind the embedding",
     ),
     "heads that are not enough": ({}, "ascendspeed", "does not divide num_key_value_heads=4"),
 }

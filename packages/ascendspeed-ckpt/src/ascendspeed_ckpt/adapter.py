@@ -36,7 +36,7 @@ _MUST_BE: dict[str, tuple[Any, ...]] = {
     "target_parameters": (None, []),
 }
 _LORA = re.compile(r"(.+)\.(lora_(?:embedding_)?[AB])(?:\.\w+)?(?:\.weight)?")
-_SAVED = re.compile(r"(.+?)(?:\.modules_to_save)?(?:\.default)?\.(weight|bias)")
+_SAVED = re.compile(r"(.+?)(?:\.modules_to_save|\.base_layer)?(?:\.default)?\.(weight|bias)")
 
 
 @dataclass(frozen=True)
@@ -191,13 +191,13 @@ class MergedAdapter:
         info, place = self.tensors()[name], self._places[name]
         index = index or tuple(slice(0, length) for length in info.shape)
         saved = self._adapter.saved.get(place.theirs)
-        if saved is not None:
-            whole = saved if place.rows is None else saved[place.rows]
-            return whole[index].to(info.dtype)
+        if saved is None:
+            base = self._source.read(name, index)
+        else:
+            base = (saved if place.rows is None else saved[place.rows])[index].to(info.dtype)
         update = self._adapter.updates.get(place.theirs.removesuffix(".weight"))
         if update is None or not place.theirs.endswith(".weight"):
-            return self._source.read(name, index)
-        base = self._source.read(name, index)
+            return base
         return (base.float() + self._added(update, place.rows, index)).to(base.dtype)
 
     def _added(self, update: Update, rows: torch.Tensor | None, index: Index) -> torch.Tensor:

@@ -163,21 +163,29 @@ def llama3_scaling(config: ModelConfig) -> RotaryScaling | None:
 
 def _check_holds(kind: str, config: ModelConfig) -> None:
     """Raise `CheckpointError` when the format's own program would compute another thing with these weights."""
-    lacks: list[str] = []
+    is_gpt = config.mlp == "gelu"
+    biases = {config.qkv_bias, config.output_bias, config.mlp_bias}
     if kind == "ascendspeed":
         wanted = {
             "norms of queries and keys": config.qk_norm,
             "rope scaling": config.rotary_scaling is not None,
-            "a sliding window": config.sliding_window is not None,
-            "a normalised head": config.normalised_head,
+            "sliding window": config.sliding_window is not None,
+            "normalised head": config.normalised_head,
+            "LLaMA with LayerNorm": not is_gpt and config.norm != "rmsnorm",
+            "LLaMA with a norm behind the embedding": not is_gpt and config.embedding_norm,
+            "LLaMA with biases in the MLP": not is_gpt and config.mlp_bias,
+            "bias on queries, keys and values without one on the output": config.qkv_bias
+            != config.output_bias,
+            "GPT with an MLP of this kind and rotary positions": is_gpt and config.position == "rotary",
+            "GPT without LayerNorm and biases": is_gpt and (config.norm == "rmsnorm" or biases != {True}),
         }
     else:
         wanted = {
             "ALiBi": config.position == "alibi",
-            "a norm behind the embedding": config.embedding_norm,
-            "a normalised head": config.normalised_head,
-            "this rope scaling": config.rotary_scaling not in (None, llama3_scaling(config)),
-            "a bias on attention's output without one in the MLP": config.output_bias != config.mlp_bias,
+            "norm behind the embedding": config.embedding_norm,
+            "normalised head": config.normalised_head,
+            "rope scaling but Llama 3's": config.rotary_scaling not in (None, llama3_scaling(config)),
+            "bias on attention's output without one in the MLP": config.output_bias != config.mlp_bias,
         }
     lacks = [what for what, is_wanted in wanted.items() if is_wanted]
     if lacks:
