@@ -187,7 +187,11 @@ def metadata_leads_out(folder: Path) -> None:
 
 BAD: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "a missing shard": ("megatron", missing_shard, "lacks tensor rank 0 of stage 1"),
-    "a file cut short": ("ascendspeed", cut_short, "is damaged or no file of torch.save"),
+    "a file cut short": (
+        "ascendspeed",
+        cut_short,
+        "is damaged or no file of torch.save (torch 1.6 or later)",
+    ),
     "swapped ranks": ("ascendspeed", swapped_ranks, "is not tensor rank 0 of stage 0 of this checkpoint"),
     "an extra key": ("megatron", extra_key, "no place for, first decoder.layers.0.adapter.weight"),
     "a key too few": ("megatron", lacking_key, "lacks decoder.layers.0.mlp.linear_fc2.weight"),

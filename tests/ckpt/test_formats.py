@@ -226,6 +226,41 @@ def test_every_kind_trains_under_any_layout(model: Path, tmp_path: Path, workers
         assert workers.run(digests_of_slices, 4, str(path), layout) == want
 
 
+def test_commands_start_from_any_kind(tmp_path: Path, tokenizer_folder: Path, dataset: Path) -> None:
+    config = tiny_config(vocab_size=400)
+    save_hugging_face(config, tmp_path / "hf", tokenizer=tokenizer_folder)
+    answers, losses = {}, {}
+    for name in ("hf", "ascendspeed", "megatron", "torch_dist"):
+        load = tmp_path / name
+        if name != "hf":
+            target = foreign(name, config, tp=2, pp=2)
+            to(tmp_path / "hf", load, target.kind, target)
+        prompt = ["--prompt", "the year", "--max-new-tokens", 8, "--device", "cpu"]
+        said = call("asd-infer", "generate", "--load", load, *prompt)
+        assert said.status == 0, said.stderr
+        answers[name] = said.stdout
+        save = tmp_path / f"{name} trained"
+        flags = [
+            "--data-path",
+            dataset,
+            "--seq-length",
+            16,
+            "--train-iters",
+            2,
+            "--split",
+            "100,0,0",
+            "--device",
+            "cpu",
+        ]
+        cache = ["--data-cache-path", tmp_path / "cache"]
+        done = call("asd-core", "pretrain", "--load", load, *flags, *cache, "--save", save)
+        assert done.status == 0, done.stderr
+        lines = (save / "metrics.jsonl").read_text().splitlines()
+        losses[name] = [json.loads(line)["lm_loss"] for line in lines]
+    assert len({str(value) for value in answers.values()}) == 1
+    assert len({str(value) for value in losses.values()}) == 1
+
+
 def digests_of_slices(folder: str, layout: Layout) -> dict[str, str]:
     mesh = ParallelMesh.create(Device("cpu"), layout)
     loaded = load_model(open_weights(Path(folder)), mesh, torch.float32)

@@ -4,12 +4,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
 from ascendspeed_ckpt.convert import Conversion, convert
+from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.device import Device
 from ascendspeed_core.parallel.build import load_model
@@ -22,15 +23,31 @@ from support.models import tiny_config
 from support.tables import ReportTables
 
 CONFIG = tiny_config(vocab_size=300, num_layers=3)
+QWEN = tiny_config(
+    vocab_size=300,
+    num_layers=3,
+    family="qwen3",
+    qk_norm=True,
+    tie_word_embeddings=True,
+    rotary_base=1e6,
+    head_dim=6,
+)
 COUNTS = (2, 1)
 TESTS = Path(__file__).parents[1]
 
 
+@pytest.fixture(
+    scope="module", params=[CONFIG, pytest.param(QWEN, marks=pytest.mark.nightly)], ids=["LLaMA", "Qwen 3"]
+)
+def config(request: pytest.FixtureRequest) -> ModelConfig:
+    return cast(ModelConfig, request.param)
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(config: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes of megatron-core made of checkpoints that we wrote."""
     folder = tmp_path_factory.mktemp("megatron")
-    source = InitialWeights(CONFIG, 3)
+    source = InitialWeights(config, 3)
     layouts = {
         "mp_rank": ForeignTarget("megatron", shard_layout(3, tp=2), transformer_engine=False),
         "stages": ForeignTarget(
@@ -39,7 +56,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "torch_dist": ForeignTarget("torch_dist", shard_layout(3, tp=2)),
     }
     job: dict[str, Any] = {
-        "config": CONFIG.model_dump(mode="json"),
+        "config": config.model_dump(mode="json"),
         "counts": COUNTS,
         "tokens": tokens().tolist(),
     }
@@ -75,9 +92,9 @@ def ours(source: WeightSource) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", ["mp_rank", "stages", "torch_dist"])
 def test_gpt_model_computes_our_logits_from_what_we_wrote(
-    folder: Path, report: ReportTables, kind: str
+    folder: Path, config: ModelConfig, report: ReportTables, kind: str
 ) -> None:
-    theirs, want = torch.load(folder / f"{kind}.pt"), ours(InitialWeights(CONFIG, 3))
+    theirs, want = torch.load(folder / f"{kind}.pt"), ours(InitialWeights(config, 3))
     difference = float((theirs - want).abs().max())
     report.add(
         "GPTModel of megatron-core against ours, fp32",
@@ -92,20 +109,20 @@ def test_gpt_model_computes_our_logits_from_what_we_wrote(
 
 @pytest.mark.parametrize("kind", ["mp_rank", "torch_dist"])
 def test_we_read_what_megatron_core_wrote(
-    folder: Path, kind: str, capsys: pytest.CaptureFixture[str]
+    folder: Path, config: ModelConfig, kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = open_weights(folder / "written" / kind)
     assert source.kind == {"mp_rank": "megatron"}.get(kind, kind)
-    assert "architecture taken from its arguments, family llama" in capsys.readouterr().err
+    assert f"architecture taken from its arguments, family {config.family}" in capsys.readouterr().err
     differing = {"bos_token_id": None, "eos_token_ids": (), "initializer_range": 0.02}
-    assert source.config == CONFIG.model_copy(update=differing)
+    assert source.config == config.model_copy(update=differing)
     for rank in range(2):
         states = torch.load(
             folder / f"written/mp_rank/iter_0000007/mp_rank_{rank:02d}/model_optim_rng.pt", weights_only=False
         )["model"]
         # Per group of this rank: its query heads, its key, its value.
-        groups, width = CONFIG.num_key_value_heads // 2, CONFIG.head_dim
-        per_group = CONFIG.num_attention_heads // CONFIG.num_key_value_heads
+        groups, width = config.num_key_value_heads // 2, config.head_dim
+        per_group = config.num_attention_heads // config.num_key_value_heads
         packed = states["decoder.layers.1.self_attention.linear_qkv.weight"].view(
             groups, per_group + 2, width, -1
         )
@@ -115,7 +132,7 @@ def test_we_read_what_megatron_core_wrote(
         v = source.read("layers.1.attention.v_proj.weight").view(2, groups, width, -1)[rank]
         assert torch.equal(v, packed[:, per_group + 1])
         gate, up = states["decoder.layers.2.mlp.linear_fc1.weight"].chunk(2)
-        half = CONFIG.ffn_hidden_size // 2
+        half = config.ffn_hidden_size // 2
         assert torch.equal(source.read("layers.2.mlp.gate_proj.weight")[rank * half :][:half], gate)
         assert torch.equal(source.read("layers.2.mlp.up_proj.weight")[rank * half :][:half], up)
     if kind == "mp_rank":

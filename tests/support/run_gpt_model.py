@@ -120,7 +120,8 @@ def main(folder: Path) -> None:
         group_query_attention=True, num_query_groups=config["num_key_value_heads"], kv_channels=config["head_dim"],
         max_position_embeddings=config["max_position_embeddings"], norm_epsilon=config["norm_epsilon"],
         rotary_base=int(config["rotary_base"]), swiglu=True, normalization="RMSNorm", position_embedding_type="rope",
-        untie_embeddings_and_output_weights=True, vocab_size=config["vocab_size"], params_dtype=torch.float32,
+        untie_embeddings_and_output_weights=not config["tie_word_embeddings"], qk_layernorm=config["qk_norm"],
+        vocab_size=config["vocab_size"], params_dtype=torch.float32,
         attention_backend=AttnBackend.auto, tensor_model_parallel_size=2, pipeline_model_parallel_size=1,
         rank=rank, world_size=2,
     )  # fmt: skip

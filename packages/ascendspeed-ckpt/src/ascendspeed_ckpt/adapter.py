@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,10 @@ class MergedAdapter:
 
     def tensors(self) -> Mapping[str, TensorInfo]:
         """Return every tensor by our name."""
+        return self._infos
+
+    @cached_property
+    def _infos(self) -> dict[str, TensorInfo]:
         tensors = dict(self._source.tensors())
         for name, place in self._places.items():
             saved = self._adapter.saved.get(place.theirs)

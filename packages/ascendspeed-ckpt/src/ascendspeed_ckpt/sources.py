@@ -38,6 +38,10 @@ class ResizedVocabulary:
 
     def tensors(self) -> Mapping[str, TensorInfo]:
         """Return every tensor by our name."""
+        return self._infos
+
+    @cached_property
+    def _infos(self) -> dict[str, TensorInfo]:
         size = self.config.vocab_size
         return {
             name: TensorInfo((size, *info.shape[1:]), info.dtype) if name in VOCABULARY else info

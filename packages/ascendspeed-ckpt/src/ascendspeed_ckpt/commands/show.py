@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -76,6 +77,10 @@ def verify_command(
 
     config = _config(model_config)
     sources = [open_weights(folder, None, config, orig_vocab_size) for folder in (first, second)]
+    for source in sources:
+        check: Callable[[], None] | None = getattr(source, "check", None)
+        if check is not None:
+            check()
     found = compare(sources[0], sources[1], tolerance=tolerance, workers=len(os.sched_getaffinity(0)))
     if not found.equal:
         raise AscendSpeedError(

@@ -152,7 +152,7 @@ class TorchFile:
             raise CheckpointError(f"{path} does not exist") from None
         except (zipfile.BadZipFile, OSError, struct.error, EOFError) as error:
             raise CheckpointError(
-                f"{path} is damaged or no file of torch.save: {error}; copy it again"
+                f"{path} is damaged or no file of torch.save (torch 1.6 or later): {error}; copy it again"
             ) from None
         self.content: Any = unpickle(pickled, path, self._stored)
 
