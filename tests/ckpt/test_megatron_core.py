@@ -65,7 +65,7 @@ def folder(config: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Pat
         job[name] = str(folder / name / "release")
     (folder / "job.json").write_text(json.dumps(job))
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29717", "-m",
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m",
         "support.run_gpt_model", str(folder),
     ]  # fmt: skip
     done = subprocess.run(
