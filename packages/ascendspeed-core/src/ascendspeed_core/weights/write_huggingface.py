@@ -1,12 +1,13 @@
 """Write a Hugging Face folder, slab by slab: memory does not grow with the model.
 
 A safetensors file is a little-endian uint64 (length of the header), the header (JSON: name -> dtype, shape, offsets
-in the data), and the data. Sizes are known before anything is read, so the header can be written first.
+in the data), and the data. Sizes are known before anything is read, so the header can be written first, and several
+workers can write one file.
 """
 
 import json
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,9 @@ from ascendspeed_core.weights.stream import (
     write_all,
 )
 from ascendspeed_core.weights.torch_archive import TorchArchive
+
+RUN_BYTES = 256 << 20
+"""About as many bytes of a safetensors file are written by one worker while others write the rest."""
 
 DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
@@ -57,17 +61,23 @@ def write_hugging_face(
         dtype: format of the written weights; by default the stored one.
         max_shard_bytes: weights in one file, unless a single tensor is larger.
         on_bytes: told how many bytes were written.
-        workers: files written at once.
+        workers: files, or parts of them, written at once.
         pickled: `pytorch_model*.bin` instead of safetensors, for old programs.
     """
     weights = HuggingFaceNames(source)
     shards = plan_shards(weights, dtype, max_shard_bytes)
     names = shard_names(len(shards), pickled)
     count = Counted(on_bytes)
-    tasks = [
-        partial(_write_pickled if pickled else _write_shard, weights, folder / name, shard, count)
-        for name, shard in zip(names, shards, strict=True)
-    ]
+    tasks: list[Callable[[], None]] = []
+    for name, shard in zip(names, shards, strict=True):
+        if pickled:
+            tasks.append(partial(_write_pickled, weights, folder / name, shard, count))
+        else:
+            start = _write_header(folder / name, shard)
+            tasks += [
+                partial(_write_run, weights, folder / name, run, start + offset, count)
+                for offset, run in _runs(shard)
+            ]
     together(tasks, workers)
     if len(shards) > 1:
         weight_map = {p.theirs: name for name, shard in zip(names, shards, strict=True) for p in shard}
@@ -127,7 +137,8 @@ def _slabs_of(weights: HuggingFaceNames, planned: _Planned) -> Iterator[torch.Te
     return slabs(weights, planned.theirs, index, planned.info.dtype)
 
 
-def _write_shard(weights: HuggingFaceNames, path: Path, shard: Sequence[_Planned], on_bytes: OnBytes) -> None:
+def _write_header(path: Path, shard: Sequence[_Planned]) -> int:
+    """Make a safetensors file of its full size with its header, and return where the data begins."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for planned in shard:
@@ -142,7 +153,32 @@ def _write_shard(weights: HuggingFaceNames, path: Path, shard: Sequence[_Planned
     encoded += b" " * (-len(encoded) % 8)
     with path.open("wb", buffering=0) as file:
         write_all(file, memoryview(struct.pack("<Q", len(encoded)) + encoded))
-        for planned in shard:
+        start = file.tell()
+        file.truncate(start + offset)
+    return start
+
+
+def _runs(shard: Sequence[_Planned]) -> Iterator[tuple[int, list[_Planned]]]:
+    """Yield runs of tensors that are written at once, and where each begins in the data."""
+    run: list[_Planned] = []
+    start = size = 0
+    for planned in shard:
+        run.append(planned)
+        size += planned.info.num_bytes
+        if size >= RUN_BYTES:
+            yield start, run
+            start, size, run = start + size, 0, []
+    if run:
+        yield start, run
+
+
+def _write_run(
+    weights: HuggingFaceNames, path: Path, run: Sequence[_Planned], start: int, on_bytes: OnBytes
+) -> None:
+    """Write tensors that lie behind one another into a file that has its header."""
+    with path.open("r+b", buffering=0) as file:
+        file.seek(start)
+        for planned in run:
             for slab in _slabs_of(weights, planned):
                 write_all(file, as_bytes(slab))
                 on_bytes(slab.nbytes)
