@@ -158,7 +158,7 @@ class MergedAdapter:
 
     def __init__(self, source: WeightSource, adapter: Adapter) -> None:
         self.kind, self.path = source.kind, source.path
-        self._source, self._adapter = source, adapter
+        self.base, self._adapter = source, adapter
         places = hugging_face_places(source.config)
         self._places = places
         known = {place.theirs for place in places.values()}
@@ -176,7 +176,7 @@ class MergedAdapter:
     @property
     def tokenizer(self) -> Path | None:
         """Folder of the tokenizer."""
-        return self._source.tokenizer
+        return self.base.tokenizer
 
     def tensors(self) -> Mapping[str, TensorInfo]:
         """Return every tensor by our name."""
@@ -184,7 +184,7 @@ class MergedAdapter:
 
     @cached_property
     def _infos(self) -> dict[str, TensorInfo]:
-        tensors = dict(self._source.tensors())
+        tensors = dict(self.base.tensors())
         for name, place in self._places.items():
             saved = self._adapter.saved.get(place.theirs)
             if saved is not None and place.rows is None:
@@ -197,7 +197,7 @@ class MergedAdapter:
         index = index or tuple(slice(0, length) for length in info.shape)
         saved = self._adapter.saved.get(place.theirs)
         if saved is None:
-            base = self._source.read(name, index)
+            base = self.base.read(name, index)
         else:
             base = (saved if place.rows is None else saved[place.rows])[index].to(info.dtype)
         update = self._adapter.updates.get(place.theirs.removesuffix(".weight"))

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
+from ascendspeed_ckpt.adapter import MergedAdapter
 from ascendspeed_ckpt.compare import Comparison, compare
 from ascendspeed_ckpt.config import SHARDED, TargetKind
+from ascendspeed_ckpt.sources import ResizedVocabulary
 from ascendspeed_core.weights import NativeSource, WeightSource, open_weights
 from ascendspeed_core.weights.foreign.target import ForeignTarget
 from ascendspeed_core.weights.foreign.torch_dist import write_torch_dist
@@ -155,13 +157,20 @@ def memory_bytes(source: WeightSource, workers: int) -> int:
 
 def left_behind(source: WeightSource, conversion: Conversion) -> list[str]:
     """Name what the source holds beside the weights and the target has no place for."""
-    if isinstance(source, NativeSource):
+    stored = as_stored(source)
+    if isinstance(stored, NativeSource):
         if _moves_training_state(source, conversion):
             return []
-        names = {name.partition("/")[0] for name in source.stored.names()} - {"model"}
-        return sorted(names)
-    named: list[str] = getattr(source, "left_behind", list)()
+        return sorted({name.partition("/")[0] for name in stored.stored.names()} - {"model"})
+    named: list[str] = getattr(stored, "left_behind", list)()
     return named
+
+
+def as_stored(source: WeightSource) -> WeightSource:
+    """Return the checkpoint itself, without the changes that are made on the way."""
+    while isinstance(source, MergedAdapter | ResizedVocabulary):
+        source = source.base
+    return source
 
 
 def other_kind(source: Path) -> TargetKind:
@@ -244,7 +253,7 @@ def _verify(conversion: Conversion, source: WeightSource, folder: Path) -> tuple
     """
     checked = []
     written = open_weights(folder, conversion.to)
-    for what, opened in (("input", source), ("output", written)):
+    for what, opened in (("input", as_stored(source)), ("output", written)):
         check: Callable[[], None] | None = getattr(opened, "check", None)
         if check is not None:
             check()

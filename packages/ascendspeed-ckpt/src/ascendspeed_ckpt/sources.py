@@ -27,14 +27,14 @@ class ResizedVocabulary:
 
     def __init__(self, source: WeightSource, vocab_size: int, tokenizer: Path | None = None) -> None:
         self.kind, self.path = source.kind, source.path
-        self._source, self._tokenizer = source, tokenizer
+        self.base, self._tokenizer = source, tokenizer
         self._old = source.config.vocab_size
         self.config: ModelConfig = source.config.model_copy(update={"vocab_size": vocab_size})
 
     @property
     def tokenizer(self) -> Path | None:
         """Folder of the tokenizer."""
-        return self._tokenizer or self._source.tokenizer
+        return self._tokenizer or self.base.tokenizer
 
     def tensors(self) -> Mapping[str, TensorInfo]:
         """Return every tensor by our name."""
@@ -45,17 +45,17 @@ class ResizedVocabulary:
         size = self.config.vocab_size
         return {
             name: TensorInfo((size, *info.shape[1:]), info.dtype) if name in VOCABULARY else info
-            for name, info in self._source.tensors().items()
+            for name, info in self.base.tensors().items()
         }
 
     def read(self, name: str, index: Index = ()) -> torch.Tensor:
         """Read a tensor or a slice of it."""
         if name not in VOCABULARY:
-            return self._source.read(name, index)
+            return self.base.read(name, index)
         shape = self.tensors()[name].shape
         rows, columns = index or tuple(slice(0, length) for length in shape)
         kept = slice(min(rows.start, self._old), min(rows.stop, self._old))
-        old = self._source.read(name, (kept, columns))
+        old = self.base.read(name, (kept, columns))
         num_new = rows.stop - max(rows.start, self._old)
         if num_new <= 0:
             return old
@@ -66,10 +66,10 @@ class ResizedVocabulary:
     def _means(self) -> dict[str, torch.Tensor]:
         """Mean row of each tensor of the vocabulary, [H] in float64."""
         means = {}
-        for name, info in self._source.tensors().items():
+        for name, info in self.base.tensors().items():
             if name in VOCABULARY:
                 total = torch.zeros(info.shape[1:], dtype=torch.float64)
-                for slab in slabs(self._source, name, tuple(slice(0, length) for length in info.shape)):
+                for slab in slabs(self.base, name, tuple(slice(0, length) for length in info.shape)):
                     total += slab.double().sum(0)
                 means[name] = total / info.shape[0]
         return means

@@ -9,19 +9,15 @@ Layer files are numbered by the pipeline's pseudo layers: 1 is the embedding, la
 
 import re
 from collections.abc import Mapping
-from functools import cached_property
 from pathlib import Path
-
-import torch
 
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.weights.foreign.arguments import beside
-from ascendspeed_core.weights.foreign.places import PlacedTensors
+from ascendspeed_core.weights.foreign.places import PlacedSource, PlacedTensors
 from ascendspeed_core.weights.foreign.tables import StageLayers, ascendspeed_gpt
 from ascendspeed_core.weights.load import parameter_shapes
-from ascendspeed_core.weights.source import CheckpointError, Index, TensorInfo, inside
+from ascendspeed_core.weights.source import CheckpointError, inside
 from ascendspeed_core.weights.torch_files import StoredTensor, TorchFile, stored_tensors
-from ascendspeed_data.tokenizer import DEFINING_FILES
 
 LATEST = "latest"
 _FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
@@ -29,7 +25,7 @@ FIRST_LAYER = 3
 """Number of the first layer's file."""
 
 
-class DeepSpeedPipeSource:
+class DeepSpeedPipeSource(PlacedSource):
     """The weights of a DeepSpeed-pipe checkpoint of Bloom as one logical model.
 
     Args:
@@ -63,26 +59,6 @@ class DeepSpeedPipeSource:
         self._place(states, shapes)
         self._placed.check_complete(self.folder, shapes)
         self._placed.check_replicas(1 << 20)
-
-    @property
-    def tokenizer(self) -> Path | None:
-        """Folder of the tokenizer beside the weights, if any."""
-        for folder in (self.folder, self.folder.parent):
-            if any((folder / name).is_file() for name in DEFINING_FILES):
-                return folder
-        return None
-
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        """Return every weight by our name."""
-        return self._infos
-
-    @cached_property
-    def _infos(self) -> dict[str, TensorInfo]:
-        return {name: self._placed.info(name) for name in self._placed.names()}
-
-    def read(self, name: str, index: Index = ()) -> torch.Tensor:
-        """Read a slice of a weight."""
-        return self._placed.read(name, index)
 
     def left_behind(self) -> list[str]:
         """Name what else lies in the folder."""

@@ -2,12 +2,17 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Protocol
 
 import torch
 
+from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.weights.foreign.blocks import Block, Packed
+from ascendspeed_core.weights.foreign.tables import ROTARY
 from ascendspeed_core.weights.source import CheckpointError, Index, TensorInfo
+from ascendspeed_data.tokenizer import DEFINING_FILES
 
 
 class Readable(Protocol):
@@ -149,6 +154,42 @@ class PlacedTensors:
             sizes = [max(part.stop - part.start, 0) for part in wanted]
             return torch.empty(sizes, dtype=self.info(name).dtype)
         return result
+
+
+class PlacedSource:
+    """What all sources have in common whose tensors lie in places.
+
+    Attributes:
+        path: the folder as the user named it.
+        folder: the one with the files.
+        config: the architecture.
+    """
+
+    path: Path | None
+    folder: Path
+    config: ModelConfig
+    _placed: PlacedTensors
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """Folder of the tokenizer beside the weights, if any."""
+        for folder in (self.folder, self.folder.parent):
+            for place in (folder, folder / "tokenizer"):
+                if any((place / name).is_file() for name in DEFINING_FILES):
+                    return place
+        return None
+
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Return every weight by our name."""
+        return self._infos
+
+    @cached_property
+    def _infos(self) -> dict[str, TensorInfo]:
+        return {name: self._placed.info(name) for name in self._placed.names() if name != ROTARY}
+
+    def read(self, name: str, index: Index = ()) -> torch.Tensor:
+        """Read a slice of a weight."""
+        return self._placed.read(name, index)
 
 
 def _size(index: Index) -> int:

@@ -9,7 +9,7 @@ AscendSpeed of 2023 and Megatron-LM share this layout; names and packing differ,
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,14 @@ import torch
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.weights.foreign.arguments import Facts, check_arguments, resolve_config
 from ascendspeed_core.weights.foreign.layout import ShardLayout, from_counts
-from ascendspeed_core.weights.foreign.places import PlacedTensors
+from ascendspeed_core.weights.foreign.places import PlacedSource, PlacedTensors
 from ascendspeed_core.weights.foreign.recognise import STATES, recognise_table
 from ascendspeed_core.weights.foreign.record import read_record
 from ascendspeed_core.weights.foreign.tables import ROTARY
 from ascendspeed_core.weights.load import parameter_shapes
 from ascendspeed_core.weights.native import TRACKER
-from ascendspeed_core.weights.source import CheckpointError, Index, Kind, TensorInfo, inside
+from ascendspeed_core.weights.source import CheckpointError, Kind, inside
 from ascendspeed_core.weights.torch_files import StoredTensor, TorchFile, stored_tensors
-from ascendspeed_data.tokenizer import DEFINING_FILES
 
 _RANK_FOLDER = re.compile(r"mp_rank_(\d+)(?:_(\d+))?")
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
@@ -35,7 +34,7 @@ SMALL_BYTES = 1 << 20
 """Tensors up to this size that lie in several files are compared when a checkpoint is opened."""
 
 
-class ShardedSource:
+class ShardedSource(PlacedSource):
     """The weights of a model-parallel checkpoint as one logical model.
 
     Args:
@@ -94,33 +93,12 @@ class ShardedSource:
         kind: Kind = recognise_table(dict(stored_tensors(_chunks(file)[0])), folder)[0]
         return kind
 
-    @property
-    def tokenizer(self) -> Path | None:
-        """Folder of the tokenizer beside the weights, if any."""
-        for folder in (self.folder, self.folder.parent):
-            for place in (folder, folder / "tokenizer"):
-                if any((place / name).is_file() for name in DEFINING_FILES):
-                    return place
-        return None
-
     @cached_property
     def num_stored(self) -> int:
         """Stored tensors in all files."""
         return sum(
             1 for file in self._files.values() for chunk in _chunks(file) for _ in stored_tensors(chunk)
         )
-
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        """Return every weight by our name."""
-        return self._infos
-
-    @cached_property
-    def _infos(self) -> dict[str, TensorInfo]:
-        return {name: self._placed.info(name) for name in self._placed.names() if name != ROTARY}
-
-    def read(self, name: str, index: Index = ()) -> torch.Tensor:
-        """Read a slice of a weight."""
-        return self._placed.read(name, index)
 
     def left_behind(self) -> list[str]:
         """Name what else stands in the files and is not weights of the model."""

@@ -15,9 +15,9 @@ import json
 import re
 import uuid
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from ascendspeed_core.parallel.slices import Slice
 from ascendspeed_core.weights.foreign.arguments import Facts, resolve_config
 from ascendspeed_core.weights.foreign.blocks import Packed
 from ascendspeed_core.weights.foreign.layout import ShardLayout, shard_layout
-from ascendspeed_core.weights.foreign.places import PlacedTensors
+from ascendspeed_core.weights.foreign.places import PlacedSource, PlacedTensors
 from ascendspeed_core.weights.foreign.record import Record, read_record
 from ascendspeed_core.weights.foreign.sharded import iteration_folder
 from ascendspeed_core.weights.foreign.tables import megatron
@@ -42,7 +42,6 @@ from ascendspeed_core.weights.torch_archive import TorchArchive
 from ascendspeed_core.weights.torch_files import TorchFile
 from ascendspeed_core.weights.write_tensors import StoredObject, StoredPiece, TensorFile, write_metadata
 from ascendspeed_data.files import write_durably
-from ascendspeed_data.tokenizer import DEFINING_FILES
 
 BACKEND = "metadata.json"
 COMMON = "common.pt"
@@ -76,7 +75,7 @@ class _LayerOf:
         return self.stored.read(self.name, (slice(self.layer, self.layer + 1), *index))[0]
 
 
-class TorchDistSource:
+class TorchDistSource(PlacedSource):
     """The weights of a megatron-core distributed checkpoint as one logical model.
 
     Args:
@@ -123,27 +122,6 @@ class TorchDistSource:
                 f"{self.folder} holds {len(found)} tensors that the model has no place for, first {min(found)}"
             )
         self._placed.check_complete(self.folder, shapes)
-
-    @property
-    def tokenizer(self) -> Path | None:
-        """Folder of the tokenizer beside the weights, if any."""
-        for folder in (self.folder, self.folder.parent):
-            for place in (folder, folder / "tokenizer"):
-                if any((place / name).is_file() for name in DEFINING_FILES):
-                    return place
-        return None
-
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        """Return every weight by our name."""
-        return self._infos
-
-    @cached_property
-    def _infos(self) -> dict[str, TensorInfo]:
-        return {name: self._placed.info(name) for name in self._placed.names()}
-
-    def read(self, name: str, index: Index = ()) -> torch.Tensor:
-        """Read a slice of a weight."""
-        return self._placed.read(name, index)
 
     def left_behind(self) -> list[str]:
         """Name what else is stored and is not weights of the model."""
