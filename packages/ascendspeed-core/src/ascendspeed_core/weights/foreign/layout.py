@@ -79,7 +79,10 @@ def shard_layout(
             )
         return from_counts(tp, [[count] for count in layers_of_stages])
     if layers_per_chunk is None:
-        return ShardLayout(tp, tuple((stage.layers,) for stage in stages(num_layers, pp)))
+        return ShardLayout(
+            tp,
+            tuple((stage.layers,) for stage in stages(num_layers, pp, f"pipeline_model_parallel_size={pp}")),
+        )
     if layers_per_chunk < 1 or pp < 2 or num_layers % (pp * layers_per_chunk):
         raise ConfigError(
             f"num_layers_per_virtual_pipeline_stage={layers_per_chunk} times pipeline_model_parallel_size={pp} must "
