@@ -9,7 +9,7 @@ import nox
 ROOT = Path(__file__).parent
 PACKAGES = ("data", "core", "ckpt", "infer", "eval")
 CONSTRAINTS = ROOT / "constraints.txt"
-TEST_TOOLS = ("pytest", "pytest-xdist", "transformers", "protobuf", "gigatoken", "datasets")
+TEST_TOOLS = ("pytest", "pytest-xdist", "transformers", "protobuf", "gigatoken", "datasets", "peft", "psutil")
 
 nox.options.sessions = ["tests"]
 nox.options.reuse_existing_virtualenvs = True

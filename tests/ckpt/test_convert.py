@@ -179,7 +179,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "a tensor too few": (drop_tensor, "lacks 1 tensors, first model.layers.2.mlp.up_proj.weight"),
     "a tensor too many": (add_tensor, "holds 1 tensors that llama has no place for, first model.layers.9.extra"),
     "a path that leads out": (lead_out, "outside the folder; refused"),
-    "code among the weights": (code_in_weights, "cannot be read"),
+    "code among the weights": (code_in_weights, "which no checkpoint needs; refused, nothing of it was run"),
     "another architecture": (lambda f: (f / "config.json").write_text("{}"), "architectures=[] is not supported"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "no weights (model.safetensors"),
     "a config that is none": (lambda f: (f / "config.json").write_text("{"), "is not JSON"),

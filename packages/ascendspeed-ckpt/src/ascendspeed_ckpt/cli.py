@@ -13,6 +13,9 @@ app = build_app(
     [
         Command("convert", f"{COMMANDS}.convert:convert_command", "Convert a checkpoint to another kind."),
         Command("inspect", f"{COMMANDS}.show:inspect_command", "Say what a checkpoint is."),
+        Command(
+            "merge-lora", f"{COMMANDS}.merge_lora:merge_lora_command", "Merge a LoRA adapter into a model."
+        ),
         Command("verify", f"{COMMANDS}.show:verify_command", "Prove two checkpoints the same model."),
     ],
 )

@@ -1,10 +1,14 @@
 """Compare two checkpoints as logical models, tensor by tensor, whatever kinds they are."""
 
+import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
-from ascendspeed_core.weights import WeightSource
+from ascendspeed_core.weights import Index, TensorInfo, WeightSource
+from ascendspeed_core.weights.stream import SLAB_BYTES, as_format, together
 from ascendspeed_data.command_line import Progress
 
 SHOWN = 3
@@ -33,19 +37,25 @@ class Comparison:
 
     def summary(self) -> str:
         """Return the first findings as one line."""
-        return "; ".join(self.findings[:SHOWN])
+        more = f"; and {len(self.findings) - SHOWN} more" if len(self.findings) > SHOWN else ""
+        return "; ".join(self.findings[:SHOWN]) + more
 
 
 def compare(
-    a: WeightSource, b: WeightSource, dtype: torch.dtype | None = None, tolerance: float = 0.0
+    a: WeightSource,
+    b: WeightSource,
+    dtype: torch.dtype | None = None,
+    tolerance: float = 0.0,
+    workers: int = 1,
 ) -> Comparison:
-    """Read both tensor by tensor.
+    """Read both slab by slab.
 
     Args:
         a: one checkpoint.
         b: the other.
         dtype: bring `a` to this format first, as a conversion did.
         tolerance: largest accepted absolute difference of an element.
+        workers: tensors compared at once.
     """
     found = Comparison()
     if a.config != b.config:
@@ -57,33 +67,69 @@ def compare(
     found.findings += [f"{name} is only in the first" for name in sorted(set(have) - set(other))]
     found.findings += [f"{name} is only in the second" for name in sorted(set(other) - set(have))]
     both = [name for name in have if name in other]
-    with Progress("comparing", len(both), "tensors") as bar:
-        for name in both:
-            _compare_tensor(found, name, a, b, dtype, tolerance)
-            bar.advance()
+    differences: dict[str, str] = {}
+    lock = threading.Lock()
+    with Progress("comparing", sum(have[name].num_bytes for name in both), "bytes") as bar:
+
+        def one(name: str) -> None:
+            finding, largest = _difference(name, a, b, (have[name], other[name]), dtype, tolerance)
+            with lock:
+                found.num_tensors += 1
+                found.largest = max(found.largest, largest)
+                if finding is not None:
+                    differences[name] = finding
+                bar.advance(have[name].num_bytes)
+
+        together([partial(one, name) for name in both], workers)
+    found.num_different = len(differences)
+    found.findings += [differences[name] for name in both if name in differences]
     return found
 
 
-def _compare_tensor(
-    found: Comparison,
+def _difference(
     name: str,
     a: WeightSource,
     b: WeightSource,
+    infos: tuple[TensorInfo, TensorInfo],
     dtype: torch.dtype | None,
     tolerance: float,
-) -> None:
-    first, second = a.read(name), b.read(name)
-    found.num_tensors += 1
-    if first.shape != second.shape:
-        found.findings.append(f"{name}: shapes {list(first.shape)} and {list(second.shape)}")
-        found.num_different += 1
-        return
-    if dtype is not None:
-        first = first.to(dtype)
-    if first.dtype == second.dtype and torch.equal(first, second):
-        return
-    difference = float((first.double() - second.double()).abs().max())
-    found.largest = max(found.largest, difference)
-    if not difference <= tolerance:
-        found.num_different += 1
-        found.findings.append(f"{name}: largest difference {difference:.3e}")
+) -> tuple[str | None, float]:
+    """Return what differs between two tensors, in words, and the largest difference of an element."""
+    shapes = [info.shape for info in infos]
+    if shapes[0] != shapes[1]:
+        return f"{name}: shapes {list(shapes[0])} and {list(shapes[1])}", 0.0
+    largest, where = 0.0, ""
+    for index in _parts(shapes[0], max(info.dtype.itemsize for info in infos)):
+        first, second = as_format(a.read(name, index), dtype, name), b.read(name, index)
+        if first.dtype == second.dtype and torch.equal(_bits(first), _bits(second)):
+            continue
+        difference = (first.double() - second.double()).abs().nan_to_num(nan=float("inf"))
+        # Not-a-number at the same place in both is no difference.
+        difference = difference.masked_fill(first.isnan() & second.isnan(), 0.0)
+        here = float(difference.max()) if difference.numel() else 0.0
+        if here > largest or not where:
+            row = (
+                int(difference.flatten(1).max(1).values.argmax())
+                if difference.dim() > 1
+                else int(difference.argmax())
+            )
+            largest, where = max(largest, here), f"in row {index[0].start + row}"
+    if largest <= tolerance:
+        return None, largest
+    return f"{name}: largest difference {largest:.3e} {where}", largest
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the numbers' bits, so that equal not-a-numbers are equal."""
+    kinds = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+    return tensor.contiguous().view(kinds[tensor.dtype.itemsize])
+
+
+def _parts(shape: Sequence[int], itemsize: int) -> list[Index]:
+    """Cut a tensor into runs of rows."""
+    width = 1
+    for length in shape[1:]:
+        width *= length
+    rows = max(SLAB_BYTES // max(width * itemsize, 1), 1)
+    rest = tuple(slice(0, length) for length in shape[1:])
+    return [(slice(start, min(start + rows, shape[0])), *rest) for start in range(0, shape[0], rows)]

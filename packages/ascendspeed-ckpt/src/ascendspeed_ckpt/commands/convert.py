@@ -1,85 +1,168 @@
 """`asd-ckpt convert`."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ascendspeed_ckpt.config import FOREIGN, ConvertOptions, OutputOptions, TargetKind
+from ascendspeed_core.config.load import load_config
 from ascendspeed_data.command_line import log
-from ascendspeed_data.errors import ConfigError
+from ascendspeed_data.command_line.options import options_from
+from ascendspeed_data.errors import AscendSpeedError, ConfigError
+
+if TYPE_CHECKING:
+    from ascendspeed_ckpt.convert import Conversion, Verdict
+    from ascendspeed_core.weights import WeightSource
 
 
+@options_from(ConvertOptions)
 def convert_command(
-    input_model_dir: Annotated[
-        Path, typer.Option("--input-model-dir", "--load", help="Checkpoint to read; its kind is recognised.")
-    ],
-    output_model_dir: Annotated[Path, typer.Option("--output-model-dir", "--save", help="Folder to write.")],
-    to: Annotated[
-        Literal["huggingface", "native"] | None,
-        typer.Option(help="Kind to write. [default: native from huggingface, huggingface from native]"),
-    ] = None,
-    dtype: Annotated[
-        Literal["float64", "float32", "bfloat16", "float16"] | None,
-        typer.Option(help="Format of the written weights. [default: as stored]"),
-    ] = None,
-    tokenizer_name_or_path: Annotated[
-        Path | None, typer.Option(help="Tokenizer that goes along. [default: the source's own]")
-    ] = None,
-    max_shard_size: Annotated[str, typer.Option(help="Weights in one file, such as 500MB or 5GB.")] = "5GB",
-    verify_logits: Annotated[
-        bool | None,
-        typer.Option(
-            "--verify-logits/--no-verify-logits",
-            help="Run our model and transformers on the result. [default: below a billion parameters]",
-        ),
-    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would be done, write nothing.")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that exists.")] = False,
+    **given: Any,
 ) -> None:
     """Convert a checkpoint, streaming, and prove the result equal before it gets its name."""
-    max_shard_bytes = parse_size(max_shard_size)
+    options = load_config(ConvertOptions, None, given)
+    max_shard_bytes = parse_size(options.output.max_shard_size)
     from ascendspeed_core.device import HOST, prepare_torch
 
     prepare_torch(HOST.kind)
+    source = open_input(options)
+    run(plan(options, source, max_shard_bytes), dry_run)
+
+
+def open_input(options: ConvertOptions) -> "WeightSource":
+    """Open what is to be converted, with what was said of it, and what is to change on the way."""
+    from ascendspeed_ckpt.sizes import check_description, config_of_type
+    from ascendspeed_ckpt.sources import ResizedVocabulary
+    from ascendspeed_core.models.families import family_of_hugging_face
+    from ascendspeed_core.weights import open_weights
+    from ascendspeed_core.weights.huggingface import read_json
+    from ascendspeed_data.tokenizer import load_tokenizer
+
+    given = options.input
+    config = None
+    if given.model_config_file is not None:
+        hf_config = read_json(given.model_config_file)
+        config = family_of_hugging_face(hf_config, str(given.model_config_file)).read_config(hf_config)
+    source = open_weights(
+        given.input_model_dir, given.from_kind, config, given.orig_vocab_size, lambda: config_of_type(given)
+    )
+    layout = getattr(source, "layout", None)
+    check_description(given, source.config, (layout.tp, layout.pp) if layout is not None else None)
+    change = options.change
+    if change.resize_vocab_to is not None:
+        size = load_tokenizer(change.resize_vocab_to).vocab_size
+        log(f"vocabulary: {source.config.vocab_size:,} -> {size:,} ids, as {change.resize_vocab_to} has")
+        return ResizedVocabulary(source, size, change.resize_vocab_to)
+    if change.added_token_num:
+        return ResizedVocabulary(source, source.config.vocab_size + change.added_token_num)
+    return source
+
+
+def plan(options: ConvertOptions, source: "WeightSource", max_shard_bytes: int) -> "Conversion":
+    """Return what is to be done."""
     import torch
 
-    from ascendspeed_ckpt.convert import Conversion, convert, other_kind, total_bytes
-    from ascendspeed_core.weights import open_weights
+    from ascendspeed_ckpt.convert import Conversion
 
-    wanted = getattr(torch, dtype) if dtype else None
-    conversion = Conversion(
-        source=input_model_dir,
-        target=output_model_dir,
-        to=to or other_kind(input_model_dir),
-        dtype=wanted,
-        tokenizer=tokenizer_name_or_path,
+    output, work = options.output, options.work
+    to = output.to or default_target(options, source)
+    dtype = getattr(torch, output.dtype) if output.dtype else None
+    return Conversion(
+        source=source,
+        target=output.output_model_dir,
+        to=to,
+        dtype=dtype,
+        tokenizer=output.tokenizer_name_or_path,
         max_shard_bytes=max_shard_bytes,
-        verify_logits=verify_logits,
-        overwrite=overwrite,
+        pickled=output.weights_format == "bin",
+        foreign=foreign_target(output, to, source.config.num_layers, dtype) if to in FOREIGN else None,
+        verify_logits=work.verify_logits,
+        workers=work.workers,
+        overwrite=work.overwrite,
     )
-    source = open_weights(input_model_dir)
-    tensors = source.tensors()
+
+
+def default_target(options: ConvertOptions, source: "WeightSource") -> TargetKind:
+    """Return what is written unless told: another layout of the same kind, AscendSpeed's, or the other of our two."""
+    if options.output.has_layout:
+        return "megatron" if source.kind == "megatron" else "ascendspeed"
+    return "native" if source.kind == "huggingface" else "huggingface"
+
+
+def foreign_target(output: OutputOptions, to: TargetKind, num_layers: int, dtype: Any) -> Any:
+    """Return layout and naming of a target of another system."""
+    from ascendspeed_core.weights.foreign.layout import shard_layout
+    from ascendspeed_core.weights.foreign.target import ForeignTarget
+
+    layout = shard_layout(
+        num_layers,
+        output.tensor_model_parallel_size or 1,
+        output.pipeline_model_parallel_size or 1,
+        output.num_layers_per_virtual_pipeline_stage,
+        output.stage_sizes(),
+    )
+    return ForeignTarget(
+        to,  # type: ignore[arg-type]
+        layout,
+        dtype,
+        output.make_vocab_size_divisible_by,
+        output.merge_mlp,
+        output.megatron_layers == "transformer_engine",
+    )
+
+
+def run(conversion: "Conversion", dry_run: bool) -> None:
+    """Say what is done, do it, and say what was proved."""
+    from ascendspeed_ckpt.convert import convert, left_behind, memory_bytes, total_bytes
+    from ascendspeed_core.weights import WeightSource
+
+    source = conversion.source
+    assert not isinstance(source, Path)
+    opened: WeightSource = source
+    dtypes = sorted({str(info.dtype).removeprefix("torch.") for info in opened.tensors().values()})
+    kept = str(conversion.dtype).removeprefix("torch.") if conversion.dtype else ", ".join(dtypes)
     log(
-        f"{source.kind} {input_model_dir} -> {conversion.to} {output_model_dir}: {len(tensors)} tensors, "
-        f"{total_bytes(source, wanted):,} bytes, at most {max(t.num_bytes for t in tensors.values()):,} bytes at once"
+        f"read: {opened.kind} {opened.path}{_layout(opened)}, {len(opened.tensors())} tensors, {', '.join(dtypes)}"
+    )
+    cut = f", {conversion.foreign.layout}" if conversion.foreign else ""
+    total = total_bytes(opened, conversion.dtype, conversion.foreign)
+    log(f"write: {conversion.to} {conversion.target}{cut}, {total:,} bytes, {kept}")
+    if conversion.foreign is not None:
+        rows = conversion.foreign.vocabulary_rows(opened.config)
+        conversion.foreign.table(opened.config)
+        log(
+            f"vocabulary: {opened.config.vocab_size:,} ids, filled up to {rows:,} rows by repeating the last one"
+        )
+    for what in left_behind(opened, conversion):
+        log(f"left behind: {what}, for which {conversion.to} has no place or which belongs to the old layout")
+    workers = conversion.num_workers
+    log(
+        f"memory: at most {memory_bytes(opened, workers):,} bytes of tensors at once, {workers} files at once"
     )
     if dry_run:
+        if conversion.target.exists() and not conversion.overwrite:
+            raise AscendSpeedError(
+                f"output_model_dir={conversion.target} exists; give --overwrite to replace it"
+            )
         return
-    report(convert(conversion))
+    report(convert(conversion), conversion)
 
 
-def report(verdict: Any) -> None:
+def report(verdict: "Verdict", conversion: "Conversion") -> None:
     """Print what was proved."""
     rate = verdict.num_bytes / max(verdict.seconds, 1e-9) / 1e6
-    print(f"written: {verdict.num_bytes:,} bytes in {verdict.seconds:.2f} s ({rate:,.0f} MB/s)")
-    print(f"tensors: {verdict.num_tensors}, each read back and equal to the source bit for bit")
-    if verdict.logits_difference is not None:
-        print(
-            f"logits: largest difference between ours and transformers {verdict.logits_difference:.2e} "
-            f"(largest logit {verdict.largest_logit:.2f})"
-        )
+    print(
+        f"written: {verdict.num_bytes:,} bytes in {verdict.seconds:.2f} s ({rate:,.0f} MB/s), "
+        f"{verdict.flush_seconds:.2f} s of it to the disk; checked in {verdict.check_seconds:.2f} s"
+    )
+    print(f"tensors: {verdict.num_tensors}, each used once, read back and equal to the source bit for bit"
+          + (f" as {str(conversion.dtype).removeprefix('torch.')}" if conversion.dtype else ""))  # fmt: skip
+    for line in verdict.checked:
+        print(line)
     print("verdict: the same model")
 
 
@@ -94,3 +177,8 @@ def parse_size(text: str) -> int:
     if size < 1:
         raise ConfigError(f"max_shard_size={text!r} is no size; write for example 500MB or 5GB")
     return size
+
+
+def _layout(source: "WeightSource") -> str:
+    layout = getattr(source, "layout", None)
+    return f" ({layout})" if layout is not None else ""

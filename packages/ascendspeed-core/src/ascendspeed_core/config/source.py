@@ -12,7 +12,9 @@ class ModelSourceConfig(Config):
     """Weights come from a checkpoint, or from a seed when that is asked for by name; never by accident."""
 
     load: Path | None = Field(
-        None, description="Start from this checkpoint: a training run's folder or a Hugging Face folder."
+        None,
+        description="Start from this checkpoint: a run's folder, a Hugging Face folder, or one of AscendSpeed 2023, "
+        "Megatron-LM (mp_rank or torch_dist) or DeepSpeed.",
     )
     model_config_file: Path | None = Field(
         None,

@@ -307,11 +307,11 @@ def load_random_state(source: NativeSource, mesh: ParallelMesh) -> None:
         if mesh.rank == 0:
             log("random state: the layout changed, each rank keeps the one seeded for it")
         return
-    torch.set_rng_state(source.stored.read(f"rng/{mesh.rank}"))
+    torch.set_rng_state(source.stored.read(f"rng/{mesh.rank}").clone())
     if mesh.device.rng_state() is None:
         return
     if f"device_rng/{mesh.rank}" in stored:
-        mesh.device.set_rng_state(source.stored.read(f"device_rng/{mesh.rank}"))
+        mesh.device.set_rng_state(source.stored.read(f"device_rng/{mesh.rank}").clone())
     elif mesh.rank == 0:
         log(
             f"random state: the checkpoint has none of a {mesh.device.kind}, each rank keeps the one seeded for it"

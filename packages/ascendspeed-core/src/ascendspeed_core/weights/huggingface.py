@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from ascendspeed_core.device import HOST
 from ascendspeed_core.models.families import Family, WeightRule, family_of_hugging_face
 from ascendspeed_core.weights.source import CheckpointError, Index, TensorInfo, inside
+from ascendspeed_core.weights.torch_files import StoredTensor, TorchFile, stored_tensors
 from ascendspeed_data.tokenizer import DEFINING_FILES
 
 SAFETENSORS_DTYPES = {
@@ -32,8 +32,9 @@ class HuggingFaceSource:
         self._folder = path
         self.hf_config = read_json(path / "config.json")
         self.family: Family = family_of_hugging_face(self.hf_config, str(path / "config.json"))
-        self.config = self.family.read_config(self.hf_config | _generation_ids(path))
+        self.config = self.family.read_config(self.hf_config | generation_ids(path))
         self._files: dict[Path, Any] = {}
+        self._views: dict[str, torch.Tensor] = {}
         self._rules = self._rules_of_this_folder()
         self._check_names()
 
@@ -44,6 +45,10 @@ class HuggingFaceSource:
 
     def tensors(self) -> Mapping[str, TensorInfo]:
         """Return every tensor by our name."""
+        return self._infos
+
+    @cached_property
+    def _infos(self) -> dict[str, TensorInfo]:
         return {ours: self._info_of(rule) for ours, rule in self._rules.items()}
 
     def read(self, name: str, index: Index = ()) -> torch.Tensor:
@@ -56,16 +61,17 @@ class HuggingFaceSource:
         if not places:
             return self._read(rule.theirs, (slice(0, 0), *index[1:]))
         columns = index[1:] or tuple(slice(0, length) for length in self._info(rule.theirs).shape[1:])
-        return torch.cat([self._read(rule.theirs, (place, *columns)) for place in places])
+        pieces = [self._read(rule.theirs, (place, *columns)) for place in places]
+        return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
 
     def _read(self, theirs: str, index: Index) -> torch.Tensor:
-        opened = self._open(self._places[theirs])
-        if isinstance(opened, dict):
-            tensor: torch.Tensor = opened[theirs]
-            return tensor[index] if index else tensor
-        view = opened.get_slice(theirs)
-        whole: torch.Tensor = view[index] if index else view[:]
-        return whole
+        whole = self._views.get(theirs)
+        if whole is None:
+            opened = self._open(self._places[theirs])
+            # Views of the mapped file: nothing is read until the numbers are.
+            whole = opened[theirs].read() if isinstance(opened, dict) else opened.get_slice(theirs)[:]
+            self._views[theirs] = whole
+        return whole[index] if index else whole
 
     def _rules_of_this_folder(self) -> dict[str, WeightRule]:
         """The family's table by our names; a folder of a model without its head leaves the prefix out."""
@@ -85,7 +91,7 @@ class HuggingFaceSource:
         for single in ("model.safetensors", "pytorch_model.bin"):
             path = self._folder / single
             if path.is_file():
-                opened = self._open(path)
+                opened = self._open(inside(self._folder, single))
                 return dict.fromkeys(opened.keys(), path)
         raise CheckpointError(
             f"{self._folder} has a config.json but no weights (model.safetensors or pytorch_model.bin); "
@@ -100,7 +106,9 @@ class HuggingFaceSource:
 
                     self._files[path] = safe_open(path, framework="pt")
                 else:
-                    self._files[path] = torch.load(path, map_location=HOST.kind, weights_only=True, mmap=True)
+                    self._files[path] = _read_pickled(path)
+            except CheckpointError:
+                raise
             except Exception as error:  # noqa: BLE001 - each library has its own; the file is what is wrong
                 reason = str(error).splitlines()[0]
                 raise CheckpointError(f"{path} cannot be read: {reason}; copy it again") from None
@@ -109,7 +117,12 @@ class HuggingFaceSource:
     def _info(self, theirs: str) -> TensorInfo:
         opened = self._open(self._places[theirs])
         if isinstance(opened, dict):
-            return TensorInfo(tuple(opened[theirs].shape), opened[theirs].dtype)
+            info: TensorInfo = opened[theirs].info
+            if not info.dtype.is_floating_point:
+                raise CheckpointError(
+                    f"{self._folder}: {theirs} is stored as {info.dtype}, which is not a float format"
+                )
+            return info
         view = opened.get_slice(theirs)
         stored = view.get_dtype()
         if stored not in SAFETENSORS_DTYPES:
@@ -150,6 +163,22 @@ class HuggingFaceSource:
         )
 
 
+def _read_pickled(path: Path) -> dict[str, StoredTensor]:
+    """Open a `.bin` file, whose tensors stay in it.
+
+    Raises:
+        CheckpointError: it is damaged, or of torch before 1.6, which wrote another format.
+    """
+    content = TorchFile(path).content
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds no dictionary of tensors")
+    found = dict(stored_tensors(content))
+    if len(found) != len(content):
+        other = min(str(key) for key in content if key not in found)
+        raise CheckpointError(f"{path} holds {other}, which is no tensor")
+    return found
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object, or raise `CheckpointError` naming the file."""
     try:
@@ -163,10 +192,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _generation_ids(folder: Path) -> dict[str, Any]:
+def generation_ids(folder: Path) -> dict[str, Any]:
     """Ids that end a generation stand in generation_config.json when there is one."""
     path = folder / "generation_config.json"
     if not path.is_file():
         return {}
     values = read_json(path)
-    return {key: values[key] for key in ("eos_token_id",) if values.get(key) is not None}
+    return {key: values[key] for key in ("bos_token_id", "eos_token_id") if values.get(key) is not None}

@@ -17,18 +17,22 @@ class HuggingFaceNames:
 
     def __init__(self, source: WeightSource) -> None:
         self._source, self._config = source, source.config
+        self._infos: dict[str, TensorInfo] | None = None
         self._rules: dict[str, list[WeightRule]] = {}
         for rule in find_family(source.config.family).weights(source.config):
             self._rules.setdefault(rule.theirs, []).append(rule)
 
     def tensors(self) -> Mapping[str, TensorInfo]:
         """Return every tensor by their name, in the order of the family's table."""
+        if self._infos is not None:
+            return self._infos
         ours = self._source.tensors()
         found = {}
         for theirs, rules in self._rules.items():
             parts = [ours[rule.ours] for rule in rules]
             rows = sum(part.shape[0] for part in parts)
             found[theirs] = TensorInfo((rows, *parts[0].shape[1:]), parts[0].dtype)
+        self._infos = found
         return found
 
     def read(self, name: str, index: Index = ()) -> torch.Tensor:

@@ -5,17 +5,18 @@ Layout of a run's folder, all of it written by `training.checkpoint`:
     latest_checkpointed_iteration.txt    "100"
     iter_0000100/checkpoint.json         model config, iteration, run config; written last
     iter_0000100/.metadata, *.distcp     DCP: tensors by logical name, cut as they were
+    iter_0000100/checksums.json          CRC-32 of every piece
     tokenizer/                           files of the tokenizer, if the run was told which
 
 Tensor names: `model/NAME`, `optimizer/exp_avg/NAME`, `optimizer/exp_avg_sq/NAME`, `optimizer/master/NAME`,
 `rng/RANK`. A checkpoint is one logical model: where it was cut shows only in the list of chunks.
 """
 
-import io
 import pickle
 import re
-import zipfile
+import threading
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,20 @@ import torch
 
 from ascendspeed_core.config.load import validate
 from ascendspeed_core.config.model import ModelConfig
-from ascendspeed_core.device import HOST
 from ascendspeed_core.weights.huggingface import read_json
 from ascendspeed_core.weights.source import CheckpointError, Index, TensorInfo, inside
+from ascendspeed_core.weights.torch_files import (
+    FOREIGN_PACKAGES,
+    MappedFile,
+    StandIn,
+    StoredTensor,
+    TorchFile,
+)
 from ascendspeed_data.errors import ConfigError
 from ascendspeed_data.manifest import DatasetManifest, read_manifest
 
 FORMAT_VERSION = 1
+CHECKSUMS = "checksums.json"
 TRACKER = "latest_checkpointed_iteration.txt"
 DESCRIPTION = "checkpoint.json"
 TOKENIZER = "tokenizer"
@@ -39,6 +47,7 @@ ITERATION_FOLDER = re.compile(r"iter_(\d{7,})")
 _ALLOWED = {
     ("torch.distributed.checkpoint.metadata", name)
     for name in (
+        "BytesStorageMetadata",
         "ChunkStorageMetadata",
         "Metadata",
         "MetadataIndex",
@@ -49,6 +58,10 @@ _ALLOWED = {
     )
 } | {
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    *(
+        ("torch.distributed.checkpoint.planner", name)
+        for name in ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType")
+    ),
     ("torch.serialization", "_get_layout"),
     ("torch", "Size"),
     ("pathlib", "PosixPath"),
@@ -65,6 +78,8 @@ class _MetadataUnpickler(pickle.Unpickler):
     """Unpickle DCP's `.metadata` and nothing else: any other class is refused by name."""
 
     def find_class(self, module: str, name: str) -> Any:
+        if module.partition(".")[0] in FOREIGN_PACKAGES:
+            return type(name.rpartition(".")[2], (StandIn,), {})
         if (module, name) not in _ALLOWED:
             raise CheckpointError(
                 f"its .metadata asks for {module}.{name}, which no checkpoint needs; refused"
@@ -77,6 +92,10 @@ class DistributedTensors:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._opened: dict[tuple[str, tuple[int, ...]], StoredTensor] = {}
+        self._mapped: dict[Path, MappedFile] = {}
+        self._lock = threading.Lock()
+        self._checksums = read_json(folder / CHECKSUMS) if (folder / CHECKSUMS).is_file() else {}
         path = folder / ".metadata"
         try:
             with path.open("rb") as file:
@@ -90,7 +109,9 @@ class DistributedTensors:
 
     def names(self) -> list[str]:
         """Return the names of all tensors."""
-        return list(self._metadata.state_dict_metadata)
+        return [
+            name for name, found in self._metadata.state_dict_metadata.items() if hasattr(found, "chunks")
+        ]
 
     def info(self, name: str) -> TensorInfo:
         """Return shape and format of a tensor."""
@@ -101,9 +122,14 @@ class DistributedTensors:
         """Read a slice, put together from the chunks that it touches."""
         info = self.info(name)
         wanted = index or tuple(slice(0, length) for length in info.shape)
+        for chunk in self._metadata.state_dict_metadata[name].chunks:
+            inner = [
+                slice(part.start - start, part.stop - start)
+                for part, start in zip(wanted, chunk.offsets, strict=True)
+            ]
+            if all(p.start >= 0 and p.stop <= size for p, size in zip(inner, chunk.sizes, strict=True)):
+                return self._chunk(name, chunk.offsets)[tuple(inner)]
         result = torch.empty([part.stop - part.start for part in wanted], dtype=info.dtype)
-        if not info.shape:
-            return self._chunk(name, torch.Size([])).clone()
         for chunk in self._metadata.state_dict_metadata[name].chunks:
             overlap = [
                 (max(part.start, start), min(part.stop, start + length))
@@ -117,29 +143,48 @@ class DistributedTensors:
             result[target] = stored[source]
         return result
 
+    def check(self) -> None:
+        """Read everything once and compare the checksums.
+
+        Raises:
+            CheckpointError: a piece is damaged, or in another one's place.
+        """
+        for name in self.names():
+            for chunk in self._metadata.state_dict_metadata[name].chunks:
+                self._chunk(name, chunk.offsets)
+
     def _chunk(self, name: str, offsets: torch.Size) -> torch.Tensor:
+        """Return a piece as a view of its file, once its checksum was found right."""
+        key = (name, tuple(offsets))
+        with self._lock:
+            if key not in self._opened:
+                self._opened[key] = self._open(name, offsets)
+            return self._opened[key].read()
+
+    def _open(self, name: str, offsets: torch.Size) -> StoredTensor:
         from torch.distributed.checkpoint.metadata import MetadataIndex
 
         place = self._metadata.storage_data[MetadataIndex(name, offsets)]
         path = inside(self.folder, place.relative_path)
-        with path.open("rb") as file:
-            file.seek(place.offset)
-            stored = file.read(place.length)
-        if len(stored) != place.length:
+        if path.stat().st_size < place.offset + place.length:
             raise CheckpointError(
                 f"{path} is cut short: {name} needs bytes up to {place.offset + place.length}"
             )
         try:
-            # torch.load does not look at the checksums that torch.save wrote.
-            with zipfile.ZipFile(io.BytesIO(stored)) as archive:
-                if archive.testzip() is not None:
-                    raise zipfile.BadZipFile("its checksum is wrong")
-            tensor: torch.Tensor = torch.load(io.BytesIO(stored), map_location=HOST.kind, weights_only=True)
-        except (RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile) as error:
+            mapped = self._mapped.setdefault(path, MappedFile(path))
+            stored = TorchFile(path, place.offset, place.length, mapped)
+            stored.check()
+        except CheckpointError as error:
             raise CheckpointError(
                 f"{path} is damaged at {name}: {error}; use an earlier checkpoint"
             ) from None
-        return tensor
+        content = stored.content
+        expected = self._checksums.get(name, {}).get(",".join(map(str, offsets)))
+        if not isinstance(content, StoredTensor) or expected not in (None, stored.checksums()["data/0"]):
+            raise CheckpointError(
+                f"{path} holds something else where {name} should be; files were swapped, copy the checkpoint again"
+            )
+        return content
 
 
 class NativeSource:
@@ -185,6 +230,10 @@ class NativeSource:
 
     def tensors(self) -> Mapping[str, TensorInfo]:
         """Return every weight by its name."""
+        return self._infos
+
+    @cached_property
+    def _infos(self) -> dict[str, TensorInfo]:
         prefix = "model/"
         return {
             name.removeprefix(prefix): self.stored.info(name)
@@ -195,6 +244,10 @@ class NativeSource:
     def read(self, name: str, index: Index = ()) -> torch.Tensor:
         """Read a slice of a weight."""
         return self.stored.read(f"model/{name}", index)
+
+    def check(self) -> None:
+        """Read everything once and compare the checksums."""
+        self.stored.check()
 
 
 def iteration_folder(path: Path) -> Path:

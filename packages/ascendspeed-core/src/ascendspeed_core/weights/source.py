@@ -3,12 +3,15 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_data.errors import AscendSpeedError
+
+Kind = Literal["native", "huggingface", "ascendspeed", "megatron", "torch_dist", "deepspeed"]
+"""Kinds of checkpoints."""
 
 Index = tuple[slice, ...]
 """One slice with start and stop per dimension; an empty tuple is the whole tensor."""
@@ -38,7 +41,7 @@ class WeightSource(Protocol):
     """Something that holds all weights of one logical model, uncut, under our names.
 
     Attributes:
-        kind: what it is, `huggingface`, `native` or `random`.
+        kind: what it is, such as `huggingface`, `native` or `random`.
         path: the folder as the user named it, for messages; `None` when there is none.
         config: the architecture.
         tokenizer: folder of the tokenizer that came with the weights, if any.
@@ -75,4 +78,16 @@ def inside(folder: Path, name: str) -> Path:
         raise CheckpointError(
             f"{path} is missing, though the index of {folder} names it; copy the folder again"
         )
+    if not _lies_in(folder, path):
+        raise CheckpointError(
+            f"{path} is a link to {path.resolve()}, which is outside the folder; refused, copy the file itself"
+        )
     return path
+
+
+def _lies_in(folder: Path, path: Path) -> bool:
+    """Tell whether a file really lies in a folder, or in the blobs of the hub's cache that the folder belongs to."""
+    place, real = folder.resolve(), path.resolve()
+    if real.is_relative_to(place):
+        return True
+    return place.parent.name == "snapshots" and real.is_relative_to(place.parents[1] / "blobs")

@@ -1,13 +1,15 @@
-"""Write a Hugging Face folder, tensor by tensor: no more than one tensor is in memory.
+"""Write a Hugging Face folder, slab by slab: memory does not grow with the model.
 
 A safetensors file is a little-endian uint64 (length of the header), the header (JSON: name -> dtype, shape, offsets
-in the data), and the data. Sizes are known before anything is read, so the header can be written first.
+in the data), and the data. Sizes are known before anything is read, so the header can be written first, and several
+workers can write one file.
 """
 
 import json
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,18 @@ from ascendspeed_core.models.families.config_rules import written_end_ids
 from ascendspeed_core.weights.huggingface import SAFETENSORS_DTYPES
 from ascendspeed_core.weights.huggingface_names import HuggingFaceNames
 from ascendspeed_core.weights.source import TensorInfo, WeightSource
+from ascendspeed_core.weights.stream import (
+    Counted,
+    OnBytes,
+    as_bytes,
+    slabs,
+    together,
+    write_all,
+)
+from ascendspeed_core.weights.torch_archive import TorchArchive
+
+RUN_BYTES = 256 << 20
+"""About as many bytes of a safetensors file are written by one worker while others write the rest."""
 
 DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
@@ -35,7 +49,9 @@ def write_hugging_face(
     folder: Path,
     dtype: torch.dtype | None,
     max_shard_bytes: int,
-    on_bytes: Callable[[int], None] = lambda _: None,
+    on_bytes: OnBytes = lambda _: None,
+    workers: int = 1,
+    pickled: bool = False,
 ) -> None:
     """Write weights and configs into an existing folder.
 
@@ -44,18 +60,30 @@ def write_hugging_face(
         folder: where; files of the same names are replaced.
         dtype: format of the written weights; by default the stored one.
         max_shard_bytes: weights in one file, unless a single tensor is larger.
-        on_bytes: told how many bytes were written after each tensor.
+        on_bytes: told how many bytes were written.
+        workers: files, or parts of them, written at once.
+        pickled: `pytorch_model*.bin` instead of safetensors, for old programs.
     """
     weights = HuggingFaceNames(source)
     shards = plan_shards(weights, dtype, max_shard_bytes)
-    names = shard_names(len(shards))
+    names = shard_names(len(shards), pickled)
+    count = Counted(on_bytes)
+    tasks: list[Callable[[], None]] = []
     for name, shard in zip(names, shards, strict=True):
-        _write_shard(weights, folder / name, shard, on_bytes)
+        if pickled:
+            tasks.append(partial(_write_pickled, weights, folder / name, shard, count))
+        else:
+            start = _write_header(folder / name, shard)
+            tasks += [
+                partial(_write_run, weights, folder / name, run, start + offset, count)
+                for offset, run in _runs(shard)
+            ]
+    together(tasks, workers)
     if len(shards) > 1:
         weight_map = {p.theirs: name for name, shard in zip(names, shards, strict=True) for p in shard}
         total = sum(planned.info.num_bytes for shard in shards for planned in shard)
         _write_json(
-            folder / "model.safetensors.index.json",
+            folder / ("pytorch_model.bin.index.json" if pickled else "model.safetensors.index.json"),
             {"metadata": {"total_size": total}, "weight_map": weight_map},
         )
     first = shards[0][0].info.dtype
@@ -84,16 +112,33 @@ def plan_shards(
     return shards
 
 
-def shard_names(count: int) -> list[str]:
+def shard_names(count: int, pickled: bool = False) -> list[str]:
     """Return the file names that transformers expects."""
+    stem, ending = ("pytorch_model", "bin") if pickled else ("model", "safetensors")
     if count == 1:
-        return ["model.safetensors"]
-    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+        return [f"{stem}.{ending}"]
+    return [f"{stem}-{number:05d}-of-{count:05d}.{ending}" for number in range(1, count + 1)]
 
 
-def _write_shard(
-    weights: HuggingFaceNames, path: Path, shard: Sequence[_Planned], on_bytes: Callable[[int], None]
+def _write_pickled(
+    weights: HuggingFaceNames, path: Path, shard: Sequence[_Planned], on_bytes: OnBytes
 ) -> None:
+    content = {planned.theirs: planned.info for planned in shard}
+    with path.open("wb", buffering=0) as file, TorchArchive(file, content) as archive:
+        for planned in shard:
+            archive.begin_tensor(planned.info)
+            for slab in _slabs_of(weights, planned):
+                archive.write(as_bytes(slab))
+                on_bytes(slab.nbytes)
+
+
+def _slabs_of(weights: HuggingFaceNames, planned: _Planned) -> Iterator[torch.Tensor]:
+    index = tuple(slice(0, length) for length in planned.info.shape)
+    return slabs(weights, planned.theirs, index, planned.info.dtype)
+
+
+def _write_header(path: Path, shard: Sequence[_Planned]) -> int:
+    """Make a safetensors file of its full size with its header, and return where the data begins."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for planned in shard:
@@ -106,13 +151,37 @@ def _write_shard(
         offset = end
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(encoded)))
-        file.write(encoded)
-        for planned in shard:
-            tensor = weights.read(planned.theirs).to(planned.info.dtype).contiguous()
-            file.write(tensor.view(torch.uint8).numpy().data.cast("B"))
-            on_bytes(planned.info.num_bytes)
+    with path.open("wb", buffering=0) as file:
+        write_all(file, memoryview(struct.pack("<Q", len(encoded)) + encoded))
+        start = file.tell()
+        file.truncate(start + offset)
+    return start
+
+
+def _runs(shard: Sequence[_Planned]) -> Iterator[tuple[int, list[_Planned]]]:
+    """Yield runs of tensors that are written at once, and where each begins in the data."""
+    run: list[_Planned] = []
+    start = size = 0
+    for planned in shard:
+        run.append(planned)
+        size += planned.info.num_bytes
+        if size >= RUN_BYTES:
+            yield start, run
+            start, size, run = start + size, 0, []
+    if run:
+        yield start, run
+
+
+def _write_run(
+    weights: HuggingFaceNames, path: Path, run: Sequence[_Planned], start: int, on_bytes: OnBytes
+) -> None:
+    """Write tensors that lie behind one another into a file that has its header."""
+    with path.open("r+b", buffering=0) as file:
+        file.seek(start)
+        for planned in run:
+            for slab in _slabs_of(weights, planned):
+                write_all(file, as_bytes(slab))
+                on_bytes(slab.nbytes)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

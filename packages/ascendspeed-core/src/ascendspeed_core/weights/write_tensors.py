@@ -1,20 +1,26 @@
 """Write tensors in the files of torch's distributed checkpoint (DCP), as many processes and pieces as there are.
 
-Each process writes one file, blobs of `torch.save` one after the other; one of them then writes `.metadata`, the
-pickled table of where each piece lies. DCP's own writer wants all tensors of a process at once, and knows only cuts
-that a DTensor can express; what is written here is read by it and by `weights.native` alike.
+Each process writes one file, archives of `torch.save`'s format one after the other; one of them then writes
+`.metadata`, the pickled table of where each piece lies. DCP's own writer wants all tensors of a process at once, and
+knows only cuts that a DTensor can express; what is written here is read by it and by `weights.native` alike.
 """
 
+import json
 import os
 import pickle
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
+from ascendspeed_core.device import HOST
 from ascendspeed_core.parallel.slices import Slice
+from ascendspeed_core.weights.native import CHECKSUMS
+from ascendspeed_core.weights.source import TensorInfo
+from ascendspeed_core.weights.stream import as_bytes, write_all
+from ascendspeed_core.weights.torch_archive import ALIGNMENT, TorchArchive
 from ascendspeed_data.files import write_durably
 
 
@@ -29,11 +35,23 @@ class StoredPiece:
         file: name of the file in the folder.
         start: first byte.
         length: bytes.
+        checksum: CRC-32 of its numbers' bytes.
     """
 
     name: str
     part: Slice
     dtype: torch.dtype
+    file: str
+    start: int
+    length: int
+    checksum: int
+
+
+@dataclass(frozen=True)
+class StoredObject:
+    """Where an object that is no tensor lies."""
+
+    name: str
     file: str
     start: int
     length: int
@@ -49,57 +67,63 @@ class TensorFile:
 
     def __init__(self, folder: Path, rank: int = 0) -> None:
         self.pieces: list[StoredPiece] = []
+        self.objects: list[StoredObject] = []
         self._path = folder / f"__{rank}_0.distcp"
-        self._file = self._path.open("wb")
+        self._file = self._path.open("wb", buffering=0)
 
     def add(self, name: str, tensor: torch.Tensor, part: Slice | None = None) -> None:
         """Append a piece, or a whole tensor."""
-        whole = Slice(tuple(tensor.shape), tuple(slice(0, length) for length in tensor.shape))
+        tensor = tensor.detach().to(HOST.torch).contiguous()
+        self.add_slabs(name, TensorInfo(tuple(tensor.shape), tensor.dtype), [tensor], part)
+
+    def add_slabs(
+        self, name: str, info: TensorInfo, slabs: Iterable[torch.Tensor], part: Slice | None = None
+    ) -> None:
+        """Append a piece, or a whole tensor, whose rows come slab by slab.
+
+        Args:
+            name: of the tensor.
+            info: shape and format of the piece.
+            slabs: its bytes in order, contiguous, on the host.
+            part: which piece of the whole tensor it is.
+        """
+        whole = Slice(info.shape, tuple(slice(0, length) for length in info.shape))
+        # Aligned, so that readers can look at the numbers where they lie.
+        write_all(self._file, memoryview(bytes(-self._file.tell() % ALIGNMENT)))
         start = self._file.tell()
-        stream = _Stream(self._file)
-        tensor = tensor.detach()
-        if tensor.untyped_storage().nbytes() != tensor.nbytes:
-            # A view would be saved with all of the storage that it looks at.
-            tensor = tensor.clone()
-        try:
-            torch.save(tensor, stream)  # type: ignore[arg-type] # all that it needs
-        except RuntimeError as error:
-            raise stream.error or error from None
+        with TorchArchive(self._file, info) as archive:
+            archive.begin_tensor(info)
+            for slab in slabs:
+                archive.write(as_bytes(slab))
         length = self._file.tell() - start
-        self.pieces.append(StoredPiece(name, part or whole, tensor.dtype, self._path.name, start, length))
+        (checksum,) = archive.checksums
+        self.pieces.append(
+            StoredPiece(name, part or whole, info.dtype, self._path.name, start, length, checksum)
+        )
+
+    def add_object(self, name: str, serialized: bytes) -> None:
+        """Append an object that is no tensor, as `torch.save` wrote it."""
+        self.objects.append(StoredObject(name, self._path.name, self._file.tell(), len(serialized)))
+        write_all(self._file, memoryview(serialized))
 
     def __enter__(self) -> "TensorFile":
         return self
 
     def __exit__(self, *error: object) -> None:
         """Bring the bytes to the disk and close the file."""
-        self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
 
 
-class _Stream:
-    """A file for `torch.save`, which would hide why a write failed."""
+def write_metadata(folder: Path, pieces: Iterable[StoredPiece], objects: Iterable[StoredObject] = ()) -> None:
+    """Write the table of all pieces of all processes, and their checksums beside it.
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.error: OSError | None = None
-
-    def write(self, data: bytes) -> int:
-        try:
-            return self._file.write(data)
-        except OSError as error:
-            self.error = error
-            raise
-
-    def flush(self) -> None:
-        self._file.flush()
-
-
-def write_metadata(folder: Path, pieces: Iterable[StoredPiece]) -> None:
-    """Write the table of all pieces of all processes."""
+    `checksums.json` says by tensor and offset what the bytes add up to: pieces of the same shape that were swapped
+    cannot be told apart otherwise.
+    """
     from torch.distributed.checkpoint.filesystem import _StorageInfo
     from torch.distributed.checkpoint.metadata import (
+        BytesStorageMetadata,
         ChunkStorageMetadata,
         Metadata,
         MetadataIndex,
@@ -109,6 +133,7 @@ def write_metadata(folder: Path, pieces: Iterable[StoredPiece]) -> None:
 
     tensors: dict[str, Any] = {}
     places = {}
+    checksums: dict[str, dict[str, int]] = {}
     for piece in pieces:
         offsets = torch.Size(piece.part.offsets)
         entry = tensors.setdefault(
@@ -121,7 +146,12 @@ def write_metadata(folder: Path, pieces: Iterable[StoredPiece]) -> None:
             piece.file, piece.start, piece.length
         )
         entry.chunks.append(ChunkStorageMetadata(offsets, torch.Size(piece.part.sizes)))
+        checksums.setdefault(piece.name, {})[",".join(map(str, piece.part.offsets))] = piece.checksum
+    for stored in objects:
+        tensors[stored.name] = BytesStorageMetadata()
+        places[MetadataIndex(stored.name)] = _StorageInfo(stored.file, stored.start, stored.length)
     metadata = Metadata(
         state_dict_metadata=tensors, planner_data={name: (name,) for name in tensors}, storage_data=places
     )
+    write_durably(folder / CHECKSUMS, json.dumps(checksums) + "\n")
     write_durably(folder / ".metadata", pickle.dumps(metadata))

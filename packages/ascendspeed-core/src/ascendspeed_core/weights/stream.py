@@ -1,0 +1,127 @@
+"""Tensors as slabs of bytes: what a writer takes at once, so that memory does not grow with the model."""
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+import torch
+
+from ascendspeed_core.weights.source import CheckpointError, Index, TensorInfo
+
+SLAB_BYTES = 1 << 21
+"""Most bytes of a tensor that are in memory at once, unless one row is larger."""
+
+OnBytes = Callable[[int], None]
+"""Told how many bytes were written."""
+
+
+class Readable(Protocol):
+    """Tensors by name, readable by slice."""
+
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Return shape and format of each."""
+        ...
+
+    def read(self, name: str, index: Index = ()) -> torch.Tensor:
+        """Read a tensor or a slice of it."""
+        ...
+
+
+def slabs(
+    source: Readable, name: str, index: Index, dtype: torch.dtype | None = None
+) -> Iterator[torch.Tensor]:
+    """Yield part of a tensor as contiguous runs of its rows, in another format if asked for.
+
+    Args:
+        source: holds it.
+        name: of the tensor.
+        index: the part.
+        dtype: format of the slabs; by default the stored one.
+
+    Raises:
+        CheckpointError: a number is too large for the format.
+    """
+    if not index:
+        yield as_format(source.read(name), dtype, name).contiguous()
+        return
+    first, rest = index[0], index[1:]
+    width = 1
+    for part in rest:
+        width *= part.stop - part.start
+    itemsize = source.tensors()[name].dtype.itemsize
+    rows = max(SLAB_BYTES // max(width * itemsize, 1), 1)
+    for start in range(first.start, first.stop, rows):
+        slab = source.read(name, (slice(start, min(start + rows, first.stop)), *rest))
+        yield as_format(slab, dtype, name).contiguous()
+
+
+def as_format(tensor: torch.Tensor, dtype: torch.dtype | None, name: str) -> torch.Tensor:
+    """Return a tensor in a format.
+
+    Raises:
+        CheckpointError: a finite number becomes infinite.
+    """
+    if dtype is None or tensor.dtype == dtype:
+        return tensor
+    converted = tensor.to(dtype)
+    if torch.finfo(dtype).max < torch.finfo(tensor.dtype).max and bool(
+        (converted.isinf() & tensor.isfinite()).any()
+    ):
+        raise CheckpointError(
+            f"{name} holds numbers up to {float(tensor.abs().max()):.3g}, too large for "
+            f"{str(dtype).removeprefix('torch.')}; choose bfloat16 or float32"
+        )
+    return converted
+
+
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """Return the memory of a contiguous tensor."""
+    if tensor.numel() == 0:
+        return memoryview(b"")
+    flat: memoryview = tensor.detach().reshape(-1).view(torch.uint8).numpy().data
+    return flat.cast("B")
+
+
+def write_all(file: object, data: memoryview) -> None:
+    """Write bytes to an unbuffered file, which may take less than it is given."""
+    written = 0
+    while written < len(data):
+        written += file.write(data[written:])  # type: ignore[attr-defined]
+
+
+def together(tasks: Sequence[Callable[[], None]], workers: int) -> None:
+    """Do tasks on several threads; the first error ends all and is raised.
+
+    Reading, copying, checksums and writing leave Python's lock, so that threads are enough.
+    """
+    if workers <= 1 or len(tasks) <= 1:
+        for task in tasks:
+            task()
+        return
+    stop = threading.Event()
+
+    def guarded(task: Callable[[], None]) -> None:
+        if stop.is_set():
+            return
+        try:
+            task()
+        except BaseException:
+            stop.set()
+            raise
+
+    with ThreadPoolExecutor(workers) as pool:
+        for done in [pool.submit(guarded, task) for task in tasks]:
+            done.result()
+
+
+class Counted:
+    """A count that several threads add to."""
+
+    def __init__(self, on_bytes: OnBytes) -> None:
+        self._on_bytes, self._lock = on_bytes, threading.Lock()
+
+    def __call__(self, amount: int) -> None:
+        """Add to the count."""
+        with self._lock:
+            self._on_bytes(amount)
