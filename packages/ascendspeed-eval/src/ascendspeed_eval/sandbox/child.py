@@ -104,8 +104,19 @@ def limit_files(libc: ctypes.CDLL, scratch: str) -> bool:
     ruleset = libc.syscall(LANDLOCK_CREATE, attributes, ctypes.c_size_t(8), ctypes.c_uint(0))
     if ruleset < 0:
         return False
-    places = {os.path.dirname(os.__file__), sys.base_prefix + "/lib", "/usr/lib", "/lib", "/lib64", "/usr/share/zoneinfo"}
-    rules = [(place, READ_RIGHTS) for place in places] + [(scratch, handled & ~1), ("/dev/null", 2 | 4), ("/dev/urandom", 4)]
+    places = {
+        os.path.dirname(os.__file__),
+        sys.base_prefix + "/lib",
+        "/usr/lib",
+        "/lib",
+        "/lib64",
+        "/usr/share/zoneinfo",
+    }
+    rules = [(place, READ_RIGHTS) for place in places] + [
+        (scratch, handled & ~1),
+        ("/dev/null", 2 | 4),
+        ("/dev/urandom", 4),
+    ]
     for place, rights in rules:
         try:
             folder = os.open(place, os.O_PATH | os.O_CLOEXEC)

@@ -107,7 +107,7 @@ def options(record: Record) -> Sequence[str]:
 
 def numbers(record: Record) -> Sequence[int]:
     """Return the numbers of the right choices."""
-    return [LETTERS.index(letter) for letter in record.target]
+    return [LETTERS.index(letter) for letter in record.target if letter in LETTERS]
 
 
 class AGIEval(Task):
@@ -119,7 +119,12 @@ class AGIEval(Task):
     size = "8,269 (version 1), 21 subsets"
     format = "a folder v1 of <subset>.jsonl, and few_shot_prompts.csv beside it"
     groups = MappingProxyType(
-        {"english": (*ENGLISH, "math"), "chinese": (*CHINESE, "gaokao-mathcloze"), "cloze": CLOZE, "choice": (*ENGLISH, *CHINESE)}
+        {
+            "english": (*ENGLISH, "math"),
+            "chinese": (*CHINESE, "gaokao-mathcloze"),
+            "cloze": CLOZE,
+            "choice": (*ENGLISH, *CHINESE),
+        }
     )
     reference_scores = (("LLaMA-7B", "2023 README", 0.210),)
     protocols = MappingProxyType(
@@ -169,10 +174,21 @@ class AGIEval(Task):
         """Read every subset, and the examples."""
         place = Path(path)
         where = str(place / "v1") if (place / "v1").is_dir() else path
-        folder = find_folder(where, tuple(f"{name}.jsonl" for name in (*ENGLISH, *CHINESE, *CLOZE)), f"subset; agieval reads {self.format}")
+        folder = find_folder(
+            where,
+            tuple(f"{name}.jsonl" for name in (*ENGLISH, *CHINESE, *CLOZE)),
+            f"subset; agieval reads {self.format}",
+        )
         files = sorted(file for file in folder.glob("*.jsonl") if file.stem in (*ENGLISH, *CHINESE, *CLOZE))
         records = [record for file in files for record in self._records(file)]
-        prompts = next((p for p in (folder / "few_shot_prompts.csv", folder.parent / "few_shot_prompts.csv") if p.is_file()), None)
+        prompts = next(
+            (
+                p
+                for p in (folder / "few_shot_prompts.csv", folder.parent / "few_shot_prompts.csv")
+                if p.is_file()
+            ),
+            None,
+        )
         examples = read_examples(prompts) if prompts is not None else {}
         return Benchmark(records, examples, [*files, *([prompts] if prompts is not None else [])])
 
@@ -180,7 +196,11 @@ class AGIEval(Task):
         """Return the line of the exam."""
         if protocol.name != "ascendspeed":
             return ""
-        return "以下是考试中各个问题的答案。\n" if is_chinese(record.subset) else "Here are the answers for the problems in the exam.\n"
+        return (
+            "以下是考试中各个问题的答案。\n"
+            if is_chinese(record.subset)
+            else "Here are the answers for the problems in the exam.\n"
+        )
 
     def question(self, protocol: Protocol, record: Record) -> str:
         """Return the question in the form of 2023, or the authors' zero-shot one, which lm-evaluation-harness has too."""
@@ -204,7 +224,9 @@ class AGIEval(Task):
         self, protocol: Protocol, benchmark: Benchmark, record: Record, count: int
     ) -> Sequence[Record]:
         """Return as many examples as the prompts of 2023 have for this subset, numbered."""
-        wanted = benchmark.examples.get("sat-en" if record.subset == "sat-en-without-passage" else record.subset, ())
+        wanted = benchmark.examples.get(
+            "sat-en" if record.subset == "sat-en-without-passage" else record.subset, ()
+        )
         limit = min(count, EXAMPLES_2023.get(record.subset, count))
         shown = []
         for number, one in enumerate(wanted[:limit], 1):
@@ -218,11 +240,17 @@ class AGIEval(Task):
         """Make the prompts; the number of examples is a limit, as not all subsets have five."""
         if protocol.name != "ascendspeed":
             if num_fewshot:
-                raise EvaluationError(f"num_fewshot={num_fewshot}: protocol {protocol.name} of agieval is zero-shot; leave it out")
+                raise EvaluationError(
+                    f"num_fewshot={num_fewshot}: protocol {protocol.name} of agieval is zero-shot; leave it out"
+                )
             return super().samples(benchmark, protocol, 0)
         made = []
         for record in benchmark.records:
-            count = len(self.choose_examples(protocol, benchmark, record, protocol.num_fewshot if num_fewshot is None else num_fewshot))
+            count = len(
+                self.choose_examples(
+                    protocol, benchmark, record, protocol.num_fewshot if num_fewshot is None else num_fewshot
+                )
+            )
             fields = {**record.fields, "number": count + 1, "asked": True}
             asked = Record(record.id, record.subset, fields, record.target)
             made += super().samples(Benchmark([asked], benchmark.examples, ()), protocol, count)
@@ -255,7 +283,8 @@ class AGIEval(Task):
             target = fields["answer"] if cloze else fields["label"]
             if not cloze:
                 target = list(target)
-                if not target or any(letter not in LETTERS[: len(fields["options"])] for letter in target):
+                # Some lists hold a stray "。" beside the letters; the authors compare them as they are.
+                if not any(letter in LETTERS[: len(fields["options"])] for letter in target):
                     raise EvaluationError(f"{file}, line {number}: label={fields['label']!r} names no option")
             records.append(Record(f"{file.stem}/{number}", file.stem, {"passage": None, **fields}, target))
         return records
@@ -266,6 +295,8 @@ def _question_2023(record: Record) -> str:
     text = fields["passage"] or ""
     start = f"问题 {fields['number']}.   " if chinese else f"Problem {fields['number']}.   "
     if fields.get("asked"):
+        # 2023 asked the English questions of the Gaokao in Chinese, after English examples.
+        chinese = chinese or record.subset == "gaokao-english"
         # The question that is asked has its passage in a line of its own; examples have it before a space.
         text += ("\n" if text else "") + fields["question"]
         shown = "\n".join(fields["options"] or ())

@@ -75,6 +75,7 @@ class Protocol:
         header: what stands before the examples, with fields in braces.
         num_fewshot: examples in the prompt.
         separator: what stands between examples.
+        last_separator: what stands between the examples and the question, where it differs.
         answer_prefix: what stands between an example's question and its answer.
         normalised: also report accuracy by likelihood per character of the choice.
         extract: finds answers in a generated text: one `strict`, one `flexible`.
@@ -93,6 +94,7 @@ class Protocol:
     header: str = ""
     num_fewshot: int = 0
     separator: str = "\n\n"
+    last_separator: str | None = None
     answer_prefix: str = " "
     normalised: bool = False
     extract: Callable[[str, Record], Extracted] = whole_text
@@ -245,13 +247,12 @@ class Task(ABC):
                     f"num_fewshot={count} is more than the {len(examples)} examples that {self.name}, subset "
                     f"{record.subset}, has; give --num-fewshot {len(examples)} or the files with examples"
                 )
-            head = self.header(protocol, record) + "".join(
-                self.question(protocol, example)
-                + protocol.answer_prefix
-                + self.answer(protocol, example)
-                + protocol.separator
+            shown = [
+                self.question(protocol, example) + protocol.answer_prefix + self.answer(protocol, example)
                 for example in examples
-            )
+            ]
+            last = protocol.separator if protocol.last_separator is None else protocol.last_separator
+            head = self.header(protocol, record) + protocol.separator.join(shown) + (last if shown else "")
             shared = len(head) if self.shares_examples(protocol) else 0
             made.append(Sample(record, head + self.question(protocol, record), shared))
         return made
@@ -304,7 +305,9 @@ class Task(ABC):
             return {}
         chance = sum(len(protocol.targets(r)) / len(protocol.choices(r)) for r in records) / len(records)
         numbers = {number for record in records for number in protocol.targets(record)}
-        majority = max(sum(number in protocol.targets(r) for r in records) for number in numbers) / len(records)
+        majority = max(sum(number in protocol.targets(r) for r in records) for number in numbers) / len(
+            records
+        )
         return {"chance": chance, "majority": majority}
 
 

@@ -31,7 +31,10 @@ def after_answer_is(text: str, record: Record) -> Extracted:
     """
     strict = re.findall(r"(?<=the answer is )(.*)(?=.)", text)
     flexible = re.findall(r"answer is:?\s*(.*?)\.?\s*$", text, re.IGNORECASE | re.MULTILINE)
-    return {"strict": strict[0].strip() if strict else "[invalid]", "flexible": flexible[-1] if flexible else text}
+    return {
+        "strict": strict[0].strip() if strict else "[invalid]",
+        "flexible": flexible[-1] if flexible else text,
+    }
 
 
 def exact_text(text: str, record: Record) -> Extracted:

@@ -58,7 +58,9 @@ class BoolQ(Task):
         train = files[0].parent / "train.jsonl" if files else None
         records = [record for file in files for record in self._records(file)]
         not_empty(records, files, f"boolq reads {self.format}")
-        examples = self._records(train) if train is not None and train.is_file() and train not in files else []
+        examples = (
+            self._records(train) if train is not None and train.is_file() and train not in files else []
+        )
         return Benchmark(records, {"boolq": examples}, [*files, *([train] if examples and train else [])])
 
     def _records(self, file: Path) -> list[Record]:

@@ -126,10 +126,16 @@ class GSM8K(Task):
     ) -> Sequence[Record]:
         """Return the three examples of 2023."""
         made = [
-            Record(f"example/{number}", "gsm8k", {"question": f"Q: {question}\n\nA:", "answer": answer}, answer)
+            Record(
+                f"example/{number}", "gsm8k", {"question": f"Q: {question}\n\nA:", "answer": answer}, answer
+            )
             for number, (question, answer) in enumerate(EXAMPLES_2023)
         ]
-        return made[:count] if protocol.name == "ascendspeed" else super().choose_examples(protocol, benchmark, record, count)
+        return (
+            made[:count]
+            if protocol.name == "ascendspeed"
+            else super().choose_examples(protocol, benchmark, record, count)
+        )
 
     def samples(
         self, benchmark: Benchmark, protocol: Protocol, num_fewshot: int | None = None

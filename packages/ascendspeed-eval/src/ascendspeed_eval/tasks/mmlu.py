@@ -55,6 +55,7 @@ class MMLU(Task):
                 header=HEADER + "  {subject}.\n",
                 num_fewshot=5,
                 separator="\n",
+                last_separator="\n\n",
                 extract=first_letter,
                 matches=is_letter,
                 max_new_tokens=2,

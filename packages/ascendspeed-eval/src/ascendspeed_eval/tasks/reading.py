@@ -103,7 +103,9 @@ def read_csv(path: Path, columns: Sequence[str] | None = None) -> list[dict[str,
         columns: names, when the file has no header.
     """
     rows = list(csv.reader(io.StringIO(read_text(path), newline="")))
-    names = list(columns) if columns is not None else [name.lstrip("\ufeff") for name in rows[0]] if rows else []
+    names = (
+        list(columns) if columns is not None else [name.lstrip("\ufeff") for name in rows[0]] if rows else []
+    )
     body = rows if columns is not None else rows[1:]
     found = []
     for number, row in enumerate(body, 1 if columns is not None else 2):
