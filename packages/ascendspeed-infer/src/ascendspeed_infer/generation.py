@@ -15,6 +15,7 @@ from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.pipeline import forward_through_stages
 from ascendspeed_core.parallel.tensor import gather_logits
 from ascendspeed_data.errors import AscendSpeedError, ConfigError
+from ascendspeed_infer.forward import logits_at, make_cache
 from ascendspeed_infer.sampling import Sampling, choose_token
 
 
@@ -70,7 +71,7 @@ def generate_ids(
         AscendSpeedError: an empty prompt, or one that leaves no room for the new tokens.
     """
     check_length(len(prompt_ids), settings.max_new_tokens, model.config.max_position_embeddings)
-    cache = make_cache(model, mesh, len(prompt_ids) + settings.max_new_tokens)
+    cache = make_cache(model, mesh, 1, len(prompt_ids) + settings.max_new_tokens)
     generator = settings.sampling.generator()
     logits = prefill(model, mesh, torch.tensor([list(prompt_ids)], device=mesh.device.torch), cache)
     new_ids: list[int] = []
@@ -87,7 +88,8 @@ def prefill(
     model: Transformer, mesh: ParallelMesh, prompt: torch.Tensor, cache: KeyValueCache
 ) -> torch.Tensor:
     """Run the prompt [1, S], fill the cache, and return the logits of the token that follows, [V]."""
-    logits = forward_through_stages(model, mesh, prompt, cache)
+    last = torch.full((1, 1), prompt.shape[1] - 1, device=prompt.device)
+    logits = logits_at(model, mesh, prompt, last, cache)
     return gather_logits(logits[0, -1], model.config.vocab_size, mesh.group("tp"))
 
 
@@ -98,20 +100,6 @@ def decode_one_token(
     tokens = torch.tensor([[token]], device=mesh.device.torch)
     logits = forward_through_stages(model, mesh, tokens, cache)
     return gather_logits(logits[0, -1], model.config.vocab_size, mesh.group("tp"))
-
-
-def make_cache(model: Transformer, mesh: ParallelMesh, capacity_tokens: int) -> KeyValueCache:
-    """Return an empty cache for one text and this process's heads."""
-    config = model.config
-    return KeyValueCache(
-        num_layers=len(model.layers),
-        batch_size=1,
-        capacity_tokens=capacity_tokens,
-        num_key_value_heads=max(config.num_key_value_heads // mesh.layout.tp, 1),
-        head_dim=config.head_dim,
-        dtype=next(model.parameters()).dtype,
-        device=mesh.device.torch,
-    )
 
 
 def check_length(prompt_tokens: int, new_tokens: int, limit: int) -> None:

@@ -1,5 +1,6 @@
 """A model, its tokenizer and its place among processes, as one object."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from ascendspeed_data.tokenizer import Tokenizer, load_tokenizer
 from ascendspeed_infer.config import inference_layout
 from ascendspeed_infer.generation import GenerationSettings, check_length, generate_ids
 from ascendspeed_infer.sampling import Sampling
-from ascendspeed_infer.scoring import Score, loglikelihood
+from ascendspeed_infer.scoring import Pair, Score, loglikelihood
 
 SCORING_BATCH_SIZE = 8
 
@@ -102,12 +103,16 @@ class LanguageModel:
         device: str,
         dtype: str | None,
         parallel: ParallelConfig | None,
+        data_parallel: bool = False,
     ) -> "LanguageModel":
-        """Load the weights of a source; see `from_pretrained`."""
+        """Load the weights of a source; see `from_pretrained`.
+
+        With `data_parallel`, processes that the layout leaves over hold the model again, for the caller to share work out.
+        """
         folder = find_tokenizer(source, Path(tokenizer) if tokenizer is not None else None)
         parallel = parallel or ParallelConfig()
         world = world_of_environment()
-        layout = inference_layout(parallel, world.size)
+        layout = parallel.layout(world.size) if data_parallel else inference_layout(parallel, world.size)
         parallel.check_model(source.config)
         mesh = ParallelMesh.create(choose_device(device, world.local_rank, quiet=True), layout)
         opened = load_tokenizer(folder)
@@ -130,6 +135,7 @@ class LanguageModel:
         seed: int = 1234,
         stop: Sequence[str] = (),
         ignore_eos: bool = False,
+        max_tokens: int | None = None,
     ) -> list[Completion]:
         """Continue each prompt.
 
@@ -143,6 +149,7 @@ class LanguageModel:
             seed: of the draws, for each prompt anew.
             stop: texts that end a completion and are cut off.
             ignore_eos: go on past end ids.
+            max_tokens: prompts that with the new tokens are longer lose their beginning; by default they are an error.
 
         Raises:
             AscendSpeedError: a prompt that leaves no room.
@@ -153,19 +160,25 @@ class LanguageModel:
         settings = GenerationSettings(max_new_tokens, sampling, ends, tuple(stop))
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         encoded = [self.tokenizer.encode(text) for text in texts]
+        limit = self.model.config.max_position_embeddings
+        if max_tokens is not None:
+            room = min(max_tokens, limit) - max_new_tokens
+            check_length(1, max_new_tokens, min(max_tokens, limit))
+            encoded = [ids[-room:] for ids in encoded]
         for ids in encoded:
-            check_length(len(ids), max_new_tokens, self.model.config.max_position_embeddings)
+            check_length(len(ids), max_new_tokens, limit)
         return [self._complete(text, ids, settings) for text, ids in zip(texts, encoded, strict=True)]
 
     def loglikelihood(
         self,
-        pairs: Sequence[tuple[str, str]],
+        pairs: Sequence[tuple[str, str] | Pair],
         batch_size: int = SCORING_BATCH_SIZE,
         max_tokens: int | None = None,
     ) -> list[Score]:
         """Score continuations after their contexts; see `scoring.loglikelihood`."""
-        limit = max_tokens or self.model.config.max_position_embeddings
-        return loglikelihood(self.model, self.mesh, self.tokenizer, pairs, batch_size, limit)
+        limit = min(max_tokens or math.inf, self.model.config.max_position_embeddings)
+        scored = [pair if isinstance(pair, Pair) else Pair(*pair) for pair in pairs]
+        return loglikelihood(self.model, self.mesh, self.tokenizer, scored, batch_size, int(limit))
 
     @torch.no_grad()
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
