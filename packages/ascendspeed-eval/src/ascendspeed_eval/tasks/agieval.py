@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ascendspeed_eval.errors import EvaluationError
-from ascendspeed_eval.tasks.base import Benchmark, Extracted, Protocol, Record, Task
+from ascendspeed_eval.tasks.base import Benchmark, Extracted, Protocol, Record, Task, without_first_space
 from ascendspeed_eval.tasks.math_answers import find_answer, same_answer
 from ascendspeed_eval.tasks.reading import find_folder, read_csv, read_json_lines
 
@@ -40,7 +40,7 @@ def is_chinese(subset: str) -> bool:
 
 def line_of_2023(text: str, record: Record) -> Extracted:
     """Strict is the rule of 2023: the first line without `$`. Flexible: the rule of the authors."""
-    line = text.split("\n")[0].replace("$", "")
+    line = without_first_space(text).split("\n")[0].replace("$", "")
     return {"strict": line, "flexible": _author(text, record)}
 
 

@@ -51,6 +51,11 @@ def whole_text(text: str, record: Record) -> Extracted:
     return {"strict": text, "flexible": text.strip()}
 
 
+def without_first_space(text: str) -> str:
+    """Drop the space that begins an answer, as the tokenizers of 2023 did when they decoded it."""
+    return text.removeprefix(" ")
+
+
 def own_target(record: Record) -> Sequence[int]:
     """Take the record's target as the numbers of its right choices."""
     numbers: Sequence[int] = record.target

@@ -4,7 +4,6 @@ from importlib import resources
 from pathlib import Path
 from types import MappingProxyType
 
-from ascendspeed_eval.errors import EvaluationError
 from ascendspeed_eval.tasks.base import Benchmark, Protocol, Record, Task
 from ascendspeed_eval.tasks.reading import find_files, not_empty, read_json_lines
 

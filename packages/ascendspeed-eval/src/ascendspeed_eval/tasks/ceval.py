@@ -6,7 +6,15 @@ from types import MappingProxyType
 from typing import Any
 
 from ascendspeed_eval.errors import EvaluationError
-from ascendspeed_eval.tasks.base import Benchmark, Extracted, Protocol, Record, Task, letters
+from ascendspeed_eval.tasks.base import (
+    Benchmark,
+    Extracted,
+    Protocol,
+    Record,
+    Task,
+    letters,
+    without_first_space,
+)
 from ascendspeed_eval.tasks.ceval_subjects import SUBJECTS
 from ascendspeed_eval.tasks.reading import check_keys, find_folder, letter_index, read_csv
 
@@ -17,7 +25,7 @@ NO_LABELS = "the test split of C-Eval has no labels"
 def letter_in(text: str, record: Record) -> Extracted:
     """Strict is the rule of 2023: the whole text is the letter. Flexible: the first letter that stands by itself."""
     flexible = re.search(r"(?<![A-Za-z])([ABCD])(?![A-Za-z])", text)
-    return {"strict": text, "flexible": flexible[1] if flexible else None}
+    return {"strict": without_first_space(text), "flexible": flexible[1] if flexible else None}
 
 
 def is_letter(answer: Any, record: Record) -> bool:

@@ -8,7 +8,16 @@ from typing import Any
 from ascendspeed_eval.errors import UsageError
 from ascendspeed_eval.sandbox.run import run_program
 from ascendspeed_eval.statistics import pass_at_k
-from ascendspeed_eval.tasks.base import AskSettings, Benchmark, Protocol, Record, Sample, Scored, Task
+from ascendspeed_eval.tasks.base import (
+    AskSettings,
+    Benchmark,
+    Protocol,
+    Record,
+    Sample,
+    Scored,
+    Task,
+    without_first_space,
+)
 from ascendspeed_eval.tasks.reading import find_files, not_empty, read_json_lines
 
 STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
@@ -105,7 +114,7 @@ class HumanEval(Task):
         """Return the program that passes or fails."""
         if protocol.name == "ascendspeed":
             body = "from typing import List\nimport math\n" + kept_lines(
-                fields["prompt"] + " " + text, fields["entry_point"]
+                fields["prompt"] + " " + without_first_space(text), fields["entry_point"]
             )
         else:
             body = fields["prompt"] + text

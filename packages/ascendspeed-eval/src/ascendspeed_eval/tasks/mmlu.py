@@ -5,7 +5,15 @@ from types import MappingProxyType
 from typing import Any
 
 from ascendspeed_eval.errors import EvaluationError
-from ascendspeed_eval.tasks.base import Benchmark, Extracted, Protocol, Record, Task, letters
+from ascendspeed_eval.tasks.base import (
+    Benchmark,
+    Extracted,
+    Protocol,
+    Record,
+    Task,
+    letters,
+    without_first_space,
+)
 from ascendspeed_eval.tasks.mmlu_subjects import CATEGORIES
 from ascendspeed_eval.tasks.reading import find_folder, letter_index, read_csv
 
@@ -21,7 +29,8 @@ def first_letter(text: str, record: Record) -> Extracted:
     text begins. It spelled its class of letters `[A|B|C|D]`, which takes `|` too. Flexible: the first letter that
     stands by itself.
     """
-    strict = re.match(r".*([A|B|C|D])\..*", text) or re.match(r"([A|B|C|D])", text)
+    bare = without_first_space(text)
+    strict = re.match(r".*([A|B|C|D])\..*", bare) or re.match(r"([A|B|C|D])", bare)
     flexible = re.search(r"(?<![A-Za-z])([ABCD])(?![A-Za-z])", text)
     return {"strict": strict[1] if strict else None, "flexible": flexible[1] if flexible else None}
 
