@@ -125,8 +125,11 @@ def harness_model(folder: Path, batch_size: int = 8) -> Any:
     tokenizer = load_tokenizer(folder)
 
     class SameIds(HFLM):  # type: ignore[misc]
+        begins_texts = True
+        """Whether the tokenizer's own begin of text is kept; for whole texts the harness adds one itself."""
+
         def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:
-            return tokenizer.encode(string)
+            return tokenizer.encode(string, self.begins_texts)
 
         def tok_batch_encode(self, strings: list[str], left_truncate_len: int | None = None, **_: Any) -> Any:
             ids = [tokenizer.encode(text) for text in strings]

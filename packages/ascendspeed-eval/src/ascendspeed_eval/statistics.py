@@ -53,4 +53,4 @@ def mcnemar(only_first: int, only_second: int) -> float:
     if disagreements == 0:
         return 1.0
     tail = sum(comb(disagreements, n) for n in range(min(only_first, only_second) + 1))
-    return min(2 * tail / 2**disagreements, 1.0)
+    return float(min(2 * tail / 2**disagreements, 1.0))

@@ -110,6 +110,27 @@ def loglikelihood(
         AscendSpeedError: a continuation alone is longer than `max_tokens`.
     """
     rows = _rows(tokenizer, pairs, max_tokens)
+    scores = _score_all(model, mesh, rows, batch_size)
+    _settle(model, mesh, pairs, rows, scores)
+    return [scores[row] for row in rows]
+
+
+@torch.no_grad()
+def loglikelihood_of_ids(
+    model: Transformer,
+    mesh: ParallelMesh,
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    batch_size: int,
+) -> list[Score]:
+    """Score ids after ids; see `loglikelihood`."""
+    rows = [_Row((*before, *after), len(after), 0, 0) for before, after in pairs]
+    scores = _score_all(model, mesh, rows, batch_size)
+    return [scores[row] for row in rows]
+
+
+def _score_all(
+    model: Transformer, mesh: ParallelMesh, rows: Sequence[_Row], batch_size: int
+) -> dict[_Row, Score]:
     scores: dict[_Row, Score] = {}
     # Longest first: what does not fit into memory says so at once.
     ordered = sorted(dict.fromkeys(rows), key=lambda row: (row.prefix, -len(row.ids), row.ids))
@@ -119,8 +140,7 @@ def loglikelihood(
             if batch[0].num_prefix and cache is None:
                 cache = _read_prefix(model, mesh, batch[0].prefix)
             scores |= _score(model, mesh, batch, cache)
-    _settle(model, mesh, pairs, rows, scores)
-    return [scores[row] for row in rows]
+    return scores
 
 
 def _rows(tokenizer: Tokenizer, pairs: Sequence[Pair], max_tokens: int) -> list[_Row]:

@@ -10,7 +10,7 @@ from typing import Any
 from ascendspeed_eval.errors import EvaluationError
 from ascendspeed_eval.tasks.base import Benchmark, Extracted, Protocol, Record, Task, without_first_space
 from ascendspeed_eval.tasks.math_answers import find_answer, same_answer
-from ascendspeed_eval.tasks.reading import find_folder, read_csv, read_json_lines
+from ascendspeed_eval.tasks.reading import Kinds, find_folder, read_csv, read_json_lines
 
 ENGLISH = (
     "aqua-rat", "gaokao-english", "logiqa-en", "lsat-ar", "lsat-lr", "lsat-rc", "sat-en", "sat-en-without-passage",
@@ -207,7 +207,7 @@ class AGIEval(Task):
         if protocol.name == "ascendspeed":
             return _question_2023(record)
         fields, chinese = record.fields, is_chinese(record.subset)
-        text = (fields["passage"] or "") + ("问题：" if chinese else "Q: ") + fields["question"]
+        text = str(fields["passage"] or "") + ("问题：" if chinese else "Q: ") + fields["question"]
         if record.subset in CLOZE:
             return text + ("\n答案：" if chinese else "\nA: The answer is")
         last = LETTERS[(len(fields["options"]) if len(fields["options"]) > 1 else 4 if chinese else 5) - 1]
@@ -277,7 +277,8 @@ class AGIEval(Task):
     @staticmethod
     def _records(file: Path) -> list[Record]:
         cloze = file.stem in CLOZE
-        keys = {"question": str, **({"answer": str} if cloze else {"options": list, "label": (str, list)})}
+        wanted: Kinds = {"answer": str} if cloze else {"options": list, "label": (str, list)}
+        keys: Kinds = {"question": str, **wanted}
         records = []
         for number, fields in read_json_lines(file, keys):
             target = fields["answer"] if cloze else fields["label"]
@@ -292,7 +293,7 @@ class AGIEval(Task):
 
 def _question_2023(record: Record) -> str:
     fields, chinese = record.fields, is_chinese(record.subset)
-    text = fields["passage"] or ""
+    text = str(fields["passage"] or "")
     start = f"问题 {fields['number']}.   " if chinese else f"Problem {fields['number']}.   "
     if fields.get("asked"):
         # 2023 asked the English questions of the Gaokao in Chinese, after English examples.
@@ -303,7 +304,7 @@ def _question_2023(record: Record) -> str:
         choose = "\n从以下选项中选择:\n" if chinese else "\nChoose from the following options:\n"
         return start + text + "\n" + choose + "\n" + shown + "\n" + ("\n答案：" if chinese else "\nAnswer:")
     if record.subset in CLOZE:
-        return start + fields["question"] + ("\n答案:" if chinese else "\nAnswer:")
+        return start + str(fields["question"]) + ("\n答案:" if chinese else "\nAnswer:")
     choose = "\n从以下选项中选择:\n" if chinese else "\nChoose from the following options:\n"
     shown = "\n".join(fields["options"])
     return start + text + " " + fields["question"] + choose + shown + ("\n答案:" if chinese else "\nAnswer:")
