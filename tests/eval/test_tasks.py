@@ -261,3 +261,40 @@ def test_two_runs_are_compared(tmp_path: Path) -> None:
     assert "6 samples gained, 0 lost; exact McNemar test p = 0.0312" in shown
     assert "Difference +0.5000" in shown
     assert "| dev-1 | 0 | 1 | No | Yes |" in shown
+
+
+@needs_shared_data
+@pytest.mark.parametrize("name", ["boolq", "mmlu", "gsm8k", "human_eval", "ceval"])
+def test_a_hugging_face_dataset_gives_the_same_prompts(name: str, tmp_path: Path) -> None:
+    """Made from the original files in the hub's columns and file names."""
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    from ascendspeed_eval.hub import DATASETS, write_files
+
+    task = find_task(name)
+    wanted = prepare(task, task.protocols["lm-eval"], str(BENCHMARK_FOLDERS[name]), limit=3)
+    splits: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    asked, shown = DATASETS[name].splits[0], (*DATASETS[name].splits, "")[1]
+    for split, records in (
+        (asked, wanted.benchmark.records),
+        (shown, [r for part in wanted.benchmark.examples.values() for r in part]),
+    ):
+        for record in records:
+            row = dict(record.fields)
+            if name == "mmlu":
+                row = {
+                    "question": row["question"],
+                    "subject": record.subset,
+                    "choices": [row[c] for c in "ABCD"],
+                    "answer": record.target[0],
+                }
+            config = record.subset if name == "ceval" else DATASETS[name].configs[0]
+            splits.setdefault((config, split), []).append(row)
+    for (config, split), rows in splits.items():
+        (tmp_path / "hub" / config).mkdir(parents=True, exist_ok=True)
+        datasets.Dataset.from_list(rows).to_parquet(
+            tmp_path / "hub" / config / f"{split}-00000-of-00001.parquet"
+        )
+    (tmp_path / "files").mkdir()
+    folder = write_files(name, f"hf:{tmp_path / 'hub'}", tmp_path / "files")
+    found = prepare(task, task.protocols["lm-eval"], folder)
+    assert {s.prompt for s in found.samples} == {s.prompt for s in wanted.samples}

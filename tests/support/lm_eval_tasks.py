@@ -140,7 +140,9 @@ def harness_model(folder: Path, batch_size: int = 8) -> Any:
             return torch.tensor(padded), torch.tensor(mask)
 
         def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> str:
-            return tokenizer.decode([int(token) for token in tokens])
+            ids = [tokens] if isinstance(tokens, int) else [int(token) for token in tokens]
+            # The harness asks for the spelling of the end of text, to stop there.
+            return "</s>" if ids == [tokenizer.eos_id] else tokenizer.decode(ids)
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     fast = _stand_in(PreTrainedTokenizerFast)

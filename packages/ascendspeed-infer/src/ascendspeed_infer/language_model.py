@@ -26,6 +26,8 @@ from ascendspeed_infer.sampling import Sampling
 from ascendspeed_infer.scoring import Pair, Score, loglikelihood
 
 SCORING_BATCH_SIZE = 8
+ANCHOR_TOKENS = 16
+"""Ids of a prompt that new ids are decoded after, so that the space before the first is kept."""
 
 
 @dataclass(frozen=True)
@@ -188,10 +190,13 @@ class LanguageModel:
         return gather_logits(logits[0], self.model.config.vocab_size, self.mesh.group("tp"))
 
     def _complete(self, prompt: str, ids: Sequence[int], settings: GenerationSettings) -> Completion:
+        # Only the last ids of the prompt: decoding all of it again at every token would cost more than the model does.
+        anchor = ids[-ANCHOR_TOKENS:]
+        before = self.tokenizer.decode(anchor)
+
         def text_of(new_ids: Sequence[int]) -> str:
             kept = [token for token in new_ids if token not in settings.eos_ids]
-            before = self.tokenizer.decode(ids)
-            whole = self.tokenizer.decode([*ids, *kept])
+            whole = self.tokenizer.decode([*anchor, *kept])
             return whole[len(before) :] if whole.startswith(before) else self.tokenizer.decode(kept)
 
         def ends(new_ids: Sequence[int]) -> bool:

@@ -5,12 +5,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
 
 from ascendspeed_eval.backends import Backends, find_backends
 from ascendspeed_eval.errors import EvaluationError, UsageError
+from ascendspeed_eval.hub import PREFIX, write_files
 from ascendspeed_eval.progress import log
 from ascendspeed_eval.report import markdown, warnings
 from ascendspeed_eval.runner import Evaluation, prepare
@@ -92,20 +94,21 @@ def evaluate(
     if "seq_length" in {option.name for option in backend.options} and found_protocol.seq_length:
         own.setdefault("seq_length", found_protocol.seq_length)
     ask = AskSettings(max_new_tokens, num_samples, temperature, seed, allow_code_execution)
-    evaluation = prepare(
-        found_task, found_protocol, task_data_path, subsets=subset or (), limit=limit, num_fewshot=num_fewshot,
-        ask=ask, seed=seed,
-    )  # fmt: skip
-    if backend.launch(own, sys.argv[1:]):
-        return
-    with backend.open(own) as model:
-        if model is not None:
-            _measure(evaluation, model, output_dir)
+    with TemporaryDirectory(prefix="asd-eval-data-") as scratch:
+        if task_data_path.startswith(PREFIX):
+            task_data_path = write_files(found_task.name, task_data_path, Path(scratch))
+        evaluation = prepare(
+            found_task, found_protocol, task_data_path, subsets=subset or (), limit=limit, num_fewshot=num_fewshot,
+            ask=ask, seed=seed,
+        )  # fmt: skip
+        if backend.launch(own, sys.argv[1:]):
+            return
+        with backend.open(own) as model:
+            if model is not None:
+                _measure(evaluation, model, output_dir)
 
 
 def _measure(evaluation: Evaluation, model: Any, output_dir: Path | None) -> None:
-    from tempfile import TemporaryDirectory
-
     if output_dir is not None:
         results = run_evaluation(evaluation, model, output_dir)
         log(f"wrote {output_dir}/results.json, samples.jsonl, report.md, report.html")

@@ -207,7 +207,7 @@ class AGIEval(Task):
         if protocol.name == "ascendspeed":
             return _question_2023(record)
         fields, chinese = record.fields, is_chinese(record.subset)
-        text = str(fields["passage"] or "") + ("问题：" if chinese else "Q: ") + fields["question"]
+        text = str(fields["passage"] or "") + ("问题：" if chinese else "Q: ") + str(fields["question"])
         if record.subset in CLOZE:
             return text + ("\n答案：" if chinese else "\nA: The answer is")
         last = LETTERS[(len(fields["options"]) if len(fields["options"]) > 1 else 4 if chinese else 5) - 1]
@@ -293,21 +293,21 @@ class AGIEval(Task):
 
 def _question_2023(record: Record) -> str:
     fields, chinese = record.fields, is_chinese(record.subset)
-    text = str(fields["passage"] or "")
+    text, asked = str(fields["passage"] or ""), str(fields["question"])
     start = f"问题 {fields['number']}.   " if chinese else f"Problem {fields['number']}.   "
     if fields.get("asked"):
         # 2023 asked the English questions of the Gaokao in Chinese, after English examples.
         chinese = chinese or record.subset == "gaokao-english"
         # The question that is asked has its passage in a line of its own; examples have it before a space.
-        text += ("\n" if text else "") + fields["question"]
+        text += ("\n" if text else "") + asked
         shown = "\n".join(fields["options"] or ())
         choose = "\n从以下选项中选择:\n" if chinese else "\nChoose from the following options:\n"
         return start + text + "\n" + choose + "\n" + shown + "\n" + ("\n答案：" if chinese else "\nAnswer:")
     if record.subset in CLOZE:
-        return start + str(fields["question"]) + ("\n答案:" if chinese else "\nAnswer:")
+        return start + asked + ("\n答案:" if chinese else "\nAnswer:")
     choose = "\n从以下选项中选择:\n" if chinese else "\nChoose from the following options:\n"
     shown = "\n".join(fields["options"])
-    return start + text + " " + fields["question"] + choose + shown + ("\n答案:" if chinese else "\nAnswer:")
+    return start + text + " " + asked + choose + shown + ("\n答案:" if chinese else "\nAnswer:")
 
 
 def read_examples(path: Path) -> dict[str, list[Record]]:
