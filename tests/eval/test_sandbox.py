@@ -1,6 +1,6 @@
 """Programs that a model might write: each attack fails, changes nothing, and is scored as a failure."""
 
-import os
+import tempfile
 import time
 from pathlib import Path
 
@@ -16,7 +16,10 @@ ATTACKS = {
     "processes without fork": "import subprocess, sys\nsubprocess.run([sys.executable, '-c', 'pass'], check=True)",
     "infinite loop": "while True:\n    pass",
     "sleeps for ever": "import time\ntime.sleep(1000)",
-    "ignores signals and loops": "import signal\nfor n in range(1, 32):\n    try: signal.signal(n, signal.SIG_IGN)\n    except Exception: pass\nwhile True: pass",
+    "ignores signals and loops": (
+        "import signal\nfor n in range(1, 32):\n    try: signal.signal(n, signal.SIG_IGN)\n    except Exception: pass\n"
+        "while True: pass"
+    ),
     "100 GB": "block = bytearray(100 * 10**9)",
     "memory bit by bit": "blocks = []\nwhile True:\n    blocks.append(bytearray(10**8))",
     "reads the environment": "import os\nassert os.environ.get('SECRET_OF_THE_TEST')",
@@ -32,7 +35,10 @@ ATTACKS = {
     "fills the disk": "with open('big', 'wb') as file:\n    while True:\n        file.write(bytes(10**6))",
     "network": "import socket\nsocket.create_connection(('127.0.0.1', 1), 1)",
     "reads stdin": "assert input()",
-    "inherited descriptors": "import os\nfor n in range(3, 64):\n    try: os.read(n, 1)\n    except OSError: continue\n    break\nelse:\n    raise OSError('none')",
+    "inherited descriptors": (
+        "import os\nfor n in range(3, 64):\n    try: os.read(n, 1)\n    except OSError: continue\n    break\nelse:\n"
+        "    raise OSError('none')"
+    ),
     "raises its limits": "import resource\nresource.setrlimit(resource.RLIMIT_AS, (-1, -1))",
     "ends early with success": "import sys\nsys.exit(0)",
     "ends at once with success": "import os\nos._exit(0)",
@@ -65,9 +71,10 @@ def test_honest_programs_pass() -> None:
         "thread = threading.Thread(target=lambda: None)\nthread.start()\nthread.join()\n"
         "open('scratch.txt', 'w').write('x')\nprint(open('scratch.txt').read())\nassert math.sqrt(4) == 2"
     )
+    before = set(Path(tempfile.gettempdir()).glob("asd-eval-*"))
     outcome = run_program(program)
     assert outcome.passed, outcome
-    assert not any(Path(path).name.startswith("asd-eval-") for path in os.listdir(os.getcwd()))
+    assert set(Path(tempfile.gettempdir()).glob("asd-eval-*")) == before
 
 
 def test_pass_at_k() -> None:

@@ -19,7 +19,7 @@ def task_results(
     """
     labelled = [one for one in scored if one.target != []]
     values = [one.scores for one in labelled]
-    # A task may score some samples by another name (AGIEval's cloze questions); the first name of a sample is its main one.
+    # A task may score some samples by another name (AGIEval's cloze questions); the first of a sample is its main one.
     main = [next(iter(one.values())) for one in values]
     asked = {record.id for record in records} & {one.id for one in labelled}
     by_subset: dict[str, list[float]] = {}

@@ -14,7 +14,8 @@ body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 62rem
 table { border-collapse: collapse; margin: 1rem 0; } td, th { border: 1px solid #d4dbe2; padding: .25rem .6rem; }
 th { background: #f2f5f8; text-align: left; } td.n { text-align: right; font-variant-numeric: tabular-nums; }
 .score { font-size: 2.4rem; font-weight: 600; } .note { background: #fff6dd; padding: .5rem 1rem; }
-pre { background: #f6f8fa; padding: .6rem; white-space: pre-wrap; overflow-wrap: anywhere; max-height: 20rem; overflow: auto; }
+pre { background: #f6f8fa; padding: .6rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+pre { max-height: 20rem; overflow: auto; }
 .right { color: #1a7f37; } .wrong { color: #b42318; } code { overflow-wrap: anywhere; }
 """
 

@@ -225,10 +225,8 @@ def _write_submission(folder: Path, scored: Sequence[Scored]) -> None:
         return
     answers: dict[str, dict[str, str]] = {}
     for one in unlabelled:
-        if one.answer is not None:
-            letter = one.choices[one.answer].strip()
-        else:
-            letter = str(one.extracted.get("flexible") or "")
+        found = one.choices[one.answer] if one.answer is not None else one.extracted.get("flexible")
+        letter = str(found or "").strip()
         answers.setdefault(one.subset, {})[one.id.rpartition("/")[2]] = letter
     write_atomically(folder / SUBMISSION, json.dumps(answers, indent=2, ensure_ascii=False) + "\n")
     log(

@@ -109,7 +109,7 @@ class LanguageModel:
     ) -> "LanguageModel":
         """Load the weights of a source; see `from_pretrained`.
 
-        With `data_parallel`, processes that the layout leaves over hold the model again, for the caller to share work out.
+        With `data_parallel`, processes that the layout leaves over hold the model again; the caller shares work out.
         """
         folder = find_tokenizer(source, Path(tokenizer) if tokenizer is not None else None)
         parallel = parallel or ParallelConfig()

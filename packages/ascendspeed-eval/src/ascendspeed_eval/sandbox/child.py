@@ -1,4 +1,6 @@
-"""The untrusted side: confine this process, then run the program. Started by path, so it imports only the standard library.
+"""The untrusted side: confine this process, then run the program.
+
+Started by path, so it imports only the standard library.
 
 Arguments: scratch folder, file descriptor of the secret, file descriptor of the verdict, limits of memory and file
 size in bytes, limit of processor time in seconds.
@@ -11,6 +13,7 @@ import platform
 import resource
 import struct
 import sys
+from pathlib import Path
 
 NOBODY = 65534
 PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS, PR_SET_DUMPABLE = 1, 22, 38, 4
@@ -95,7 +98,7 @@ WRITE_RIGHTS_BY_ABI = {1: 0x1FFF, 2: 0x3FFF, 3: 0x7FFF}
 
 
 def limit_files(libc: ctypes.CDLL, scratch: str) -> bool:
-    """Allow reading Python's own files and everything in the scratch folder with Landlock; say whether the kernel has it."""
+    """Allow reading Python's own files, and all in the scratch folder, with Landlock; say whether the kernel has it."""
     abi = libc.syscall(LANDLOCK_CREATE, None, ctypes.c_size_t(0), ctypes.c_uint(1))
     if abi < 1:
         return False
@@ -105,7 +108,7 @@ def limit_files(libc: ctypes.CDLL, scratch: str) -> bool:
     if ruleset < 0:
         return False
     places = {
-        os.path.dirname(os.__file__),
+        str(Path(os.__file__).parent),
         sys.base_prefix + "/lib",
         "/usr/lib",
         "/lib",
@@ -122,7 +125,7 @@ def limit_files(libc: ctypes.CDLL, scratch: str) -> bool:
             folder = os.open(place, os.O_PATH | os.O_CLOEXEC)
         except OSError:
             continue
-        if not os.path.isdir(place):
+        if not Path(place).is_dir():
             rights &= 1 | 2 | 4
         rule = struct.pack("=Qi", rights, folder)
         if libc.syscall(LANDLOCK_ADD, ruleset, ctypes.c_int(1), rule, ctypes.c_uint(0)) < 0:
@@ -135,11 +138,8 @@ def limit_files(libc: ctypes.CDLL, scratch: str) -> bool:
 
 def leave_root() -> bool:
     """Become nobody, if this is root and nobody can read Python's files; say whether that was done."""
-    place = os.path.dirname(os.__file__)
-    while place != "/":
-        if not os.stat(place).st_mode & 0o001:
-            return False
-        place = os.path.dirname(place)
+    if not all(folder.stat().st_mode & 0o001 for folder in Path(os.__file__).parents):
+        return False
     if os.getuid() != 0:
         return False
     try:
@@ -184,8 +184,7 @@ def main() -> None:
     scratch, secret_in, verdict_out, memory_bytes, file_bytes, seconds = sys.argv[1:7]
     secret = os.read(int(secret_in), 64)
     os.close(int(secret_in))
-    with open(os.path.join(scratch, "program.py"), "rb") as file:  # noqa: PTH123, PTH118 - imports little
-        program = file.read().decode("utf-8", "surrogatepass")
+    program = (Path(scratch) / "program.py").read_bytes().decode("utf-8", "surrogatepass")
     held = confine(scratch, int(memory_bytes), int(file_bytes), int(seconds))
     os.write(int(verdict_out), (" ".join(held) + "\n").encode())
     sys.argv = ["program.py"]

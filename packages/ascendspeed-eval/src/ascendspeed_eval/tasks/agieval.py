@@ -203,7 +203,7 @@ class AGIEval(Task):
         )
 
     def question(self, protocol: Protocol, record: Record) -> str:
-        """Return the question in the form of 2023, or the authors' zero-shot one, which lm-evaluation-harness has too."""
+        """Return the question in the form of 2023, or the authors' zero-shot one, which the harness has too."""
         if protocol.name == "ascendspeed":
             return _question_2023(record)
         fields, chinese = record.fields, is_chinese(record.subset)

@@ -68,7 +68,7 @@ def _loosely(extract: Any) -> Any:
 
 
 class BBH(Task):
-    """The folders `bbh` (one JSON file per task) and `cot-prompts` (one text per task) of suzgunmirac/BIG-Bench-Hard."""
+    """The folders `bbh` (a JSON file per task) and `cot-prompts` (a text per task) of suzgunmirac/BIG-Bench-Hard."""
 
     name = "bbh"
     version = 1
@@ -80,7 +80,7 @@ class BBH(Task):
         {
             "ascendspeed": Protocol(
                 "ascendspeed",
-                "3-shot without reasoning, greedy text; the first line is the answer (the rule of the 2023 AscendSpeed)",
+                "3-shot without reasoning, greedy text; the first line is the answer (rule of the 2023 AscendSpeed)",
                 QUESTION,
                 header="{description}\n\n",
                 num_fewshot=3,

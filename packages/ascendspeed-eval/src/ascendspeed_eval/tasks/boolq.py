@@ -51,7 +51,7 @@ class BoolQ(Task):
             files = [Path(str(resources.files("ascendspeed_eval") / "samples" / "boolq.jsonl"))]
         else:
             place = Path(path)
-            hint = f"boolq reads {self.format} (--task-data-path sample takes the small file that comes with the package)"
+            hint = f"boolq reads {self.format} (--task-data-path sample takes the small file of the package)"
             found = find_files(path, ("*.jsonl",), hint)
             files = [file for file in found if file.stem != "train"] if place.is_dir() else found
         train = files[0].parent / "train.jsonl" if files else None

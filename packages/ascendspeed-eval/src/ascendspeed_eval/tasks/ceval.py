@@ -45,7 +45,9 @@ class CEval(Task):
     version = 1
     summary = "Chinese multiple-choice questions of 52 subjects"
     size = "1,346 (val split), 12,342 (test split, no labels), 52 subjects"
-    format = "folders dev and val (or test) of <subject>_dev.csv, <subject>_val.csv with header id,question,A,B,C,D,answer"
+    format = (
+        "folders dev and val (or test) of <subject>_dev.csv, <subject>_val.csv (id,question,A,B,C,D,answer)"
+    )
     groups = MappingProxyType(_by_category())
     reference_scores = (("LLaMA-7B", "2023 README, 5-shot, val split", 0.408),)
     protocols = MappingProxyType(

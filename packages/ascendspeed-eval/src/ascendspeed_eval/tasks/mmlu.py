@@ -59,7 +59,7 @@ class MMLU(Task):
         {
             "ascendspeed": Protocol(
                 "ascendspeed",
-                "5-shot, greedy text; a letter before a full stop, or at the beginning (the rule of the 2023 AscendSpeed)",
+                "5-shot, greedy text; a letter before a full stop, or at the beginning (rule of the 2023 AscendSpeed)",
                 QUESTION,
                 header=HEADER + "  {subject}.\n",
                 num_fewshot=5,
