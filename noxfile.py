@@ -9,7 +9,16 @@ import nox
 ROOT = Path(__file__).parent
 PACKAGES = ("data", "core", "ckpt", "infer", "eval")
 CONSTRAINTS = ROOT / "constraints.txt"
-TEST_TOOLS = ("pytest", "pytest-xdist", "transformers", "protobuf", "lm_eval", "accelerate", "peft", "datasets")
+TEST_TOOLS = (
+    "pytest",
+    "pytest-xdist",
+    "transformers",
+    "protobuf",
+    "lm_eval",
+    "accelerate",
+    "peft",
+    "datasets",
+)
 
 nox.options.sessions = ["tests"]
 nox.options.reuse_existing_virtualenvs = True

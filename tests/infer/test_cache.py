@@ -26,7 +26,7 @@ def decoded_and_whole(
     mesh = ParallelMesh.create(Device("cpu"), layout)
     model = load_model(open_weights(Path(folder)), mesh, torch.float64).eval()
     tokens = torch.randint(0, 125, (1, LENGTH), generator=torch.Generator().manual_seed(2))
-    cache = make_cache(model, mesh, LENGTH)
+    cache = make_cache(model, mesh, 1, LENGTH)
     pieces = [forward_through_stages(model, mesh, part, cache) for part in tokens.split(parts, dim=1)]
     whole = forward_through_stages(model, mesh, tokens)
     group = mesh.group("tp")

@@ -15,7 +15,6 @@ from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.pipeline import forward_through_stages
 from ascendspeed_core.parallel.tensor import gather_logits
 from ascendspeed_data.errors import AscendSpeedError, ConfigError
-from ascendspeed_infer.forward import logits_at, make_cache
 from ascendspeed_infer.sampling import Sampling, choose_token
 
 
@@ -89,7 +88,7 @@ def prefill(
 ) -> torch.Tensor:
     """Run the prompt [1, S], fill the cache, and return the logits of the token that follows, [V]."""
     last = torch.full((1, 1), prompt.shape[1] - 1, device=prompt.device)
-    logits = logits_at(model, mesh, prompt, last, cache)
+    logits = forward_through_stages(model, mesh, prompt, cache, last)
     return gather_logits(logits[0, -1], model.config.vocab_size, mesh.group("tp"))
 
 
@@ -100,6 +99,22 @@ def decode_one_token(
     tokens = torch.tensor([[token]], device=mesh.device.torch)
     logits = forward_through_stages(model, mesh, tokens, cache)
     return gather_logits(logits[0, -1], model.config.vocab_size, mesh.group("tp"))
+
+
+def make_cache(
+    model: Transformer, mesh: ParallelMesh, batch_size: int, capacity_tokens: int
+) -> KeyValueCache:
+    """Return an empty cache for this process's heads."""
+    config = model.config
+    return KeyValueCache(
+        num_layers=len(model.layers),
+        batch_size=batch_size,
+        capacity_tokens=capacity_tokens,
+        num_key_value_heads=max(config.num_key_value_heads // mesh.layout.tp, 1),
+        head_dim=config.head_dim,
+        dtype=next(model.parameters()).dtype,
+        device=mesh.device.torch,
+    )
 
 
 def check_length(prompt_tokens: int, new_tokens: int, limit: int) -> None:

@@ -18,10 +18,11 @@ import torch
 from ascendspeed_core.models.cache import KeyValueCache
 from ascendspeed_core.models.transformer import Transformer
 from ascendspeed_core.parallel.mesh import ParallelMesh
+from ascendspeed_core.parallel.pipeline import forward_through_stages
 from ascendspeed_core.parallel.tensor import gather_logits
 from ascendspeed_data.errors import AscendSpeedError
 from ascendspeed_data.tokenizer import Tokenizer
-from ascendspeed_infer.forward import logits_at, make_cache
+from ascendspeed_infer.generation import make_cache
 
 SHORTEST_PREFIX_TOKENS = 32
 """A shorter beginning is not worth keeping."""
@@ -219,7 +220,8 @@ def _read_prefix(model: Transformer, mesh: ParallelMesh, prefix: Sequence[int]) 
     cache = make_cache(model, mesh, 1, len(prefix))
     device = mesh.device.torch
     tokens = torch.tensor([list(prefix)], device=device)
-    logits_at(model, mesh, tokens, torch.zeros(1, 1, dtype=torch.long, device=device), cache)
+    nowhere = torch.zeros(1, 1, dtype=torch.long, device=device)
+    forward_through_stages(model, mesh, tokens, cache, nowhere)
     return cache
 
 
@@ -239,7 +241,7 @@ def _score(
     places = (ends.unsqueeze(1) - width + torch.arange(width)).clamp(min=0)
     cache = _with_prefix(model, mesh, prefix, len(texts), length)
     device = mesh.device.torch
-    logits = logits_at(model, mesh, tokens.to(device), places.to(device), cache)
+    logits = forward_through_stages(model, mesh, tokens.to(device), cache, places.to(device))
     whole = gather_logits(logits, model.config.vocab_size, mesh.group("tp"))
     wide = whole if whole.dtype == torch.float64 else whole.float()
     number = {text: place for place, text in enumerate(texts)}

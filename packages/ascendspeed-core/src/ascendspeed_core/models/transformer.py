@@ -85,6 +85,7 @@ class Transformer(nn.Module):
         positions: torch.Tensor | None = None,
         cache: KeyValueCache | None = None,
         stage: Stage | None = None,
+        read_at: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return the logits of the next token at every place: [B, S] -> [B, S, V].
 
@@ -93,6 +94,7 @@ class Transformer(nn.Module):
             positions: place of each token in its text, [B, S]; by default they follow what the cache holds.
             cache: earlier keys and values of the same texts.
             stage: which of this module's stages to run, when it holds several.
+            read_at: places whose logits are wanted, [B, P], when not all are: the head is a model's largest matrix.
 
         Returns:
             Logits; from a stage before the last one its hidden states, [B, S, H].
@@ -111,6 +113,8 @@ class Transformer(nn.Module):
             cache.advance(positions.shape[1])
         if not stage.is_last or self.output_head is None or self.final_norm is None:
             return x
+        if read_at is not None:
+            x = x.gather(1, read_at.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
         logits: torch.Tensor = self.output_head(self.final_norm(x))
         return logits
 
