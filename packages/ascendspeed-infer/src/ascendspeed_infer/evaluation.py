@@ -192,7 +192,7 @@ class ServedModel:
         mesh = self._model.mesh
         shares = share_out(requests, mesh.layout.dp)
         mine = [requests[number] for number in shares[mesh.dp_rank]]
-        answers = self._score(mine) if name == "loglikelihood" else [self._continue(one) for one in mine]
+        answers = self._score(mine) if name == "loglikelihood" else self._continue(mine)
         if mesh.layout.dp == 1:
             return answers
         from ascendspeed_core.parallel.mesh import gather_objects
@@ -208,20 +208,18 @@ class ServedModel:
         pairs = [Pair(*request) for request in requests]
         return list(self._model.loglikelihood(pairs, self._batch_size, self._max_tokens)) if pairs else []
 
-    def _continue(self, request: Any) -> Text:
-        prompt, max_new_tokens, stop, temperature, seed = request
+    def _continue(self, requests: list[Any]) -> list[Text]:
+        from ascendspeed_infer.language_model import GenerationRequest
+
         limit = self._max_tokens or self._model.model.config.max_position_embeddings
-        (done,) = self._model.generate(
-            prompt,
-            max_new_tokens=max_new_tokens,
-            stop=stop,
-            do_sample=temperature > 0,
-            temperature=temperature or 1.0,
-            seed=seed,
-            max_tokens=limit,
-        )
-        cut = len(self._model.tokenizer.encode(prompt)) - len(done.prompt_token_ids)
-        return Text(done.text, done.finish_reason, cut)
+        asked = [GenerationRequest(*request) for request in requests]
+        texts = []
+        for one, done in zip(
+            asked, self._model.generate_together(asked, self._batch_size, limit), strict=True
+        ):
+            cut = len(self._model.tokenizer.encode(one.prompt)) - len(done.prompt_token_ids)
+            texts.append(Text(done.text, done.finish_reason, cut))
+        return texts
 
     def _broadcast(self, call: Any) -> Any:
         """Send a call from the first process to all; `None` ends the service."""

@@ -21,7 +21,12 @@ from ascendspeed_core.weights import NativeSource, WeightSource, open_source
 from ascendspeed_data.errors import AscendSpeedError
 from ascendspeed_data.tokenizer import Tokenizer, load_tokenizer
 from ascendspeed_infer.config import inference_layout
-from ascendspeed_infer.generation import GenerationSettings, check_length, generate_ids
+from ascendspeed_infer.generation import (
+    GenerationSettings,
+    check_length,
+    generate_ids,
+    generate_together,
+)
 from ascendspeed_infer.sampling import Sampling
 from ascendspeed_infer.scoring import Pair, Score, loglikelihood
 
@@ -47,6 +52,25 @@ class Completion:
     token_ids: tuple[int, ...]
     finish_reason: Literal["length", "stop"]
     prompt_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """A prompt, and how it is continued.
+
+    Attributes:
+        prompt: text.
+        max_new_tokens: at most so many.
+        stop: texts that end it.
+        temperature: 0 takes the likeliest token; otherwise tokens are drawn.
+        seed: of the draws.
+    """
+
+    prompt: str
+    max_new_tokens: int
+    stop: tuple[str, ...] = ()
+    temperature: float = 0.0
+    seed: int = 1234
 
 
 class LanguageModel:
@@ -157,9 +181,9 @@ class LanguageModel:
             AscendSpeedError: a prompt that leaves no room.
         """
         sampling = Sampling(do_sample, temperature, top_k, top_p, seed)
-        eos_ids = () if ignore_eos else self.model.config.eos_token_ids or (self.tokenizer.eos_id,)
-        ends = tuple(token for token in eos_ids if token is not None)
-        settings = GenerationSettings(max_new_tokens, sampling, ends, tuple(stop))
+        settings = GenerationSettings(
+            max_new_tokens, sampling, () if ignore_eos else self._end_ids(), tuple(stop)
+        )
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         encoded = [self.tokenizer.encode(text) for text in texts]
         limit = self.model.config.max_position_embeddings
@@ -169,7 +193,48 @@ class LanguageModel:
             encoded = [ids[-room:] for ids in encoded]
         for ids in encoded:
             check_length(len(ids), max_new_tokens, limit)
-        return [self._complete(text, ids, settings) for text, ids in zip(texts, encoded, strict=True)]
+        return [
+            self._complete([text], [ids], [settings])[0] for text, ids in zip(texts, encoded, strict=True)
+        ]
+
+    def generate_together(
+        self, requests: Sequence[GenerationRequest], batch_size: int, max_tokens: int
+    ) -> list[Completion]:
+        """Continue several prompts at once, each by its own settings; long prompts lose their beginning.
+
+        Args:
+            requests: prompts and how each is continued.
+            batch_size: texts computed at once.
+            max_tokens: prompt and new tokens together.
+
+        Raises:
+            AscendSpeedError: a request for more new tokens than fit.
+        """
+        limit = min(max_tokens, self.model.config.max_position_embeddings)
+        encoded = []
+        for one in requests:
+            check_length(1, one.max_new_tokens, limit)
+            encoded.append(self.tokenizer.encode(one.prompt)[-(limit - one.max_new_tokens) :])
+        order = sorted(range(len(requests)), key=lambda number: -len(encoded[number]))
+        found: dict[int, Completion] = {}
+        for start in range(0, len(order), batch_size):
+            numbers = order[start : start + batch_size]
+            settings = [self._settings(requests[number]) for number in numbers]
+            completions = self._complete(
+                [requests[number].prompt for number in numbers],
+                [encoded[number] for number in numbers],
+                settings,
+            )
+            found |= dict(zip(numbers, completions, strict=True))
+        return [found[number] for number in range(len(requests))]
+
+    def _settings(self, request: GenerationRequest) -> GenerationSettings:
+        sampling = Sampling(request.temperature > 0, request.temperature or 1.0, seed=request.seed)
+        return GenerationSettings(request.max_new_tokens, sampling, self._end_ids(), tuple(request.stop))
+
+    def _end_ids(self) -> tuple[int, ...]:
+        eos_ids = self.model.config.eos_token_ids or (self.tokenizer.eos_id,)
+        return tuple(token for token in eos_ids if token is not None)
 
     def loglikelihood(
         self,
@@ -189,25 +254,55 @@ class LanguageModel:
         logits = forward_through_stages(self.model, self.mesh, tokens)
         return gather_logits(logits[0], self.model.config.vocab_size, self.mesh.group("tp"))
 
-    def _complete(self, prompt: str, ids: Sequence[int], settings: GenerationSettings) -> Completion:
-        # Only the last ids of the prompt: decoding all of it again at every token would cost more than the model does.
-        anchor = ids[-ANCHOR_TOKENS:]
-        before = self.tokenizer.decode(anchor)
+    def _complete(
+        self,
+        prompts: Sequence[str],
+        encoded: Sequence[Sequence[int]],
+        settings: Sequence[GenerationSettings],
+    ) -> list[Completion]:
+        texts = [_NewText(self.tokenizer, ids, own) for ids, own in zip(encoded, settings, strict=True)]
+        if len(prompts) == 1:
+            generated = [generate_ids(self.model, self.mesh, encoded[0], settings[0], texts[0].ends)]
+        else:
+            ends = [text.ends for text in texts]
+            generated = generate_together(self.model, self.mesh, encoded, settings, ends)
+        return [
+            Completion(prompt, text.final(done.token_ids), done.token_ids, done.finish_reason, tuple(ids))
+            for prompt, ids, text, done in zip(prompts, encoded, texts, generated, strict=True)
+        ]
 
-        def text_of(new_ids: Sequence[int]) -> str:
-            kept = [token for token in new_ids if token not in settings.eos_ids]
-            whole = self.tokenizer.decode([*anchor, *kept])
-            return whole[len(before) :] if whole.startswith(before) else self.tokenizer.decode(kept)
 
-        def ends(new_ids: Sequence[int]) -> bool:
-            text = text_of(new_ids) if settings.stop else ""
-            return any(stop in text for stop in settings.stop)
+class _NewText:
+    """The text of new ids after a prompt.
 
-        generated = generate_ids(self.model, self.mesh, ids, settings, ends)
-        text = text_of(generated.token_ids)
-        for stop in settings.stop:
+    Only the last ids of the prompt are decoded with them, for the space before the first: decoding all of it again at
+    every token would cost more than the model does.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], settings: GenerationSettings) -> None:
+        self._tokenizer, self._settings = tokenizer, settings
+        self._anchor = list(prompt[-ANCHOR_TOKENS:])
+        self._before = tokenizer.decode(self._anchor)
+
+    def of(self, new_ids: Sequence[int]) -> str:
+        """Return the text of ids."""
+        kept = [token for token in new_ids if token not in self._settings.eos_ids]
+        whole = self._tokenizer.decode([*self._anchor, *kept])
+        return whole[len(self._before) :] if whole.startswith(self._before) else self._tokenizer.decode(kept)
+
+    def ends(self, new_ids: Sequence[int]) -> bool:
+        """Tell whether a stop text is there."""
+        if not self._settings.stop:
+            return False
+        text = self.of(new_ids)
+        return any(stop in text for stop in self._settings.stop)
+
+    def final(self, new_ids: Sequence[int]) -> str:
+        """Return the text before any stop text."""
+        text = self.of(new_ids)
+        for stop in self._settings.stop:
             text = text.partition(stop)[0]
-        return Completion(prompt, text, generated.token_ids, generated.finish_reason, tuple(ids))
+        return text
 
 
 def stored_dtype(source: WeightSource) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 from lm_eval.api.model import LM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from ascendspeed_infer.language_model import SCORING_BATCH_SIZE, LanguageModel
+from ascendspeed_infer.language_model import SCORING_BATCH_SIZE, GenerationRequest, LanguageModel
 from ascendspeed_infer.scoring import Pair, loglikelihood_of_ids
 
 DEFAULT_NEW_TOKENS = 256
@@ -69,18 +69,18 @@ class AscendSpeedLM(LM):
 
     def generate_until(self, requests: list[Any]) -> list[str]:
         """Continue prompts."""
-        texts = []
+        asked = []
         for request in requests:
             prompt, settings = request.args
             until = settings.get("until") or []
-            temperature = float(settings.get("temperature") or 0.0)
-            (done,) = self.model.generate(
-                prompt,
-                max_new_tokens=int(settings.get("max_gen_toks", DEFAULT_NEW_TOKENS)),
-                stop=[until] if isinstance(until, str) else list(until),
-                do_sample=bool(settings.get("do_sample")) and temperature > 0,
-                temperature=temperature or 1.0,
-                max_tokens=self.max_length,
+            drawn = bool(settings.get("do_sample"))
+            asked.append(
+                GenerationRequest(
+                    prompt,
+                    int(settings.get("max_gen_toks", DEFAULT_NEW_TOKENS)),
+                    (until,) if isinstance(until, str) else tuple(until),
+                    float(settings.get("temperature") or 0.0) if drawn else 0.0,
+                )
             )
-            texts.append(done.text)
-        return texts
+        done = self.model.generate_together(asked, self._batch_size, self.max_length)
+        return [one.text for one in done]

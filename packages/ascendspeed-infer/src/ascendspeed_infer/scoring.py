@@ -22,13 +22,10 @@ from ascendspeed_core.parallel.pipeline import forward_through_stages
 from ascendspeed_core.parallel.tensor import gather_logits
 from ascendspeed_data.errors import AscendSpeedError
 from ascendspeed_data.tokenizer import Tokenizer
-from ascendspeed_infer.generation import make_cache
+from ascendspeed_infer.generation import NEARLY_EQUAL, make_cache
 
 SHORTEST_PREFIX_TOKENS = 32
 """A shorter beginning is not worth keeping."""
-
-NEARLY_EQUAL = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
-"""Differences of log-likelihoods that batching could turn round: far above the noise of each format."""
 
 
 @dataclass(frozen=True)

@@ -107,6 +107,8 @@ class Transformer(nn.Module):
             x = self.embedding_norm(x)
         num_keys = positions.shape[1] + (cache.length_tokens if cache is not None else 0)
         places = self.positions.at(positions, num_keys, x.dtype)
+        if cache is not None and cache.padding_tokens is not None:
+            places = places.without_padding(cache.padding_tokens, num_keys)
         for number in stage.layers:
             x = self.layers[str(number)](x, places, cache, self._cache_places[number])
         if cache is not None and stage is self.stages[-1]:
@@ -130,7 +132,10 @@ def following_positions(tokens: torch.Tensor, cache: KeyValueCache | None) -> to
     """Return the places of tokens, [B, S, ...] -> [B, S], that follow what the cache holds."""
     batch, length = tokens.shape[:2]
     start = cache.length_tokens if cache is not None else 0
-    return torch.arange(start, start + length, device=tokens.device).expand(batch, length)
+    positions = torch.arange(start, start + length, device=tokens.device).expand(batch, length)
+    if cache is not None and cache.padding_tokens is not None:
+        return positions - cache.padding_tokens.unsqueeze(-1)
+    return positions
 
 
 def empty_transformer(config: ModelConfig, dtype: torch.dtype, stages: Sequence[Stage] = ()) -> Transformer:
