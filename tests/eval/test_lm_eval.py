@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install lm_eval==0.4.13")
 
+from ascendspeed_data.tokenizer import copy_tokenizer
 from ascendspeed_eval.runner import Evaluation, prepare
 from ascendspeed_eval.tasks.base import Record
 from ascendspeed_eval.tasks.registry import find_protocol, find_task
@@ -157,19 +158,23 @@ def test_extraction_and_scores_of_made_outputs(name: str, report: ReportTables) 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A LLaMA and a grouped-query one with a tied head, with LLaMA's tokenizer and 4,096 positions; stories260K."""
+    """A LLaMA and a Qwen 2 (biases, tied head) with LLaMA's tokenizer and 4,096 positions; stories260K."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
     folder = tmp_path_factory.mktemp("models")
     common: dict[str, Any] = {"vocab_size": 32000, "max_position_embeddings": 4096}
     save_hugging_face(
         tiny_config(**common, num_layers=2, num_key_value_heads=8), folder / "llama", 1, TOKENIZERS / "llama"
     )
-    save_hugging_face(
-        tiny_config(**common, num_layers=3, num_key_value_heads=2, rotary_base=5e5),
-        folder / "grouped",
-        2,
-        TOKENIZERS / "llama",
-    )
-    return {"llama": folder / "llama", "grouped": folder / "grouped", "stories260K": STORIES}
+    torch.manual_seed(2)
+    config = Qwen2Config(
+        **common, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=8,
+        num_key_value_heads=2, bos_token_id=1, eos_token_id=2, tie_word_embeddings=True, initializer_range=0.1,
+    )  # fmt: skip
+    Qwen2ForCausalLM(config).save_pretrained(folder / "qwen")
+    copy_tokenizer(TOKENIZERS / "llama", folder / "qwen")
+    return {"llama": folder / "llama", "qwen": folder / "qwen", "stories260K": STORIES}
 
 
 PART = {
@@ -216,7 +221,7 @@ def compare_scores(
 
 
 @pytest.mark.parametrize("name", PART)
-@pytest.mark.parametrize("model", ["llama", "grouped", "stories260K"])
+@pytest.mark.parametrize("model", ["llama", "qwen", "stories260K"])
 def test_log_likelihoods(
     name: str, model: str, models: dict[str, Path], tmp_path: Path, report: ReportTables
 ) -> None:
@@ -234,7 +239,7 @@ COLUMNS = ("task", "model", "samples", "largest difference", "cut off")
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("name", PART)
-@pytest.mark.parametrize("model", ["llama", "grouped", "stories260K"])
+@pytest.mark.parametrize("model", ["llama", "qwen", "stories260K"])
 def test_log_likelihoods_of_every_subset(
     name: str, model: str, models: dict[str, Path], tmp_path: Path, report: ReportTables
 ) -> None:
