@@ -9,7 +9,18 @@ import nox
 ROOT = Path(__file__).parent
 PACKAGES = ("data", "core", "ckpt", "infer", "eval")
 CONSTRAINTS = ROOT / "constraints.txt"
-TEST_TOOLS = ("pytest", "pytest-xdist", "transformers", "protobuf", "gigatoken", "datasets", "peft", "psutil")
+TEST_TOOLS = (
+    "pytest",
+    "pytest-xdist",
+    "transformers",
+    "protobuf",
+    "gigatoken",
+    "lm_eval",
+    "accelerate",
+    "peft",
+    "datasets",
+    "psutil",
+)
 
 nox.options.sessions = ["tests"]
 nox.options.reuse_existing_virtualenvs = True

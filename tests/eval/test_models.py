@@ -68,7 +68,7 @@ def test_the_sample_under_a_layout(folder: Path, tmp_path: Path, tp: int) -> Non
     for sample, want in zip(samples, theirs(folder, samples), strict=True):
         # fp32 sums in another order, in padded batches.
         assert sample["logprobs"] == pytest.approx(want, abs=2e-5)
-    assert results["model"]["details"]["layout"] == f"tp{tp} x pp1 x dp1"
+    assert results["model"]["details"]["layout"] == f"tp{tp} x pp1"
     assert results["model"]["num_parameters"] > 0
     assert len(results["model"]["fingerprint"]) == 64
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ascendspeed_eval.statistics import standard_error, wilson_interval
-from ascendspeed_eval.tasks.registry import find_protocol, find_task
+from ascendspeed_eval.tasks.registry import find_task
 from support.commands import Finished, call
 
 RECORDS = [
@@ -72,7 +72,7 @@ def test_scores_and_files(data: Path, answers: Path, tmp_path: Path) -> None:
     assert task["baselines"] == {"chance": 0.5, "majority": 0.8}
     assert task["answers"] == {"Yes": 3, "No": 2}
     samples = lines_of(tmp_path / "out" / "samples.jsonl")
-    assert [sample["correct"] for sample in samples] == [True, True, True, True, False]
+    assert [sample["scores"]["accuracy"] for sample in samples] == [1, 1, 1, 1, 0]
     assert samples[0]["prompt"] == "Water is wet.\nQuestion: is water wet?\nAnswer:"
     assert samples[0]["logprobs"] == [-1.0, -2.0]
     assert "0.8000" in done.stdout
@@ -87,7 +87,7 @@ def test_the_protocol_of_lm_evaluation_harness(data: Path, answers: Path, tmp_pa
     assert samples[0]["choices"] == [" no", " yes"]
     assert samples[0]["prompt"] == "Water is wet.\nQuestion: is water wet?\nAnswer:"
     # It takes the first of equals, which is no.
-    assert [sample["correct"] for sample in samples] == [False, True, False, False, False]
+    assert [sample["scores"]["accuracy"] for sample in samples] == [0, 1, 0, 0, 0]
 
 
 def test_an_interrupted_run_goes_on(data: Path, answers: Path, tmp_path: Path) -> None:
@@ -111,6 +111,7 @@ def test_an_interrupted_run_goes_on(data: Path, answers: Path, tmp_path: Path) -
     [
         (["--protocol", "lm-eval"], "protocol='ascendspeed', this one has 'lm-eval'"),
         (["--limit", 3], "samples_sha256"),
+        (["--num-fewshot", 0, "--seed", 1], "settings"),
         (["--seed", 3], "settings"),
     ],
 )
@@ -145,8 +146,8 @@ def test_the_sample_that_ships_with_the_package(tmp_path: Path) -> None:
     assert done.status == 0
     assert "| 40 |" in done.stdout
     task = find_task("boolq")
-    samples = task.load(task.find_files("sample"), find_protocol(task, None))
-    share = sum(sample.target == 0 for sample in samples) / len(samples)
+    records = task.read("sample").records
+    share = sum(record.target == "yes" for record in records) / len(records)
     assert f"majority {max(share, 1 - share):.3f}" in done.stdout
 
 
@@ -154,13 +155,13 @@ def test_runs_join_into_a_table(data: Path, answers: Path, tmp_path: Path) -> No
     for name, protocol in (("a", "ascendspeed"), ("b", "lm-eval")):
         assert run(data, answers, tmp_path / name, "--protocol", protocol).status == 0
     done = call("asd-eval", "report", tmp_path / "a", tmp_path / "b")
-    assert [line.split(" | ")[0] for line in done.stdout.splitlines()[2:]] == ["| a", "| b"]
+    assert [line.split(" | ")[0] for line in done.stdout.splitlines()[2:4]] == ["| a", "| b"]
     assert "is not complete" in call("asd-eval", "report", tmp_path).complaint
 
 
 def test_tasks_are_listed() -> None:
     shown = call("asd-eval", "tasks").stdout
-    assert "boolq (version 1, accuracy)" in shown
+    assert "boolq (version 1, 3,270" in shown
     assert "* ascendspeed" in shown
 
 

@@ -17,3 +17,14 @@ WIKIPEDIA = SHARED_DATA / "pretrain" / "wikipedia_en.jsonl"
 needs_shared_data = pytest.mark.skipif(
     not SHARED_DATA.is_dir(), reason=f"{SHARED_DATA} is not there; name it with ASCENDSPEED_SHARED_DATA"
 )
+
+BENCHMARKS = SHARED_DATA / "benchmarks"
+BENCHMARK_FOLDERS = {
+    "boolq": BENCHMARKS / "BoolQ",
+    "mmlu": BENCHMARKS / "MMLU",
+    "gsm8k": BENCHMARKS / "GSM8K",
+    "human_eval": BENCHMARKS / "HumanEval",
+    "agieval": BENCHMARKS / "AGIEval",
+    "bbh": BENCHMARKS / "BBH",
+    "ceval": BENCHMARKS / "C-Eval",
+}

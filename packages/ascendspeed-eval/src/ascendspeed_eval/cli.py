@@ -14,6 +14,7 @@ app = build_app(
         Command("run", f"{COMMANDS}.run:run", "Measure a model on a benchmark."),
         Command("tasks", f"{COMMANDS}.show:tasks", "List the benchmarks."),
         Command("report", f"{COMMANDS}.show:report", "Join runs into one table."),
+        Command("compare", f"{COMMANDS}.show:compare", "Compare two runs sample by sample."),
     ],
 )
 

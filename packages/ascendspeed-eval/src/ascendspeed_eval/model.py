@@ -8,10 +8,17 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True)
 class LoglikelihoodRequest:
-    """Score `continuation` as what follows `context`."""
+    """Score `continuation` as what follows `context`.
+
+    Attributes:
+        context: what stands before.
+        continuation: what is scored.
+        shared_characters: beginning of `context` that other requests have too; a backend may compute it once.
+    """
 
     context: str
     continuation: str
+    shared_characters: int = 0
 
 
 @dataclass(frozen=True)
@@ -31,19 +38,38 @@ class LoglikelihoodResult:
 
 @dataclass(frozen=True)
 class GenerateRequest:
-    """Continue `prompt` by up to `max_new_tokens` tokens, greedily, ending before any of `stop`."""
+    """Continue `prompt` by up to `max_new_tokens` tokens, ending before any of `stop`.
+
+    Attributes:
+        prompt: what is continued.
+        max_new_tokens: at most so many.
+        stop: texts that end the answer and are cut off.
+        temperature: 0 takes the likeliest token; otherwise tokens are drawn.
+        seed: of the draws.
+        shared_characters: as in `LoglikelihoodRequest`.
+    """
 
     prompt: str
     max_new_tokens: int
     stop: tuple[str, ...] = ()
+    temperature: float = 0.0
+    seed: int = 0
+    shared_characters: int = 0
 
 
 @dataclass(frozen=True)
 class GenerateResult:
-    """Answer to a `GenerateRequest`; `finish_reason` is `stop` or `length`."""
+    """Answer to a `GenerateRequest`.
+
+    Attributes:
+        text: what follows the prompt.
+        finish_reason: `stop` or `length`.
+        truncated_tokens: tokens of the prompt that did not fit.
+    """
 
     text: str
     finish_reason: str
+    truncated_tokens: int = 0
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from ascendspeed_eval.errors import EvaluationError
+from ascendspeed_eval.report_html import html_report
+from ascendspeed_eval.tasks.base import Scored
 
 TOY_PARAMETERS = 100_000_000
-REPORT = "report.md"
+REPORT, REPORT_HTML = "report.md", "report.html"
 
 
 def warnings(results: Mapping[str, Any]) -> Iterator[str]:
@@ -22,8 +24,11 @@ def warnings(results: Mapping[str, Any]) -> Iterator[str]:
     for name, task in results["tasks"].items():
         if task["truncated_samples"]:
             yield f"{name}: {task['truncated_samples']} prompts did not fit and lost their beginning."
-        best = max(task["baselines"].values())
-        if task["confidence_interval_95"][0] <= best:
+        unlabelled = task["num_samples"] - task["num_scored"]
+        if unlabelled:
+            yield f"{name}: {unlabelled} questions have no labels and no score; submission.json holds the answers."
+        best = max(task["baselines"].values(), default=None)
+        if best is not None and task["num_scored"] and task["confidence_interval_95"][0] <= best:
             yield f"{name}: the score is not clearly above {best:.3f}, which needs no model."
 
 
@@ -31,38 +36,64 @@ def markdown(results: Mapping[str, Any]) -> str:
     """Return the report of one run."""
     model = results["model"]
     size = f", {model['num_parameters']:,} parameters" if model["num_parameters"] else ""
-    lines = [f"# {model['name']}{size}", ""]
+    lines = [f"# {_plain(model['name'])}{size}", ""]
     lines += [f"> {warning}" for warning in warnings(results)]
     lines += ["", *_table(_rows([("", results)])), ""]
     for name, task in results["tasks"].items():
-        lines.append(
-            f"- {name}, protocol `{task['protocol']}`: {task['protocol_summary']}. Answers: {task['answers']}."
+        default = " (the default)" if task["is_default_protocol"] else ""
+        lines.append(f"- {name}, protocol `{task['protocol']}`{default}: {task['protocol_summary']}.")
+        lines += [f"- metrics: {', '.join(f'{key} {value:.4f}' for key, value in task['metrics'].items())}"]
+        lines += [f"- answers: {task['answers']}"] if task["answers"] else []
+        lines += ["", *_table(_parts(task)), ""] if len(task["subsets"]) > 1 else []
+        lines += (
+            ["", "Published scores:", "", *_table(_references(task)), ""] if task["reference_scores"] else []
         )
     lines += ["", "What produced these numbers:", ""]
     lines += [f"- {key}: `{value}`" for key, value in {**results["run"], **model["details"]}.items()]
     return "\n".join(lines) + "\n"
 
 
-def write_report(folder: Path, results: Mapping[str, Any]) -> None:
-    """Write `report.md`."""
+def write_report(folder: Path, results: Mapping[str, Any], scored: Sequence[Scored]) -> None:
+    """Write `report.md` and `report.html`."""
     (folder / REPORT).write_text(markdown(results), encoding="utf-8")
+    page = html_report(results, list(warnings(results)), scored)
+    (folder / REPORT_HTML).write_text(page, encoding="utf-8")
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """Return the `results.json` of a run.
+
+    Raises:
+        EvaluationError: it is not there.
+    """
+    path = folder / "results.json"
+    if not path.is_file():
+        raise EvaluationError(f"{path} does not exist; the run in {folder} is not complete")
+    results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return results
 
 
 def joined(folders: Sequence[Path]) -> str:
-    """Return one table of several runs."""
-    runs = []
-    for folder in folders:
-        path = folder / "results.json"
-        if not path.is_file():
-            raise EvaluationError(f"{path} does not exist; the run in {folder} is not complete")
-        runs.append((folder.name, json.loads(path.read_text(encoding="utf-8"))))
-    return "\n".join(_table(_rows(runs))) + "\n"
+    """Return one table of several runs, and the published scores of their tasks."""
+    runs = [(folder.name, read_results(folder)) for folder in folders]
+    lines = _table(_rows(runs))
+    shown: dict[str, Mapping[str, Any]] = {}
+    for _, results in runs:
+        shown.update(results["tasks"])
+    references = [["task", *row] for task in shown.values() for row in _references(task)[:1]][:1]
+    references += [[name, *row] for name, task in shown.items() for row in _references(task)[1:]]
+    if len(references) > 1:
+        lines += ["", "Published scores:", "", *_table(references)]
+    return "\n".join(lines) + "\n"
 
 
 def _rows(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> list[list[str]]:
     rows = [
-        ["run", "model", "task", "protocol", "metric", "score", "95 % interval", "samples", "without a model"]
-    ]
+        [
+            "run", "model", "task", "protocol", "metric", "score", "95 % interval", "macro", "samples",
+            "without a model",
+        ]
+    ]  # fmt: skip
     for run, results in runs:
         for name, task in results["tasks"].items():
             low, high = task["confidence_interval_95"]
@@ -70,17 +101,50 @@ def _rows(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> list[list[str]]:
             rows.append(
                 [
                     run or "this",
-                    results["model"]["name"],
+                    _plain(results["model"]["name"]),
                     name,
                     task["protocol"],
                     task["metric"],
-                    f"{task['score']:.4f} ± {task['stderr']:.4f}",
+                    f"{task['score']:.4f} ± {task['stderr']:.4f}" if task["num_scored"] else "no labels",
                     f"{low:.3f} to {high:.3f}",
+                    f"{task['macro']:.4f}",
                     str(task["num_samples"]),
-                    baselines,
+                    baselines or "-",
                 ]
             )
     return rows
+
+
+def _parts(task: Mapping[str, Any]) -> list[list[str]]:
+    rows = [["part", "score", "macro", "samples"]]
+    for name, part in task["groups"].items():
+        rows.append(
+            [
+                f"**{name}**",
+                f"{part['score']:.4f} ± {part['stderr']:.4f}",
+                f"{part['macro']:.4f}",
+                str(part["num_samples"]),
+            ]
+        )
+    for name, part in task["subsets"].items():
+        rows.append([name, f"{part['score']:.4f} ± {part['stderr']:.4f}", "", str(part["num_samples"])])
+    return rows
+
+
+def _references(task: Mapping[str, Any]) -> list[list[str]]:
+    return [
+        ["model", "source", "score"],
+        *([m, source, f"{score:.3f}"] for m, source, score in task["reference_scores"]),
+    ]
+
+
+def _plain(text: str) -> str:
+    """Keep a name from being read as Markdown."""
+    return (
+        "".join("\\" + c if c in "\\`*_[]<>|#" else c for c in text)
+        if any(c in text for c in "`*[]<>|")
+        else text
+    )
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -40,6 +40,7 @@ class Text:
 
     text: str
     finish_reason: str
+    truncated_tokens: int = 0
 
 
 OPTIONS = (
@@ -55,8 +56,13 @@ OPTIONS = (
     Option("dtype", str, "Format to compute in. [default: as stored]"),
     Option("fp16", bool, "Short for --dtype float16."),
     Option("bf16", bool, "Short for --dtype bfloat16."),
-    Option("micro_batch_size", int, "Prompts computed at once. [default: 8]"),
-    Option("seq_length", int, "Longest prompt in tokens. [default: the model's]"),
+    Option("micro_batch_size", int, "Prompts computed at once; changes no score. [default: 8]"),
+    Option(
+        "seq_length",
+        int,
+        "Longest prompt and answer in tokens; what is beyond it is cut off and counted. [default: the protocol's, at "
+        "most the model's]",
+    ),
     Option("max_position_embeddings", int, "At most the model's own."),
     Option("num_layers", int, "Must equal the model's."),
     Option("hidden_size", int, "Must equal the model's."),
@@ -84,11 +90,10 @@ class AscendSpeedBackend:
         """Check the options, and start the processes if there are to be several."""
         from ascendspeed_core.device import prepare_torch
         from ascendspeed_core.launch import is_worker, launch, planned_world_size
-        from ascendspeed_infer.config import inference_layout
 
         config = _config(options)
         world_size = planned_world_size(config.launch.nproc_per_node)
-        inference_layout(config.parallel, world_size)
+        config.parallel.layout(world_size)
         prepare_torch(config.launch.device)
         from ascendspeed_infer.commands.generate import check_source
 
@@ -113,7 +118,12 @@ class AscendSpeedBackend:
             asked = config.precision.dtype or config.precision.fp16 or config.precision.bf16
             dtype = config.precision.dtype_name if asked else stored_dtype(source)
             model = LanguageModel.from_source(
-                source, config.tokenizer.tokenizer_name_or_path, device.kind, dtype, config.parallel
+                source,
+                config.tokenizer.tokenizer_name_or_path,
+                device.kind,
+                dtype,
+                config.parallel,
+                data_parallel=True,
             )
             name = source.path.name if source.path else f"random weights, seed {config.sampling.seed}"
             served = ServedModel(model, name, fingerprint(source), scoring)
@@ -128,7 +138,10 @@ class AscendSpeedBackend:
 
 
 class ServedModel:
-    """A model whose calls all processes take part in: the first hands each call to the others."""
+    """A model whose calls all processes take part in: the first hands each call to the others.
+
+    Data-parallel copies each answer a share of the requests.
+    """
 
     def __init__(
         self, model: "LanguageModel", name: str, fingerprint: str, scoring: Mapping[str, Any]
@@ -137,23 +150,29 @@ class ServedModel:
         self._batch_size, self._max_tokens = int(scoring["micro_batch_size"]), scoring["seq_length"]
 
     def describe(self) -> Description:
-        """Say which model this is."""
-        model = self._model.model
+        """Say which model this is; how many devices share the requests out is left out, as it changes nothing."""
+        model, layout = self._model.model, self._model.mesh.layout
         dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-        details = {"backend": "ascendspeed", "dtype": dtype, "layout": str(self._model.mesh.layout)}
+        limit = model.config.max_position_embeddings
+        details = {
+            "backend": "ascendspeed",
+            "dtype": dtype,
+            "layout": f"tp{layout.tp} x pp{layout.pp}",
+            "seq_length": str(min(self._max_tokens or limit, limit)),
+            "tokenizer": self._model.tokenizer.fingerprint,
+        }
         return Description(self._name, model.config.num_parameters, self._fingerprint, details)
 
     def loglikelihood(self, requests: Sequence[Any]) -> Sequence[Any]:
         """Score continuations."""
-        return list(self._share("loglikelihood", [(r.context, r.continuation) for r in requests]))
+        return self._share(
+            "loglikelihood", [(r.context, r.continuation, r.shared_characters) for r in requests]
+        )
 
     def generate(self, requests: Sequence[Any]) -> Sequence[Any]:
         """Continue prompts."""
-        texts = []
-        for request in requests:
-            (done,) = self._share("generate", request.prompt, request.max_new_tokens, tuple(request.stop))
-            texts.append(Text(done.text, done.finish_reason))
-        return texts
+        asked = [(r.prompt, r.max_new_tokens, tuple(r.stop), r.temperature, r.seed) for r in requests]
+        return self._share("generate", asked)
 
     def serve(self) -> None:
         """Take part in the first process's calls until it is done."""
@@ -164,15 +183,43 @@ class ServedModel:
         """Let the other processes go."""
         self._broadcast(None)
 
-    def _share(self, name: str, *arguments: Any) -> Any:
-        self._broadcast((name, *arguments))
-        return self._call(name, *arguments)
+    def _share(self, name: str, requests: list[Any]) -> list[Any]:
+        self._broadcast((name, requests))
+        return self._call(name, requests)
 
-    def _call(self, name: str, *arguments: Any) -> Any:
-        if name == "loglikelihood":
-            return self._model.loglikelihood(arguments[0], self._batch_size, self._max_tokens)
-        prompt, max_new_tokens, stop = arguments
-        return self._model.generate(prompt, max_new_tokens=max_new_tokens, stop=stop)
+    def _call(self, name: str, requests: list[Any]) -> list[Any]:
+        """Answer this process's share, and return the answers to all on the first process."""
+        mesh = self._model.mesh
+        shares = share_out(requests, mesh.layout.dp)
+        mine = [requests[number] for number in shares[mesh.dp_rank]]
+        answers = self._score(mine) if name == "loglikelihood" else self._continue(mine)
+        if mesh.layout.dp == 1:
+            return answers
+        from ascendspeed_core.parallel.mesh import gather_objects
+
+        whole: dict[int, Any] = {}
+        for rank, part in enumerate(gather_objects(answers, mesh, mesh.group("dp"))):
+            whole |= dict(zip(shares[rank], part, strict=True))
+        return [whole[number] for number in range(len(requests))]
+
+    def _score(self, requests: list[Any]) -> list[Any]:
+        from ascendspeed_infer.scoring import Pair
+
+        pairs = [Pair(*request) for request in requests]
+        return list(self._model.loglikelihood(pairs, self._batch_size, self._max_tokens)) if pairs else []
+
+    def _continue(self, requests: list[Any]) -> list[Text]:
+        from ascendspeed_infer.language_model import GenerationRequest
+
+        limit = self._max_tokens or self._model.model.config.max_position_embeddings
+        asked = [GenerationRequest(*request) for request in requests]
+        texts = []
+        for one, done in zip(
+            asked, self._model.generate_together(asked, self._batch_size, limit), strict=True
+        ):
+            cut = len(self._model.tokenizer.encode(one.prompt)) - len(done.prompt_token_ids)
+            texts.append(Text(done.text, done.finish_reason, cut))
+        return texts
 
     def _broadcast(self, call: Any) -> Any:
         """Send a call from the first process to all; `None` ends the service."""
@@ -183,6 +230,23 @@ class ServedModel:
         box = [call]
         dist.broadcast_object_list(box, src=0, device=self._model.mesh.device.torch)
         return box[0]
+
+
+def share_out(requests: Sequence[Any], parts: int) -> list[list[int]]:
+    """Cut requests into shares of about equal work; those that begin alike, by their first item, stay together.
+
+    Returns:
+        Numbers of the requests of each share.
+    """
+    work = [len(request[0]) for request in requests]
+    shares: list[list[int]] = [[] for _ in range(parts)]
+    total, done, last = sum(work), 0, 0
+    for number, request in enumerate(requests):
+        same = number > 0 and requests[number - 1][0] == request[0]
+        part = last if same else min(done * parts // max(total, 1), parts - 1)
+        shares[part].append(number)
+        done, last = done + work[number], part
+    return shares
 
 
 def _config(options: Mapping[str, Any]) -> "GenerateConfig":

@@ -1,5 +1,6 @@
 """A model, its tokenizer and its place among processes, as one object."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +22,18 @@ from ascendspeed_data.errors import AscendSpeedError
 from ascendspeed_data.manifest import check_tokenizer
 from ascendspeed_data.tokenizer import Tokenizer, load_tokenizer
 from ascendspeed_infer.config import inference_layout
-from ascendspeed_infer.generation import GenerationSettings, check_length, generate_ids
+from ascendspeed_infer.generation import (
+    GenerationSettings,
+    check_length,
+    generate_ids,
+    generate_together,
+)
 from ascendspeed_infer.sampling import Sampling
-from ascendspeed_infer.scoring import Score, loglikelihood
+from ascendspeed_infer.scoring import Pair, Score, loglikelihood
 
 SCORING_BATCH_SIZE = 8
+ANCHOR_TOKENS = 16
+"""Ids of a prompt that new ids are decoded after, so that the space before the first is kept."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,25 @@ class Completion:
     token_ids: tuple[int, ...]
     finish_reason: Literal["length", "stop"]
     prompt_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """A prompt, and how it is continued.
+
+    Attributes:
+        prompt: text.
+        max_new_tokens: at most so many.
+        stop: texts that end it.
+        temperature: 0 takes the likeliest token; otherwise tokens are drawn.
+        seed: of the draws.
+    """
+
+    prompt: str
+    max_new_tokens: int
+    stop: tuple[str, ...] = ()
+    temperature: float = 0.0
+    seed: int = 1234
 
 
 class LanguageModel:
@@ -103,12 +130,16 @@ class LanguageModel:
         device: str,
         dtype: str | None,
         parallel: ParallelConfig | None,
+        data_parallel: bool = False,
     ) -> "LanguageModel":
-        """Load the weights of a source; see `from_pretrained`."""
+        """Load the weights of a source; see `from_pretrained`.
+
+        With `data_parallel`, processes that the layout leaves over hold the model again; the caller shares work out.
+        """
         folder = find_tokenizer(source, Path(tokenizer) if tokenizer is not None else None)
         parallel = parallel or ParallelConfig()
         world = world_of_environment()
-        layout = inference_layout(parallel, world.size)
+        layout = parallel.layout(world.size) if data_parallel else inference_layout(parallel, world.size)
         parallel.check_model(source.config)
         mesh = ParallelMesh.create(choose_device(device, world.local_rank, quiet=True), layout)
         opened = load_tokenizer(folder)
@@ -131,6 +162,7 @@ class LanguageModel:
         seed: int = 1234,
         stop: Sequence[str] = (),
         ignore_eos: bool = False,
+        max_tokens: int | None = None,
     ) -> list[Completion]:
         """Continue each prompt.
 
@@ -144,29 +176,77 @@ class LanguageModel:
             seed: of the draws, for each prompt anew.
             stop: texts that end a completion and are cut off.
             ignore_eos: go on past end ids.
+            max_tokens: prompts that with the new tokens are longer lose their beginning; by default they are an error.
 
         Raises:
             AscendSpeedError: a prompt that leaves no room.
         """
         sampling = Sampling(do_sample, temperature, top_k, top_p, seed)
-        eos_ids = () if ignore_eos else self.model.config.eos_token_ids or (self.tokenizer.eos_id,)
-        ends = tuple(token for token in eos_ids if token is not None)
-        settings = GenerationSettings(max_new_tokens, sampling, ends, tuple(stop))
+        settings = GenerationSettings(
+            max_new_tokens, sampling, () if ignore_eos else self._end_ids(), tuple(stop)
+        )
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         encoded = [self.tokenizer.encode(text) for text in texts]
+        limit = self.model.config.max_position_embeddings
+        if max_tokens is not None:
+            room = min(max_tokens, limit) - max_new_tokens
+            check_length(1, max_new_tokens, min(max_tokens, limit))
+            encoded = [ids[-room:] for ids in encoded]
         for ids in encoded:
-            check_length(len(ids), max_new_tokens, self.model.config.max_position_embeddings)
-        return [self._complete(text, ids, settings) for text, ids in zip(texts, encoded, strict=True)]
+            check_length(len(ids), max_new_tokens, limit)
+        return [
+            self._complete([text], [ids], [settings])[0] for text, ids in zip(texts, encoded, strict=True)
+        ]
+
+    def generate_together(
+        self, requests: Sequence[GenerationRequest], batch_size: int, max_tokens: int
+    ) -> list[Completion]:
+        """Continue several prompts at once, each by its own settings; long prompts lose their beginning.
+
+        Args:
+            requests: prompts and how each is continued.
+            batch_size: texts computed at once.
+            max_tokens: prompt and new tokens together.
+
+        Raises:
+            AscendSpeedError: a request for more new tokens than fit.
+        """
+        limit = min(max_tokens, self.model.config.max_position_embeddings)
+        encoded = []
+        for one in requests:
+            check_length(1, one.max_new_tokens, limit)
+            encoded.append(self.tokenizer.encode(one.prompt)[-(limit - one.max_new_tokens) :])
+        order = sorted(range(len(requests)), key=lambda number: -len(encoded[number]))
+        found: dict[int, Completion] = {}
+        for start in range(0, len(order), batch_size):
+            numbers = order[start : start + batch_size]
+            settings = [self._settings(requests[number]) for number in numbers]
+            completions = self._complete(
+                [requests[number].prompt for number in numbers],
+                [encoded[number] for number in numbers],
+                settings,
+            )
+            found |= dict(zip(numbers, completions, strict=True))
+        return [found[number] for number in range(len(requests))]
+
+    def _settings(self, request: GenerationRequest) -> GenerationSettings:
+        sampling = Sampling(request.temperature > 0, request.temperature or 1.0, seed=request.seed)
+        return GenerationSettings(request.max_new_tokens, sampling, self._end_ids(), tuple(request.stop))
+
+    def _end_ids(self) -> tuple[int, ...]:
+        eos_ids = self.model.config.eos_token_ids or (self.tokenizer.eos_id,)
+        return tuple(token for token in eos_ids if token is not None)
 
     def loglikelihood(
         self,
-        pairs: Sequence[tuple[str, str]],
+        pairs: Sequence[tuple[str, str] | Pair],
         batch_size: int = SCORING_BATCH_SIZE,
         max_tokens: int | None = None,
     ) -> list[Score]:
         """Score continuations after their contexts; see `scoring.loglikelihood`."""
-        limit = max_tokens or self.model.config.max_position_embeddings
-        return loglikelihood(self.model, self.mesh, self.tokenizer, pairs, batch_size, limit)
+        limit = min(max_tokens or math.inf, self.model.config.max_position_embeddings)
+        scored = [pair if isinstance(pair, Pair) else Pair(*pair) for pair in pairs]
+        return loglikelihood(self.model, self.mesh, self.tokenizer, scored, batch_size, int(limit))
 
     @torch.no_grad()
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
@@ -175,22 +255,55 @@ class LanguageModel:
         logits = forward_through_stages(self.model, self.mesh, tokens)
         return gather_logits(logits[0], self.model.config.vocab_size, self.mesh.group("tp"))
 
-    def _complete(self, prompt: str, ids: Sequence[int], settings: GenerationSettings) -> Completion:
-        def text_of(new_ids: Sequence[int]) -> str:
-            kept = [token for token in new_ids if token not in settings.eos_ids]
-            before = self.tokenizer.decode(ids)
-            whole = self.tokenizer.decode([*ids, *kept])
-            return whole[len(before) :] if whole.startswith(before) else self.tokenizer.decode(kept)
+    def _complete(
+        self,
+        prompts: Sequence[str],
+        encoded: Sequence[Sequence[int]],
+        settings: Sequence[GenerationSettings],
+    ) -> list[Completion]:
+        texts = [_NewText(self.tokenizer, ids, own) for ids, own in zip(encoded, settings, strict=True)]
+        if len(prompts) == 1:
+            generated = [generate_ids(self.model, self.mesh, encoded[0], settings[0], texts[0].ends)]
+        else:
+            ends = [text.ends for text in texts]
+            generated = generate_together(self.model, self.mesh, encoded, settings, ends)
+        return [
+            Completion(prompt, text.final(done.token_ids), done.token_ids, done.finish_reason, tuple(ids))
+            for prompt, ids, text, done in zip(prompts, encoded, texts, generated, strict=True)
+        ]
 
-        def ends(new_ids: Sequence[int]) -> bool:
-            text = text_of(new_ids) if settings.stop else ""
-            return any(stop in text for stop in settings.stop)
 
-        generated = generate_ids(self.model, self.mesh, ids, settings, ends)
-        text = text_of(generated.token_ids)
-        for stop in settings.stop:
+class _NewText:
+    """The text of new ids after a prompt.
+
+    Only the last ids of the prompt are decoded with them, for the space before the first: decoding all of it again at
+    every token would cost more than the model does.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], settings: GenerationSettings) -> None:
+        self._tokenizer, self._settings = tokenizer, settings
+        self._anchor = list(prompt[-ANCHOR_TOKENS:])
+        self._before = tokenizer.decode(self._anchor)
+
+    def of(self, new_ids: Sequence[int]) -> str:
+        """Return the text of ids."""
+        kept = [token for token in new_ids if token not in self._settings.eos_ids]
+        whole = self._tokenizer.decode([*self._anchor, *kept])
+        return whole[len(self._before) :] if whole.startswith(self._before) else self._tokenizer.decode(kept)
+
+    def ends(self, new_ids: Sequence[int]) -> bool:
+        """Tell whether a stop text is there."""
+        if not self._settings.stop:
+            return False
+        text = self.of(new_ids)
+        return any(stop in text for stop in self._settings.stop)
+
+    def final(self, new_ids: Sequence[int]) -> str:
+        """Return the text before any stop text."""
+        text = self.of(new_ids)
+        for stop in self._settings.stop:
             text = text.partition(stop)[0]
-        return Completion(prompt, text, generated.token_ids, generated.finish_reason, tuple(ids))
+        return text
 
 
 def stored_dtype(source: WeightSource) -> str:

@@ -31,6 +31,8 @@ class KeyValueCache:
         self.keys = torch.empty(shape, dtype=dtype, device=device)
         self.values = torch.empty(shape, dtype=dtype, device=device)
         self.length_tokens = 0
+        self.padding_tokens: torch.Tensor | None = None
+        """Of each text, [B], how many tokens at its beginning are nothing, so that texts of any length end together."""
 
     def append(
         self, layer: int, keys: torch.Tensor, values: torch.Tensor

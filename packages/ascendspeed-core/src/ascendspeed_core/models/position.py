@@ -25,6 +25,19 @@ class Places:
     rotary: tuple[torch.Tensor, torch.Tensor] | None
     mask: torch.Tensor | None
 
+    def without_padding(self, padding_tokens: torch.Tensor, num_keys: int) -> "Places":
+        """Hide the first keys of each text from a single query, `padding_tokens` [B] of them.
+
+        The mask becomes [B, 1, 1, T], or [B, N, 1, T] with ALiBi.
+        """
+        keys = torch.arange(num_keys, device=padding_tokens.device)
+        seen = (keys >= padding_tokens.unsqueeze(-1))[:, None, None]
+        if self.mask is None:
+            return Places(self.rotary, seen)
+        if self.mask.is_floating_point():
+            return Places(self.rotary, self.mask.masked_fill(~seen, -torch.inf))
+        return Places(self.rotary, self.mask & seen)
+
 
 class Positions:
     """Makes `Places`; not a module, so it never enters a checkpoint.

@@ -85,6 +85,7 @@ class Transformer(nn.Module):
         positions: torch.Tensor | None = None,
         cache: KeyValueCache | None = None,
         stage: Stage | None = None,
+        read_at: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return the logits of the next token at every place: [B, S] -> [B, S, V].
 
@@ -93,6 +94,7 @@ class Transformer(nn.Module):
             positions: place of each token in its text, [B, S]; by default they follow what the cache holds.
             cache: earlier keys and values of the same texts.
             stage: which of this module's stages to run, when it holds several.
+            read_at: places whose logits are wanted, [B, P], when not all are: the head is a model's largest matrix.
 
         Returns:
             Logits; from a stage before the last one its hidden states, [B, S, H].
@@ -105,12 +107,16 @@ class Transformer(nn.Module):
             x = self.embedding_norm(x)
         num_keys = positions.shape[1] + (cache.length_tokens if cache is not None else 0)
         places = self.positions.at(positions, num_keys, x.dtype)
+        if cache is not None and cache.padding_tokens is not None:
+            places = places.without_padding(cache.padding_tokens, num_keys)
         for number in stage.layers:
             x = self.layers[str(number)](x, places, cache, self._cache_places[number])
         if cache is not None and stage is self.stages[-1]:
             cache.advance(positions.shape[1])
         if not stage.is_last or self.output_head is None or self.final_norm is None:
             return x
+        if read_at is not None:
+            x = x.gather(1, read_at.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
         logits: torch.Tensor = self.output_head(self.final_norm(x))
         return logits
 
@@ -126,7 +132,10 @@ def following_positions(tokens: torch.Tensor, cache: KeyValueCache | None) -> to
     """Return the places of tokens, [B, S, ...] -> [B, S], that follow what the cache holds."""
     batch, length = tokens.shape[:2]
     start = cache.length_tokens if cache is not None else 0
-    return torch.arange(start, start + length, device=tokens.device).expand(batch, length)
+    positions = torch.arange(start, start + length, device=tokens.device).expand(batch, length)
+    if cache is not None and cache.padding_tokens is not None:
+        return positions - cache.padding_tokens.unsqueeze(-1)
+    return positions
 
 
 def empty_transformer(config: ModelConfig, dtype: torch.dtype, stages: Sequence[Stage] = ()) -> Transformer:

@@ -199,7 +199,11 @@ def logits_shape(tokens: torch.Tensor, model: Transformer, mesh: ParallelMesh) -
 
 @torch.no_grad()
 def forward_through_stages(
-    model: Transformer, mesh: ParallelMesh, tokens: torch.Tensor, cache: KeyValueCache | None = None
+    model: Transformer,
+    mesh: ParallelMesh,
+    tokens: torch.Tensor,
+    cache: KeyValueCache | None = None,
+    read_at: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return this device's logits, [B, S, V/tp], on every stage; no gradient flows.
 
@@ -208,10 +212,15 @@ def forward_through_stages(
         mesh: its place.
         tokens: ids, [B, S], the same on every stage.
         cache: earlier keys and values of the layers held here.
+        read_at: places whose logits are wanted, [B, P], when not all are.
     """
+    if read_at is not None and mesh.layout.sequence_parallel:
+        # Places count in whole texts, of which the last norm has a part here.
+        everywhere = forward_through_stages(model, mesh, tokens, cache)
+        return everywhere.gather(1, read_at.unsqueeze(-1).expand(-1, -1, everywhere.shape[-1]))
     group = mesh.group("pp")
     if group is None:
-        logits: torch.Tensor = model(tokens, cache=cache)
+        logits: torch.Tensor = model(tokens, cache=cache, read_at=read_at)
         return logits
     dtype = next(model.parameters()).dtype
     holder = _holders(model, mesh)
@@ -221,11 +230,12 @@ def forward_through_stages(
         if not stage.is_first and holder[stage.index - 1] != mesh.pp_rank:
             out = torch.empty(hidden_shape(tokens, model, mesh), dtype=dtype, device=tokens.device)
             dist.recv(out, group=group, group_src=holder[stage.index - 1])
-        out = model(out, positions, cache, stage)
+        out = model(out, positions, cache, stage, read_at)
         if not stage.is_last and holder[stage.index + 1] != mesh.pp_rank:
             dist.send(out.contiguous(), group=group, group_dst=holder[stage.index + 1])
     if not model.has_last:
-        out = torch.empty(logits_shape(tokens, model, mesh), dtype=dtype, device=tokens.device)
+        shape = logits_shape(tokens if read_at is None else read_at, model, mesh)
+        out = torch.empty(shape, dtype=dtype, device=tokens.device)
     out = out.contiguous()
     dist.broadcast(out, group=group, group_src=holder[-1])
     return out

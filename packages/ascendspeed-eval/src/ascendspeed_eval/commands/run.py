@@ -5,31 +5,49 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
 
 from ascendspeed_eval.backends import Backends, find_backends
 from ascendspeed_eval.errors import EvaluationError, UsageError
+from ascendspeed_eval.hub import PREFIX, write_files
 from ascendspeed_eval.progress import log
 from ascendspeed_eval.report import markdown, warnings
-from ascendspeed_eval.runner import Evaluation
+from ascendspeed_eval.runner import Evaluation, prepare
 from ascendspeed_eval.runner import run as run_evaluation
+from ascendspeed_eval.tasks.base import AskSettings
 from ascendspeed_eval.tasks.registry import find_protocol, find_task
 
 
 def evaluate(
-    task: Annotated[str, typer.Option(help="Benchmark; asd-eval tasks lists them.")],
+    task: Annotated[
+        str, typer.Option(help="Benchmark; asd-eval tasks lists them. Or a .yaml or .py file of your own.")
+    ],
     task_data_path: Annotated[
         str | None,
-        typer.Option(help="Its files: a file, a folder, or `sample` for the small one that is included."),
+        typer.Option(
+            help="Its files: a file, a folder, hf:NAME for a Hugging Face dataset, or `sample` for the small file that "
+            "is included."
+        ),
     ] = None,
     output_dir: Annotated[
         Path | None,
-        typer.Option(help="Folder of results.json, samples.jsonl, report.md. [default: keep nothing]"),
+        typer.Option(
+            help="Folder of results.json, samples.jsonl, report.md and .html. [default: keep nothing]"
+        ),
     ] = None,
     protocol: Annotated[str | None, typer.Option(help="How the task is asked and scored.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many samples.")] = None,
+    subset: Annotated[
+        list[str] | None, typer.Option(help="Only these subjects or groups of them. [default: all]")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only the first so many samples of each subset.")
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="Examples in the prompt. [default: the protocol's]")
+    ] = None,
     prompt_template: Annotated[
         Path | None, typer.Option(help="File with another prompt; fields of a record in braces.")
     ] = None,
@@ -39,12 +57,20 @@ def evaluate(
             "--max-new-tokens", "--max-new-token", min=1, help="Limit of generated answers, where any are."
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Recorded with the results; scoring draws nothing.")] = 1234,
+    num_samples: Annotated[int, typer.Option(min=1, help="Texts per question, for pass@k.")] = 1,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="Of the draws; 0 takes the likeliest token.")
+    ] = 0.0,
+    allow_code_execution: Annotated[
+        bool, typer.Option("--allow-code-execution", help="Consent to running programs that the model wrote.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of the draws, where there are any.")] = 1234,
     **options: Any,
 ) -> None:
     """Measure a model on a benchmark.
 
-    Samples are written as they are answered: the same command goes on where an earlier one stopped.
+    Samples are written as they are answered: the same command goes on where an earlier one stopped, also with another
+    batch size or number of devices.
     """
     found_task = find_task(task)
     found_protocol = find_protocol(found_task, protocol)
@@ -54,26 +80,38 @@ def evaluate(
             f"--task-data-path is missing; {task} reads {found_task.format}; `--task-data-path sample` takes the small "
             "file that comes with the package"
         )
+    if found_task.runs_code and not allow_code_execution:
+        raise UsageError(f"{task} runs programs that the model wrote; consent with --allow-code-execution")
+    if num_samples > 1 and temperature == 0:
+        raise UsageError(
+            f"num_samples={num_samples} at temperature 0 gives the same text again; give --temperature 0.8"
+        )
     if prompt_template is not None:
         found_protocol = replace(found_protocol, template=_read_template(prompt_template))
-    if max_new_tokens is not None:
+    if max_new_tokens is not None and not found_protocol.max_new_tokens:
         log(f"{task}, protocol {found_protocol.name}: no text is generated, --max-new-tokens changes nothing")
-    files = found_task.find_files(task_data_path)
-    found_task.load(files, found_protocol)
-    if backend.launch(own, sys.argv[1:]):
-        return
-    evaluation = Evaluation(found_task, found_protocol, files, limit, {"limit": limit, "seed": seed})
-    with backend.open(own) as model:
-        if model is not None:
-            _measure(evaluation, model, output_dir)
+        max_new_tokens = None
+    if "seq_length" in {option.name for option in backend.options} and found_protocol.seq_length:
+        own.setdefault("seq_length", found_protocol.seq_length)
+    ask = AskSettings(max_new_tokens, num_samples, temperature, seed, allow_code_execution)
+    with TemporaryDirectory(prefix="asd-eval-data-") as scratch:
+        if task_data_path.startswith(PREFIX):
+            task_data_path = write_files(found_task.name, task_data_path, Path(scratch))
+        evaluation = prepare(
+            found_task, found_protocol, task_data_path, subsets=subset or (), limit=limit, num_fewshot=num_fewshot,
+            ask=ask, seed=seed,
+        )  # fmt: skip
+        if backend.launch(own, sys.argv[1:]):
+            return
+        with backend.open(own) as model:
+            if model is not None:
+                _measure(evaluation, model, output_dir)
 
 
 def _measure(evaluation: Evaluation, model: Any, output_dir: Path | None) -> None:
-    from tempfile import TemporaryDirectory
-
     if output_dir is not None:
         results = run_evaluation(evaluation, model, output_dir)
-        log(f"wrote {output_dir}/results.json, samples.jsonl, report.md")
+        log(f"wrote {output_dir}/results.json, samples.jsonl, report.md, report.html")
     else:
         with TemporaryDirectory() as scratch:
             results = run_evaluation(evaluation, model, Path(scratch))

@@ -1,17 +1,27 @@
-"""The tasks that are known: built in, or from packages under the entry-point group `ascendspeed_eval.tasks`."""
+"""The tasks that are known: built in, from packages under the entry-point group `ascendspeed_eval.tasks`, or a file."""
 
+import importlib.util
+import inspect
 from importlib import metadata
+from pathlib import Path
 
-from ascendspeed_eval.errors import UsageError, did_you_mean
-from ascendspeed_eval.tasks.base import Protocol_, Task
+from ascendspeed_eval.errors import EvaluationError, UsageError, did_you_mean
+from ascendspeed_eval.tasks.agieval import AGIEval
+from ascendspeed_eval.tasks.base import Protocol, Task
+from ascendspeed_eval.tasks.bbh import BBH
 from ascendspeed_eval.tasks.boolq import BoolQ
+from ascendspeed_eval.tasks.ceval import CEval
+from ascendspeed_eval.tasks.gsm8k import GSM8K
+from ascendspeed_eval.tasks.human_eval import HumanEval
+from ascendspeed_eval.tasks.mmlu import MMLU
 
 ENTRY_POINTS = "ascendspeed_eval.tasks"
+BUILT_IN: tuple[type[Task], ...] = (BoolQ, MMLU, GSM8K, HumanEval, AGIEval, BBH, CEval)
 
 
 def all_tasks() -> dict[str, Task]:
     """Return every task by name."""
-    tasks: dict[str, Task] = {BoolQ.name: BoolQ()}
+    tasks: dict[str, Task] = {kind.name: kind() for kind in BUILT_IN}
     for point in metadata.entry_points(group=ENTRY_POINTS):
         task: Task = point.load()()
         tasks[task.name] = task
@@ -19,14 +29,46 @@ def all_tasks() -> dict[str, Task]:
 
 
 def find_task(name: str) -> Task:
-    """Return the task of that name, or raise `UsageError`."""
+    """Return the task of that name, or that a `.yaml` or `.py` file describes.
+
+    Raises:
+        UsageError: there is none of that name.
+        EvaluationError: the file is missing or wrong.
+    """
+    if name.endswith((".yaml", ".yml")):
+        from ascendspeed_eval.tasks.custom import read_task
+
+        return read_task(Path(name))
+    if name.endswith(".py"):
+        return _load_class(Path(name))
     tasks = all_tasks()
     if name not in tasks:
-        raise UsageError(f"task={name} is unknown; there are {', '.join(tasks)}{did_you_mean(name, tasks)}")
+        raise UsageError(
+            f"task={name} is unknown; there are {', '.join(tasks)}, or a .yaml or .py file of your own"
+            f"{did_you_mean(name, tasks)}"
+        )
     return tasks[name]
 
 
-def find_protocol(task: Task, name: str | None) -> Protocol_:
+def _load_class(path: Path) -> Task:
+    """Return the one task class that a Python file defines."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if not path.is_file() or spec is None or spec.loader is None:
+        raise EvaluationError(f"task={path} does not exist; check --task")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found = [
+        kind
+        for kind in vars(module).values()
+        if inspect.isclass(kind) and issubclass(kind, Task) and kind.__module__ == module.__name__
+    ]
+    if len(found) != 1:
+        raise EvaluationError(f"{path} defines {len(found)} subclasses of Task; define one")
+    task: Task = found[0]()
+    return task
+
+
+def find_protocol(task: Task, name: str | None) -> Protocol:
     """Return a protocol of a task, by default its own default, or raise `UsageError`."""
     wanted = name or task.default_protocol
     if wanted not in task.protocols:

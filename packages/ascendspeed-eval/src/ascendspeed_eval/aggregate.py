@@ -1,0 +1,80 @@
+"""From scores of samples to scores of subsets, groups and tasks."""
+
+from collections import Counter
+from collections.abc import Sequence
+from math import fsum
+from typing import Any
+
+from ascendspeed_eval.statistics import interval, mean_error
+from ascendspeed_eval.tasks.base import Protocol, Record, Scored, Task
+
+
+def task_results(
+    task: Task, protocol: Protocol, records: Sequence[Record], scored: Sequence[Scored]
+) -> dict[str, Any]:
+    """Return what `results.json` says about a task.
+
+    `score` is the average over all samples (micro); `macro` the average over subsets, which weighs a small subset as
+    much as a large one. Questions without labels have no score.
+    """
+    labelled = [one for one in scored if one.target != []]
+    values = [one.scores for one in labelled]
+    # A task may score some samples by another name (AGIEval's cloze questions); the first of a sample is its main one.
+    main = [next(iter(one.values())) for one in values]
+    asked = {record.id for record in records} & {one.id for one in labelled}
+    by_subset: dict[str, list[float]] = {}
+    for one, value in zip(labelled, main, strict=True):
+        by_subset.setdefault(one.subset, []).append(value)
+    names = list(dict.fromkeys(name for one in values for name in one))
+    return {
+        "score": _mean(main),
+        "metric": names[0] if names else protocol.main,
+        "num_samples": len(scored),
+        "num_scored": len(labelled),
+        "stderr": mean_error(main),
+        "confidence_interval_95": list(interval(main)) if main else [0.0, 0.0],
+        "macro": _mean([_mean(part) for part in by_subset.values()]),
+        "metrics": {name: _mean([one[name] for one in values if name in one]) for name in names},
+        "groups": _groups(task, by_subset),
+        "subsets": {
+            name: {"score": _mean(part), "num_samples": len(part), "stderr": mean_error(part)}
+            for name, part in by_subset.items()
+        },
+        "protocol": protocol.name,
+        "protocol_summary": protocol.summary,
+        "is_default_protocol": protocol.name == task.default_protocol,
+        "baselines": task.baselines([r for r in records if r.id in asked], protocol),
+        "truncated_samples": sum(one.truncated_tokens > 0 for one in scored),
+        "answers": _answers(labelled),
+        "reference_scores": [list(line) for line in task.reference_scores],
+    }
+
+
+def _groups(task: Task, by_subset: dict[str, list[float]]) -> dict[str, Any]:
+    groups = {}
+    for name, subsets in task.groups.items():
+        parts = [by_subset[subset] for subset in subsets if subset in by_subset]
+        whole = [value for part in parts for value in part]
+        if whole:
+            groups[name] = {
+                "score": _mean(whole),
+                "macro": _mean([_mean(part) for part in parts]),
+                "num_samples": len(whole),
+                "stderr": mean_error(whole),
+            }
+    return groups
+
+
+def _answers(scored: Sequence[Scored]) -> dict[str, int]:
+    """Count the choices that were taken, where all samples have the same ones; else the answers not found."""
+    shown = {tuple(one.choices) for one in scored}
+    if len(shown) == 1 and (choices := next(iter(shown))):
+        counts = Counter(one.answer for one in scored)
+        return {choice.strip(): counts[number] for number, choice in enumerate(choices)}
+    texts = [one for one in scored if one.outputs and "strict" in one.extracted]
+    missing = sum(one.extracted["strict"] in (None, "", [], "[invalid]") for one in texts)
+    return {"generated": len(texts), "no answer found": missing} if texts else {}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return fsum(values) / len(values) if values else 0.0

@@ -1,0 +1,72 @@
+"""Compare two runs on the same samples."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ascendspeed_eval.errors import EvaluationError
+from ascendspeed_eval.report import read_results
+from ascendspeed_eval.runner import read_samples
+from ascendspeed_eval.statistics import interval, mcnemar, mean_error
+from ascendspeed_eval.tasks.base import Scored
+
+SHOWN = 20
+
+
+def compare(first: Path, second: Path, shown: int = SHOWN) -> str:
+    """Return a paired test in Markdown, and the samples whose scores changed.
+
+    Raises:
+        EvaluationError: a run is not complete, or the two asked different questions.
+    """
+    runs = [read_results(first), read_results(second)]
+    if runs[0]["run"]["data_sha256"] != runs[1]["run"]["data_sha256"]:
+        raise EvaluationError(f"{first} and {second} read different data; compare runs on the same files")
+    ours = {one.id: one for one in read_samples(first)}
+    theirs = {one.id: one for one in read_samples(second)}
+    both = [name for name in ours if name in theirs and ours[name].scores and theirs[name].scores]
+    if not both:
+        raise EvaluationError(f"{first} and {second} have no sample in common")
+    pairs = [(ours[name], theirs[name]) for name in both]
+    changes = [(a, b) for a, b in pairs if _score(a) != _score(b)]
+    gained = sum(_score(b) > _score(a) for a, b in changes)
+    lost = len(changes) - gained
+    means = [sum(_score(one) for one in column) / len(pairs) for column in zip(*pairs, strict=True)]
+    differences = [_score(b) - _score(a) for a, b in pairs]
+    error = mean_error(differences)
+    left_out = len(ours) + len(theirs) - 2 * len(both)
+    lines = [
+        f"| | {first.name} | {second.name} |",
+        "|---|---|---|",
+        f"| model | {runs[0]['model']['name']} | {runs[1]['model']['name']} |",
+        f"| protocol | {runs[0]['run']['protocol']} | {runs[1]['run']['protocol']} |",
+        f"| score | {means[0]:.4f} | {means[1]:.4f} |",
+        f"| 95 % interval | {_interval([_score(a) for a, _ in pairs])} | {_interval([_score(b) for _, b in pairs])} |",
+        "",
+        f"{len(both)} samples in common"
+        + (f", {left_out} only in one run and left out." if left_out else "."),
+        f"Difference {means[1] - means[0]:+.4f}, paired standard error {error:.4f}; {gained} samples gained, {lost} "
+        f"lost; exact McNemar test p = {mcnemar(gained, lost):.4f}.",
+    ]
+    if changes:
+        lines += ["", "| sample | before | after | answer before | answer after |", "|---|---|---|---|---|"]
+        lines += [
+            f"| {a.id} | {_score(a):g} | {_score(b):g} | {_answer(a)} | {_answer(b)} |"
+            for a, b in changes[:shown]
+        ]
+    if len(changes) > shown:
+        lines.append(f"\n{len(changes) - shown} more changed; --show {len(changes)} lists all.")
+    return "\n".join(lines) + "\n"
+
+
+def _score(one: Scored) -> float:
+    return next(iter(one.scores.values()))
+
+
+def _interval(values: Sequence[float]) -> str:
+    low, high = interval(values)
+    return f"{low:.3f} to {high:.3f}"
+
+
+def _answer(one: Scored) -> str:
+    text = one.choices[one.answer] if one.answer is not None else str(next(iter(one.extracted.values()), ""))
+    return text.strip().replace("|", "\\|").replace("\n", " ")[:40]

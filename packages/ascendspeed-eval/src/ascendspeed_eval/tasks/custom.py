@@ -1,0 +1,188 @@
+"""A task of one's own in one YAML file.
+
+    name: capitals
+    data: capitals.jsonl            # beside this file; --task-data-path names another
+    question: "Q: {{ country }}\nA:"
+    choices: [" Paris", " Rome"]    # or a template that gives a list; without it text is generated
+    target: "{{ capital }}"         # the right text, or the number of the right choice
+    max_new_tokens: 8
+    stop: ["\n"]
+    extract: "([A-Z][a-z]+)"        # group 1 of the first match is the answer
+
+Templates are Jinja's in its sandbox; the file is read by YAML's safe loader.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ascendspeed_eval.errors import EvaluationError, did_you_mean
+from ascendspeed_eval.tasks.base import Benchmark, Extracted, Protocol, Record, Task
+from ascendspeed_eval.tasks.reading import find_files, not_empty, read_csv, read_json_lines, read_text
+
+KEYS: Mapping[str, type | tuple[type, ...]] = {
+    "name": str, "version": int, "summary": str, "data": str, "examples": str, "question": str,
+    "choices": (str, list), "target": str, "header": str, "num_fewshot": int, "separator": str,
+    "answer_prefix": str, "subset": str, "max_new_tokens": int, "stop": list, "extract": str, "seq_length": int,
+}  # fmt: skip
+REQUIRED = ("name", "question", "target")
+
+
+def read_task(path: Path) -> Task:
+    """Return the task that a YAML file describes.
+
+    Raises:
+        EvaluationError: the file is missing, not YAML, or has a key that is unknown, missing or of another type.
+    """
+    import yaml
+
+    if not path.is_file():
+        raise EvaluationError(f"task={path} does not exist; check --task")
+    try:
+        content = yaml.safe_load(read_text(path))
+    except yaml.YAMLError as error:
+        raise EvaluationError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise EvaluationError(f"{path} holds no keys and values; it needs {', '.join(REQUIRED)}")
+    for key, value in content.items():
+        if key not in KEYS:
+            raise EvaluationError(
+                f"{path}: {key} is unknown{did_you_mean(str(key), KEYS)}; there are {', '.join(KEYS)}"
+            )
+        if not isinstance(value, KEYS[key]):
+            raise EvaluationError(f"{path}: {key}={value!r} has the wrong type")
+    for key in REQUIRED:
+        if key not in content:
+            raise EvaluationError(f"{path}: {key} is missing")
+    return YamlTask(path, content)
+
+
+class YamlTask(Task):
+    """What `read_task` found."""
+
+    format = "JSON lines, CSV with a header, or a JSON list"
+
+    def __init__(self, path: Path, content: Mapping[str, Any]) -> None:
+        self._path, self._content = path, content
+        self.name = content["name"]
+        self.version = content.get("version", 1)
+        self.summary = content.get("summary", f"described in {path.name}")
+        self.size = "as in its files"
+        self.default_protocol = "own"
+        self._question = _compile(content["question"], path, "question")
+        self._target = _compile(content["target"], path, "target")
+        self._header = _compile(content.get("header", ""), path, "header")
+        self._subset = _compile(content.get("subset", self.name), path, "subset")
+        self.protocols = {"own": self._protocol()}
+
+    def read(self, path: str) -> Benchmark:
+        """Read the records; `beside` means the file that the YAML names."""
+        named = self._content.get("data")
+        if path == "sample":
+            if named is None:
+                raise EvaluationError(f"{self._path} has no key data; give --task-data-path")
+            path = str(self._path.parent / named)
+        files = find_files(path, ("*.jsonl", "*.csv", "*.json"), f"{self.name} reads {self.format}")
+        records = [record for file in files for record in self._records(file)]
+        not_empty(records, files, f"{self.name} reads {self.format}")
+        shown: dict[str, list[Record]] = {}
+        if "examples" in self._content:
+            place = self._path.parent / self._content["examples"]
+            for record in self._records(place):
+                shown.setdefault(record.subset, []).append(record)
+            files = [*files, place]
+        return Benchmark(records, shown, [*files, self._path])
+
+    def header(self, protocol: Protocol, record: Record) -> str:
+        """Render the header."""
+        return str(self._header.render(record.fields))
+
+    def question(self, protocol: Protocol, record: Record) -> str:
+        """Render the question; a prompt given on the command line has fields in braces."""
+        if protocol.template != self._content["question"]:
+            return super().question(protocol, record)
+        return str(self._question.render(record.fields))
+
+    def _records(self, file: Path) -> list[Record]:
+        rows: Sequence[tuple[int, Mapping[str, Any]]]
+        rows = list(enumerate(read_csv(file), 2)) if file.suffix == ".csv" else read_json_lines(file, {})
+        return [self._record(file, number, fields) for number, fields in rows]
+
+    def _record(self, file: Path, number: int, fields: Mapping[str, Any]) -> Record:
+        where = f"{file}, line {number}"
+        target: Any = _render(self._target, fields, where)
+        record = Record(f"{file.stem}-{number}", _render(self._subset, fields, where), fields, target)
+        if "choices" in self._content:
+            shown = [
+                choice.removeprefix(self._content.get("answer_prefix", " "))
+                for choice in self._choices(record)
+            ]
+            if target in shown:
+                target = [shown.index(target)]
+            elif target.isdigit() and int(target) < len(shown):
+                target = [int(target)]
+            else:
+                raise EvaluationError(f"{where}: target {target!r} is none of the choices {shown}")
+        return Record(record.id, record.subset, fields, target)
+
+    def _choices(self, record: Record) -> Sequence[str]:
+        import json
+
+        choices = self._content["choices"]
+        if isinstance(choices, list):
+            return [
+                _render(_compile(str(c), self._path, "choices"), record.fields, record.id) for c in choices
+            ]
+        text = _render(_compile(choices, self._path, "choices"), record.fields, record.id)
+        try:
+            return [str(choice) for choice in json.loads(text)]
+        except json.JSONDecodeError:
+            raise EvaluationError(
+                f"{self._path}: choices renders to {text!r}, no list; use `| tojson`"
+            ) from None
+
+    def _protocol(self) -> Protocol:
+        content = self._content
+        pattern = content.get("extract")
+
+        def extract(text: str, record: Record) -> Extracted:
+            found = re.search(pattern, text) if pattern else None
+            answer = (found[1] if found.groups() else found[0]) if found else None
+            return {"strict": answer if pattern else text.strip(), "flexible": (answer or text).strip()}
+
+        return Protocol(
+            "own",
+            f"the rule of {self._path.name}",
+            content["question"],
+            self._choices if "choices" in content else None,
+            num_fewshot=content.get("num_fewshot", 0),
+            separator=content.get("separator", "\n\n"),
+            answer_prefix=content.get("answer_prefix", " "),
+            extract=extract,
+            max_new_tokens=content.get("max_new_tokens", 32),
+            stop=tuple(content.get("stop", ())),
+            seq_length=content.get("seq_length"),
+            main="accuracy" if "choices" in content else "strict",
+        )
+
+
+def _compile(template: str, path: Path, key: str) -> Any:
+    from jinja2 import StrictUndefined, TemplateSyntaxError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    try:
+        return ImmutableSandboxedEnvironment(
+            undefined=StrictUndefined, keep_trailing_newline=True
+        ).from_string(template)
+    except TemplateSyntaxError as error:
+        raise EvaluationError(f"{path}: {key} is no template: {error.message}") from None
+
+
+def _render(template: Any, fields: Mapping[str, Any], where: str) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        return str(template.render(fields))
+    except TemplateError as error:
+        raise EvaluationError(f"{where}: {error}") from None

@@ -1,0 +1,139 @@
+"""HumanEval (Chen et al., 2021): programs that must pass tests; they run in a sandbox."""
+
+import re
+from collections.abc import Sequence
+from types import MappingProxyType
+from typing import Any
+
+from ascendspeed_eval.errors import UsageError
+from ascendspeed_eval.sandbox.run import run_program
+from ascendspeed_eval.statistics import pass_at_k
+from ascendspeed_eval.tasks.base import (
+    AskSettings,
+    Benchmark,
+    Protocol,
+    Record,
+    Sample,
+    Scored,
+    Task,
+    without_first_space,
+)
+from ascendspeed_eval.tasks.reading import find_files, not_empty, read_json_lines
+
+STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
+"""Texts that end an answer (Chen et al., 2021, section 2.1)."""
+
+PASS_AT = (1, 10, 100)
+
+
+class HumanEval(Task):
+    """`HumanEval.jsonl.gz` as it comes."""
+
+    name = "human_eval"
+    version = 1
+    summary = "programs that must pass tests"
+    size = "164"
+    format = "JSON lines (.jsonl or .jsonl.gz) with task_id, prompt, entry_point and test"
+    runs_code = True
+    reference_scores = (("LLaMA-7B", "2023 README, pass@1", 0.116),)
+    protocols = MappingProxyType(
+        {
+            "ascendspeed": Protocol(
+                "ascendspeed",
+                "zero-shot with an instruction, greedy text; of prompt and answer together the imports and functions "
+                "up to the first line that is neither (the rule of the 2023 AscendSpeed)",
+                "The definition and function description of the python function are as follows. Please complete the "
+                "implementation of the python function.\n{prompt}",
+                max_new_tokens=1024,
+                seq_length=2048,
+                main="pass@1",
+            ),
+            "lm-eval": Protocol(
+                "lm-eval",
+                "zero-shot; the text up to the next class, function, comment, if or print (the authors' rule, and "
+                "humaneval of lm-evaluation-harness 0.4)",
+                "{prompt}",
+                max_new_tokens=1024,
+                stop=STOP,
+                main="pass@1",
+            ),
+        }
+    )
+
+    def read(self, path: str) -> Benchmark:
+        """Read one file or the files of a folder."""
+        hint = f"human_eval reads {self.format}"
+        files = find_files(path, ("*.jsonl", "*.jsonl.gz"), hint)
+        keys = dict.fromkeys(("task_id", "prompt", "entry_point", "test"), str)
+        records = [
+            Record(fields["task_id"], "human_eval", fields, fields["entry_point"])
+            for file in files
+            for _, fields in read_json_lines(file, keys)
+        ]
+        not_empty(records, files, hint)
+        return Benchmark(records, {}, files)
+
+    def score_texts(
+        self,
+        sample: Sample,
+        texts: Sequence[str],
+        truncated_tokens: int,
+        protocol: Protocol,
+        settings: AskSettings,
+    ) -> Scored:
+        """Run each program against the tests.
+
+        Raises:
+            UsageError: without the user's consent.
+        """
+        if not settings.run_code:
+            raise UsageError(
+                f"{self.name} runs programs that the model wrote; consent with --allow-code-execution"
+            )
+        fields = sample.record.fields
+        outcomes = [run_program(self.program(protocol, fields, text)) for text in texts]
+        right = sum(outcome.passed for outcome in outcomes)
+        scores = {f"pass@{k}": pass_at_k(len(texts), right, k) for k in PASS_AT if k <= len(texts)}
+        extracted: dict[str, Any] = {
+            "outcomes": [outcome.reason for outcome in outcomes],
+            "protections": sorted({name for outcome in outcomes for name in outcome.protections}),
+        }
+        return Scored(
+            sample.record.id,
+            sample.record.subset,
+            sample.prompt,
+            sample.record.target,
+            scores,
+            truncated_tokens,
+            outputs=list(texts),
+            extracted=extracted,
+        )
+
+    @staticmethod
+    def program(protocol: Protocol, fields: Any, text: str) -> str:
+        """Return the program that passes or fails."""
+        if protocol.name == "ascendspeed":
+            body = "from typing import List\nimport math\n" + kept_lines(
+                fields["prompt"] + " " + without_first_space(text), fields["entry_point"]
+            )
+        else:
+            body = fields["prompt"] + text
+        return f"{body}\n{fields['test']}\ncheck({fields['entry_point']})\n"
+
+
+def kept_lines(answer: str, entry_point: str) -> str:
+    """Return imports and functions up to the first other line after the function wanted; the rule of 2023."""
+    kept, seen = [], False
+    for number, line in enumerate(answer.split("\n")):
+        if (number == 0 and line.lower() == "python") or not line.strip():
+            continue
+        if line[0].isspace() or line.startswith(("from", "import")):
+            kept.append(line)
+        elif line.startswith("def"):
+            # Split at spaces, the name keeps its bracket ("add(a,"), so 2023 never saw a function with arguments
+            # written without a space before them. The name alone is compared here.
+            seen = seen or re.split(r"[\s(]+", line)[1] == entry_point
+            kept.append(line)
+        elif seen:
+            break
+    return "\n".join(kept) + "\n"

@@ -1,0 +1,86 @@
+"""Our model as a model of lm-evaluation-harness, so that its thousands of tasks run on any checkpoint and layout.
+
+    import lm_eval
+    from ascendspeed_infer.lm_eval_model import AscendSpeedLM
+
+    lm_eval.simple_evaluate(AscendSpeedLM("run"), tasks=["arc_easy"])
+
+Under several processes (`torchrun`, tensor and pipeline parallel) all make the same calls.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from lm_eval.api.model import LM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from ascendspeed_infer.language_model import SCORING_BATCH_SIZE, GenerationRequest, LanguageModel
+from ascendspeed_infer.scoring import Pair, loglikelihood_of_ids
+
+DEFAULT_NEW_TOKENS = 256
+
+
+class AscendSpeedLM(LM):
+    """A checkpoint, as the harness wants a model.
+
+    Args:
+        model: checkpoint, or a model that is loaded already (with its layout).
+        batch_size: texts computed at once.
+        max_length: longest input in tokens, by default the model's.
+        options: of `LanguageModel.from_pretrained`.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel | Path | str,
+        batch_size: int = SCORING_BATCH_SIZE,
+        max_length: int | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.model = (
+            model if isinstance(model, LanguageModel) else LanguageModel.from_pretrained(model, **options)
+        )
+        self._batch_size = int(batch_size)
+        limit = self.model.model.config.max_position_embeddings
+        self.max_length = min(max_length or limit, limit)
+
+    def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+        """Score continuations."""
+        pairs = [Pair(*request.args) for request in requests]
+        scores = self.model.loglikelihood(pairs, self._batch_size, self.max_length)
+        return [(score.logprob, score.is_greedy) for score in scores]
+
+    def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
+        """Score whole texts, in the harness's windows: each token once."""
+        tokenizer, found = self.model.tokenizer, []
+        for request in requests:
+            (text,) = request.args
+            ids = tokenizer.encode(text, add_special_tokens=False)
+            start = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
+            if start is None:
+                raise ValueError(
+                    "the tokenizer has neither a begin nor an end of text; a text has no first context"
+                )
+            windows = map(make_disjoint_window, get_rolling_token_windows(ids, start, self.max_length, 1))
+            scores = loglikelihood_of_ids(self.model.model, self.model.mesh, list(windows), self._batch_size)
+            found.append(sum(score.logprob for score in scores))
+        return found
+
+    def generate_until(self, requests: list[Any]) -> list[str]:
+        """Continue prompts."""
+        asked = []
+        for request in requests:
+            prompt, settings = request.args
+            until = settings.get("until") or []
+            drawn = bool(settings.get("do_sample"))
+            asked.append(
+                GenerationRequest(
+                    prompt,
+                    int(settings.get("max_gen_toks", DEFAULT_NEW_TOKENS)),
+                    (until,) if isinstance(until, str) else tuple(until),
+                    float(settings.get("temperature") or 0.0) if drawn else 0.0,
+                )
+            )
+        done = self.model.generate_together(asked, self._batch_size, self.max_length)
+        return [one.text for one in done]
