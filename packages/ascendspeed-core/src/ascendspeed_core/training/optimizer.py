@@ -285,7 +285,12 @@ class MasterOptimizer:
             step_device = slot.master.device if self.adamw.defaults["fused"] else HOST.torch
             self.adamw.state[slot.master] = {
                 "step": torch.tensor(float(num_steps), device=step_device),
-                **{moment: parts[f"{moment}/{slot.name}"].to(slot.master) for moment in MOMENTS},
+                # Copies of the parameter's own layout: parts may be views of a file, with gaps between rows, which
+                # fused kernels would not notice.
+                **{
+                    moment: torch.empty_like(slot.master).copy_(parts[f"{moment}/{slot.name}"])
+                    for moment in MOMENTS
+                },
             }
 
 
