@@ -70,8 +70,8 @@ def test_what_a_run_leaves(arguments: list[object], tmp_path: Path, tokenizer_fo
     assert min(rates[3:]) >= 3e-4
     assert [r["iteration"] for r in records if "validation_loss" in r] == [4, 8, 12]
     assert sorted(p.name for p in run.iterdir()) == [
-        "data.manifest.json", "iter_0000005", "iter_0000010", "iter_0000012", "latest_checkpointed_iteration.txt", "loss.png",
-        "metrics.jsonl", "tokenizer",
+        "data.manifest.json", "iter_0000005", "iter_0000010", "iter_0000012", "latest_checkpointed_iteration.txt",
+        "loss.png", "metrics.jsonl", "tokenizer",
     ]  # fmt: skip
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert (run / "tokenizer" / "tokenizer.model").read_bytes() == (
