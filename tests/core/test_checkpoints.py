@@ -1,5 +1,6 @@
 """Checkpoints: any layout reads what any layout wrote; damage and malice are refused by name."""
 
+import io
 import json
 import pickle
 import resource
@@ -31,6 +32,7 @@ from ascendspeed_core.training.optimizer import MasterOptimizer
 from ascendspeed_core.training.step import train_step
 from ascendspeed_core.weights import InitialWeights, NativeSource, open_weights
 from ascendspeed_core.weights.source import CheckpointError
+from ascendspeed_core.weights.torch_files import TorchFile, stored_tensors
 from core.training_cases import Piece, join, micro_batches
 from support.models import tiny_config
 from support.processes import WorkerPool
@@ -381,3 +383,22 @@ def test_steps_equal_torchs_own_adamw() -> None:
     for name, parameter in setup.model.named_parameters():
         # float64; micro-batches of 4 are summed in another order than one batch of 16.
         torch.testing.assert_close(parameter.detach(), want[name], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("offset", [0, 1, 3, 64])
+def test_tensors_with_strides_inside_a_larger_file(tmp_path: Path, offset: int) -> None:
+    """An archive may begin at any byte of a file, and a tensor in it may be transposed or skip elements."""
+    tensors = {
+        "transposed": torch.arange(12.0).view(3, 4).T,
+        "every second": torch.arange(6.0).view(2, 3)[:, ::2],
+        "empty": torch.zeros(0, 3),
+        "scalar": torch.tensor(5.0),
+    }
+    archive = io.BytesIO()
+    torch.save(tensors, archive)
+    path = tmp_path / "larger.bin"
+    path.write_bytes(b"x" * offset + archive.getvalue())
+    found = dict(stored_tensors(TorchFile(path, offset, len(archive.getvalue())).content))
+    assert found.keys() == tensors.keys()
+    for name, stored in found.items():
+        assert torch.equal(stored.read(), tensors[name])

@@ -163,7 +163,10 @@ class TorchFile:
         itemsize = info.dtype.itemsize
         if tensor.start % itemsize:
             # Archives inside other files may begin anywhere; torch wants tensors at multiples of their elements.
-            return raw[tensor.start : tensor.start + info.num_bytes].clone().view(info.dtype).view(info.shape)
+            steps = zip(info.shape, tensor.stride, strict=True)
+            span = 1 + sum((length - 1) * step for length, step in steps) if 0 not in info.shape else 0
+            moved = raw[tensor.start : tensor.start + span * itemsize].clone().view(info.dtype)
+            return moved.as_strided(info.shape, tensor.stride)
         return torch.empty(0, dtype=info.dtype).set_(
             raw.untyped_storage(), tensor.start // itemsize, info.shape, tensor.stride
         )
