@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from ascendspeed_ckpt.adapter import MergedAdapter
 from ascendspeed_ckpt.compare import Comparison, compare
 from ascendspeed_ckpt.config import SHARDED, TargetKind
 from ascendspeed_ckpt.sources import ResizedVocabulary
 from ascendspeed_core.weights import NativeSource, WeightSource, open_weights
+from ascendspeed_core.weights.adapter import MergedAdapter
 from ascendspeed_core.weights.foreign.target import ForeignTarget
 from ascendspeed_core.weights.foreign.torch_dist import write_torch_dist
 from ascendspeed_core.weights.foreign.write_sharded import write_sharded

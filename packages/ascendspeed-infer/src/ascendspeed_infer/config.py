@@ -1,10 +1,11 @@
 """Options of the commands of `asd-infer`."""
 
 from pathlib import Path
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
-from ascendspeed_core.config.base import Config
+from ascendspeed_core.config.base import Config, spellings
 from ascendspeed_core.config.model import ArchitectureFlags
 from ascendspeed_core.config.parallel import Layout, ParallelConfig
 from ascendspeed_core.config.source import ModelSourceConfig
@@ -29,18 +30,94 @@ class TokenizerConfig(Config):
 
 
 class SamplingConfig(Config):
-    """How a text is continued."""
+    """How a text is continued; every field is an option of `LanguageModel.generate` too."""
 
     max_new_tokens: int = Field(128, ge=1, description="Tokens to generate, unless the text ends before.")
+    max_length: int | None = Field(
+        None, ge=2, description="Tokens of prompt and continuation together, in place of --max-new-tokens."
+    )
     do_sample: bool = Field(False, description="Draw tokens; otherwise the likeliest is taken.")
     temperature: float = Field(1.0, gt=0, description="Flattens (above 1) or sharpens the distribution.")
     top_k: int = Field(0, ge=0, description="Draw only from the k likeliest tokens; 0 is all.")
     top_p: float = Field(
         1.0, gt=0, le=1, description="Draw only from the smallest set with this probability."
     )
-    seed: int = Field(1234, description="Seed of the draws, and of random weights.")
-    stop: tuple[str, ...] = Field((), description="Texts that end a completion.")
+    repetition_penalty: float = Field(
+        1.0, gt=0, description="Above 1 makes tokens that the text has, prompt included, less likely."
+    )
+    num_beams: int = Field(1, ge=1, description="Continue so many texts side by side (beam search).")
+    length_penalty: float = Field(
+        1.0, description="Scores of beams are divided by length to this power; above 0 prefers long texts."
+    )
+    early_stopping: bool | Literal["never"] = Field(
+        False,
+        description="End a beam search when --num-beams texts are finished (true), when the best running one is worse "
+        "than they are (false), or when it could not become better (never).",
+    )
+    num_return_sequences: int = Field(
+        1,
+        ge=1,
+        description="Completions of each prompt: the best beams, or draws with seeds that follow --seed.",
+    )
+    seed: int = Field(1234, description="Seed of the draws of each prompt, and of random weights.")
+    stop: tuple[str, ...] = Field((), description="Texts that end a completion; they are cut off.")
+    eos_token_ids: tuple[int, ...] | None = Field(
+        None,
+        description="Ids that end a completion. [default: the model's]",
+        json_schema_extra=spellings("--eos-token-id"),
+    )
     ignore_eos: bool = Field(False, description="Go on past end-of-text ids.", json_schema_extra={"off": ""})
+    return_log_probs: bool = Field(
+        False,
+        description="Give the natural logarithm of each new token's probability.",
+        json_schema_extra={"off": ""},
+    )
+    echo: bool = Field(
+        False,
+        description="Begin the text with the prompt.",
+        json_schema_extra=spellings("--include-input", off=""),
+    )
+    detokenize: bool = Field(True, description="Give text, not ids alone.")
+    batch_size: int = Field(8, ge=1, description="Prompts computed at once; changes no completion.")
+
+    @field_validator("stop", "eos_token_ids", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str | int) else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.max_length is not None and "max_new_tokens" in self.model_fields_set:
+            raise ValueError("max_length and max_new_tokens were both given; give one")
+        if any(not stop for stop in self.stop):
+            raise ValueError("stop holds an empty text, which would end every completion; leave it out")
+        if self.ignore_eos and self.eos_token_ids:
+            raise ValueError("ignore_eos and eos_token_ids contradict each other; give one")
+        if self.num_return_sequences > 1 and not self.do_sample and self.num_beams == 1:
+            raise ValueError(
+                f"num_return_sequences={self.num_return_sequences} would give the same greedy text each time; add "
+                "do_sample or num_beams"
+            )
+        if self.num_beams > 1 and self.num_return_sequences > self.num_beams:
+            raise ValueError(
+                f"num_return_sequences={self.num_return_sequences} is more than num_beams={self.num_beams}; give more "
+                "beams or ask for fewer texts"
+            )
+        return self
+
+    def without_effect(self) -> list[str]:
+        """Say which options were given that change nothing, and what would make them count."""
+        given = self.model_fields_set
+        idle = []
+        if not self.do_sample:
+            idle += [name for name in ("temperature",) if name in given and self.temperature != 1]
+            if self.num_beams == 1:
+                idle += [name for name in ("top_k", "top_p") if name in given]
+        lines = [f"{name} has no effect without do_sample" for name in idle]
+        if self.num_beams == 1:
+            beams = ("length_penalty", "early_stopping")
+            lines += [f"{name} has no effect without num_beams" for name in beams if name in given]
+        return lines
 
 
 def inference_layout(parallel: ParallelConfig, world_size: int) -> Layout:

@@ -209,7 +209,7 @@ class ServedModel:
         return list(self._model.loglikelihood(pairs, self._batch_size, self._max_tokens)) if pairs else []
 
     def _continue(self, requests: list[Any]) -> list[Text]:
-        from ascendspeed_infer.language_model import GenerationRequest
+        from ascendspeed_infer.requests import GenerationRequest
 
         limit = self._max_tokens or self._model.model.config.max_position_embeddings
         asked = [GenerationRequest(*request) for request in requests]

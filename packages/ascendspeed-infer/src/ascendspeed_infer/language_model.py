@@ -1,13 +1,14 @@
 """A model, its tokenizer and its place among processes, as one object."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Unpack, cast, overload
 
 import torch
 
+from ascendspeed_core.config.load import validate
 from ascendspeed_core.config.parallel import ParallelConfig
 from ascendspeed_core.config.source import ModelSourceConfig
 from ascendspeed_core.device import choose_device
@@ -18,60 +19,28 @@ from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.pipeline import forward_through_stages
 from ascendspeed_core.parallel.tensor import gather_logits
 from ascendspeed_core.weights import NativeSource, WeightSource, open_source
-from ascendspeed_data.errors import AscendSpeedError
+from ascendspeed_data.command_line import log
+from ascendspeed_data.errors import AscendSpeedError, ConfigError, did_you_mean
 from ascendspeed_data.manifest import check_tokenizer
 from ascendspeed_data.tokenizer import Tokenizer, load_tokenizer
-from ascendspeed_infer.config import inference_layout
+from ascendspeed_infer.beams import BeamSettings
+from ascendspeed_infer.config import SamplingConfig, inference_layout
 from ascendspeed_infer.generation import (
+    Generated,
     GenerationSettings,
     check_length,
     generate_ids,
     generate_together,
+    search_beams,
+    stream_ids,
 )
+from ascendspeed_infer.new_text import NewText
+from ascendspeed_infer.options_2023 import todays_options
+from ascendspeed_infer.requests import Completion, GenerateOptions, GenerationRequest, Prompts, StreamedText
 from ascendspeed_infer.sampling import Sampling
 from ascendspeed_infer.scoring import Pair, Score, loglikelihood
 
 SCORING_BATCH_SIZE = 8
-ANCHOR_TOKENS = 16
-"""Ids of a prompt that new ids are decoded after, so that the space before the first is kept."""
-
-
-@dataclass(frozen=True)
-class Completion:
-    """A continued text.
-
-    Attributes:
-        prompt: as given.
-        text: what follows it.
-        token_ids: the new ids.
-        finish_reason: `stop` when the text ended by itself, `length` when the limit was reached.
-        prompt_token_ids: ids of the prompt.
-    """
-
-    prompt: str
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: Literal["length", "stop"]
-    prompt_token_ids: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class GenerationRequest:
-    """A prompt, and how it is continued.
-
-    Attributes:
-        prompt: text.
-        max_new_tokens: at most so many.
-        stop: texts that end it.
-        temperature: 0 takes the likeliest token; otherwise tokens are drawn.
-        seed: of the draws.
-    """
-
-    prompt: str
-    max_new_tokens: int
-    stop: tuple[str, ...] = ()
-    temperature: float = 0.0
-    seed: int = 1234
 
 
 class LanguageModel:
@@ -150,53 +119,180 @@ class LanguageModel:
             )
         return cls(load_model(source, mesh, getattr(torch, dtype or stored_dtype(source))), opened, mesh)
 
+    @overload
     def generate(
-        self,
-        prompts: str | Sequence[str],
-        *,
-        max_new_tokens: int = 128,
-        do_sample: bool = False,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int = 1234,
-        stop: Sequence[str] = (),
-        ignore_eos: bool = False,
-        max_tokens: int | None = None,
-    ) -> list[Completion]:
-        """Continue each prompt.
+        self, prompts: Prompts, *, stream: Literal[False] = False, **options: Unpack[GenerateOptions]
+    ) -> list[Completion]: ...
+
+    @overload
+    def generate(
+        self, prompts: Prompts, *, stream: Literal[True], **options: Unpack[GenerateOptions]
+    ) -> Iterator[StreamedText]: ...
+
+    def generate(
+        self, prompts: Prompts, *, stream: bool = False, **options: Unpack[GenerateOptions]
+    ) -> list[Completion] | Iterator[StreamedText]:
+        """Continue each prompt; under a layout of several processes all call alike and get the same.
 
         Args:
-            prompts: one text or several.
-            max_new_tokens: exactly so many, unless the text ends before.
-            do_sample: draw tokens; otherwise the likeliest is taken.
-            temperature: flattens (above 1) or sharpens the distribution.
-            top_k: draw only from the k likeliest; 0 is all.
-            top_p: draw only from the smallest set with this probability; 1 is all.
-            seed: of the draws, for each prompt anew.
-            stop: texts that end a completion and are cut off.
-            ignore_eos: go on past end ids.
-            max_tokens: prompts that with the new tokens are longer lose their beginning; by default they are an error.
+            prompts: one text or several, or their ids.
+            stream: give the text as it grows, token by token; for one prompt.
+            options: the fields of `config.SamplingConfig`, each explained there, with its default.
+
+        Returns:
+            `num_return_sequences` completions of each prompt, in order; when streaming, an iterator.
 
         Raises:
-            AscendSpeedError: a prompt that leaves no room.
+            ConfigError: an unknown option, a value outside its range, options that contradict each other.
+            AscendSpeedError: a prompt that leaves no room for the new tokens.
         """
-        sampling = Sampling(do_sample, temperature, top_k, top_p, seed)
-        settings = GenerationSettings(
-            max_new_tokens, sampling, () if ignore_eos else self._end_ids(), tuple(stop)
-        )
+        config = self._checked(options)
+        encoded = self._encoded(prompts)
+        if stream and (len(encoded) != 1 or config.num_beams > 1 or config.num_return_sequences > 1):
+            raise ConfigError("stream gives one text as it grows; give one prompt, and no beams")
+        settings = [self._settings(config, ids) for ids in encoded]
+        if stream:
+            return self._stream(encoded[0], settings[0], config)
+        if config.num_beams > 1:
+            found = [self._search(*one, config) for one in zip(encoded, settings, strict=True)]
+        else:
+            found = self._draw(encoded, settings, config)
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        encoded = [self.tokenizer.encode(text) for text in texts]
-        limit = self.model.config.max_position_embeddings
-        if max_tokens is not None:
-            room = min(max_tokens, limit) - max_new_tokens
-            check_length(1, max_new_tokens, min(max_tokens, limit))
-            encoded = [ids[-room:] for ids in encoded]
+        completions = []
+        for text, ids, own, generated in zip(_texts(texts, encoded), encoded, settings, found, strict=True):
+            prompt = self.tokenizer.decode(ids) if text is None else text
+            completions += [self._completion(prompt, ids, own, one, config) for one in generated]
+        return completions
+
+    def _checked(self, options: GenerateOptions) -> SamplingConfig:
+        given = todays_options(options)
+        for name in given.keys() - SamplingConfig.model_fields.keys():
+            raise ConfigError(
+                f"generate has no option {name}{did_you_mean(name, SamplingConfig.model_fields)}"
+            )
+        config = validate(SamplingConfig, given)
+        if self.mesh.rank == 0:
+            for line in config.without_effect():
+                log(line)
+        return config
+
+    def _encoded(self, prompts: Prompts) -> list[list[int]]:
+        """Return the ids of each prompt."""
+        if isinstance(prompts, str):
+            return [self.tokenizer.encode(prompts)]
+        if prompts and all(isinstance(one, int) for one in prompts):
+            prompts = [cast(Sequence[int], prompts)]
+        several = cast(Sequence[str | Sequence[int]], prompts)
+        encoded = [self.tokenizer.encode(one) if isinstance(one, str) else list(one) for one in several]
+        limit = self.model.config.vocab_size
         for ids in encoded:
-            check_length(len(ids), max_new_tokens, limit)
-        return [
-            self._complete([text], [ids], [settings])[0] for text, ids in zip(texts, encoded, strict=True)
+            wrong = next((token for token in ids if not 0 <= token < limit), None)
+            if wrong is not None:
+                raise ConfigError(f"prompt id {wrong} is not in 0 to {limit - 1}, the model's vocabulary")
+        return encoded
+
+    def _settings(self, config: SamplingConfig, ids: Sequence[int]) -> GenerationSettings:
+        if config.max_length is not None and config.max_length <= len(ids):
+            raise AscendSpeedError(
+                f"the prompt has {len(ids)} tokens, which leaves none of max_length={config.max_length}; "
+                "shorten the prompt, or give max_new_tokens"
+            )
+        room = config.max_new_tokens if config.max_length is None else config.max_length - len(ids)
+        check_length(len(ids), room, self.model.config.max_position_embeddings)
+        eos_ids = () if config.ignore_eos else self._end_ids()
+        sampling = Sampling(
+            config.do_sample,
+            config.temperature,
+            config.top_k,
+            config.top_p,
+            config.seed,
+            config.repetition_penalty,
+        )
+        return GenerationSettings(
+            room, sampling, config.eos_token_ids or eos_ids, config.stop, config.return_log_probs
+        )
+
+    def _search(
+        self, ids: Sequence[int], settings: GenerationSettings, config: SamplingConfig
+    ) -> list[Generated]:
+        beams = BeamSettings(
+            config.num_beams, config.length_penalty, config.early_stopping, config.num_return_sequences
+        )
+        ends = self._new_text(ids, settings).ends
+        found = search_beams(self.model, self.mesh, ids, settings, beams, ends)
+        if len(found) < config.num_return_sequences and self.mesh.rank == 0:
+            log(
+                f"only {len(found)} of {config.num_return_sequences} texts were found: the filters leave no more"
+            )
+        return found
+
+    def _draw(
+        self,
+        encoded: Sequence[Sequence[int]],
+        settings: Sequence[GenerationSettings],
+        config: SamplingConfig,
+    ) -> list[list[Generated]]:
+        """Continue prompts side by side, those of like length together; several draws have seeds that follow."""
+        every = range(config.num_return_sequences)
+        asked = [
+            (ids, replace(own, sampling=replace(own.sampling, seed=own.sampling.seed + number)))
+            for ids, own in zip(encoded, settings, strict=True)
+            for number in every
         ]
+        found = self._in_batches(asked, config.batch_size)
+        return [found[start : start + len(every)] for start in range(0, len(found), len(every))]
+
+    def _in_batches(
+        self, asked: Sequence[tuple[Sequence[int], GenerationSettings]], batch_size: int
+    ) -> list[Generated]:
+        order = sorted(range(len(asked)), key=lambda number: -len(asked[number][0]))
+        found: dict[int, Generated] = {}
+        for start in range(0, len(order), batch_size):
+            numbers = order[start : start + batch_size]
+            prompts, settings = zip(*(asked[number] for number in numbers), strict=True)
+            ends = [self._new_text(*asked[number]).ends for number in numbers]
+            if len(numbers) == 1:
+                generated = [generate_ids(self.model, self.mesh, prompts[0], settings[0], ends[0])]
+            else:
+                generated = generate_together(self.model, self.mesh, prompts, settings, ends)
+            found |= dict(zip(numbers, generated, strict=True))
+        return [found[number] for number in range(len(asked))]
+
+    def _stream(
+        self, ids: Sequence[int], settings: GenerationSettings, config: SamplingConfig
+    ) -> Iterator[StreamedText]:
+        text, new_ids = self._new_text(ids, settings), []
+        before = self.tokenizer.decode(ids) if config.echo and config.detokenize else ""
+        for step in stream_ids(self.model, self.mesh, ids, settings, text.ends):
+            new_ids.append(step.token_id)
+            added = text.grown(new_ids, step.finish_reason is not None) if config.detokenize else ""
+            yield StreamedText(before + added, step.token_id, step.log_prob, step.finish_reason)
+            before = ""
+
+    def _new_text(self, ids: Sequence[int], settings: GenerationSettings) -> NewText:
+        return NewText(self.tokenizer, ids, settings.eos_ids, settings.stop)
+
+    def _completion(
+        self,
+        prompt: str,
+        ids: Sequence[int],
+        settings: GenerationSettings,
+        generated: Generated,
+        config: SamplingConfig | None = None,
+    ) -> Completion:
+        text = ""
+        if config is None or config.detokenize:
+            text = self._new_text(ids, settings).final(generated.token_ids)
+            text = prompt + text if config is not None and config.echo else text
+        return Completion(
+            prompt,
+            text,
+            generated.token_ids,
+            generated.finish_reason,
+            tuple(ids),
+            generated.log_probs,
+            generated.score,
+        )
 
     def generate_together(
         self, requests: Sequence[GenerationRequest], batch_size: int, max_tokens: int
@@ -216,22 +312,20 @@ class LanguageModel:
         for one in requests:
             check_length(1, one.max_new_tokens, limit)
             encoded.append(self.tokenizer.encode(one.prompt)[-(limit - one.max_new_tokens) :])
-        order = sorted(range(len(requests)), key=lambda number: -len(encoded[number]))
-        found: dict[int, Completion] = {}
-        for start in range(0, len(order), batch_size):
-            numbers = order[start : start + batch_size]
-            settings = [self._settings(requests[number]) for number in numbers]
-            completions = self._complete(
-                [requests[number].prompt for number in numbers],
-                [encoded[number] for number in numbers],
-                settings,
+        settings = [
+            GenerationSettings(
+                one.max_new_tokens,
+                Sampling(one.temperature > 0, one.temperature or 1.0, seed=one.seed),
+                self._end_ids(),
+                tuple(one.stop),
             )
-            found |= dict(zip(numbers, completions, strict=True))
-        return [found[number] for number in range(len(requests))]
-
-    def _settings(self, request: GenerationRequest) -> GenerationSettings:
-        sampling = Sampling(request.temperature > 0, request.temperature or 1.0, seed=request.seed)
-        return GenerationSettings(request.max_new_tokens, sampling, self._end_ids(), tuple(request.stop))
+            for one in requests
+        ]
+        found = self._in_batches(list(zip(encoded, settings, strict=True)), batch_size)
+        return [
+            self._completion(one.prompt, ids, own, generated)
+            for one, ids, own, generated in zip(requests, encoded, settings, found, strict=True)
+        ]
 
     def _end_ids(self) -> tuple[int, ...]:
         eos_ids = self.model.config.eos_token_ids or (self.tokenizer.eos_id,)
@@ -255,55 +349,12 @@ class LanguageModel:
         logits = forward_through_stages(self.model, self.mesh, tokens)
         return gather_logits(logits[0], self.model.config.vocab_size, self.mesh.group("tp"))
 
-    def _complete(
-        self,
-        prompts: Sequence[str],
-        encoded: Sequence[Sequence[int]],
-        settings: Sequence[GenerationSettings],
-    ) -> list[Completion]:
-        texts = [_NewText(self.tokenizer, ids, own) for ids, own in zip(encoded, settings, strict=True)]
-        if len(prompts) == 1:
-            generated = [generate_ids(self.model, self.mesh, encoded[0], settings[0], texts[0].ends)]
-        else:
-            ends = [text.ends for text in texts]
-            generated = generate_together(self.model, self.mesh, encoded, settings, ends)
-        return [
-            Completion(prompt, text.final(done.token_ids), done.token_ids, done.finish_reason, tuple(ids))
-            for prompt, ids, text, done in zip(prompts, encoded, texts, generated, strict=True)
-        ]
 
-
-class _NewText:
-    """The text of new ids after a prompt.
-
-    Only the last ids of the prompt are decoded with them, for the space before the first: decoding all of it again at
-    every token would cost more than the model does.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], settings: GenerationSettings) -> None:
-        self._tokenizer, self._settings = tokenizer, settings
-        self._anchor = list(prompt[-ANCHOR_TOKENS:])
-        self._before = tokenizer.decode(self._anchor)
-
-    def of(self, new_ids: Sequence[int]) -> str:
-        """Return the text of ids."""
-        kept = [token for token in new_ids if token not in self._settings.eos_ids]
-        whole = self._tokenizer.decode([*self._anchor, *kept])
-        return whole[len(self._before) :] if whole.startswith(self._before) else self._tokenizer.decode(kept)
-
-    def ends(self, new_ids: Sequence[int]) -> bool:
-        """Tell whether a stop text is there."""
-        if not self._settings.stop:
-            return False
-        text = self.of(new_ids)
-        return any(stop in text for stop in self._settings.stop)
-
-    def final(self, new_ids: Sequence[int]) -> str:
-        """Return the text before any stop text."""
-        text = self.of(new_ids)
-        for stop in self._settings.stop:
-            text = text.partition(stop)[0]
-        return text
+def _texts(prompts: Sequence[Any], encoded: Sequence[Sequence[int]]) -> list[str | None]:
+    """Return each prompt's text as it was given; `None` where ids were."""
+    if len(prompts) != len(encoded):
+        return [None] * len(encoded)
+    return [one if isinstance(one, str) else None for one in prompts]
 
 
 def stored_dtype(source: WeightSource) -> str:

@@ -14,7 +14,8 @@ from typing import Any
 from lm_eval.api.model import LM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from ascendspeed_infer.language_model import SCORING_BATCH_SIZE, GenerationRequest, LanguageModel
+from ascendspeed_infer.language_model import SCORING_BATCH_SIZE, LanguageModel
+from ascendspeed_infer.requests import GenerationRequest
 from ascendspeed_infer.scoring import Pair, loglikelihood_of_ids
 
 DEFAULT_NEW_TOKENS = 256

@@ -1,8 +1,14 @@
 """Choose the next token from its logits.
 
-Shapes: V vocabulary.
+The rules come in transformers' order: repetition penalty, temperature, top-k, top-p. A draw is a race: each token's
+probability is divided by an exponential number of its own and the largest quotient wins, which is how
+`torch.multinomial` draws. The numbers depend on the seed alone, so the lead of the winner tells whether another order
+of sums, in a batch or under another layout, could change the draw.
+
+Shapes: V vocabulary, B beams.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +26,7 @@ class Sampling:
         top_k: only the k likeliest tokens stay; 0 keeps all.
         top_p: of these, the smallest set whose probability reaches p stays; 1 keeps all.
         seed: of the draws; the same seed gives the same text.
+        repetition_penalty: divides positive logits of tokens that the text has, and multiplies negative ones.
     """
 
     do_sample: bool = False
@@ -27,6 +34,7 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 1234
+    repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         if self.temperature <= 0:
@@ -37,40 +45,90 @@ class Sampling:
             raise ConfigError(f"top_k={self.top_k} is negative; give 0 to keep all tokens")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p={self.top_p} is not in (0, 1]; give 1 to keep all tokens")
+        if self.repetition_penalty <= 0:
+            raise ConfigError(
+                f"repetition_penalty={self.repetition_penalty} is not positive; give 1 for none, more to repeat less"
+            )
 
     def generator(self) -> torch.Generator:
         """Return a fresh source of draws."""
         return torch.Generator().manual_seed(self.seed)
 
+    def noise(self, generator: torch.Generator, vocab_size: int) -> torch.Tensor | None:
+        """Return the numbers of one draw, [V], fp32; nothing when the likeliest token is taken."""
+        return torch.empty(vocab_size).exponential_(1, generator=generator) if self.do_sample else None
 
-def choose_token(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """Return the id of the next token.
+
+@dataclass(frozen=True)
+class Choice:
+    """A chosen token.
+
+    Attributes:
+        token_id: the token.
+        log_prob: natural logarithm of the probability that the model itself gives it, before any rule; `None` when
+            it was not asked for.
+        lead: by how much logits must change before another token is chosen.
+    """
+
+    token_id: int
+    log_prob: float | None
+    lead: float
+
+
+def choose_token(
+    logits: torch.Tensor,
+    sampling: Sampling,
+    noise: torch.Tensor | None = None,
+    ids: Sequence[int] = (),
+    with_log_prob: bool = False,
+) -> Choice:
+    """Choose the next token.
 
     Args:
         logits: [V], the same on every process, so that all choose alike.
         sampling: how.
-        generator: advanced by one draw when sampling.
+        noise: of `Sampling.noise`, when drawing.
+        ids: the text so far, prompt included.
+        with_log_prob: whether its log-probability is wanted.
     """
-    if not sampling.do_sample:
-        return int(logits.argmax())
-    scores = logits.double().cpu() / sampling.temperature
-    scores = keep_top_p(keep_top_k(scores, sampling.top_k), sampling.top_p)
-    return int(torch.multinomial(scores.softmax(dim=-1), 1, generator=generator))
+    scores = penalise_repetition(logits, ids, sampling.repetition_penalty)
+    if noise is None:
+        best, places = scores.topk(2)
+        lead = float(best[0]) - float(best[1])
+    else:
+        scores = scores.double().cpu() / sampling.temperature
+        scores = keep_top_p(keep_top_k(scores, sampling.top_k), sampling.top_p)
+        best, places = (scores.float().softmax(dim=-1) / noise).topk(2)
+        lead = float(best[0].log() - best[1].log()) * sampling.temperature
+    token = int(places[0])
+    wide = logits.double().cpu() if with_log_prob else logits
+    log_prob = float(wide[token] - wide.logsumexp(dim=-1)) if with_log_prob else None
+    return Choice(token, log_prob, lead / max(sampling.repetition_penalty, 1 / sampling.repetition_penalty))
 
 
-def keep_top_k(scores: torch.Tensor, k: int) -> torch.Tensor:
+def penalise_repetition(scores: torch.Tensor, ids: Sequence[int], penalty: float) -> torch.Tensor:
+    """Make tokens that a text has less likely (Keskar et al., 2019, CTRL, section 4.1); [V] -> [V]."""
+    if penalty == 1 or not ids:
+        return scores
+    seen = torch.tensor(sorted(set(ids)), device=scores.device)
+    found = scores[seen]
+    return scores.index_put((seen,), torch.where(found < 0, found * penalty, found / penalty))
+
+
+def keep_top_k(scores: torch.Tensor, k: int, at_least: int = 1) -> torch.Tensor:
     """Set all but the k largest of [V] to minus infinity; ties with the k-th stay."""
+    k = max(k, at_least) if k else 0
     if k == 0 or k >= scores.shape[-1]:
         return scores
     return scores.masked_fill(scores < scores.topk(k).values[-1], -torch.inf)
 
 
-def keep_top_p(scores: torch.Tensor, p: float) -> torch.Tensor:
-    """Keep the likeliest tokens of [V] until their probability reaches p (Holtzman et al., 2019), at least one."""
+def keep_top_p(scores: torch.Tensor, p: float, at_least: int = 1) -> torch.Tensor:
+    """Keep the likeliest tokens of [V] until their probability reaches p (Holtzman et al., 2019)."""
     if p >= 1:
         return scores
     ordered, order = scores.sort(descending=True)
-    before = ordered.softmax(dim=-1).cumsum(dim=-1) - ordered.softmax(dim=-1)
-    return scores.masked_fill(
-        torch.zeros_like(scores, dtype=torch.bool).scatter(0, order, before >= p), -torch.inf
-    )
+    chances = ordered.softmax(dim=-1)
+    is_out = chances.cumsum(dim=-1) - chances >= p
+    is_out[:at_least] = False
+    return scores.masked_fill(torch.zeros_like(is_out).scatter(0, order, is_out), -torch.inf)

@@ -27,7 +27,7 @@ def merge_lora_command(
     from ascendspeed_core.device import HOST, prepare_torch
 
     prepare_torch(HOST.kind)
-    from ascendspeed_ckpt.adapter import Adapter, MergedAdapter
+    from ascendspeed_core.weights.adapter import Adapter, MergedAdapter
 
     merged = MergedAdapter(open_input(options), Adapter(lora_load))
     run(plan(options, merged, max_shard_bytes), dry_run)

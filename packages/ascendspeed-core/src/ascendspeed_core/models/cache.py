@@ -46,3 +46,19 @@ class KeyValueCache:
     def advance(self, tokens: int) -> None:
         """Count tokens that every layer has stored."""
         self.length_tokens += tokens
+
+    def place(self, row: int, other: "KeyValueCache", end: int) -> None:
+        """Copy the one text of another cache into row `row`, so that it ends at `end`; what is before is zero.
+
+        Zeros, not what memory held: a weight of 0 times infinity is no number.
+        """
+        start = end - other.length_tokens
+        for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
+            mine[:, row, :, :start] = 0
+            mine[:, row, :, start:end] = theirs[:, 0, :, : other.length_tokens]
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Let row i go on from what row `rows[i]` holds; [B]."""
+        for whole in (self.keys, self.values):
+            used = whole[:, :, :, : self.length_tokens]
+            used.copy_(used.index_select(1, rows))

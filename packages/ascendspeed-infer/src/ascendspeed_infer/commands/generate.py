@@ -23,7 +23,6 @@ def generate(
     ] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="File with one prompt per line.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per completion.")] = False,
-    echo: Annotated[bool, typer.Option("--echo", help="Print the prompt before its continuation.")] = False,
     **given: Any,
 ) -> None:
     """Continue texts with the model of any checkpoint.
@@ -45,7 +44,7 @@ def generate(
             arguments = [*sys.argv[1:], *([] if prompt or prompt_file else ["--prompt", *prompts])]
             launch("ascendspeed_infer.cli", arguments, config.launch.nproc_per_node, config.launch.device)
             return
-        run(config, read_prompts(prompt, prompt_file), as_json, echo)
+        run(config, read_prompts(prompt, prompt_file), as_json)
 
 
 def check_source(config: GenerateConfig) -> None:
@@ -61,7 +60,7 @@ def check_source(config: GenerateConfig) -> None:
     load_tokenizer(folder, config.tokenizer.tokenizer_type)
 
 
-def run(config: GenerateConfig, prompts: list[str], as_json: bool, echo: bool) -> None:
+def run(config: GenerateConfig, prompts: list[str], as_json: bool) -> None:
     """Generate on this process, with the others if there are any; the first one prints."""
     from ascendspeed_core.launch import process_group
     from ascendspeed_core.weights import open_source
@@ -80,11 +79,13 @@ def run(config: GenerateConfig, prompts: list[str], as_json: bool, echo: bool) -
             )
         started, count = time.perf_counter(), 0
         for text in prompts:
-            (completion,) = model.generate(text, **config.sampling.model_dump())
+            (completion,) = model.generate(text, **config.sampling.model_dump(exclude_unset=True))
             count += len(completion.token_ids)
             if world.rank == 0:
-                shown = (text if echo else "") + completion.text
-                print(json.dumps(asdict(completion), ensure_ascii=False) if as_json else shown, flush=True)
+                print(
+                    json.dumps(asdict(completion), ensure_ascii=False) if as_json else completion.text,
+                    flush=True,
+                )
         if world.rank == 0:
             seconds = time.perf_counter() - started
             log(f"{count} tokens in {seconds:.2f} s, {count / seconds:.1f} tokens/s")

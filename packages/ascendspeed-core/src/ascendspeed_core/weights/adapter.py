@@ -17,9 +17,8 @@ import torch
 
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.models.families import find_family
-from ascendspeed_core.weights import Index, TensorInfo, WeightSource
 from ascendspeed_core.weights.huggingface import read_json
-from ascendspeed_core.weights.source import CheckpointError, inside
+from ascendspeed_core.weights.source import CheckpointError, Index, TensorInfo, WeightSource, inside
 from ascendspeed_core.weights.torch_files import TorchFile, stored_tensors
 
 CONFIG = "adapter_config.json"
