@@ -135,10 +135,30 @@ def inference_layout(parallel: ParallelConfig, world_size: int) -> Layout:
     return layout
 
 
+class AdapterConfig(Config):
+    """A LoRA adapter on top of the weights."""
+
+    lora_load: Path | None = Field(
+        None,
+        description="Folder of a LoRA adapter in peft's format.",
+        json_schema_extra=spellings("--adapter"),
+    )
+    merge_adapter: bool = Field(
+        True, description="Add the adapter to the weights as they are read, not to what each layer computes."
+    )
+
+    @model_validator(mode="after")
+    def _has_adapter(self) -> Self:
+        if not self.merge_adapter and self.lora_load is None:
+            raise ValueError("merge_adapter is off but there is no adapter; give --lora-load DIR")
+        return self
+
+
 class GenerateConfig(Config):
     """Everything `asd-infer generate` takes."""
 
     source: ModelSourceConfig
+    adapter: AdapterConfig = AdapterConfig()
     model: ArchitectureFlags = ArchitectureFlags()
     tokenizer: TokenizerConfig = TokenizerConfig()
     sampling: SamplingConfig = SamplingConfig()

@@ -46,6 +46,12 @@ class Text:
 OPTIONS = (
     Option("load", str, "Checkpoint: a training run's folder or a Hugging Face folder."),
     Option("model_config_file", str, "Random weights of this Hugging Face config.json.", ("--model-config",)),
+    Option(
+        "lora_load",
+        str,
+        "Folder of a LoRA adapter in peft's format, merged into the weights.",
+        ("--adapter",),
+    ),
     Option("tokenizer_name_or_path", str, "Tokenizer folder, when the checkpoint came without one."),
     Option("tokenizer_type", str, "Kind of tokenizer; PretrainedFromHF is the only one."),
     Option("tokenizer_not_use_fast", bool, "Accepted for old scripts: ids are exact either way."),
@@ -95,7 +101,7 @@ class AscendSpeedBackend:
         world_size = planned_world_size(config.launch.nproc_per_node)
         config.parallel.layout(world_size)
         prepare_torch(config.launch.device)
-        from ascendspeed_infer.commands.generate import check_source
+        from ascendspeed_infer.opening import check_source
 
         check_source(config)
         if world_size == 1 or is_worker():
@@ -107,25 +113,26 @@ class AscendSpeedBackend:
     def open(self, options: Mapping[str, Any]) -> Iterator[Any]:
         """Load the model; the first process asks, the others serve it until it is done."""
         from ascendspeed_core.launch import process_group, worker_errors
-        from ascendspeed_core.weights import open_source
         from ascendspeed_core.weights.fingerprint import fingerprint
-        from ascendspeed_infer.language_model import LanguageModel, stored_dtype
+        from ascendspeed_infer.language_model import LanguageModel
+        from ascendspeed_infer.opening import open_model_source, wanted_dtype
 
         config = _config(options)
         scoring = {name: options.get(name, default) for name, default in SCORING.items()}
         with worker_errors(), process_group(config.launch.device) as (world, device):
-            source = open_source(config.source, config.sampling.seed)
-            asked = config.precision.dtype or config.precision.fp16 or config.precision.bf16
-            dtype = config.precision.dtype_name if asked else stored_dtype(source)
+            source, _ = open_model_source(config)
             model = LanguageModel.from_source(
                 source,
                 config.tokenizer.tokenizer_name_or_path,
                 device.kind,
-                dtype,
+                wanted_dtype(config, source),
                 config.parallel,
                 data_parallel=True,
             )
-            name = source.path.name if source.path else f"random weights, seed {config.sampling.seed}"
+            adapter = f" with {config.adapter.lora_load.name}" if config.adapter.lora_load else ""
+            name = (
+                source.path.name + adapter if source.path else f"random weights, seed {config.sampling.seed}"
+            )
             served = ServedModel(model, name, fingerprint(source), scoring)
             if world.rank != 0:
                 served.serve()

@@ -18,13 +18,14 @@ from ascendspeed_core.parallel.build import load_model
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.pipeline import forward_through_stages
 from ascendspeed_core.parallel.tensor import gather_logits
-from ascendspeed_core.weights import NativeSource, WeightSource, open_source
+from ascendspeed_core.weights import WeightSource, open_source
+from ascendspeed_core.weights.adapter import Adapter
 from ascendspeed_data.command_line import log
 from ascendspeed_data.errors import AscendSpeedError, ConfigError, did_you_mean
-from ascendspeed_data.manifest import check_tokenizer
 from ascendspeed_data.tokenizer import Tokenizer, load_tokenizer
+from ascendspeed_infer.attached_adapter import attach_adapter
 from ascendspeed_infer.beams import BeamSettings
-from ascendspeed_infer.config import SamplingConfig, inference_layout
+from ascendspeed_infer.config import AdapterConfig, SamplingConfig, inference_layout
 from ascendspeed_infer.generation import (
     Generated,
     GenerationSettings,
@@ -35,6 +36,7 @@ from ascendspeed_infer.generation import (
     stream_ids,
 )
 from ascendspeed_infer.new_text import NewText
+from ascendspeed_infer.opening import find_tokenizer, stored_dtype, with_adapter
 from ascendspeed_infer.options_2023 import todays_options
 from ascendspeed_infer.requests import Completion, GenerateOptions, GenerationRequest, Prompts, StreamedText
 from ascendspeed_infer.sampling import Sampling
@@ -60,21 +62,27 @@ class LanguageModel:
         device: str = "auto",
         dtype: str | None = None,
         parallel: ParallelConfig | None = None,
+        adapter: Path | str | None = None,
+        merge_adapter: bool = True,
     ) -> "LanguageModel":
-        """Load a checkpoint: a training run's folder of any layout, or a Hugging Face folder.
+        """Load a checkpoint of any kind: a training run's folder, a Hugging Face folder, shards of 2023 or Megatron-LM.
 
         Args:
-            path: the checkpoint; a missing one is an error.
+            path: the checkpoint, of whatever layout; a missing one is an error.
             tokenizer: folder of the tokenizer, when none came with the checkpoint.
             device: `auto`, `npu`, `cuda` or `cpu`.
             dtype: format to compute in; by default the one the weights are stored in.
             parallel: layout; more than one process needs torchrun and an initialised process group.
+            adapter: folder of a LoRA adapter in peft's format.
+            merge_adapter: add it to the weights as they are read; otherwise layers compute it beside them.
 
         Raises:
-            AscendSpeedError: nothing there, not recognised, damaged, or no tokenizer.
+            AscendSpeedError: nothing there, not recognised, damaged, no tokenizer, or an adapter of another model.
         """
         source = open_source(ModelSourceConfig(load=Path(path)), seed=0)
-        return cls.from_source(source, tokenizer, device, dtype, parallel)
+        given = validate(AdapterConfig, {"lora_load": adapter, "merge_adapter": merge_adapter})
+        changed, beside = with_adapter(source, given)
+        return cls.from_source(changed, tokenizer, device, dtype, parallel, beside)
 
     @classmethod
     def from_config(
@@ -99,11 +107,13 @@ class LanguageModel:
         device: str,
         dtype: str | None,
         parallel: ParallelConfig | None,
+        beside: Adapter | None = None,
         data_parallel: bool = False,
     ) -> "LanguageModel":
         """Load the weights of a source; see `from_pretrained`.
 
-        With `data_parallel`, processes that the layout leaves over hold the model again; the caller shares work out.
+        The adapter `beside` is computed beside the weights. With `data_parallel`, processes that the layout leaves
+        over hold the model again; the caller shares work out.
         """
         folder = find_tokenizer(source, Path(tokenizer) if tokenizer is not None else None)
         parallel = parallel or ParallelConfig()
@@ -117,7 +127,10 @@ class LanguageModel:
                 f"tokenizer {folder} has vocab_size={opened.vocab_size}, the model {source.config.vocab_size}; "
                 "give the model's own tokenizer"
             )
-        return cls(load_model(source, mesh, getattr(torch, dtype or stored_dtype(source))), opened, mesh)
+        model = load_model(source, mesh, getattr(torch, dtype or stored_dtype(source)))
+        if beside is not None:
+            attach_adapter(model, mesh, beside)
+        return cls(model, opened, mesh)
 
     @overload
     def generate(
@@ -355,36 +368,3 @@ def _texts(prompts: Sequence[Any], encoded: Sequence[Sequence[int]]) -> list[str
     if len(prompts) != len(encoded):
         return [None] * len(encoded)
     return [one if isinstance(one, str) else None for one in prompts]
-
-
-def stored_dtype(source: WeightSource) -> str:
-    """Return the format that the weights are stored in."""
-    return str(next(iter(source.tensors().values())).dtype).removeprefix("torch.")
-
-
-def find_tokenizer(source: WeightSource, given: Path | None) -> Path:
-    """Return the tokenizer to use: the one given, or the one that came with the checkpoint.
-
-    Raises:
-        AscendSpeedError: there is none, or the one given is not the one the run was trained with.
-    """
-    own = source.tokenizer
-    if given is None and own is None:
-        raise AscendSpeedError(
-            f"{source.path or 'random weights'} came without a tokenizer; give --tokenizer-name-or-path"
-        )
-    if given is None:
-        assert own is not None
-        return own
-    if isinstance(source, NativeSource) and source.data_manifest is not None:
-        check_tokenizer(
-            source.data_manifest, load_tokenizer(given), f"the data that {source.path} was trained on"
-        )
-    elif isinstance(source, NativeSource) and own is not None:
-        trained, wanted = load_tokenizer(own), load_tokenizer(given)
-        if trained.fingerprint != wanted.fingerprint:
-            raise AscendSpeedError(
-                f"tokenizer {given} is not the one that {source.path} was trained with ({own}); leave "
-                "--tokenizer-name-or-path out"
-            )
-    return given

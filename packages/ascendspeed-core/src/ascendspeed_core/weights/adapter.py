@@ -20,6 +20,7 @@ from ascendspeed_core.models.families import find_family
 from ascendspeed_core.weights.huggingface import read_json
 from ascendspeed_core.weights.source import CheckpointError, Index, TensorInfo, WeightSource, inside
 from ascendspeed_core.weights.torch_files import TorchFile, stored_tensors
+from ascendspeed_data.tokenizer import DEFINING_FILES
 
 CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
@@ -150,14 +151,15 @@ class MergedAdapter:
     Args:
         source: the model, of any kind.
         adapter: what is merged.
+        only_saved: take only the tensors that replace the model's; what is added to others is left to the caller.
 
     Raises:
         CheckpointError: the adapter speaks of tensors that the model does not have.
     """
 
-    def __init__(self, source: WeightSource, adapter: Adapter) -> None:
+    def __init__(self, source: WeightSource, adapter: Adapter, only_saved: bool = False) -> None:
         self.kind, self.path = source.kind, source.path
-        self.base, self._adapter = source, adapter
+        self.base, self._adapter, self._only_saved = source, adapter, only_saved
         places = hugging_face_places(source.config)
         self._places = places
         known = {place.theirs for place in places.values()}
@@ -174,8 +176,10 @@ class MergedAdapter:
 
     @property
     def tokenizer(self) -> Path | None:
-        """Folder of the tokenizer."""
-        return self.base.tokenizer
+        """Folder of the tokenizer: the adapter's own, which may have more pieces, or else the model's."""
+        folder = self._adapter.folder
+        own = any((folder / name).is_file() for name in DEFINING_FILES)
+        return folder if own else self.base.tokenizer
 
     def tensors(self) -> Mapping[str, TensorInfo]:
         """Return every tensor by our name."""
@@ -200,7 +204,7 @@ class MergedAdapter:
         else:
             base = (saved if place.rows is None else saved[place.rows])[index].to(info.dtype)
         update = self._adapter.updates.get(place.theirs.removesuffix(".weight"))
-        if update is None or not place.theirs.endswith(".weight"):
+        if update is None or self._only_saved or not place.theirs.endswith(".weight"):
             return base
         return (base.float() + self._added(update, place.rows, index)).to(base.dtype)
 

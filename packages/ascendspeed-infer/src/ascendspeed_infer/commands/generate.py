@@ -38,6 +38,8 @@ def generate(
 
         inference_layout(config.parallel, world_size)
         prepare_torch(config.launch.device)
+        from ascendspeed_infer.opening import check_source
+
         check_source(config)
         if world_size > 1 and not is_worker():
             prompts = read_prompts(prompt, prompt_file)
@@ -47,32 +49,17 @@ def generate(
         run(config, read_prompts(prompt, prompt_file), as_json)
 
 
-def check_source(config: GenerateConfig) -> None:
-    """Find out before any process starts whether the model is there, fits its flags, and has a tokenizer."""
-    from ascendspeed_core.weights import open_source
-    from ascendspeed_data.tokenizer import load_tokenizer
-    from ascendspeed_infer.language_model import find_tokenizer
-
-    source = open_source(config.source, config.sampling.seed)
-    config.model.check(source.config, str(source.path or config.source.model_config_file))
-    config.parallel.check_model(source.config)
-    folder = find_tokenizer(source, config.tokenizer.tokenizer_name_or_path)
-    load_tokenizer(folder, config.tokenizer.tokenizer_type)
-
-
 def run(config: GenerateConfig, prompts: list[str], as_json: bool) -> None:
     """Generate on this process, with the others if there are any; the first one prints."""
     from ascendspeed_core.launch import process_group
-    from ascendspeed_core.weights import open_source
-    from ascendspeed_infer.language_model import LanguageModel, stored_dtype
+    from ascendspeed_infer.language_model import LanguageModel
+    from ascendspeed_infer.opening import open_model_source, wanted_dtype
 
     with process_group(config.launch.device) as (world, device):
-        source = open_source(config.source, config.sampling.seed)
-        asked = config.precision.dtype or config.precision.fp16 or config.precision.bf16
-        dtype = config.precision.dtype_name if asked else stored_dtype(source)
-        model = LanguageModel.from_source(
-            source, config.tokenizer.tokenizer_name_or_path, device.kind, dtype, config.parallel
-        )
+        source, beside = open_model_source(config)
+        dtype = wanted_dtype(config, source)
+        tokenizer = config.tokenizer.tokenizer_name_or_path
+        model = LanguageModel.from_source(source, tokenizer, device.kind, dtype, config.parallel, beside)
         if world.rank == 0:
             log(
                 f"model: {source.config.num_parameters:,} parameters ({source.kind}), {dtype}, {model.mesh.layout}"

@@ -1,0 +1,78 @@
+"""Find what a model is made of: weights of any kind, an adapter, a tokenizer."""
+
+from pathlib import Path
+
+from ascendspeed_core.weights import NativeSource, WeightSource, open_source
+from ascendspeed_core.weights.adapter import Adapter, MergedAdapter
+from ascendspeed_data.errors import AscendSpeedError
+from ascendspeed_data.manifest import check_tokenizer
+from ascendspeed_data.tokenizer import load_tokenizer
+from ascendspeed_infer.config import AdapterConfig, GenerateConfig
+
+
+def open_model_source(config: GenerateConfig) -> tuple[WeightSource, Adapter | None]:
+    """Open the weights and the adapter that a command was told of; see `with_adapter`."""
+    return with_adapter(open_source(config.source, config.sampling.seed), config.adapter)
+
+
+def with_adapter(source: WeightSource, config: AdapterConfig) -> tuple[WeightSource, Adapter | None]:
+    """Put an adapter into a source.
+
+    Returns:
+        The source, and the adapter if it is to be computed beside the weights; tensors that it replaces as a whole
+        are in the source either way.
+    """
+    if config.lora_load is None:
+        return source, None
+    adapter = Adapter(config.lora_load)
+    changed = MergedAdapter(source, adapter, only_saved=not config.merge_adapter)
+    return changed, None if config.merge_adapter else adapter
+
+
+def check_source(config: GenerateConfig) -> None:
+    """Find out before any process starts whether the model is there, fits its flags, and has a tokenizer."""
+    source, _ = open_model_source(config)
+    config.model.check(source.config, str(source.path or config.source.model_config_file))
+    config.parallel.check_model(source.config)
+    folder = find_tokenizer(source, config.tokenizer.tokenizer_name_or_path)
+    load_tokenizer(folder, config.tokenizer.tokenizer_type)
+
+
+def wanted_dtype(config: GenerateConfig, source: WeightSource) -> str:
+    """Return the format to compute in: the one asked for, or the one that the weights are stored in."""
+    asked = config.precision.dtype or config.precision.fp16 or config.precision.bf16
+    return config.precision.dtype_name if asked else stored_dtype(source)
+
+
+def stored_dtype(source: WeightSource) -> str:
+    """Return the format that the weights are stored in."""
+    return str(next(iter(source.tensors().values())).dtype).removeprefix("torch.")
+
+
+def find_tokenizer(source: WeightSource, given: Path | None) -> Path:
+    """Return the tokenizer to use: the one given, or the one that came with the checkpoint.
+
+    Raises:
+        AscendSpeedError: there is none, or the one given is not the one the run was trained with.
+    """
+    own = source.tokenizer
+    if given is None and own is None:
+        raise AscendSpeedError(
+            f"{source.path or 'random weights'} came without a tokenizer; give --tokenizer-name-or-path"
+        )
+    if given is None:
+        assert own is not None
+        return own
+    base = source.base if isinstance(source, MergedAdapter) else source
+    if isinstance(base, NativeSource) and base.data_manifest is not None:
+        check_tokenizer(
+            base.data_manifest, load_tokenizer(given), f"the data that {source.path} was trained on"
+        )
+    elif isinstance(base, NativeSource) and own is not None:
+        trained, wanted = load_tokenizer(own), load_tokenizer(given)
+        if trained.fingerprint != wanted.fingerprint:
+            raise AscendSpeedError(
+                f"tokenizer {given} is not the one that {source.path} was trained with ({own}); leave "
+                "--tokenizer-name-or-path out"
+            )
+    return given
