@@ -55,6 +55,8 @@ def check_same_tokenizer(first: Dataset, other: Dataset) -> None:
     one, two = first.manifest, other.manifest
     if one is None or two is None:
         return
+    if one.kind != two.kind:
+        raise DataError(f"{first.prefix} holds {one.kind}, {other.prefix} {two.kind}; give data of one kind")
     if one.tokenizer.fingerprint != two.tokenizer.fingerprint:
         raise DataError(
             f"{other.prefix} and {first.prefix} were made with different tokenizers ({two.tokenizer.name} and "

@@ -107,9 +107,13 @@ class ChatTemplate:
         except (TemplateError, TypeError) as error:
             raise DataError(f"the chat template refuses the conversation: {error}") from None
 
-    def sample(self, messages: list[Message], tools: Any = None) -> Sample:
-        """Lay a conversation out; every assistant turn is trained, up to the special piece that ends it."""
-        pieces = self._marked(messages, tools) if self._marks_generation else self._compared(messages, tools)
+    def sample(self, messages: list[Message], tools: Any = None, first_trained: int = 0) -> Sample:
+        """Lay a conversation out; every assistant turn is trained, up to the special piece that ends it.
+
+        Assistant turns before message `first_trained` are context.
+        """
+        make = self._marked if self._marks_generation else self._compared
+        pieces = make(messages, tools, first_trained)
         parts: list[Part] = []
         for text, trained in pieces:
             parts += self._parts(text, trained)
@@ -120,22 +124,23 @@ class ChatTemplate:
             parts.append(Part(None, True))
         return Sample(tuple(parts), surrounded=False)
 
-    def _marked(self, messages: list[Message], tools: Any) -> list[tuple[str, bool]]:
+    def _marked(self, messages: list[Message], tools: Any, first_trained: int) -> list[tuple[str, bool]]:
         text = self.render(messages, tools)
+        context = self.render(messages[:first_trained], tools).count(BEGIN) if first_trained else 0
         pieces: list[tuple[str, bool]] = []
         for number, piece in enumerate(text.split(BEGIN)):
             inside, end, outside = piece.partition(END) if number else ("", "", piece)
             if number and not end:
                 raise DataError("the conversation spells the mark of a generation block; remove it")
-            pieces += [(inside, True), (outside, False)]
+            pieces += [(inside, number > context), (outside, False)]
         return pieces
 
-    def _compared(self, messages: list[Message], tools: Any) -> list[tuple[str, bool]]:
+    def _compared(self, messages: list[Message], tools: Any, first_trained: int) -> list[tuple[str, bool]]:
         whole = self.render(messages, tools)
         pieces: list[tuple[str, bool]] = []
         done = 0
         for number, message in enumerate(messages):
-            if message.get("role") != "assistant":
+            if message.get("role") != "assistant" or number < first_trained:
                 continue
             before = self.render(messages[:number], tools, ask=True)
             after = self.render(messages[: number + 1], tools)

@@ -41,6 +41,11 @@ class Dataset:
         """Whether tokens have labels of their own."""
         return LABELS in self.arrays
 
+    @property
+    def is_pairs(self) -> bool:
+        """Whether each document is a chosen and a rejected sample."""
+        return self.manifest is not None and self.manifest.kind == "pairs"
+
     def trained(self, sequence: int) -> NDArray[np.bool_]:
         """Return which tokens of a sequence are learned."""
         if not self.is_samples:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ascendspeed_data.errors import DataError
 from ascendspeed_data.fast_tokenizer import Encoder, spot_check
-from ascendspeed_data.handlers import IGNORED_LABEL, Part, Sample, SampleHandler, TextHandler
+from ascendspeed_data.handlers import IGNORED_LABEL, Part, Sample, SampleHandler, TextHandler, kind_of
 from ascendspeed_data.indexed import smallest_format
 from ascendspeed_data.reading.records import check_columns, place_of, records_of, text_of
 from ascendspeed_data.reading.shards import Shard
@@ -128,6 +128,7 @@ class ShardEncoder:
         return encoded
 
     def _encode_samples(self, handler: SampleHandler, shard: Shard) -> EncodedOutput:
+        is_pairs = kind_of(handler) == "pairs"
         samples: list[Sample] = []
         sequences: list[int] = []
         counts = Counts()
@@ -135,6 +136,8 @@ class ShardEncoder:
             try:
                 check_columns(record, handler.columns, f"needed by {handler.name}")
                 made = handler.samples(record, self.tokenizer)
+                if is_pairs and len(made) not in (0, 2):
+                    raise DataError(f"{handler.name} made {len(made)} samples; a pair has two")
             except DataError as error:
                 raise DataError(f"{place_of(shard, number)}: {error}") from None
             for sample in made:

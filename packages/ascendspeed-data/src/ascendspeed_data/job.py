@@ -8,7 +8,7 @@ from typing import Any
 
 from ascendspeed_data.encoding import ATTENTION_MASK, INPUT_IDS, LABELS
 from ascendspeed_data.errors import ConfigError, DataError
-from ascendspeed_data.handlers import SampleHandler, TextHandler, find_handler
+from ascendspeed_data.handlers import SampleHandler, TextHandler, find_handler, kind_of
 from ascendspeed_data.reading.inputs import find_inputs
 from ascendspeed_data.reading.sources import DatasetsSource, FileSource, Source
 from ascendspeed_data.tokenizer import Tokenizer
@@ -93,6 +93,11 @@ class PreprocessJob:
             raise ConfigError(
                 f"--pack is for handlers of samples, {handler.name} makes text, which training packs itself; "
                 "leave --pack out"
+            )
+        if self.pack and kind_of(handler) == "pairs":
+            raise ConfigError(
+                f"--pack fills sequences with samples, {handler.name} makes pairs, which stay together; leave --pack "
+                "out"
             )
         if self.pack and self.seq_length is None:
             raise ConfigError("--pack needs --seq-length, the tokens of a sequence to fill")

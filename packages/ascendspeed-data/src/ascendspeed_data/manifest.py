@@ -5,11 +5,12 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ascendspeed_data.errors import DataError
+from ascendspeed_data.handlers.base import Kind
 from ascendspeed_data.tokenizer import Tokenizer, tokenizer_files
 
 FORMAT_VERSION = 2
@@ -98,7 +99,7 @@ class DatasetManifest(_Frozen):
     """Everything that decides the bytes of a dataset, and what came out."""
 
     format_version: int = FORMAT_VERSION
-    kind: Literal["text", "samples"]
+    kind: Kind
     tokenizer: TokenizerRecord
     encoder: str
     handler: str

@@ -23,7 +23,7 @@ from ascendspeed_data.encoding import INPUT_IDS, ShardEncoder
 from ascendspeed_data.errors import AscendSpeedError, ConfigError, DataError
 from ascendspeed_data.fast_tokenizer import EncoderChoice, ExactEncoder, choose_encoder
 from ascendspeed_data.files import INCOMPLETE, full_disk_named
-from ascendspeed_data.handlers import SampleHandler, TextHandler
+from ascendspeed_data.handlers import SampleHandler, TextHandler, kind_of
 from ascendspeed_data.indexed import IndexedDatasetWriter
 from ascendspeed_data.job import PreprocessJob, read_chat_template, template_of
 from ascendspeed_data.journal import Commit, Journal
@@ -298,7 +298,7 @@ class _Run:
                 num_dropped_samples=packed.num_dropped_samples,
             )
         return DatasetManifest(
-            kind="samples" if self._of_samples else "text",
+            kind=kind_of(self.handler),
             tokenizer=TokenizerRecord.of(self.tokenizer),
             encoder=self.choice.name,
             handler=job.handler_name,

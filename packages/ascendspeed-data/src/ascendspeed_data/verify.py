@@ -23,6 +23,8 @@ def verify(dataset: Dataset, quick: bool = False) -> None:
         DataError: something does not fit; the message says where.
     """
     manifest = dataset.manifest
+    if dataset.is_pairs:
+        _check_pairs(dataset, quick)
     if manifest is not None:
         _check_counts(dataset, manifest)
         if not quick:
@@ -47,6 +49,20 @@ def _check_counts(dataset: Dataset, manifest: DatasetManifest) -> None:
                 f"{dataset.prefix}: pack {int(tokens.argmax())} holds {int(tokens.max())} tokens, more than "
                 f"seq_length={manifest.pack.seq_length}; make it again"
             )
+
+
+def _check_pairs(dataset: Dataset, quick: bool) -> None:
+    """Every document is two samples, and both have something to learn."""
+    counts = np.diff(np.asarray(dataset.ids.documents))
+    if (counts != 2).any():
+        number = int((counts != 2).argmax())
+        raise DataError(
+            f"{dataset.prefix}: document {number} holds {counts[number]} samples; a pair has two, make it again"
+        )
+    for number in () if quick else range(len(dataset.ids)):
+        if not dataset.trained(number).any():
+            which = "rejected" if number % 2 else "chosen"
+            raise DataError(f"{dataset.prefix}: the {which} answer of pair {number // 2} has no token")
 
 
 def _check_hashes(dataset: Dataset, manifest: DatasetManifest) -> None:

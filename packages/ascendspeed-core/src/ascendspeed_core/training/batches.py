@@ -55,10 +55,10 @@ def check_data(config: DataConfig, num_samples: tuple[int, int, int]) -> Dataset
         manifest = load_manifest(Path(prefix))
         if manifest is None:
             announce(f"{prefix}: no manifest beside it; its tokenizer cannot be checked")
-        elif manifest.kind == "samples":
+        elif manifest.kind != "text":
             raise DataError(
-                f"{prefix} holds samples with labels (handler {manifest.handler}), which pre-training does not read; "
-                "give data of a handler of plain text"
+                f"{prefix} holds {manifest.kind} with labels (handler {manifest.handler}), which pre-training does not "
+                "read; give data of a handler of plain text"
             )
         else:
             manifests.append((prefix, manifest))

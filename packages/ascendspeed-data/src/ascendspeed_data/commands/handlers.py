@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ascendspeed_data.handlers import SampleHandler, all_handlers
+from ascendspeed_data.handlers import all_handlers, kind_of
 
 
 def handlers_command(
@@ -15,7 +15,7 @@ def handlers_command(
     rows = [
         {
             "name": handler.name,
-            "makes": "samples" if isinstance(handler, SampleHandler) else "text",
+            "makes": kind_of(handler),
             "columns": list(handler.columns) or ["those of --json-key"],
             "optional_columns": list(getattr(handler, "optional_columns", ())),
             "summary": getattr(handler, "summary", "")

@@ -17,6 +17,7 @@ from ascendspeed_data.statistics import draw_histogram, histogram_lines, length_
 from ascendspeed_data.tokenizer import Tokenizer, load_tokenizer
 from ascendspeed_data.verify import verify
 
+PAIR = ("chosen", "rejected")
 LEARNED, PLAIN, MASKED = "\x1b[32m", "\x1b[0m", "\x1b[2m"
 
 
@@ -94,14 +95,18 @@ def _document(dataset: Dataset, number: int, max_tokens: int, tokenizer: Tokeniz
             described["text"] = tokenizer.decode(ids)
             described["pieces"] = tokenizer.pieces(ids)
         sequences.append(described)
+    if dataset.is_pairs:
+        return {"document": number, **dict(zip(PAIR, sequences, strict=True))}
     only = sequences[0] if len(sequences) == 1 else {"sequences": sequences}
     return {"document": number, **only}
 
 
 def _print_document(document: dict[str, Any], has_labels: bool, colored: bool) -> None:
-    sequences = document.get("sequences", [document])
+    is_pair = PAIR[0] in document
+    sequences = [document[name] for name in PAIR] if is_pair else document.get("sequences", [document])
     for number, sequence in enumerate(sequences):
         part = f", sequence {number + 1} of {len(sequences)}" if len(sequences) > 1 else ""
+        part = f", {PAIR[number]}" if is_pair else part
         print(f"document {document['document']}{part} ({sequence['num_tokens']} tokens): {sequence['ids']}")
         trained = sequence.get("trained", [1] * len(sequence["ids"]))
         if has_labels:

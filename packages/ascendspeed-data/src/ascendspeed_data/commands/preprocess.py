@@ -117,10 +117,12 @@ def summary(manifest: DatasetManifest) -> str:
         f"{manifest.num_text_bytes / max(manifest.num_tokens, 1):.2f} bytes per token, unigram entropy "
         f"{manifest.unigram_entropy_nats:.3f} nats"
     )
-    if manifest.kind == "samples":
-        text += f"; {manifest.num_sequences:,} samples, {manifest.num_trained_tokens:,} tokens learned"
+    if manifest.kind != "text":
+        samples = "chosen and rejected" if manifest.kind == "pairs" else f"{manifest.num_sequences:,} samples"
+        text += f"; {samples}, {manifest.num_trained_tokens:,} tokens learned"
     if manifest.num_empty_documents:
-        text += f"; {manifest.num_empty_documents:,} empty skipped"
+        what = "with two answers alike" if manifest.kind == "pairs" else "empty"
+        text += f"; {manifest.num_empty_documents:,} {what} skipped"
     if manifest.pack is not None:
         pack = manifest.pack
         text += (

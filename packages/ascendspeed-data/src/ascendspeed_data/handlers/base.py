@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from ascendspeed_data.errors import DataError
 from ascendspeed_data.tokenizer import Tokenizer
@@ -81,7 +81,10 @@ class TextHandler(Protocol):
 
 @runtime_checkable
 class SampleHandler(Protocol):
-    """Turn one record into samples with labels."""
+    """Turn one record into samples with labels.
+
+    With an attribute `makes_pairs` that is true these are two or none: a chosen and a rejected one.
+    """
 
     name: str
     columns: Sequence[str]
@@ -100,6 +103,17 @@ class HandlerBase:
     summary: str = ""
     template: str = ""
     example: Record = {}  # noqa: RUF012 - never changed
+
+
+Kind = Literal["text", "samples", "pairs"]
+"""What a dataset holds: documents of text, samples with labels, or pairs of samples for preference tuning."""
+
+
+def kind_of(handler: TextHandler | SampleHandler) -> Kind:
+    """Return what a handler makes."""
+    if not isinstance(handler, SampleHandler):
+        return "text"
+    return "pairs" if getattr(handler, "makes_pairs", False) else "samples"
 
 
 def text_in(record: Record, column: str) -> str:

@@ -9,7 +9,7 @@ from importlib import metadata
 from typing import Any
 
 from ascendspeed_data.errors import AscendSpeedError, ConfigError, did_you_mean
-from ascendspeed_data.handlers import chat, instruction, moss, text
+from ascendspeed_data.handlers import chat, instruction, moss, pairs, text
 from ascendspeed_data.handlers.base import SampleHandler, TextHandler
 
 ENTRY_POINTS = "ascendspeed_data.handlers"
@@ -25,6 +25,11 @@ BUILT_IN: tuple[type[Any], ...] = (
     instruction.LeetcodePythonInstructionHandler,
     chat.ShareGPTHandler,
     chat.MessagesHandler,
+    pairs.TextPairHandler,
+    pairs.HHRLHFHandler,
+    pairs.AlpacaPairHandler,
+    pairs.MessagesPairHandler,
+    pairs.ShareGPTPairHandler,
     text.AlpacaPretrainHandler2023,
     instruction.BelleMultiTurnInstructionHandler2023,
     moss.MOSSInstructionHandler2023,

@@ -1,0 +1,222 @@
+"""Handlers for preference tuning: two answers to one prompt, of which the first is the better one.
+
+A pair is two samples of one document, the chosen one first. Each holds the prompt and its answer, tokenized together,
+so that training and generating see the same ids where the two meet; only the answer is learned. Pairs whose answers
+are the same teach nothing and are skipped, which is counted.
+"""
+
+from collections.abc import Sequence
+from itertools import takewhile
+from typing import Any
+
+from ascendspeed_data.chat_template import ChatTemplate, Message
+from ascendspeed_data.errors import DataError
+from ascendspeed_data.handlers.base import HandlerBase, Part, Record, Sample, text_in
+from ascendspeed_data.handlers.chat import MessagesHandler, ShareGPTHandler
+from ascendspeed_data.handlers.instruction import LAYOUT, Turn, conversation
+from ascendspeed_data.tokenizer import Tokenizer
+
+ASSISTANT = "\n\nAssistant:"
+"""What stands before an answer in HH-RLHF."""
+
+
+class PairHandlerBase(HandlerBase):
+    """Defaults for handlers whose records are pairs."""
+
+    makes_pairs = True
+
+
+class TextPairHandler(PairHandlerBase):
+    """Prompt and answers as they stand, one behind the other."""
+
+    name = "TextPairHandler"
+    columns: Sequence[str] = ("prompt", "chosen", "rejected")
+    summary = "prompt, chosen and rejected texts as they stand"
+    template = "{prompt}{answer}"
+    example: Record = {"prompt": "Q: 1 + 1?\nA:", "chosen": " 2", "rejected": " 3"}  # noqa: RUF012
+
+    def samples(self, record: Record, tokenizer: object) -> list[Sample]:
+        """Return the chosen and the rejected sample."""
+        prompt = text_in(record, "prompt")
+        return [
+            Sample((Part(prompt, False), Part(answer, True), Part(None, True)))
+            for answer in _answers(text_in(record, "chosen"), text_in(record, "rejected"))
+        ]
+
+
+class HHRLHFHandler(PairHandlerBase):
+    r"""Anthropic's HH-RLHF: two transcripts that differ in what the assistant says last."""
+
+    name = "HHRLHFHandler"
+    columns = ("chosen", "rejected")
+    summary = "HH-RLHF transcripts as they stand; the last answer is learned"
+    template = "{transcript}"
+    example: Record = {  # noqa: RUF012
+        "chosen": "\n\nHuman: Hello\n\nAssistant: Hi!",
+        "rejected": "\n\nHuman: Hello\n\nAssistant: Go away.",
+    }
+
+    def samples(self, record: Record, tokenizer: object) -> list[Sample]:
+        """Return the chosen and the rejected sample."""
+        texts = [text_in(record, column) for column in ("chosen", "rejected")]
+        prompts = [text[: text.rfind(ASSISTANT) + len(ASSISTANT)] for text in texts]
+        for column, text in zip(("chosen", "rejected"), texts, strict=True):
+            if ASSISTANT not in text:
+                raise DataError(f"column {column!r} holds no {ASSISTANT!r}, so it has no answer")
+        if prompts[0] != prompts[1]:
+            # Some transcripts part earlier: all from there on is the answer, as turns of the user differ too.
+            shared = prompts[0][: len(_common(prompts[0], prompts[1]))]
+            place = shared.rfind(ASSISTANT)
+            if place < 0:
+                raise DataError("'chosen' and 'rejected' do not begin with the same prompt")
+            prompts = [shared[: place + len(ASSISTANT)]] * 2
+        start = len(prompts[0])
+        return [
+            Sample((Part(prompts[0], False), Part(answer, True), Part(None, True)))
+            for answer in _answers(texts[0][start:], texts[1][start:])
+        ]
+
+
+class AlpacaPairHandler(PairHandlerBase):
+    """Alpaca records with two answers, in the layout of `GeneralInstructionHandler`.
+
+    The answers are columns `chosen` and `rejected` (LLaMA-Factory's ranking sets), or the two entries of a list in
+    `output`, the better first (Alpaca-style comparisons, LLaMA-Factory's earlier ones).
+    """
+
+    name = "AlpacaPairHandler"
+    columns = ("instruction",)
+    optional_columns = ("input", "chosen", "rejected", "output", "history")
+    summary = "Alpaca records with chosen and rejected, or output: [better, worse]"
+    template = LAYOUT.replace("{user}", "{instruction}\n{input}").replace("{assistant}", "{answer}")
+    example: Record = {  # noqa: RUF012
+        "instruction": "Name a colour.", "input": "", "chosen": "Blue.", "rejected": "Seven.",
+    }  # fmt: skip
+
+    def samples(self, record: Record, tokenizer: object) -> list[Sample]:
+        """Return the chosen and the rejected sample; earlier turns of `history` are context."""
+        user = text_in(record, "instruction") + "\n" + text_in(record, "input")
+        before = self._history(record)
+        return [
+            conversation([*before, (user, answer)], first_trained=len(before))
+            for answer in _answers(*self._two(record))
+        ]
+
+    def _two(self, record: Record) -> tuple[str, str]:
+        if record.get("chosen") is not None or record.get("rejected") is not None:
+            if record.get("chosen") is None or record.get("rejected") is None:
+                raise DataError(
+                    "only one of the columns 'chosen' and 'rejected' is filled; a pair needs both"
+                )
+            return text_in(record, "chosen"), text_in(record, "rejected")
+        output = record.get("output")
+        if not (isinstance(output, list) and len(output) == 2 and all(isinstance(o, str) for o in output)):
+            raise DataError(
+                "no pair: neither columns 'chosen' and 'rejected' nor a list of two texts in 'output', the better first"
+            )
+        return output[0], output[1]
+
+    def _history(self, record: Record) -> list[Turn]:
+        history = record.get("history") or []
+        if not isinstance(history, list) or not all(
+            isinstance(turn, list | tuple) and len(turn) == 2 and all(isinstance(text, str) for text in turn)
+            for turn in history
+        ):
+            raise DataError("column 'history' holds no list of [question, answer]")
+        return [(turn[0], turn[1]) for turn in history]
+
+
+class MessagesPairHandler(PairHandlerBase):
+    """Chats with two endings, through the tokenizer's chat template.
+
+    `chosen` and `rejected` are lists of messages: whole conversations (UltraFeedback, binarized) or what follows the
+    messages of `prompt`; or all three are texts, the prompt being what the user says.
+    """
+
+    name = "MessagesPairHandler"
+    columns = ("chosen", "rejected")
+    optional_columns = ("prompt", "tools")
+    summary = (
+        "chosen and rejected messages (UltraFeedback-binarized, trl) through the tokenizer's chat template"
+    )
+    template = "the tokenizer's chat template"
+    example: Record = {  # noqa: RUF012
+        "prompt": "Hello",
+        "chosen": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi!"}],
+        "rejected": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "What?"}],
+    }
+
+    def samples(self, record: Record, tokenizer: Tokenizer) -> list[Sample]:
+        """Return the chosen and the rejected sample."""
+        prompt, endings = self._prompt_and_endings(record)
+        if endings[0] == endings[1]:
+            return []
+        template, tools = ChatTemplate.of(tokenizer), record.get("tools")
+        return [template.sample([*prompt, *ending], tools, len(prompt)) for ending in endings]
+
+    def _prompt_and_endings(self, record: Record) -> tuple[list[Message], list[list[Message]]]:
+        prompt = record.get("prompt")
+        if isinstance(record.get("chosen"), str) and isinstance(record.get("rejected"), str):
+            if not isinstance(prompt, str):
+                raise DataError("'chosen' and 'rejected' are texts, so 'prompt' must be a text too")
+            texts = [text_in(record, column) for column in ("chosen", "rejected")]
+            return [_said("user", prompt)], [[_said("assistant", text)] for text in texts]
+        whole = [_messages(record, column) for column in ("chosen", "rejected")]
+        if isinstance(prompt, list):
+            return _messages(record, "prompt"), whole
+        shared = _common(*whole)
+        if prompt is not None and not any(message.get("content") == prompt for message in shared):
+            raise DataError("the text in 'prompt' is none of the messages that 'chosen' and 'rejected' share")
+        if whole[0] == whole[1]:
+            return whole[0], [[], []]
+        return shared, [messages[len(shared) :] for messages in whole]
+
+
+class ShareGPTPairHandler(PairHandlerBase):
+    """LLaMA-Factory's preference sets in ShareGPT's words, through the tokenizer's chat template."""
+
+    name = "ShareGPTPairHandler"
+    columns = ("conversations", "chosen", "rejected")
+    optional_columns = ("system", "tools")
+    summary = (
+        "ShareGPT conversations with a chosen and a rejected answer, through the tokenizer's chat template"
+    )
+    template = "the tokenizer's chat template"
+    example: Record = {  # noqa: RUF012
+        "conversations": [{"from": "human", "value": "Hello"}],
+        "chosen": {"from": "gpt", "value": "Hi!"},
+        "rejected": {"from": "gpt", "value": "What?"},
+    }
+
+    def samples(self, record: Record, tokenizer: Tokenizer) -> list[Sample]:
+        """Return the chosen and the rejected sample."""
+        prompt = ShareGPTHandler().messages(record)
+        answers = [
+            ShareGPTHandler().messages({"conversations": [record[column]]})[0]
+            for column in ("chosen", "rejected")
+        ]
+        if answers[0] == answers[1]:
+            return []
+        template, tools = ChatTemplate.of(tokenizer), record.get("tools")
+        return [template.sample([*prompt, answer], tools, len(prompt)) for answer in answers]
+
+
+def _answers(chosen: str, rejected: str) -> tuple[str, ...]:
+    """Return both, or none if they are the same."""
+    return () if chosen == rejected else (chosen, rejected)
+
+
+def _said(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
+
+
+def _messages(record: Record, column: str) -> list[Message]:
+    try:
+        return MessagesHandler().messages({"messages": record.get(column)})
+    except DataError as error:
+        raise DataError(f"column {column!r}: {error}") from None
+
+
+def _common(one: Sequence[Any], two: Sequence[Any]) -> list[Any]:
+    """Return what two sequences begin with alike."""
+    return [first for first, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, two, strict=False))]
