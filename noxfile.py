@@ -20,6 +20,7 @@ TEST_TOOLS = (
     "peft",
     "datasets",
     "psutil",
+    "scipy",
 )
 
 nox.options.sessions = ["tests"]

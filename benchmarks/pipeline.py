@@ -1,77 +1,209 @@
-"""The steps around training, each against its limit: tokenizing against the tokenizer alone, converting against cp."""
+"""What each pipeline schedule leaves idle, measured against what it must leave idle.
 
-import shutil
-import subprocess
+Layers that sleep stand in for layers that compute, so that 16 stages run at full speed on two cores: everything else,
+torch's schedules, our stages and gloo's messages, is what training runs. A layer sleeps for each sample once in the
+forward, once for the gradient of its input and once for that of its weight. The ideal takes the order that was
+measured, the lengths that were slept, and messages that take no time.
+
+    python benchmarks/pipeline.py [--stages 4 8 16] [--pictures FOLDER]
+"""
+
+import argparse
 import sys
-import tempfile
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from ascendspeed_ckpt.convert import Conversion, convert
-from ascendspeed_data.preprocess import PreprocessJob, preprocess
-from ascendspeed_data.tokenizer import load_tokenizer
-from ascendspeed_data.train_tokenizer import TokenizerTraining, train_tokenizer
-from support.corpus import make_texts, write_json_lines
-from support.models import save_hugging_face, tiny_config
+from ascendspeed_core.config.parallel import Layout
+from ascendspeed_core.config.training import MICRO_BATCH_EXAMPLES
+from ascendspeed_core.device import Device
+from ascendspeed_core.models.transformer import Transformer
+from ascendspeed_core.parallel.mesh import ParallelMesh
+from ascendspeed_core.parallel.micro_batches import StageCost, best_sizes
+from ascendspeed_core.parallel.timeline import Action, Timeline, draw_timelines, ideal
+from ascendspeed_core.training.measure import record_step
+from support.models import tiny_config
+from support.processes import WorkerPool
 from support.tables import ReportTables
 
-TEXTS = 60_000
-BIG = tiny_config(
-    vocab_size=32_000, hidden_size=1024, ffn_hidden_size=4096, num_layers=8, num_attention_heads=16,
-    num_key_value_heads=16, head_dim=64,
-)  # fmt: skip
+LAYERS_PER_DEVICE = 2
+SCHEDULES: tuple[dict[str, Any], ...] = (
+    {"schedule": "1f1b"},
+    {"schedule": "gpipe"},
+    {"schedule": "looped-bfs", "layers_per_stage": 1},
+    {"schedule": "interleaved", "layers_per_stage": 1},
+    {"schedule": "interleaved-zb", "layers_per_stage": 1},
+    {"schedule": "zbv"},
+    {"schedule": "dualpipev"},
+)
+TITLE = "One step of sleeping layers, 2 layers a device"
+HEADER = (
+    "schedule",
+    "pp",
+    "micro-batches",
+    "measured, ms",
+    "ideal, ms",
+    "measured / ideal",
+    "idle, measured",
+    "idle, ideal",
+)
 
 
-def tokenizing(folder: Path, tables: ReportTables) -> None:
-    texts = make_texts(TEXTS)
-    source = write_json_lines(folder / "texts.jsonl", texts)
-    tokenizer = load_tokenizer(
-        train_tokenizer([str(source)], "text", folder / "tokenizer", TokenizerTraining(400))
-    )
-    megabytes = sum(len(text.encode()) for text in texts) / 1e6
-    started = time.perf_counter()
-    tokenizer.encode_batch(texts)
-    alone = megabytes / (time.perf_counter() - started)
-    for workers in (1, 2):
-        job = PreprocessJob((str(source),), folder / f"out{workers}", folder / "tokenizer", workers=workers)
-        started = time.perf_counter()
-        preprocess(job)
-        rate = megabytes / (time.perf_counter() - started)
-        tables.add(
-            f"Tokenizing {megabytes:.0f} MB of text",
-            ("workers", "asd-data preprocess, MB/s", "tokenizer alone on one core, MB/s", "ratio"),
-            workers, f"{rate:.2f}", f"{alone:.2f}", f"{rate / alone:.2f}",
-        )  # fmt: skip
+@dataclass(frozen=True)
+class LayerCost:
+    """Seconds that a layer takes in each of its three parts: a fixed one, and one for each sample."""
+
+    fixed: float
+    sample: float
+
+    def of(self, size: int) -> float:
+        return self.fixed + self.sample * size
 
 
-def converting(folder: Path, tables: ReportTables) -> None:
-    save_hugging_face(BIG, folder / "hf")
-    size = (folder / "hf" / "model.safetensors").stat().st_size / 1e6
-    started = time.perf_counter()
-    subprocess.run(["cp", str(folder / "hf" / "model.safetensors"), str(folder / "copy")], check=True)
-    subprocess.run(["sync", str(folder / "copy")], check=True)
-    copying = size / (time.perf_counter() - started)
-    for source, target, kind in (("hf", "native", "native"), ("native", "back", "huggingface")):
-        conversion = Conversion(folder / source, folder / target, kind, verify_logits=False)  # type: ignore[arg-type]
-        verdict = convert(conversion)
-        rate = verdict.num_bytes / 1e6 / verdict.seconds
-        tables.add(
-            f"Converting {size:,.0f} MB of weights, verification left out",
-            ("direction", "asd-ckpt convert, MB/s", "cp and sync, MB/s", "ratio"),
-            f"{source} to {kind}", f"{rate:,.0f}", f"{copying:,.0f}", f"{rate / copying:.2f}",
-        )  # fmt: skip
+EVEN = LayerCost(0.020, 0.0)
+"""Of a micro-batch, whatever its size."""
+PROPORTIONAL = LayerCost(0.0, 0.005)
+"""20 ms for the four samples of an even micro-batch."""
+WITH_FIXED_PART = LayerCost(0.005, 0.005)
+PARTS = {"forward": 1, "backward": 2, "input gradient": 1, "weight gradient": 1}
+"""Sleeps of a layer in each kind of action."""
+
+
+class SleepingLayer(nn.Module):
+    """Takes the time of a layer, and none of the processor."""
+
+    def __init__(self, cost: LayerCost, hidden_size: int) -> None:
+        super().__init__()
+        self.cost = cost
+        self.weight = nn.Parameter(torch.zeros(hidden_size))
+
+    def forward(self, x: torch.Tensor, *_: object) -> torch.Tensor:
+        seconds = self.cost.of(x.shape[0])
+        y: torch.Tensor = _Sleep.apply(x, seconds, seconds)
+        # A branch of its own, which a schedule may leave for later.
+        weight: torch.Tensor = _Sleep.apply(self.weight, 0.0, seconds)
+        return y + weight
+
+
+class _Sleep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, before: float, behind: float) -> torch.Tensor:
+        ctx.behind = behind
+        time.sleep(before)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        time.sleep(ctx.behind)
+        return gradients[0], None, None
+
+
+def sleeping_model(mesh: ParallelMesh, cost: LayerCost) -> Transformer:
+    """This process's stages, with layers that sleep."""
+    from ascendspeed_core.config.parallel import stages_of_devices
+
+    config = tiny_config(num_layers=LAYERS_PER_DEVICE * mesh.layout.pp, vocab_size=32)
+    model = Transformer(config, stages_of_devices(config.num_layers, mesh.layout)[mesh.pp_rank])
+    for number in model.layers:
+        model.layers[number] = SleepingLayer(cost, config.hidden_size)
+    return model
+
+
+def one_step(layout: Layout, sizes: Sequence[int], cost: LayerCost) -> list[Action]:
+    """Run in each process: two steps to warm up, then the one that is returned."""
+    mesh = ParallelMesh.create(Device("cpu"), layout)
+    return record_step(sleeping_model(mesh, cost), mesh, sizes, seq_length=4).actions
+
+
+def planned(measured: Timeline, sizes: Sequence[int], cost: LayerCost) -> Timeline:
+    """The order that was measured, with the lengths that were slept, and messages that take no time."""
+    stages = {action.stage for actions in measured.devices for action in actions}
+    layers = LAYERS_PER_DEVICE * len(measured.devices) // len(stages)
+
+    def slept(action: Action) -> Action:
+        seconds = layers * PARTS[action.kind] * cost.of(sizes[action.micro_batch])
+        return replace(action, start=0.0, end=seconds)
+
+    return ideal(Timeline(tuple(tuple(map(slept, actions)) for actions in measured.devices)))
+
+
+def measure(
+    pool: WorkerPool, layout: Layout, sizes: Sequence[int], cost: LayerCost
+) -> tuple[Timeline, Timeline]:
+    measured = Timeline(tuple(map(tuple, pool.run(one_step, layout.pp, layout, sizes, cost))))
+    return measured, planned(measured, sizes, cost)
+
+
+def schedules(pool: WorkerPool, tables: ReportTables, pp: int, pictures: Path | None) -> None:
+    """Every schedule with 2 pp even micro-batches."""
+    drawn = []
+    for schedule in SCHEDULES:
+        layout = Layout(pp=pp, **schedule)
+        count = 2 * pp
+        measured, best = measure(pool, layout, (1,) * count, EVEN)
+        tables.add(TITLE, HEADER, schedule["schedule"], pp, count, *figures(measured, best))
+        drawn += [(f"{schedule['schedule']}, measured", measured), (f"{schedule['schedule']}, ideal", best)]
+    if pictures:
+        for name in ("1f1b", "interleaved", "zbv", "interleaved-zb", "dualpipev"):
+            chosen = [(title, timeline) for title, timeline in drawn if title.startswith(f"{name},")]
+            draw_timelines(chosen, pictures / f"timeline-{name}-pp{pp}.png")
+
+
+def figures(measured: Timeline, best: Timeline) -> tuple[str, ...]:
+    return (
+        f"{measured.makespan * 1e3:.0f}", f"{best.makespan * 1e3:.0f}", f"{measured.makespan / best.makespan:.3f}",
+        f"{measured.bubble:.1%}", f"{best.bubble:.1%}",
+    )  # fmt: skip
+
+
+def sizes_of_micro_batches(pool: WorkerPool, tables: ReportTables) -> None:
+    """1F1B with micro-batches of several sizes, and where costs have a fixed part."""
+    for pp, example in ((4, "example-config-1"), (8, "example-config-2")):
+        sizes = MICRO_BATCH_EXAMPLES[example]
+        samples = sum(sizes)
+        for name, cost in (("in proportion", PROPORTIONAL), ("with a fixed part", WITH_FIXED_PART)):
+            stage = StageCost(
+                *(
+                    LAYERS_PER_DEVICE * part * seconds
+                    for part in (1, 2)
+                    for seconds in (cost.fixed, cost.sample)
+                )
+            )
+            found = best_sizes(samples, pp, stage, most=max(sizes))
+            for label, chosen in (("even, 4", (4,) * (samples // 4)), (example, sizes), ("auto", found)):
+                measured, best = measure(pool, Layout(pp=pp), chosen, cost)
+                busy = sum(action.seconds for action in best.devices[0])
+                tables.add(
+                    "1F1B with micro-batches of several sizes",
+                    ("pp", "samples", "time of a layer", "sizes", "micro-batches", "measured, ms", "ideal, ms",
+                     "idle a device, measured, ms", "ideal, ms "),
+                    pp, samples, name, label, len(chosen), f"{measured.makespan * 1e3:.0f}",
+                    f"{best.makespan * 1e3:.0f}", f"{(measured.makespan - busy) * 1e3:.0f}",
+                    f"{(best.makespan - busy) * 1e3:.0f}",
+                )  # fmt: skip
 
 
 def main() -> None:
-    tables = ReportTables()
-    folder = Path(tempfile.mkdtemp(prefix="asd-bench-"))
-    try:
-        tokenizing(folder, tables)
-        converting(folder, tables)
-    finally:
-        shutil.rmtree(folder)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--stages", type=int, nargs="+", default=[4, 8, 16], help="pipeline devices")
+    parser.add_argument(
+        "--pictures", type=Path, help="folder for pictures of the timelines with the fewest devices"
+    )
+    given = parser.parse_args()
+    pool, tables = WorkerPool(), ReportTables()
+    for pp in given.stages:
+        schedules(pool, tables, pp, given.pictures if pp == min(given.stages) else None)
+    sizes_of_micro_batches(pool, tables)
+    pool.close()
     print("\n".join(tables.render()))
 
 

@@ -4,7 +4,9 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from scipy.optimize import Bounds, LinearConstraint, milp
 
 from ascendspeed_core.config.training import MICRO_BATCH_EXAMPLES
 from ascendspeed_core.models.families import find_family
@@ -66,6 +68,66 @@ def test_the_examples_of_2023_leave_less_idle(name: str, pp: int, saved: float) 
     assert 1 - ratio == pytest.approx(saved, abs=0.006)
 
 
+def least_makespan(samples: int, count: int, pp: int) -> float:
+    """The shortest step of 1F1B with so many micro-batches of whole samples, by integer linear programming.
+
+    Every action ends no earlier than what it waits for plus its own length, which is linear in the sizes; the step
+    ends with the last action of any stage.
+    """
+    sizes, ends = range(count), count
+
+    def end_of(kind: str, stage: int, number: int) -> int:
+        return ends + ((kind == "backward") * pp + stage) * count + number
+
+    last = ends + 2 * pp * count
+    rows = []
+
+    def wait(later: int, earlier: int | None, number: int, length: float) -> None:
+        row = np.zeros(last + 1)
+        row[later] -= 1
+        row[number] += length
+        if earlier is not None:
+            row[earlier] += 1
+        rows.append(row)
+
+    for stage, actions in enumerate(one_forward_one_backward(pp, count, 1.0, 2.0).devices):
+        before = None
+        for action in actions:
+            mine = end_of(action.kind, stage, action.micro_batch)
+            wait(mine, before, action.micro_batch, action.seconds)
+            if action.kind == "forward" and stage:
+                wait(mine, end_of("forward", stage - 1, action.micro_batch), action.micro_batch, 1.0)
+            if action.kind == "backward":
+                source = ("backward", stage + 1) if stage < pp - 1 else ("forward", stage)
+                wait(mine, end_of(*source, action.micro_batch), action.micro_batch, 2.0)
+            before = mine
+        wait(last, before, 0, 0.0)
+    total = np.zeros(last + 1)
+    total[list(sizes)] = 1
+    found = milp(
+        c=np.eye(last + 1)[last],
+        constraints=[LinearConstraint(np.array(rows), ub=0.0), LinearConstraint(total, samples, samples)],
+        integrality=total,
+        bounds=Bounds(np.where(total, 1.0, 0.0), np.inf),
+    )
+    assert found.success
+    return float(found.fun)
+
+
+@pytest.mark.parametrize(("name", "pp"), [("example-config-1", 4), ("example-config-2", 8)])
+def test_the_examples_of_2023_are_the_best_for_their_number_of_micro_batches(name: str, pp: int) -> None:
+    sizes = MICRO_BATCH_EXAMPLES[name]
+    assert makespan(sizes, pp, PROPORTIONAL) == pytest.approx(least_makespan(sum(sizes), len(sizes), pp))
+
+
+@pytest.mark.parametrize(("name", "pp"), [("example-config-1", 4), ("example-config-2", 8)])
+def test_found_sizes_beat_the_examples_where_their_number_is_free(name: str, pp: int) -> None:
+    sizes = MICRO_BATCH_EXAMPLES[name]
+    for cost in (PROPORTIONAL, StageCost(4.0, 1.0, 8.0, 2.0)):
+        found = best_sizes(sum(sizes), pp, cost)
+        assert makespan(found, pp, cost) < makespan(sizes, pp, cost)
+
+
 @pytest.mark.parametrize("fixed", [0.0, 1.0, 4.0])
 def test_found_sizes_are_never_worse(fixed: float) -> None:
     cost = StageCost(fixed, 1.0, fixed, 2.0)
@@ -89,6 +151,16 @@ def test_weight_gradients_wait_for_nobody() -> None:
     ]  # fmt: skip
     assert planned.devices[0][1].start == 3
     assert planned.makespan == 5
+
+
+def test_messages_are_drawn_between_devices_only() -> None:
+    first = (Action("forward", 0, 0, 0, 1), Action("forward", 2, 0, 2, 3), Action("backward", 0, 0, 9, 10))
+    second = (
+        Action("forward", 1, 0, 1, 2),
+        Action("backward", 1, 0, 7, 8),
+        Action("weight gradient", 1, 0, 8, 9),
+    )
+    assert Timeline((first, second)).messages() == [(1, 2, 0, 2), (1, 8, 0, 9), (0, 1, 1, 1)]
 
 
 def test_an_order_that_waits_for_ever_is_an_error() -> None:
@@ -116,4 +188,24 @@ def test_the_command(tmp_path: Path) -> None:
     assert kinds.count("forward") == 8
     assert kinds.count("backward") + kinds.count("input gradient") == 8
     assert kinds.count("input gradient") == kinds.count("weight gradient") > 0
+    assert numbers["reductions"] == [[], []]
     assert numbers["ideal"]["seconds"] <= numbers["measured"]["seconds"] * 1.001
+
+
+def test_early_reductions_are_on_the_timeline(tmp_path: Path) -> None:
+    (tmp_path / "model.json").write_text(json.dumps(find_family("llama").write_config(tiny_config())))
+    done = run_command(
+        "asd-core", "timeline", "--model-config", tmp_path / "model.json", "--seq-length", 16, "--global-batch-size", 8,
+        "--device", "cpu", "--picture", tmp_path / "new" / "fold.png", "--pipeline-model-parallel-size", 2,
+        "--num-layers-per-virtual-pipeline-stage", 1, "--foldx-mode", "aiao", "--nproc-per-node", 4,
+    )  # fmt: skip
+    assert done.status == 0, done.stderr
+    numbers = json.loads((tmp_path / "new" / "fold.json").read_text())
+    for actions, reductions in zip(numbers["actions"], numbers["reductions"], strict=True):
+        early, late = reductions
+        ends = {
+            stage: max(a["end"] for a in actions if a["stage"] == stage)
+            for stage in (early["stage"], late["stage"])
+        }
+        # The first starts when its stage is done, while the device's other stage still computes.
+        assert ends[early["stage"]] <= early["start"] < ends[late["stage"]] <= late["start"]

@@ -90,11 +90,13 @@ def measure(config: TimelineConfig) -> None:
         if config.batch.finds_sizes:
             length, largest = config.drawing.seq_length, config.batch.micro_batch_size
             sizes, _ = chosen_sizes(model, mesh, length, size // layout.dp, largest)
-        actions = record_step(model, mesh, sizes, config.drawing.seq_length)
-        everything = gather_objects((mesh.tp_rank, mesh.dp_rank, actions), mesh)
+        recorded = record_step(model, mesh, sizes, config.drawing.seq_length)
+        mine = (mesh.tp_rank, mesh.dp_rank, recorded.actions, recorded.reductions)
+        everything = gather_objects(mine, mesh)
         if world.rank:
             return
-        measured = Timeline(tuple(tuple(own) for tp, dp, own in everything if tp == 0 and dp == 0))
+        first = [(own, reductions) for tp, dp, own, reductions in everything if tp == 0 and dp == 0]
+        measured = Timeline(tuple(tuple(own) for own, _ in first), tuple(tuple(own) for _, own in first))
         planned = ideal(measured)
         picture = config.drawing.picture
         draw_timelines([(f"{layout}, measured", measured), ("messages that take no time", planned)], picture)
@@ -104,6 +106,7 @@ def measure(config: TimelineConfig) -> None:
             "measured": {"seconds": measured.makespan, "bubble": measured.bubble},
             "ideal": {"seconds": planned.makespan, "bubble": planned.bubble},
             "actions": [[asdict(action) for action in own] for own in measured.devices],
+            "reductions": [[asdict(one) for one in own] for own in measured.reductions],
         }
         picture.with_suffix(".json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
         log(

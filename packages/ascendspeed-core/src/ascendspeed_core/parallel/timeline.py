@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 Kind = Literal["forward", "backward", "input gradient", "weight gradient"]
 """A backward is an input gradient and a weight gradient in one."""
@@ -19,6 +19,8 @@ COLOURS: dict[Kind, str] = {
     "input gradient": "#eeca3b",
     "weight gradient": "#54a24b",
 }
+
+REDUCTION_COLOUR = "#b279a2"
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,21 @@ class Action:
         return self.end - self.start
 
 
+@dataclass(frozen=True)
+class Reduction:
+    """The sum of one stage's gradients over the data-parallel devices.
+
+    Attributes:
+        stage: whose gradients; `None` for all that were still left at the end of the step.
+        start: seconds on the machine's clock.
+        end: when it had been waited for, which may be later than when it was done.
+    """
+
+    stage: int | None
+    start: float
+    end: float
+
+
 @dataclass
 class Recorder:
     """Notes the actions of this process.
@@ -52,10 +69,12 @@ class Recorder:
     Attributes:
         synchronize: waits until the device has done what it was given.
         actions: in the order in which they ran.
+        reductions: in the order in which they started.
     """
 
     synchronize: Callable[[], None]
     actions: list[Action] = field(default_factory=list)
+    reductions: list[Reduction] = field(default_factory=list)
 
     @contextmanager
     def note(self, kind: Kind, stage: int, micro_batch: int) -> Iterator[None]:
@@ -69,9 +88,15 @@ class Recorder:
 
 @dataclass(frozen=True)
 class Timeline:
-    """The actions of all devices of one pipeline, by pipeline rank, each in its order."""
+    """What all devices of one pipeline did, by pipeline rank.
+
+    Attributes:
+        devices: actions, each in its order.
+        reductions: of gradients over data-parallel devices; empty without them.
+    """
 
     devices: tuple[tuple[Action, ...], ...]
+    reductions: tuple[tuple[Reduction, ...], ...] = ()
 
     @property
     def start(self) -> float:
@@ -88,6 +113,23 @@ class Timeline:
         """Share of all devices' time in which they did nothing."""
         busy = sum(action.seconds for actions in self.devices for action in actions)
         return 1 - busy / (len(self.devices) * self.makespan)
+
+    def messages(self) -> list[tuple[int, float, int, float]]:
+        """Return what travelled between devices: (from device, when it was ready, to device, when it was used)."""
+        sent: dict[tuple[bool, int, int], tuple[int, float]] = {}
+        for device, actions in enumerate(self.devices):
+            for action in actions:
+                if action.kind != "weight gradient":
+                    sent[action.kind == "forward", action.stage, action.micro_batch] = (device, action.end)
+        found = []
+        for device, actions in enumerate(self.devices):
+            for action in actions:
+                is_forward = action.kind == "forward"
+                before = action.stage + (-1 if is_forward else 1)
+                origin = sent.get((is_forward, before, action.micro_batch))
+                if origin is not None and origin[0] != device and action.kind != "weight gradient":
+                    found.append((*origin, device, action.start))
+        return found
 
 
 def ideal(measured: Timeline) -> Timeline:
@@ -136,7 +178,7 @@ def draw_timelines(timelines: Sequence[tuple[str, Timeline]], path: Path) -> Non
     """Draw timelines above one another, one row a device, on the same scale, as a PNG.
 
     Args:
-        timelines: title and actions.
+        timelines: title and what ran.
         path: the picture.
     """
     import matplotlib as mpl
@@ -157,28 +199,46 @@ def draw_timelines(timelines: Sequence[tuple[str, Timeline]], path: Path) -> Non
         squeeze=False,
     )
     for axes, (title, timeline) in zip(rows[:, 0], timelines, strict=True):
-        for device, actions in enumerate(timeline.devices):
-            stages = sorted({action.stage for action in actions})
-            for action in actions:
-                left = (action.start - timeline.start) * 1000
-                width = action.seconds * 1000
-                paleness = 0.7 * stages.index(action.stage) / len(stages)
-                axes.barh(
-                    device, width, left=left, height=0.8, color=COLOURS[action.kind], alpha=1 - paleness,
-                    edgecolor="white", lw=0.5,
-                )  # fmt: skip
-                axes.text(left + width / 2, device, action.micro_batch, ha="center", va="center", fontsize=6)
+        _draw(axes, timeline)
         axes.set_title(
             f"{title}: {timeline.makespan * 1000:.0f} ms, bubble {timeline.bubble:.1%}",
             fontsize=10,
             loc="left",
         )
-        axes.set_yticks(range(len(timeline.devices)), [f"device {n}" for n in range(len(timeline.devices))])
-        axes.invert_yaxis()
-    rows[-1, 0].set_xlabel("ms; the number is that of the micro-batch, paler is a later stage of the device")
+    rows[-1, 0].set_xlabel(
+        "ms; the number is that of the micro-batch, paler is a later stage of the device, thin lines are messages"
+    )
     shown = {action.kind for _, timeline in timelines for actions in timeline.devices for action in actions}
-    figure.legend(
-        handles=[Patch(color=colour, label=kind) for kind, colour in COLOURS.items() if kind in shown],
-        loc="upper right", ncols=4, fontsize=8,
-    )  # fmt: skip
+    handles = [Patch(color=colour, label=kind) for kind, colour in COLOURS.items() if kind in shown]
+    if any(any(timeline.reductions) for _, timeline in timelines):
+        handles.append(Patch(color=REDUCTION_COLOUR, label="reduction of gradients"))
+    figure.legend(handles=handles, loc="upper right", ncols=5, fontsize=8)
     save_figure(figure, path)
+
+
+def _draw(axes: Any, timeline: Timeline) -> None:
+    """Draw one timeline: a row for each device, its reductions at the foot of the row."""
+    zero = timeline.start
+    for device, actions in enumerate(timeline.devices):
+        stages = sorted({action.stage for action in actions})
+        for action in actions:
+            left, width = (action.start - zero) * 1000, action.seconds * 1000
+            paleness = 0.7 * stages.index(action.stage) / len(stages)
+            axes.barh(
+                device, width, left=left, height=0.7, color=COLOURS[action.kind], alpha=1 - paleness,
+                edgecolor="white", lw=0.5,
+            )  # fmt: skip
+            axes.text(left + width / 2, device, action.micro_batch, ha="center", va="center", fontsize=6)
+    for device, reductions in enumerate(timeline.reductions):
+        for one in reductions:
+            left, width = (one.start - zero) * 1000, (one.end - one.start) * 1000
+            axes.barh(device + 0.43, width, left=left, height=0.12, color=REDUCTION_COLOUR, alpha=0.6)
+            name = "rest" if one.stage is None else f"stage {one.stage}"
+            axes.text(left, device + 0.43, name, ha="left", va="center", fontsize=4)
+    for origin, ready, device, used in timeline.messages():
+        axes.plot(
+            [(ready - zero) * 1000, (used - zero) * 1000], [origin, device], color="black", lw=0.3, alpha=0.4
+        )
+    count = len(timeline.devices)
+    axes.set_yticks(range(count), [f"device {number}" for number in range(count)])
+    axes.invert_yaxis()

@@ -1,15 +1,19 @@
 """Time the pipeline of a model on random tokens: for pictures, and to choose sizes of micro-batches."""
 
+import time
 from collections.abc import Sequence
 
 import torch
 
+from ascendspeed_core.config.parallel import Stage
+from ascendspeed_core.config.training import OptimizerConfig
 from ascendspeed_core.models.transformer import Transformer
 from ascendspeed_core.parallel.cross_entropy import cross_entropy
 from ascendspeed_core.parallel.mesh import ParallelMesh, gather_objects
 from ascendspeed_core.parallel.micro_batches import StageCost, best_sizes
 from ascendspeed_core.parallel.pipeline import run_pipeline
-from ascendspeed_core.parallel.timeline import Action, Recorder
+from ascendspeed_core.parallel.timeline import Recorder, Reduction
+from ascendspeed_core.training.optimizer import MasterOptimizer
 
 WARM_UP_STEPS = 2
 
@@ -20,8 +24,8 @@ def record_step(
     sizes: Sequence[int],
     seq_length: int,
     steps: int = WARM_UP_STEPS + 1,
-) -> list[Action]:
-    """Run steps of a pipeline on random tokens, and return what this process did in the last one.
+) -> Recorder:
+    """Run steps of a pipeline on random tokens, up to the update, and return what this process did in the last one.
 
     Args:
         model: this process's stages; its gradients are dropped.
@@ -38,12 +42,27 @@ def record_step(
     def loss_of(number: int, logits: torch.Tensor) -> torch.Tensor:
         return cross_entropy(logits, tokens[number], vocab_size, group).sum() / ids.numel()
 
+    optimizer = MasterOptimizer(model, OptimizerConfig(), mesh) if mesh.layout.dp > 1 else None
     for _ in range(steps):
         recorder = Recorder(mesh.device.synchronize)
+        started: list[tuple[int | None, float]] = []
+
+        def on_stage_done(stage: Stage, started: list[tuple[int | None, float]] = started) -> None:
+            assert optimizer is not None
+            started.append((stage.index, time.perf_counter()))
+            optimizer.start_reduction(stage)
+
         mesh.barrier()
-        run_pipeline(model, mesh, tokens, loss_of, recorder)
+        is_early = mesh.layout.early_reduction and optimizer is not None
+        run_pipeline(model, mesh, tokens, loss_of, recorder, on_stage_done if is_early else None)
+        if optimizer is not None:
+            if not is_early:
+                started.append((None, time.perf_counter()))
+            optimizer.finish_reductions()
+            end = time.perf_counter()
+            recorder.reductions = [Reduction(stage, start, end) for stage, start in started]
         model.zero_grad(set_to_none=True)
-    return recorder.actions
+    return recorder
 
 
 def measured_cost(model: Transformer, mesh: ParallelMesh, seq_length: int, largest: int) -> StageCost:
@@ -53,7 +72,7 @@ def measured_cost(model: Transformer, mesh: ParallelMesh, seq_length: int, large
     """
     seconds: dict[tuple[str, int], float] = {}
     for size in sorted({1, largest}):
-        actions = record_step(model, mesh, (size,) * mesh.layout.pp, seq_length)
+        actions = record_step(model, mesh, (size,) * mesh.layout.pp, seq_length).actions
         mine = {
             kind: sum(action.seconds for action in actions if action.kind == kind) / mesh.layout.pp
             for kind in ("forward", "backward")

@@ -96,10 +96,11 @@ def draw_loss(records: Sequence[Mapping[str, Any]], path: Path, unigram_entropy_
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """Write a picture as PNG under a temporary name, rename it, and close the figure."""
+    """Write a picture as PNG under a temporary name, rename it, and close the figure; its folder is made if need be."""
     from matplotlib import pyplot
 
     figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(path.name + INCOMPLETE)
     figure.savefig(scratch, format="png")
     scratch.replace(path)

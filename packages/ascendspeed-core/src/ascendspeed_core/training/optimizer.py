@@ -123,7 +123,7 @@ class MasterOptimizer:
         Returns:
             Norm of the whole model's gradient before clipping; `None` for a skipped step.
         """
-        gradients = self._finish_reductions()
+        gradients = self.finish_reductions()
         self._sum_tied(gradients)
         self._sum_copies(gradients)
         if loss_scale is not None:
@@ -182,7 +182,7 @@ class MasterOptimizer:
         if self._mesh.group("dp") is not None:
             self._started.append((mine, self._start_sum(mine)))
 
-    def _finish_reductions(self) -> list[torch.Tensor]:
+    def finish_reductions(self) -> list[torch.Tensor]:
         """Return by slot the sum of the gradients over data-parallel ranks, of the rows that this process updates.
 
         Each rank's loss is already divided by the tokens of all ranks.
