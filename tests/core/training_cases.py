@@ -9,8 +9,9 @@ import torch.distributed as dist
 
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.parallel import Layout
-from ascendspeed_core.config.training import OptimizerConfig, RecomputeConfig
+from ascendspeed_core.config.training import ComputeConfig, OptimizerConfig, RecomputeConfig
 from ascendspeed_core.device import Device
+from ascendspeed_core.kernels.dispatch import apply_kernels
 from ascendspeed_core.parallel.build import load_model, parameter_slices
 from ascendspeed_core.parallel.cross_entropy import cross_entropy
 from ascendspeed_core.parallel.mesh import ParallelMesh
@@ -91,11 +92,13 @@ def train(
     masked: bool = True,
     joined: bool = False,
     recompute: RecomputeConfig | None = None,
+    compute: ComputeConfig | None = None,
     **optimizer_options: Any,
 ) -> Trained:
     """Train from seeded weights and return losses, norms, first-step gradients and final weights."""
     mesh = ParallelMesh.create(Device("cpu"), layout)
     model = load_model(InitialWeights(config, seed=5), mesh, getattr(torch, dtype_name), joined)
+    apply_kernels(model, compute or ComputeConfig())
     apply_recompute(model, recompute or RecomputeConfig(), mesh.pp_rank)
     options: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.1, "clip_grad": 0.5}
     batches = micro_batches(config.vocab_size, 0, mesh, micro_batch_size, masked)
