@@ -18,6 +18,12 @@ Feature = tuple[Mapping[str, Any], Mapping[str, Any]]
 """What a feature sets of `Layout`, and of `train`."""
 
 
+REFUSED = tuple(
+    (f"pp2 {schedule}", "recompute selective") for schedule in ("virtual, zero bubble", "zbv", "dualpipev")
+)
+"""See test_recompute.py: selective recompute keeps its results for one backward pass, these schedules take two."""
+
+
 def recompute(policy: str, **more: Any) -> Feature:
     return {}, {"recompute": RecomputeConfig(checkpoint_activations=True, checkpoint_policy=policy, **more)}
 
@@ -47,7 +53,7 @@ FEATURES: dict[str, Feature] = {
 
 
 def combined(names: tuple[str, ...]) -> tuple[Layout, dict[str, Any]] | None:
-    """The layout and the options of features together; `None` if they want different things."""
+    """The layout and the options of features together; `None` if they contradict or are refused."""
     layout: dict[str, Any] = {}
     options: dict[str, Any] = {}
     for name in names:
@@ -55,6 +61,8 @@ def combined(names: tuple[str, ...]) -> tuple[Layout, dict[str, Any]] | None:
             if any(all_.get(key, value) != value for key, value in own.items()):
                 return None
             all_ |= own
+    if names in REFUSED:
+        return None
     return Layout(**layout), options
 
 

@@ -8,7 +8,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ascendspeed_core.config.parallel import Layout, ParallelConfig, Stage, stages_of_devices
+from ascendspeed_core.config.parallel import (
+    SPLIT_BACKWARD_SCHEDULES,
+    Layout,
+    ParallelConfig,
+    Stage,
+    stages_of_devices,
+)
 from ascendspeed_core.config.training import MICRO_BATCH_EXAMPLES, BatchConfig, OptimizerConfig
 from ascendspeed_core.device import Device
 from ascendspeed_core.parallel import collectives
@@ -62,6 +68,19 @@ def test_schedules(workers: WorkerPool, report: ReportTables, layout: Layout, ti
     found = differences(join_stages(ranks, layout), one_process("float64", tied, 128))
     report.add(TITLE, HEADER, f"{layout}{', tied' if tied else ''}", "float64", *found)
     assert all(value <= limit for value, limit in zip(found, TOLERANCE["float64"], strict=True)), found
+
+
+@pytest.mark.parametrize(
+    "layout", [layout for layout in LAYOUTS[:6] if layout.schedule in SPLIT_BACKWARD_SCHEDULES], ids=str
+)
+def test_weight_gradients_apart_are_added_up_in_fp32(workers: WorkerPool, layout: Layout) -> None:
+    ranks = workers.run(train, 2, tiny_config(), layout, "bfloat16", micro_batch_size=4)
+    losses, norms, gradients, weights = differences(
+        join_stages(ranks, layout), one_process("bfloat16", False, 128)
+    )
+    # The same sums in the same order; only those of the norm are taken stage by stage.
+    assert losses == gradients == weights == 0
+    assert norms < 1e-6
 
 
 @pytest.mark.parametrize(

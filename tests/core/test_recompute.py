@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from ascendspeed_core.config.parallel import Layout
-from ascendspeed_core.config.training import RecomputeConfig
+from ascendspeed_core.config.parallel import Layout, PipelineSchedule
+from ascendspeed_core.config.training import ComputeConfig, RecomputeConfig
 from ascendspeed_core.device import Device
 from ascendspeed_core.parallel.build import load_model
 from ascendspeed_core.parallel.mesh import ParallelMesh
@@ -47,6 +47,23 @@ def test_training_is_the_same(
     )
     found = differences(join_stages(ranks, layout), one_process("float64", False, 128))
     report.add(TITLE, HEADER, f"{layout}, recompute {config.checkpoint_policy}", "float64", *found)
+    assert all(value <= limit for value, limit in zip(found, TOLERANCE["float64"], strict=True)), found
+
+
+@pytest.mark.parametrize("name", ["selective", "attention"])
+def test_triangle_attention_is_recomputed_right(workers: WorkerPool, name: str) -> None:
+    triangle = ComputeConfig(triangle_attn=True)
+    (alone,) = workers.run(
+        train,
+        1,
+        tiny_config(),
+        ALONE,
+        "float64",
+        recompute=policy(name),
+        compute=triangle,
+        micro_batch_size=2,
+    )
+    found = differences(alone, one_process("float64", False, 128))
     assert all(value <= limit for value, limit in zip(found, TOLERANCE["float64"], strict=True)), found
 
 
@@ -113,6 +130,16 @@ def test_options_that_contradict(options: dict[str, Any], complaint: str) -> Non
 
 def test_numbers_that_do_not_fit_the_stages() -> None:
     with pytest.raises(ConfigError, match="has 1 numbers for 2 pipeline stages"):
-        policy("custom", recomputation_layer_num=(1,)).check_stages([2, 2])
+        policy("custom", recomputation_layer_num=(1,)).check_pipeline("1f1b", [2, 2])
     with pytest.raises(ConfigError, match="asks for 3 layers in pipeline stage 1, which has 2"):
-        policy("custom", recomputation_layer_num=(1, 3)).check_stages([2, 2])
+        policy("custom", recomputation_layer_num=(1, 3)).check_pipeline("1f1b", [2, 2])
+
+
+@pytest.mark.parametrize("schedule", ["interleaved-zb", "zbv", "dualpipev"])
+def test_selective_keeps_its_results_for_one_backward_pass(schedule: PipelineSchedule) -> None:
+    with pytest.raises(
+        ConfigError, match=f"checkpoint_policy=selective.*pipeline_schedule={schedule} takes two"
+    ):
+        policy("selective").check_pipeline(schedule, [2, 2])
+    policy("full").check_pipeline(schedule, [2, 2])
+    policy("selective").check_pipeline("interleaved", [2, 2])

@@ -26,6 +26,9 @@ V_SCHEDULES = ("zbv", "dualpipev")
 INTERLEAVED_SCHEDULES = ("interleaved", "interleaved-zb", "looped-bfs")
 """Several stages a device, dealt out in turn."""
 
+SPLIT_BACKWARD_SCHEDULES = ("interleaved-zb", "zbv", "dualpipev")
+"""Gradients of inputs first and of weights later: autograd goes through a layer twice."""
+
 FOLD_SCHEDULES = {"aiao": "looped-bfs", "fifo": "interleaved"}
 """What the fold modes of the 2023 system are called today."""
 

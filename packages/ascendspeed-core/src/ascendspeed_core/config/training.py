@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from ascendspeed_core.config.base import Config
 from ascendspeed_core.config.model import ArchitectureFlags
-from ascendspeed_core.config.parallel import ParallelConfig
+from ascendspeed_core.config.parallel import SPLIT_BACKWARD_SCHEDULES, ParallelConfig, PipelineSchedule
 from ascendspeed_core.config.source import ModelSourceConfig
 from ascendspeed_core.device import DeviceChoice
 from ascendspeed_data.data_path import parse_blend
@@ -358,8 +358,23 @@ class RecomputeConfig(Config):
             raise ValueError(f"recomputation_layer_num={self.recomputation_layer_num}: 0 is the least")
         return self
 
-    def check_stages(self, layers_by_device: Sequence[int]) -> None:
-        """Raise `ConfigError` unless `custom` has a number for each pipeline device, none above its layers."""
+    def check_pipeline(self, schedule: PipelineSchedule, layers_by_device: Sequence[int]) -> None:
+        """Check the policy against a pipeline.
+
+        Args:
+            schedule: order of forwards and backwards.
+            layers_by_device: layers of all stages of each pipeline device.
+
+        Raises:
+            ConfigError: `selective` under a schedule that goes back through a layer twice; `custom` without a number
+                for each device, or with one above its layers.
+        """
+        selective = self.checkpoint_activations and self.checkpoint_policy == "selective"
+        if selective and schedule in SPLIT_BACKWARD_SCHEDULES:
+            raise ConfigError(
+                f"checkpoint_policy=selective keeps what it keeps for one backward pass, pipeline_schedule={schedule} "
+                "takes two, of inputs and of weights; choose another policy or schedule"
+            )
         counts = self.recomputation_layer_num
         if counts and len(counts) != len(layers_by_device):
             raise ConfigError(

@@ -41,8 +41,8 @@ def triangle_attention(
     if mask is not None:
         mask = mask.unflatten(0, (heads, -1)) if mask.dim() == 3 else mask
     grouped = q.unflatten(1, (heads, -1))
-    out: torch.Tensor = _TriangleAttention.apply(grouped, k.unsqueeze(2), v.unsqueeze(2), mask, block)
-    return out.flatten(1, 2)
+    attended: torch.Tensor = attend_by_blocks(grouped, k.unsqueeze(2), v.unsqueeze(2), mask, block)[0]
+    return attended.flatten(1, 2)
 
 
 def blocks(queries: int, keys: int, block: int) -> Iterator[tuple[slice, list[slice]]]:
@@ -62,61 +62,78 @@ def computed_share(queries: int, keys: int, block: int = BLOCK) -> float:
     return computed / (queries * keys)
 
 
-class _TriangleAttention(torch.autograd.Function):
-    """q: [B, K, G, S, D], k and v: [B, K, 1, T, D]."""
+# An operator of its own: what looks at the operators that run, as selective recompute does, sees one, and none of the
+# products inside, whose results are overwritten.
+@torch.library.custom_op("ascendspeed::triangle_attention", mutates_args=())
+def attend_by_blocks(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, block: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what is attended, [B, K, N/K, S, D], and the logarithm of the softmax's sum, [B, K, N/K, S].
 
-    @staticmethod
-    def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, block: int
-    ) -> torch.Tensor:
-        scale = q.shape[-1] ** -0.5
-        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        log_sum = q.new_empty(q.shape[:-1], dtype=wide)
-        for rows, columns in blocks(q.shape[-2], k.shape[-2], block):
-            part = q[..., rows, :] * scale
-            largest = part.new_full((*part.shape[:-1], 1), -torch.inf, dtype=wide)
-            total = torch.zeros_like(largest)
-            result = part.new_zeros(part.shape, dtype=wide)
-            for keys in columns:
-                scores = _scores(part, k, rows, keys, mask, q.shape[-2], wide)
-                higher = torch.maximum(largest, scores.amax(-1, keepdim=True))
-                # A row of a block may see nothing of it, as in a sliding window.
-                base = higher.masked_fill(higher == -torch.inf, 0)
-                weights = scores.sub_(base).exp_()
-                shrink = (largest - base).exp_()
-                total = total.mul_(shrink).add_(weights.sum(-1, keepdim=True))
-                result = result.mul_(shrink).add_(weights.to(v.dtype) @ v[..., keys, :])
-                largest = higher
-            out[..., rows, :] = (result / total).to(out.dtype)
-            log_sum[..., rows] = (largest + total.log()).squeeze(-1)
-        ctx.save_for_backward(q, k, v, mask, out, log_sum)
-        ctx.block = block
-        return out
+    Args:
+        q: [B, K, N/K, S, D].
+        k: [B, K, 1, T, D].
+        v: [B, K, 1, T, D].
+        mask: as `triangle_attention`, its heads as those of q.
+        block: side of a block, in tokens.
+    """
+    scale = q.shape[-1] ** -0.5
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    log_sum = q.new_empty(q.shape[:-1], dtype=wide)
+    for rows, columns in blocks(q.shape[-2], k.shape[-2], block):
+        part = q[..., rows, :] * scale
+        largest = part.new_full((*part.shape[:-1], 1), -torch.inf, dtype=wide)
+        total = torch.zeros_like(largest)
+        result = part.new_zeros(part.shape, dtype=wide)
+        for keys in columns:
+            scores = _scores(part, k, rows, keys, mask, q.shape[-2], wide)
+            higher = torch.maximum(largest, scores.amax(-1, keepdim=True))
+            # A row of a block may see nothing of it, as in a sliding window.
+            base = higher.masked_fill(higher == -torch.inf, 0)
+            weights = scores.sub_(base).exp_()
+            shrink = (largest - base).exp_()
+            total = total.mul_(shrink).add_(weights.sum(-1, keepdim=True))
+            result = result.mul_(shrink).add_(weights.to(v.dtype) @ v[..., keys, :])
+            largest = higher
+        out[..., rows, :] = (result / total).to(out.dtype)
+        log_sum[..., rows] = (largest + total.log()).squeeze(-1)
+    return out, log_sum
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, mask, out, log_sum = ctx.saved_tensors
-        scale, wide = q.shape[-1] ** -0.5, log_sum.dtype
-        of_out = gradients[0]
-        of_q = torch.empty_like(q)
-        of_k = torch.zeros_like(k, dtype=wide)
-        of_v = torch.zeros_like(v, dtype=wide)
-        # Sum over a row of probability times its gradient (appendix B.2).
-        inner = (of_out.to(wide) * out).sum(-1, keepdim=True)
-        for rows, columns in blocks(q.shape[-2], k.shape[-2], ctx.block):
-            part, of_part = q[..., rows, :] * scale, of_out[..., rows, :]
-            of_rows = part.new_zeros(part.shape, dtype=wide)
-            for keys in columns:
-                scores = _scores(part, k, rows, keys, mask, q.shape[-2], wide)
-                weights = scores.sub_(log_sum[..., rows].unsqueeze(-1)).exp_()
-                of_v[..., keys, :] += _over_group(weights.to(v.dtype), of_part)
-                of_scores = (of_part @ v[..., keys, :].transpose(-1, -2)).to(wide)
-                of_scores = of_scores.sub_(inner[..., rows, :]).mul_(weights).to(q.dtype)
-                of_rows += of_scores @ k[..., keys, :]
-                of_k[..., keys, :] += _over_group(of_scores, part)
-            of_q[..., rows, :] = (of_rows * scale).to(q.dtype)
-        return of_q, of_k.to(k.dtype), of_v.to(v.dtype), None, None
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    q, k, v, mask, ctx.block = inputs
+    ctx.save_for_backward(q, k, v, mask, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, of_out: torch.Tensor, _: None) -> tuple[torch.Tensor | None, ...]:
+    q, k, v, mask, out, log_sum = ctx.saved_tensors
+    scale, wide = q.shape[-1] ** -0.5, log_sum.dtype
+    of_q = torch.empty_like(q)
+    of_k = torch.zeros_like(k, dtype=wide)
+    of_v = torch.zeros_like(v, dtype=wide)
+    # Sum over a row of probability times its gradient (appendix B.2).
+    inner = (of_out.to(wide) * out).sum(-1, keepdim=True)
+    for rows, columns in blocks(q.shape[-2], k.shape[-2], ctx.block):
+        part, of_part = q[..., rows, :] * scale, of_out[..., rows, :]
+        of_rows = part.new_zeros(part.shape, dtype=wide)
+        for keys in columns:
+            scores = _scores(part, k, rows, keys, mask, q.shape[-2], wide)
+            weights = scores.sub_(log_sum[..., rows].unsqueeze(-1)).exp_()
+            of_v[..., keys, :] += _over_group(weights.to(v.dtype), of_part)
+            of_scores = (of_part @ v[..., keys, :].transpose(-1, -2)).to(wide)
+            of_scores = of_scores.sub_(inner[..., rows, :]).mul_(weights).to(q.dtype)
+            of_rows += of_scores @ k[..., keys, :]
+            of_k[..., keys, :] += _over_group(of_scores, part)
+        of_q[..., rows, :] = (of_rows * scale).to(q.dtype)
+    return of_q, of_k.to(k.dtype), of_v.to(v.dtype), None, None
+
+
+attend_by_blocks.register_autograd(_backward, setup_context=_keep)
+
+TRIANGLE_OPERATOR = torch.ops.ascendspeed.triangle_attention.default
+"""What a trace of operators shows of triangle attention."""
 
 
 def _scores(

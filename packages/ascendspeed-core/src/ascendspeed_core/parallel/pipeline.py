@@ -157,6 +157,11 @@ class _Stage(PipelineStage):
         """Run the gradients of the weights that a backward left out."""
         with self._noted("weight gradient", bwd_chunk_id):
             super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
+            # torch writes these gradients itself, so that autograd does not call who waits for them.
+            for parameter in self.submod.parameters():
+                for hook in (parameter._post_accumulate_grad_hooks or {}).values():
+                    if parameter.grad is not None:
+                        hook(parameter)
         self._tell_if_done(last_backward)
 
     def _tell_if_done(self, is_last: bool) -> None:

@@ -98,7 +98,9 @@ def _check_pipeline(config: PretrainConfig, layout: Layout, model: ModelConfig) 
     for samples in range(start, size + 1, increment or size):
         layout.check_micro_batches(len(batch.manual_sizes()) or samples // per_micro_step)
     held = stages_of_devices(model.num_layers, layout)
-    config.recompute.check_stages([sum(len(stage.layers) for stage in own) for own in held])
+    config.recompute.check_pipeline(
+        layout.schedule, [sum(len(stage.layers) for stage in own) for own in held]
+    )
 
 
 def _check_length(config: PretrainConfig, model: ModelConfig, where: str) -> None:
