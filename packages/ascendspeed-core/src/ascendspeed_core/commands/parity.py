@@ -12,7 +12,10 @@ from ascendspeed_data.errors import AscendSpeedError, ConfigError
 
 def parity(
     data_path: Annotated[list[str], typer.Option(help="Prefix of a .bin/.idx pair, or a blend.")],
-    layouts: Annotated[str, typer.Option(help="Layouts to compare with one process: tp2,pp2,tp2pp2,dp2.")],
+    layouts: Annotated[
+        str,
+        typer.Option(help="What to compare with one process: tp2,pp2,tp2pp2dp2+sp,pp2+zbv,1+full+triangle."),
+    ],
     load: Annotated[Path | None, typer.Option(help="Checkpoint to start from.")] = None,
     model_config_file: Annotated[
         Path | None,
@@ -33,7 +36,9 @@ def parity(
 ) -> None:
     """Train your model on your data for a few steps under several layouts, and compare them with one process.
 
-    Ends with status 1 when a layout deviates. Nothing is kept.
+    A layout is tp, pp and dp with their sizes, or 1 for one process. Features stand behind it, each after a plus: sp,
+    sharded, gpipe, zbv, dualpipev, vppN, vppN-zb, aiao, fifo, full, selective, attention, blockN, triangle, reference,
+    mlp-fusion, mbsN-N. Ends with status 1 when a layout deviates. Nothing is kept.
     """
     if (load is None) == (model_config_file is None):
         raise ConfigError("give either --load DIR or --model-config FILE")
@@ -45,11 +50,12 @@ def parity(
     if dtype not in TOLERANCE:
         raise ConfigError(f"dtype={dtype} is unknown; there are {', '.join(TOLERANCE)}")
     wanted = parse_layouts(layouts)
-    for layout in wanted:
-        if global_batch_size % (micro_batch_size * layout.dp):
+    for candidate in wanted:
+        dp = candidate.sizes.get("dp", 1)
+        if global_batch_size % (micro_batch_size * dp):
             raise ConfigError(
                 f"global_batch_size={global_batch_size} is not a multiple of micro_batch_size x dp = "
-                f"{micro_batch_size} x {layout.dp} of {layout}"
+                f"{micro_batch_size} x {dp} of {candidate.name}"
             )
     limit = TOLERANCE[dtype] if tolerance is None else tolerance
     source = ["--load", str(load), "--finetune"] if load else ["--model-config", str(model_config_file)]
@@ -61,7 +67,7 @@ def parity(
     with tempfile.TemporaryDirectory(prefix="ascendspeed-parity-") as scratch:
         rows = run_parity(wanted, [str(argument) for argument in arguments], Path(scratch), device)
     print("\n".join(table(rows, limit)))
-    different = [str(row.layout) for row in rows if not row.within(limit)]
+    different = [row.name for row in rows if not row.within(limit)]
     if different:
         raise AscendSpeedError(
             f"{', '.join(different)} deviate by more than tolerance={limit} from one process"

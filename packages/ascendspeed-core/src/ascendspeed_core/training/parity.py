@@ -1,5 +1,6 @@
-"""Train the same few steps under several layouts, and say how far each is from one process."""
+"""Train the same few steps under several layouts and features, and say how far each is from one process."""
 
+import math
 import re
 import shutil
 import subprocess
@@ -7,9 +8,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from ascendspeed_core.config.parallel import FOLD_SCHEDULES, V_SCHEDULES, Layout
+from ascendspeed_core.config.parallel import FOLD_SCHEDULES, V_SCHEDULES
 from ascendspeed_core.training.metrics import METRICS, read_metrics
 from ascendspeed_core.weights import open_weights
 from ascendspeed_data.command_line import log
@@ -19,18 +19,58 @@ TOLERANCE = {"float64": 1e-9, "float32": 1e-3, "bfloat16": 5e-2, "float16": 5e-2
 """Largest accepted relative deviation of losses and gradient norms: what the order of sums can explain."""
 
 
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "sp": ("--sequence-parallel",),
+    "sharded": ("--use-distributed-optimizer",),
+    **{name: ("--pipeline-schedule", name) for name in ("gpipe", *V_SCHEDULES)},
+    **{name: ("--foldx-mode", name) for name in FOLD_SCHEDULES},
+    "vpp(N)": ("--num-layers-per-virtual-pipeline-stage", "N"),
+    "vpp(N)-zb": ("--num-layers-per-virtual-pipeline-stage", "N", "--pipeline-schedule", "interleaved-zb"),
+    **{
+        name: ("--checkpoint-activations", "--checkpoint-policy", name)
+        for name in ("full", "selective", "attention")
+    },
+    "block(N)": ("--checkpoint-activations", "--checkpoint-policy", "block", "--checkpoint-block-layer", "N"),
+    "triangle": ("--triangle-attn",),
+    "reference": ("--attention", "reference"),
+    "mlp-fusion": ("--mlp-layer-fusion",),
+    "mbs(N-N)": ("--optimized-pipeline", "--manual-mbs", "N,N"),
+}
+"""What may stand behind a plus, and the flags it means; N is a number, N-N two or more."""
+
+
 @dataclass(frozen=True)
-class ParityRow:
-    """What one layout computed, against one process.
+class Candidate:
+    """One way to train.
 
     Attributes:
-        layout: devices along each dimension.
+        name: as written, `tp2pp2+sp`.
+        sizes: devices along each dimension.
+        flags: of `asd-core pretrain`.
+    """
+
+    name: str
+    sizes: Mapping[str, int]
+    flags: tuple[str, ...] = ()
+
+    @property
+    def world_size(self) -> int:
+        """Processes it takes."""
+        return math.prod(self.sizes.values())
+
+
+@dataclass(frozen=True)
+class ParityRow:
+    """What one candidate computed, against one process.
+
+    Attributes:
+        name: the candidate, as written.
         loss: largest relative deviation of a step's loss.
         grad_norm: largest relative deviation of a step's gradient norm.
         weights: largest deviation of a weight after the last step, relative to the largest entry of its tensor.
     """
 
-    layout: Layout
+    name: str
     loss: float
     grad_norm: float
     weights: float
@@ -40,55 +80,46 @@ class ParityRow:
         return self.loss <= tolerance and self.grad_norm <= tolerance
 
 
-def parse_layouts(text: str) -> list[Layout]:
-    """Read `tp2,pp2,tp2pp2,dp2`.
-
-    Behind a plus: `sp` for sequence parallelism, `sharded` for a sharded optimizer, `gpipe`, `zbv` or `dualpipev` for
-    the pipeline's schedule, `vppN` or `vppN-zb` for virtual stages of N layers, `vppN+fifo` or `vppN+aiao` to reduce
-    their gradients early.
+def parse_layouts(text: str) -> list[Candidate]:
+    """Read `tp2,pp2,tp2pp2dp2+sp`: sizes, and behind each plus one of `OPTIONS`; `1` is one process with options.
 
     Raises:
         ConfigError: a part that is no layout.
     """
-    layouts = []
+    candidates = []
     for part in text.split(","):
         sizes, *options = part.strip().split("+")
         found = re.findall(r"(tp|pp|dp)([1-9]\d*)", sizes)
-        names = [name for name, _ in found]
-        is_read = found and "".join(name + size for name, size in found) == sizes
-        chosen = [_option(option) for option in options]
-        if not is_read or len(set(names)) < len(names) or None in chosen:
+        is_read = "".join(name + size for name, size in found) == ("" if sizes == "1" else sizes)
+        chosen = [_flags(option) for option in options]
+        if not is_read or not sizes or len({name for name, _ in found}) < len(found) or None in chosen:
             raise ConfigError(
-                f"layouts={text!r}: {part!r} is no layout; write for example "
-                "tp2,pp2,tp2pp2dp2,tp2+sp,dp2+sharded,pp2+zbv,pp2+vpp1,pp2dp2+vpp1+aiao"
+                f"layouts={text!r}: {part!r} is no layout; write for example tp2,pp2,tp2pp2dp2,tp2+sp,1+full; behind a "
+                f"plus stand {', '.join(OPTIONS)}"
             )
-        given: dict[str, Any] = {name: int(size) for name, size in found}
-        for option in chosen:
-            given |= option or {}
-        layouts.append(Layout(**given))
-    return layouts
+        flags = tuple(flag for option in chosen for flag in option or ())
+        candidates.append(Candidate(part.strip(), {name: int(size) for name, size in found}, flags))
+    return candidates
 
 
-def _option(text: str) -> dict[str, Any] | None:
-    """Return what `+text` sets in a `Layout`; `None` when it is no option."""
-    virtual = re.fullmatch(r"vpp([1-9]\d*)(-zb)?", text)
-    if virtual:
-        schedule = "interleaved-zb" if virtual[2] else "interleaved"
-        return {"schedule": schedule, "layers_per_stage": int(virtual[1])}
-    if text in ("gpipe", *V_SCHEDULES):
-        return {"schedule": text}
-    if text in FOLD_SCHEDULES:
-        return {"schedule": FOLD_SCHEDULES[text], "early_reduction": True}
-    return {"sp": {"sequence_parallel": True}, "sharded": {"sharded_optimizer": True}}.get(text)
+def _flags(option: str) -> tuple[str, ...] | None:
+    """Return the flags that `+option` means; `None` when it is no option."""
+    for name, flags in OPTIONS.items():
+        pattern = name.replace("(N-N)", r"(\d+(?:-\d+)+)").replace("(N)", r"([1-9]\d*)")
+        found = re.fullmatch(pattern, option)
+        if found:
+            number = found[1].replace("-", ",") if found.groups() else ""
+            return tuple(number if flag in ("N", "N,N") else flag for flag in flags)
+    return None
 
 
 def run_parity(
-    layouts: Sequence[Layout], arguments: Sequence[str], scratch: Path, device: str
+    candidates: Sequence[Candidate], arguments: Sequence[str], scratch: Path, device: str
 ) -> list[ParityRow]:
-    """Train under one process and under each layout, one after the other.
+    """Train with one process and as each candidate says, one after the other.
 
     Args:
-        layouts: those to compare.
+        candidates: those to compare.
         arguments: of `asd-core pretrain`: model, data, batch, dtype; neither layout nor `--save`.
         scratch: folder for the runs; each is removed once it is compared.
         device: of all runs.
@@ -96,42 +127,34 @@ def run_parity(
     Raises:
         AscendSpeedError: a run failed; the message is its own.
     """
-    one = _train(Layout(), arguments, scratch, device)
+    one = _train(Candidate("one process", {}), arguments, scratch / "one", device)
     rows = []
-    for layout in layouts:
-        run = _train(layout, arguments, scratch, device)
-        rows.append(_compare(layout, run, one))
+    for candidate in candidates:
+        run = _train(candidate, arguments, scratch / "candidate", device)
+        rows.append(_compare(candidate, run, one))
         shutil.rmtree(run)
     return rows
 
 
-def _train(layout: Layout, arguments: Sequence[str], scratch: Path, device: str) -> Path:
-    run = scratch / str(layout).replace(" ", "")
-    shutil.rmtree(run, ignore_errors=True)
-    log(f"training under {layout}")
+def _train(candidate: Candidate, arguments: Sequence[str], run: Path, device: str) -> Path:
+    log(f"training: {candidate.name}")
+    sizes = candidate.sizes
     flags = [
-        "--tensor-model-parallel-size", layout.tp, "--pipeline-model-parallel-size", layout.pp, "--nproc-per-node",
-        layout.world_size, "--device", device, "--save", run, "--data-cache-path", scratch / "cache",
+        "--tensor-model-parallel-size", sizes.get("tp", 1), "--pipeline-model-parallel-size", sizes.get("pp", 1),
+        "--nproc-per-node", candidate.world_size, "--device", device, "--save", run,
+        "--data-cache-path", run.parent / "cache", *candidate.flags,
     ]  # fmt: skip
-    flags += ["--sequence-parallel"] * layout.sequence_parallel
-    flags += ["--use-distributed-optimizer"] * layout.sharded_optimizer
-    if layout.layers_per_stage:
-        flags += ["--num-layers-per-virtual-pipeline-stage", layout.layers_per_stage]
-    if layout.early_reduction:
-        flags += ["--foldx-mode", "aiao" if layout.schedule == FOLD_SCHEDULES["aiao"] else "fifo"]
-    elif layout.schedule != "1f1b":
-        flags += ["--pipeline-schedule", layout.schedule]
     command = [sys.executable, "-m", "ascendspeed_core.cli", "pretrain", *arguments, *map(str, flags)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["no output"]
         raise AscendSpeedError(
-            f"training under {layout} failed: {lines[-1].removeprefix('asd-core: error: ')}"
+            f"training as {candidate.name} failed: {lines[-1].removeprefix('asd-core: error: ')}"
         )
     return run
 
 
-def _compare(layout: Layout, run: Path, one: Path) -> ParityRow:
+def _compare(candidate: Candidate, run: Path, one: Path) -> ParityRow:
     ours, theirs = read_metrics(run / METRICS), read_metrics(one / METRICS)
 
     def largest(key: str) -> float:
@@ -140,7 +163,7 @@ def _compare(layout: Layout, run: Path, one: Path) -> ParityRow:
             return float("inf")
         return max((abs(a - b) / abs(b) for a, b in pairs if b is not None), default=0.0)
 
-    return ParityRow(layout, largest("lm_loss"), largest("grad_norm"), _weights(run, one))
+    return ParityRow(candidate.name, largest("lm_loss"), largest("grad_norm"), _weights(run, one))
 
 
 def _weights(run: Path, one: Path) -> float:
@@ -156,7 +179,7 @@ def table(rows: Sequence[ParityRow], tolerance: float) -> list[str]:
     """Return the rows as aligned lines."""
     cells: list[Mapping[str, str]] = [
         {
-            "layout": str(row.layout),
+            "layout": row.name,
             "loss": f"{row.loss:.2e}",
             "gradient norm": f"{row.grad_norm:.2e}",
             "weights": f"{row.weights:.2e}",
