@@ -128,7 +128,7 @@ def step_events(layout: Layout) -> tuple[list[tuple[str, int]], int]:
 
     with patch.object(collectives, "dist", CountingDist()):
         run_pipeline(
-            model, mesh, [batch.tokens for batch in batches],
+            model, mesh, [batch.input for batch in batches],
             lambda number, logits: masked_sum(model, logits, batches[number], mesh), recorder, on_stage_done,
         )  # fmt: skip
         optimizer.step()

@@ -15,6 +15,11 @@ app = build_app(
             "pretrain", "ascendspeed_core.commands.pretrain:pretrain", "Train a model on tokenized text."
         ),
         Command(
+            "finetune",
+            "ascendspeed_core.commands.finetune:finetune",
+            "Fine-tune a model on instruction sets.",
+        ),
+        Command(
             "compare-loss",
             "ascendspeed_core.commands.compare_loss:compare_loss",
             "Compare the losses of runs, with a verdict.",

@@ -3,7 +3,7 @@
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,6 +11,9 @@ from ascendspeed_core.config.load import load_config
 from ascendspeed_core.config.training import PretrainConfig
 from ascendspeed_data.command_line import log
 from ascendspeed_data.command_line.options import options_from
+
+if TYPE_CHECKING:
+    from ascendspeed_core.training.plan import RunPlan
 
 
 @options_from(PretrainConfig)
@@ -28,7 +31,11 @@ def pretrain(
     Give --nproc-per-node N to use N devices of this machine, or start the command under torchrun. What --save
     holds afterwards: checkpoints that any layout can load, metrics.jsonl, loss.png.
     """
-    run = load_config(PretrainConfig, config, given)
+    run_training(load_config(PretrainConfig, config, given), dry_run)
+
+
+def run_training(run: PretrainConfig, dry_run: bool) -> None:
+    """Plan a run, say what it will do, and do it: here, in processes that are started, or as one of them."""
     from ascendspeed_core.launch import is_worker, launch, planned_world_size, worker_errors
 
     world_size = planned_world_size(run.launch.nproc_per_node)
@@ -49,7 +56,7 @@ def pretrain(
         train(plan)
 
 
-def train(plan: Any) -> None:
+def train(plan: "RunPlan") -> None:
     """Run a plan on this process, with the others if there are any."""
     from ascendspeed_core.launch import process_group
     from ascendspeed_core.parallel.mesh import ParallelMesh
@@ -66,7 +73,7 @@ def train(plan: Any) -> None:
         conclude(records, plan)
 
 
-def keep_tokenizer(plan: Any, save: Path) -> None:
+def keep_tokenizer(plan: "RunPlan", save: Path) -> None:
     """Copy the tokenizer's files into the run's folder, so that its checkpoints can be used without being told.
 
     The manifest of the data goes there too: it tells the right tokenizer where the files are not known.
@@ -82,7 +89,7 @@ def keep_tokenizer(plan: Any, save: Path) -> None:
         write_durably(save / DATA_MANIFEST, plan.manifest.model_dump_json(indent=2) + "\n")
 
 
-def describe(plan: Any) -> None:
+def describe(plan: "RunPlan") -> None:
     """Say what a run will do."""
     model, batch = plan.model, plan.config.batch
     log(
@@ -113,13 +120,13 @@ def stage_list(layout: Any, num_layers: int) -> str:
     return "layers " + ", ".join(parts)
 
 
-def conclude(records: list[dict[str, Any]], plan: Any) -> None:
+def conclude(records: list[dict[str, Any]], plan: "RunPlan") -> None:
     """Say where the loss ended, against what knowing only token frequencies would give."""
     last = [record["lm_loss"] for record in records if record["lm_loss"] is not None][-10:]
     if not last:
         return
     loss = sum(last) / len(last)
-    entropy = plan.manifest.unigram_entropy_nats if plan.manifest else None
+    entropy = plan.unigram_entropy_nats
     against = ""
     if entropy is not None:
         side = "below" if loss <= entropy else "above"

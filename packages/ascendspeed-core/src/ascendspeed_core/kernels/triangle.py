@@ -31,7 +31,8 @@ def triangle_attention(
         q: [B, N, S, D].
         k: [B, K, T, D] with T >= S.
         v: [B, K, T, D].
-        mask: of `Places`: `None`, keys seen [S, T], or what is added [N, S, T]. Nothing above the diagonal is read.
+        mask: of `Places`: `None`, keys seen [S, T], or what is added [N, S, T]; or each by text, [B, 1, S, T] and
+            [B, N, S, T]. Nothing above the diagonal is read.
         block: side of a block, in tokens.
 
     Returns:
@@ -39,7 +40,10 @@ def triangle_attention(
     """
     heads = k.shape[1]
     if mask is not None:
-        mask = mask.unflatten(0, (heads, -1)) if mask.dim() == 3 else mask
+        if mask.dim() > 2 and mask.shape[-3] > 1:
+            mask = mask.unflatten(-3, (heads, -1))
+        elif mask.dim() == 4:
+            mask = mask.unsqueeze(2)
     grouped = q.unflatten(1, (heads, -1))
     attended: torch.Tensor = attend_by_blocks(grouped, k.unsqueeze(2), v.unsqueeze(2), mask, block)[0]
     return attended.flatten(1, 2)

@@ -19,7 +19,8 @@ class Places:
     Attributes:
         rotary: cosine and sine of the queries' positions, [B, S, 1, D] each; `None` without rotary embedding.
         mask: what is added to the scores, [N, S, T], or which keys are seen (bool), [S, T]; `None` when a query sees
-            all keys up to its own place, and queries are as many as keys or a single last one.
+            all keys up to its own place, and queries are as many as keys or a single last one. With segments it
+            differs from text to text: [B, N, S, S] or [B, 1, S, S].
     """
 
     rotary: tuple[torch.Tensor, torch.Tensor] | None
@@ -52,20 +53,30 @@ class Positions:
         self._slopes = alibi_slopes(config.num_attention_heads) if config.position == "alibi" else None
         self.heads = range(config.num_attention_heads)
 
-    def at(self, positions: torch.Tensor, num_keys: int, dtype: torch.dtype) -> Places:
+    def at(
+        self,
+        positions: torch.Tensor,
+        num_keys: int,
+        dtype: torch.dtype,
+        segments: torch.Tensor | None = None,
+    ) -> Places:
         """Return what attention needs.
 
         Args:
             positions: place of each query in its text, [B, S]; rotary embedding turns by it.
             num_keys: T; masks and ALiBi go by the order of keys.
             dtype: of the hidden states.
+            segments: number of the text that each token belongs to, [B, S], when a row holds several; attention
+                stays inside a text.
         """
         slopes = None
         if self._slopes is not None:
             mine = self._slopes[self.heads.start : self.heads.stop]
             wide = dtype if dtype == torch.float64 else torch.float32
             slopes = torch.tensor(mine, dtype=wide, device=positions.device)
-        mask = attention_mask(positions.shape[1], num_keys, self._window, slopes, dtype, positions.device)
+        mask = attention_mask(
+            positions.shape[1], num_keys, self._window, slopes, dtype, positions.device, segments
+        )
         return Places(self._rotary.at(positions, dtype) if self._rotary else None, mask)
 
 
@@ -76,6 +87,7 @@ def attention_mask(
     slopes: torch.Tensor | None,
     dtype: torch.dtype,
     device: torch.device,
+    segments: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
     """Return the mask of `Places`: causal, within a window, with ALiBi's `slope * (key - query)` where asked for.
 
@@ -86,17 +98,23 @@ def attention_mask(
         slopes: of ALiBi, one for each head, [N].
         dtype: of ALiBi's mask; distances to near keys, which weigh most, lose least when it is narrow.
         device: where.
+        segments: see `Positions.at`; as many queries as keys.
     """
     is_windowed = window is not None and keys > window
-    if slopes is None and not is_windowed and queries in (1, keys):
+    if slopes is None and segments is None and not is_windowed and queries in (1, keys):
         return None
     own = torch.arange(keys - queries, keys, device=device)
     distance = torch.arange(keys, device=device) - own.unsqueeze(-1)
     seen = distance <= 0
     if window is not None and is_windowed:
         seen &= distance > -window
+    if segments is not None:
+        seen = (seen & (segments.unsqueeze(2) == segments.unsqueeze(1))).unsqueeze(1)
     if slopes is None:
         return seen
+    if segments is not None:
+        added = (slopes[:, None, None] * distance).to(dtype).expand(seen.shape[0], -1, -1, -1)
+        return added.masked_fill(~seen, -torch.inf)
     return (slopes[:, None, None] * distance).to(dtype).masked_fill_(~seen, -torch.inf)
 
 

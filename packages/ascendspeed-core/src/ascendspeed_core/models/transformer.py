@@ -4,6 +4,7 @@ Shapes: B batch, S sequence, H hidden size, V vocabulary (V/tp logits on each de
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -16,6 +17,21 @@ from ascendspeed_core.models.head import make_head
 from ascendspeed_core.models.mlp import make_mlp
 from ascendspeed_core.models.norm import RMSNorm, make_norm
 from ascendspeed_core.models.position import Places, Positions
+
+
+@dataclass(frozen=True)
+class ModelInput:
+    """What a model reads in one forward pass.
+
+    Attributes:
+        tokens: ids, [B, S].
+        positions: place of each token in its text, [B, S]; `None` counts from 0.
+        segments: number of the text that each token belongs to, [B, S]; `None` is one text in each row.
+    """
+
+    tokens: torch.Tensor
+    positions: torch.Tensor | None = None
+    segments: torch.Tensor | None = None
 
 
 class TransformerLayer(nn.Module):
@@ -86,6 +102,7 @@ class Transformer(nn.Module):
         cache: KeyValueCache | None = None,
         stage: Stage | None = None,
         read_at: torch.Tensor | None = None,
+        segments: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return the logits of the next token at every place: [B, S] -> [B, S, V].
 
@@ -95,6 +112,8 @@ class Transformer(nn.Module):
             cache: earlier keys and values of the same texts.
             stage: which of this module's stages to run, when it holds several.
             read_at: places whose logits are wanted, [B, P], when not all are: the head is a model's largest matrix.
+            segments: number of the text that each token belongs to, [B, S], when a row holds several one behind the
+                other; attention stays inside a text. Not with a cache.
 
         Returns:
             Logits; from a stage before the last one its hidden states, [B, S, H].
@@ -106,7 +125,7 @@ class Transformer(nn.Module):
         if stage.is_first and self.embedding_norm is not None:
             x = self.embedding_norm(x)
         num_keys = positions.shape[1] + (cache.length_tokens if cache is not None else 0)
-        places = self.positions.at(positions, num_keys, x.dtype)
+        places = self.positions.at(positions, num_keys, x.dtype, segments)
         if cache is not None and cache.padding_tokens is not None:
             places = places.without_padding(cache.padding_tokens, num_keys)
         for number in stage.layers:

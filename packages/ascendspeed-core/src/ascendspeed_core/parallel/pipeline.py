@@ -2,8 +2,8 @@
 
 Training runs torch's schedules, see `config.parallel.PipelineSchedule`. The plain one is 1F1B: after a warm-up each
 stage does one forward and one backward in turn, so that a stage keeps the activations of at most `pp` micro-batches.
-Each micro-batch enters as its number; the first stage looks its tokens up, the loss its labels, so nothing but hidden
-states travels, and micro-batches may differ in size.
+Each micro-batch enters as its number; the first stage looks its tokens up, every stage its positions, the loss its
+labels, so nothing but hidden states travels, and micro-batches may differ in size.
 
 Shapes: B micro-batch size, S sequence length, H hidden size, V vocabulary. Hidden states are [B, S, H], with sequence
 parallelism [B, S/tp, H].
@@ -29,7 +29,7 @@ from torch.distributed.pipelining import (
 
 from ascendspeed_core.config.parallel import Stage, stages_of_devices
 from ascendspeed_core.models.cache import KeyValueCache
-from ascendspeed_core.models.transformer import Transformer, following_positions
+from ascendspeed_core.models.transformer import ModelInput, Transformer, following_positions
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.slices import rounded_share
 from ascendspeed_core.parallel.timeline import Kind, Recorder
@@ -48,7 +48,7 @@ SCHEDULES: dict[str, Any] = {
 def run_pipeline(
     model: Transformer,
     mesh: ParallelMesh,
-    tokens: Sequence[torch.Tensor],
+    inputs: Sequence[ModelInput],
     loss_of: Callable[[int, torch.Tensor], torch.Tensor],
     recorder: Recorder | None = None,
     on_stage_done: Callable[[Stage], None] | None = None,
@@ -58,7 +58,7 @@ def run_pipeline(
     Args:
         model: this process's stages.
         mesh: its place.
-        tokens: ids of every micro-batch, [B, S]; B may differ.
+        inputs: of every micro-batch; B may differ.
         loss_of: number of a micro-batch and its logits -> scalar; called by the process with the last stage.
         recorder: notes when each stage computes.
         on_stage_done: told when the gradients of a stage are complete; other stages may still compute.
@@ -66,22 +66,22 @@ def run_pipeline(
     Returns:
         Sum of the losses, float64, the same on every process.
     """
-    numbers = torch.arange(len(tokens), device=mesh.device.torch)
+    numbers = torch.arange(len(inputs), device=mesh.device.torch)
 
     def loss(output: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
         return loss_of(int(number), output)
 
-    parts = [_Stage(model, mesh, stage, tokens, recorder, on_stage_done) for stage in model.stages]
+    parts = [_Stage(model, mesh, stage, inputs, recorder, on_stage_done) for stage in model.stages]
     name = mesh.layout.schedule
-    if name == "1f1b" and len(tokens) < mesh.layout.pp:
+    if name == "1f1b" and len(inputs) < mesh.layout.pp:
         # With fewer micro-batches than stages 1F1B is all forward, then all backward, which torch calls GPipe.
         name = "gpipe"
     schedule = SCHEDULES[name](
-        parts if len(parts) > 1 else parts[0], len(tokens), loss_fn=loss, scale_grads=False
+        parts if len(parts) > 1 else parts[0], len(inputs), loss_fn=loss, scale_grads=False
     )
     losses: list[torch.Tensor] = []
-    inputs = (numbers,) if model.has_first else ()
-    schedule.step(*inputs, target=numbers, losses=losses, return_outputs=False)
+    entering = (numbers,) if model.has_first else ()
+    schedule.step(*entering, target=numbers, losses=losses, return_outputs=False)
     total = torch.zeros((), dtype=torch.float64, device=mesh.device.torch)
     for part in losses:
         total += part.detach()
@@ -89,21 +89,27 @@ def run_pipeline(
 
 
 class _StageModule(nn.Module):
-    """A stage that takes the number of a micro-batch where the model takes its tokens."""
+    """A stage that takes the number of a micro-batch where the model takes its tokens.
 
-    def __init__(self, model: Transformer, stage: Stage, tokens: Sequence[torch.Tensor]) -> None:
+    Attributes:
+        number: of the micro-batch that runs next; tells later stages its positions.
+    """
+
+    def __init__(self, model: Transformer, stage: Stage, inputs: Sequence[ModelInput]) -> None:
         super().__init__()
         # The parameters of this stage alone: schedules that compute weight gradients apart ask for them.
         self.parts = nn.ModuleList(model.modules_of(stage))
-        self._run, self._stage, self._tokens = model.forward, stage, tokens
+        self._run, self._stage, self._inputs = model.forward, stage, inputs
+        self.number = 0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[1] -> hidden states or logits in the first stage; hidden states -> the same or logits in the others."""
-        if self._stage.is_first:
-            x = self._tokens[int(x)]
-        length = self._tokens[0].shape[1]
-        positions = torch.arange(length, device=x.device).expand(x.shape[0], length)
-        out: torch.Tensor = self._run(x, positions, stage=self._stage)
+        given = self._inputs[self.number]
+        positions = (
+            given.positions if given.positions is not None else following_positions(given.tokens, None)
+        )
+        entering = given.tokens if self._stage.is_first else x
+        out: torch.Tensor = self._run(entering, positions, stage=self._stage, segments=given.segments)
         return out
 
 
@@ -119,18 +125,20 @@ class _Stage(PipelineStage):
         model: Transformer,
         mesh: ParallelMesh,
         stage: Stage,
-        tokens: Sequence[torch.Tensor],
+        inputs: Sequence[ModelInput],
         recorder: Recorder | None,
         on_done: Callable[[Stage], None] | None,
     ) -> None:
         self._recorder, self._on_done, self._described = recorder, on_done, stage
-        self._sizes = [batch.shape[0] for batch in tokens]
+        self._sizes = [given.tokens.shape[0] for given in inputs]
         dtype = next(model.parameters()).dtype
-        hidden = torch.empty(hidden_shape(tokens[0], model, mesh), dtype=dtype, device="meta")
-        logits = torch.empty(logits_shape(tokens[0], model, mesh), dtype=dtype, device="meta")
+        first = inputs[0].tokens
+        hidden = torch.empty(hidden_shape(first, model, mesh), dtype=dtype, device="meta")
+        logits = torch.empty(logits_shape(first, model, mesh), dtype=dtype, device="meta")
+        self._module = _StageModule(model, stage, inputs)
         number = torch.empty(1, dtype=torch.long, device="meta")
         super().__init__(
-            _StageModule(model, stage, tokens),
+            self._module,
             stage.index,
             stage.count,
             mesh.device.torch,
@@ -141,6 +149,7 @@ class _Stage(PipelineStage):
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         """Run one forward."""
+        self._module.number = fwd_chunk_id
         with self._noted("forward", fwd_chunk_id):
             return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
 
@@ -209,6 +218,8 @@ def forward_through_stages(
     tokens: torch.Tensor,
     cache: KeyValueCache | None = None,
     read_at: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+    segments: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return this device's logits, [B, S, V/tp], on every stage; no gradient flows.
 
@@ -218,24 +229,29 @@ def forward_through_stages(
         tokens: ids, [B, S], the same on every stage.
         cache: earlier keys and values of the layers held here.
         read_at: places whose logits are wanted, [B, P], when not all are.
+        positions: of `ModelInput`.
+        segments: of `ModelInput`.
     """
     if read_at is not None and mesh.layout.sequence_parallel:
         # Places count in whole texts, of which the last norm has a part here.
-        everywhere = forward_through_stages(model, mesh, tokens, cache)
+        everywhere = forward_through_stages(
+            model, mesh, tokens, cache, positions=positions, segments=segments
+        )
         return everywhere.gather(1, read_at.unsqueeze(-1).expand(-1, -1, everywhere.shape[-1]))
     group = mesh.group("pp")
     if group is None:
-        logits: torch.Tensor = model(tokens, cache=cache, read_at=read_at)
+        logits: torch.Tensor = model(tokens, positions, cache, read_at=read_at, segments=segments)
         return logits
     dtype = next(model.parameters()).dtype
     holder = _holders(model, mesh)
-    positions = following_positions(tokens, cache)
+    if positions is None:
+        positions = following_positions(tokens, cache)
     out = tokens
     for stage in model.stages:
         if not stage.is_first and holder[stage.index - 1] != mesh.pp_rank:
             out = torch.empty(hidden_shape(tokens, model, mesh), dtype=dtype, device=tokens.device)
             dist.recv(out, group=group, group_src=holder[stage.index - 1])
-        out = model(out, positions, cache, stage, read_at)
+        out = model(out, positions, cache, stage, read_at, segments)
         if not stage.is_last and holder[stage.index + 1] != mesh.pp_rank:
             dist.send(out.contiguous(), group=group, group_dst=holder[stage.index + 1])
     if not model.has_last:

@@ -57,8 +57,8 @@ def check_data(config: DataConfig, num_samples: tuple[int, int, int]) -> Dataset
             announce(f"{prefix}: no manifest beside it; its tokenizer cannot be checked")
         elif manifest.kind != "text":
             raise DataError(
-                f"{prefix} holds {manifest.kind} with labels (handler {manifest.handler}), which pre-training does not "
-                "read; give data of a handler of plain text"
+                f"{prefix} holds {manifest.kind} with labels (handler {manifest.handler}), which are not plain text; "
+                "train on them with `asd-core finetune --is-instruction-dataset`, or give plain text"
             )
         else:
             manifests.append((prefix, manifest))
@@ -159,13 +159,8 @@ class TrainingData:
         return list(self._take(self.validation, measured, sizes))
 
     def sample_numbers(self, consumed: int, sizes: Sequence[int]) -> list[range]:
-        """Return the sample numbers of this rank's micro-batches: rank after rank within each micro-step."""
-        numbers, first = [], consumed
-        for size in sizes:
-            mine = first + self._mesh.dp_rank * size
-            numbers.append(range(mine, mine + size))
-            first += size * self._mesh.layout.dp
-        return numbers
+        """Return the sample numbers of this rank's micro-batches, see `numbers_of_rank`."""
+        return numbers_of_rank(consumed, sizes, self._mesh)
 
     def _take(self, dataset: Any, consumed: int, sizes: Sequence[int]) -> Iterator[MicroBatch]:
         for numbers in self.sample_numbers(consumed, sizes):
@@ -176,13 +171,34 @@ class TrainingData:
                     for key in ("tokens", "labels", "loss_mask")
                 )
             )
-            highest = max(int(batch.tokens.max()), int(batch.labels.max()))
-            if highest >= self._vocab_size:
-                raise DataError(
-                    f"the data holds token id {highest}, the model's vocabulary ends at {self._vocab_size - 1}; "
-                    "tokenize with the model's tokenizer"
-                )
+            refuse_unknown_ids(batch, self._vocab_size)
             yield batch.to(self._mesh.device.torch)
+
+
+def numbers_of_rank(consumed: int, sizes: Sequence[int], mesh: ParallelMesh) -> list[range]:
+    """Return the sample numbers of this rank's micro-batches: rank after rank within each micro-step.
+
+    Args:
+        consumed: samples of the steps before.
+        sizes: of the micro-batches of one rank.
+        mesh: which rank.
+    """
+    numbers, first = [], consumed
+    for size in sizes:
+        mine = first + mesh.dp_rank * size
+        numbers.append(range(mine, mine + size))
+        first += size * mesh.layout.dp
+    return numbers
+
+
+def refuse_unknown_ids(batch: MicroBatch, vocab_size: int) -> None:
+    """Raise `DataError` when a token or a label is not below `vocab_size`."""
+    highest = max(int(batch.tokens.max()), int(batch.labels.max()))
+    if highest >= vocab_size:
+        raise DataError(
+            f"the data holds token id {highest}, the model's vocabulary ends at {vocab_size - 1}; "
+            "tokenize with the model's tokenizer"
+        )
 
 
 def _build_datasets(

@@ -7,7 +7,7 @@ import torch
 
 from ascendspeed_core.config.parallel import Stage
 from ascendspeed_core.config.training import OptimizerConfig
-from ascendspeed_core.models.transformer import Transformer
+from ascendspeed_core.models.transformer import ModelInput, Transformer
 from ascendspeed_core.parallel.cross_entropy import cross_entropy
 from ascendspeed_core.parallel.mesh import ParallelMesh, gather_objects
 from ascendspeed_core.parallel.micro_batches import StageCost, best_sizes
@@ -37,10 +37,10 @@ def record_step(
     vocab_size, group = model.config.vocab_size, mesh.group("tp")
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocab_size, (sum(sizes), seq_length), generator=generator).to(mesh.device.torch)
-    tokens = ids.split(list(sizes))
+    inputs = [ModelInput(tokens) for tokens in ids.split(list(sizes))]
 
     def loss_of(number: int, logits: torch.Tensor) -> torch.Tensor:
-        return cross_entropy(logits, tokens[number], vocab_size, group).sum() / ids.numel()
+        return cross_entropy(logits, inputs[number].tokens, vocab_size, group).sum() / ids.numel()
 
     optimizer = MasterOptimizer(model, OptimizerConfig(), mesh) if mesh.layout.dp > 1 else None
     for _ in range(steps):
@@ -54,7 +54,7 @@ def record_step(
 
         mesh.barrier()
         is_early = mesh.layout.early_reduction and optimizer is not None
-        run_pipeline(model, mesh, tokens, loss_of, recorder, on_stage_done if is_early else None)
+        run_pipeline(model, mesh, inputs, loss_of, recorder, on_stage_done if is_early else None)
         if optimizer is not None:
             if not is_early:
                 started.append((None, time.perf_counter()))

@@ -4,12 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ascendspeed_core.config.finetune import FinetuneConfig, FinetuneDataConfig
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.parallel import Layout, stages_of_devices
 from ascendspeed_core.config.training import PretrainConfig
 from ascendspeed_core.launch import announce
-from ascendspeed_core.training.batches import check_data
 from ascendspeed_core.training.checkpoint import Progress, load_progress, saved_iterations
+from ascendspeed_core.training.run_data import check_run_data
 from ascendspeed_core.training.schedule import samples_of_run
 from ascendspeed_core.weights import NativeSource, WeightSource, open_source, open_weights
 from ascendspeed_core.weights.native import TRACKER
@@ -47,6 +48,13 @@ class RunPlan:
         """Whether the run goes on from a checkpoint with its iteration, optimizer and data position."""
         return self.start.iteration > 0
 
+    @property
+    def unigram_entropy_nats(self) -> float | None:
+        """Loss of knowing only token frequencies; unknown where only some tokens are learned."""
+        if self.manifest is None or self.manifest.kind != "text":
+            return None
+        return self.manifest.unigram_entropy_nats
+
 
 def plan_run(config: PretrainConfig, world_size: int) -> RunPlan:
     """Check a run from its config, the headers of its checkpoint and its data.
@@ -68,7 +76,7 @@ def plan_run(config: PretrainConfig, world_size: int) -> RunPlan:
     _check_pipeline(config, layout, source.config)
     _check_length(config, source.config, where)
     samples = _num_samples(config, layout.dp)
-    manifest = check_data(config.data, samples)
+    manifest = check_run_data(config.data, samples)
     _check_vocabulary(config, source, manifest)
     start = _start(config, source, _data_order(config))
     _check_save_folder(config, source, start)
@@ -137,16 +145,20 @@ def _num_samples(config: PretrainConfig, dp: int) -> tuple[int, int, int]:
 
 def _data_order(config: PretrainConfig) -> dict[str, Any]:
     """The options that decide the order of samples; the number of epochs does too, see `TrainingData.order_digest`."""
-    return {
+    order: dict[str, Any] = {
         "data": [Path(part).name for part in config.data.data_path],
         "split": config.data.split,
         "seq_length": config.data.seq_length,
         "seed": config.batch.seed,
     }
+    if isinstance(config.data, FinetuneDataConfig) and config.data.is_instruction_dataset:
+        order["is_instruction_dataset"] = True
+    return order
 
 
 def _start(config: PretrainConfig, source: WeightSource, data_order: dict[str, Any]) -> Progress:
-    if not isinstance(source, NativeSource) or config.start.finetune:
+    is_anew = config.start.finetune or (isinstance(config, FinetuneConfig) and not _is_of_run(config, source))
+    if not isinstance(source, NativeSource) or is_anew:
         return Progress(0, 0, 0, 0, data_order)
     progress = load_progress(source)
     if progress.iteration == 0:
@@ -165,17 +177,23 @@ def _start(config: PretrainConfig, source: WeightSource, data_order: dict[str, A
     )
 
 
+def _is_of_run(config: PretrainConfig, source: WeightSource) -> bool:
+    """Whether the weights are a checkpoint in the folder that the run saves to."""
+    folder = config.start.save
+    return (
+        folder is not None
+        and isinstance(source, NativeSource)
+        and folder.resolve() in (source.folder.resolve(), source.folder.resolve().parent)
+    )
+
+
 def _check_save_folder(config: PretrainConfig, source: WeightSource, start: Progress) -> None:
     folder = config.start.save
     if folder is None:
         announce("save: no --save given; nothing of this run will be kept")
         return
     later = [iteration for iteration in saved_iterations(folder) if iteration > start.iteration]
-    same_run = isinstance(source, NativeSource) and folder.resolve() in (
-        source.folder.resolve(),
-        source.folder.resolve().parent,
-    )
-    if saved_iterations(folder) and not same_run:
+    if saved_iterations(folder) and not _is_of_run(config, source):
         raise AscendSpeedError(
             f"{folder} already holds checkpoints of a run (newest: iteration {saved_iterations(folder)[-1]}); "
             f"give --load {folder} to go on with it, or another --save"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ascendspeed_core.config.parallel import Stage
-from ascendspeed_core.models.transformer import Transformer
+from ascendspeed_core.models.transformer import ModelInput, Transformer
 from ascendspeed_core.parallel.cross_entropy import cross_entropy
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.pipeline import forward_through_stages, run_pipeline
@@ -25,15 +25,25 @@ class MicroBatch:
         tokens: ids, [B, S].
         labels: the id to predict at each place, [B, S].
         loss_mask: 1 where the loss counts, [B, S].
+        positions: place of each token in its text, [B, S]; `None` counts from 0.
+        segments: number of the text that each token belongs to, [B, S], where rows hold several; see `ModelInput`.
     """
 
     tokens: torch.Tensor
     labels: torch.Tensor
     loss_mask: torch.Tensor
+    positions: torch.Tensor | None = None
+    segments: torch.Tensor | None = None
+
+    @property
+    def input(self) -> ModelInput:
+        """What the model reads of it."""
+        return ModelInput(self.tokens, self.positions, self.segments)
 
     def to(self, device: torch.device) -> "MicroBatch":
         """Move to a device."""
-        return MicroBatch(self.tokens.to(device), self.labels.to(device), self.loss_mask.to(device))
+        present = {name: part for name, part in vars(self).items() if part is not None}
+        return MicroBatch(**{name: part.to(device) for name, part in present.items()})
 
 
 @dataclass(frozen=True)
@@ -101,7 +111,7 @@ def forward_backward(
         total = run_pipeline(
             model,
             mesh,
-            [micro_batch.tokens for micro_batch in micro_batches],
+            [micro_batch.input for micro_batch in micro_batches],
             lambda number, logits: masked_sum(model, logits, micro_batches[number], mesh) * weight,
             on_stage_done=on_stage_done,
         )
@@ -120,14 +130,21 @@ def evaluate(model: Transformer, micro_batches: Sequence[MicroBatch], mesh: Para
     tokens = count_tokens(micro_batches, mesh)
     total = torch.zeros((), dtype=torch.float64, device=mesh.device.torch)
     for micro_batch in micro_batches:
-        logits = forward_through_stages(model, mesh, micro_batch.tokens)
+        logits = forward_through_stages(
+            model,
+            mesh,
+            micro_batch.tokens,
+            positions=micro_batch.positions,
+            segments=micro_batch.segments,
+        )
         total += masked_sum(model, logits, micro_batch, mesh)
     return float(mesh.sum_over("dp", total)) / max(tokens, 1)
 
 
 def loss_sum(model: Transformer, micro_batch: MicroBatch, mesh: ParallelMesh) -> torch.Tensor:
     """Return the loss added up over the tokens that count."""
-    return masked_sum(model, model(micro_batch.tokens), micro_batch, mesh)
+    logits = model(micro_batch.tokens, micro_batch.positions, segments=micro_batch.segments)
+    return masked_sum(model, logits, micro_batch, mesh)
 
 
 def masked_sum(

@@ -12,7 +12,6 @@ from ascendspeed_core.parallel.build import load_model
 from ascendspeed_core.parallel.mesh import ParallelMesh, gather_objects
 from ascendspeed_core.parallel.micro_batches import bubble_seconds
 from ascendspeed_core.parallel.recompute import apply_recompute
-from ascendspeed_core.training.batches import TrainingData
 from ascendspeed_core.training.checkpoint import (
     CheckpointWriter,
     Progress,
@@ -25,6 +24,7 @@ from ascendspeed_core.training.measure import chosen_sizes
 from ascendspeed_core.training.metrics import PICTURE, MetricsFile, draw_loss
 from ascendspeed_core.training.optimizer import MasterOptimizer
 from ascendspeed_core.training.plan import RunPlan
+from ascendspeed_core.training.run_data import open_run_data
 from ascendspeed_core.training.schedule import Schedule
 from ascendspeed_core.training.step import StepResult, evaluate, train_step
 from ascendspeed_core.training.stop import StoppedError, StopSignal
@@ -56,12 +56,12 @@ class Trainer:
         self.optimizer = MasterOptimizer(self.model, self.config.optimizer, mesh)
         self.loss_scale = LossScale.create(self.config.loss_scaling, is_fp16=dtype == torch.float16)
         self.schedule = Schedule(self.optimizer, self.config.optimizer, self.config.batch, mesh.layout.dp)
-        self.data = TrainingData(
+        self.data = open_run_data(
             self.config.data,
             self.config.batch.seed,
             plan.num_samples,
             plan.model.vocab_size,
-            plan.manifest.tokenizer.eos_id if plan.manifest else None,
+            plan.manifest,
             mesh,
         )
         self._refuse_different_data()
@@ -193,6 +193,7 @@ class Trainer:
         rate, samples = self.optimizer.learning_rate, schedule.step_samples
         sizes = self.sizes or (batch.micro_batch_size,) * schedule.num_micro_batches
         micro_batches = self.data.micro_batches(schedule.consumed_samples, sizes)
+        tokens = self.mesh.layout.dp * sum(batch.tokens.numel() for batch in micro_batches)
         scale = self.loss_scale.scale if self.loss_scale else None
         result = train_step(self.model, self.optimizer, micro_batches, self.mesh, self.loss_scale)
         self.mesh.device.synchronize()
@@ -207,7 +208,8 @@ class Trainer:
             "learning_rate": rate,
             "consumed_samples": schedule.consumed_samples,
             "global_batch_size": samples,
-            "tokens_per_second": samples * self.config.data.seq_length / seconds,
+            "tokens_per_second": tokens / seconds,
+            "trained_tokens": result.tokens,
             "step_seconds": seconds,
             "peak_memory_bytes": self.mesh.device.peak_memory_bytes(),
         }
@@ -258,9 +260,7 @@ class Trainer:
         run = self.config.model_dump(mode="json")
         writer.save(progress, self.model, self.optimizer, run, self.loss_scale)
         if metrics:
-            manifest = self.plan.manifest
-            entropy = manifest.unigram_entropy_nats if manifest else None
-            draw_loss(metrics.records, metrics.path.with_name(PICTURE), entropy)
+            draw_loss(metrics.records, metrics.path.with_name(PICTURE), self.plan.unigram_entropy_nats)
 
     def _report(self, record: dict[str, Any]) -> None:
         left = (self.config.batch.train_iters - self.iteration) * record["step_seconds"]

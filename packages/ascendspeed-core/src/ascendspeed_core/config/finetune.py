@@ -1,0 +1,46 @@
+"""Options of fine-tuning: those of pre-training, and what instruction sets need."""
+
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from ascendspeed_core.config.training import DataConfig, PretrainConfig
+
+
+class FinetuneDataConfig(DataConfig):
+    """Which samples are trained on."""
+
+    is_instruction_dataset: bool = Field(
+        False,
+        description="--data-path names samples with labels, made by an instruction handler of asd-data, packed or not; "
+        "without it, plain text.",
+        json_schema_extra={"off": ""},
+    )
+    variable_seq_lengths: bool = Field(
+        True,
+        description="Pad the samples of a step to its longest, in place of --seq-length; instruction sets only.",
+    )
+    pad_to_multiple_of: int = Field(
+        8, ge=1, description="Padded lengths are multiples of this, at most --seq-length."
+    )
+
+    @model_validator(mode="after")
+    def _options_of_instruction_sets(self) -> Self:
+        given = {"variable_seq_lengths", "pad_to_multiple_of"} & self.model_fields_set
+        if given and not self.is_instruction_dataset:
+            raise ValueError(
+                f"{', '.join(sorted(given))} means nothing without --is-instruction-dataset; give it too, or leave it "
+                "out"
+            )
+        if self.is_instruction_dataset and self.eod_mask_loss:
+            raise ValueError(
+                "eod_mask_loss=true is for plain text; the labels of an instruction set say what is learned: leave it "
+                "out"
+            )
+        return self
+
+
+class FinetuneConfig(PretrainConfig):
+    """Everything `asd-core finetune` takes; the sections of a TOML recipe."""
+
+    data: FinetuneDataConfig
