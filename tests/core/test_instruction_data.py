@@ -96,7 +96,7 @@ def test_losses_are_those_of_hugging_face(sets: tuple[Path, Path], tmp_path: Pat
         want = theirs(input_ids=torch.tensor(row.ids)[None], labels=torch.tensor(row.labels)[None]).loss
         # Hugging Face takes its mean in fp32.
         mean = losses_by_sample(model, row, LENGTH)[tuple(row.ids.tolist())] / (row.labels != -100).sum()
-        assert mean == pytest.approx(float(want), rel=1e-6)
+        assert mean == pytest.approx(want.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("attention", ATTENTION)

@@ -22,6 +22,7 @@ from ascendspeed_core.training.build_index import build_index_alone
 from ascendspeed_core.training.shared_folder import sees_folder_of_first_process
 from ascendspeed_core.training.step import MicroBatch
 from ascendspeed_data.command_line import log
+from ascendspeed_data.dataset import open_dataset, samples_prefix
 from ascendspeed_data.errors import DataError
 from ascendspeed_data.indexed import IndexedDataset
 from ascendspeed_data.manifest import DatasetManifest, load_manifest
@@ -49,17 +50,14 @@ def check_data(config: DataConfig, num_samples: tuple[int, int, int]) -> Dataset
     Raises:
         DataError: a file is missing or damaged, a split has no tokens, or two tokenizers made the parts of a blend.
     """
+    for prefix in config.blend()[0]:
+        _refuse_labels(Path(prefix))
     check_splits(config, num_samples)
     manifests = []
     for prefix in config.blend()[0]:
         manifest = load_manifest(Path(prefix))
         if manifest is None:
             announce(f"{prefix}: no manifest beside it; its tokenizer cannot be checked")
-        elif manifest.kind != "text":
-            raise DataError(
-                f"{prefix} holds {manifest.kind} with labels (handler {manifest.handler}), which are not plain text; "
-                "train on them with `asd-core finetune --is-instruction-dataset`, or give plain text"
-            )
         else:
             manifests.append((prefix, manifest))
     for prefix, manifest in manifests[1:]:
@@ -68,6 +66,19 @@ def check_data(config: DataConfig, num_samples: tuple[int, int, int]) -> Dataset
                 f"{prefix} and {manifests[0][0]} were made with different tokenizers; tokenize both with one"
             )
     return manifests[0][1] if manifests else None
+
+
+def _refuse_labels(prefix: Path) -> None:
+    """Raise `DataError` when a prefix names data in which not every token is learned."""
+    if samples_prefix(prefix) is not None:
+        manifest = open_dataset(prefix).manifest
+        kind = manifest.kind if manifest else "samples"
+        train = (
+            "train on them with `asd-core finetune --is-instruction-dataset`, or "
+            if kind == "samples"
+            else ""
+        )
+        raise DataError(f"{prefix} holds {kind} with labels, not plain text; {train}give plain text")
 
 
 def check_splits(config: DataConfig, num_samples: tuple[int, int, int]) -> None:
