@@ -5,18 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
 from ascendspeed_data.dataset import open_dataset
 from support.commands import call
-from support.corpus import make_texts
+from support.corpus import make_chat_tokenizer, make_texts
 from support.shared_data import TOKENIZERS, needs_shared_data
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 MARKED = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
     "{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}{{ '\n' }}{% else %}{{ m['content'] }}<|im_end|>\n"
@@ -41,23 +35,7 @@ def conversations(count: int = 40) -> list[list[dict[str, str]]]:
 
 @pytest.fixture
 def theirs(tmp_path: Path) -> Any:
-    """A byte-level tokenizer with ChatML's special tokens, saved as a folder."""
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    made.train_from_iterator(
-        make_texts(400),
-        trainers.BpeTrainer(
-            vocab_size=600, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-        ),
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=made, eos_token="<|im_end|>", pad_token="<|endoftext|>"
-    )
-    tokenizer.chat_template = CHATML
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
-    return tokenizer
+    return make_chat_tokenizer(tmp_path / "tokenizer")
 
 
 def preprocess(

@@ -45,9 +45,13 @@ def test_greedy_ids_equal_transformers(folder: Path, prompt: str) -> None:
 
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2)])
 def test_json_on_the_command_line(folder: Path, tp: int, pp: int) -> None:
-    done = run_command(
-        "asd-infer", "generate", "--load", folder, "--prompt", *PROMPTS, "--max-new-tokens", 12, "--json", "--device",
-        "cpu", "--nproc-per-node", tp * pp, "--tensor-model-parallel-size", tp, "--pipeline-model-parallel-size", pp,
+    # The first process reads stdin, whatever its length, and tells the others.
+    prompts, stdin = (["--prompt", *PROMPTS], "") if pp > 1 else ([], "\n".join(PROMPTS) + "\n")
+    run = call if tp * pp == 1 else run_command
+    done = run(
+        "asd-infer", "generate", "--load", folder, *prompts, "--max-new-tokens", 12, "--json", "--device", "cpu",
+        "--nproc-per-node", tp * pp, "--tensor-model-parallel-size", tp, "--pipeline-model-parallel-size", pp,
+        stdin=stdin,
     )  # fmt: skip
     assert done.status == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
@@ -69,6 +73,54 @@ def test_texts_on_stdout_and_the_rest_on_stderr(folder: Path, tmp_path: Path) ->
     assert "tokens/s" in from_flags.stderr
     echoed = call("asd-infer", "generate", *flags, "--prompt", "the year", "--echo")
     assert echoed.stdout.startswith("the year")
+
+
+def test_prompts_as_json_lines(folder: Path, tmp_path: Path) -> None:
+    ids = load_tokenizer(folder).encode("the year")
+    lines = ["it\nwas", {"prompt": "it was\u2028a", "id": 7}, ids, {"prompt_token_ids": ids}]
+    (tmp_path / "p.jsonl").write_text("\n\n".join(map(json.dumps, lines)))
+    flags: list[object] = ["--load", folder, "--max-new-tokens", 3, "--device", "cpu", "--json"]
+    by_name = call("asd-infer", "generate", *flags, "--prompt-file", tmp_path / "p.jsonl")
+    assert by_name.status == 0, by_name.stderr
+    from_stdin = call(
+        "asd-infer", "generate", *flags, "--prompt-format", "jsonl", stdin=(tmp_path / "p.jsonl").read_text()
+    )
+    assert by_name.stdout == from_stdin.stdout
+    found = [json.loads(line) for line in by_name.stdout.split("\n")[:-1]]
+    assert [one["prompt"] for one in found[:2]] == ["it\nwas", "it was\u2028a"]
+    assert [one["prompt_token_ids"] for one in found[2:]] == [ids, ids]
+    assert found[2]["token_ids"] == found[3]["token_ids"] == theirs(folder, "the year", 3)
+    # What was not asked for is not there.
+    assert set(found[0]) == {"prompt", "text", "token_ids", "finish_reason", "prompt_token_ids"}
+    scored = call("asd-infer", "generate", *flags, "--prompt", "it", "--return-log-probs", "--no-detokenize")
+    (one,) = map(json.loads, scored.stdout.splitlines())
+    assert len(one["log_probs"]) == 3
+    assert one["text"] == ""
+
+
+def test_lines_end_where_lines_end(folder: Path) -> None:
+    flags: list[object] = ["--load", folder, "--max-new-tokens", 4, "--device", "cpu", "--json"]
+    found = call("asd-infer", "generate", *flags, stdin="the year\x0bit was\r\n" * 3)
+    assert [json.loads(line)["prompt"] for line in found.stdout.splitlines()] == ["the year\x0bit was"] * 3
+    nothing = call("asd-infer", "generate", *flags)
+    assert nothing.status == 2
+    assert "no prompt given (stdin is empty)" in nothing.complaint
+
+
+def test_completions_come_as_they_are_ready(folder: Path) -> None:
+    model = LanguageModel.from_pretrained(folder, device="cpu")
+    prompts = [f"the year {number}" for number in range(20)]
+    given: list[list[int]] = []
+    draw = model._draw
+    model._draw = lambda encoded, *more: given.append(list(map(len, encoded))) or draw(encoded, *more)  # type: ignore[assignment,func-returns-value]
+    found = model.completions(prompts, max_new_tokens=3, batch_size=2)
+    assert given == []
+    first = next(found)
+    assert len(given) == 1
+    assert [first, *found] == model.generate(prompts, max_new_tokens=3)
+    with pytest.raises(AscendSpeedError, match="max_position_embeddings"):
+        # Before anything is computed.
+        model.completions([*prompts, "the year " * 40])
 
 
 def test_random_weights_by_name(folder: Path) -> None:
@@ -139,6 +191,9 @@ BAD: dict[str, tuple[list[object], int, str]] = {
     "a top-p above 1": (["{model}", "--prompt", "x", "--top-p", 1.5], 2, "top_p=1.5"),
     "two sources of prompts": (["{model}", "--prompt", "x", "--prompt-file", "y"], 2, "give one"),
     "a file that is not": (["{model}", "--prompt-file", "/nowhere/p"], 1, "prompt_file=/nowhere/p does not exist"),
+    "JSON that is not": (["{model}", "--prompt-format", "jsonl"], 1, "stdin, line 1 is not JSON"),
+    "JSON lines as flags": (["{model}", "--prompt", "x", "--prompt-format", "jsonl"], 2, "--prompt takes texts"),
+    "ids as text": (["{model}", "--prompt", "x", "--no-detokenize"], 2, "printed with --json; add it"),
     "processes that repeat each other": (["{model}", "--prompt", "x", "--nproc-per-node", 2], 2, "the same 2 times"),
     "heads that do not divide": (
         ["{model}", "--prompt", "x", "--tensor-model-parallel-size", 3, "--nproc-per-node", 3],
@@ -156,7 +211,7 @@ def test_bad_input(folder: Path, case: str) -> None:
     flags, status, complaint = BAD[case]
     if flags[0] == "{model}":
         flags = ["--load", folder, *flags[1:]]
-    done = call("asd-infer", "generate", *flags, "--device", "cpu")
+    done = call("asd-infer", "generate", *flags, "--device", "cpu", stdin="a line\n")
     assert done.status == status, done.stderr
     assert complaint in done.complaint
     assert done.stdout == ""

@@ -3,8 +3,10 @@
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ascendspeed_data.indexed import IndexedDatasetWriter
 
@@ -14,6 +16,11 @@ WORDS = (
     "its about than into them can only other time new some could these two may first then do any like my now over "
     "such our man me even most made after also did many off before must well back through years much where your way"
 ).split()
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 def make_texts(count: int = 200, seed: int = 1) -> list[str]:
@@ -42,3 +49,25 @@ def write_dataset(prefix: Path, vocab_size: int, documents: int = 60, seed: int 
         writer.add_documents(lengths, (np.cumsum(steps) % vocab_size).astype(np.uint16))
         writer.finish()
     return prefix
+
+
+def make_chat_tokenizer(folder: Path) -> Any:
+    """Save a byte-level tokenizer of 600 ids with ChatML's template, and return it as transformers has it."""
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    made.train_from_iterator(
+        make_texts(400),
+        trainers.BpeTrainer(
+            vocab_size=600, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        ),
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=made, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(folder)
+    return tokenizer

@@ -69,13 +69,14 @@ class ChatTemplate:
         self._splits_text = splits_text
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer) -> "ChatTemplate":
-        """Return the template of a tokenizer.
+    def of(cls, tokenizer: Tokenizer, source: str | None = None) -> "ChatTemplate":
+        """Return the template of a tokenizer, or another program with its special pieces.
 
         Raises:
-            DataError: it has none.
+            DataError: it has none, or one that is not valid.
         """
-        if tokenizer.chat_template is None:
+        source = tokenizer.chat_template if source is None else source
+        if source is None:
             raise DataError(
                 f"tokenizer {tokenizer.path} has no chat template (chat_template.jinja, or chat_template in "
                 "tokenizer_config.json); give --chat-template FILE"
@@ -88,7 +89,7 @@ class ChatTemplate:
         }
         tokens = tuple((key, tokenizer.pieces([i])[0]) for key, i in named.items() if i is not None)
         return _compiled(
-            tokenizer.chat_template,
+            source,
             tokens,
             tuple(tokenizer.special_ids.items()),
             tokenizer.kind == "sentencepiece",
@@ -123,6 +124,19 @@ class ChatTemplate:
         if last.trained and not self._ends_special(last):
             parts.append(Part(None, True))
         return Sample(tuple(parts), surrounded=False)
+
+    def prompt(self, messages: list[Message], tools: Any = None) -> Sample:
+        """Lay a conversation out up to the beginning of an answer; nothing is trained."""
+        text = self.render(messages, tools, ask=True).replace(BEGIN, "").replace(END, "")
+        return Sample(tuple(self._parts(text, False)), surrounded=False)
+
+    def end_of_turn(self) -> tuple[int, ...]:
+        """Return the id of the special piece that ends an answer, if the template puts one there."""
+        answer = "The answer."
+        turns = [{"role": "user", "content": "A question."}, {"role": "assistant", "content": answer}]
+        text = self.render(turns).replace(BEGIN, "").replace(END, "")
+        found = self._special.match(text.rpartition(answer)[2].lstrip())
+        return () if found is None else (self._special_ids[found[0]],)
 
     def _marked(self, messages: list[Message], tools: Any, first_trained: int) -> list[tuple[str, bool]]:
         text = self.render(messages, tools)

@@ -8,7 +8,10 @@ from ascendspeed_infer import __version__
 app = build_app(
     "Generate text from any checkpoint, under any layout.",
     __version__,
-    [Command("generate", "ascendspeed_infer.commands.generate:generate", "Continue texts.")],
+    [
+        Command("generate", "ascendspeed_infer.commands.generate:generate", "Continue texts."),
+        Command("chat", "ascendspeed_infer.commands.chat:chat", "Talk with a model."),
+    ],
 )
 
 

@@ -29,13 +29,10 @@ class TokenizerConfig(Config):
     )
 
 
-class SamplingConfig(Config):
-    """How a text is continued; every field is an option of `LanguageModel.generate` too."""
+class AnswerConfig(Config):
+    """How one text is continued, token by token."""
 
-    max_new_tokens: int = Field(128, ge=1, description="Tokens to generate, unless the text ends before.")
-    max_length: int | None = Field(
-        None, ge=2, description="Tokens of prompt and continuation together, in place of --max-new-tokens."
-    )
+    max_new_tokens: int = Field(512, ge=1, description="Tokens to generate, unless the text ends before.")
     do_sample: bool = Field(False, description="Draw tokens; otherwise the likeliest is taken.")
     temperature: float = Field(1.0, gt=0, description="Flattens (above 1) or sharpens the distribution.")
     top_k: int = Field(0, ge=0, description="Draw only from the k likeliest tokens; 0 is all.")
@@ -44,6 +41,57 @@ class SamplingConfig(Config):
     )
     repetition_penalty: float = Field(
         1.0, gt=0, description="Above 1 makes tokens that the text has, prompt included, less likely."
+    )
+    seed: int = Field(1234, description="Seed of the draws of each prompt, and of random weights.")
+    stop: tuple[str, ...] = Field((), description="Texts that end a completion; they are cut off.")
+    eos_token_ids: tuple[int, ...] | None = Field(
+        None,
+        description="Ids that end a completion. [default: the model's]",
+        json_schema_extra=spellings("--eos-token-id"),
+    )
+    ignore_eos: bool = Field(False, description="Go on past end-of-text ids.", json_schema_extra={"off": ""})
+
+    @field_validator("stop", "eos_token_ids", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str | int) else value
+
+    @model_validator(mode="after")
+    def _ends_make_sense(self) -> Self:
+        if any(not stop for stop in self.stop):
+            raise ValueError("stop holds an empty text, which would end every completion; leave it out")
+        if self.ignore_eos and self.eos_token_ids:
+            raise ValueError("ignore_eos and eos_token_ids contradict each other; give one")
+        return self
+
+    def without_effect(self) -> list[str]:
+        """Say which options were given that change nothing, and what would make them count."""
+        idle = (
+            [] if self.do_sample else [name for name in self._only_drawn() if name in self.model_fields_set]
+        )
+        return [
+            f"{name} has no effect without do_sample"
+            for name in idle
+            if name != "temperature" or self.temperature != 1
+        ]
+
+    def in_effect(self) -> dict[str, Any]:
+        """Return the options that were given, without those that change nothing."""
+        given = self.model_dump(exclude_unset=True)
+        return {
+            name: value for name, value in given.items() if self.do_sample or name not in self._only_drawn()
+        }
+
+    def _only_drawn(self) -> tuple[str, ...]:
+        return ("temperature", "top_k", "top_p")
+
+
+class SamplingConfig(AnswerConfig):
+    """How texts are continued; every field is an option of `LanguageModel.generate` too."""
+
+    max_new_tokens: int = Field(128, ge=1, description="Tokens to generate, unless the text ends before.")
+    max_length: int | None = Field(
+        None, ge=2, description="Tokens of prompt and continuation together, in place of --max-new-tokens."
     )
     num_beams: int = Field(1, ge=1, description="Continue so many texts side by side (beam search).")
     length_penalty: float = Field(
@@ -59,14 +107,6 @@ class SamplingConfig(Config):
         ge=1,
         description="Completions of each prompt: the best beams, or draws with seeds that follow --seed.",
     )
-    seed: int = Field(1234, description="Seed of the draws of each prompt, and of random weights.")
-    stop: tuple[str, ...] = Field((), description="Texts that end a completion; they are cut off.")
-    eos_token_ids: tuple[int, ...] | None = Field(
-        None,
-        description="Ids that end a completion. [default: the model's]",
-        json_schema_extra=spellings("--eos-token-id"),
-    )
-    ignore_eos: bool = Field(False, description="Go on past end-of-text ids.", json_schema_extra={"off": ""})
     return_log_probs: bool = Field(
         False,
         description="Give the natural logarithm of each new token's probability.",
@@ -80,19 +120,10 @@ class SamplingConfig(Config):
     detokenize: bool = Field(True, description="Give text, not ids alone.")
     batch_size: int = Field(8, ge=1, description="Prompts computed at once; changes no completion.")
 
-    @field_validator("stop", "eos_token_ids", mode="before")
-    @classmethod
-    def _one_is_a_list(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str | int) else value
-
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.max_length is not None and "max_new_tokens" in self.model_fields_set:
             raise ValueError("max_length and max_new_tokens were both given; give one")
-        if any(not stop for stop in self.stop):
-            raise ValueError("stop holds an empty text, which would end every completion; leave it out")
-        if self.ignore_eos and self.eos_token_ids:
-            raise ValueError("ignore_eos and eos_token_ids contradict each other; give one")
         if self.num_return_sequences > 1 and not self.do_sample and self.num_beams == 1:
             raise ValueError(
                 f"num_return_sequences={self.num_return_sequences} would give the same greedy text each time; add "
@@ -107,17 +138,17 @@ class SamplingConfig(Config):
 
     def without_effect(self) -> list[str]:
         """Say which options were given that change nothing, and what would make them count."""
-        given = self.model_fields_set
-        idle = []
-        if not self.do_sample:
-            idle += [name for name in ("temperature",) if name in given and self.temperature != 1]
-            if self.num_beams == 1:
-                idle += [name for name in ("top_k", "top_p") if name in given]
-        lines = [f"{name} has no effect without do_sample" for name in idle]
+        lines = super().without_effect()
         if self.num_beams == 1:
             beams = ("length_penalty", "early_stopping")
-            lines += [f"{name} has no effect without num_beams" for name in beams if name in given]
+            lines += [
+                f"{name} has no effect without num_beams" for name in beams if name in self.model_fields_set
+            ]
         return lines
+
+    def _only_drawn(self) -> tuple[str, ...]:
+        """Leave out the filters of a beam search, which choose among its scores."""
+        return super()._only_drawn() if self.num_beams == 1 else ("temperature",)
 
 
 def inference_layout(parallel: ParallelConfig, world_size: int) -> Layout:
@@ -154,14 +185,37 @@ class AdapterConfig(Config):
         return self
 
 
-class GenerateConfig(Config):
-    """Everything `asd-infer generate` takes."""
+class LoadedModelConfig(Config):
+    """What every command that answers takes."""
 
     source: ModelSourceConfig
     adapter: AdapterConfig = AdapterConfig()
     model: ArchitectureFlags = ArchitectureFlags()
     tokenizer: TokenizerConfig = TokenizerConfig()
-    sampling: SamplingConfig = SamplingConfig()
+    sampling: AnswerConfig = AnswerConfig()
     parallel: ParallelConfig = ParallelConfig()
     precision: PrecisionConfig = PrecisionConfig()
     launch: LaunchConfig = LaunchConfig()
+
+
+class GenerateConfig(LoadedModelConfig):
+    """Everything `asd-infer generate` takes."""
+
+    sampling: SamplingConfig = SamplingConfig()
+
+
+class ConversationConfig(Config):
+    """How a conversation is laid out."""
+
+    chat_template: str | None = Field(
+        None,
+        description="tokenizer, instruction, baichuan2, plain, or a Jinja file. [default: what the checkpoint was "
+        "trained with, or else the tokenizer's own]",
+    )
+    system: str | None = Field(None, description="What the model is told before the first message.")
+
+
+class ChatConfig(LoadedModelConfig):
+    """Everything `asd-infer chat` takes."""
+
+    conversation: ConversationConfig = ConversationConfig()

@@ -43,6 +43,8 @@ from ascendspeed_infer.sampling import Sampling
 from ascendspeed_infer.scoring import Pair, Score, loglikelihood
 
 SCORING_BATCH_SIZE = 8
+BATCHES_AT_ONCE = 4
+"""Batches whose prompts are sorted by length together."""
 
 
 class LanguageModel:
@@ -159,23 +161,42 @@ class LanguageModel:
             ConfigError: an unknown option, a value outside its range, options that contradict each other.
             AscendSpeedError: a prompt that leaves no room for the new tokens.
         """
+        if not stream:
+            return list(self.completions(prompts, **options))
         config = self._checked(options)
         encoded = self._encoded(prompts)
-        if stream and (len(encoded) != 1 or config.num_beams > 1 or config.num_return_sequences > 1):
+        if len(encoded) != 1 or config.num_beams > 1 or config.num_return_sequences > 1:
             raise ConfigError("stream gives one text as it grows; give one prompt, and no beams")
+        return self._stream(encoded[0], self._settings(config, encoded[0]), config)
+
+    def completions(self, prompts: Prompts, **options: Unpack[GenerateOptions]) -> Iterator[Completion]:
+        """Continue each prompt as `generate` does; completions come in order, a batch after the other.
+
+        Options and prompts are checked before anything is computed.
+        """
+        config = self._checked(options)
+        encoded = self._encoded(prompts)
         settings = [self._settings(config, ids) for ids in encoded]
-        if stream:
-            return self._stream(encoded[0], settings[0], config)
-        if config.num_beams > 1:
-            found = [self._search(*one, config) for one in zip(encoded, settings, strict=True)]
-        else:
-            found = self._draw(encoded, settings, config)
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        completions = []
-        for text, ids, own, generated in zip(_texts(texts, encoded), encoded, settings, found, strict=True):
-            prompt = self.tokenizer.decode(ids) if text is None else text
-            completions += [self._completion(prompt, ids, own, one, config) for one in generated]
-        return completions
+        texts = _texts([prompts] if isinstance(prompts, str) else list(prompts), encoded)
+        return self._completions(texts, encoded, settings, config)
+
+    def _completions(
+        self,
+        texts: Sequence[str | None],
+        encoded: Sequence[Sequence[int]],
+        settings: Sequence[GenerationSettings],
+        config: SamplingConfig,
+    ) -> Iterator[Completion]:
+        size = 1 if config.num_beams > 1 else BATCHES_AT_ONCE * config.batch_size
+        for start in range(0, len(encoded), size):
+            some, own = encoded[start : start + size], settings[start : start + size]
+            if config.num_beams > 1:
+                found = [self._search(*one, config) for one in zip(some, own, strict=True)]
+            else:
+                found = self._draw(some, own, config)
+            for text, ids, one, generated in zip(texts[start : start + size], some, own, found, strict=True):
+                prompt = self.tokenizer.decode(ids) if text is None else text
+                yield from (self._completion(prompt, ids, one, each, config) for each in generated)
 
     def _checked(self, options: GenerateOptions) -> SamplingConfig:
         given = todays_options(options)
@@ -212,7 +233,7 @@ class LanguageModel:
             )
         room = config.max_new_tokens if config.max_length is None else config.max_length - len(ids)
         check_length(len(ids), room, self.model.config.max_position_embeddings)
-        eos_ids = () if config.ignore_eos else self._end_ids()
+        eos_ids = () if config.ignore_eos else self.end_ids()
         sampling = Sampling(
             config.do_sample,
             config.temperature,
@@ -329,7 +350,7 @@ class LanguageModel:
             GenerationSettings(
                 one.max_new_tokens,
                 Sampling(one.temperature > 0, one.temperature or 1.0, seed=one.seed),
-                self._end_ids(),
+                self.end_ids(),
                 tuple(one.stop),
             )
             for one in requests
@@ -340,7 +361,8 @@ class LanguageModel:
             for one, ids, own, generated in zip(requests, encoded, settings, found, strict=True)
         ]
 
-    def _end_ids(self) -> tuple[int, ...]:
+    def end_ids(self) -> tuple[int, ...]:
+        """Return the ids that end a text: those of the model's config, or else the tokenizer's."""
         eos_ids = self.model.config.eos_token_ids or (self.tokenizer.eos_id,)
         return tuple(token for token in eos_ids if token is not None)
 

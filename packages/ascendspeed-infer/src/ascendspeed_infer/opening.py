@@ -7,10 +7,10 @@ from ascendspeed_core.weights.adapter import Adapter, MergedAdapter
 from ascendspeed_data.errors import AscendSpeedError
 from ascendspeed_data.manifest import check_tokenizer
 from ascendspeed_data.tokenizer import load_tokenizer
-from ascendspeed_infer.config import AdapterConfig, GenerateConfig
+from ascendspeed_infer.config import AdapterConfig, LoadedModelConfig
 
 
-def open_model_source(config: GenerateConfig) -> tuple[WeightSource, Adapter | None]:
+def open_model_source(config: LoadedModelConfig) -> tuple[WeightSource, Adapter | None]:
     """Open the weights and the adapter that a command was told of; see `with_adapter`."""
     return with_adapter(open_source(config.source, config.sampling.seed), config.adapter)
 
@@ -29,7 +29,7 @@ def with_adapter(source: WeightSource, config: AdapterConfig) -> tuple[WeightSou
     return changed, None if config.merge_adapter else adapter
 
 
-def check_source(config: GenerateConfig) -> None:
+def check_source(config: LoadedModelConfig) -> None:
     """Find out before any process starts whether the model is there, fits its flags, and has a tokenizer."""
     source, _ = open_model_source(config)
     config.model.check(source.config, str(source.path or config.source.model_config_file))
@@ -38,7 +38,7 @@ def check_source(config: GenerateConfig) -> None:
     load_tokenizer(folder, config.tokenizer.tokenizer_type)
 
 
-def wanted_dtype(config: GenerateConfig, source: WeightSource) -> str:
+def wanted_dtype(config: LoadedModelConfig, source: WeightSource) -> str:
     """Return the format to compute in: the one asked for, or the one that the weights are stored in."""
     asked = config.precision.dtype or config.precision.fp16 or config.precision.bf16
     return config.precision.dtype_name if asked else stored_dtype(source)

@@ -7,8 +7,8 @@ from typing import TypedDict
 from ascendspeed_infer.beams import EarlyStopping
 from ascendspeed_infer.generation import FinishReason
 
-Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
-"""One text, several, the ids of one, or of several."""
+Prompts = str | Sequence[int] | Sequence[str | Sequence[int]]
+"""One text, the ids of one, or several of either."""
 
 
 @dataclass(frozen=True)

@@ -159,7 +159,7 @@ class MergedAdapter:
 
     def __init__(self, source: WeightSource, adapter: Adapter, only_saved: bool = False) -> None:
         self.kind, self.path = source.kind, source.path
-        self.base, self._adapter, self._only_saved = source, adapter, only_saved
+        self.base, self.adapter, self._only_saved = source, adapter, only_saved
         places = hugging_face_places(source.config)
         self._places = places
         known = {place.theirs for place in places.values()}
@@ -177,7 +177,7 @@ class MergedAdapter:
     @property
     def tokenizer(self) -> Path | None:
         """Folder of the tokenizer: the adapter's own, which may have more pieces, or else the model's."""
-        folder = self._adapter.folder
+        folder = self.adapter.folder
         own = any((folder / name).is_file() for name in DEFINING_FILES)
         return folder if own else self.base.tokenizer
 
@@ -189,7 +189,7 @@ class MergedAdapter:
     def _infos(self) -> dict[str, TensorInfo]:
         tensors = dict(self.base.tensors())
         for name, place in self._places.items():
-            saved = self._adapter.saved.get(place.theirs)
+            saved = self.adapter.saved.get(place.theirs)
             if saved is not None and place.rows is None:
                 tensors[name] = TensorInfo(tuple(saved.shape), tensors[name].dtype)
         return tensors
@@ -198,12 +198,12 @@ class MergedAdapter:
         """Read a tensor or a slice of it."""
         info, place = self.tensors()[name], self._places[name]
         index = index or tuple(slice(0, length) for length in info.shape)
-        saved = self._adapter.saved.get(place.theirs)
+        saved = self.adapter.saved.get(place.theirs)
         if saved is None:
             base = self.base.read(name, index)
         else:
             base = (saved if place.rows is None else saved[place.rows])[index].to(info.dtype)
-        update = self._adapter.updates.get(place.theirs.removesuffix(".weight"))
+        update = self.adapter.updates.get(place.theirs.removesuffix(".weight"))
         if update is None or self._only_saved or not place.theirs.endswith(".weight"):
             return base
         return (base.float() + self._added(update, place.rows, index)).to(base.dtype)
@@ -217,13 +217,13 @@ class MergedAdapter:
 
     def _resized(self, config: ModelConfig) -> ModelConfig:
         """Return the config with the vocabulary that saved embeddings have."""
-        saved = self._adapter.saved.get(self._places["embedding.weight"].theirs)
+        saved = self.adapter.saved.get(self._places["embedding.weight"].theirs)
         if saved is None or saved.shape[0] == config.vocab_size:
             return config
         head = self._places.get("output_head.weight")
-        if head is not None and head.theirs not in self._adapter.saved:
+        if head is not None and head.theirs not in self.adapter.saved:
             raise CheckpointError(
-                f"{self._adapter.folder} has an embedding of {saved.shape[0]:,} ids but no "
+                f"{self.adapter.folder} has an embedding of {saved.shape[0]:,} ids but no "
                 f"{head.theirs}; it is incomplete"
             )
         return config.model_copy(update={"vocab_size": saved.shape[0]})
@@ -237,14 +237,14 @@ class MergedAdapter:
             sizes[place.theirs] = sizes.get(place.theirs, 0) + shapes[name][0]
         for name, place in self._places.items():
             expected = (sizes[place.theirs], *shapes[name][1:])
-            update = self._adapter.updates.get(place.theirs.removesuffix(".weight"))
-            saved = self._adapter.saved.get(place.theirs)
+            update = self.adapter.updates.get(place.theirs.removesuffix(".weight"))
+            saved = self.adapter.saved.get(place.theirs)
             found = (
                 update.shape if update is not None else tuple(saved.shape) if saved is not None else expected
             )
             if place.theirs.endswith(".weight") and found != expected:
                 raise CheckpointError(
-                    f"{self._adapter.folder}: {place.theirs} is changed with shape {list(found)}, the model's is "
+                    f"{self.adapter.folder}: {place.theirs} is changed with shape {list(found)}, the model's is "
                     f"{list(expected)}; the adapter is of another model"
                 )
 

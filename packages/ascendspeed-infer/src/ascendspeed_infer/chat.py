@@ -1,0 +1,207 @@
+"""A conversation with a model, whose history is kept within what the model can read."""
+
+from collections.abc import Callable, Iterator
+
+from ascendspeed_core.weights import NativeSource, WeightSource
+from ascendspeed_core.weights.adapter import MergedAdapter
+from ascendspeed_core.weights.native import DATA_MANIFEST
+from ascendspeed_data.chat_template import Message
+from ascendspeed_data.command_line import log
+from ascendspeed_data.errors import AscendSpeedError, ConfigError
+from ascendspeed_data.manifest import DatasetManifest, read_manifest
+from ascendspeed_data.prompting import NAMES, PromptLayout, layout_named, recorded_layout
+from ascendspeed_data.tokenizer import Tokenizer
+from ascendspeed_infer.config import AnswerConfig
+from ascendspeed_infer.language_model import LanguageModel
+from ascendspeed_infer.requests import StreamedText
+
+QUIT = ("q", "quit", "exit")
+CLEAR = ("clear", "new")
+USER, ANSWER = "You >> ", "AscendSpeed: "
+
+
+class Chat:
+    """One conversation.
+
+    Args:
+        model: answers.
+        layout: how messages become a prompt.
+        sampling: how answers are generated; `max_new_tokens` is the longest answer.
+        system: what the model is told before the first message.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        layout: PromptLayout,
+        sampling: AnswerConfig,
+        system: str | None = None,
+    ) -> None:
+        self.model, self.layout, self._sampling = model, layout, sampling
+        self._system: list[Message] = [{"role": "system", "content": system}] if system else []
+        self.messages: list[Message] = []
+        self.left_out_turns = 0
+        """Turns at the beginning that no longer fit."""
+        self._answers = 0
+        self._limit = model.model.config.max_position_embeddings
+        self._reserved = min(sampling.max_new_tokens, self._limit // 2)
+        # A layout that cannot take the system message says so before the first question.
+        layout.ids([*self._system, {"role": "user", "content": "Hello"}])
+
+    def clear(self) -> None:
+        """Begin a new conversation."""
+        self.messages, self.left_out_turns = [], 0
+
+    def say(self, text: str) -> Iterator[StreamedText]:
+        """Answer a message, piece by piece; the whole answer joins the history at the end.
+
+        The oldest turns are left out when the history leaves no room for an answer of `max_new_tokens`, or of half of
+        what the model can read if that is less.
+
+        Raises:
+            AscendSpeedError: the message alone is too long.
+        """
+        asked: Message = {"role": "user", "content": text}
+        ids, kept = self._fitting([*self.messages, asked])
+        self.left_out_turns += (len(self.messages) + 1 - len(kept)) // 2
+        self.messages = kept[:-1]
+        options = self._sampling.in_effect()
+        stop = (*self._sampling.stop, *self.layout.stop)
+        ends = (*(self._sampling.eos_token_ids or self.model.end_ids()), *self.layout.end_ids)
+        options |= {
+            "max_new_tokens": min(self._sampling.max_new_tokens, self._limit - len(ids)),
+            "seed": self._sampling.seed + self._answers,
+            "stop": stop,
+        }
+        if not self._sampling.ignore_eos:
+            options["eos_token_ids"] = tuple(dict.fromkeys(ends)) or None
+        self._answers += 1
+        answer = ""
+        try:
+            for piece in self.model.generate(ids, stream=True, **options):
+                answer += piece.text
+                yield piece
+        finally:
+            # An answer that was interrupted counts as far as it got.
+            self.messages = [*self.messages, asked, {"role": "assistant", "content": answer.strip()}]
+
+    def _fitting(self, messages: list[Message]) -> tuple[list[int], list[Message]]:
+        """Leave out the oldest turns until there is room for an answer."""
+        while True:
+            ids = self.layout.ids([*self._system, *messages])
+            if len(ids) + self._reserved <= self._limit:
+                return ids, messages
+            if len(messages) == 1:
+                raise AscendSpeedError(
+                    f"the message has {len(ids)} tokens with its template; with {self._reserved} for the answer that "
+                    f"is more than max_position_embeddings={self._limit} of the model; shorten it or lower "
+                    "--max-new-tokens"
+                )
+            messages = messages[2:]
+
+
+def choose_layout(
+    source: WeightSource, tokenizer: Tokenizer, asked: str | None, say: Callable[[str], None] = log
+) -> PromptLayout:
+    """Return the layout of conversations: the one recorded with the checkpoint, or else the tokenizer's own.
+
+    Args:
+        source: of the model.
+        tokenizer: of the model.
+        asked: name or file of another one, which gives a warning if one is recorded.
+        say: where lines for the user go.
+
+    Raises:
+        AscendSpeedError: nothing says how a conversation is laid out.
+    """
+    manifest = _manifest_of(source)
+    is_recorded = manifest is not None and manifest.kind != "text"
+    if asked is not None:
+        layout = layout_named(asked, tokenizer)
+        recorded = _recorded(manifest, tokenizer, is_strict=False) if is_recorded else None
+        probe: list[Message] = [{"role": "user", "content": "Hello"}]
+        if is_recorded and (recorded is None or recorded.ids(probe) != layout.ids(probe)):
+            assert manifest is not None
+            say(
+                f"warning: the model was trained with the template of {manifest.handler}, not with {layout.name}; its "
+                "answers may be worse. Leave --chat-template out to use the recorded one"
+            )
+        return layout
+    if is_recorded:
+        recorded = _recorded(manifest, tokenizer, is_strict=True)
+        assert recorded is not None
+        say(f"template: {recorded.name} (recorded with the checkpoint)")
+        return recorded
+    if tokenizer.chat_template is not None:
+        say("template: the tokenizer's own (none is recorded with the checkpoint)")
+        return layout_named("tokenizer", tokenizer)
+    raise ConfigError(
+        f"neither {source.path} nor its tokenizer says how a conversation is laid out; give --chat-template, one of "
+        f"{', '.join(NAMES)} or a Jinja file (plain joins the texts as they are)"
+    )
+
+
+def _recorded(manifest: DatasetManifest | None, tokenizer: Tokenizer, is_strict: bool) -> PromptLayout | None:
+    try:
+        return None if manifest is None else recorded_layout(manifest, tokenizer)
+    except AscendSpeedError:
+        if is_strict:
+            raise
+        return None
+
+
+def _manifest_of(source: WeightSource) -> DatasetManifest | None:
+    """Return what is recorded of the training data, of the adapter's before the model's."""
+    if isinstance(source, MergedAdapter):
+        folder = source.adapter.folder
+        found = [path for place in (folder, folder.parent) if (path := place / DATA_MANIFEST).is_file()]
+        return read_manifest(found[0]) if found else _manifest_of(source.base)
+    return source.data_manifest if isinstance(source, NativeSource) else None
+
+
+def converse(
+    chat: Chat,
+    read: Callable[[], str | None],
+    write: Callable[[str], None],
+) -> None:
+    """Ask and answer until the user quits.
+
+    Args:
+        chat: the conversation.
+        read: gives the next line of the user, the same on every process; `None` at the end of the input.
+        write: shows a piece of text to the user.
+    """
+    write(f"Quit with {', '.join(QUIT)}; begin a new conversation with {' or '.join(CLEAR)}.\n")
+    while True:
+        write(USER)
+        line = read()
+        if line is None or line.strip().lower() in QUIT:
+            write("\n" if line is None else "")
+            return
+        if line.strip().lower() in CLEAR:
+            chat.clear()
+            write("A new conversation.\n")
+        elif line.strip():
+            _answer(chat, line.strip(), write)
+
+
+def _answer(chat: Chat, text: str, write: Callable[[str], None]) -> None:
+    before = chat.left_out_turns
+    try:
+        write(ANSWER)
+        last = None
+        for piece in chat.say(text):
+            write(piece.text)
+            last = piece
+        write("\n")
+        if last is not None and last.finish_reason == "length":
+            write("[The answer reached its limit and was cut off.]\n")
+    except KeyboardInterrupt:
+        write("\n[Interrupted.]\n")
+    except AscendSpeedError as error:
+        write(f"\n[{error}]\n")
+    if chat.left_out_turns > before:
+        write(
+            f"[The conversation is longer than the model can read: its first {chat.left_out_turns} turns are left "
+            "out.]\n"
+        )

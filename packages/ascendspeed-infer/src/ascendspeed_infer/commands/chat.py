@@ -1,0 +1,55 @@
+"""`asd-infer chat`."""
+
+import sys
+from typing import Any
+
+from ascendspeed_core.config.load import load_config
+from ascendspeed_data.command_line import log
+from ascendspeed_data.command_line.options import options_from
+from ascendspeed_infer.commands.generate import on_every_process, opened_model
+from ascendspeed_infer.config import ChatConfig
+
+
+@options_from(ChatConfig)
+def chat(**given: Any) -> None:
+    """Talk with the model of any checkpoint, in turns; answers appear as they grow.
+
+    q, quit or exit ends; clear or new begins a new conversation; Ctrl-C stops an answer.
+    """
+    config = load_config(ChatConfig, None, given)
+    with on_every_process(config, sys.argv[1:]) as is_here:
+        if is_here:
+            run(config)
+
+
+def run(config: ChatConfig) -> None:
+    """Talk; every process computes, the first one reads and prints."""
+    from ascendspeed_infer.chat import Chat, choose_layout, converse
+    from ascendspeed_infer.sharing import from_first
+
+    with opened_model(config) as (model, source):
+        is_first = model.mesh.rank == 0
+        layout = choose_layout(
+            source, model.tokenizer, config.conversation.chat_template, log if is_first else _say_nothing
+        )
+        for line in config.sampling.without_effect() if is_first else []:
+            log(line)
+        talk = Chat(model, layout, config.sampling, config.conversation.system)
+        converse(talk, lambda: from_first(model.mesh, read_line), _write if is_first else _say_nothing)
+
+
+def read_line() -> str | None:
+    """Return the next line of stdin; `None` at its end, and when the user interrupts."""
+    try:
+        line = sys.stdin.readline()
+    except KeyboardInterrupt:
+        return None
+    return line.rstrip("\n") if line else None
+
+
+def _write(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _say_nothing(text: str) -> None:
+    pass
