@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 
-from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.config.training import OptimizerConfig
 from ascendspeed_core.device import Device
@@ -350,39 +349,6 @@ def test_weights_of_a_seed_do_not_depend_on_how_they_are_read() -> None:
     assert not torch.equal(
         InitialWeights(CONFIG, 8).read("embedding.weight"), source.read("embedding.weight")
     )
-
-
-def plain_adam_steps(config: ModelConfig, steps: int) -> dict[str, torch.Tensor]:
-    """The same training with torch's own AdamW, its clipping and a plain model: nothing of ours but the model."""
-    model = load_model(InitialWeights(config, 5), ParallelMesh(Device("cpu"), Layout()), torch.float64)
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() <= 1]
-    adam = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}],
-        lr=1e-3, betas=(0.9, 0.999), eps=1e-8,
-    )  # fmt: skip
-    mesh = ParallelMesh(Device("cpu"), Layout())
-    for step in range(steps):
-        (batch,) = micro_batches(config.vocab_size, step, mesh, 16, masked=True)
-        losses = torch.nn.functional.cross_entropy(
-            model(batch.tokens).flatten(0, 1), batch.labels.flatten(), reduction="none"
-        )
-        mask = batch.loss_mask.flatten()
-        ((losses * mask).sum() / mask.sum()).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        adam.step()
-        adam.zero_grad()
-    return {name: p.detach() for name, p in model.named_parameters()}
-
-
-def test_steps_equal_torchs_own_adamw() -> None:
-    setup = Setup(InitialWeights(CONFIG, 5), Layout(), "float64")
-    for number in range(5):
-        setup.step(number)
-    want = plain_adam_steps(CONFIG, 5)
-    for name, parameter in setup.model.named_parameters():
-        # float64; micro-batches of 4 are summed in another order than one batch of 16.
-        torch.testing.assert_close(parameter.detach(), want[name], rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("offset", [0, 1, 3, 64])

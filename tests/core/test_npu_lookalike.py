@@ -55,7 +55,7 @@ def test_training_equals_the_cpu(
     ours, theirs = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("npu", "cpu"))
     assert ours[-1]["lm_loss"] < ours[0]["lm_loss"] - 0.02
     for key in ("lm_loss", "grad_norm"):
-        # Sums run in another order, and torch's fused AdamW, which the device lacks, rounds otherwise.
+        # Sums run in another order, and npu_apply_adam_w rounds otherwise than torch's fused AdamW.
         limit = 1e-4 if dtype == "float32" else 3e-2
         assert [r[key] for r in ours] == pytest.approx([r[key] for r in theirs], rel=limit)
     source = open_weights(tmp_path / "npu")

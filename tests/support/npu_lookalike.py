@@ -17,6 +17,8 @@ import torch.distributed as dist
 from torch.utils._pytree import tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
+from support import npu_operators
+
 aten = torch.ops.aten
 CPU = torch.device("cpu")
 
@@ -166,6 +168,7 @@ def install() -> None:
         operation = getattr(getattr(aten, packet), overload)
         _library.impl(name.removesuffix(".default"), _factory(operation), "PrivateUse1")
     _library.impl("_copy_from", _copy_from, "PrivateUse1")
+    npu_operators.install()
     # Unwrapped tensors are on the CPU, so the group must take these too.
     dist.Backend.register_backend("hccl", _collectives, devices=["npu", "cpu"])
 

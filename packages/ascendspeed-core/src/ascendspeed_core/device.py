@@ -47,11 +47,6 @@ class Device:
         """Collective back end for `torch.distributed`."""
         return BACKENDS[self.kind]
 
-    @property
-    def has_fused_adamw(self) -> bool:
-        """Whether torch's own fused AdamW runs here."""
-        return self.kind in ("cpu", "cuda")
-
     def synchronize(self) -> None:
         """Wait until the device has finished what was asked of it."""
         import torch

@@ -2,7 +2,11 @@
 
 from dataclasses import dataclass
 
+import torch
+
 from ascendspeed_core.config.training import ComputeConfig
+from ascendspeed_core.device import Device
+from ascendspeed_core.kernels.adamw import adamw_implementation
 from ascendspeed_core.kernels.reference import reference_attention
 from ascendspeed_core.kernels.triangle import triangle_attention
 from ascendspeed_core.models.attention import Attention, AttentionFunction, causal_attention
@@ -33,3 +37,18 @@ def apply_kernels(model: Transformer, config: ComputeConfig) -> list[Choice]:
             module.attend = ATTENTION[name]
     asked = "asked for" if config.asked_for_attention else "torch's own, which takes the device's fused one"
     return [Choice("attention", name, asked)]
+
+
+def update_choice(optimizer: str, device: Device, dtype: torch.dtype) -> Choice:
+    """Return the row of the optimizer's kernel.
+
+    Args:
+        optimizer: `adam`, `fused_adam` or `sgd`.
+        device: of the weights.
+        dtype: of the model; 16-bit weights are updated in fp32.
+    """
+    if optimizer == "sgd":
+        return Choice("sgd", "fused", "torch's kernel, all tensors in one call in place")
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    chosen = adamw_implementation(optimizer, device, wide)
+    return Choice("adamw", chosen.name, chosen.reason)

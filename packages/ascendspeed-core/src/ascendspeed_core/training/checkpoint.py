@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from ascendspeed_core import __version__
+from ascendspeed_core.config.training import OptimizerConfig
 from ascendspeed_core.device import HOST
 from ascendspeed_core.models.transformer import Transformer
 from ascendspeed_core.parallel.build import parameter_slices
@@ -27,6 +28,7 @@ from ascendspeed_core.parallel.slices import Slice, assign_writers
 from ascendspeed_core.training.loss_scale import LossScale
 from ascendspeed_core.training.optimizer import MasterOptimizer
 from ascendspeed_core.training.shared_folder import sees_folder_of_first_process
+from ascendspeed_core.training.update_rule import remembered
 from ascendspeed_core.weights.native import (
     DESCRIPTION,
     FORMAT_VERSION,
@@ -278,6 +280,26 @@ def load_progress(source: NativeSource) -> Progress:
         raise CheckpointError(
             f"{source.folder / DESCRIPTION} lacks {error}; use another checkpoint"
         ) from None
+
+
+def check_optimizer(source: NativeSource, config: OptimizerConfig) -> None:
+    """Check that a checkpoint holds what an optimizer remembers; `adam` and `fused_adam` remember the same.
+
+    Raises:
+        CheckpointError: another optimizer wrote it.
+    """
+    wanted = remembered(config)
+    held = sorted({name.split("/")[1] for name in source.stored.names() if name.startswith("optimizer/")})
+    lacking = [kind for kind in wanted if kind not in held]
+    if lacking:
+        written_by = (
+            source.description.get("run", {}).get("optimizer", {}).get("optimizer", "another optimizer")
+        )
+        raise CheckpointError(
+            f"{source.folder} lacks the {' and '.join(lacking)} of --optimizer {config.optimizer}, it was written by "
+            f"{written_by} and holds {', '.join(held) or 'no state'}; give the same --optimizer, or --no-load-optim to "
+            "start with a fresh one"
+        )
 
 
 def load_optimizer(source: NativeSource, optimizer: MasterOptimizer, num_steps: int) -> None:

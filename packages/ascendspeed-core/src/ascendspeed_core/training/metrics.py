@@ -71,7 +71,7 @@ def draw_loss(records: Sequence[Mapping[str, Any]], path: Path, unigram_entropy_
     figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
     known = [r for r in records if r["lm_loss"] is not None]
     axes.plot([r["iteration"] for r in known], [r["lm_loss"] for r in known], lw=1, label="training loss")
-    measured = [r for r in records if "validation_loss" in r]
+    measured = [r for r in records if r.get("validation_loss") is not None]
     if measured:
         axes.plot(
             [r["iteration"] for r in measured],

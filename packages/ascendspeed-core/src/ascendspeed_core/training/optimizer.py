@@ -1,4 +1,4 @@
-"""AdamW over this process's slices, with fp32 master weights and gradients when the model computes in 16 bits.
+"""AdamW or SGD over this process's slices, with fp32 master weights and gradients when the model computes in 16 bits.
 
 The update is elementwise, so it runs on plain local tensors whatever the layout; only the gradients' sums and their
 norm need the other processes. State is named by parameter and cut like it: a checkpoint of it is as independent of
@@ -17,7 +17,6 @@ from torch import nn
 
 from ascendspeed_core.config.parallel import Stage
 from ascendspeed_core.config.training import OptimizerConfig
-from ascendspeed_core.device import HOST
 from ascendspeed_core.models.transformer import Transformer
 from ascendspeed_core.parallel.build import parameter_slices
 from ascendspeed_core.parallel.collectives import (
@@ -29,9 +28,7 @@ from ascendspeed_core.parallel.collectives import (
 )
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.slices import Slice, rounded_share
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""Tensors that AdamW keeps for each parameter."""
+from ascendspeed_core.training.update_rule import load_memory, make_update_rule, remembered
 
 
 @dataclass
@@ -66,14 +63,14 @@ class _Slot:
         """Whether the master weights are a wider copy."""
         return self.master.dtype != self.parameter.dtype
 
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """What a checkpoint keeps of it."""
-        return (*MOMENTS, "master") if self.has_copy else MOMENTS
-
 
 class MasterOptimizer:
-    """AdamW for one model on this process."""
+    """The optimizer of one model on this process.
+
+    Attributes:
+        rule: what turns a gradient into an update; its parameters are the master weights.
+        num_steps: updates so far.
+    """
 
     def __init__(self, model: Transformer, config: OptimizerConfig, mesh: ParallelMesh) -> None:
         self._mesh, self._model = mesh, model
@@ -89,16 +86,8 @@ class MasterOptimizer:
                 _accumulate_wide(slot)
         matrices = [slot.master for slot in self._slots if slot.parameter.dim() > 1]
         vectors = [slot.master for slot in self._slots if slot.parameter.dim() <= 1]
-        self.adamw = torch.optim.AdamW(
-            [
-                {"params": matrices, "weight_decay": config.weight_decay, "wd_mult": 1.0},
-                {"params": vectors, "weight_decay": 0.0, "wd_mult": 0.0},
-            ],
-            lr=config.lr,
-            betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_eps,
-            fused=True if mesh.device.has_fused_adamw else None,
-        )
+        self.rule = make_update_rule(config, matrices, vectors, mesh.device)
+        self._remembered = remembered(config)
         self.num_steps = 0
 
     def _slot(self, name: str, parameter: nn.Parameter, part: Slice) -> _Slot:
@@ -112,7 +101,7 @@ class MasterOptimizer:
     @property
     def learning_rate(self) -> float:
         """Rate of the next step."""
-        return float(self.adamw.param_groups[0]["lr"])
+        return float(self.rule.param_groups[0]["lr"])
 
     def step(self, loss_scale: float | None = None) -> float | None:
         """Reduce the gradients over the other processes, clip them by their global norm, and update.
@@ -138,14 +127,14 @@ class MasterOptimizer:
                 torch._foreach_mul_(gradients, scale)
         for slot, gradient in zip(self._slots, gradients, strict=True):
             slot.master.grad = gradient
-        self.adamw.step()
+        self.rule.step()
         self.num_steps += 1
         self._forget_gradients()
         self._publish()
         return norm
 
     def _forget_gradients(self) -> None:
-        self.adamw.zero_grad(set_to_none=True)
+        self.rule.zero_grad(set_to_none=True)
         for slot in self._slots:
             slot.parameter.grad = None
 
@@ -258,15 +247,19 @@ class MasterOptimizer:
         """Return this process's part of the state, under names that no layout changes."""
         tensors = {}
         for slot in self._slots:
-            known = {"master": slot.master, **self.adamw.state.get(slot.master, {})}
-            for kind in slot.kinds:
+            known = {"master": slot.master, **self.rule.state.get(slot.master, {})}
+            for kind in self._kinds(slot):
                 value = known[kind] if kind in known else torch.zeros_like(slot.master)
                 tensors[f"{kind}/{slot.name}"] = (slot.slice, value)
         return tensors
 
     def state_slices(self) -> dict[str, Slice]:
         """Return which parts `load_state` wants."""
-        return {f"{kind}/{slot.name}": slot.slice for slot in self._slots for kind in slot.kinds}
+        return {f"{kind}/{slot.name}": slot.slice for slot in self._slots for kind in self._kinds(slot)}
+
+    def _kinds(self, slot: _Slot) -> tuple[str, ...]:
+        """Return what a checkpoint keeps of a parameter."""
+        return (*self._remembered, "master") if slot.has_copy else self._remembered
 
     def load_state(self, parts: Mapping[str, torch.Tensor], num_steps: int) -> None:
         """Take over a state.
@@ -281,17 +274,8 @@ class MasterOptimizer:
             master = parts.get(f"master/{slot.name}")
             if slot.has_copy and master is not None:
                 slot.master.copy_(master)
-            # torch keeps the step count of a fused optimizer on the device, of others on the host.
-            step_device = slot.master.device if self.adamw.defaults["fused"] else HOST.torch
-            self.adamw.state[slot.master] = {
-                "step": torch.tensor(float(num_steps), device=step_device),
-                # Copies of the parameter's own layout: parts may be views of a file, with gaps between rows, which
-                # fused kernels would not notice.
-                **{
-                    moment: torch.empty_like(slot.master).copy_(parts[f"{moment}/{slot.name}"])
-                    for moment in MOMENTS
-                },
-            }
+            memory = {kind: parts[f"{kind}/{slot.name}"] for kind in self._remembered}
+            load_memory(self.rule, slot.master, memory, num_steps)
 
 
 def _accumulate_wide(slot: _Slot) -> None:

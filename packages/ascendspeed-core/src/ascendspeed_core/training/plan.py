@@ -9,7 +9,7 @@ from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.parallel import Layout, stages_of_devices
 from ascendspeed_core.config.training import PretrainConfig
 from ascendspeed_core.launch import announce
-from ascendspeed_core.training.checkpoint import Progress, load_progress, saved_iterations
+from ascendspeed_core.training.checkpoint import Progress, check_optimizer, load_progress, saved_iterations
 from ascendspeed_core.training.run_data import check_run_data
 from ascendspeed_core.training.schedule import samples_of_run
 from ascendspeed_core.weights import NativeSource, WeightSource, open_source, open_weights
@@ -171,6 +171,8 @@ def _start(config: PretrainConfig, source: WeightSource, data_order: dict[str, A
             f"{source.path}: the order of samples would change ({listed}), so samples would be seen twice or never; "
             "keep these options, stop early with --exit-interval, or give --finetune to start the data anew"
         )
+    if config.start.load_optim:
+        check_optimizer(source, config.optimizer)
     steps = progress.optimizer_steps if config.start.load_optim else 0
     return Progress(
         progress.iteration, progress.consumed_samples, progress.skipped_samples, steps, data_order

@@ -75,7 +75,7 @@ def _rate_scheduler(
     else:
         warmup_samples = min(config.lr_warmup_iters * global_batch_size, decay_samples - 1)
     return megatron("optimizer_param_scheduler").OptimizerParamScheduler(
-        optimizer.adamw,
+        optimizer.rule,
         init_lr=0.0,
         max_lr=config.lr,
         min_lr=config.min_lr,

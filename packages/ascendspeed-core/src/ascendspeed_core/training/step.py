@@ -5,6 +5,7 @@ Shapes: B micro-batch size, S sequence length, V/tp this device's part of the vo
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import nan
 
 import torch
 
@@ -51,7 +52,8 @@ class StepResult:
     """What a step reports.
 
     Attributes:
-        loss: mean negative log-likelihood per token that counts, in nats, over the global batch.
+        loss: mean negative log-likelihood per token that counts, in nats, over the global batch; not a number when
+            none counts.
         grad_norm: of the whole model's gradient, before clipping; `None` when the step was skipped.
         tokens: tokens that counted.
     """
@@ -62,8 +64,13 @@ class StepResult:
 
     @property
     def is_skipped(self) -> bool:
-        """Whether fp16 overflowed, so that nothing was updated."""
+        """Whether nothing was updated: fp16 overflowed, or no token counts."""
         return self.grad_norm is None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no token of the global batch counts."""
+        return self.tokens == 0
 
 
 def train_step(
@@ -76,9 +83,12 @@ def train_step(
     """Accumulate the gradient of all micro-batches of all data-parallel ranks, then update once.
 
     Every token of the global batch weighs the same, however the tokens fall into micro-batches and ranks: each
-    loss is the sum over its tokens divided by the number of tokens of all.
+    loss is the sum over its tokens divided by the number of tokens of all. When none counts, nothing is computed: an
+    update by a gradient of zero would still move weights by decay and by the memory of earlier gradients.
     """
     tokens = count_tokens(micro_batches, mesh)
+    if tokens == 0:
+        return StepResult(loss=nan, grad_norm=None, tokens=0)
     scale = loss_scale.scale if loss_scale else None
     early = optimizer.start_reduction if mesh.layout.early_reduction else None
     loss = mesh.sum_over("dp", forward_backward(model, micro_batches, mesh, tokens, scale or 1.0, early))
@@ -102,11 +112,11 @@ def forward_backward(
         model: this process's part.
         micro_batches: of this data-parallel rank.
         mesh: its place.
-        tokens: tokens that count in the global batch; the loss is a mean over them.
+        tokens: tokens that count in the global batch, at least one; the loss is a mean over them.
         scale: factor of the gradients, see `LossScale`; the loss that is returned is without it.
         on_stage_done: see `run_pipeline`.
     """
-    weight = scale / max(tokens, 1)
+    weight = scale / tokens
     if mesh.layout.pp > 1:
         total = run_pipeline(
             model,
@@ -126,8 +136,10 @@ def forward_backward(
 
 @torch.no_grad()
 def evaluate(model: Transformer, micro_batches: Sequence[MicroBatch], mesh: ParallelMesh) -> float:
-    """Return the mean loss per token of the micro-batches of all data-parallel ranks, in nats."""
+    """Return the mean loss per token of the micro-batches of all data-parallel ranks, in nats; NaN if none counts."""
     tokens = count_tokens(micro_batches, mesh)
+    if tokens == 0:
+        return nan
     total = torch.zeros((), dtype=torch.float64, device=mesh.device.torch)
     for micro_batch in micro_batches:
         logits = forward_through_stages(
@@ -138,7 +150,7 @@ def evaluate(model: Transformer, micro_batches: Sequence[MicroBatch], mesh: Para
             segments=micro_batch.segments,
         )
         total += masked_sum(model, logits, micro_batch, mesh)
-    return float(mesh.sum_over("dp", total)) / max(tokens, 1)
+    return float(mesh.sum_over("dp", total)) / tokens
 
 
 def loss_sum(model: Transformer, micro_batch: MicroBatch, mesh: ParallelMesh) -> torch.Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ascendspeed_core.config.training import PretrainConfig
-from ascendspeed_core.kernels.dispatch import apply_kernels
+from ascendspeed_core.kernels.dispatch import apply_kernels, update_choice
 from ascendspeed_core.parallel.build import load_model
 from ascendspeed_core.parallel.mesh import ParallelMesh, gather_objects
 from ascendspeed_core.parallel.micro_batches import bubble_seconds
@@ -49,11 +49,12 @@ class Trainer:
         self.writer = self._writer()
 
         self.model = load_model(plan.source, mesh, dtype, self.config.compute.mlp_layer_fusion)
-        for choice in apply_kernels(self.model, self.config.compute):
-            self._say(f"kernel: {choice.operator}: {choice.implementation} ({choice.reason})")
+        kernels = apply_kernels(self.model, self.config.compute)
         apply_recompute(self.model, self.config.recompute, mesh.pp_rank)
         self.sizes = self.config.batch.manual_sizes() or self._found_sizes()
         self.optimizer = MasterOptimizer(self.model, self.config.optimizer, mesh)
+        for choice in (*kernels, update_choice(self.config.optimizer.optimizer, mesh.device, dtype)):
+            self._say(f"kernel: {choice.operator}: {choice.implementation} ({choice.reason})")
         self.loss_scale = LossScale.create(self.config.loss_scaling, is_fp16=dtype == torch.float16)
         self.schedule = Schedule(self.optimizer, self.config.optimizer, self.config.batch, mesh.layout.dp)
         self.data = open_run_data(
@@ -214,10 +215,18 @@ class Trainer:
             "peak_memory_bytes": self.mesh.device.peak_memory_bytes(),
         }
         if scale is not None:
-            record |= {"loss_scale": scale, "skipped": result.is_skipped}
+            record["loss_scale"] = scale
+        if scale is not None or result.is_empty:
+            record["skipped"] = result.is_skipped
         if batch.eval_iters and self.iteration % batch.eval_interval == 0:
-            record["validation_loss"] = self._validation_loss()
-        if self.iteration % batch.log_interval == 0 or self.iteration in (1, batch.train_iters):
+            validation = self._validation_loss()
+            record["validation_loss"] = validation if isfinite(validation) else None
+        if result.is_empty:
+            self._say(
+                f"iteration {self.iteration}: no token of its batch counts in the loss, all are masked; the step was "
+                "skipped"
+            )
+        elif self.iteration % batch.log_interval == 0 or self.iteration in (1, batch.train_iters):
             self._report(record)
         return record
 
@@ -234,6 +243,8 @@ class Trainer:
 
     def _refuse_not_a_number(self, result: StepResult) -> None:
         """End the run when the weights would be spoilt, or when no smaller loss scale is left to try."""
+        if result.is_empty:
+            return
         if result.is_skipped:
             if self.loss_scale and self.loss_scale.is_exhausted:
                 raise AscendSpeedError(
@@ -264,7 +275,10 @@ class Trainer:
 
     def _report(self, record: dict[str, Any]) -> None:
         left = (self.config.batch.train_iters - self.iteration) * record["step_seconds"]
-        validation = f" | validation {record['validation_loss']:.4f}" if "validation_loss" in record else ""
+        validation = ""
+        if "validation_loss" in record:
+            measured = record["validation_loss"]
+            validation = f" | validation {'not finite' if measured is None else f'{measured:.4f}'}"
         loss = "not finite" if record["lm_loss"] is None else f"{record['lm_loss']:.4f}"
         scale = f" | loss scale {record['loss_scale']:.0f}" if "loss_scale" in record else ""
         norm = "overflow, skipped" if record["grad_norm"] is None else f"grad norm {record['grad_norm']:.3f}"
