@@ -7,12 +7,15 @@ import torch
 
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.device import Device
+from ascendspeed_core.models.cache import BLOCK_TOKENS, KeyValueCache, Piece
 from ascendspeed_core.parallel.build import load_model
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.pipeline import forward_through_stages
 from ascendspeed_core.parallel.tensor import gather_logits
 from ascendspeed_core.weights import open_weights
-from ascendspeed_infer.generation import GenerationSettings, generate_ids, generate_together, make_cache
+from ascendspeed_data.errors import AscendSpeedError
+from ascendspeed_infer.engine.runner import ModelRunner, Work
+from ascendspeed_infer.generation import GenerationSettings, generate_ids, generate_together
 from support.families import REFERENCES
 from support.processes import WorkerPool
 
@@ -25,12 +28,23 @@ def decoded_and_whole(
     """Logits of the text in parts, each after those before, and of the text in one pass."""
     mesh = ParallelMesh.create(Device("cpu"), layout)
     model = load_model(open_weights(Path(folder)), mesh, torch.float64).eval()
-    tokens = torch.randint(0, 125, (1, LENGTH), generator=torch.Generator().manual_seed(2))
-    cache = make_cache(model, mesh, 1, LENGTH)
-    pieces = [forward_through_stages(model, mesh, part, cache) for part in tokens.split(parts, dim=1)]
-    whole = forward_through_stages(model, mesh, tokens)
-    group = mesh.group("tp")
-    return gather_logits(torch.cat(pieces, dim=1), 125, group), gather_logits(whole, 125, group)
+    draw = torch.Generator().manual_seed(2)
+    text, other = torch.randint(0, 125, (2, LENGTH), generator=draw).tolist()
+    runner = ModelRunner(model, mesh, 3 * LENGTH)
+    runner.cache.reserve(5)
+    room, others = runner.cache.reserve(LENGTH), runner.cache.reserve(LENGTH)
+    pieces, start = [], 0
+    for count in parts:
+        # In company: the same pass reads as much of another text, before or behind.
+        works = [
+            Work(Piece(its, start, count), ids[start : start + count], count)
+            for its, ids in ((room, text), (others, other))
+        ]
+        place = start % 2
+        pieces.append(runner.run(works[::-1] if place else works)[place])
+        start += count
+    whole = forward_through_stages(model, mesh, torch.tensor([text]))
+    return torch.cat(pieces), gather_logits(whole[0], 125, mesh.group("tp"))
 
 
 def together_and_alone(folder: str, layout: Layout) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
@@ -57,10 +71,13 @@ def test_texts_of_a_batch_are_those_alone(
         assert len({ids[-1] for ids in alone}) > 1
 
 
-@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2), Layout(pp=2)], ids=str)
+@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2), Layout(pp=2), Layout(tp=4)], ids=str)
 @pytest.mark.parametrize("name", ["Llama 3.2", "Mistral", "Qwen 3", "Baichuan 2 13B", "Bloom"])
 def test_decoding_equals_one_pass(workers: WorkerPool, tmp_path: Path, name: str, layout: Layout) -> None:
-    """Rotary, a window of 7 keys, query-key norms, ALiBi; a prompt, a longer continuation, then token by token."""
+    """Rotary, a window of 7 keys, query-key norms, ALiBi; more devices than key-value heads.
+
+    A prompt, a longer continuation, then token by token.
+    """
     REFERENCES[name].save(tmp_path)
     parts = (9, 6, *[1] * 9)
     assert sum(parts) == LENGTH
@@ -68,3 +85,47 @@ def test_decoding_equals_one_pass(workers: WorkerPool, tmp_path: Path, name: str
         # float64, the same sums in other shapes.
         torch.testing.assert_close(decoded, whole, rtol=0, atol=1e-11)
         assert float(whole.abs().max()) > 0.5
+
+
+def small_cache(blocks: int) -> KeyValueCache:
+    cache = KeyValueCache(2, 3, blocks * BLOCK_TOKENS, 4, torch.float32, torch.device("cpu"))
+    cache.keys.zero_()
+    cache.values.zero_()
+    return cache
+
+
+def test_rooms_move_together_with_what_they_hold() -> None:
+    """Free blocks that lie apart are enough for a room of them all."""
+    cache = small_cache(8)
+    rooms = [cache.reserve(BLOCK_TOKENS * blocks - 3) for blocks in (1, 2, 1, 2, 2)]
+    assert cache.free_blocks == 0
+    for number, room in enumerate(rooms):
+        places = slice(room.start, room.start + room.tokens)
+        cache.keys[:, :, places] = torch.arange(room.tokens).view(-1, 1) + 100.0 * number
+        cache.values[:, :, places] = -(torch.arange(room.tokens).view(-1, 1) + 100.0 * number)
+    for number in (0, 2, 4):
+        cache.release(rooms[number])
+    assert cache.free_blocks == 4
+    large = cache.reserve(4 * BLOCK_TOKENS)
+    assert cache.free_blocks == 0
+    assert [(room.first_block, room.num_blocks) for room in (rooms[1], rooms[3], large)] == [
+        (0, 2),
+        (2, 2),
+        (4, 4),
+    ]
+    for number in (1, 3):
+        room = rooms[number]
+        want = (torch.arange(room.tokens).view(-1, 1) + 100.0 * number).expand(2, 3, -1, 4)
+        assert torch.equal(cache.keys[:, :, room.start : room.start + room.tokens], want)
+        assert torch.equal(cache.values[:, :, room.start : room.start + room.tokens], -want)
+
+
+def test_a_room_that_does_not_fit() -> None:
+    cache = small_cache(3)
+    cache.reserve(2 * BLOCK_TOKENS)
+    with pytest.raises(
+        AscendSpeedError, match="17 tokens need 2 blocks of the key-value cache, of which 1 are free"
+    ):
+        cache.reserve(BLOCK_TOKENS + 1)
+    with pytest.raises(ValueError, match="not in list"):
+        cache.release(small_cache(1).reserve(1))

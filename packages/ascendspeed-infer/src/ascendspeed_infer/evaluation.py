@@ -172,9 +172,7 @@ class ServedModel:
 
     def loglikelihood(self, requests: Sequence[Any]) -> Sequence[Any]:
         """Score continuations."""
-        return self._share(
-            "loglikelihood", [(r.context, r.continuation, r.shared_characters) for r in requests]
-        )
+        return self._share("loglikelihood", [(r.context, r.continuation) for r in requests])
 
     def generate(self, requests: Sequence[Any]) -> Sequence[Any]:
         """Continue prompts."""

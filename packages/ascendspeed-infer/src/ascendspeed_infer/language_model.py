@@ -30,7 +30,6 @@ from ascendspeed_infer.generation import (
     Generated,
     GenerationSettings,
     check_length,
-    generate_ids,
     generate_together,
     search_beams,
     stream_ids,
@@ -279,17 +278,12 @@ class LanguageModel:
     def _in_batches(
         self, asked: Sequence[tuple[Sequence[int], GenerationSettings]], batch_size: int
     ) -> list[Generated]:
+        # The longest first, so that none is left to be computed alone at the end.
         order = sorted(range(len(asked)), key=lambda number: -len(asked[number][0]))
-        found: dict[int, Generated] = {}
-        for start in range(0, len(order), batch_size):
-            numbers = order[start : start + batch_size]
-            prompts, settings = zip(*(asked[number] for number in numbers), strict=True)
-            ends = [self._new_text(*asked[number]).ends for number in numbers]
-            if len(numbers) == 1:
-                generated = [generate_ids(self.model, self.mesh, prompts[0], settings[0], ends[0])]
-            else:
-                generated = generate_together(self.model, self.mesh, prompts, settings, ends)
-            found |= dict(zip(numbers, generated, strict=True))
+        prompts, settings = zip(*(asked[number] for number in order), strict=True)
+        ends = [self._new_text(*asked[number]).ends for number in order]
+        generated = generate_together(self.model, self.mesh, prompts, settings, ends, batch_size)
+        found = dict(zip(order, generated, strict=True))
         return [found[number] for number in range(len(asked))]
 
     def _stream(

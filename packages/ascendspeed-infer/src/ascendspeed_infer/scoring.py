@@ -1,31 +1,34 @@
 """Log-likelihoods of continuations: what benchmark scores stand on.
 
-Three things save work and none changes a decision: texts that are the same but for their last token are computed once;
-a beginning that many texts share (the examples of a prompt) is computed once and kept as keys and values; logits are
-computed only where a continuation stands. Which texts are computed together changes the last bits of a sum, so where
-two continuations of one context are nearly equally likely, they are computed again, each alone: decisions do not depend
-on batch size, order or the number of devices.
+Texts are scored in the order of their ids, all in one room of the cache, so that each runs only what it does not have
+in common with the one before: the examples that many prompts share, and a context with several continuations, are
+computed once. Logits are computed only where a continuation stands.
 
-Shapes: B batch, S sequence, P places, V vocabulary.
+Which texts are computed together changes the last bits of a sum, so where two continuations of one context are nearly
+equally likely, they are computed again, each alone: decisions do not depend on batch size, order or the number of
+devices.
+
+Shapes: P places, V vocabulary.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 import torch
 
-from ascendspeed_core.models.cache import KeyValueCache
+from ascendspeed_core.models.cache import Piece, Room
 from ascendspeed_core.models.transformer import Transformer
 from ascendspeed_core.parallel.mesh import ParallelMesh
-from ascendspeed_core.parallel.pipeline import forward_through_stages
-from ascendspeed_core.parallel.tensor import gather_logits
 from ascendspeed_data.errors import AscendSpeedError
 from ascendspeed_data.tokenizer import Tokenizer
-from ascendspeed_infer.generation import NEARLY_EQUAL, make_cache
+from ascendspeed_infer.engine.runner import ModelRunner, Work
+from ascendspeed_infer.engine.scheduler import common_beginning
 
-SHORTEST_PREFIX_TOKENS = 32
-"""A shorter beginning is not worth keeping."""
+NEARLY_EQUAL = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
+"""Differences of log-likelihoods that company could turn round: far above the noise of each format."""
+
+TOKENS_PER_PASS = 512
+"""Beyond this the matrix products gain nothing, and logits take memory."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +53,10 @@ class Pair:
     Attributes:
         context: what stands before.
         continuation: what is scored.
-        shared_characters: beginning of the context that other pairs have too.
     """
 
     context: str
     continuation: str
-    shared_characters: int = 0
 
 
 @dataclass(frozen=True)
@@ -66,13 +67,11 @@ class _Row:
         ids: of context and continuation.
         num_continuation: ids of the continuation.
         truncated_tokens: ids of the context that were left out.
-        num_prefix: first ids that are kept as keys and values for other rows.
     """
 
     ids: tuple[int, ...]
     num_continuation: int
     truncated_tokens: int
-    num_prefix: int
 
     @property
     def read(self) -> tuple[int, ...]:
@@ -80,9 +79,9 @@ class _Row:
         return self.ids[:-1]
 
     @property
-    def prefix(self) -> tuple[int, ...]:
-        """The beginning that is shared."""
-        return self.ids[: self.num_prefix]
+    def first_place(self) -> int:
+        """The first place whose logits are wanted."""
+        return len(self.ids) - self.num_continuation - 1
 
 
 @torch.no_grad()
@@ -101,7 +100,7 @@ def loglikelihood(
         mesh: its place; all processes of a tensor-parallel group and all stages call alike.
         tokenizer: of the model.
         pairs: what is scored.
-        batch_size: texts computed at once.
+        batch_size: texts computed in one pass at most.
         max_tokens: longest input; longer ones lose the beginning of their context, which is counted.
 
     Raises:
@@ -121,7 +120,7 @@ def loglikelihood_of_ids(
     batch_size: int,
 ) -> list[Score]:
     """Score ids after ids; see `loglikelihood`."""
-    rows = [_Row((*before, *after), len(after), 0, 0) for before, after in pairs]
+    rows = [_Row((*before, *after), len(after), 0) for before, after in pairs]
     scores = _score_all(model, mesh, rows, batch_size)
     return [scores[row] for row in rows]
 
@@ -129,16 +128,50 @@ def loglikelihood_of_ids(
 def _score_all(
     model: Transformer, mesh: ParallelMesh, rows: Sequence[_Row], batch_size: int
 ) -> dict[_Row, Score]:
+    by_text: dict[tuple[int, ...], list[_Row]] = {}
+    for row in sorted(set(rows), key=lambda row: row.ids):
+        by_text.setdefault(row.read, []).append(row)
+    longest = max((len(text) for text in by_text), default=1)
+    runner = ModelRunner(model, mesh, longest)
+    room = runner.cache.reserve(longest)
     scores: dict[_Row, Score] = {}
-    # Longest first: what does not fit into memory says so at once.
-    ordered = sorted(dict.fromkeys(rows), key=lambda row: (row.prefix, -len(row.ids), row.ids))
-    for _, group in groupby(ordered, key=lambda row: row.prefix):
-        cache: KeyValueCache | None = None
-        for batch in _batches(list(group), batch_size):
-            if batch[0].num_prefix and cache is None:
-                cache = _read_prefix(model, mesh, batch[0].prefix)
-            scores |= _score(model, mesh, batch, cache)
+    logits: dict[tuple[int, ...], list[torch.Tensor]] = {}
+    for works in _passes(room, by_text, batch_size):
+        for (text, is_last, _), part in zip(works, runner.run([work for *_, work in works]), strict=True):
+            logits.setdefault(text, []).append(part)
+            if is_last:
+                scores |= _read_off(torch.cat(logits.pop(text)), by_text[text])
     return scores
+
+
+_TextWork = tuple[tuple[int, ...], bool, Work]
+"""A text, whether it ends with this piece, and the piece."""
+
+
+def _passes(
+    room: Room, by_text: Mapping[tuple[int, ...], Sequence[_Row]], batch_size: int
+) -> Iterator[list[_TextWork]]:
+    """Cut texts into pieces, and put pieces together that are run in one pass."""
+    before: tuple[int, ...] = ()
+    works: list[_TextWork] = []
+    left, texts = TOKENS_PER_PASS, 0
+    for text, rows in by_text.items():
+        first_place = min(row.first_place for row in rows)
+        start = min(common_beginning(before, text), first_place)
+        while start < len(text):
+            count = min(len(text) - start, left)
+            read = max(min(start + count - first_place, count), 0)
+            piece = Piece(room, start, count)
+            start += count
+            left -= count
+            works.append((text, start == len(text), Work(piece, text[start - count : start], read)))
+            texts += start == len(text)
+            if left == 0 or texts == batch_size:
+                yield works
+                works, left, texts = [], TOKENS_PER_PASS, 0
+        before = text
+    if works:
+        yield works
 
 
 def _rows(tokenizer: Tokenizer, pairs: Sequence[Pair], max_tokens: int) -> list[_Row]:
@@ -146,16 +179,18 @@ def _rows(tokenizer: Tokenizer, pairs: Sequence[Pair], max_tokens: int) -> list[
     texts = list(
         dict.fromkeys(text for context, continuation in moved for text in (context, context + continuation))
     )
-    heads = list(
-        dict.fromkeys(pair.context[: pair.shared_characters] for pair in pairs if pair.shared_characters)
-    )
-    ids = dict(zip([*texts, *heads], tokenizer.encode_batch([*texts, *heads]), strict=True))
+    ids = dict(zip(texts, tokenizer.encode_batch(texts), strict=True))
     rows = []
-    for pair, (context, continuation) in zip(pairs, moved, strict=True):
+    for context, continuation in moved:
         whole, cut = ids[context + continuation], len(ids[context])
         before, after = whole[:cut], whole[cut:]
         if not before:
             before = [token for token in (tokenizer.bos_id, tokenizer.eos_id) if token is not None][:1]
+        if not before:
+            raise AscendSpeedError(
+                f"the context before {continuation[:40]!r} has no token, and the tokenizer has neither a begin nor an "
+                "end of text; give a context"
+            )
         if len(after) > max_tokens:
             raise AscendSpeedError(
                 f"the continuation {continuation[:40]!r} has {len(after)} tokens, more than the {max_tokens} that "
@@ -167,18 +202,7 @@ def _rows(tokenizer: Tokenizer, pairs: Sequence[Pair], max_tokens: int) -> list[
             )
         both = before + after
         truncated = max(len(both) - (max_tokens + 1), 0)
-        shared = (
-            ids[pair.context[: pair.shared_characters]] if pair.shared_characters and not truncated else []
-        )
-        prefix = _common(shared, before)
-        rows.append(
-            _Row(
-                tuple(both[truncated:]),
-                len(after),
-                truncated,
-                prefix if prefix >= SHORTEST_PREFIX_TOKENS else 0,
-            )
-        )
+        rows.append(_Row(tuple(both[truncated:]), len(after), truncated))
     return rows
 
 
@@ -199,71 +223,17 @@ def _spaces_to_continuation(pair: Pair) -> tuple[str, str]:
     return pair.context[:kept], pair.context[kept:] + pair.continuation
 
 
-def _common(first: Sequence[int], second: Sequence[int]) -> int:
-    """Return how many ids two texts have in common at their beginning, less the last of the second."""
-    length = min(len(first), len(second) - 1)
-    return next((n for n in range(length) if first[n] != second[n]), max(length, 0))
-
-
-def _batches(rows: Sequence[_Row], batch_size: int) -> Iterator[list[_Row]]:
-    """Put rows together that read the same ids, and then as many texts as fit into a batch."""
-    texts = [list(group) for _, group in groupby(rows, key=lambda row: row.read)]
-    for start in range(0, len(texts), batch_size):
-        yield [row for text in texts[start : start + batch_size] for row in text]
-
-
-def _read_prefix(model: Transformer, mesh: ParallelMesh, prefix: Sequence[int]) -> KeyValueCache:
-    """Return the keys and values of a beginning."""
-    cache = make_cache(model, mesh, 1, len(prefix))
-    device = mesh.device.torch
-    tokens = torch.tensor([list(prefix)], device=device)
-    nowhere = torch.zeros(1, 1, dtype=torch.long, device=device)
-    forward_through_stages(model, mesh, tokens, cache, nowhere)
-    return cache
-
-
-def _score(
-    model: Transformer, mesh: ParallelMesh, rows: Sequence[_Row], prefix: KeyValueCache | None
-) -> dict[_Row, Score]:
-    """Run one batch and read each row's continuation off its logits."""
-    texts = list(dict.fromkeys(row.read for row in rows))
-    skipped = rows[0].num_prefix
-    length = max(len(text) for text in texts) - skipped
-    tokens = torch.zeros(len(texts), length, dtype=torch.long)
-    for place, text in enumerate(texts):
-        tokens[place, : len(text) - skipped] = torch.tensor(text[skipped:])
-    # Padding at the end: causal attention never looks at it.
-    width = max(row.num_continuation for row in rows)
-    ends = torch.tensor([len(text) - skipped for text in texts])
-    places = (ends.unsqueeze(1) - width + torch.arange(width)).clamp(min=0)
-    cache = _with_prefix(model, mesh, prefix, len(texts), length)
-    device = mesh.device.torch
-    logits = forward_through_stages(model, mesh, tokens.to(device), cache, places.to(device))
-    whole = gather_logits(logits, model.config.vocab_size, mesh.group("tp"))
-    wide = whole if whole.dtype == torch.float64 else whole.float()
-    number = {text: place for place, text in enumerate(texts)}
-    return {row: _read_off(wide[number[row.read], width - row.num_continuation :], row) for row in rows}
-
-
-def _with_prefix(
-    model: Transformer, mesh: ParallelMesh, prefix: KeyValueCache | None, batch_size: int, length: int
-) -> KeyValueCache | None:
-    """Return a cache for each text of a batch that begins with the shared keys and values."""
-    if prefix is None:
-        return None
-    cache = make_cache(model, mesh, batch_size, prefix.length_tokens + length)
-    cache.keys[:, :, :, : prefix.length_tokens] = prefix.keys
-    cache.values[:, :, :, : prefix.length_tokens] = prefix.values
-    cache.advance(prefix.length_tokens)
-    return cache
-
-
-def _read_off(logits: torch.Tensor, row: _Row) -> Score:
-    """Add up a continuation's log-probabilities, [P, V] -> a score."""
-    targets = torch.tensor(row.ids[len(row.ids) - row.num_continuation :], device=logits.device)
-    chosen = logits.log_softmax(dim=-1).gather(-1, targets.unsqueeze(-1)).sum()
-    is_greedy = bool((logits.argmax(dim=-1) == targets).all())
-    return Score(float(chosen), is_greedy, row.truncated_tokens)
+def _read_off(logits: torch.Tensor, rows: Sequence[_Row]) -> dict[_Row, Score]:
+    """Add up the log-probabilities of continuations of one text; logits of its last places, [P, V]."""
+    wide = (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(dim=-1)
+    scores = {}
+    for row in rows:
+        mine = wide[len(wide) - row.num_continuation :]
+        targets = torch.tensor(row.ids[len(row.ids) - row.num_continuation :], device=logits.device)
+        chosen = mine.gather(-1, targets.unsqueeze(-1)).sum()
+        is_greedy = bool((mine.argmax(dim=-1) == targets).all())
+        scores[row] = Score(float(chosen), is_greedy, row.truncated_tokens)
+    return scores
 
 
 def _settle(
@@ -290,8 +260,7 @@ def _settle(
     torch.set_num_threads(1)
     try:
         for row in dict.fromkeys(unsure):
-            alone = _Row(row.ids, row.num_continuation, row.truncated_tokens, 0)
-            scores[row] = _score(model, mesh, [alone], None)[alone]
+            scores |= _score_all(model, mesh, [row], 1)
     finally:
         torch.set_num_threads(threads)
 

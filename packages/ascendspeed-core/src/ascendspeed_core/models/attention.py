@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ascendspeed_core.config.model import ModelConfig
-from ascendspeed_core.models.cache import KeyValueCache
+from ascendspeed_core.models.cache import CachedPass
 from ascendspeed_core.models.norm import RMSNorm
 from ascendspeed_core.models.position import Places, rotate
 from ascendspeed_core.models.projections import Projections
@@ -38,14 +38,14 @@ class Attention(nn.Module):
         self.attend: AttentionFunction = causal_attention
 
     def forward(
-        self, x: torch.Tensor, *, places: Places, cache: KeyValueCache | None = None, cache_layer: int = 0
+        self, x: torch.Tensor, *, places: Places, cache: CachedPass | None = None, cache_layer: int = 0
     ) -> torch.Tensor:
         """Attend: [B, S, H] -> [B, S, H].
 
         Args:
             x: input.
             places: rotary angles of the input, and the mask.
-            cache: earlier keys and values; the new ones are appended.
+            cache: pieces of texts whose earlier keys and values are kept; the new ones are added.
             cache_layer: place of this layer in the cache.
         """
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.projections(x))
@@ -53,11 +53,12 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if places.rotary is not None:
             q, k = rotate(q, *places.rotary), rotate(k, *places.rotary)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
-            k, v = cache.append(cache_layer, k, v)
-        attended = self.attend(q, k, v, places.mask)
-        out: torch.Tensor = self.o_proj(attended.transpose(1, 2).flatten(2))
+            attended = cache.attend(cache_layer, q, k, v, self.attend, places.of_pieces, places.window)
+        else:
+            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+            attended = self.attend(q, k, v, places.mask).transpose(1, 2)
+        out: torch.Tensor = self.o_proj(attended.flatten(2))
         return out
 
 

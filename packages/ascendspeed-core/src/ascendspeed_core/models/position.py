@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from ascendspeed_core.config.model import ModelConfig, RotaryScaling
+from ascendspeed_core.models.cache import CachedPass, first_key
 
 
 @dataclass(frozen=True)
@@ -21,23 +22,14 @@ class Places:
         mask: what is added to the scores, [N, S, T], or which keys are seen (bool), [S, T]; `None` when a query sees
             all keys up to its own place, and queries are as many as keys or a single last one. With segments it
             differs from text to text: [B, N, S, S] or [B, 1, S, S].
+        of_pieces: such a mask for each piece of a `CachedPass`, over the keys that its window leaves.
+        window: keys that a query sees, its own included.
     """
 
     rotary: tuple[torch.Tensor, torch.Tensor] | None
     mask: torch.Tensor | None
-
-    def without_padding(self, padding_tokens: torch.Tensor, num_keys: int) -> "Places":
-        """Hide the first keys of each text from a single query, `padding_tokens` [B] of them.
-
-        The mask becomes [B, 1, 1, T], or [B, N, 1, T] with ALiBi.
-        """
-        keys = torch.arange(num_keys, device=padding_tokens.device)
-        seen = (keys >= padding_tokens.unsqueeze(-1))[:, None, None]
-        if self.mask is None:
-            return Places(self.rotary, seen)
-        if self.mask.is_floating_point():
-            return Places(self.rotary, self.mask.masked_fill(~seen, -torch.inf))
-        return Places(self.rotary, self.mask & seen)
+    of_pieces: tuple[torch.Tensor | None, ...] = ()
+    window: int | None = None
 
 
 class Positions:
@@ -69,15 +61,31 @@ class Positions:
             segments: number of the text that each token belongs to, [B, S], when a row holds several; attention
                 stays inside a text.
         """
-        slopes = None
-        if self._slopes is not None:
-            mine = self._slopes[self.heads.start : self.heads.stop]
-            wide = dtype if dtype == torch.float64 else torch.float32
-            slopes = torch.tensor(mine, dtype=wide, device=positions.device)
+        slopes = self._slopes_here(dtype, positions.device)
         mask = attention_mask(
             positions.shape[1], num_keys, self._window, slopes, dtype, positions.device, segments
         )
         return Places(self._rotary.at(positions, dtype) if self._rotary else None, mask)
+
+    def in_pass(self, cached: CachedPass, dtype: torch.dtype) -> Places:
+        """Return what attention needs for pieces of texts."""
+        device = cached.positions.device
+        slopes = self._slopes_here(dtype, device)
+        masks = tuple(
+            attention_mask(
+                piece.count, piece.end - first_key(piece, self._window), self._window, slopes, dtype, device
+            )
+            for piece in cached.pieces
+        )
+        rotary = self._rotary.at(cached.positions, dtype) if self._rotary else None
+        return Places(rotary, None, masks, self._window)
+
+    def _slopes_here(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
+        """Return ALiBi's slopes of this device's heads, [N]."""
+        if self._slopes is None:
+            return None
+        wide = dtype if dtype == torch.float64 else torch.float32
+        return torch.tensor(self._slopes[self.heads.start : self.heads.stop], dtype=wide, device=device)
 
 
 def attention_mask(

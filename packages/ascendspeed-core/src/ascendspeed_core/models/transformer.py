@@ -12,7 +12,7 @@ from torch import nn
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.parallel import Stage
 from ascendspeed_core.models.attention import Attention
-from ascendspeed_core.models.cache import KeyValueCache
+from ascendspeed_core.models.cache import CachedPass
 from ascendspeed_core.models.head import make_head
 from ascendspeed_core.models.mlp import make_mlp
 from ascendspeed_core.models.norm import RMSNorm, make_norm
@@ -45,7 +45,7 @@ class TransformerLayer(nn.Module):
         self.mlp = make_mlp(config)
 
     def forward(
-        self, x: torch.Tensor, places: Places, cache: KeyValueCache | None = None, cache_layer: int = 0
+        self, x: torch.Tensor, places: Places, cache: CachedPass | None = None, cache_layer: int = 0
     ) -> torch.Tensor:
         """[B, S, H] -> [B, S, H]; see `Attention` for the other arguments."""
         x = x + self.attention(self.attention_norm(x), places=places, cache=cache, cache_layer=cache_layer)
@@ -99,7 +99,7 @@ class Transformer(nn.Module):
         self,
         tokens: torch.Tensor,
         positions: torch.Tensor | None = None,
-        cache: KeyValueCache | None = None,
+        cache: CachedPass | None = None,
         stage: Stage | None = None,
         read_at: torch.Tensor | None = None,
         segments: torch.Tensor | None = None,
@@ -108,8 +108,8 @@ class Transformer(nn.Module):
 
         Args:
             tokens: ids, [B, S]; for a later stage what the stage before gave, [B, S, H].
-            positions: place of each token in its text, [B, S]; by default they follow what the cache holds.
-            cache: earlier keys and values of the same texts.
+            positions: place of each token in its text, [B, S]; by default from 0 on.
+            cache: pieces of texts whose earlier keys and values are kept; tokens and positions are theirs then.
             stage: which of this module's stages to run, when it holds several.
             read_at: places whose logits are wanted, [B, P], when not all are: the head is a model's largest matrix.
             segments: number of the text that each token belongs to, [B, S], when a row holds several one behind the
@@ -119,19 +119,16 @@ class Transformer(nn.Module):
             Logits; from a stage before the last one its hidden states, [B, S, H].
         """
         stage = stage or self.stages[0]
-        if positions is None:
-            positions = following_positions(tokens, cache)
         x = self.embedding(tokens) if stage.is_first and self.embedding is not None else tokens
         if stage.is_first and self.embedding_norm is not None:
             x = self.embedding_norm(x)
-        num_keys = positions.shape[1] + (cache.length_tokens if cache is not None else 0)
-        places = self.positions.at(positions, num_keys, x.dtype, segments)
-        if cache is not None and cache.padding_tokens is not None:
-            places = places.without_padding(cache.padding_tokens, num_keys)
+        if cache is not None:
+            places = self.positions.in_pass(cache, x.dtype)
+        else:
+            positions = following_positions(tokens) if positions is None else positions
+            places = self.positions.at(positions, positions.shape[1], x.dtype, segments)
         for number in stage.layers:
             x = self.layers[str(number)](x, places, cache, self._cache_places[number])
-        if cache is not None and stage is self.stages[-1]:
-            cache.advance(positions.shape[1])
         if not stage.is_last or self.output_head is None or self.final_norm is None:
             return x
         if read_at is not None:
@@ -147,14 +144,10 @@ class Transformer(nn.Module):
         return [module for module in (*before, *layers, *after) if module is not None]
 
 
-def following_positions(tokens: torch.Tensor, cache: KeyValueCache | None) -> torch.Tensor:
-    """Return the places of tokens, [B, S, ...] -> [B, S], that follow what the cache holds."""
+def following_positions(tokens: torch.Tensor) -> torch.Tensor:
+    """Return the places of tokens, [B, S, ...] -> [B, S], from 0 on."""
     batch, length = tokens.shape[:2]
-    start = cache.length_tokens if cache is not None else 0
-    positions = torch.arange(start, start + length, device=tokens.device).expand(batch, length)
-    if cache is not None and cache.padding_tokens is not None:
-        return positions - cache.padding_tokens.unsqueeze(-1)
-    return positions
+    return torch.arange(length, device=tokens.device).expand(batch, length)
 
 
 def empty_transformer(config: ModelConfig, dtype: torch.dtype, stages: Sequence[Stage] = ()) -> Transformer:

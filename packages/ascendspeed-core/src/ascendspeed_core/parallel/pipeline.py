@@ -28,7 +28,7 @@ from torch.distributed.pipelining import (
 )
 
 from ascendspeed_core.config.parallel import Stage, stages_of_devices
-from ascendspeed_core.models.cache import KeyValueCache
+from ascendspeed_core.models.cache import CachedPass
 from ascendspeed_core.models.transformer import ModelInput, Transformer, following_positions
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.slices import rounded_share
@@ -105,9 +105,7 @@ class _StageModule(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[1] -> hidden states or logits in the first stage; hidden states -> the same or logits in the others."""
         given = self._inputs[self.number]
-        positions = (
-            given.positions if given.positions is not None else following_positions(given.tokens, None)
-        )
+        positions = given.positions if given.positions is not None else following_positions(given.tokens)
         entering = given.tokens if self._stage.is_first else x
         out: torch.Tensor = self._run(entering, positions, stage=self._stage, segments=given.segments)
         return out
@@ -216,7 +214,7 @@ def forward_through_stages(
     model: Transformer,
     mesh: ParallelMesh,
     tokens: torch.Tensor,
-    cache: KeyValueCache | None = None,
+    cache: CachedPass | None = None,
     read_at: torch.Tensor | None = None,
     positions: torch.Tensor | None = None,
     segments: torch.Tensor | None = None,
@@ -227,7 +225,7 @@ def forward_through_stages(
         model: this process's stages, or the whole model.
         mesh: its place.
         tokens: ids, [B, S], the same on every stage.
-        cache: earlier keys and values of the layers held here.
+        cache: pieces of texts whose earlier keys and values are kept; `tokens` are theirs then, [1, M].
         read_at: places whose logits are wanted, [B, P], when not all are.
         positions: of `ModelInput`.
         segments: of `ModelInput`.
@@ -245,7 +243,7 @@ def forward_through_stages(
     dtype = next(model.parameters()).dtype
     holder = _holders(model, mesh)
     if positions is None:
-        positions = following_positions(tokens, cache)
+        positions = following_positions(tokens)
     out = tokens
     for stage in model.stages:
         if not stage.is_first and holder[stage.index - 1] != mesh.pp_rank:
