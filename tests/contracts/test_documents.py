@@ -31,17 +31,21 @@ def fences(document: Path, language: str) -> list[str]:
 def inputs(
     tmp_path_factory: pytest.TempPathFactory, corpus: Path, tokenizer_folder: Path, dataset: Path
 ) -> Path:
-    """The files that documents speak of: corpus.jsonl, its dataset, model.json, run/, model-hf/."""
+    """The files that documents speak of: corpus.jsonl, its dataset, model.json, run/, model-hf/, adapter/."""
+    from peft import LoraConfig, get_peft_model
+
     from ascendspeed_ckpt.convert import Conversion, convert
     from ascendspeed_core.models.families import find_family
 
     folder = tmp_path_factory.mktemp("documents")
-    config = tiny_config(vocab_size=400, max_position_embeddings=256)
+    config = tiny_config(vocab_size=400, max_position_embeddings=1024)
     shutil.copy(corpus, folder / "corpus.jsonl")
     for suffix in (".bin", ".idx", ".manifest.json"):
         shutil.copy(f"{dataset}{suffix}", folder / f"corpus_text_document{suffix}")
     (folder / "model.json").write_text(json.dumps(find_family("llama").write_config(config)))
-    save_hugging_face(config, folder / "model-hf", tokenizer=tokenizer_folder)
+    model = save_hugging_face(config, folder / "model-hf", tokenizer=tokenizer_folder)
+    lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(model, lora).save_pretrained(folder / "adapter")
     convert(Conversion(folder / "model-hf", folder / "run", "native"))
     return folder
 
@@ -85,6 +89,14 @@ def test_programs_run(name: str, inputs: Path, tmp_path: Path) -> None:
         )
         # Printed to four places; fp32 sums run in another order.
         assert got == pytest.approx(want, abs=2e-4)
+
+
+def test_the_guide_to_generation_runs(inputs: Path, tmp_path: Path) -> None:
+    """Its programs are one after the other one."""
+    folder = tmp_path / "work"
+    shutil.copytree(inputs, folder)
+    (folder / "program.py").write_text("\n".join(fences(ROOT / "docs/generation.md", "python")))
+    assert run([sys.executable, "program.py"], folder)
 
 
 def test_the_handler_of_the_document_is_a_handler() -> None:

@@ -8,7 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
-from ascendspeed_data.errors import AscendSpeedError
+from ascendspeed_core.config.parallel import ParallelConfig
+from ascendspeed_data.errors import AscendSpeedError, ConfigError
 from ascendspeed_data.tokenizer import load_tokenizer
 from ascendspeed_infer.language_model import LanguageModel
 from ascendspeed_infer.sampling import Sampling, choose_token, keep_top_k, keep_top_p
@@ -200,6 +201,7 @@ BAD: dict[str, tuple[list[object], int, str]] = {
         2,
         "does not divide num_attention_heads=8",
     ),
+    "a layout of training": (["{model}", "--sequence-parallel", "--prompt", "x"], 2, "No such option"),
     "another architecture": (["{model}", "--prompt", "x", "--num-layers", 7], 1, "num_layers=7 contradicts"),
     "another tokenizer": (["{model}", "--prompt", "x", "--tokenizer-type", "Other"], 2, "tokenizer_type=Other"),
     "a flag that is not": (["{model}", "--promt", "x"], 2, "did you mean --prompt or"),
@@ -215,6 +217,12 @@ def test_bad_input(folder: Path, case: str) -> None:
     assert done.status == status, done.stderr
     assert complaint in done.complaint
     assert done.stdout == ""
+
+
+def test_layouts_of_training(folder: Path) -> None:
+    for field in ({"use_distributed_optimizer": True}, {"sequence_parallel": True}):
+        with pytest.raises(ConfigError, match=f"{next(iter(field))}=True is for training"):
+            LanguageModel.from_pretrained(folder, device="cpu", parallel=ParallelConfig(**field))
 
 
 def test_a_model_without_a_tokenizer(tmp_path: Path) -> None:

@@ -151,6 +151,37 @@ class SamplingConfig(AnswerConfig):
         return super()._only_drawn() if self.num_beams == 1 else ("temperature",)
 
 
+class LayoutConfig(Config):
+    """How a model that answers is cut."""
+
+    tensor_model_parallel_size: int = Field(1, ge=1, description="Devices that share every layer (tp).")
+    pipeline_model_parallel_size: int = Field(
+        1, ge=1, description="Stages that the layers are cut into (pp); they need not be equally long."
+    )
+
+
+class StoredPrecisionConfig(PrecisionConfig):
+    """Number format of weights and arithmetic."""
+
+    dtype: Literal["float64", "float32", "bfloat16", "float16"] | None = Field(
+        None, description="Format of weights and arithmetic. [default: the one the weights are stored in]"
+    )
+
+
+def check_parallel(parallel: ParallelConfig) -> None:
+    """Refuse what a layout can only do in training.
+
+    Raises:
+        ConfigError: it names such a field.
+    """
+    plain = ParallelConfig(**{name: getattr(parallel, name) for name in LayoutConfig.model_fields})
+    for name in type(parallel).model_fields:
+        if getattr(parallel, name) != getattr(plain, name):
+            raise ConfigError(
+                f"{name}={getattr(parallel, name)} is for training; a model that answers has no use for it"
+            )
+
+
 def inference_layout(parallel: ParallelConfig, world_size: int) -> Layout:
     """Return the layout of a model that only answers; every process must hold a part of it.
 
@@ -193,9 +224,14 @@ class LoadedModelConfig(Config):
     model: ArchitectureFlags = ArchitectureFlags()
     tokenizer: TokenizerConfig = TokenizerConfig()
     sampling: AnswerConfig = AnswerConfig()
-    parallel: ParallelConfig = ParallelConfig()
-    precision: PrecisionConfig = PrecisionConfig()
+    layout: LayoutConfig = LayoutConfig()
+    precision: StoredPrecisionConfig = StoredPrecisionConfig()
     launch: LaunchConfig = LaunchConfig()
+
+    @property
+    def parallel(self) -> ParallelConfig:
+        """The layout as models are cut by it."""
+        return ParallelConfig(**self.layout.model_dump())
 
 
 class GenerateConfig(LoadedModelConfig):

@@ -25,7 +25,7 @@ from ascendspeed_data.errors import AscendSpeedError, ConfigError, did_you_mean
 from ascendspeed_data.tokenizer import Tokenizer, load_tokenizer
 from ascendspeed_infer.attached_adapter import attach_adapter
 from ascendspeed_infer.beams import BeamSettings
-from ascendspeed_infer.config import AdapterConfig, SamplingConfig, inference_layout
+from ascendspeed_infer.config import AdapterConfig, SamplingConfig, check_parallel, inference_layout
 from ascendspeed_infer.generation import (
     Generated,
     GenerationSettings,
@@ -118,6 +118,7 @@ class LanguageModel:
         """
         folder = find_tokenizer(source, Path(tokenizer) if tokenizer is not None else None)
         parallel = parallel or ParallelConfig()
+        check_parallel(parallel)
         world = world_of_environment()
         layout = parallel.layout(world.size) if data_parallel else inference_layout(parallel, world.size)
         parallel.check_model(source.config)
