@@ -113,6 +113,7 @@ def losses_without_a_stop(layout: Layout, dtype_name: str, steps: int) -> list[f
 
 
 SHARDED = Layout(tp=2, dp=2, sharded_optimizer=True)
+CUT = Layout(cp=2, dp=2, sharded_optimizer=True)
 
 
 @pytest.mark.parametrize(
@@ -126,6 +127,7 @@ SHARDED = Layout(tp=2, dp=2, sharded_optimizer=True)
         (Layout(tp=2, pp=2, sequence_parallel=True), "float32"),
         (SHARDED, "bfloat16"),
         (Layout(pp=2, dp=4, sharded_optimizer=True), "float32"),
+        (CUT, "bfloat16"),
     ],
     ids=str,
 )
@@ -161,7 +163,9 @@ def test_any_layout_reads_what_any_layout_wrote(
 
 
 @pytest.mark.parametrize("dtype_name", ["float64", "float32", "bfloat16"])
-@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2), Layout(dp=2), Layout(pp=2), SHARDED], ids=str)
+@pytest.mark.parametrize(
+    "layout", [Layout(), Layout(tp=2), Layout(dp=2), Layout(pp=2), SHARDED, CUT], ids=str
+)
 def test_a_resumed_run_goes_on_bit_for_bit(
     workers: WorkerPool, tmp_path: Path, layout: Layout, dtype_name: str
 ) -> None:

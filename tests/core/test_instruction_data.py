@@ -235,6 +235,8 @@ LAYOUTS = {
     "pp2": Layout(pp=2),
     "pp2 vpp1": Layout(pp=2, schedule="interleaved", layers_per_stage=1),
     "tp2 pp2": Layout(tp=2, pp=2),
+    "cp2 tp2 sp": Layout(cp=2, tp=2, sequence_parallel=True),
+    "cp2 pp2": Layout(cp=2, pp=2),
     "tp2 dp2 sharded": Layout(tp=2, dp=2, sharded_optimizer=True),
 }
 

@@ -89,7 +89,7 @@ def test_training_equals_one_process(
     name = f"{layout}{', tied' if tied else ''}, vocabulary {vocab_size}"
     report.add(TITLE, HEADER, name, dtype, *found)
     assert all(value <= limit for value, limit in zip(found, TOLERANCE[dtype], strict=True)), found
-    per_stage = layout.tp * layout.dp
+    per_stage = layout.tp * layout.replicas
     for number, other in enumerate(ranks):
         assert other.losses == ranks[0].losses
         first = ranks[number // per_stage * per_stage]

@@ -13,7 +13,8 @@ from support.models import save_hugging_face, tiny_config
 
 
 def test_layouts_are_read() -> None:
-    two, alone = parse_layouts("tp2dp3, 1")
+    two, alone, cut = parse_layouts("tp2dp3, 1,cp2+sharded")
+    assert (cut.sizes, cut.world_size) == ({"cp": 2}, 2)
     assert (two.sizes, two.flags, two.world_size) == ({"tp": 2, "dp": 3}, (), 6)
     assert (alone.sizes, alone.flags, alone.world_size) == ({}, (), 1)
     for wrong in (
@@ -52,14 +53,14 @@ def test_a_table_of_layouts(tmp_path: Path) -> None:
     data = write_dataset(tmp_path / "data", 128)
     flags: list[object] = [
         "asd-core", "parity", "--load", tmp_path / "model", "--data-path", data, "--seq-length", 16, "--train-iters", 3,
-        "--layouts", "tp2+sp+selective,pp2dp2+sharded+triangle", "--device", "cpu",
+        "--layouts", "tp2+sp+selective,pp2cp2+sharded+triangle", "--device", "cpu",
     ]  # fmt: skip
     done = run_command(*flags)
     assert done.status == 0, done.stderr
     head, first, second = done.stdout.splitlines()
     assert head.split() == ["layout", "loss", "gradient", "norm", "weights", "verdict"]
     assert first.startswith("tp2+sp+selective ")
-    assert second.startswith("pp2dp2+sharded+triangle ")
+    assert second.startswith("pp2cp2+sharded+triangle ")
     assert first.endswith("equal")
     assert second.endswith("equal")
     assert all(float(cell) < 1e-9 for row in (first, second) for cell in row.split()[-4:-1])

@@ -48,7 +48,7 @@ def micro_batches(
     sizes = [size] * (SAMPLES // (size * mesh.layout.dp)) if isinstance(size, int) else size
     starts = [sum(sizes[:number]) * mesh.layout.dp + mesh.dp_rank * own for number, own in enumerate(sizes)]
     rows = [slice(start, start + own) for start, own in zip(starts, sizes, strict=True)]
-    return [MicroBatch(ids[r, :-1], ids[r, 1:], mask[r]) for r in rows]
+    return [MicroBatch(ids[r, :-1], ids[r, 1:], mask[r]).part_of_sequence(mesh) for r in rows]
 
 
 Piece = tuple[Slice, torch.Tensor]
@@ -117,20 +117,20 @@ def train(
 
 
 def first_gradients(model: Any, batches: list[MicroBatch], mesh: ParallelMesh) -> dict[str, torch.Tensor]:
-    """This stage's gradients of the first step, whole and added up over data-parallel ranks, without an update."""
+    """This stage's gradients of the first step, whole and added up over dp and cp, without an update."""
     forward_backward(model, batches, mesh, count_tokens(batches, mesh))
     sums, slices = {}, parameter_slices(model, mesh)
     for name, parameter in model.named_parameters():
         place = slices[name]
         gradient = whole(parameter.grad, place, mesh.group("tp"), add_copies=place.has_partial_gradient)
-        sums[name] = mesh.sum_over("dp", gradient.double())
+        sums[name] = mesh.sum_over("replicas", gradient.double())
         parameter.grad = None
     return sums
 
 
 def join_stages(ranks: list[Trained], layout: Layout) -> Trained:
     """Put together what the devices of one pipeline reported; a tied weight's gradient has two parts."""
-    stages = [ranks[number * layout.tp * layout.dp] for number in range(layout.pp)]
+    stages = [ranks[number * layout.tp * layout.replicas] for number in range(layout.pp)]
     gradients: dict[str, torch.Tensor] = {}
     weights: dict[str, torch.Tensor] = {}
     for stage in stages:

@@ -188,6 +188,7 @@ def inference_layout(parallel: ParallelConfig, world_size: int) -> Layout:
     Raises:
         ConfigError: some processes would only repeat what others compute.
     """
+    refuse_context_parallel(parallel)
     layout = parallel.layout(world_size)
     if layout.dp > 1:
         raise ConfigError(
@@ -195,6 +196,15 @@ def inference_layout(parallel: ParallelConfig, world_size: int) -> Layout:
             f"times; give --tensor-model-parallel-size {world_size // layout.pp}, or start {layout.tp * layout.pp}"
         )
     return layout
+
+
+def refuse_context_parallel(parallel: ParallelConfig) -> None:
+    """Raise `ConfigError` when sequences are to be cut: new tokens come one at a time."""
+    if parallel.context_parallel_size > 1:
+        raise ConfigError(
+            f"context_parallel_size={parallel.context_parallel_size} cuts the sequences of training; to answer, cut "
+            "the layers: --tensor-model-parallel-size, --pipeline-model-parallel-size"
+        )
 
 
 class AdapterConfig(Config):

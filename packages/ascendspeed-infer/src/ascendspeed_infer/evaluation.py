@@ -96,9 +96,11 @@ class AscendSpeedBackend:
         """Check the options, and start the processes if there are to be several."""
         from ascendspeed_core.device import prepare_torch
         from ascendspeed_core.launch import is_worker, launch, planned_world_size
+        from ascendspeed_infer.config import refuse_context_parallel
 
         config = _config(options)
         world_size = planned_world_size(config.launch.nproc_per_node)
+        refuse_context_parallel(config.parallel)
         config.parallel.layout(world_size)
         prepare_torch(config.launch.device)
         from ascendspeed_infer.opening import check_source

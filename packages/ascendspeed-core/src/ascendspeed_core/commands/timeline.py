@@ -91,11 +91,11 @@ def measure(config: TimelineConfig) -> None:
             length, largest = config.drawing.seq_length, config.batch.micro_batch_size
             sizes, _ = chosen_sizes(model, mesh, length, size // layout.dp, largest)
         recorded = record_step(model, mesh, sizes, config.drawing.seq_length)
-        mine = (mesh.tp_rank, mesh.dp_rank, recorded.actions, recorded.reductions)
+        mine = (mesh.tp_rank, mesh.replica, recorded.actions, recorded.reductions)
         everything = gather_objects(mine, mesh)
         if world.rank:
             return
-        first = [(own, reductions) for tp, dp, own, reductions in everything if tp == 0 and dp == 0]
+        first = [(own, reductions) for tp, replica, own, reductions in everything if tp == replica == 0]
         measured = Timeline(tuple(tuple(own) for own, _ in first), tuple(tuple(own) for _, own in first))
         planned = ideal(measured)
         picture = config.drawing.picture

@@ -40,12 +40,20 @@ class ParallelConfig(Config):
     pipeline_model_parallel_size: int = Field(
         1, ge=1, description="Stages that the layers are cut into (pp); they need not be equally long."
     )
+    context_parallel_size: int = Field(
+        1,
+        ge=1,
+        description="Devices that share every sequence (cp): each has a part of its tokens, and in attention a part "
+        "of its heads.",
+    )
     sequence_parallel: bool = Field(
         False,
         description="Cut the sequence too, where layers are not cut: less memory for activations. Needs tp > 1.",
     )
     use_distributed_optimizer: bool = Field(
-        False, description="Cut optimizer state and master weights over the data-parallel devices (ZeRO-1)."
+        False,
+        description="Cut optimizer state and master weights over the devices that hold the same weights, dp x cp "
+        "(ZeRO-1).",
     )
     num_layers_per_virtual_pipeline_stage: int | None = Field(
         None,
@@ -97,15 +105,20 @@ class ParallelConfig(Config):
             ConfigError: tp times pp does not divide the number of devices, or a flag needs more of them.
         """
         tp, pp = self.tensor_model_parallel_size, self.pipeline_model_parallel_size
-        if pp == 1 and world_size % tp:
+        cp = self.context_parallel_size
+        if pp == cp == 1 and world_size % tp:
             raise ConfigError(
                 f"tensor_model_parallel_size={tp} does not divide the {world_size} processes; "
                 f"choose one of {', '.join(map(str, divisors(world_size)))} or start a multiple of {tp}"
             )
-        if world_size % (tp * pp):
+        if world_size % (tp * pp * cp):
+            sizes = {"tensor_model": tp, "context": cp, "pipeline_model": pp}
+            asked = " times ".join(
+                f"{name}_parallel_size={size}" for name, size in sizes.items() if name != "context" or cp > 1
+            )
             raise ConfigError(
-                f"tensor_model_parallel_size={tp} times pipeline_model_parallel_size={pp} is {tp * pp}, which does not "
-                f"divide the {world_size} processes; start a multiple of {tp * pp}"
+                f"{asked} is {tp * pp * cp}, which does not divide the {world_size} processes; start a multiple of "
+                f"{tp * pp * cp}"
             )
         if self.sequence_parallel and tp == 1:
             raise ConfigError(
@@ -115,7 +128,8 @@ class ParallelConfig(Config):
         return Layout(
             tp=tp,
             pp=pp,
-            dp=world_size // (tp * pp),
+            dp=world_size // (tp * pp * cp),
+            cp=cp,
             sequence_parallel=self.sequence_parallel,
             sharded_optimizer=self.use_distributed_optimizer,
             schedule=self._schedule(),
@@ -132,7 +146,8 @@ class ParallelConfig(Config):
     def check_model(self, model: ModelConfig) -> None:
         """Raise `ConfigError` when the model cannot be cut this way."""
         pp = self.pipeline_model_parallel_size
-        stages_of_devices(model.num_layers, self.layout(self.tensor_model_parallel_size * pp))
+        smallest = self.tensor_model_parallel_size * pp * self.context_parallel_size
+        stages_of_devices(model.num_layers, self.layout(smallest))
         tp, heads = self.tensor_model_parallel_size, model.num_key_value_heads
         for name in ("num_attention_heads", "ffn_hidden_size"):
             size = getattr(model, name)
@@ -145,10 +160,37 @@ class ParallelConfig(Config):
                 f"tensor_model_parallel_size={tp} neither divides num_key_value_heads={heads} nor is a multiple of it; "
                 f"{_fitting(model)}"
             )
+        self._check_heads_of_context(model)
+
+    def _check_heads_of_context(self, model: ModelConfig) -> None:
+        """Attention gives each device of cp some of the heads that tensor parallelism left to them all."""
+        tp, cp = self.tensor_model_parallel_size, self.context_parallel_size
+        queries, keys = model.num_attention_heads // tp, max(model.num_key_value_heads // tp, 1)
+        if queries % cp == 0 and (keys % cp == 0 or cp % keys == 0):
+            return
+        fitting = [n for n in divisors(queries) if keys % n == 0 or n % keys == 0]
+        each = f" / tensor_model_parallel_size={tp}" if tp > 1 else ""
+        raise ConfigError(
+            f"context_parallel_size={cp} does not fit num_attention_heads={model.num_attention_heads} and "
+            f"num_key_value_heads={model.num_key_value_heads}{each}: it shares out {queries} query heads, of which it "
+            f"must be a divisor, and {keys} key-value heads, of which it must be a divisor or a multiple; choose "
+            f"{', '.join(map(str, fitting))}"
+        )
 
     def check_sequence(self, seq_length: int) -> None:
         """Raise `ConfigError` when the sequence cannot be cut."""
-        tp = self.tensor_model_parallel_size
+        tp, cp = self.tensor_model_parallel_size, self.context_parallel_size
+        parts = cp * tp if self.sequence_parallel else cp
+        if cp > 1 and seq_length % parts:
+            also = (
+                f", each of them into tensor_model_parallel_size={tp} (sequence_parallel=true)"
+                if parts > cp
+                else ""
+            )
+            raise ConfigError(
+                f"context_parallel_size={cp} cuts seq_length={seq_length} into equal parts{also}, which it does not "
+                f"divide into; choose {seq_length // parts * parts or parts}"
+            )
         if self.sequence_parallel and seq_length % tp:
             raise ConfigError(
                 f"sequence_parallel=true cuts seq_length={seq_length} into tensor_model_parallel_size={tp} equal "
@@ -158,23 +200,26 @@ class ParallelConfig(Config):
 
 @dataclass(frozen=True)
 class Layout:
-    """Number of devices along each dimension; tp varies fastest with the rank, then dp, then pp, as in Megatron-LM.
+    """Number of devices along each dimension; tp varies fastest with the rank, then cp, dp, pp, as in Megatron-LM.
 
     Attributes:
         tp: devices that share every layer.
         pp: stages of layers.
         dp: shares of the batch.
+        cp: parts of every sequence.
         sequence_parallel: the tp devices cut the sequence between layers.
-        sharded_optimizer: the dp devices cut the optimizer's state.
+        sharded_optimizer: the devices that hold the same weights cut the optimizer's state.
         schedule: order of forwards and backwards of the pipeline.
         layers_per_stage: layers of each stage when devices hold several (virtual pipeline); `None` cuts as evenly as
             can be.
-        early_reduction: gradients of a stage are added up over dp while other stages of the device still compute.
+        early_reduction: gradients of a stage are added up over its replicas while other stages of the device still
+            compute.
     """
 
     tp: int = 1
     pp: int = 1
     dp: int = 1
+    cp: int = 1
     sequence_parallel: bool = False
     sharded_optimizer: bool = False
     schedule: PipelineSchedule = "1f1b"
@@ -184,7 +229,12 @@ class Layout:
     @property
     def world_size(self) -> int:
         """All devices."""
-        return self.tp * self.pp * self.dp
+        return self.tp * self.pp * self.replicas
+
+    @property
+    def replicas(self) -> int:
+        """Devices that hold the same weights and add up their gradients: dp x cp."""
+        return self.dp * self.cp
 
     def check_micro_batches(self, count: int) -> None:
         """Raise `ConfigError` when the schedule cannot run so many micro-batches per step and device."""
@@ -203,7 +253,7 @@ class Layout:
             )
 
     def __str__(self) -> str:
-        sizes = f"tp{self.tp} x pp{self.pp} x dp{self.dp}"
+        sizes = f"tp{self.tp} x pp{self.pp} x dp{self.dp}" + f" x cp{self.cp}" * (self.cp > 1)
         pipeline = "" if self.schedule == "1f1b" else f" + {self.schedule}"
         if self.layers_per_stage:
             pipeline += f" of {self.layers_per_stage} layer{'s' * (self.layers_per_stage > 1)}"

@@ -5,6 +5,7 @@ Shapes: B batch, S sequence, H hidden size, D head size, N query heads and K key
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,11 @@ from ascendspeed_core.models.projections import Projections
 
 AttentionFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 """An implementation of `causal_attention`."""
+
+AttentionWrapper = Callable[
+    [AttentionFunction, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor
+]
+"""Calls an implementation on other queries, keys and values than it is given."""
 
 
 class Attention(nn.Module):
@@ -36,6 +42,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.norm_epsilon) if config.qk_norm else None
         self.projections = Projections(self, ("q_proj", "k_proj", "v_proj"))
         self.attend: AttentionFunction = causal_attention
+        self.around: AttentionWrapper | None = None
 
     def forward(
         self, x: torch.Tensor, *, places: Places, cache: CachedPass | None = None, cache_layer: int = 0
@@ -57,7 +64,8 @@ class Attention(nn.Module):
             attended = cache.attend(cache_layer, q, k, v, self.attend, places.of_pieces, places.window)
         else:
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-            attended = self.attend(q, k, v, places.mask).transpose(1, 2)
+            attend = self.attend if self.around is None else partial(self.around, self.attend)
+            attended = attend(q, k, v, places.mask).transpose(1, 2)
         out: torch.Tensor = self.o_proj(attended.flatten(2))
         return out
 

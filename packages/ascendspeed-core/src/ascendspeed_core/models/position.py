@@ -36,7 +36,9 @@ class Positions:
     """Makes `Places`; not a module, so it never enters a checkpoint.
 
     Attributes:
-        heads: query heads of this device, all of them unless the model is cut over devices.
+        heads: query heads that attention has on this device, all of them unless the model is cut over devices.
+        sequence_parts: devices that each have a part of the sequence outside attention, one unless it is cut.
+        sequence_part: which of the parts this device has.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -44,6 +46,13 @@ class Positions:
         self._rotary = RotaryEmbedding(config) if config.position == "rotary" else None
         self._slopes = alibi_slopes(config.num_attention_heads) if config.position == "alibi" else None
         self.heads = range(config.num_attention_heads)
+        self.sequence_parts, self.sequence_part = 1, 0
+
+    def following(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return the places of tokens, [B, S, ...] -> [B, S], from 0 on; of this device's part where they are cut."""
+        batch, length = tokens.shape[:2]
+        start = self.sequence_part * length
+        return torch.arange(start, start + length, device=tokens.device).expand(batch, length)
 
     def at(
         self,
@@ -56,15 +65,14 @@ class Positions:
 
         Args:
             positions: place of each query in its text, [B, S]; rotary embedding turns by it.
-            num_keys: T; masks and ALiBi go by the order of keys.
+            num_keys: T; masks and ALiBi go by the order of keys, and are for whole sequences where these are cut.
             dtype: of the hidden states.
             segments: number of the text that each token belongs to, [B, S], when a row holds several; attention
                 stays inside a text.
         """
         slopes = self._slopes_here(dtype, positions.device)
-        mask = attention_mask(
-            positions.shape[1], num_keys, self._window, slopes, dtype, positions.device, segments
-        )
+        queries, keys = positions.shape[1] * self.sequence_parts, num_keys * self.sequence_parts
+        mask = attention_mask(queries, keys, self._window, slopes, dtype, positions.device, segments)
         return Places(self._rotary.at(positions, dtype) if self._rotary else None, mask)
 
     def in_pass(self, cached: CachedPass, dtype: torch.dtype) -> Places:

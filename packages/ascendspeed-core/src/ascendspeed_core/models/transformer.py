@@ -125,7 +125,7 @@ class Transformer(nn.Module):
         if cache is not None:
             places = self.positions.in_pass(cache, x.dtype)
         else:
-            positions = following_positions(tokens) if positions is None else positions
+            positions = self.positions.following(tokens) if positions is None else positions
             places = self.positions.at(positions, positions.shape[1], x.dtype, segments)
         for number in stage.layers:
             x = self.layers[str(number)](x, places, cache, self._cache_places[number])
@@ -142,12 +142,6 @@ class Transformer(nn.Module):
         after = [self.final_norm, self.output_head] if stage.is_last else []
         layers = [self.layers[str(number)] for number in stage.layers]
         return [module for module in (*before, *layers, *after) if module is not None]
-
-
-def following_positions(tokens: torch.Tensor) -> torch.Tensor:
-    """Return the places of tokens, [B, S, ...] -> [B, S], from 0 on."""
-    batch, length = tokens.shape[:2]
-    return torch.arange(length, device=tokens.device).expand(batch, length)
 
 
 def empty_transformer(config: ModelConfig, dtype: torch.dtype, stages: Sequence[Stage] = ()) -> Transformer:

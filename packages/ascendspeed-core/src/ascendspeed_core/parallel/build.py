@@ -6,6 +6,7 @@ from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.parallel import stages_of_devices
 from ascendspeed_core.models.projections import join_projections
 from ascendspeed_core.models.transformer import Transformer, empty_transformer
+from ascendspeed_core.parallel.context import apply_context_parallel
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.slices import Slice, tensor_slice
 from ascendspeed_core.parallel.tensor import apply_tensor_parallel
@@ -31,6 +32,9 @@ def build_model(
     group = mesh.group("tp")
     if group is not None:
         apply_tensor_parallel(model, group, mesh.layout)
+    context = mesh.group("cp")
+    if context is not None:
+        apply_context_parallel(model, context)
     model = model.to_empty(device=mesh.device.torch)
     model.tie_weights()
     if joined_projections:

@@ -104,6 +104,31 @@ def all_gather_rows(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     return _after(_start_exchange([mine] * size, list(rows), group), rows)
 
 
+def exchange_rows(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Send row i of `x`, [n, ...], to device i of `group`, and return what the devices sent here, in their order."""
+    rows = x.contiguous()
+    received = torch.empty_like(rows)
+    if dist.get_backend(group) != dist.Backend.GLOO:
+        dist.all_to_all_single(received, rows, group=group)
+        return received
+    rank = dist.get_rank(group)
+    received[rank] = rows[rank]
+    return _after(_start_exchange(list(rows), list(received), group), received)
+
+
+def swap_cut(x: torch.Tensor, cut: int, joined: int, group: dist.ProcessGroup) -> torch.Tensor:
+    """Cut a dimension that is whole over the devices of `group`, and join one that was cut.
+
+    Args:
+        x: this device's part; n divides dimension `cut`.
+        cut: dimension of which each device gets its share.
+        joined: dimension whose shares are put behind one another.
+        group: the devices.
+    """
+    swapped: torch.Tensor = _SwapCut.apply(x, cut, joined, group)
+    return swapped
+
+
 def _start_exchange(
     to: list[torch.Tensor], into: list[torch.Tensor], group: dist.ProcessGroup
 ) -> list[dist.Work | None]:
@@ -152,6 +177,22 @@ class _SumOverGroup(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
         return gradients[0], None
+
+
+class _SwapCut(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, cut: int, joined: int, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.cut, ctx.joined, ctx.group = cut, joined, group
+        return _swap_cut(x, cut, joined, group)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return _swap_cut(gradients[0], ctx.joined, ctx.cut, ctx.group), None, None, None
+
+
+def _swap_cut(x: torch.Tensor, cut: int, joined: int, group: dist.ProcessGroup) -> torch.Tensor:
+    rows = torch.stack(x.chunk(dist.get_world_size(group), dim=cut))
+    return torch.cat(list(exchange_rows(rows, group)), dim=joined)
 
 
 def _join_sequence(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

@@ -19,15 +19,17 @@ class ParallelMesh:
     Attributes:
         device: the device of this process.
         layout: sizes of the dimensions.
-        mesh: torch's mesh with dimensions `pp`, `dp` and `tp`, or `None` for a single process.
+        mesh: torch's mesh with dimensions `pp`, `dp`, `cp` and `tp`, or `None` for a single process.
         ends: the two processes with first and last stage of this pipeline; `None` in those between, and where one
             process has both.
+        replicas: the processes that hold the same weights; `None` when this one is alone with them.
     """
 
     device: Device
     layout: Layout
     mesh: DeviceMesh | None = None
     ends: dist.ProcessGroup | None = None
+    replicas: dist.ProcessGroup | None = None
     _neighbours: dict[int, dist.ProcessGroup] = field(default_factory=dict)
 
     @classmethod
@@ -35,9 +37,9 @@ class ParallelMesh:
         """Make the mesh; `torch.distributed` must be initialised unless the layout is one process."""
         if layout.world_size == 1:
             return cls(device, layout)
-        shape = (layout.pp, layout.dp, layout.tp)
-        mesh = init_device_mesh(device.kind, shape, mesh_dim_names=("pp", "dp", "tp"))
-        return cls(device, layout, mesh, _ends_of_pipelines(layout))
+        shape = (layout.pp, layout.dp, layout.cp, layout.tp)
+        mesh = init_device_mesh(device.kind, shape, mesh_dim_names=("pp", "dp", "cp", "tp"))
+        return cls(device, layout, mesh, _ends_of_pipelines(layout), _replicas(mesh, layout))
 
     @property
     def rank(self) -> int:
@@ -55,14 +57,26 @@ class ParallelMesh:
         return self.mesh.get_local_rank("dp") if self.mesh is not None else 0
 
     @property
+    def cp_rank(self) -> int:
+        """Which part of every sequence this process has."""
+        return self.mesh.get_local_rank("cp") if self.mesh is not None else 0
+
+    @property
+    def replica(self) -> int:
+        """Which of the processes with the same weights this is."""
+        return self.dp_rank * self.layout.cp + self.cp_rank
+
+    @property
     def tp_rank(self) -> int:
         """Which part of each layer this process holds."""
         return self.mesh.get_local_rank("tp") if self.mesh is not None else 0
 
     def group(self, dimension: str) -> dist.ProcessGroup | None:
-        """Return the processes along `pp`, `dp` or `tp`, or `None` when this process is alone there."""
+        """Return the processes along `pp`, `dp`, `cp`, `tp` or `replicas`; `None` when this one is alone there."""
         if self.mesh is None or getattr(self.layout, dimension) == 1:
             return None
+        if dimension == "replicas":
+            return self.replicas
         return self.mesh.get_group(dimension)
 
     def neighbours(self, count: int) -> dist.ProcessGroup:
@@ -107,11 +121,20 @@ def gather_objects(value: Any, mesh: ParallelMesh, group: dist.ProcessGroup | No
     return values
 
 
+def _replicas(mesh: DeviceMesh, layout: Layout) -> dist.ProcessGroup | None:
+    """Return the group over dp and cp, in order of `ParallelMesh.replica`; all processes ask together."""
+    if layout.replicas == 1:
+        return None
+    if layout.cp == 1 or layout.dp == 1:
+        return mesh.get_group("dp" if layout.cp == 1 else "cp")
+    return mesh["dp", "cp"]._flatten("replicas").get_group()
+
+
 def _ends_of_pipelines(layout: Layout) -> dist.ProcessGroup | None:
     """Make the group of first and last stage of every pipeline, on all processes alike; return this process's."""
     if layout.pp == 1 or layout.schedule in V_SCHEDULES:
         return None
-    per_stage = layout.tp * layout.dp
+    per_stage = layout.tp * layout.replicas
     mine = None
     for place in range(per_stage):
         ranks = [place, place + (layout.pp - 1) * per_stage]

@@ -5,8 +5,8 @@ stage does one forward and one backward in turn, so that a stage keeps the activ
 Each micro-batch enters as its number; the first stage looks its tokens up, every stage its positions, the loss its
 labels, so nothing but hidden states travels, and micro-batches may differ in size.
 
-Shapes: B micro-batch size, S sequence length, H hidden size, V vocabulary. Hidden states are [B, S, H], with sequence
-parallelism [B, S/tp, H].
+Shapes: B micro-batch size, S sequence length (S/cp under context parallelism), H hidden size, V vocabulary. Hidden
+states are [B, S, H], with sequence parallelism [B, S/tp, H].
 """
 
 from collections.abc import Callable, Sequence
@@ -29,7 +29,7 @@ from torch.distributed.pipelining import (
 
 from ascendspeed_core.config.parallel import Stage, stages_of_devices
 from ascendspeed_core.models.cache import CachedPass
-from ascendspeed_core.models.transformer import ModelInput, Transformer, following_positions
+from ascendspeed_core.models.transformer import ModelInput, Transformer
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.slices import rounded_share
 from ascendspeed_core.parallel.timeline import Kind, Recorder
@@ -100,12 +100,13 @@ class _StageModule(nn.Module):
         # The parameters of this stage alone: schedules that compute weight gradients apart ask for them.
         self.parts = nn.ModuleList(model.modules_of(stage))
         self._run, self._stage, self._inputs = model.forward, stage, inputs
+        self._following = model.positions.following
         self.number = 0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[1] -> hidden states or logits in the first stage; hidden states -> the same or logits in the others."""
         given = self._inputs[self.number]
-        positions = given.positions if given.positions is not None else following_positions(given.tokens)
+        positions = given.positions if given.positions is not None else self._following(given.tokens)
         entering = given.tokens if self._stage.is_first else x
         out: torch.Tensor = self._run(entering, positions, stage=self._stage, segments=given.segments)
         return out
@@ -243,7 +244,7 @@ def forward_through_stages(
     dtype = next(model.parameters()).dtype
     holder = _holders(model, mesh)
     if positions is None:
-        positions = following_positions(tokens)
+        positions = model.positions.following(tokens)
     out = tokens
     for stage in model.stages:
         if not stage.is_first and holder[stage.index - 1] != mesh.pp_rank:

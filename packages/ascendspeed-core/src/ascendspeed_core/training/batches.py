@@ -183,7 +183,7 @@ class TrainingData:
                 )
             )
             refuse_unknown_ids(batch, self._vocab_size)
-            yield batch.to(self._mesh.device.torch)
+            yield batch.part_of_sequence(self._mesh).to(self._mesh.device.torch)
 
 
 def numbers_of_rank(consumed: int, sizes: Sequence[int], mesh: ParallelMesh) -> list[range]:

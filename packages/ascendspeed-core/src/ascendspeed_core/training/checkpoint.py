@@ -243,16 +243,18 @@ def _tensors_to_write(
     model: Transformer, optimizer: MasterOptimizer, mesh: ParallelMesh
 ) -> list[tuple[str, Slice | None, torch.Tensor]]:
     """Return name, part and value of what this process writes."""
-    dp, slices = mesh.layout.dp, parameter_slices(model, mesh)
-    is_sharded = mesh.layout.sharded_optimizer and dp > 1
+    copies, slices = mesh.layout.replicas, parameter_slices(model, mesh)
+    is_sharded = mesh.layout.sharded_optimizer and copies > 1
     borrowed = tuple(f"/{name}" for name in model.borrowed)
     # Name, part, value, how many devices hold that part, and which of them this one is.
     held: list[tuple[str, Slice, torch.Tensor, int, int]] = []
     for name, parameter in model.named_parameters():
         part = slices[name]
-        held.append((f"model/{name}", part, parameter, part.copies * dp, part.copy * dp + mesh.dp_rank))
+        held.append(
+            (f"model/{name}", part, parameter, part.copies * copies, part.copy * copies + mesh.replica)
+        )
     for name, (part, value) in optimizer.state().items():
-        replicas, replica = (1, 0) if is_sharded else (dp, mesh.dp_rank)
+        replicas, replica = (1, 0) if is_sharded else (copies, mesh.replica)
         held.append(
             (f"optimizer/{name}", part, value, part.copies * replicas, part.copy * replicas + replica)
         )
@@ -325,7 +327,9 @@ def load_random_state(source: NativeSource, mesh: ParallelMesh) -> None:
     """Take over this rank's random state; under another layout or kind of device ranks are left as seeded."""
     stored = source.stored.names()
     before, now = source.description["layout"], asdict(mesh.layout)
-    if any(before[size] != now[size] for size in ("tp", "pp", "dp")) or f"rng/{mesh.rank}" not in stored:
+    # Checkpoints of versions before context parallelism name no cp.
+    changed = any(before.get(size, 1) != now[size] for size in ("tp", "pp", "dp", "cp"))
+    if changed or f"rng/{mesh.rank}" not in stored:
         if mesh.rank == 0:
             log("random state: the layout changed, each rank keeps the one seeded for it")
         return

@@ -284,7 +284,7 @@ class InstructionData:
         for numbers in numbers_of_rank(consumed, sizes, self._mesh):
             batch = collate([order[number] for number in numbers], length)
             refuse_unknown_ids(batch, self._vocab_size)
-            yield batch.to(self._mesh.device.torch)
+            yield batch.part_of_sequence(self._mesh).to(self._mesh.device.torch)
 
     def _length(self, order: RowOrder, numbers: range) -> int:
         """Return the length that the rows of a step are padded to, the same on all devices."""
@@ -292,7 +292,8 @@ class InstructionData:
         if not self._config.variable_seq_lengths:
             return longest
         layout = self._mesh.layout
-        multiple = lcm(self._config.pad_to_multiple_of, layout.tp if layout.sequence_parallel else 1)
+        parts = layout.cp * (layout.tp if layout.sequence_parallel else 1)
+        multiple = lcm(self._config.pad_to_multiple_of, parts)
         needed = max(order.length(number) for number in numbers)
         return min(-(-needed // multiple) * multiple, longest)
 

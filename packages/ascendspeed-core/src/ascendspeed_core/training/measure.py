@@ -36,13 +36,14 @@ def record_step(
     """
     vocab_size, group = model.config.vocab_size, mesh.group("tp")
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(vocab_size, (sum(sizes), seq_length), generator=generator).to(mesh.device.torch)
+    shape = (sum(sizes), seq_length // mesh.layout.cp)
+    ids = torch.randint(vocab_size, shape, generator=generator).to(mesh.device.torch)
     inputs = [ModelInput(tokens) for tokens in ids.split(list(sizes))]
 
     def loss_of(number: int, logits: torch.Tensor) -> torch.Tensor:
         return cross_entropy(logits, inputs[number].tokens, vocab_size, group).sum() / ids.numel()
 
-    optimizer = MasterOptimizer(model, OptimizerConfig(), mesh) if mesh.layout.dp > 1 else None
+    optimizer = MasterOptimizer(model, OptimizerConfig(), mesh) if mesh.layout.replicas > 1 else None
     for _ in range(steps):
         recorder = Recorder(mesh.device.synchronize)
         started: list[tuple[int | None, float]] = []

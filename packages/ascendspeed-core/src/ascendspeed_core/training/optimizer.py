@@ -4,9 +4,10 @@ The update is elementwise, so it runs on plain local tensors whatever the layout
 norm need the other processes. State is named by parameter and cut like it: a checkpoint of it is as independent of
 the layout as the weights.
 
-With a sharded optimizer (ZeRO-1: Rajbhandari et al., 2020, section 5.1) each data-parallel process updates some rows
-of every tensor: one reduce-scatter gives it the sum of their gradients, one all-gather gives all processes the new
-weights. That moves the bytes of the replicated optimizer's one all-reduce, and divides its state by dp.
+Processes that hold the same weights, dp x cp of them, add their gradients up. With a sharded optimizer (ZeRO-1:
+Rajbhandari et al., 2020, section 5.1) each of them updates some rows of every tensor: one reduce-scatter gives it the
+sum of their gradients, one all-gather gives all of them the new weights. That moves the bytes of the replicated
+optimizer's one all-reduce, and divides its state by dp x cp.
 """
 
 from collections.abc import Mapping
@@ -77,7 +78,7 @@ class MasterOptimizer:
         self._started: list[tuple[list[_Slot], Finish]] = []
         self._is_tied = model.config.tie_word_embeddings
         self._clip_grad = config.clip_grad
-        self._is_sharded = mesh.layout.sharded_optimizer and mesh.layout.dp > 1
+        self._is_sharded = mesh.layout.sharded_optimizer and mesh.layout.replicas > 1
         slices = parameter_slices(model, mesh)
         self._slots = [self._slot(name, p, slices[name]) for name, p in model.named_parameters()]
         for slot in self._slots:
@@ -93,7 +94,7 @@ class MasterOptimizer:
     def _slot(self, name: str, parameter: nn.Parameter, part: Slice) -> _Slot:
         rows = slice(0, parameter.shape[0])
         if self._is_sharded:
-            rows = rounded_share(parameter.shape[0], self._mesh.layout.dp, self._mesh.dp_rank)
+            rows = rounded_share(parameter.shape[0], self._mesh.layout.replicas, self._mesh.replica)
         mine = parameter.detach()[rows]
         narrow = mine.dtype in (torch.float16, torch.bfloat16)
         return _Slot(name, parameter, rows, part.rows(rows), mine.float() if narrow else mine)
@@ -144,14 +145,14 @@ class MasterOptimizer:
         for slot in self._slots:
             if slot.has_copy:
                 slot.parameter[slot.rows].copy_(slot.master)
-        group = self._mesh.group("dp")
+        group = self._mesh.group("replicas")
         if group is None or not self._is_sharded:
             return
-        shares = [self._rows_of(rank, self._slots) for rank in range(self._mesh.layout.dp)]
+        shares = [self._rows_of(rank, self._slots) for rank in range(self._mesh.layout.replicas)]
         parameters = [slot.parameter.detach() for slot in self._slots]
-        mine = _join(parameters, shares[self._mesh.dp_rank], _longest(parameters, shares))
+        mine = _join(parameters, shares[self._mesh.replica], _longest(parameters, shares))
         for rank, row in enumerate(all_gather_rows(mine, group)):
-            if rank != self._mesh.dp_rank:
+            if rank != self._mesh.replica:
                 _split(row, parameters, shares[rank])
 
     def start_reduction(self, stage: Stage) -> None:
@@ -168,15 +169,15 @@ class MasterOptimizer:
             for p in module.parameters()
         }
         mine = [slot for slot in self._slots if id(slot.parameter) in names - others]
-        if self._mesh.group("dp") is not None:
+        if self._mesh.group("replicas") is not None:
             self._started.append((mine, self._start_sum(mine)))
 
     def finish_reductions(self) -> list[torch.Tensor]:
-        """Return by slot the sum of the gradients over data-parallel ranks, of the rows that this process updates.
+        """Return by slot the sum of the gradients over all replicas, of the rows that this process updates.
 
         Each rank's loss is already divided by the tokens of all ranks.
         """
-        if self._mesh.group("dp") is None:
+        if self._mesh.group("replicas") is None:
             return [_take_gradient(slot) for slot in self._slots]
         started, self._started = self._started, []
         early = {slot.name for slots, _ in started for slot in slots}
@@ -192,20 +193,20 @@ class MasterOptimizer:
 
     def _start_sum(self, slots: list[_Slot]) -> Finish:
         """Start one reduction of the gradients of some parameters."""
-        group = self._mesh.group("dp")
+        group = self._mesh.group("replicas")
         assert group is not None
         gradients = [_take_gradient(slot) for slot in slots]
         if not self._is_sharded:
             return start_all_reduce_sum(torch.cat([gradient.flatten() for gradient in gradients]), group)
-        shares = [self._rows_of(rank, slots) for rank in range(self._mesh.layout.dp)]
+        shares = [self._rows_of(rank, slots) for rank in range(self._mesh.layout.replicas)]
         length = _longest(gradients, shares)
         return start_reduce_scatter_sum(
             torch.stack([_join(gradients, rows, length) for rows in shares]), group
         )
 
-    def _rows_of(self, dp_rank: int, slots: list[_Slot]) -> list[slice]:
-        """Return the rows of each parameter that a data-parallel process updates."""
-        return [rounded_share(slot.parameter.shape[0], self._mesh.layout.dp, dp_rank) for slot in slots]
+    def _rows_of(self, replica: int, slots: list[_Slot]) -> list[slice]:
+        """Return the rows of each parameter that one of the processes with the same weights updates."""
+        return [rounded_share(slot.parameter.shape[0], self._mesh.layout.replicas, replica) for slot in slots]
 
     def _sum_tied(self, gradients: list[torch.Tensor]) -> None:
         """Add up what first and last stage found for the weight that embedding and head share."""
@@ -228,7 +229,7 @@ class MasterOptimizer:
 
     def _over_model(self, value: torch.Tensor) -> torch.Tensor:
         """Add a number up over all processes that hold different parts of the gradient."""
-        for dimension in ("tp", "pp", "dp") if self._is_sharded else ("tp", "pp"):
+        for dimension in ("tp", "pp", "replicas") if self._is_sharded else ("tp", "pp"):
             self._mesh.sum_over(dimension, value)
         return value
 

@@ -81,7 +81,7 @@ class ParityRow:
 
 
 def parse_layouts(text: str) -> list[Candidate]:
-    """Read `tp2,pp2,tp2pp2dp2+sp`: sizes, and behind each plus one of `OPTIONS`; `1` is one process with options.
+    """Read `tp2,pp2,cp2,tp2pp2dp2+sp`: sizes, and behind each plus one of `OPTIONS`; `1` is one process with options.
 
     Raises:
         ConfigError: a part that is no layout.
@@ -89,13 +89,13 @@ def parse_layouts(text: str) -> list[Candidate]:
     candidates = []
     for part in text.split(","):
         sizes, *options = part.strip().split("+")
-        found = re.findall(r"(tp|pp|dp)([1-9]\d*)", sizes)
+        found = re.findall(r"(tp|cp|pp|dp)([1-9]\d*)", sizes)
         is_read = "".join(name + size for name, size in found) == ("" if sizes == "1" else sizes)
         chosen = [_flags(option) for option in options]
         if not is_read or not sizes or len({name for name, _ in found}) < len(found) or None in chosen:
             raise ConfigError(
-                f"layouts={text!r}: {part!r} is no layout; write for example tp2,pp2,tp2pp2dp2,tp2+sp,1+full; behind a "
-                f"plus stand {', '.join(OPTIONS)}"
+                f"layouts={text!r}: {part!r} is no layout; write for example tp2,pp2,cp2,tp2pp2dp2,tp2+sp,1+full; "
+                f"behind a plus stand {', '.join(OPTIONS)}"
             )
         flags = tuple(flag for option in chosen for flag in option or ())
         candidates.append(Candidate(part.strip(), {name: int(size) for name, size in found}, flags))
@@ -141,8 +141,8 @@ def _train(candidate: Candidate, arguments: Sequence[str], run: Path, device: st
     sizes = candidate.sizes
     flags = [
         "--tensor-model-parallel-size", sizes.get("tp", 1), "--pipeline-model-parallel-size", sizes.get("pp", 1),
-        "--nproc-per-node", candidate.world_size, "--device", device, "--save", run,
-        "--data-cache-path", run.parent / "cache", *candidate.flags,
+        "--context-parallel-size", sizes.get("cp", 1), "--nproc-per-node", candidate.world_size, "--device", device,
+        "--save", run, "--data-cache-path", run.parent / "cache", *candidate.flags,
     ]  # fmt: skip
     command = [sys.executable, "-m", "ascendspeed_core.cli", "pretrain", *arguments, *map(str, flags)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -1,16 +1,18 @@
 """One training step.
 
-Shapes: B micro-batch size, S sequence length, V/tp this device's part of the vocabulary.
+Shapes: B micro-batch size, S sequence length (S/cp under context parallelism), V/tp this device's part of the
+vocabulary.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import nan
 
 import torch
 
 from ascendspeed_core.config.parallel import Stage
 from ascendspeed_core.models.transformer import ModelInput, Transformer
+from ascendspeed_core.parallel.context import part_of_sequence
 from ascendspeed_core.parallel.cross_entropy import cross_entropy
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.pipeline import forward_through_stages, run_pipeline
@@ -20,14 +22,15 @@ from ascendspeed_core.training.optimizer import MasterOptimizer
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Samples of one forward pass.
+    """Samples of one forward pass; under context parallelism this process's part of them, S/cp for S.
 
     Attributes:
         tokens: ids, [B, S].
         labels: the id to predict at each place, [B, S].
         loss_mask: 1 where the loss counts, [B, S].
         positions: place of each token in its text, [B, S]; `None` counts from 0.
-        segments: number of the text that each token belongs to, [B, S], where rows hold several; see `ModelInput`.
+        segments: number of the text that each token belongs to, [B, S], where rows hold several; see `ModelInput`. Of
+            whole sequences under context parallelism too.
     """
 
     tokens: torch.Tensor
@@ -45,6 +48,15 @@ class MicroBatch:
         """Move to a device."""
         present = {name: part for name, part in vars(self).items() if part is not None}
         return MicroBatch(**{name: part.to(device) for name, part in present.items()})
+
+    def part_of_sequence(self, mesh: ParallelMesh) -> "MicroBatch":
+        """Return what a process under context parallelism works on: [B, S] -> [B, S/cp].
+
+        Segments stay whole, as attention sees whole sequences.
+        """
+        cut = {name: part for name, part in vars(self).items() if part is not None and name != "segments"}
+        parts = {name: part_of_sequence(x, mesh.layout.cp, mesh.cp_rank) for name, x in cut.items()}
+        return replace(self, **parts)
 
 
 @dataclass(frozen=True)
@@ -80,7 +92,7 @@ def train_step(
     mesh: ParallelMesh,
     loss_scale: LossScale | None = None,
 ) -> StepResult:
-    """Accumulate the gradient of all micro-batches of all data-parallel ranks, then update once.
+    """Accumulate the gradient of all micro-batches of all data-parallel ranks and parts of sequences, then update once.
 
     Every token of the global batch weighs the same, however the tokens fall into micro-batches and ranks: each
     loss is the sum over its tokens divided by the number of tokens of all. When none counts, nothing is computed: an
@@ -91,7 +103,9 @@ def train_step(
         return StepResult(loss=nan, grad_norm=None, tokens=0)
     scale = loss_scale.scale if loss_scale else None
     early = optimizer.start_reduction if mesh.layout.early_reduction else None
-    loss = mesh.sum_over("dp", forward_backward(model, micro_batches, mesh, tokens, scale or 1.0, early))
+    loss = mesh.sum_over(
+        "replicas", forward_backward(model, micro_batches, mesh, tokens, scale or 1.0, early)
+    )
     result = StepResult(loss=float(loss), grad_norm=optimizer.step(scale), tokens=tokens)
     if loss_scale:
         loss_scale.update(overflow=result.is_skipped)
@@ -110,7 +124,7 @@ def forward_backward(
 
     Args:
         model: this process's part.
-        micro_batches: of this data-parallel rank.
+        micro_batches: of this process.
         mesh: its place.
         tokens: tokens that count in the global batch, at least one; the loss is a mean over them.
         scale: factor of the gradients, see `LossScale`; the loss that is returned is without it.
@@ -150,7 +164,7 @@ def evaluate(model: Transformer, micro_batches: Sequence[MicroBatch], mesh: Para
             segments=micro_batch.segments,
         )
         total += masked_sum(model, logits, micro_batch, mesh)
-    return float(mesh.sum_over("dp", total)) / tokens
+    return float(mesh.sum_over("replicas", total)) / tokens
 
 
 def loss_sum(model: Transformer, micro_batch: MicroBatch, mesh: ParallelMesh) -> torch.Tensor:
@@ -170,4 +184,4 @@ def masked_sum(
 def count_tokens(micro_batches: Sequence[MicroBatch], mesh: ParallelMesh) -> int:
     """Return how many tokens count in the global batch."""
     count = sum(int(micro_batch.loss_mask.sum()) for micro_batch in micro_batches)
-    return int(mesh.sum_over("dp", torch.tensor(count, device=mesh.device.torch)))
+    return int(mesh.sum_over("replicas", torch.tensor(count, device=mesh.device.torch)))

@@ -194,7 +194,7 @@ class Trainer:
         rate, samples = self.optimizer.learning_rate, schedule.step_samples
         sizes = self.sizes or (batch.micro_batch_size,) * schedule.num_micro_batches
         micro_batches = self.data.micro_batches(schedule.consumed_samples, sizes)
-        tokens = self.mesh.layout.dp * sum(batch.tokens.numel() for batch in micro_batches)
+        tokens = self.mesh.layout.replicas * sum(batch.tokens.numel() for batch in micro_batches)
         scale = self.loss_scale.scale if self.loss_scale else None
         result = train_step(self.model, self.optimizer, micro_batches, self.mesh, self.loss_scale)
         self.mesh.device.synchronize()

@@ -1,0 +1,85 @@
+"""Context parallelism: every sequence cut over devices, for texts too long for one.
+
+Everything but attention works on each token alone, so a device computes its S/cp tokens of every sequence. Attention
+needs all tokens but only one head at a time: an all-to-all gives each device the whole sequence of N/cp heads, and a
+second one gives the results back (Jacobs et al., 2023, DeepSpeed Ulysses, section 3.1). Together they move 4/cp times
+the bytes of the hidden states, less the more devices there are, and any implementation of attention, mask, rotary
+embedding or ALiBi stays as it is. Weights are the same on all devices of cp, which add up their gradients as
+data-parallel ones do.
+
+Shapes: B batch, S sequence, H hidden size, D head size, N query heads and K key-value heads that tensor parallelism
+left to this device, P = max(K, cp) key-value heads after copying.
+"""
+
+from functools import partial
+
+import torch
+import torch.distributed as dist
+
+from ascendspeed_core.models.attention import Attention, AttentionFunction
+from ascendspeed_core.models.transformer import Transformer
+from ascendspeed_core.parallel.collectives import swap_cut
+
+HEADS, SEQUENCE = 1, 2
+"""Dimensions of queries, keys, values and results."""
+
+
+def apply_context_parallel(model: Transformer, group: dist.ProcessGroup) -> None:
+    """Make `model` work on one part of every sequence, in place; after tensor parallelism is applied.
+
+    `model(tokens)` then takes this device's tokens, [B, S/cp], and gives their logits.
+
+    Args:
+        model: heads must fit, see `ParallelConfig.check_model`.
+        group: devices that share each sequence, in order of its parts.
+    """
+    size, rank = dist.get_world_size(group), dist.get_rank(group)
+    positions = model.positions
+    positions.sequence_parts, positions.sequence_part = size, rank
+    share = len(positions.heads) // size
+    first = positions.heads.start + rank * share
+    positions.heads = range(first, first + share)
+    for layer in model.layers.values():
+        attention = layer.get_submodule("attention")
+        assert isinstance(attention, Attention)
+        attention.around = partial(attend_with_some_heads, group=group)
+
+
+def attend_with_some_heads(
+    attend: AttentionFunction,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    group: dist.ProcessGroup,
+) -> torch.Tensor:
+    """Attend to whole sequences with this device's share of the heads.
+
+    Args:
+        attend: implementation of `causal_attention`.
+        q: [B, N, S/cp, D].
+        k: [B, K, S/cp, D]; K divides cp or is a multiple of it.
+        v: [B, K, S/cp, D].
+        mask: of `Places`, for whole sequences and this device's share of the heads.
+        group: the devices.
+
+    Returns:
+        [B, N, S/cp, D].
+    """
+    size = dist.get_world_size(group)
+    if k.shape[HEADS] < size:
+        # Each device needs the one head that its query heads look at; the gradients of the copies are added up.
+        copies = size // k.shape[HEADS]
+        k, v = k.repeat_interleave(copies, HEADS), v.repeat_interleave(copies, HEADS)
+    shares = [x.unflatten(HEADS, (size, -1)) for x in (q, k, v)]
+    heads = [share.shape[2] for share in shares]
+    # One message to each device: [B, cp, (N + 2P)/cp, S/cp, D] -> [B, (N + 2P)/cp, S, D].
+    together = swap_cut(torch.cat(shares, 2).flatten(1, 2), HEADS, SEQUENCE, group)
+    q, k, v = together.split(heads, HEADS)
+    attended = attend(q, k, v, mask)
+    return swap_cut(attended, SEQUENCE, HEADS, group)
+
+
+def part_of_sequence(x: torch.Tensor, parts: int, part: int) -> torch.Tensor:
+    """Return one part of what belongs to the tokens of samples: [B, S] -> [B, S/cp]."""
+    return x.chunk(parts, dim=1)[part] if parts > 1 else x
