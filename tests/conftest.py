@@ -47,6 +47,14 @@ def dataset(corpus: Path, tokenizer_folder: Path) -> Path:
     return job.prefix_of("text")
 
 
+@pytest.fixture(scope="session")
+def sets(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> tuple[Path, Path]:
+    """The same samples with labels, one by one and packed; the prefixes of both."""
+    from support.instruction import make_instruction_sets
+
+    return make_instruction_sets(tmp_path_factory.mktemp("instruction"), tokenizer_folder)
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Hand the tables of a process of pytest-xdist to the one that prints."""
     output = getattr(session.config, "workeroutput", None)

@@ -6,17 +6,19 @@ from typing import Any
 import torch
 
 from ascendspeed_core.config.finetune import FinetuneDataConfig
+from ascendspeed_core.config.lora import LoraConfig
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.parallel import Layout
-from ascendspeed_core.config.training import ComputeConfig, OptimizerConfig
+from ascendspeed_core.config.training import OptimizerConfig, RecomputeConfig
 from ascendspeed_core.device import Device
-from ascendspeed_core.kernels.dispatch import apply_kernels
 from ascendspeed_core.parallel.build import load_model, parameter_slices
 from ascendspeed_core.parallel.mesh import ParallelMesh
+from ascendspeed_core.parallel.recompute import apply_recompute
 from ascendspeed_core.training.instruction import InstructionData
 from ascendspeed_core.training.optimizer import MasterOptimizer
 from ascendspeed_core.training.step import evaluate, train_step
-from ascendspeed_core.weights import InitialWeights
+from ascendspeed_core.weights import Index, InitialWeights, WeightSource
+from ascendspeed_core.weights.lora import AdaptedWeights, drawn_adapters, plan_adapters
 from core.training_cases import Trained, first_gradients, whole
 
 BATCH = 8
@@ -37,12 +39,20 @@ def tune(
     dtype_name: str = "float64",
     steps: int = 4,
     micro_batch_size: int = 2,
-    attention: str = "sdpa",
+    lora: LoraConfig | None = None,
+    joined: bool = False,
+    recompute: RecomputeConfig | None = None,
 ) -> Trained:
-    """Train all weights; return losses with the held-out loss behind them, norms, first gradients and weights."""
+    """Train all weights, or adapters that already do something.
+
+    Returns losses with the held-out loss behind them, norms, first gradients and weights, of what is trained.
+    """
     mesh = ParallelMesh.create(Device("cpu"), layout)
-    model = load_model(InitialWeights(config, seed=5), mesh, getattr(torch, dtype_name))
-    apply_kernels(model, ComputeConfig(attention=attention))
+    source: Any = InitialWeights(config, seed=5)
+    if lora is not None:
+        source = used_adapters(source, lora)
+    model = load_model(source, mesh, getattr(torch, dtype_name), joined)
+    apply_recompute(model, recompute or RecomputeConfig(), mesh.pp_rank)
     samples = InstructionData(data, 7, (steps * BATCH, BATCH, 0), config.vocab_size, mesh)
     sizes = (micro_batch_size,) * (BATCH // micro_batch_size // layout.dp)
     gradients = first_gradients(model, samples.micro_batches(0, sizes), mesh)
@@ -54,5 +64,23 @@ def tune(
         norms.append(result.grad_norm or 0.0)
     losses.append(evaluate(model, samples.validation_batches(0, sizes), mesh))
     slices = parameter_slices(model, mesh)
-    weights = {name: whole(p, slices[name], mesh.group("tp")) for name, p in model.named_parameters()}
+    weights = {
+        name: whole(p, slices[name], mesh.group("tp"))
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
     return Trained(losses, norms, gradients, weights)
+
+
+def used_adapters(base: WeightSource, lora: LoraConfig, seed: int = 3) -> AdaptedWeights:
+    """Adapters as they are in the middle of a run: with B at zero, A would have no gradient to compare."""
+    drawn = drawn_adapters(base, plan_adapters(lora, base.config, "the model"), seed)
+
+    def read(name: str, index: Index) -> torch.Tensor:
+        if name.endswith("lora_A.weight"):
+            return drawn.read(name, index)
+        generator = torch.Generator().manual_seed(sum(map(ord, name)))
+        return torch.empty(infos[name].shape).normal_(0.0, 0.1, generator=generator)[index]
+
+    infos = {name: info for name, info in drawn.tensors().items() if ".lora_" in name}
+    return AdaptedWeights(base, drawn.adapters, drawn.config, infos, read)

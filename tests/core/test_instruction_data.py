@@ -27,7 +27,7 @@ from ascendspeed_data.indexed import IndexedDatasetWriter
 from core.finetune_cases import BATCH, data_config, tune
 from core.training_cases import Trained, join_stages
 from support.commands import call, run_command
-from support.instruction import LENGTH, make_instruction_sets
+from support.instruction import LENGTH
 from support.models import save_hugging_face, tiny_config
 from support.processes import WorkerPool
 from support.tables import ReportTables
@@ -39,12 +39,6 @@ MODELS = {
     "ALiBi": {"position": "alibi"},
     "sliding window": {"sliding_window": 5},
 }
-
-
-@pytest.fixture(scope="module")
-def sets(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> tuple[Path, Path]:
-    """Prefixes of plain samples and of packs of the same."""
-    return make_instruction_sets(tmp_path_factory.mktemp("instruction"), tokenizer_folder)
 
 
 def config(**changes: Any) -> Any:

@@ -121,6 +121,9 @@ def first_gradients(model: Any, batches: list[MicroBatch], mesh: ParallelMesh) -
     forward_backward(model, batches, mesh, count_tokens(batches, mesh))
     sums, slices = {}, parameter_slices(model, mesh)
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            assert parameter.grad is None
+            continue
         place = slices[name]
         gradient = whole(parameter.grad, place, mesh.group("tp"), add_copies=place.has_partial_gradient)
         sums[name] = mesh.sum_over("replicas", gradient.double())

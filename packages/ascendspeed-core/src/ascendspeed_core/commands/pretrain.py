@@ -13,7 +13,9 @@ from ascendspeed_data.command_line import log
 from ascendspeed_data.command_line.options import options_from
 
 if TYPE_CHECKING:
+    from ascendspeed_core.config.model import ModelConfig
     from ascendspeed_core.training.plan import RunPlan
+    from ascendspeed_core.weights.lora import AdaptedWeights
 
 
 @options_from(PretrainConfig)
@@ -91,6 +93,8 @@ def keep_tokenizer(plan: "RunPlan", save: Path) -> None:
 
 def describe(plan: "RunPlan") -> None:
     """Say what a run will do."""
+    from ascendspeed_core.weights.lora import AdaptedWeights
+
     model, batch = plan.model, plan.config.batch
     log(
         f"model: {model.family}, {model.num_parameters:,} parameters, {model.num_layers} layers, "
@@ -100,11 +104,28 @@ def describe(plan: "RunPlan") -> None:
         f"layout: {plan.layout}, {plan.config.precision.dtype_name}; batch: {batch.check_layout(plan.layout.dp)} "
         f"samples of {plan.config.data.seq_length} tokens; iterations {plan.start.iteration} to {batch.train_iters}"
     )
+    if isinstance(plan.source, AdaptedWeights):
+        log(trained_share(plan.source, model))
     if plan.config.compute.mlp_layer_fusion:
         joined = ["queries, keys and values"] + ["gate and up"] * (model.mlp == "swiglu")
         log(f"one matrix product each for {'; '.join(joined)} (--mlp-layer-fusion)")
     if plan.layout.pp > 1:
         log(f"stages: {stage_list(plan.layout, model.num_layers)}")
+
+
+def trained_share(source: "AdaptedWeights", model: "ModelConfig") -> str:
+    """Say how many of the parameters are trained."""
+    from math import prod
+
+    adapters = source.adapters
+    infos = source.tensors()
+    trained = sum(prod(info.shape) for name, info in infos.items() if adapters.is_trained(name))
+    ranks = sorted({low_rank.rank for low_rank in adapters.layers.values()})
+    whole = f", and {', '.join(sorted(adapters.trained))}" if adapters.trained else ""
+    return (
+        f"adapters: {len(adapters.layers)} layers of rank {', '.join(map(str, ranks))}{whole}; {trained:,} trained "
+        f"parameters beside {model.num_parameters:,} of the model ({100 * trained / model.num_parameters:.2f} %)"
+    )
 
 
 def stage_list(layout: Any, num_layers: int) -> str:

@@ -4,6 +4,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
+from ascendspeed_core.config.lora import LoraConfig
 from ascendspeed_core.config.training import DataConfig, PretrainConfig
 
 
@@ -44,3 +45,4 @@ class FinetuneConfig(PretrainConfig):
     """Everything `asd-core finetune` takes; the sections of a TOML recipe."""
 
     data: FinetuneDataConfig
+    lora: LoraConfig = LoraConfig()

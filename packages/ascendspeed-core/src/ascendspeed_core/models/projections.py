@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ascendspeed_core.models.lora import LoraLinear
+
 
 class Projections:
     """The named linear layers of a module; not a module, so that it adds no name.
@@ -36,7 +38,11 @@ class Projections:
         parameters: list[torch.Tensor] = [layer.weight for layer in layers]
         parameters += [layer.bias for layer in layers if self._bias is not None]
         joined: torch.Tensor = _JoinedLinear.apply(x, self._weight, self._bias, *parameters)
-        return list(joined.split([layer.weight.shape[0] for layer in layers], dim=-1))
+        parts = joined.split([layer.weight.shape[0] for layer in layers], dim=-1)
+        return [
+            part + layer.low_rank(x) if isinstance(layer, LoraLinear) else part
+            for layer, part in zip(layers, parts, strict=True)
+        ]
 
     def join(self) -> None:
         """Lay the layers' parameters into one piece each of weights and biases; their values stay.

@@ -14,6 +14,7 @@ from ascendspeed_core.config.parallel import Stage
 from ascendspeed_core.models.attention import Attention
 from ascendspeed_core.models.cache import CachedPass
 from ascendspeed_core.models.head import make_head
+from ascendspeed_core.models.lora import AdapterPlan
 from ascendspeed_core.models.mlp import make_mlp
 from ascendspeed_core.models.norm import RMSNorm, make_norm
 from ascendspeed_core.models.position import Places, Positions
@@ -82,6 +83,8 @@ class Transformer(nn.Module):
             self.final_norm = make_norm(config)
             self.output_head = make_head(config)
         self.positions = Positions(config)
+        self.adapters: AdapterPlan | None = None
+        """Which tensors are trained, when not all are; see `models.lora`."""
         self.tie_weights()
 
     def tie_weights(self) -> None:

@@ -2,7 +2,8 @@
 
 Column-parallel weights, [out, in], are cut by rows, row-parallel ones by columns, embedding and head by rows of the
 vocabulary; the biases of column-parallel layers are cut like their rows. Everything else is whole on every device.
-Keys and values are cut by heads; with more devices than heads, each head is on several devices.
+Keys and values are cut by heads; with more devices than heads, each head is on several devices. Of an adapter's two
+matrices the one beside the cut is cut like the weight, B by rows or A by columns, and the other is whole.
 """
 
 from collections.abc import Iterable
@@ -80,6 +81,13 @@ def tensor_slice(
     tp = layout.tp
     module, _, kind = name.rpartition(".")
     everything = tuple(slice(0, length) for length in shape)
+    layer, _, half = module.rpartition(".")
+    if half in ("lora_A", "lora_B"):
+        is_cut_along_input = layer.endswith(ROW_PARALLEL)
+        if is_cut_along_input != (half == "lora_A"):
+            # The half that no device cuts meets only the device's own share of the other.
+            return Slice(shape, everything, tp, tp_rank, has_partial_gradient=tp > 1)
+        module = layer
     if module in VOCABULARY:
         return Slice(shape, (rounded_share(shape[0], tp, tp_rank), *everything[1:]))
     if module.endswith(COLUMN_PARALLEL):

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ascendspeed_core.config.parallel import Layout
+from ascendspeed_core.models.lora import LoraLinear
 from ascendspeed_core.models.transformer import Transformer
 from ascendspeed_core.parallel.collectives import (
     copy_to_group,
@@ -119,7 +120,8 @@ def _sum_results(linear: nn.Module, border: _Border) -> None:
     assert isinstance(linear, nn.Linear)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        total = border.leave(F.linear(x, linear.weight))
+        share = linear.product(x) if isinstance(linear, LoraLinear) else F.linear(x, linear.weight)
+        total = border.leave(share)
         return total if linear.bias is None else total + linear.bias
 
     linear.forward = forward  # type: ignore[method-assign, assignment]

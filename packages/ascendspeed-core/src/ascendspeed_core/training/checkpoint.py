@@ -3,6 +3,8 @@
 A checkpoint is written into a folder whose name says that it is incomplete, and renamed when all of it is on the
 disk; the tracker is replaced last. A run that dies while saving leaves the previous checkpoint as it was.
 
+Of a model with adapters only what is trained is written, and beside it the same as an adapter in peft's format.
+
 Every part of every tensor is written by one of the processes that hold it, chosen so that they write equally much.
 """
 
@@ -19,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from ascendspeed_core import __version__
+from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.training import OptimizerConfig
 from ascendspeed_core.device import HOST
 from ascendspeed_core.models.transformer import Transformer
@@ -29,6 +32,7 @@ from ascendspeed_core.training.loss_scale import LossScale
 from ascendspeed_core.training.optimizer import MasterOptimizer
 from ascendspeed_core.training.shared_folder import sees_folder_of_first_process
 from ascendspeed_core.training.update_rule import remembered
+from ascendspeed_core.weights.lora import description_of, plan_of
 from ascendspeed_core.weights.native import (
     DESCRIPTION,
     FORMAT_VERSION,
@@ -37,6 +41,7 @@ from ascendspeed_core.weights.native import (
     NativeSource,
 )
 from ascendspeed_core.weights.source import CheckpointError
+from ascendspeed_core.weights.write_adapter import write_adapter
 from ascendspeed_core.weights.write_tensors import StoredPiece, TensorFile, write_metadata
 from ascendspeed_data.command_line import log
 from ascendspeed_data.files import INCOMPLETE, write_durably
@@ -91,6 +96,7 @@ class CheckpointWriter:
         retention: which earlier checkpoints stay.
         in_background: copy the tensors to the host and write while training goes on.
         on_saved: called with the folder, in the first process, when a checkpoint is complete.
+        base: of a run that trains adapters, what they are trained on; the checkpoint names it.
 
     Raises:
         CheckpointError: the folder is not the same one for all processes.
@@ -103,10 +109,11 @@ class CheckpointWriter:
         retention: Retention | None = None,
         in_background: bool = False,
         on_saved: Callable[[Path], None] = lambda _: None,
+        base: Path | None = None,
     ) -> None:
         self.run_folder, self._mesh = run_folder, mesh
         self._retention = retention or Retention()
-        self._in_background, self._on_saved = in_background, on_saved
+        self._in_background, self._on_saved, self._base = in_background, on_saved, base
         self._thread: threading.Thread | None = None
         self._error: str | None = None
         self._group: dist.ProcessGroup | None = None
@@ -158,6 +165,8 @@ class CheckpointWriter:
             "model": model.config.model_dump(mode="json"),
             "run": dict(run_config),
         }
+        if model.adapters is not None:
+            description["adapters"] = description_of(model.adapters, self._base)
         if not self._in_background:
             self._write(progress.iteration, tensors, description)
             self.wait()
@@ -200,6 +209,11 @@ class CheckpointWriter:
 
         def complete(everything: list[list[StoredPiece]]) -> None:
             write_metadata(scratch, [piece for of_rank in everything for piece in of_rank])
+            if "adapters" in description:
+                model = ModelConfig.model_validate(description["model"])
+                write_adapter(
+                    scratch, plan_of(description["adapters"]), model, description["adapters"]["base"]
+                )
             write_durably(scratch / DESCRIPTION, json.dumps(description, indent=2) + "\n")
             if final.exists():
                 shutil.rmtree(final)
@@ -249,6 +263,8 @@ def _tensors_to_write(
     # Name, part, value, how many devices hold that part, and which of them this one is.
     held: list[tuple[str, Slice, torch.Tensor, int, int]] = []
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         part = slices[name]
         held.append(
             (f"model/{name}", part, parameter, part.copies * copies, part.copy * copies + mesh.replica)

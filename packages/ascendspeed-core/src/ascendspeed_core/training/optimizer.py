@@ -80,7 +80,9 @@ class MasterOptimizer:
         self._clip_grad = config.clip_grad
         self._is_sharded = mesh.layout.sharded_optimizer and mesh.layout.replicas > 1
         slices = parameter_slices(model, mesh)
-        self._slots = [self._slot(name, p, slices[name]) for name, p in model.named_parameters()]
+        self._slots = [
+            self._slot(name, p, slices[name]) for name, p in model.named_parameters() if p.requires_grad
+        ]
         for slot in self._slots:
             slot.is_borrowed = slot.name in model.borrowed
             if slot.has_copy:

@@ -13,7 +13,9 @@ from ascendspeed_core.training.checkpoint import Progress, check_optimizer, load
 from ascendspeed_core.training.run_data import check_run_data
 from ascendspeed_core.training.schedule import samples_of_run
 from ascendspeed_core.weights import NativeSource, WeightSource, open_source, open_weights
-from ascendspeed_core.weights.native import TRACKER
+from ascendspeed_core.weights.adapter import Adapter
+from ascendspeed_core.weights.lora import drawn_adapters, loaded_adapters, plan_adapters, resumed_adapters
+from ascendspeed_core.weights.native import DESCRIPTION, TRACKER
 from ascendspeed_data.errors import AscendSpeedError, ConfigError
 from ascendspeed_data.manifest import DatasetManifest
 
@@ -27,6 +29,7 @@ class RunPlan:
         layout: devices along each dimension.
         source: where the weights come from.
         start: where the run stands at its first step.
+        checkpoint: what holds that position, optimizer and random state; `None` when the run starts anew.
         num_samples: samples of the whole run for training, validation and test.
         manifest: of the training data, if it has one.
     """
@@ -35,6 +38,7 @@ class RunPlan:
     layout: Layout
     source: WeightSource
     start: Progress
+    checkpoint: NativeSource | None
     num_samples: tuple[int, int, int]
     manifest: DatasetManifest | None
 
@@ -46,7 +50,7 @@ class RunPlan:
     @property
     def resumes(self) -> bool:
         """Whether the run goes on from a checkpoint with its iteration, optimizer and data position."""
-        return self.start.iteration > 0
+        return self.checkpoint is not None and self.start.iteration > 0
 
     @property
     def unigram_entropy_nats(self) -> float | None:
@@ -68,7 +72,7 @@ def plan_run(config: PretrainConfig, world_size: int) -> RunPlan:
         config.batch.check_layout(layout.dp)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    source = _open_source(config)
+    source, checkpoint = _open_source(config)
     where = str(source.path or config.start.model_config_file)
     config.model.check(source.config, where)
     config.parallel.check_model(source.config)
@@ -78,16 +82,39 @@ def plan_run(config: PretrainConfig, world_size: int) -> RunPlan:
     samples = _num_samples(config, layout.dp)
     manifest = check_run_data(config.data, samples)
     _check_vocabulary(config, source, manifest)
-    start = _start(config, source, _data_order(config))
-    _check_save_folder(config, source, start)
-    return RunPlan(config, layout, source, start, samples, manifest)
+    start = _start(config, checkpoint, _data_order(config))
+    _check_save_folder(config, checkpoint, start)
+    return RunPlan(config, layout, source, start, checkpoint, samples, manifest)
 
 
-def _open_source(config: PretrainConfig) -> WeightSource:
+def _open_source(config: PretrainConfig) -> tuple[WeightSource, NativeSource | None]:
+    """Return the weights, and the native checkpoint that they or their adapters come from."""
     start = config.start
-    if start.auto_resume and start.save and (start.save / TRACKER).is_file():
-        return open_weights(start.save)
-    return open_source(start, config.batch.seed)
+    found = start.save if start.auto_resume and start.save and (start.save / TRACKER).is_file() else None
+    if isinstance(config, FinetuneConfig) and config.lora.is_on:
+        return _open_adapted(config, found)
+    source = open_weights(found) if found else open_source(start, config.batch.seed)
+    return source, source if isinstance(source, NativeSource) else None
+
+
+def _open_adapted(config: FinetuneConfig, found: Path | None) -> tuple[WeightSource, NativeSource | None]:
+    """Return the base with its adapters: those of the run that goes on, those that are loaded, or new ones."""
+    base = open_source(config.start, config.batch.seed)
+    lora = config.lora
+    load = found or lora.lora_load
+    if load is not None and ((load / TRACKER).is_file() or (load / DESCRIPTION).is_file()):
+        checkpoint = NativeSource(load, is_adapter=True)
+        source = resumed_adapters(base, checkpoint)
+        if lora.lora_target_modules and source.adapters != plan_adapters(lora, source.config, str(base.path)):
+            raise AscendSpeedError(
+                f"{checkpoint.folder} has adapters of other layers, ranks or scales than the options ask for; give the "
+                "same --lora-* options, or --lora-load alone"
+            )
+        return source, checkpoint
+    if load is not None:
+        return loaded_adapters(base, Adapter(load)), None
+    where = str(base.path or config.start.model_config_file)
+    return drawn_adapters(base, plan_adapters(lora, base.config, where), config.batch.seed), None
 
 
 def _check_pipeline(config: PretrainConfig, layout: Layout, model: ModelConfig) -> None:
@@ -156,9 +183,9 @@ def _data_order(config: PretrainConfig) -> dict[str, Any]:
     return order
 
 
-def _start(config: PretrainConfig, source: WeightSource, data_order: dict[str, Any]) -> Progress:
+def _start(config: PretrainConfig, source: NativeSource | None, data_order: dict[str, Any]) -> Progress:
     is_anew = config.start.finetune or (isinstance(config, FinetuneConfig) and not _is_of_run(config, source))
-    if not isinstance(source, NativeSource) or is_anew:
+    if source is None or is_anew:
         return Progress(0, 0, 0, 0, data_order)
     progress = load_progress(source)
     if progress.iteration == 0:
@@ -179,17 +206,17 @@ def _start(config: PretrainConfig, source: WeightSource, data_order: dict[str, A
     )
 
 
-def _is_of_run(config: PretrainConfig, source: WeightSource) -> bool:
-    """Whether the weights are a checkpoint in the folder that the run saves to."""
+def _is_of_run(config: PretrainConfig, source: NativeSource | None) -> bool:
+    """Whether it is a checkpoint in the folder that the run saves to."""
     folder = config.start.save
     return (
         folder is not None
-        and isinstance(source, NativeSource)
+        and source is not None
         and folder.resolve() in (source.folder.resolve(), source.folder.resolve().parent)
     )
 
 
-def _check_save_folder(config: PretrainConfig, source: WeightSource, start: Progress) -> None:
+def _check_save_folder(config: PretrainConfig, source: NativeSource | None, start: Progress) -> None:
     folder = config.start.save
     if folder is None:
         announce("save: no --save given; nothing of this run will be kept")

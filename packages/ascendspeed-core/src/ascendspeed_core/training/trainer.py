@@ -67,8 +67,8 @@ class Trainer:
         )
         self._refuse_different_data()
         self.iteration = plan.start.iteration
-        if plan.resumes and isinstance(plan.source, NativeSource):
-            self._resume(plan.source)
+        if plan.checkpoint is not None and plan.resumes:
+            self._resume(plan.checkpoint)
 
     def _writer(self) -> CheckpointWriter | None:
         start = self.config.start
@@ -80,6 +80,7 @@ class Trainer:
             Retention(start.keep_checkpoints, start.save_retain_interval),
             start.async_save,
             on_saved=lambda saved: log(f"saved {saved}"),
+            base=self.plan.source.path,
         )
 
     def _found_sizes(self) -> tuple[int, ...]:

@@ -18,13 +18,17 @@ import torch
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.models.families import find_family
 from ascendspeed_core.weights.huggingface import read_json
+from ascendspeed_core.weights.native import TRACKER, iteration_folder
 from ascendspeed_core.weights.source import CheckpointError, Index, TensorInfo, WeightSource, inside
 from ascendspeed_core.weights.torch_files import TorchFile, stored_tensors
 from ascendspeed_data.tokenizer import DEFINING_FILES
 
 CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 ROWS_AT_ONCE = 256
+TIED_HEAD = "lm_head.weight"
+"""Hugging Face's name of a head that has no weight of its own."""
 
 _MUST_BE: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
@@ -102,13 +106,16 @@ class Adapter:
     """The content of an adapter folder.
 
     Args:
-        folder: with `adapter_config.json` and `adapter_model.safetensors` or `.bin`.
+        folder: with `adapter_config.json` and `adapter_model.safetensors` or `.bin`; or the folder of a run that
+            trained one, whose newest checkpoint is taken.
 
     Raises:
         CheckpointError: it is incomplete, or of a kind that cannot be merged exactly.
     """
 
     def __init__(self, folder: Path) -> None:
+        if not (folder / CONFIG).is_file() and (folder / TRACKER).is_file():
+            folder = iteration_folder(folder)
         self.folder = folder
         self.config = read_json(folder / CONFIG)
         for key, allowed in _MUST_BE.items():
@@ -123,6 +130,9 @@ class Adapter:
         halves: dict[tuple[str, bool], dict[str, torch.Tensor]] = {}
         for key, tensor in _read_tensors(folder).items():
             name = key.removeprefix(PREFIX)
+            if ".original_module." in name:
+                # What a trained module was before; peft keeps it in the file when the vocabulary was resized.
+                continue
             lora, saved = _LORA.fullmatch(name), _SAVED.fullmatch(name)
             if lora:
                 module, half = lora.group(1), lora.group(2)
@@ -169,10 +179,16 @@ class MergedAdapter:
                     f"{adapter.folder} changes {module}, which {source.path} ({source.config.family}) does not have"
                 )
         for name in adapter.saved:
-            if name not in known:
+            if name not in known and not self._is_tied_copy(name):
                 raise CheckpointError(f"{adapter.folder} replaces {name}, which {source.path} does not have")
         self.config: ModelConfig = self._resized(source.config)
         self._check_shapes()
+
+    def _is_tied_copy(self, name: str) -> bool:
+        """Whether a replaced head is the replaced embedding, with which this model shares it."""
+        embedding = self.adapter.saved.get(self._places["embedding.weight"].theirs)
+        is_head = name == TIED_HEAD and self.base.config.tie_word_embeddings
+        return is_head and embedding is not None and torch.equal(self.adapter.saved[name], embedding)
 
     @property
     def tokenizer(self) -> Path | None:
@@ -250,7 +266,7 @@ class MergedAdapter:
 
 
 def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    path = folder / "adapter_model.safetensors"
+    path = folder / WEIGHTS
     if path.is_file():
         from safetensors import SafetensorError
         from safetensors.torch import load_file

@@ -40,13 +40,14 @@ class InitialWeights:
             return torch.zeros(shape)[index]
         if len(shape) == 1:
             return torch.ones(shape)[index]
-        generator = torch.Generator().manual_seed(_seed_of(self.seed, name))
+        generator = torch.Generator().manual_seed(seed_of(self.seed, name))
         spread = self.config.initializer_range
         if name.endswith(OUTPUT_PROJECTIONS):
             spread /= (2 * self.config.num_layers) ** 0.5
         return torch.empty(shape).normal_(0.0, spread, generator=generator)[index]
 
 
-def _seed_of(seed: int, name: str) -> int:
+def seed_of(seed: int, name: str) -> int:
+    """Return the seed of one tensor."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return int.from_bytes(digest[:7], "little")

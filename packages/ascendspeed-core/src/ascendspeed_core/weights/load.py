@@ -24,7 +24,7 @@ def load_weights(model: Transformer, source: WeightSource, slices: Mapping[str, 
     have = source.tensors()
     parameters = dict(model.named_parameters())
     where = source.path or source.kind
-    for name in sorted(set(have) - parameter_shapes(model.config).keys()):
+    for name in sorted(set(have) - shapes_of(model).keys()):
         raise CheckpointError(f"{where} holds {name}, which the model has no place for")
     for name in parameters:
         if name not in have:
@@ -38,6 +38,12 @@ def load_weights(model: Transformer, source: WeightSource, slices: Mapping[str, 
         for name, parameter in parameters.items():
             if parameter.numel():
                 parameter.copy_(source.read(name, slices[name].index))
+
+
+def shapes_of(model: Transformer) -> dict[str, tuple[int, ...]]:
+    """Return name and shape of every parameter of the whole model that `model` is a part of, adapters too."""
+    shapes = parameter_shapes(model.config)
+    return shapes if model.adapters is None else shapes | model.adapters.shapes(shapes)
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

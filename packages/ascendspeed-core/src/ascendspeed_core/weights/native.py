@@ -192,11 +192,12 @@ class NativeSource:
 
     Args:
         path: a run's folder, or one `iter_*` folder in it.
+        is_adapter: adapters are wanted, without the weights that they belong to.
     """
 
     kind = "native"
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, is_adapter: bool = False) -> None:
         self.path: Path | None = path
         self.folder = iteration_folder(path)
         self.description = read_json(self.folder / DESCRIPTION)
@@ -205,6 +206,16 @@ class NativeSource:
             raise CheckpointError(
                 f"{self.folder}: format_version={version}, this version reads {FORMAT_VERSION}; "
                 "use the ascendspeed-core that wrote it"
+            )
+        adapters = self.description.get("adapters")
+        if adapters and not is_adapter:
+            raise CheckpointError(
+                f"{self.folder} holds an adapter only; give its base ({adapters['base'] or 'random weights'}) with "
+                f"--load, and this folder with --lora-load"
+            )
+        if is_adapter and not adapters:
+            raise CheckpointError(
+                f"{self.folder} holds all weights, not an adapter; give it with --load, without options of adapters"
             )
         try:
             self.config: ModelConfig = validate(ModelConfig, self.description["model"])

@@ -1,0 +1,114 @@
+"""Low-rank adapters inside a model (Hu et al., 2021, LoRA): `W x + scale B A x`, of which only A and B are trained.
+
+peft wraps a layer in another module, which renames its weight and hides the layer from what cuts it over devices.
+Here the layer itself holds A and B, so that names, checkpoints and tensor parallelism stay as they are; the file that
+is saved is peft's (`weights.lora`).
+
+Shapes: I input and O output size of a layer (their shares under tensor parallel), r rank.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+if TYPE_CHECKING:
+    from ascendspeed_core.models.transformer import Transformer
+
+HALVES = ("lora_A", "lora_B")
+"""The two small matrices of a layer: [r, I] and [O, r]."""
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """What is added to one linear layer.
+
+    Attributes:
+        rank: r.
+        scale: factor of B A.
+    """
+
+    rank: int
+    scale: float
+
+
+@dataclass(frozen=True)
+class AdapterPlan:
+    """Which tensors of a model are trained.
+
+    Attributes:
+        layers: linear layers with an adapter, by name: `layers.17.attention.q_proj`.
+        trained: tensors that are trained whole, such as `embedding.weight`.
+    """
+
+    layers: Mapping[str, LowRank]
+    trained: frozenset[str]
+
+    def shapes(self, whole: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of all A and B, given those of the model's tensors."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for layer, low_rank in self.layers.items():
+            out, into = whole[f"{layer}.weight"]
+            shapes[f"{layer}.lora_A.weight"] = (low_rank.rank, into)
+            shapes[f"{layer}.lora_B.weight"] = (out, low_rank.rank)
+        return shapes
+
+    def is_trained(self, name: str) -> bool:
+        """Whether a parameter is trained."""
+        return name in self.trained or name.rpartition(".")[0].endswith(HALVES)
+
+
+class LoraLinear(nn.Linear):
+    """A linear layer with A and B beside its weight.
+
+    Args:
+        linear: takes its place; on the meta device.
+        low_rank: rank and scale.
+    """
+
+    def __init__(self, linear: nn.Linear, low_rank: LowRank) -> None:
+        placed = {"device": linear.weight.device, "dtype": linear.weight.dtype}
+        super().__init__(linear.in_features, linear.out_features, linear.bias is not None, **placed)
+        self.lora_A = nn.Linear(linear.in_features, low_rank.rank, bias=False, **placed)
+        self.lora_B = nn.Linear(low_rank.rank, linear.out_features, bias=False, **placed)
+        self.scale = low_rank.scale
+
+    def low_rank(self, x: torch.Tensor) -> torch.Tensor:
+        """Return what the adapter adds: [..., I] -> [..., O]."""
+        added: torch.Tensor = self.lora_B(self.lora_A(x)) * self.scale
+        return added
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the result without the bias: [..., I] -> [..., O].
+
+        Of a row-parallel layer this is a share of a sum, the adapter's part too: A is cut like the weight, and B A x
+        is linear in A x. So one collective adds up both.
+        """
+        return F.linear(x, self.weight) + self.low_rank(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., I] -> [..., O]."""
+        return F.linear(x, self.weight, self.bias) + self.low_rank(x)
+
+
+def add_adapters(model: "Transformer", plan: AdapterPlan) -> None:
+    """Give the layers of this process their adapters, in place; on the meta device, before anything is cut."""
+    model.adapters = plan
+    modules = dict(model.named_modules())
+    for name, low_rank in plan.layers.items():
+        linear = modules.get(name)
+        if linear is not None:
+            assert isinstance(linear, nn.Linear)
+            owner, _, attribute = name.rpartition(".")
+            setattr(modules[owner], attribute, LoraLinear(linear, low_rank))
+    model.tie_weights()
+
+
+def freeze(model: "Transformer") -> None:
+    """Leave gradients to what the model's plan trains; weights without get neither gradient nor optimizer state."""
+    if model.adapters is not None:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(model.adapters.is_trained(name))

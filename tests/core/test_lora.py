@@ -1,0 +1,356 @@
+"""Adapters: peft's numbers, peft's files, every layout alike, nothing kept for what is frozen."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ascendspeed_core.config.lora import LoraConfig
+from ascendspeed_core.config.model import ModelConfig
+from ascendspeed_core.config.parallel import Layout
+from ascendspeed_core.config.training import OptimizerConfig, RecomputeConfig
+from ascendspeed_core.models.families import find_family
+from ascendspeed_core.models.lora import HALVES
+from ascendspeed_core.parallel.build import load_model
+from ascendspeed_core.parallel.slices import tensor_slice
+from ascendspeed_core.training.metrics import read_metrics
+from ascendspeed_core.training.optimizer import MasterOptimizer
+from ascendspeed_core.weights import InitialWeights, open_weights
+from ascendspeed_core.weights.adapter import Adapter, MergedAdapter
+from ascendspeed_core.weights.lora import AdaptedWeights, drawn_adapters, loaded_adapters, plan_adapters
+from ascendspeed_core.weights.write_adapter import peft_form
+from ascendspeed_data.errors import AscendSpeedError
+from core.finetune_cases import data_config, tune, used_adapters
+from core.test_instruction_data import ALONE, config, distances, finetune
+from core.training_cases import Trained, join_stages
+from support.commands import call
+from support.families import REFERENCES
+from support.instruction import LENGTH
+from support.models import save_hugging_face, tiny_config
+from support.processes import WorkerPool
+from support.tables import ReportTables
+
+TARGETS = ("query_key_value", "dense", "gate_proj", "up_proj", "down_proj")
+FP32 = 1e-5
+"""Hugging Face's norms and peft's adapters are fp32 whatever the model's format."""
+SAVED = ("word_embeddings", "lm_head.lm_head")
+
+
+def lora(*targets: str, **changes: Any) -> LoraConfig:
+    values: dict[str, Any] = {"lora_target_modules": targets or TARGETS, "lora_r": 3, "lora_alpha": 12}
+    return LoraConfig(**(values | changes))
+
+
+def layers_of(model: ModelConfig, *targets: str) -> list[str]:
+    """What is meant in the first layer and outside of layers."""
+    plan = plan_adapters(lora(*targets), model, "the model")
+    return sorted(
+        n.removeprefix("layers.0.") for n in plan.layers if n.startswith("layers.0.") or "layers" not in n
+    )
+
+
+def test_names_of_2023_and_of_hugging_face() -> None:
+    llama, bloom = tiny_config(), tiny_config(family="bloom", mlp="gelu", tie_word_embeddings=True)
+    attention = ["attention.k_proj", "attention.q_proj", "attention.v_proj"]
+    assert layers_of(llama, "query_key_value") == layers_of(llama, "q_proj", "k_proj", "v_proj") == attention
+    assert layers_of(bloom, "query_key_value") == attention
+    assert (
+        layers_of(bloom, "dense")
+        == layers_of(llama, "o_proj")
+        == layers_of(llama, "dense")
+        == ["attention.o_proj"]
+    )
+    assert layers_of(bloom, "dense_4h_to_h") == layers_of(llama, "down_proj") == ["mlp.down_proj"]
+    assert layers_of(llama, "proj") == ["mlp.gate_proj", "mlp.up_proj"]
+    assert layers_of(llama, "lm_head") == ["output_head"]
+    assert len(layers_of(llama, "all-linear")) == 7
+    with pytest.raises(AscendSpeedError, match=r"the model has no module q_porj; did you mean q_proj\?"):
+        layers_of(llama, "q_porj")
+    with pytest.raises(
+        AscendSpeedError, match="is that of the embedding, so an adapter beside it cannot be merged"
+    ):
+        layers_of(bloom, "lm_head")
+    both = lora(lora_modules_to_save=SAVED)
+    assert plan_adapters(both, llama, "").trained == {"embedding.weight", "output_head.weight"}
+    assert plan_adapters(both, tiny_config(tie_word_embeddings=True), "").trained == {"embedding.weight"}
+
+
+def tokens_of(vocab_size: int, length: int = 20) -> torch.Tensor:
+    return torch.randint(0, vocab_size, (2, length), generator=torch.Generator().manual_seed(4))
+
+
+FAMILIES = ["LLaMA with all biases", "Qwen 3", "InternLM", "Bloom", "Mistral"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_peft_reads_what_we_write_and_finds_our_logits_and_gradients(name: str, tmp_path: Path) -> None:
+    from peft import PeftModel
+    from safetensors.torch import save_file
+
+    base = REFERENCES[name].save(tmp_path / "base").double()
+    source = used_adapters(open_weights(tmp_path / "base"), lora("all-linear", lora_modules_to_save=SAVED))
+    model = load_model(source, ALONE, torch.float64)
+    tensors, settings = peft_form(source.adapters, source.config, source.read)
+    (tmp_path / "adapter").mkdir()
+    save_file(
+        {key: value.contiguous().clone() for key, value in tensors.items()},
+        tmp_path / "adapter/adapter_model.safetensors",
+    )
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(settings))
+    theirs: Any = PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True).double()
+    tokens = tokens_of(source.config.vocab_size)
+    want, got = theirs(input_ids=tokens).logits, model(tokens)
+    assert (got - want).abs().max() < FP32
+    alone = load_model(source.base, ALONE, torch.float64)(tokens)
+    assert (got - alone).abs().max() > 1e-2
+    want.square().mean().backward()
+    got.square().mean().backward()
+    ours = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+    theirs_by_name = {
+        key.replace(".default", ""): p.grad for key, p in theirs.named_parameters() if p.requires_grad
+    }
+    if "Bloom" in name:
+        return  # Packed there: other matrices, whose product is the same.
+    for rule in find_family(source.config.family).weights(source.config):
+        layer = rule.ours.removesuffix(".weight")
+        if layer in source.adapters.layers and rule.ours.endswith(".weight"):
+            for half in HALVES:
+                key = f"base_model.model.{rule.theirs.removesuffix('.weight')}.{half}.weight"
+                found, wanted = ours[f"{layer}.{half}.weight"], theirs_by_name[key]
+                assert (found - wanted).abs().max() < FP32 * wanted.abs().max()
+
+
+def test_an_adapter_of_peft_with_a_larger_vocabulary_is_trained_further(tmp_path: Path) -> None:
+    from peft import LoraConfig as PeftConfig
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    save_hugging_face(tiny_config(), tmp_path / "base")
+    base: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    base.resize_token_embeddings(140)
+    options = PeftConfig(
+        r=4, lora_alpha=12, target_modules=["q_proj", "down_proj"], modules_to_save=["embed_tokens", "lm_head"],
+        task_type="CAUSAL_LM", rank_pattern={"down_proj": 2},
+    )  # fmt: skip
+    theirs: Any = get_peft_model(base, options)
+    for name, parameter in theirs.named_parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, 0.0, 0.1, generator=torch.Generator().manual_seed(len(name)))
+    theirs.save_pretrained(tmp_path / "adapter")
+    source = loaded_adapters(open_weights(tmp_path / "base"), Adapter(tmp_path / "adapter"))
+    assert source.config.vocab_size == 140
+    assert source.adapters.layers["layers.0.mlp.down_proj"].rank == 2
+    model, tokens = load_model(source, ALONE, torch.float32), tokens_of(140)
+    assert (model(tokens) - theirs(input_ids=tokens).logits).abs().max() < FP32
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {"embedding.weight", "output_head.weight"} < trained
+    assert len(trained) == 2 + 4 * 4
+
+
+def test_a_fused_adapter_becomes_one_for_each_projection(tmp_path: Path) -> None:
+    from peft import LoraConfig as PeftConfig
+    from peft import get_peft_model
+
+    base = REFERENCES["Bloom"].save(tmp_path / "base")
+    theirs: Any = get_peft_model(
+        base,
+        PeftConfig(r=4, lora_alpha=8, target_modules=["query_key_value", "dense"], task_type="CAUSAL_LM"),
+    )  # type: ignore[arg-type]
+    for name, parameter in theirs.named_parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, 0.0, 0.1, generator=torch.Generator().manual_seed(len(name)))
+    theirs.save_pretrained(tmp_path / "adapter")
+    source = loaded_adapters(open_weights(tmp_path / "base"), Adapter(tmp_path / "adapter"))
+    q, k = (source.read(f"layers.1.attention.{n}_proj.lora_A.weight") for n in "qk")
+    assert torch.equal(q, k)
+    tokens = tokens_of(source.config.vocab_size)
+    got = load_model(source, ALONE, torch.float32)(tokens)
+    assert (got - theirs(input_ids=tokens).logits).abs().max() < FP32
+
+
+LAYOUTS = {
+    "tp2": Layout(tp=2),
+    "tp2 sp": Layout(tp=2, sequence_parallel=True),
+    "tp4 sp": Layout(tp=4, sequence_parallel=True),
+    "pp2": Layout(pp=2),
+    "pp2 vpp1-zb": Layout(pp=2, schedule="interleaved-zb", layers_per_stage=1),
+    "pp2 zbv": Layout(pp=2, schedule="zbv"),
+    "tp2 pp2 vpp1": Layout(tp=2, pp=2, schedule="interleaved", layers_per_stage=1),
+    "tp2 dp2 sharded": Layout(tp=2, dp=2, sharded_optimizer=True),
+}
+BIASED = {
+    "position": "alibi",
+    "qkv_bias": True,
+    "output_bias": True,
+    "mlp_bias": True,
+    "tie_word_embeddings": True,
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "llama, 2 key-value heads": {"num_key_value_heads": 2},
+    "biases, ALiBi, tied": BIASED,
+}
+CASES = [
+    (name, kind)
+    for kind in KINDS
+    for name in LAYOUTS
+    if kind.startswith("llama") or name in ("tp2 sp", "tp2 pp2 vpp1")
+]
+"""With 2 key-value heads and tp 4 each head is on two devices."""
+
+
+@pytest.fixture(scope="module")
+def alone(workers: WorkerPool, sets: tuple[Path, Path]) -> dict[str, Trained]:
+    """What one process computes."""
+    data, options = data_config(sets[1], LENGTH), lora(lora_modules_to_save=SAVED)
+    return {
+        kind: workers.run(tune, 1, config(**changes), Layout(), data, lora=options)[0]
+        for kind, changes in KINDS.items()
+    }
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_layouts(
+    workers: WorkerPool,
+    report: ReportTables,
+    sets: tuple[Path, Path],
+    alone: dict[str, Trained],
+    name: str,
+    kind: str,
+) -> None:
+    layout, shape, data = LAYOUTS[name], config(**KINDS[kind]), data_config(sets[1], LENGTH)
+    assert min(float(gradient.abs().max()) for gradient in alone[kind].gradients.values()) > 0
+    options = lora(lora_modules_to_save=SAVED)
+    got = join_stages(workers.run(tune, layout.world_size, shape, layout, data, lora=options), layout)
+    found = distances(got, alone[kind])
+    title = "LoRA against one process, float64: largest relative differences"
+    report.add(title, ("layout", "model", "losses and norms", "gradients", "weights"), name, kind, *found)
+    assert max(found) < 1e-9
+
+
+def test_recompute_and_joined_projections(workers: WorkerPool, sets: tuple[Path, Path]) -> None:
+    data = data_config(sets[0], LENGTH)
+    (want,) = workers.run(tune, 1, config(), Layout(), data, lora=lora())
+    full = RecomputeConfig(checkpoint_activations=True)
+    got = workers.run(tune, 2, config(), Layout(tp=2), data, lora=lora(), joined=True, recompute=full)[0]
+    assert max(distances(got, want)) < 1e-9
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_frozen_costs_nothing(dtype: str) -> None:
+    source = drawn_adapters(InitialWeights(tiny_config(), 5), plan_adapters(lora(), tiny_config(), ""), 3)
+    model = load_model(source, ALONE, getattr(torch, dtype))
+    optimizer = MasterOptimizer(model, OptimizerConfig(), ALONE)
+    model(tokens_of(128)).float().square().mean().backward()
+    optimizer.step()
+    elements = sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name)
+    kinds = 3 if dtype == "bfloat16" else 2
+    assert sum(tensor.numel() for _, tensor in optimizer.state().values()) == kinds * elements
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_first_values_are_those_of_peft_in_spread_and_the_same_at_any_layout() -> None:
+    plan = plan_adapters(lora(), tiny_config(), "")
+    source = drawn_adapters(InitialWeights(tiny_config(), 5), plan, 3)
+    a = source.read("layers.2.mlp.down_proj.lora_A.weight")
+    reference = torch.nn.Linear(48, 3, bias=False)
+    torch.nn.init.kaiming_uniform_(reference.weight, a=5**0.5)
+    bound = 48**-0.5
+    assert a.abs().max() <= bound
+    assert reference.weight.abs().max() <= bound
+    assert a.abs().max() > 0.9 * bound
+    assert torch.equal(
+        source.read("layers.2.mlp.down_proj.lora_A.weight", (slice(0, 3), slice(24, 48))), a[:, 24:]
+    )
+    assert not source.read("layers.2.mlp.down_proj.lora_B.weight").any()
+    assert not torch.equal(a, source.read("layers.1.mlp.down_proj.lora_A.weight"))
+
+
+def test_a_run_is_saved_resumed_merged_and_read_by_peft(
+    sets: tuple[Path, Path],
+    tmp_path: Path,
+    tokenizer_folder: Path,
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = tmp_path / "base"
+    save_hugging_face(config(), base, tokenizer=tokenizer_folder)
+    flags = (
+        "--data-path", sets[1], "--lora-target-modules", *TARGETS, "--lora-r", 4, "--lora-alpha", 8,
+        "--lora-modules-to-save", *SAVED, "--lora-register-forward-hook", "word_embeddings", "input_layernorm",
+    )  # fmt: skip
+    one = finetune(tmp_path / "one", base, *flags)
+    assert one.status == 0, one.stderr
+    assert "adapters: 28 layers of rank 4, and embedding.weight, output_head.weight" in one.stderr
+    first = finetune(
+        tmp_path / "two",
+        base,
+        *flags,
+        "--exit-interval",
+        2,
+        "--nproc-per-node",
+        2,
+        "--tensor-model-parallel-size",
+        2,
+    )
+    assert first.status == 0, first.stderr
+    second = finetune(tmp_path / "two", base, *flags, "--auto-resume")
+    assert second.status == 0, second.stderr
+    assert "resumed at iteration 2" in second.stderr
+    want, got = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    assert [r["lm_loss"] for r in got] == pytest.approx([r["lm_loss"] for r in want], rel=1e-9)
+
+    folder = tmp_path / "one" / "iter_0000004"
+    assert (folder / "adapter_model.safetensors").is_file()
+    assert not list(tmp_path.glob("one/**/model*.safetensors"))
+    theirs: Any = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64), folder
+    ).double()
+    adapter, tokens = Adapter(tmp_path / "one"), tokens_of(400)
+    source = loaded_adapters(open_weights(base), adapter)
+    assert isinstance(source, AdaptedWeights)
+    ours = load_model(source, ALONE, torch.float64)(tokens)
+    assert (ours - theirs(input_ids=tokens).logits).abs().max() < FP32
+    merged = load_model(MergedAdapter(open_weights(base), adapter), ALONE, torch.float32)(tokens)
+    # The merged weights are in fp32, as the base is.
+    assert (merged - ours).abs().max() < 1e-4
+
+    files = []
+    for name in ("one", "two"):
+        done = call(
+            "asd-ckpt",
+            "merge-lora",
+            "--load",
+            base,
+            "--lora-load",
+            tmp_path / name,
+            "--save",
+            tmp_path / f"merged-{name}",
+            "--to",
+            "huggingface",
+        )
+        assert done.status == 0, done.stderr
+        files.append(open_weights(tmp_path / f"merged-{name}"))
+    worst = max(float((files[0].read(n) - files[1].read(n)).abs().max()) for n in files[0].tensors())
+    assert worst < 1e-6
+    whole = MergedAdapter(open_weights(base), adapter)
+    for name, info in whole.tensors().items():
+        for tp in (2, 4):
+            for rank in range(tp):
+                part = tensor_slice(name, info.shape, whole.config, Layout(tp=tp), rank)
+                assert torch.equal(whole.read(name, part.index), whole.read(name)[part.index]), name
+    refused = call("asd-ckpt", "inspect", tmp_path / "one")
+    assert "holds an adapter only; give its base" in refused.complaint
+    other = finetune(tmp_path / "two", base, *flags, "--lora-r", 2, "--auto-resume", run=call)
+    assert other.status == 1
+    assert "has adapters of other layers, ranks or scales" in other.complaint
+
+
+def test_options_that_mean_nothing_are_refused(sets: tuple[Path, Path], tmp_path: Path) -> None:
+    save_hugging_face(config(), tmp_path / "base")
+    done = finetune(tmp_path / "x", tmp_path / "base", "--data-path", sets[0], "--lora-r", 4, run=call)
+    assert done.status == 2
+    assert "lora_r means nothing without --lora-target-modules or --lora-load" in done.complaint
