@@ -127,6 +127,26 @@ def test_a_history_that_outgrows_the_model(model: LanguageModel) -> None:
     assert chat.messages == []
 
 
+def test_the_history_is_not_read_again(model: LanguageModel) -> None:
+    chat = Chat(
+        model, layout_named("tokenizer", model.tokenizer), AnswerConfig(max_new_tokens=8, ignore_eos=True)
+    )
+    read: list[int] = []
+    hook = model.model.register_forward_hook(lambda module, inputs, output: read.append(inputs[0].shape[1]))
+    firsts = []
+    for number in range(8):
+        read.clear()
+        answers(chat, f"the year {number}")
+        assert read[1:] == [1] * 7
+        firsts.append(read[0])
+    # The last answer and the new question; twice the memory grows, and all is read once more.
+    assert sum(count > 40 for count in firsts) == 2
+    hook.remove()
+    asked, answer = chat.messages[-2:]
+    (want,) = model.generate(chat.layout.ids([*chat.messages[:-2], asked]), max_new_tokens=8, ignore_eos=True)
+    assert want.text.strip() == answer["content"]
+
+
 def test_an_answer_is_never_longer_than_the_model_can_read(model: LanguageModel) -> None:
     chat = Chat(model, layout_named("plain", model.tokenizer), AnswerConfig(ignore_eos=True))
     asked = len(model.tokenizer.encode("the year"))

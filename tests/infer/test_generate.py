@@ -111,14 +111,15 @@ def test_lines_end_where_lines_end(folder: Path) -> None:
 def test_completions_come_as_they_are_ready(folder: Path) -> None:
     model = LanguageModel.from_pretrained(folder, device="cpu")
     prompts = [f"the year {number}" for number in range(20)]
-    given: list[list[int]] = []
-    draw = model._draw
-    model._draw = lambda encoded, *more: given.append(list(map(len, encoded))) or draw(encoded, *more)  # type: ignore[assignment,func-returns-value]
-    found = model.completions(prompts, max_new_tokens=3, batch_size=2)
-    assert given == []
+    passes: list[int] = []
+    hook = model.model.register_forward_hook(lambda module, inputs, output: passes.append(1))
+    found = model.completions(prompts, max_new_tokens=3, batch_size=2, ignore_eos=True)
+    assert passes == []
     first = next(found)
-    assert len(given) == 1
-    assert [first, *found] == model.generate(prompts, max_new_tokens=3)
+    # The prompt, and two tokens.
+    assert len(passes) == 3
+    assert [first, *found] == model.generate(prompts, max_new_tokens=3, ignore_eos=True)
+    hook.remove()
     with pytest.raises(AscendSpeedError, match="max_position_embeddings"):
         # Before anything is computed.
         model.completions([*prompts, "the year " * 40])

@@ -58,6 +58,16 @@ def test_texts_are_those_of_transformers(model: LanguageModel, reference: Any, c
         assert list(found.token_ids) == whole[0, len(ids) :].tolist()
 
 
+def test_a_seed_for_each_prompt(model: LanguageModel) -> None:
+    options: GenerateOptions = {"max_new_tokens": 12, "do_sample": True, "ignore_eos": True}
+    want = [model.generate(prompt, seed=seed, **options)[0] for seed, prompt in enumerate(PROMPTS)]
+    assert model.generate(PROMPTS, seeds=range(4), **options) == want
+    with pytest.raises(ConfigError, match="3 seeds were given for 4 prompts"):
+        model.generate(PROMPTS, seeds=[1, 2, 3], **options)
+    with pytest.raises(ConfigError, match="give seed with stream"):
+        model.generate("the", stream=True, seeds=[1])  # type: ignore[call-overload]
+
+
 def several(folder: str, tp: int, pp: int) -> list[tuple[int, ...]]:
     """Draws of several prompts in one batch."""
     parallel = ParallelConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)

@@ -12,6 +12,7 @@ from ascendspeed_data.manifest import DatasetManifest, read_manifest
 from ascendspeed_data.prompting import NAMES, PromptLayout, layout_named, recorded_layout
 from ascendspeed_data.tokenizer import Tokenizer
 from ascendspeed_infer.config import AnswerConfig
+from ascendspeed_infer.generation import ChatMemory
 from ascendspeed_infer.language_model import LanguageModel
 from ascendspeed_infer.requests import StreamedText
 
@@ -43,6 +44,7 @@ class Chat:
         self.left_out_turns = 0
         """Turns at the beginning that no longer fit."""
         self._answers = 0
+        self._memory = ChatMemory(model.model, model.mesh)
         self._limit = model.model.config.max_position_embeddings
         self._reserved = min(sampling.max_new_tokens, self._limit // 2)
         # A layout that cannot take the system message says so before the first question.
@@ -78,7 +80,7 @@ class Chat:
         self._answers += 1
         answer = ""
         try:
-            for piece in self.model.generate(ids, stream=True, **options):
+            for piece in self.model.stream(ids, memory=self._memory, **options):
                 answer += piece.text
                 yield piece
         finally:

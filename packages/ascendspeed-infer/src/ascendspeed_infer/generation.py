@@ -20,13 +20,18 @@ from ascendspeed_infer.engine.texts import (
     never,
 )
 
+GROWTH = 2
+"""A chat's memory is made for texts so many times as long as the one that needs it, as texts get longer."""
+
 __all__ = [
+    "ChatMemory",
     "Ends",
     "FinishReason",
     "Generated",
     "GenerationSettings",
     "Step",
     "check_length",
+    "complete_in_order",
     "engine_for",
     "generate_ids",
     "generate_together",
@@ -71,6 +76,7 @@ def stream_ids(
     prompt_ids: Sequence[int],
     settings: GenerationSettings,
     ends: Ends = never,
+    memory: "ChatMemory | None" = None,
 ) -> Iterator[Step]:
     """Continue one prompt, token by token; all processes of a layout iterate alike and get the same tokens.
 
@@ -80,17 +86,72 @@ def stream_ids(
         prompt_ids: at least one id.
         settings: length, sampling, end ids.
         ends: whether a stop text is there.
+        memory: of texts before, whose beginning need not be read again.
 
     Raises:
         AscendSpeedError: an empty prompt, or one that leaves no room for the new tokens.
     """
     text = Text(prompt_ids, settings, ends)
-    engine = engine_for(model, mesh, [text], 1)
+    engine = engine_for(model, mesh, [text], 1) if memory is None else memory.engine_for(text)
     engine.submit(text)
-    while engine.is_busy:
-        if engine.step():
-            log_prob = text.log_probs[-1] if text.log_probs else None
-            yield Step(text.new_ids[-1], log_prob, text.finish_reason)
+    try:
+        while engine.is_busy:
+            if engine.step():
+                log_prob = text.log_probs[-1] if text.log_probs else None
+                yield Step(text.new_ids[-1], log_prob, text.finish_reason)
+    finally:
+        # Whoever reads may stop before the end.
+        engine.cancel(text)
+
+
+class ChatMemory:
+    """Keys and values of the latest text, for the next one that begins like it: a chat does not read its history again.
+
+    Args:
+        model: this process's part.
+        mesh: its place.
+    """
+
+    def __init__(self, model: Transformer, mesh: ParallelMesh) -> None:
+        self._model, self._mesh = model, mesh
+        self._engine: Engine | None = None
+
+    def engine_for(self, text: Text) -> Engine:
+        """Return an engine that has room for a text beside the one before."""
+        limit = self._model.config.max_position_embeddings
+        check_length(len(text.prompt_ids), text.max_new_tokens, limit)
+        needed = blocks_of(len(text.prompt_ids) + text.max_new_tokens)
+        if self._engine is None or self._engine.num_blocks < 2 * needed:
+            # Memory of the smaller one is free before the larger one takes its own.
+            self._engine = None
+            blocks = 2 * min(GROWTH * needed, blocks_of(limit))
+            self._engine = Engine(ModelRunner(self._model, self._mesh, blocks * BLOCK_TOKENS), max_rows=1)
+        return self._engine
+
+    @property
+    def reused_tokens(self) -> int:
+        """Of prompts, so many were not read again by the engine of today."""
+        return 0 if self._engine is None else self._engine.reused_tokens
+
+
+def complete_in_order(
+    model: Transformer, mesh: ParallelMesh, requests: Sequence[Text | BeamSearch], max_rows: int
+) -> Iterator[Text | BeamSearch]:
+    """Continue requests side by side and give each once it is complete, in their order; see `stream_ids`.
+
+    Args:
+        model: this process's part.
+        mesh: its place.
+        requests: what is continued; others are computed while one is waited for.
+        max_rows: texts computed in one pass at most; a beam search counts with its beams.
+    """
+    engine = engine_for(model, mesh, requests, max_rows)
+    for request in requests:
+        engine.submit(request)
+    for request in requests:
+        while not request.is_complete:
+            engine.step()
+        yield request
 
 
 def generate_ids(
@@ -135,7 +196,5 @@ def search_beams(
         `num_return_sequences` texts, the best first; fewer if the rules leave no more.
     """
     search = BeamSearch(prompt_ids, settings, beam_settings, ends)
-    engine = engine_for(model, mesh, [search], search.max_rows)
-    engine.submit(search)
-    engine.run()
+    next(complete_in_order(model, mesh, [search], search.max_rows))
     return search.generated()

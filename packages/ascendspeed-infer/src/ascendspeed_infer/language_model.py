@@ -26,12 +26,14 @@ from ascendspeed_data.tokenizer import Tokenizer, load_tokenizer
 from ascendspeed_infer.attached_adapter import attach_adapter
 from ascendspeed_infer.beams import BeamSettings
 from ascendspeed_infer.config import AdapterConfig, SamplingConfig, check_parallel, inference_layout
+from ascendspeed_infer.engine.texts import BeamSearch, Text
 from ascendspeed_infer.generation import (
+    ChatMemory,
     Generated,
     GenerationSettings,
     check_length,
+    complete_in_order,
     generate_together,
-    search_beams,
     stream_ids,
 )
 from ascendspeed_infer.new_text import NewText
@@ -42,8 +44,6 @@ from ascendspeed_infer.sampling import Sampling
 from ascendspeed_infer.scoring import Pair, Score, loglikelihood
 
 SCORING_BATCH_SIZE = 8
-BATCHES_AT_ONCE = 4
-"""Batches whose prompts are sorted by length together."""
 
 
 class LanguageModel:
@@ -136,7 +136,12 @@ class LanguageModel:
 
     @overload
     def generate(
-        self, prompts: Prompts, *, stream: Literal[False] = False, **options: Unpack[GenerateOptions]
+        self,
+        prompts: Prompts,
+        *,
+        stream: Literal[False] = False,
+        seeds: Sequence[int] | None = None,
+        **options: Unpack[GenerateOptions],
     ) -> list[Completion]: ...
 
     @overload
@@ -145,13 +150,19 @@ class LanguageModel:
     ) -> Iterator[StreamedText]: ...
 
     def generate(
-        self, prompts: Prompts, *, stream: bool = False, **options: Unpack[GenerateOptions]
+        self,
+        prompts: Prompts,
+        *,
+        stream: bool = False,
+        seeds: Sequence[int] | None = None,
+        **options: Unpack[GenerateOptions],
     ) -> list[Completion] | Iterator[StreamedText]:
         """Continue each prompt; under a layout of several processes all call alike and get the same.
 
         Args:
             prompts: one text or several, or their ids.
             stream: give the text as it grows, token by token; for one prompt.
+            seeds: of each prompt its own, in place of `seed`.
             options: the fields of `config.SamplingConfig`, each explained there, with its default.
 
         Returns:
@@ -162,23 +173,38 @@ class LanguageModel:
             AscendSpeedError: a prompt that leaves no room for the new tokens.
         """
         if not stream:
-            return list(self.completions(prompts, **options))
+            return list(self.completions(prompts, seeds=seeds, **options))
+        if seeds is not None:
+            raise ConfigError("seeds are for several prompts; give seed with stream")
+        return self.stream(prompts, **options)
+
+    def stream(
+        self, prompt: Prompts, *, memory: ChatMemory | None = None, **options: Unpack[GenerateOptions]
+    ) -> Iterator[StreamedText]:
+        """Continue one prompt, and give what each token adds; what begins like the text before is in `memory`."""
         config = self._checked(options)
-        encoded = self._encoded(prompts)
+        encoded = self._encoded(prompt)
         if len(encoded) != 1 or config.num_beams > 1 or config.num_return_sequences > 1:
             raise ConfigError("stream gives one text as it grows; give one prompt, and no beams")
-        return self._stream(encoded[0], self._settings(config, encoded[0]), config)
+        return self._stream(encoded[0], self._settings(config, encoded[0], config.seed), config, memory)
 
-    def completions(self, prompts: Prompts, **options: Unpack[GenerateOptions]) -> Iterator[Completion]:
-        """Continue each prompt as `generate` does; completions come in order, a batch after the other.
+    def completions(
+        self, prompts: Prompts, *, seeds: Sequence[int] | None = None, **options: Unpack[GenerateOptions]
+    ) -> Iterator[Completion]:
+        """Continue each prompt as `generate` does; completions come in order, as they are ready.
 
         Options and prompts are checked before anything is computed.
         """
         config = self._checked(options)
         encoded = self._encoded(prompts)
-        settings = [self._settings(config, ids) for ids in encoded]
+        if seeds is not None and len(seeds) != len(encoded):
+            raise ConfigError(f"{len(seeds)} seeds were given for {len(encoded)} prompts; give one for each")
+        own = [
+            self._settings(config, ids, config.seed if seeds is None else seeds[number])
+            for number, ids in enumerate(encoded)
+        ]
         texts = _texts([prompts] if isinstance(prompts, str) else list(prompts), encoded)
-        return self._completions(texts, encoded, settings, config)
+        return self._completions(texts, encoded, own, config)
 
     def _completions(
         self,
@@ -187,16 +213,32 @@ class LanguageModel:
         settings: Sequence[GenerationSettings],
         config: SamplingConfig,
     ) -> Iterator[Completion]:
-        size = 1 if config.num_beams > 1 else BATCHES_AT_ONCE * config.batch_size
-        for start in range(0, len(encoded), size):
-            some, own = encoded[start : start + size], settings[start : start + size]
-            if config.num_beams > 1:
-                found = [self._search(*one, config) for one in zip(some, own, strict=True)]
-            else:
-                found = self._draw(some, own, config)
-            for text, ids, one, generated in zip(texts[start : start + size], some, own, found, strict=True):
-                prompt = self.tokenizer.decode(ids) if text is None else text
-                yield from (self._completion(prompt, ids, one, each, config) for each in generated)
+        requests = [self._requests(*one, config) for one in zip(encoded, settings, strict=True)]
+        flat = [request for several in requests for request in several]
+        max_rows = max(config.batch_size, config.num_beams)
+        complete = complete_in_order(self.model, self.mesh, flat, max_rows)
+        for text, ids, own, several in zip(texts, encoded, settings, requests, strict=True):
+            prompt = self.tokenizer.decode(ids) if text is None else text
+            found = [one for _ in several for one in _found(next(complete))]
+            if len(found) < config.num_return_sequences and self.mesh.rank == 0:
+                log(
+                    f"only {len(found)} of {config.num_return_sequences} texts were found: the filters leave no more"
+                )
+            yield from (self._completion(prompt, ids, own, one, config) for one in found)
+
+    def _requests(
+        self, ids: Sequence[int], settings: GenerationSettings, config: SamplingConfig
+    ) -> list[Text] | list[BeamSearch]:
+        """Return what the engine continues for one prompt; several draws have seeds that follow."""
+        ends = self._new_text(ids, settings).ends
+        if config.num_beams > 1:
+            beams = BeamSettings(
+                config.num_beams, config.length_penalty, config.early_stopping, config.num_return_sequences
+            )
+            return [BeamSearch(ids, settings, beams, ends)]
+        sampling = settings.sampling
+        seeds = range(sampling.seed, sampling.seed + config.num_return_sequences)
+        return [Text(ids, replace(settings, sampling=replace(sampling, seed=seed)), ends) for seed in seeds]
 
     def _checked(self, options: GenerateOptions) -> SamplingConfig:
         given = todays_options(options)
@@ -225,7 +267,7 @@ class LanguageModel:
                 raise ConfigError(f"prompt id {wrong} is not in 0 to {limit - 1}, the model's vocabulary")
         return encoded
 
-    def _settings(self, config: SamplingConfig, ids: Sequence[int]) -> GenerationSettings:
+    def _settings(self, config: SamplingConfig, ids: Sequence[int], seed: int) -> GenerationSettings:
         if config.max_length is not None and config.max_length <= len(ids):
             raise AscendSpeedError(
                 f"the prompt has {len(ids)} tokens, which leaves none of max_length={config.max_length}; "
@@ -239,42 +281,12 @@ class LanguageModel:
             config.temperature,
             config.top_k,
             config.top_p,
-            config.seed,
+            seed,
             config.repetition_penalty,
         )
         return GenerationSettings(
             room, sampling, config.eos_token_ids or eos_ids, config.stop, config.return_log_probs
         )
-
-    def _search(
-        self, ids: Sequence[int], settings: GenerationSettings, config: SamplingConfig
-    ) -> list[Generated]:
-        beams = BeamSettings(
-            config.num_beams, config.length_penalty, config.early_stopping, config.num_return_sequences
-        )
-        ends = self._new_text(ids, settings).ends
-        found = search_beams(self.model, self.mesh, ids, settings, beams, ends)
-        if len(found) < config.num_return_sequences and self.mesh.rank == 0:
-            log(
-                f"only {len(found)} of {config.num_return_sequences} texts were found: the filters leave no more"
-            )
-        return found
-
-    def _draw(
-        self,
-        encoded: Sequence[Sequence[int]],
-        settings: Sequence[GenerationSettings],
-        config: SamplingConfig,
-    ) -> list[list[Generated]]:
-        """Continue prompts side by side, those of like length together; several draws have seeds that follow."""
-        every = range(config.num_return_sequences)
-        asked = [
-            (ids, replace(own, sampling=replace(own.sampling, seed=own.sampling.seed + number)))
-            for ids, own in zip(encoded, settings, strict=True)
-            for number in every
-        ]
-        found = self._in_batches(asked, config.batch_size)
-        return [found[start : start + len(every)] for start in range(0, len(found), len(every))]
 
     def _in_batches(
         self, asked: Sequence[tuple[Sequence[int], GenerationSettings]], batch_size: int
@@ -288,11 +300,15 @@ class LanguageModel:
         return [found[number] for number in range(len(asked))]
 
     def _stream(
-        self, ids: Sequence[int], settings: GenerationSettings, config: SamplingConfig
+        self,
+        ids: Sequence[int],
+        settings: GenerationSettings,
+        config: SamplingConfig,
+        memory: ChatMemory | None,
     ) -> Iterator[StreamedText]:
         text, new_ids = self._new_text(ids, settings), []
         before = self.tokenizer.decode(ids) if config.echo and config.detokenize else ""
-        for step in stream_ids(self.model, self.mesh, ids, settings, text.ends):
+        for step in stream_ids(self.model, self.mesh, ids, settings, text.ends, memory):
             new_ids.append(step.token_id)
             added = text.grown(new_ids, step.finish_reason is not None) if config.detokenize else ""
             yield StreamedText(before + added, step.token_id, step.log_prob, step.finish_reason)
@@ -378,6 +394,10 @@ class LanguageModel:
         tokens = torch.tensor([list(ids)], device=self.mesh.device.torch)
         logits = forward_through_stages(self.model, self.mesh, tokens)
         return gather_logits(logits[0], self.model.config.vocab_size, self.mesh.group("tp"))
+
+
+def _found(request: Text | BeamSearch) -> list[Generated]:
+    return request.generated() if isinstance(request, BeamSearch) else [request.generated()]
 
 
 def _texts(prompts: Sequence[Any], encoded: Sequence[Sequence[int]]) -> list[str | None]:

@@ -158,6 +158,11 @@ class Text:
             self._on_token(self)
         return [NextToken(0, choice.token_id)] if self.finish_reason is None else []
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether no token follows."""
+        return self.finish_reason is not None
+
     def generated(self) -> Generated:
         """Return the complete text."""
         assert self.finish_reason is not None
@@ -199,6 +204,11 @@ class BeamSearch:
             NextToken(min(parent, rows - 1), beam.ids[-1])
             for parent, beam in zip(parents, self._beams.running, strict=True)
         ]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether no beam goes on."""
+        return self._beams.done
 
     def generated(self) -> list[Generated]:
         """Return the texts that were asked for, the best first; fewer if the rules leave no more."""
