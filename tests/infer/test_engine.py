@@ -16,9 +16,10 @@ from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.weights import open_weights
 from ascendspeed_data.errors import AscendSpeedError
 from ascendspeed_infer.beams import BeamSettings
-from ascendspeed_infer.engine.runner import ModelRunner, decode_one_token, prefill
+from ascendspeed_infer.engine.runner import ModelRunner, check_batch_invariance, decode_one_token, prefill
 from ascendspeed_infer.engine.scheduler import Engine, common_beginning
 from ascendspeed_infer.engine.texts import BeamSearch, Generated, GenerationSettings, Text
+from ascendspeed_infer.engine.tiles import CHUNK_TOKENS
 from ascendspeed_infer.sampling import Sampling
 from support.families import REFERENCES
 from support.processes import WorkerPool
@@ -27,9 +28,9 @@ VOCAB = 125
 MAX_ROWS = 8
 
 
-def load(folder: str, layout: Layout) -> tuple[Transformer, ParallelMesh]:
+def load(folder: str, layout: Layout, dtype: torch.dtype = torch.float64) -> tuple[Transformer, ParallelMesh]:
     mesh = ParallelMesh.create(Device("cpu"), layout)
-    return load_model(open_weights(Path(folder)), mesh, torch.float64).eval(), mesh
+    return load_model(open_weights(Path(folder)), mesh, dtype).eval(), mesh
 
 
 def make_request(number: int) -> Text | BeamSearch:
@@ -64,10 +65,16 @@ def outcome(request: Text | BeamSearch, is_cancelled: bool = False) -> Outcome:
     return Outcome(done if isinstance(done, list) else [done])
 
 
-def under_random_load(folder: str, layout: Layout, count: int) -> tuple[list[Outcome], int, int]:
-    """Submit requests at random times and cancel some; return what each got, reused tokens and passes."""
-    model, mesh = load(folder, layout)
-    engine = Engine(ModelRunner(model, mesh, 400), MAX_ROWS, prompt_tokens_per_step=24)
+def under_random_load(
+    folder: str, layout: Layout, count: int, invariant: torch.dtype | None = None
+) -> tuple[list[Outcome], int, int]:
+    """Submit requests at random times and cancel some; return what each got, reused tokens and passes.
+
+    Batch-invariant in the format `invariant`, if one is given.
+    """
+    model, mesh = load(folder, layout, invariant or torch.float64)
+    tiles = check_batch_invariance(model, mesh) if invariant else None
+    engine = Engine(ModelRunner(model, mesh, 400, tiles), MAX_ROWS, prompt_tokens_per_step=24)
     draw = random.Random(5)
     requests = [make_request(number) for number in range(count)]
     waiting, alive = list(requests), []
@@ -87,10 +94,11 @@ def under_random_load(folder: str, layout: Layout, count: int) -> tuple[list[Out
     return [outcome(request, request in cancelled) for request in requests], engine.reused_tokens, passes
 
 
-def check_against_alone(folder: str, found: list[Outcome]) -> None:
-    model, mesh = load(folder, Layout())
+def check_against_alone(folder: str, found: list[Outcome], invariant: torch.dtype | None = None) -> None:
+    model, mesh = load(folder, Layout(), invariant or torch.float64)
+    tiles = check_batch_invariance(model, mesh) if invariant else None
     for number, one in enumerate(found):
-        engine = Engine(ModelRunner(model, mesh, 200), keeps_beginnings=False)
+        engine = Engine(ModelRunner(model, mesh, 200, tiles), keeps_beginnings=False)
         request = make_request(number)
         engine.submit(request)
         engine.run()
@@ -101,6 +109,9 @@ def check_against_alone(folder: str, found: list[Outcome]) -> None:
             continue
         for mine, want in zip(one.texts, outcome(request).texts, strict=True):
             assert (mine.token_ids, mine.finish_reason) == (want.token_ids, want.finish_reason)
+            if invariant:
+                assert mine == want
+                continue
             # The model is in float64: the same sums in other shapes. Beams add up fp32 log-probabilities.
             assert mine.log_probs == pytest.approx(want.log_probs, abs=1e-9 if mine.score is None else 2e-6)
 
@@ -122,6 +133,16 @@ def test_random_load(workers: WorkerPool, tmp_path: Path, layout: Layout) -> Non
     assert sum(one.cancelled_after is not None for one in found) > len(found) // 30
     assert reused > len(found)
     assert passes > len(found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_batch_invariant(workers: WorkerPool, tmp_path: Path, dtype: torch.dtype) -> None:
+    """Tokens and log-probabilities are those of each request alone, bit for bit."""
+    REFERENCES["Mistral"].save(tmp_path)
+    ((found, reused, _),) = workers.run(under_random_load, 1, str(tmp_path), Layout(), 40, dtype)
+    check_against_alone(str(tmp_path), found, dtype)
+    # Of shared beginnings only whole chunks of 32 tokens.
+    assert reused % CHUNK_TOKENS == 0
 
 
 @pytest.mark.nightly

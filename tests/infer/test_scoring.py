@@ -1,5 +1,6 @@
 """Log-likelihoods equal those computed one by one with transformers."""
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -7,16 +8,21 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from ascendspeed_core.config.parallel import ParallelConfig
+from ascendspeed_core.config.parallel import Layout, ParallelConfig
+from ascendspeed_core.device import Device
+from ascendspeed_core.parallel.build import build_model
+from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_data.errors import AscendSpeedError
 from ascendspeed_data.tokenizer import load_tokenizer
+from ascendspeed_infer.engine.runner import check_batch_invariance
 from ascendspeed_infer.language_model import LanguageModel
-from ascendspeed_infer.scoring import encode_pair
+from ascendspeed_infer.scoring import encode_pair, loglikelihood_of_ids
 from support.corpus import make_texts
 from support.models import save_hugging_face, tiny_config
 from support.processes import WorkerPool
 
 LIMIT = 24
+VOCAB = 500
 PAIRS = [
     ("the year was", " new"),
     ("the year was ", "new"),
@@ -56,17 +62,17 @@ def theirs(folder: Path, limit: int) -> list[tuple[float, bool, int]]:
     return found
 
 
-def ours(folder: str, tp: int, batch_size: int, limit: int) -> list[tuple[float, bool, int]]:
+def ours(folder: str, tp: int, limit: int) -> list[tuple[float, bool, int]]:
     parallel = ParallelConfig(tensor_model_parallel_size=tp)
     model = LanguageModel.from_pretrained(folder, device="cpu", dtype="float32", parallel=parallel)
-    scores = model.loglikelihood(PAIRS, batch_size=batch_size, max_tokens=limit)
+    scores = model.loglikelihood(PAIRS, max_tokens=limit)
     return [(score.logprob, score.is_greedy, score.truncated_tokens) for score in scores]
 
 
-@pytest.mark.parametrize(("tp", "batch_size", "limit"), [(1, 1, 64), (1, 5, 64), (2, 5, 64), (1, 5, LIMIT)])
-def test_scores(workers: WorkerPool, folder: Path, tp: int, batch_size: int, limit: int) -> None:
+@pytest.mark.parametrize(("tp", "limit"), [(1, 64), (2, 64), (1, LIMIT)])
+def test_scores(workers: WorkerPool, folder: Path, tp: int, limit: int) -> None:
     want: list[Any] = theirs(folder, limit)
-    for found in workers.run(ours, tp, str(folder), tp, batch_size, limit):
+    for found in workers.run(ours, tp, str(folder), tp, limit):
         # fp32 sums in another order, added up over a continuation's tokens: sums of about 100 round at 1e-5.
         assert [row[0] for row in found] == pytest.approx([row[0] for row in want], rel=1e-6, abs=1e-5)
         assert [row[1:] for row in found] == [row[1:] for row in want]
@@ -84,3 +90,53 @@ def test_spaces_between_context_and_continuation_belong_to_the_continuation(fold
     assert encode_pair(tokenizer, "the year ", "was") == encode_pair(tokenizer, "the year", " was")
     before, after = encode_pair(tokenizer, "the year", " was")
     assert tokenizer.decode(before + after) == "the year was"
+
+
+def made_pairs(count: int) -> list[tuple[list[int], list[int]]]:
+    """Pairs that share examples, contexts, or nothing; continuations of one token and of many."""
+    draw = random.Random(3)
+
+    def ids(length: int) -> list[int]:
+        return [draw.randrange(3, VOCAB) for _ in range(length)]
+
+    examples, pairs = [ids(90), ids(37)], []
+    while len(pairs) < count:
+        context = draw.choice([*examples, []]) + ids(draw.randint(1, 40))
+        pairs += [(context, ids(draw.choice([1, 1, 2, 7, 70]))) for _ in range(draw.randint(1, 4))]
+    return pairs
+
+
+def scored_in_company(layout: Layout, dtype: torch.dtype) -> tuple[list[float], list[float], list[float]]:
+    """Log-likelihoods of pairs alone, all together, and together in another order and company."""
+    mesh = ParallelMesh.create(Device("cpu"), layout)
+    config = tiny_config(
+        vocab_size=VOCAB, hidden_size=192, ffn_hidden_size=344, head_dim=24, max_position_embeddings=256
+    )
+    torch.manual_seed(0)
+    model = build_model(config, mesh, dtype).eval()
+    for name, parameter in model.named_parameters():
+        generator = torch.Generator().manual_seed(len(name) + 17 * mesh.tp_rank * ("norm" not in name))
+        parameter.data.normal_(float(parameter.dim() == 1), 0.08, generator=generator)
+    check_batch_invariance(model, mesh)
+    pairs = made_pairs(40)
+    alone = [loglikelihood_of_ids(model, mesh, [pair])[0].logprob for pair in pairs]
+    together = [score.logprob for score in loglikelihood_of_ids(model, mesh, pairs)]
+    order = random.Random(4).sample(range(len(pairs)), len(pairs))
+    others = [([5, 6, 7], [8]), *(pairs[number] for number in order), ([9] * 50, [4])]
+    mixed = loglikelihood_of_ids(model, mesh, others)[1:-1]
+    by_number = {number: score.logprob for number, score in zip(order, mixed, strict=True)}
+    return alone, together, [by_number[number] for number in range(len(pairs))]
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2), Layout(pp=2)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_company_changes_no_bit(workers: WorkerPool, layout: Layout, dtype: torch.dtype) -> None:
+    for alone, together, mixed in workers.run(scored_in_company, layout.world_size, layout, dtype):
+        assert len(set(alone)) > 35
+        assert alone == together == mixed
+
+
+def test_pairs_of_ids_with_nothing_in_them(folder: Path) -> None:
+    model = LanguageModel.from_pretrained(folder, device="cpu")
+    with pytest.raises(AscendSpeedError, match="0 ids of context and 1 of continuation"):
+        loglikelihood_of_ids(model.model, model.mesh, [([], [4])])

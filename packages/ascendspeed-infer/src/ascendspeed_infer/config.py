@@ -118,7 +118,13 @@ class SamplingConfig(AnswerConfig):
         json_schema_extra=spellings("--include-input", off=""),
     )
     detokenize: bool = Field(True, description="Give text, not ids alone.")
-    batch_size: int = Field(8, ge=1, description="Prompts computed at once; changes no completion.")
+    batch_size: int = Field(8, ge=1, description="Prompts computed at once.")
+    batch_invariant: bool = Field(
+        False,
+        description="Give each completion the same bit for bit whatever is computed with it, by passes of fixed "
+        "shapes; slower. Otherwise company can change which of two nearly equally likely tokens is taken.",
+        json_schema_extra={"off": ""},
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from ascendspeed_data.command_line import log
+from ascendspeed_data.errors import AscendSpeedError
+
 if TYPE_CHECKING:
     from ascendspeed_infer.config import GenerateConfig
     from ascendspeed_infer.language_model import LanguageModel
@@ -62,7 +65,7 @@ OPTIONS = (
     Option("dtype", str, "Format to compute in. [default: as stored]"),
     Option("fp16", bool, "Short for --dtype float16."),
     Option("bf16", bool, "Short for --dtype bfloat16."),
-    Option("micro_batch_size", int, "Prompts computed at once; changes no score. [default: 8]"),
+    Option("micro_batch_size", int, "Prompts continued at once; changes no answer. [default: 8]"),
     Option(
         "seq_length",
         int,
@@ -157,6 +160,13 @@ class ServedModel:
     ) -> None:
         self._model, self._name, self._fingerprint = model, name, fingerprint
         self._batch_size, self._max_tokens = int(scoring["micro_batch_size"]), scoring["seq_length"]
+        self._is_invariant = True
+        try:
+            model.tiles()
+        except AscendSpeedError as error:
+            self._is_invariant = False
+            if model.mesh.rank == 0:
+                log(f"{error}; until then other requests can change the last bits of a result")
 
     def describe(self) -> Description:
         """Say which model this is; how many devices share the requests out is left out, as it changes nothing."""
@@ -213,7 +223,7 @@ class ServedModel:
         from ascendspeed_infer.scoring import Pair
 
         pairs = [Pair(*request) for request in requests]
-        return list(self._model.loglikelihood(pairs, self._batch_size, self._max_tokens)) if pairs else []
+        return list(self._model.loglikelihood(pairs, self._max_tokens)) if pairs else []
 
     def _continue(self, requests: list[Any]) -> list[Text]:
         from ascendspeed_infer.requests import GenerationRequest
@@ -222,7 +232,9 @@ class ServedModel:
         asked = [GenerationRequest(*request) for request in requests]
         texts = []
         for one, done in zip(
-            asked, self._model.generate_together(asked, self._batch_size, limit), strict=True
+            asked,
+            self._model.generate_together(asked, self._batch_size, limit, self._is_invariant),
+            strict=True,
         ):
             cut = len(self._model.tokenizer.encode(one.prompt)) - len(done.prompt_token_ids)
             texts.append(Text(done.text, done.finish_reason, cut))

@@ -19,6 +19,7 @@ from ascendspeed_infer.engine.texts import (
     Text,
     never,
 )
+from ascendspeed_infer.engine.tiles import Tiles
 
 GROWTH = 2
 """A chat's memory is made for texts so many times as long as the one that needs it, as texts get longer."""
@@ -57,9 +58,16 @@ class Step:
 
 
 def engine_for(
-    model: Transformer, mesh: ParallelMesh, requests: Sequence[Continuation], max_rows: int
+    model: Transformer,
+    mesh: ParallelMesh,
+    requests: Sequence[Continuation],
+    max_rows: int,
+    tiles: Tiles | None = None,
 ) -> Engine:
-    """Return an engine with memory for the `max_rows` longest texts of some requests at once."""
+    """Return an engine with memory for the `max_rows` longest texts of some requests at once.
+
+    With the tiles of `check_batch_invariance` it is batch-invariant.
+    """
     limit = model.config.max_position_embeddings
     for one in requests:
         check_length(len(one.prompt_ids), one.max_new_tokens, limit)
@@ -67,7 +75,7 @@ def engine_for(
         blocks_of(len(one.prompt_ids) + one.max_new_tokens) for one in requests for _ in range(one.max_rows)
     ]
     capacity = sum(sorted(blocks)[-max_rows:]) * BLOCK_TOKENS
-    return Engine(ModelRunner(model, mesh, capacity), max_rows)
+    return Engine(ModelRunner(model, mesh, capacity, tiles), max_rows)
 
 
 def stream_ids(
@@ -77,6 +85,7 @@ def stream_ids(
     settings: GenerationSettings,
     ends: Ends = never,
     memory: "ChatMemory | None" = None,
+    tiles: Tiles | None = None,
 ) -> Iterator[Step]:
     """Continue one prompt, token by token; all processes of a layout iterate alike and get the same tokens.
 
@@ -87,12 +96,13 @@ def stream_ids(
         settings: length, sampling, end ids.
         ends: whether a stop text is there.
         memory: of texts before, whose beginning need not be read again.
+        tiles: of `check_batch_invariance`, for a text that is the same bit for bit whatever the company.
 
     Raises:
         AscendSpeedError: an empty prompt, or one that leaves no room for the new tokens.
     """
     text = Text(prompt_ids, settings, ends)
-    engine = engine_for(model, mesh, [text], 1) if memory is None else memory.engine_for(text)
+    engine = engine_for(model, mesh, [text], 1, tiles) if memory is None else memory.engine_for(text, tiles)
     engine.submit(text)
     try:
         while engine.is_busy:
@@ -115,17 +125,19 @@ class ChatMemory:
     def __init__(self, model: Transformer, mesh: ParallelMesh) -> None:
         self._model, self._mesh = model, mesh
         self._engine: Engine | None = None
+        self._tiles: Tiles | None = None
 
-    def engine_for(self, text: Text) -> Engine:
+    def engine_for(self, text: Text, tiles: Tiles | None) -> Engine:
         """Return an engine that has room for a text beside the one before."""
         limit = self._model.config.max_position_embeddings
         check_length(len(text.prompt_ids), text.max_new_tokens, limit)
         needed = blocks_of(len(text.prompt_ids) + text.max_new_tokens)
-        if self._engine is None or self._engine.num_blocks < 2 * needed:
+        if self._engine is None or self._engine.num_blocks < 2 * needed or tiles != self._tiles:
             # Memory of the smaller one is free before the larger one takes its own.
             self._engine = None
             blocks = 2 * min(GROWTH * needed, blocks_of(limit))
-            self._engine = Engine(ModelRunner(self._model, self._mesh, blocks * BLOCK_TOKENS), max_rows=1)
+            runner = ModelRunner(self._model, self._mesh, blocks * BLOCK_TOKENS, tiles)
+            self._engine, self._tiles = Engine(runner, max_rows=1), tiles
         return self._engine
 
     @property
@@ -135,7 +147,11 @@ class ChatMemory:
 
 
 def complete_in_order(
-    model: Transformer, mesh: ParallelMesh, requests: Sequence[Text | BeamSearch], max_rows: int
+    model: Transformer,
+    mesh: ParallelMesh,
+    requests: Sequence[Text | BeamSearch],
+    max_rows: int,
+    tiles: Tiles | None = None,
 ) -> Iterator[Text | BeamSearch]:
     """Continue requests side by side and give each once it is complete, in their order; see `stream_ids`.
 
@@ -144,8 +160,9 @@ def complete_in_order(
         mesh: its place.
         requests: what is continued; others are computed while one is waited for.
         max_rows: texts computed in one pass at most; a beam search counts with its beams.
+        tiles: see `stream_ids`.
     """
-    engine = engine_for(model, mesh, requests, max_rows)
+    engine = engine_for(model, mesh, requests, max_rows, tiles)
     for request in requests:
         engine.submit(request)
     for request in requests:
@@ -172,10 +189,11 @@ def generate_together(
     settings: Sequence[GenerationSettings],
     ends: Sequence[Ends],
     batch_size: int | None = None,
+    tiles: Tiles | None = None,
 ) -> list[Generated]:
     """Continue several prompts, of any lengths, at most `batch_size` of them in a pass; see `stream_ids`."""
     texts = [Text(*one) for one in zip(prompts, settings, ends, strict=True)]
-    engine = engine_for(model, mesh, texts, batch_size or len(texts))
+    engine = engine_for(model, mesh, texts, batch_size or len(texts), tiles)
     for text in texts:
         engine.submit(text)
     engine.run()
@@ -189,6 +207,7 @@ def search_beams(
     settings: GenerationSettings,
     beam_settings: BeamSettings,
     ends: Ends = never,
+    tiles: Tiles | None = None,
 ) -> list[Generated]:
     """Continue one prompt by beam search; see `stream_ids`.
 
@@ -196,5 +215,5 @@ def search_beams(
         `num_return_sequences` texts, the best first; fewer if the rules leave no more.
     """
     search = BeamSearch(prompt_ids, settings, beam_settings, ends)
-    next(complete_in_order(model, mesh, [search], search.max_rows))
+    next(complete_in_order(model, mesh, [search], search.max_rows, tiles))
     return search.generated()

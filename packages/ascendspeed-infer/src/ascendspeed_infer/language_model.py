@@ -26,7 +26,9 @@ from ascendspeed_data.tokenizer import Tokenizer, load_tokenizer
 from ascendspeed_infer.attached_adapter import attach_adapter
 from ascendspeed_infer.beams import BeamSettings
 from ascendspeed_infer.config import AdapterConfig, SamplingConfig, check_parallel, inference_layout
+from ascendspeed_infer.engine.runner import check_batch_invariance
 from ascendspeed_infer.engine.texts import BeamSearch, Text
+from ascendspeed_infer.engine.tiles import Tiles
 from ascendspeed_infer.generation import (
     ChatMemory,
     Generated,
@@ -43,8 +45,6 @@ from ascendspeed_infer.requests import Completion, GenerateOptions, GenerationRe
 from ascendspeed_infer.sampling import Sampling
 from ascendspeed_infer.scoring import Pair, Score, loglikelihood
 
-SCORING_BATCH_SIZE = 8
-
 
 class LanguageModel:
     """Generate and score with one model; under tensor parallelism every process holds its part and calls alike."""
@@ -53,6 +53,7 @@ class LanguageModel:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.mesh = mesh
+        self._tiles: Tiles | None = None
 
     @classmethod
     def from_pretrained(
@@ -216,7 +217,7 @@ class LanguageModel:
         requests = [self._requests(*one, config) for one in zip(encoded, settings, strict=True)]
         flat = [request for several in requests for request in several]
         max_rows = max(config.batch_size, config.num_beams)
-        complete = complete_in_order(self.model, self.mesh, flat, max_rows)
+        complete = complete_in_order(self.model, self.mesh, flat, max_rows, self._tiles_of(config))
         for text, ids, own, several in zip(texts, encoded, settings, requests, strict=True):
             prompt = self.tokenizer.decode(ids) if text is None else text
             found = [one for _ in several for one in _found(next(complete))]
@@ -289,13 +290,16 @@ class LanguageModel:
         )
 
     def _in_batches(
-        self, asked: Sequence[tuple[Sequence[int], GenerationSettings]], batch_size: int
+        self,
+        asked: Sequence[tuple[Sequence[int], GenerationSettings]],
+        batch_size: int,
+        tiles: Tiles | None,
     ) -> list[Generated]:
         # The longest first, so that none is left to be computed alone at the end.
         order = sorted(range(len(asked)), key=lambda number: -len(asked[number][0]))
         prompts, settings = zip(*(asked[number] for number in order), strict=True)
         ends = [self._new_text(*asked[number]).ends for number in order]
-        generated = generate_together(self.model, self.mesh, prompts, settings, ends, batch_size)
+        generated = generate_together(self.model, self.mesh, prompts, settings, ends, batch_size, tiles)
         found = dict(zip(order, generated, strict=True))
         return [found[number] for number in range(len(asked))]
 
@@ -308,7 +312,8 @@ class LanguageModel:
     ) -> Iterator[StreamedText]:
         text, new_ids = self._new_text(ids, settings), []
         before = self.tokenizer.decode(ids) if config.echo and config.detokenize else ""
-        for step in stream_ids(self.model, self.mesh, ids, settings, text.ends, memory):
+        tiles = self._tiles_of(config)
+        for step in stream_ids(self.model, self.mesh, ids, settings, text.ends, memory, tiles):
             new_ids.append(step.token_id)
             added = text.grown(new_ids, step.finish_reason is not None) if config.detokenize else ""
             yield StreamedText(before + added, step.token_id, step.log_prob, step.finish_reason)
@@ -340,7 +345,11 @@ class LanguageModel:
         )
 
     def generate_together(
-        self, requests: Sequence[GenerationRequest], batch_size: int, max_tokens: int
+        self,
+        requests: Sequence[GenerationRequest],
+        batch_size: int,
+        max_tokens: int,
+        batch_invariant: bool = False,
     ) -> list[Completion]:
         """Continue several prompts at once, each by its own settings; long prompts lose their beginning.
 
@@ -348,6 +357,7 @@ class LanguageModel:
             requests: prompts and how each is continued.
             batch_size: texts computed at once.
             max_tokens: prompt and new tokens together.
+            batch_invariant: each the same bit for bit whatever the company.
 
         Raises:
             AscendSpeedError: a request for more new tokens than fit.
@@ -366,11 +376,21 @@ class LanguageModel:
             )
             for one in requests
         ]
-        found = self._in_batches(list(zip(encoded, settings, strict=True)), batch_size)
+        tiles = self.tiles() if batch_invariant else None
+        found = self._in_batches(list(zip(encoded, settings, strict=True)), batch_size, tiles)
         return [
             self._completion(one.prompt, ids, own, generated)
             for one, ids, own, generated in zip(requests, encoded, settings, found, strict=True)
         ]
+
+    def tiles(self) -> Tiles:
+        """Return the shapes of batch-invariant passes, tried once; see `check_batch_invariance`."""
+        if self._tiles is None:
+            self._tiles = check_batch_invariance(self.model, self.mesh)
+        return self._tiles
+
+    def _tiles_of(self, config: SamplingConfig) -> Tiles | None:
+        return self.tiles() if config.batch_invariant else None
 
     def end_ids(self) -> tuple[int, ...]:
         """Return the ids that end a text: those of the model's config, or else the tokenizer's."""
@@ -380,13 +400,12 @@ class LanguageModel:
     def loglikelihood(
         self,
         pairs: Sequence[tuple[str, str] | Pair],
-        batch_size: int = SCORING_BATCH_SIZE,
         max_tokens: int | None = None,
     ) -> list[Score]:
         """Score continuations after their contexts; see `scoring.loglikelihood`."""
         limit = min(max_tokens or math.inf, self.model.config.max_position_embeddings)
         scored = [pair if isinstance(pair, Pair) else Pair(*pair) for pair in pairs]
-        return loglikelihood(self.model, self.mesh, self.tokenizer, scored, batch_size, int(limit))
+        return loglikelihood(self.model, self.mesh, self.tokenizer, scored, int(limit))
 
     @torch.no_grad()
     def logits(self, ids: Sequence[int]) -> torch.Tensor:

@@ -14,11 +14,12 @@ from typing import Any
 from lm_eval.api.model import LM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from ascendspeed_infer.language_model import SCORING_BATCH_SIZE, LanguageModel
+from ascendspeed_infer.language_model import LanguageModel
 from ascendspeed_infer.requests import GenerationRequest
 from ascendspeed_infer.scoring import Pair, loglikelihood_of_ids
 
 DEFAULT_NEW_TOKENS = 256
+GENERATION_BATCH_SIZE = 8
 
 
 class AscendSpeedLM(LM):
@@ -26,7 +27,7 @@ class AscendSpeedLM(LM):
 
     Args:
         model: checkpoint, or a model that is loaded already (with its layout).
-        batch_size: texts computed at once.
+        batch_size: texts generated at once; changes no result.
         max_length: longest input in tokens, by default the model's.
         options: of `LanguageModel.from_pretrained`.
     """
@@ -34,7 +35,7 @@ class AscendSpeedLM(LM):
     def __init__(
         self,
         model: LanguageModel | Path | str,
-        batch_size: int = SCORING_BATCH_SIZE,
+        batch_size: int = GENERATION_BATCH_SIZE,
         max_length: int | None = None,
         **options: Any,
     ) -> None:
@@ -49,7 +50,7 @@ class AscendSpeedLM(LM):
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
         """Score continuations."""
         pairs = [Pair(*request.args) for request in requests]
-        scores = self.model.loglikelihood(pairs, self._batch_size, self.max_length)
+        scores = self.model.loglikelihood(pairs, self.max_length)
         return [(score.logprob, score.is_greedy) for score in scores]
 
     def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
@@ -64,7 +65,7 @@ class AscendSpeedLM(LM):
                     "the tokenizer has neither a begin nor an end of text; a text has no first context"
                 )
             windows = map(make_disjoint_window, get_rolling_token_windows(ids, start, self.max_length, 1))
-            scores = loglikelihood_of_ids(self.model.model, self.model.mesh, list(windows), self._batch_size)
+            scores = loglikelihood_of_ids(self.model.model, self.model.mesh, list(windows))
             found.append(sum(score.logprob for score in scores))
         return found
 
@@ -83,5 +84,5 @@ class AscendSpeedLM(LM):
                     float(settings.get("temperature") or 0.0) if drawn else 0.0,
                 )
             )
-        done = self.model.generate_together(asked, self._batch_size, self.max_length)
+        done = self.model.generate_together(asked, self._batch_size, self.max_length, batch_invariant=True)
         return [one.text for one in done]

@@ -97,6 +97,7 @@ class GenerateOptions(TypedDict, total=False):
     echo: bool
     detokenize: bool
     batch_size: int
+    batch_invariant: bool
     include_input: bool
     return_output_log_probs: bool
     eos_token_id: int | Sequence[int]

@@ -2,17 +2,15 @@
 
 Texts are scored in the order of their ids, all in one room of the cache, so that each runs only what it does not have
 in common with the one before: the examples that many prompts share, and a context with several continuations, are
-computed once. Logits are computed only where a continuation stands.
-
-Which texts are computed together changes the last bits of a sum, so where two continuations of one context are nearly
-equally likely, they are computed again, each alone: decisions do not depend on batch size, order or the number of
-devices.
+computed once. Passes are those of the batch-invariant mode: a score is the same bit for bit whatever is scored beside
+it and in whatever order.
 
 Shapes: P places, V vocabulary.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
 
@@ -23,12 +21,7 @@ from ascendspeed_data.errors import AscendSpeedError
 from ascendspeed_data.tokenizer import Tokenizer
 from ascendspeed_infer.engine.runner import ModelRunner, Work
 from ascendspeed_infer.engine.scheduler import common_beginning
-
-NEARLY_EQUAL = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
-"""Differences of log-likelihoods that company could turn round: far above the noise of each format."""
-
-TOKENS_PER_PASS = 512
-"""Beyond this the matrix products gain nothing, and logits take memory."""
+from ascendspeed_infer.engine.tiles import Tiles, pack, tiles_for
 
 
 @dataclass(frozen=True)
@@ -74,14 +67,23 @@ class _Row:
     truncated_tokens: int
 
     @property
-    def read(self) -> tuple[int, ...]:
-        """What the model reads: all but the last id."""
-        return self.ids[:-1]
-
-    @property
     def first_place(self) -> int:
         """The first place whose logits are wanted."""
         return len(self.ids) - self.num_continuation - 1
+
+
+@dataclass(frozen=True)
+class _Text:
+    """What the model reads of a pair, all but the last id, and the first place whose logits are wanted."""
+
+    ids: tuple[int, ...]
+    first_place: int
+
+    def cuts(self, tiles: Tiles) -> list[int]:
+        """Return where its pieces end: context and continuation are cut each by itself."""
+        context = tiles.cut(0, self.first_place) if self.first_place else ()
+        continuation = range(self.first_place + tiles.chunk_tokens, len(self.ids), tiles.chunk_tokens)
+        return [*context, *continuation, len(self.ids)]
 
 
 @torch.no_grad()
@@ -90,8 +92,8 @@ def loglikelihood(
     mesh: ParallelMesh,
     tokenizer: Tokenizer,
     pairs: Sequence[Pair],
-    batch_size: int,
     max_tokens: int,
+    tiles: Tiles | None = None,
 ) -> list[Score]:
     """Score continuations after their contexts.
 
@@ -100,78 +102,68 @@ def loglikelihood(
         mesh: its place; all processes of a tensor-parallel group and all stages call alike.
         tokenizer: of the model.
         pairs: what is scored.
-        batch_size: texts computed in one pass at most.
         max_tokens: longest input; longer ones lose the beginning of their context, which is counted.
+        tiles: shapes of passes, if not the usual ones.
 
     Raises:
-        AscendSpeedError: a continuation alone is longer than `max_tokens`.
+        AscendSpeedError: a continuation alone is longer than `max_tokens`, or has nothing before it.
     """
     rows = _rows(tokenizer, pairs, max_tokens)
-    scores = _score_all(model, mesh, rows, batch_size)
-    _settle(model, mesh, pairs, rows, scores)
+    scores = _score_all(model, mesh, rows, tiles or tiles_for(model, mesh))
     return [scores[row] for row in rows]
 
 
 @torch.no_grad()
 def loglikelihood_of_ids(
-    model: Transformer,
-    mesh: ParallelMesh,
-    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
-    batch_size: int,
+    model: Transformer, mesh: ParallelMesh, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]
 ) -> list[Score]:
     """Score ids after ids; see `loglikelihood`."""
+    for before, after in pairs:
+        if not before or not after:
+            raise AscendSpeedError(
+                f"a pair has {len(before)} ids of context and {len(after)} of continuation; give one or more of each"
+            )
     rows = [_Row((*before, *after), len(after), 0) for before, after in pairs]
-    scores = _score_all(model, mesh, rows, batch_size)
+    scores = _score_all(model, mesh, rows, tiles_for(model, mesh))
     return [scores[row] for row in rows]
 
 
 def _score_all(
-    model: Transformer, mesh: ParallelMesh, rows: Sequence[_Row], batch_size: int
+    model: Transformer, mesh: ParallelMesh, rows: Sequence[_Row], tiles: Tiles
 ) -> dict[_Row, Score]:
-    by_text: dict[tuple[int, ...], list[_Row]] = {}
+    by_text: dict[_Text, list[_Row]] = {}
     for row in sorted(set(rows), key=lambda row: row.ids):
-        by_text.setdefault(row.read, []).append(row)
-    longest = max((len(text) for text in by_text), default=1)
-    runner = ModelRunner(model, mesh, longest)
+        by_text.setdefault(_Text(row.ids[:-1], row.first_place), []).append(row)
+    longest = max((len(text.ids) for text in by_text), default=1)
+    runner = ModelRunner(model, mesh, longest, tiles)
     room = runner.cache.reserve(longest)
     scores: dict[_Row, Score] = {}
-    logits: dict[tuple[int, ...], list[torch.Tensor]] = {}
-    for works in _passes(room, by_text, batch_size):
-        for (text, is_last, _), part in zip(works, runner.run([work for *_, work in works]), strict=True):
-            logits.setdefault(text, []).append(part)
-            if is_last:
-                scores |= _read_off(torch.cat(logits.pop(text)), by_text[text])
+    logits: list[torch.Tensor] = []
+    pieces = _pieces(room, by_text, tiles)
+    for tile in pack(pieces, lambda piece: len(piece[1].ids), tiles.prompt_tokens):
+        for (text, work), part in zip(tile, runner.run([work for _, work in tile]), strict=True):
+            if work.read:
+                logits.append(part)
+            if work.piece.end == len(text.ids):
+                scores |= _read_off(torch.cat(logits), by_text[text])
+                logits = []
     return scores
 
 
-_TextWork = tuple[tuple[int, ...], bool, Work]
-"""A text, whether it ends with this piece, and the piece."""
-
-
-def _passes(
-    room: Room, by_text: Mapping[tuple[int, ...], Sequence[_Row]], batch_size: int
-) -> Iterator[list[_TextWork]]:
-    """Cut texts into pieces, and put pieces together that are run in one pass."""
-    before: tuple[int, ...] = ()
-    works: list[_TextWork] = []
-    left, texts = TOKENS_PER_PASS, 0
-    for text, rows in by_text.items():
-        first_place = min(row.first_place for row in rows)
-        start = min(common_beginning(before, text), first_place)
-        while start < len(text):
-            count = min(len(text) - start, left)
-            read = max(min(start + count - first_place, count), 0)
-            piece = Piece(room, start, count)
-            start += count
-            left -= count
-            works.append((text, start == len(text), Work(piece, text[start - count : start], read)))
-            texts += start == len(text)
-            if left == 0 or texts == batch_size:
-                yield works
-                works, left, texts = [], TOKENS_PER_PASS, 0
-        before = text
-    if works:
-        yield works
+def _pieces(room: Room, texts: Iterable[_Text], tiles: Tiles) -> Iterator[tuple[_Text, Work]]:
+    """Cut texts into pieces that are run one after the other, each text in place of the one before."""
+    before, cuts_before = _Text((), 0), list[int]()
+    for text in texts:
+        cuts = text.cuts(tiles)
+        # As far as both are cut alike, keys and values are those that this text would get by itself.
+        most = min(common_beginning(before.ids, text.ids), text.first_place)
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(cuts_before, cuts, strict=False))
+        start = max((end for end, _ in same if end <= most), default=0)
+        for end in (place for place in cuts if place > start):
+            read = max(end - max(start, text.first_place), 0)
+            yield text, Work(Piece(room, start, end - start), text.ids[start:end], read)
+            start = end
+        before, cuts_before = text, cuts
 
 
 def _rows(tokenizer: Tokenizer, pairs: Sequence[Pair], max_tokens: int) -> list[_Row]:
@@ -234,43 +226,3 @@ def _read_off(logits: torch.Tensor, rows: Sequence[_Row]) -> dict[_Row, Score]:
         is_greedy = bool((mine.argmax(dim=-1) == targets).all())
         scores[row] = Score(float(chosen), is_greedy, row.truncated_tokens)
     return scores
-
-
-def _settle(
-    model: Transformer,
-    mesh: ParallelMesh,
-    pairs: Sequence[Pair],
-    rows: Sequence[_Row],
-    scores: dict[_Row, Score],
-) -> None:
-    """Compute the continuations of a context again, each alone and on one thread, where the best are nearly equal."""
-    margin = NEARLY_EQUAL[next(model.parameters()).dtype]
-    by_context: dict[str, list[int]] = {}
-    for number, pair in enumerate(pairs):
-        by_context.setdefault(pair.context, []).append(number)
-    unsure = [
-        rows[number]
-        for numbers in by_context.values()
-        if _is_close(((scores[rows[n]].logprob, len(pairs[n].continuation.strip())) for n in numbers), margin)
-        for number in numbers
-    ]
-    if not unsure:
-        return
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        for row in dict.fromkeys(unsure):
-            scores |= _score_all(model, mesh, [row], 1)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _is_close(found: Iterable[tuple[float, int]], margin: float) -> bool:
-    """Tell whether the best two are nearly equal, as they are or per character."""
-    values = list(found)
-    if len(values) < 2:
-        return False
-    plain = sorted((value for value, _ in values), reverse=True)
-    characters = sorted(((value / max(length, 1), length) for value, length in values), reverse=True)
-    (best, length), (second, other) = characters[:2]
-    return plain[0] - plain[1] < margin or best - second < margin / max(min(length, other), 1)

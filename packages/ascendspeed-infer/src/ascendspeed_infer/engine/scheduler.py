@@ -83,7 +83,10 @@ class Engine:
         keeps_beginnings: bool = True,
     ) -> None:
         self._runner, self._cache = runner, runner.cache
-        self._max_rows, self._prompt_tokens = max_rows, prompt_tokens_per_step
+        self._max_rows = max_rows
+        # A chunk is never cut: with less than one nothing would ever be read.
+        shortest = runner.tiles.chunk_tokens if runner.tiles is not None else 1
+        self._prompt_tokens = max(prompt_tokens_per_step, shortest)
         self._keeps_beginnings = keeps_beginnings
         self._waiting: list[Continuation] = []
         self._active: list[_Entry] = []
@@ -162,14 +165,10 @@ class Engine:
         for entry in self._active:
             first = len(works)
             for row in entry.rows:
-                pending = row.ids[row.stored :]
-                if row.stored < row.num_prompt:
-                    pending = pending[:budget]
-                    budget -= len(pending)
-                if pending:
-                    is_last = row.stored + len(pending) == len(row.ids)
-                    works.append(Work(Piece(row.room, row.stored, len(pending)), pending, int(is_last)))
+                for work in self._works(row, budget):
+                    works.append(work)
                     read.append(row)
+                    budget -= 0 if work.is_decoding else len(work.ids)
             if len(works) > first and works[-1].read:
                 told.append((entry, slice(first, len(works))))
         if not works:
@@ -178,6 +177,23 @@ class Engine:
         for row, work in zip(read, works, strict=True):
             row.stored += len(work.ids)
         return [entry.request for entry, mine in told if self._tell(entry, logits[mine])]
+
+    def _works(self, row: _Row, budget: int) -> list[Work]:
+        """Cut what a text has to be read into pieces, of a prompt about `budget` tokens."""
+        end, is_decoding = len(row.ids), row.stored >= row.num_prompt
+        tiles = self._runner.tiles
+        if is_decoding:
+            ends = [end]
+        elif tiles is None:
+            ends = [min(end, row.stored + budget)] if budget else []
+        else:
+            ends = [place for place in tiles.cut(row.stored, end) if place - row.stored <= budget]
+        works, start = [], row.stored
+        for place in ends:
+            piece = Piece(row.room, start, place - start)
+            works.append(Work(piece, row.ids[start:place], int(place == end), is_decoding))
+            start = place
+        return works
 
     def _tell(self, entry: _Entry, logits: Sequence[torch.Tensor]) -> bool:
         """Let a request choose; return whether it is still there to be told."""
@@ -230,9 +246,13 @@ class Engine:
     def _longest_beginning(self, prompt: Sequence[int]) -> tuple[_Row | None, int]:
         """Return the text with which a prompt has most ids in common, and how many; its last id is never one."""
         source, most = None, SHORTEST_BEGINNING_TOKENS - 1
-        wanted = list(prompt[:-1])
+        wanted, tiles = list(prompt[:-1]), self._runner.tiles
         for row in (*self._kept, *(row for entry in self._active for row in entry.rows)):
-            common = common_beginning(row.beginning, wanted)
+            if tiles is None:
+                common = common_beginning(row.beginning, wanted)
+            else:
+                # What was decoded was computed in another shape.
+                common = tiles.reusable(common_beginning(row.ids[: row.num_prompt], wanted))
             if common > most:
                 source, most = row, common
         return source, most
