@@ -5,7 +5,7 @@ torch's schedules, our stages and gloo's messages, is what training runs. A laye
 forward, once for the gradient of its input and once for that of its weight. The ideal takes the order that was
 measured, the lengths that were slept, and messages that take no time.
 
-    python benchmarks/pipeline.py [--stages 4 8 16] [--pictures FOLDER]
+    python benchmarks/pipeline.py [--stages 4 8 16] [--layer-ms 40] [--pictures FOLDER]
 """
 
 import argparse
@@ -67,11 +67,21 @@ class LayerCost:
         return self.fixed + self.sample * size
 
 
-EVEN = LayerCost(0.020, 0.0)
-"""Of a micro-batch, whatever its size."""
-PROPORTIONAL = LayerCost(0.0, 0.005)
-"""20 ms for the four samples of an even micro-batch."""
-WITH_FIXED_PART = LayerCost(0.005, 0.005)
+def even(seconds: float) -> LayerCost:
+    """So long for a micro-batch, whatever its size."""
+    return LayerCost(seconds, 0.0)
+
+
+def in_proportion(seconds: float) -> LayerCost:
+    """So long for the four samples of an even micro-batch."""
+    return LayerCost(0.0, seconds / 4)
+
+
+def with_fixed_part(seconds: float) -> LayerCost:
+    """As `in_proportion`, and as long as one sample for each micro-batch."""
+    return LayerCost(seconds / 4, seconds / 4)
+
+
 PARTS = {"forward": 1, "backward": 2, "input gradient": 1, "weight gradient": 1}
 """Sleeps of a layer in each kind of action."""
 
@@ -141,13 +151,13 @@ def measure(
     return measured, planned(measured, sizes, cost)
 
 
-def schedules(pool: WorkerPool, tables: ReportTables, pp: int, pictures: Path | None) -> None:
+def schedules(pool: WorkerPool, tables: ReportTables, pp: int, seconds: float, pictures: Path | None) -> None:
     """Every schedule with 2 pp even micro-batches."""
     drawn = []
     for schedule in SCHEDULES:
         layout = Layout(pp=pp, **schedule)
         count = 2 * pp
-        measured, best = measure(pool, layout, (1,) * count, EVEN)
+        measured, best = measure(pool, layout, (1,) * count, even(seconds))
         tables.add(TITLE, HEADER, schedule["schedule"], pp, count, *figures(measured, best))
         drawn += [(f"{schedule['schedule']}, measured", measured), (f"{schedule['schedule']}, ideal", best)]
     if pictures:
@@ -163,18 +173,17 @@ def figures(measured: Timeline, best: Timeline) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def sizes_of_micro_batches(pool: WorkerPool, tables: ReportTables) -> None:
+def sizes_of_micro_batches(pool: WorkerPool, tables: ReportTables, seconds: float) -> None:
     """1F1B with micro-batches of several sizes, and where costs have a fixed part."""
     for pp, example in ((4, "example-config-1"), (8, "example-config-2")):
         sizes = MICRO_BATCH_EXAMPLES[example]
         samples = sum(sizes)
-        for name, cost in (("in proportion", PROPORTIONAL), ("with a fixed part", WITH_FIXED_PART)):
+        for name, cost in (
+            ("in proportion", in_proportion(seconds)),
+            ("with a fixed part", with_fixed_part(seconds)),
+        ):
             stage = StageCost(
-                *(
-                    LAYERS_PER_DEVICE * part * seconds
-                    for part in (1, 2)
-                    for seconds in (cost.fixed, cost.sample)
-                )
+                *(LAYERS_PER_DEVICE * part * share for part in (1, 2) for share in (cost.fixed, cost.sample))
             )
             found = best_sizes(samples, pp, stage, most=max(sizes))
             for label, chosen in (("even, 4", (4,) * (samples // 4)), (example, sizes), ("auto", found)):
@@ -198,11 +207,13 @@ def main() -> None:
     parser.add_argument(
         "--pictures", type=Path, help="folder for pictures of the timelines with the fewest devices"
     )
+    parser.add_argument("--layer-ms", type=float, default=40.0, help="sleep of a layer, three times a step")
     given = parser.parse_args()
+    seconds = given.layer_ms / 1e3
     pool, tables = WorkerPool(), ReportTables()
     for pp in given.stages:
-        schedules(pool, tables, pp, given.pictures if pp == min(given.stages) else None)
-    sizes_of_micro_batches(pool, tables)
+        schedules(pool, tables, pp, seconds, given.pictures if pp == min(given.stages) else None)
+    sizes_of_micro_batches(pool, tables, seconds)
     pool.close()
     print("\n".join(tables.render()))
 
