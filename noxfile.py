@@ -17,6 +17,7 @@ TEST_TOOLS = (
     "gigatoken",
     "lm_eval",
     "accelerate",
+    "deepspeed",
     "peft",
     "datasets",
     "psutil",

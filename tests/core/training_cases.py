@@ -12,6 +12,7 @@ from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.config.training import ComputeConfig, OptimizerConfig, RecomputeConfig
 from ascendspeed_core.device import Device
 from ascendspeed_core.kernels.dispatch import apply_kernels
+from ascendspeed_core.models.transformer import ModelInput
 from ascendspeed_core.parallel.build import load_model, parameter_slices
 from ascendspeed_core.parallel.cross_entropy import cross_entropy
 from ascendspeed_core.parallel.mesh import ParallelMesh
@@ -116,9 +117,24 @@ def train(
     return Trained(losses, norms, gradients, weights)
 
 
+class PlainPasses:
+    """Gradients as torch makes them: an optimizer would keep those of 16-bit weights to itself."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def forward(self, given: ModelInput) -> torch.Tensor:
+        logits: torch.Tensor = self._model(given.tokens, given.positions, segments=given.segments)
+        return logits
+
+    def backward(self, loss: torch.Tensor, scale: float, is_last: bool) -> None:
+        (loss * scale).backward()
+
+
 def first_gradients(model: Any, batches: list[MicroBatch], mesh: ParallelMesh) -> dict[str, torch.Tensor]:
     """This stage's gradients of the first step, whole and added up over dp and cp, without an update."""
-    forward_backward(model, batches, mesh, count_tokens(batches, mesh))
+    passes: Any = PlainPasses(model)
+    forward_backward(model, passes, batches, mesh, count_tokens(batches, mesh))
     sums, slices = {}, parameter_slices(model, mesh)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:

@@ -168,20 +168,32 @@ def _write_error_file(path: str, message: str) -> None:
 
 
 @contextmanager
-def process_group(device: str, timeout_seconds: float = 600.0) -> Iterator[tuple[World, Device]]:
+def process_group(
+    device: str, timeout_seconds: float = 600.0, even_alone: bool = False
+) -> Iterator[tuple[World, Device]]:
     """Join the processes of the run, and leave at the end.
+
+    Args:
+        device: as asked for.
+        timeout_seconds: until a process that hears nothing of another gives up.
+        even_alone: make a group for a single process too.
 
     Yields:
         This process's place, and its device.
     """
     world = world_of_environment()
     chosen = choose_device(device, world.local_rank, quiet=world.rank != 0)
-    if world.size == 1:
+    if world.size == 1 and not even_alone:
         yield world, chosen
         return
     import torch.distributed as dist
 
-    dist.init_process_group(chosen.backend, timeout=timedelta(seconds=timeout_seconds))
+    timeout = timedelta(seconds=timeout_seconds)
+    if world.size == 1:
+        alone = dist.HashStore()  # type: ignore[attr-defined] # public, but not listed
+        dist.init_process_group(chosen.backend, store=alone, rank=0, world_size=1, timeout=timeout)
+    else:
+        dist.init_process_group(chosen.backend, timeout=timeout)
     try:
         yield world, chosen
     finally:

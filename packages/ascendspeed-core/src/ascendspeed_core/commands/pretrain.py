@@ -66,7 +66,8 @@ def train(plan: "RunPlan") -> None:
     from ascendspeed_data.lock import output_lock
 
     save = plan.config.start.save
-    with process_group(plan.config.launch.device) as (world, device), ExitStack() as held:
+    joined = process_group(plan.config.launch.device, even_alone=plan.layout.zero_stage is not None)
+    with joined as (world, device), ExitStack() as held:
         if save is not None and world.rank == 0:
             held.enter_context(output_lock(save / "run.lock", f"--save {save}"))
             keep_tokenizer(plan, save)

@@ -1,11 +1,13 @@
 """How one model is spread over devices; pure arithmetic, no torch."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
 
 from ascendspeed_core.config.base import Config, spellings
+from ascendspeed_core.config.deepspeed import read_deepspeed_config, stage_of
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_data.errors import ConfigError
 
@@ -55,6 +57,21 @@ class ParallelConfig(Config):
         description="Cut optimizer state and master weights over the devices that hold the same weights, dp x cp "
         "(ZeRO-1).",
     )
+    zero_stage: Literal[1, 2, 3] | None = Field(
+        None,
+        description="Train under DeepSpeed: cut over the data-parallel devices the optimizer's state (1), the "
+        "gradients too (2), the weights too (3). Needs ascendspeed-core[deepspeed].",
+    )
+    deepspeed: bool = Field(
+        False,
+        description="Train under DeepSpeed, as --deepspeed_config or --zero-stage says.",
+        json_schema_extra={"off": ""},
+    )
+    deepspeed_config: Path | None = Field(
+        None,
+        description='DeepSpeed\'s JSON; what the run says too must be equal there, or "auto".',
+        json_schema_extra=spellings("--deepspeed_config"),
+    )
     num_layers_per_virtual_pipeline_stage: int | None = Field(
         None,
         ge=1,
@@ -98,11 +115,54 @@ class ParallelConfig(Config):
             )
         return self
 
+    @model_validator(mode="after")
+    def _deepspeed_fits(self) -> "ParallelConfig":
+        if self.deepspeed and self.zero_stage is None and self.deepspeed_config is None:
+            raise ValueError(
+                "deepspeed=true needs a stage; give --zero-stage 1, 2 or 3, or --deepspeed_config FILE"
+            )
+        if self.deepspeed_config is not None and not self.deepspeed:
+            raise ValueError(
+                f"deepspeed_config={self.deepspeed_config} means nothing without --deepspeed; give it too"
+            )
+        if self.zero_stage is None and not self.deepspeed:
+            return self
+        asked = f"zero_stage={self.zero_stage}" if self.zero_stage else "deepspeed=true"
+        if self.pipeline_model_parallel_size > 1:
+            raise ValueError(
+                f"{asked} with pipeline_model_parallel_size={self.pipeline_model_parallel_size}: DeepSpeed cuts the "
+                "gradients of a step as they come, which a pipeline's stages would wait for; use "
+                "--use-distributed-optimizer with a pipeline, or tensor parallelism with ZeRO"
+            )
+        if self.sequence_parallel:
+            raise ValueError(
+                f"{asked} with sequence_parallel=true: the norms' gradients would have to be added up over the "
+                "tensor-parallel devices before DeepSpeed cuts them; leave one of them out"
+            )
+        if self.use_distributed_optimizer:
+            raise ValueError(
+                f"{asked} and use_distributed_optimizer=true both cut the optimizer's state; give one of them"
+            )
+        return self
+
+    def resolved_zero_stage(self) -> int | None:
+        """Return the ZeRO stage of DeepSpeed, from the flag or its JSON; `None` without DeepSpeed.
+
+        Raises:
+            AscendSpeedError: the JSON cannot be read, or has no stage or another one.
+        """
+        if self.deepspeed_config is None:
+            return self.zero_stage
+        return self.zero_stage or stage_of(
+            read_deepspeed_config(self.deepspeed_config), self.deepspeed_config
+        )
+
     def layout(self, world_size: int) -> "Layout":
         """Return the layout on `world_size` devices.
 
         Raises:
             ConfigError: tp times pp does not divide the number of devices, or a flag needs more of them.
+            AscendSpeedError: DeepSpeed's JSON cannot be read.
         """
         tp, pp = self.tensor_model_parallel_size, self.pipeline_model_parallel_size
         cp = self.context_parallel_size
@@ -135,6 +195,7 @@ class ParallelConfig(Config):
             schedule=self._schedule(),
             layers_per_stage=self.num_layers_per_virtual_pipeline_stage,
             early_reduction=self.foldx_mode is not None,
+            zero_stage=self.resolved_zero_stage(),
         )
 
     def _schedule(self) -> PipelineSchedule:
@@ -161,6 +222,12 @@ class ParallelConfig(Config):
                 f"{_fitting(model)}"
             )
         self._check_heads_of_context(model)
+        if tp > heads and self.resolved_zero_stage():
+            raise ConfigError(
+                f"tensor_model_parallel_size={tp} puts each of num_key_value_heads={heads} on several devices, whose "
+                "gradients DeepSpeed does not add up; "
+                f"choose {', '.join(str(n) for n in divisors(heads))} with ZeRO"
+            )
 
     def _check_heads_of_context(self, model: ModelConfig) -> None:
         """Attention gives each device of cp some of the heads that tensor parallelism left to them all."""
@@ -214,6 +281,7 @@ class Layout:
             can be.
         early_reduction: gradients of a stage are added up over its replicas while other stages of the device still
             compute.
+        zero_stage: what DeepSpeed cuts over dp: optimizer state (1), gradients (2), weights (3); `None` without it.
     """
 
     tp: int = 1
@@ -225,6 +293,7 @@ class Layout:
     schedule: PipelineSchedule = "1f1b"
     layers_per_stage: int | None = None
     early_reduction: bool = False
+    zero_stage: int | None = None
 
     @property
     def world_size(self) -> int:
@@ -263,6 +332,7 @@ class Layout:
             + pipeline
             + " + sp" * self.sequence_parallel
             + " + sharded optimizer" * self.sharded_optimizer
+            + (f" + zero{self.zero_stage}" if self.zero_stage else "")
         )
 
 

@@ -29,7 +29,10 @@ class NormalisedHead(nn.Linear):
         """Length of each row, [V], fp32 or float64; kept while no gradient is wanted and the weight is unchanged."""
         weight = self.weight
         state = (weight.data_ptr(), weight._version)
-        if not torch.is_grad_enabled() and self._kept is not None and self._kept[:2] == state:
+        if torch.is_grad_enabled():
+            # An update may follow, which fused optimizers and DeepSpeed do without counting it as a new version.
+            self._kept = None
+        if self._kept is not None and self._kept[:2] == state:
             return self._kept[2]
         wide = weight if weight.dtype == torch.float64 else weight.float()
         lengths = wide.square().sum(-1).sqrt().clamp_min(1e-12)

@@ -62,6 +62,28 @@ class Slice:
         first = slice(self.index[0].start + rows.start, self.index[0].start + rows.stop)
         return replace(self, index=(first, *self.index[1:]))
 
+    def elements(self, start: int, stop: int) -> tuple["Slice", ...]:
+        """Return this part's elements `start` to `stop`, counted row by row, as boxes: rows cut, whole, and cut."""
+        first, *inner = self.index
+        width = 1
+        for part in inner:
+            width *= part.stop - part.start
+        if len(inner) > 1:
+            raise ValueError(f"elements of a tensor of {len(self.shape)} dimensions make no few boxes")
+        boxes = []
+        while start < stop:
+            row, column = divmod(start, width)
+            count = (stop - start) // width if column == 0 else 0
+            end = start + count * width if count else min(stop, (row + 1) * width)
+            rows = slice(first.start + row, first.start + row + max(count, 1))
+            columns = [
+                part if count else slice(part.start + column, part.start + column + end - start)
+                for part in inner
+            ]
+            boxes.append(replace(self, index=(rows, *columns)))
+            start = end
+        return tuple(boxes)
+
 
 def tensor_slice(
     name: str, shape: tuple[int, ...], config: ModelConfig, layout: Layout, tp_rank: int

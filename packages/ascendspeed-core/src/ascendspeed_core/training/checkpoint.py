@@ -25,11 +25,9 @@ from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.training import OptimizerConfig
 from ascendspeed_core.device import HOST
 from ascendspeed_core.models.transformer import Transformer
-from ascendspeed_core.parallel.build import parameter_slices
 from ascendspeed_core.parallel.mesh import ParallelMesh, gather_objects
-from ascendspeed_core.parallel.slices import Slice, assign_writers
+from ascendspeed_core.training.engine import Engine, Piece
 from ascendspeed_core.training.loss_scale import LossScale
-from ascendspeed_core.training.optimizer import MasterOptimizer
 from ascendspeed_core.training.shared_folder import sees_folder_of_first_process
 from ascendspeed_core.training.update_rule import remembered
 from ascendspeed_core.weights.lora import description_of, plan_of
@@ -131,7 +129,7 @@ class CheckpointWriter:
         self,
         progress: Progress,
         model: Transformer,
-        optimizer: MasterOptimizer,
+        optimizer: Engine,
         run_config: Mapping[str, Any],
         loss_scale: LossScale | None = None,
     ) -> None:
@@ -140,7 +138,7 @@ class CheckpointWriter:
         Args:
             progress: where the run stands.
             model: weights, with the architecture.
-            optimizer: its state.
+            optimizer: what trains it; gives weights and optimizer state.
             run_config: the resolved config of the run, as JSON values.
             loss_scale: of fp16 training.
 
@@ -148,7 +146,7 @@ class CheckpointWriter:
             CheckpointError: it could not be written, or the one before; what was complete is left as it was.
         """
         self.wait()
-        tensors = _tensors_to_write(model, optimizer, self._mesh)
+        tensors = _tensors_to_write(optimizer, self._mesh)
         description = {
             "format_version": FORMAT_VERSION,
             "ascendspeed_core": __version__,
@@ -193,7 +191,7 @@ class CheckpointWriter:
     def _write(
         self,
         iteration: int,
-        tensors: list[tuple[str, Slice | None, torch.Tensor]],
+        tensors: list[Piece],
         description: Mapping[str, Any],
     ) -> None:
         """Write everything; an error of any process becomes the error of all."""
@@ -253,34 +251,9 @@ def _fresh_folder(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def _tensors_to_write(
-    model: Transformer, optimizer: MasterOptimizer, mesh: ParallelMesh
-) -> list[tuple[str, Slice | None, torch.Tensor]]:
+def _tensors_to_write(engine: Engine, mesh: ParallelMesh) -> list[Piece]:
     """Return name, part and value of what this process writes."""
-    copies, slices = mesh.layout.replicas, parameter_slices(model, mesh)
-    is_sharded = mesh.layout.sharded_optimizer and copies > 1
-    borrowed = tuple(f"/{name}" for name in model.borrowed)
-    # Name, part, value, how many devices hold that part, and which of them this one is.
-    held: list[tuple[str, Slice, torch.Tensor, int, int]] = []
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        part = slices[name]
-        held.append(
-            (f"model/{name}", part, parameter, part.copies * copies, part.copy * copies + mesh.replica)
-        )
-    for name, (part, value) in optimizer.state().items():
-        replicas, replica = (1, 0) if is_sharded else (copies, mesh.replica)
-        held.append(
-            (f"optimizer/{name}", part, value, part.copies * replicas, part.copy * replicas + replica)
-        )
-    held = [entry for entry in held if not entry[0].endswith(borrowed)]
-    writers = assign_writers((name, part, holders) for name, part, _, holders, _ in held)
-    mine: list[tuple[str, Slice | None, torch.Tensor]] = [
-        (name, part, value)
-        for name, part, value, _, holder in held
-        if writers[name] == holder and value.numel()
-    ]
+    mine = engine.pieces()
     mine.append((f"rng/{mesh.rank}", None, torch.get_rng_state()))
     device_state = mesh.device.rng_state()
     if device_state is not None:
@@ -320,7 +293,7 @@ def check_optimizer(source: NativeSource, config: OptimizerConfig) -> None:
         )
 
 
-def load_optimizer(source: NativeSource, optimizer: MasterOptimizer, num_steps: int) -> None:
+def load_optimizer(source: NativeSource, optimizer: Engine, num_steps: int) -> None:
     """Read this process's slices of the optimizer state, whatever layout wrote them.
 
     Raises:
@@ -328,10 +301,11 @@ def load_optimizer(source: NativeSource, optimizer: MasterOptimizer, num_steps: 
     """
     stored = set(source.stored.names())
     parts = {}
-    for name, part in optimizer.state_slices().items():
+    for name, wanted in optimizer.state_slices().items():
         full_name = f"optimizer/{name}"
         if full_name in stored:
-            parts[name] = source.stored.read(full_name, part.index)
+            read = [source.stored.read(full_name, part.index) for part in wanted]
+            parts[name] = read[0] if len(read) == 1 else torch.cat([part.flatten() for part in read])
         elif not name.startswith("master/"):
             raise CheckpointError(
                 f"{source.folder} lacks {full_name}; give --no-load-optim to start with a fresh optimizer"

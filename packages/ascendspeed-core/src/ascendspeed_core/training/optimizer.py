@@ -18,7 +18,7 @@ from torch import nn
 
 from ascendspeed_core.config.parallel import Stage
 from ascendspeed_core.config.training import OptimizerConfig
-from ascendspeed_core.models.transformer import Transformer
+from ascendspeed_core.models.transformer import ModelInput, Transformer
 from ascendspeed_core.parallel.build import parameter_slices
 from ascendspeed_core.parallel.collectives import (
     Finish,
@@ -28,7 +28,8 @@ from ascendspeed_core.parallel.collectives import (
     start_reduce_scatter_sum,
 )
 from ascendspeed_core.parallel.mesh import ParallelMesh
-from ascendspeed_core.parallel.slices import Slice, rounded_share
+from ascendspeed_core.parallel.slices import Slice, assign_writers, rounded_share
+from ascendspeed_core.training.engine import Piece
 from ascendspeed_core.training.update_rule import load_memory, make_update_rule, remembered
 
 
@@ -135,6 +136,15 @@ class MasterOptimizer:
         self._forget_gradients()
         self._publish()
         return norm
+
+    def forward(self, given: ModelInput) -> torch.Tensor:
+        """Return the logits of a model without a pipeline: [B, S] -> [B, S, V/tp]."""
+        logits: torch.Tensor = self._model(given.tokens, given.positions, segments=given.segments)
+        return logits
+
+    def backward(self, loss: torch.Tensor, scale: float, is_last: bool) -> None:
+        """Add the gradient of a micro-batch to the parameters; `step` reduces it."""
+        (loss * scale).backward()
 
     def _forget_gradients(self) -> None:
         self.rule.zero_grad(set_to_none=True)
@@ -256,9 +266,34 @@ class MasterOptimizer:
                 tensors[f"{kind}/{slot.name}"] = (slot.slice, value)
         return tensors
 
-    def state_slices(self) -> dict[str, Slice]:
+    def pieces(self) -> list[Piece]:
+        """Return this process's share of what a checkpoint holds: a part that several have is written by one."""
+        copies, slices = self._mesh.layout.replicas, parameter_slices(self._model, self._mesh)
+        borrowed = tuple(f"/{name}" for name in self._model.borrowed)
+        # Name, part, value, how many devices hold that part, and which of them this one is.
+        held: list[tuple[str, Slice, torch.Tensor, int, int]] = []
+        for name, parameter in self._model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            part = slices[name]
+            holder = part.copy * copies + self._mesh.replica
+            held.append((f"model/{name}", part, parameter, part.copies * copies, holder))
+        for name, (part, value) in self.state().items():
+            replicas, replica = (1, 0) if self._is_sharded else (copies, self._mesh.replica)
+            held.append(
+                (f"optimizer/{name}", part, value, part.copies * replicas, part.copy * replicas + replica)
+            )
+        held = [entry for entry in held if not entry[0].endswith(borrowed)]
+        writers = assign_writers((name, part, holders) for name, part, _, holders, _ in held)
+        return [
+            (name, part, value)
+            for name, part, value, _, holder in held
+            if writers[name] == holder and value.numel()
+        ]
+
+    def state_slices(self) -> dict[str, tuple[Slice, ...]]:
         """Return which parts `load_state` wants."""
-        return {f"{kind}/{slot.name}": slot.slice for slot in self._slots for kind in self._kinds(slot)}
+        return {f"{kind}/{slot.name}": (slot.slice,) for slot in self._slots for kind in self._kinds(slot)}
 
     def _kinds(self, slot: _Slot) -> tuple[str, ...]:
         """Return what a checkpoint keeps of a parameter."""

@@ -10,6 +10,7 @@ from ascendspeed_core.config.parallel import Layout, stages_of_devices
 from ascendspeed_core.config.training import PretrainConfig
 from ascendspeed_core.launch import announce
 from ascendspeed_core.training.checkpoint import Progress, check_optimizer, load_progress, saved_iterations
+from ascendspeed_core.training.choose_engine import check_zero
 from ascendspeed_core.training.run_data import check_run_data
 from ascendspeed_core.training.schedule import samples_of_run
 from ascendspeed_core.weights import NativeSource, WeightSource, open_source, open_weights
@@ -78,6 +79,7 @@ def plan_run(config: PretrainConfig, world_size: int) -> RunPlan:
     config.parallel.check_model(source.config)
     config.parallel.check_sequence(config.data.seq_length)
     _check_pipeline(config, layout, source.config)
+    check_zero(config, layout)
     _check_length(config, source.config, where)
     samples = _num_samples(config, layout.dp)
     manifest = check_run_data(config.data, samples)

@@ -4,7 +4,7 @@ from typing import Any
 
 from ascendspeed_core.config.training import BatchConfig, OptimizerConfig
 from ascendspeed_core.megatron import megatron
-from ascendspeed_core.training.optimizer import MasterOptimizer
+from ascendspeed_core.training.engine import Engine
 
 
 class Schedule:
@@ -18,7 +18,7 @@ class Schedule:
     """
 
     def __init__(
-        self, optimizer: MasterOptimizer, optimizer_config: OptimizerConfig, batch: BatchConfig, dp: int
+        self, optimizer: Engine, optimizer_config: OptimizerConfig, batch: BatchConfig, dp: int
     ) -> None:
         self.global_batch_size = batch.check_layout(dp)
         self.consumed_samples = self.skipped_samples = 0
@@ -66,7 +66,7 @@ def _micro_batch_calculator(batch: BatchConfig, global_batch_size: int, dp: int)
 
 
 def _rate_scheduler(
-    optimizer: MasterOptimizer, config: OptimizerConfig, batch: BatchConfig, global_batch_size: int
+    optimizer: Engine, config: OptimizerConfig, batch: BatchConfig, global_batch_size: int
 ) -> Any:
     decay_iters = config.lr_decay_iters or batch.train_iters
     decay_samples = decay_iters * global_batch_size

@@ -4,20 +4,19 @@ Shapes: B micro-batch size, S sequence length (S/cp under context parallelism), 
 vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import nan
 
 import torch
 
-from ascendspeed_core.config.parallel import Stage
 from ascendspeed_core.models.transformer import ModelInput, Transformer
 from ascendspeed_core.parallel.context import part_of_sequence
 from ascendspeed_core.parallel.cross_entropy import cross_entropy
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.pipeline import forward_through_stages, run_pipeline
+from ascendspeed_core.training.engine import Engine
 from ascendspeed_core.training.loss_scale import LossScale
-from ascendspeed_core.training.optimizer import MasterOptimizer
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ class StepResult:
 
 def train_step(
     model: Transformer,
-    optimizer: MasterOptimizer,
+    optimizer: Engine,
     micro_batches: Sequence[MicroBatch],
     mesh: ParallelMesh,
     loss_scale: LossScale | None = None,
@@ -102,9 +101,8 @@ def train_step(
     if tokens == 0:
         return StepResult(loss=nan, grad_norm=None, tokens=0)
     scale = loss_scale.scale if loss_scale else None
-    early = optimizer.start_reduction if mesh.layout.early_reduction else None
     loss = mesh.sum_over(
-        "replicas", forward_backward(model, micro_batches, mesh, tokens, scale or 1.0, early)
+        "replicas", forward_backward(model, optimizer, micro_batches, mesh, tokens, scale or 1.0)
     )
     result = StepResult(loss=float(loss), grad_norm=optimizer.step(scale), tokens=tokens)
     if loss_scale:
@@ -114,38 +112,39 @@ def train_step(
 
 def forward_backward(
     model: Transformer,
+    engine: Engine,
     micro_batches: Sequence[MicroBatch],
     mesh: ParallelMesh,
     tokens: int,
     scale: float = 1.0,
-    on_stage_done: Callable[[Stage], None] | None = None,
 ) -> torch.Tensor:
     """Add the gradients of this rank's micro-batches to the parameters, and return their share of the loss.
 
     Args:
         model: this process's part.
+        engine: what computes its gradients.
         micro_batches: of this process.
         mesh: its place.
         tokens: tokens that count in the global batch, at least one; the loss is a mean over them.
         scale: factor of the gradients, see `LossScale`; the loss that is returned is without it.
-        on_stage_done: see `run_pipeline`.
     """
-    weight = scale / tokens
+    weight = 1.0 / tokens
     if mesh.layout.pp > 1:
         total = run_pipeline(
             model,
             mesh,
             [micro_batch.input for micro_batch in micro_batches],
-            lambda number, logits: masked_sum(model, logits, micro_batches[number], mesh) * weight,
-            on_stage_done=on_stage_done,
+            lambda number, logits: masked_sum(model, logits, micro_batches[number], mesh) * (scale * weight),
+            on_stage_done=engine.start_reduction if mesh.layout.early_reduction else None,
         )
         return total / scale
     loss = torch.zeros((), dtype=torch.float64, device=mesh.device.torch)
-    for micro_batch in micro_batches:
-        part = loss_sum(model, micro_batch, mesh) * weight
-        part.backward()
+    for number, micro_batch in enumerate(micro_batches):
+        logits = engine.forward(micro_batch.input)
+        part = masked_sum(model, logits, micro_batch, mesh) * weight
+        engine.backward(part, scale, is_last=number == len(micro_batches) - 1)
         loss += part.detach()
-    return loss / scale
+    return loss
 
 
 @torch.no_grad()

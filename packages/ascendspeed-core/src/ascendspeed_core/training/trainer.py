@@ -19,10 +19,10 @@ from ascendspeed_core.training.checkpoint import (
     load_optimizer,
     load_random_state,
 )
+from ascendspeed_core.training.choose_engine import make_engine, zero_settings
 from ascendspeed_core.training.loss_scale import LossScale
 from ascendspeed_core.training.measure import chosen_sizes
 from ascendspeed_core.training.metrics import PICTURE, MetricsFile, draw_loss
-from ascendspeed_core.training.optimizer import MasterOptimizer
 from ascendspeed_core.training.plan import RunPlan
 from ascendspeed_core.training.run_data import open_run_data
 from ascendspeed_core.training.schedule import Schedule
@@ -48,11 +48,12 @@ class Trainer:
         torch.manual_seed(self.config.batch.seed + mesh.rank)
         self.writer = self._writer()
 
-        self.model = load_model(plan.source, mesh, dtype, self.config.compute.mlp_layer_fusion)
+        settings = zero_settings(self.config, plan.model, plan.layout)
+        self.model = load_model(plan.source, mesh, dtype, self.config.compute.mlp_layer_fusion, settings)
         kernels = apply_kernels(self.model, self.config.compute)
         apply_recompute(self.model, self.config.recompute, mesh.pp_rank)
         self.sizes = self.config.batch.manual_sizes() or self._found_sizes()
-        self.optimizer = MasterOptimizer(self.model, self.config.optimizer, mesh)
+        self.optimizer = make_engine(self.model, self.config, mesh, settings)
         for choice in (*kernels, update_choice(self.config.optimizer.optimizer, mesh.device, dtype)):
             self._say(f"kernel: {choice.operator}: {choice.implementation} ({choice.reason})")
         self.loss_scale = LossScale.create(self.config.loss_scaling, is_fp16=dtype == torch.float16)

@@ -21,12 +21,22 @@ def load_weights(model: Transformer, source: WeightSource, slices: Mapping[str, 
     Raises:
         CheckpointError: the source lacks a weight, has one too many, or one of another shape.
     """
+    check_weights(model, source, slices)
+    for name, parameter in model.named_parameters():
+        copy_weight(parameter, source, name, slices[name])
+
+
+def check_weights(model: Transformer, source: WeightSource, slices: Mapping[str, Slice]) -> None:
+    """Compare the names and shapes of `source` with those of `model`.
+
+    Raises:
+        CheckpointError: the source lacks a weight, has one too many, or one of another shape.
+    """
     have = source.tensors()
-    parameters = dict(model.named_parameters())
     where = source.path or source.kind
     for name in sorted(set(have) - shapes_of(model).keys()):
         raise CheckpointError(f"{where} holds {name}, which the model has no place for")
-    for name in parameters:
+    for name, _ in model.named_parameters():
         if name not in have:
             raise CheckpointError(f"{where} lacks {name}; it is another architecture or an incomplete copy")
         if have[name].shape != slices[name].shape:
@@ -34,10 +44,13 @@ def load_weights(model: Transformer, source: WeightSource, slices: Mapping[str, 
                 f"{where}: {name} has shape {list(have[name].shape)}, the model's is {list(slices[name].shape)}; "
                 "its config and its weights disagree"
             )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            if parameter.numel():
-                parameter.copy_(source.read(name, slices[name].index))
+
+
+@torch.no_grad()
+def copy_weight(parameter: torch.Tensor, source: WeightSource, name: str, part: Slice) -> None:
+    """Copy a part of one weight; formats are converted."""
+    if parameter.numel():
+        parameter.copy_(source.read(name, part.index))
 
 
 def shapes_of(model: Transformer) -> dict[str, tuple[int, ...]]:

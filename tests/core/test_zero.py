@@ -1,0 +1,110 @@
+"""Training under DeepSpeed's ZeRO computes what one process without it computes."""
+
+import pytest
+import torch
+
+from ascendspeed_core.config.parallel import Layout
+from ascendspeed_core.config.training import RecomputeConfig
+from core.training_cases import Trained, train
+from core.zero_cases import train_zero, validation_loss
+from support.models import tiny_config
+from support.processes import WorkerPool
+from support.tables import ReportTables
+
+# DeepSpeed keeps master weights and norms in fp32, so float64 would show nothing more. A large epsilon keeps AdamW
+# from turning rounding of near-zero gradients into whole steps; what is left is the order of sums in fp32.
+EPSILON = 1e-3
+LAYOUTS = [
+    Layout(dp=2, zero_stage=1),
+    Layout(dp=2, zero_stage=2),
+    Layout(dp=2, zero_stage=3),
+    Layout(tp=2, dp=2, zero_stage=1),
+    Layout(tp=2, dp=2, zero_stage=2),
+    Layout(tp=2, dp=2, zero_stage=3),
+]
+
+
+@pytest.fixture(scope="module")
+def one(workers: WorkerPool) -> Trained:
+    return workers.run(train, 1, tiny_config(), Layout(), "float32", adam_eps=EPSILON)[0]
+
+
+def far(ours: Trained, theirs: Trained) -> tuple[float, float, float, float]:
+    """Largest relative differences of losses, norms, first gradients, and weights."""
+
+    def numbers(a: list[float], b: list[float]) -> float:
+        return max(abs(x - y) / abs(y) for x, y in zip(a, b, strict=True))
+
+    def tensors(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+        assert a.keys() == b.keys()
+        return max(float((a[n].double() - b[n].double()).abs().max() / b[n].abs().max()) for n in b)
+
+    return (
+        numbers(ours.losses, theirs.losses),
+        numbers(ours.norms, theirs.norms),
+        tensors(ours.gradients, theirs.gradients),
+        tensors(ours.weights, theirs.weights),
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_ten_steps_equal_one_process(
+    layout: Layout, one: Trained, workers: WorkerPool, report: ReportTables
+) -> None:
+    ranks = workers.run(train_zero, layout.world_size, tiny_config(), layout, "float32", adam_eps=EPSILON)
+    differences = far(ranks[0], one)
+    report.add(
+        "Ten steps under DeepSpeed, float32: largest relative difference to one process without it",
+        ("layout", "losses", "gradient norms", "gradients of the first step", "weights after"),
+        str(layout),
+        *differences,
+    )
+    assert max(differences) < 2e-5
+    assert all(rank.losses == ranks[0].losses for rank in ranks)
+
+
+def test_bf16(workers: WorkerPool, report: ReportTables) -> None:
+    """Against our own optimizer in bf16, which keeps fp32 master weights and gradients too."""
+    config = tiny_config(num_layers=2)
+    (own,) = workers.run(train, 1, config, Layout(), "bfloat16", adam_eps=EPSILON)
+    for layout in (*LAYOUTS[:4], LAYOUTS[5]):
+        ranks = workers.run(train_zero, layout.world_size, config, layout, "bfloat16", adam_eps=EPSILON)
+        differences = far(ranks[0], own)
+        title = "Ten steps under DeepSpeed in bf16: largest relative difference to one process without it"
+        header = ("layout", "losses", "gradient norms", "gradients of the first step", "weights after")
+        report.add(title, header, str(layout), *differences)
+        # Each micro-batch's gradients are rounded to bf16, of which 2**-8 is the step; losses are means of many.
+        assert max(differences[:2]) < 2e-3
+        assert max(differences[2:]) < 3e-2
+        assert all(rank.losses == ranks[0].losses for rank in ranks)
+
+
+def test_a_head_that_remembers_its_rows_notices_updates(workers: WorkerPool) -> None:
+    """Fused optimizers and DeepSpeed change weights without torch's counter of changes, by which the normalised head
+    knows them."""
+    config = tiny_config(num_layers=2, normalised_head=True)
+    expected = workers.run(validation_loss, 1, config, Layout())[0]
+    assert expected[2] < expected[0] - 0.01
+    for stage in (2, 3):
+        found = workers.run(validation_loss, 2, config, Layout(dp=2, zero_stage=stage))[0]
+        assert found == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("policy", ["full", "selective"])
+def test_recomputed_layers(policy: str, one: Trained, workers: WorkerPool) -> None:
+    recompute = RecomputeConfig(checkpoint_activations=True, checkpoint_policy=policy)
+    layout = Layout(dp=2, zero_stage=3)
+    ranks = workers.run(
+        train_zero, 2, tiny_config(), layout, "float32", recompute=recompute, adam_eps=EPSILON
+    )
+    assert max(far(ranks[0], one)) < 2e-5
+
+
+def test_norms_inside_the_cut(workers: WorkerPool) -> None:
+    """Each tensor-parallel device sees its own heads only, so that the norms' gradients are added up over them."""
+    config = tiny_config(num_layers=2, qk_norm=True, tie_word_embeddings=True)
+    (own,) = workers.run(train, 1, config, Layout(), "float32", adam_eps=EPSILON)
+    for stage in (1, 3):
+        layout = Layout(tp=2, zero_stage=stage)
+        ranks = workers.run(train_zero, 2, config, layout, "float32", adam_eps=EPSILON)
+        assert max(far(ranks[0], own)) < 2e-5
