@@ -92,11 +92,43 @@ def test_prompts_as_json_lines(folder: Path, tmp_path: Path) -> None:
     assert [one["prompt_token_ids"] for one in found[2:]] == [ids, ids]
     assert found[2]["token_ids"] == found[3]["token_ids"] == theirs(folder, "the year", 3)
     # What was not asked for is not there.
-    assert set(found[0]) == {"prompt", "text", "token_ids", "finish_reason", "prompt_token_ids"}
+    assert found[1].pop("id") == 7
+    assert (
+        set(found[0]) == set(found[1]) == {"prompt", "text", "token_ids", "finish_reason", "prompt_token_ids"}
+    )
+    drawn = [{"prompt": "it", "seed": seed, "n": [seed]} for seed in (5, 6, 5)]
+    more = ["--prompt-format", "jsonl", "--do-sample", "--ignore-eos"]
+    own = call("asd-infer", "generate", *flags, *more, stdin="\n".join(map(json.dumps, drawn)))
+    one, two, three = map(json.loads, own.stdout.splitlines())
+    assert one == three
+    assert (two["n"], two["token_ids"] == one["token_ids"]) == ([6], False)
+    (same,) = LanguageModel.from_pretrained(folder, device="cpu").generate(
+        "it", max_new_tokens=3, do_sample=True, ignore_eos=True, seed=6
+    )
+    assert two["token_ids"] == list(same.token_ids)
     scored = call("asd-infer", "generate", *flags, "--prompt", "it", "--return-log-probs", "--no-detokenize")
     (one,) = map(json.loads, scored.stdout.splitlines())
     assert len(one["log_probs"]) == 3
     assert one["text"] == ""
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ('{"text": "the"}', "stdin, line 2 holds no prompt; give a text"),
+        ('{"prompt": "the", "prompt_token_ids": [5]}', "stdin, line 2 holds no prompt"),
+        ("[1.5]", "stdin, line 2 holds no prompt"),
+        ('{"prompt": "the", "seed": "x"}', "stdin, line 2: seed='x' is no whole number"),
+        ('{"prompt": "the", "text": "x"}', "prompt 2: text is a name of the answer's"),
+        ("{", "stdin, line 2 is not JSON"),
+    ],
+)
+def test_lines_that_are_no_prompts(folder: Path, line: str, complaint: str) -> None:
+    flags = ["--load", folder, "--device", "cpu", "--prompt-format", "jsonl", "--json"]
+    done = call("asd-infer", "generate", *flags, stdin=f'"the"\n{line}\n')
+    assert done.status == 1
+    assert complaint in done.complaint
+    assert done.stdout == ""
 
 
 def test_lines_end_where_lines_end(folder: Path) -> None:
@@ -118,7 +150,9 @@ def test_completions_come_as_they_are_ready(folder: Path) -> None:
     first = next(found)
     # The prompt, and two tokens.
     assert len(passes) == 3
-    assert [first, *found] == model.generate(prompts, max_new_tokens=3, ignore_eos=True)
+    assert [one for several in (first, *found) for one in several] == model.generate(
+        prompts, max_new_tokens=3, ignore_eos=True
+    )
     hook.remove()
     with pytest.raises(AscendSpeedError, match="max_position_embeddings"):
         # Before anything is computed.

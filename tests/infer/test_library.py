@@ -1,5 +1,6 @@
 """`LanguageModel.generate`: every option means what it says, and draws are those of transformers."""
 
+import random
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -9,12 +10,14 @@ from transformers import AutoModelForCausalLM
 
 from ascendspeed_core.config.parallel import ParallelConfig
 from ascendspeed_data.errors import AscendSpeedError, ConfigError
+from ascendspeed_data.tokenizer import load_tokenizer
 from ascendspeed_infer.config import SamplingConfig
 from ascendspeed_infer.language_model import LanguageModel
 from ascendspeed_infer.new_text import NewText
 from ascendspeed_infer.options_2023 import TODAY, WITHOUT_EFFECT
 from ascendspeed_infer.requests import GenerateOptions
 from ascendspeed_infer.sampling import Sampling, choose_token
+from support.corpus import make_chat_tokenizer
 from support.models import save_hugging_face, tiny_config
 from support.processes import WorkerPool
 
@@ -197,6 +200,32 @@ def test_incomplete_characters_and_stops_are_held_back(model: LanguageModel) -> 
     stops = NewText(model.tokenizer, prompt, (), ("it☃☃",))
     assert "".join(stops.grown(ids[: end + 1], False) for end in range(len(ids))).strip() == ""
     assert stops.grown(ids, True).strip() == "it☃"
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "byte level"])
+def test_long_texts_grow_as_they_are(model: LanguageModel, tmp_path: Path, kind: str) -> None:
+    """Any ids, also bytes that are no character, before and after texts are settled."""
+    tokenizer = model.tokenizer
+    if kind == "byte level":
+        make_chat_tokenizer(tmp_path)
+        tokenizer = load_tokenizer(tmp_path)
+    for seed in range(8):
+        draw = random.Random(seed)
+        ids = [draw.randrange(3, tokenizer.vocab_size) for _ in range(300)]
+        prompt, hidden = ids[:20], ids[20:22]
+        text = NewText(tokenizer, prompt, hidden, ())
+        new = ids[22:]
+        shown = [text.grown(new[: end + 1], end == len(new) - 1) for end in range(len(new))]
+        whole = text.of(new)
+        assert "".join(shown) == whole
+        assert sum(map(bool, shown)) > 100
+        # A stop text is found as soon as it is there, wherever it begins.
+        start = draw.randrange(len(whole) - 6)
+        stop = whole[start : start + 5]
+        if "\ufffd" not in stop:
+            stops = NewText(tokenizer, prompt, hidden, (stop,))
+            first = next(end for end in range(len(new)) if stop in text.of(new[: end + 1]))
+            assert [stops.ends(new[: end + 1]) for end in range(first + 1)] == [False] * first + [True]
 
 
 def test_of_several_stops_the_first_in_the_text_counts(model: LanguageModel) -> None:

@@ -174,7 +174,8 @@ class LanguageModel:
             AscendSpeedError: a prompt that leaves no room for the new tokens.
         """
         if not stream:
-            return list(self.completions(prompts, seeds=seeds, **options))
+            found = self.completions(prompts, seeds=seeds, **options)
+            return [one for several in found for one in several]
         if seeds is not None:
             raise ConfigError("seeds are for several prompts; give seed with stream")
         return self.stream(prompts, **options)
@@ -191,8 +192,8 @@ class LanguageModel:
 
     def completions(
         self, prompts: Prompts, *, seeds: Sequence[int] | None = None, **options: Unpack[GenerateOptions]
-    ) -> Iterator[Completion]:
-        """Continue each prompt as `generate` does; completions come in order, as they are ready.
+    ) -> Iterator[list[Completion]]:
+        """Continue each prompt as `generate` does; give the completions of each once it and those before it are ready.
 
         Options and prompts are checked before anything is computed.
         """
@@ -213,7 +214,7 @@ class LanguageModel:
         encoded: Sequence[Sequence[int]],
         settings: Sequence[GenerationSettings],
         config: SamplingConfig,
-    ) -> Iterator[Completion]:
+    ) -> Iterator[list[Completion]]:
         requests = [self._requests(*one, config) for one in zip(encoded, settings, strict=True)]
         flat = [request for several in requests for request in several]
         max_rows = max(config.batch_size, config.num_beams)
@@ -225,7 +226,7 @@ class LanguageModel:
                 log(
                     f"only {len(found)} of {config.num_return_sequences} texts were found: the filters leave no more"
                 )
-            yield from (self._completion(prompt, ids, own, one, config) for one in found)
+            yield [self._completion(prompt, ids, own, one, config) for one in found]
 
     def _requests(
         self, ids: Sequence[int], settings: GenerationSettings, config: SamplingConfig

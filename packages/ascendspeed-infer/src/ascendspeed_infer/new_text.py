@@ -6,6 +6,10 @@ from ascendspeed_data.tokenizer import Tokenizer
 
 ANCHOR_TOKENS = 16
 """Ids of a prompt that new ids are decoded after, so that the space before the first is kept."""
+SETTLED_TOKENS = 32
+"""New ids of a growing text that are decoded again at each token, until their text is settled."""
+BYTES_OF_A_CHARACTER = 4
+"""At most, in UTF-8; a token may be one byte."""
 INCOMPLETE_CHARACTER = "\ufffd"
 """What a tokenizer writes for bytes that are not a whole character yet."""
 
@@ -30,25 +34,28 @@ class NewText:
         self._anchor = list(prompt[-ANCHOR_TOKENS:])
         self._before = tokenizer.decode(self._anchor)
         self._shown = ""
+        self._settled, self._num_settled = "", 0
+        self._near, self._before_near = self._anchor, self._before
+        longest = max(map(len, self._stop), default=0)
+        self._window = BYTES_OF_A_CHARACTER * longest + ANCHOR_TOKENS
 
     def of(self, new_ids: Sequence[int]) -> str:
         """Return the text of ids."""
-        kept = [token for token in new_ids if token not in self._hidden]
-        whole = self._tokenizer.decode([*self._anchor, *kept])
-        return whole[len(self._before) :] if whole.startswith(self._before) else self._tokenizer.decode(kept)
+        return self._after(self._anchor, self._before, self._kept(new_ids))
 
     def ends(self, new_ids: Sequence[int]) -> bool:
-        """Tell whether a stop text is there."""
+        """Tell whether a stop text is there; to be asked after every token, as only the last ones are looked at."""
         if not self._stop:
             return False
-        text = self.of(new_ids)
+        if len(new_ids) <= self._window:
+            text = self.of(new_ids)
+        else:
+            text = self._tokenizer.decode(self._kept(new_ids[-self._window :]))
         return any(stop in text for stop in self._stop)
 
     def final(self, new_ids: Sequence[int]) -> str:
         """Return the text before the first stop text."""
-        text = self.of(new_ids)
-        found = [place for stop in self._stop if (place := text.find(stop)) >= 0]
-        return text[: min(found)] if found else text
+        return self._cut(self.of(new_ids))
 
     def grown(self, new_ids: Sequence[int], is_last: bool) -> str:
         """Return what can be shown now and was not before.
@@ -56,7 +63,7 @@ class NewText:
         Held back until it is certain: bytes that are not a whole character yet, and what could be the beginning of a
         stop text.
         """
-        text = self.final(new_ids)
+        text = self._cut(self._so_far(new_ids))
         if not is_last:
             text = text.rstrip(INCOMPLETE_CHARACTER)
             text = text[: len(text) - max((_overlap(text, stop) for stop in self._stop), default=0)]
@@ -65,6 +72,27 @@ class NewText:
         added = text[len(self._shown) :]
         self._shown += added
         return added
+
+    def _so_far(self, new_ids: Sequence[int]) -> str:
+        """Return what `of` does, without decoding all of it again."""
+        fresh = self._kept(new_ids[self._num_settled :])
+        text = self._settled + self._after(self._near, self._before_near, fresh)
+        if len(fresh) > SETTLED_TOKENS and not text.endswith(INCOMPLETE_CHARACTER):
+            self._settled, self._num_settled = text, len(new_ids)
+            self._near = fresh[-ANCHOR_TOKENS:]
+            self._before_near = self._tokenizer.decode(self._near)
+        return text
+
+    def _kept(self, ids: Sequence[int]) -> list[int]:
+        return [token for token in ids if token not in self._hidden]
+
+    def _after(self, anchor: list[int], before: str, ids: list[int]) -> str:
+        whole = self._tokenizer.decode([*anchor, *ids])
+        return whole[len(before) :] if whole.startswith(before) else self._tokenizer.decode(ids)
+
+    def _cut(self, text: str) -> str:
+        found = [place for stop in self._stop if (place := text.find(stop)) >= 0]
+        return text[: min(found)] if found else text
 
 
 def _overlap(text: str, stop: str) -> int:

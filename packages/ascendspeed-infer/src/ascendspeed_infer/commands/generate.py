@@ -5,9 +5,9 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,16 +15,14 @@ from ascendspeed_core.config.load import load_config
 from ascendspeed_data.command_line import log
 from ascendspeed_data.command_line.options import options_from
 from ascendspeed_data.command_line.progress import Progress
-from ascendspeed_data.errors import AscendSpeedError, ConfigError, DataError
+from ascendspeed_data.errors import ConfigError, DataError
+from ascendspeed_infer.asked import Asked, Format, asked_in, text_of
 from ascendspeed_infer.config import GenerateConfig, LoadedModelConfig, inference_layout
 
 if TYPE_CHECKING:
     from ascendspeed_core.weights import WeightSource
     from ascendspeed_infer.language_model import LanguageModel
     from ascendspeed_infer.requests import Completion
-
-Prompt = str | list[int]
-Format = Literal["text", "jsonl"]
 
 
 @options_from(GenerateConfig)
@@ -59,12 +57,12 @@ def generate(
         raise ConfigError("--prompt takes texts; give JSON lines by --prompt-file or on stdin")
     is_jsonl = prompt_file is not None and prompt_file.suffix == ".jsonl"
     format_ = prompt_format or ("jsonl" if is_jsonl else "text")
-    prompts: list[Prompt] | None = list(prompt) if prompt else None
+    asked = [Asked(text) for text in prompt] if prompt else None
     if prompt_file is not None:
-        prompts = prompts_of(text_of(prompt_file), format_, str(prompt_file))
+        asked = asked_in(text_of(prompt_file), format_, str(prompt_file))
     with on_every_process(config, sys.argv[1:]) as is_here:
         if is_here:
-            run(config, prompts, format_, as_json)
+            run(config, asked, format_, as_json)
 
 
 @contextmanager
@@ -110,74 +108,48 @@ def opened_model(config: LoadedModelConfig) -> Iterator[tuple["LanguageModel", "
         yield model, source
 
 
-def run(config: GenerateConfig, prompts: list[Prompt] | None, format_: Format, as_json: bool) -> None:
+def run(config: GenerateConfig, asked: list[Asked] | None, format_: Format, as_json: bool) -> None:
     """Generate on this process, with the others if there are any; the first one reads stdin and prints."""
     from ascendspeed_infer.sharing import from_first
 
     with opened_model(config) as (model, _):
         is_first = model.mesh.rank == 0
-        if prompts is None:
-            prompts = from_first(model.mesh, lambda: prompts_of(sys.stdin.read(), format_, "stdin"))
-        each = config.sampling.num_return_sequences
+        if asked is None:
+            asked = from_first(model.mesh, lambda: asked_in(sys.stdin.read(), format_, "stdin"))
+        if as_json:
+            check_names(asked)
+        each, seed = config.sampling.num_return_sequences, config.sampling.seed
+        completions = model.completions(
+            [one.prompt for one in asked],
+            seeds=[seed if one.seed is None else one.seed for one in asked],
+            **config.sampling.model_dump(exclude_unset=True),
+        )
         started, count = time.perf_counter(), 0
-        with Progress("generating", each * len(prompts), "completions", quiet=not is_first) as progress:
-            for completion in model.completions(prompts, **config.sampling.model_dump(exclude_unset=True)):
-                count += len(completion.token_ids)
-                if is_first:
-                    print(_json_of(completion) if as_json else completion.text, flush=True)
-                progress.advance()
+        with Progress("generating", each * len(asked), "completions", quiet=not is_first) as progress:
+            for one, several in zip(asked, completions, strict=True):
+                count += sum(len(completion.token_ids) for completion in several)
+                for completion in several if is_first else ():
+                    print(_json_of(completion, one) if as_json else completion.text, flush=True)
+                progress.advance(each)
         if is_first:
             seconds = time.perf_counter() - started
             log(f"{count} tokens in {seconds:.2f} s, {count / seconds:.1f} tokens/s")
 
 
-def text_of(file: Path) -> str:
-    """Return the text of a file of prompts."""
-    if not file.is_file():
-        raise AscendSpeedError(f"prompt_file={file} does not exist; check --prompt-file")
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"prompt_file={file} is not UTF-8: {error}") from None
+def check_names(asked: Sequence[Asked]) -> None:
+    """Refuse what a line holds beside its prompt under a name of the answer's."""
+    from ascendspeed_infer.requests import Completion
+
+    names = {field.name for field in fields(Completion)}
+    for number, one in enumerate(asked, 1):
+        taken = sorted(names & one.beside.keys())
+        if taken:
+            raise DataError(
+                f"prompt {number}: {taken[0]} is a name of the answer's; rename it, or leave --json out"
+            )
 
 
-def prompts_of(text: str, format_: Format, where: str) -> list[Prompt]:
-    """Return the prompts in lines of text; empty lines of JSON are left out.
-
-    Raises:
-        ConfigError: there is none.
-        DataError: a line is not JSON, or holds no prompt.
-    """
-    # Not splitlines, which also cuts at characters that belong to a text.
-    lines = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
-    prompts: list[Prompt] = list(lines)
-    if format_ == "jsonl":
-        numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-        prompts = [_prompt_of(line, f"{where}, line {number}") for number, line in numbered]
-    if not prompts:
-        raise ConfigError(
-            f"no prompt given ({where} is empty); give --prompt TEXT, --prompt-file FILE, or lines on stdin"
-        )
-    return prompts
-
-
-def _prompt_of(line: str, where: str) -> Prompt:
-    try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where} is not JSON: {error}") from None
-    if isinstance(value, dict):
-        value = value.get("prompt", value.get("prompt_token_ids"))
-    if isinstance(value, str) or (isinstance(value, list) and all(type(one) is int for one in value)):
-        return value
-    raise DataError(
-        f"{where} holds no prompt; give a text, a list of ids, or an object with prompt or prompt_token_ids"
-    )
-
-
-def _json_of(completion: "Completion") -> str:
-    """Return a completion as JSON, without what it has only of other ways to generate."""
-    fields = asdict(completion)
-    return json.dumps(
-        {name: value for name, value in fields.items() if value is not None}, ensure_ascii=False
-    )
+def _json_of(completion: "Completion", asked: Asked) -> str:
+    """Return a completion as JSON, with what its prompt's line held, without what was not asked for."""
+    answer = {**asked.beside, **asdict(completion)}
+    return json.dumps({name: one for name, one in answer.items() if one is not None}, ensure_ascii=False)
