@@ -19,6 +19,7 @@ TEST_TOOLS = (
     "accelerate",
     "deepspeed",
     "peft",
+    "trl",
     "datasets",
     "psutil",
     "scipy",

@@ -19,7 +19,7 @@ from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.recompute import apply_recompute
 from ascendspeed_core.parallel.slices import Slice
 from ascendspeed_core.training.optimizer import MasterOptimizer
-from ascendspeed_core.training.step import MicroBatch, count_tokens, forward_backward, train_step
+from ascendspeed_core.training.step import MicroBatch, Objective, count_tokens, forward_backward, train_step
 from ascendspeed_core.weights import InitialWeights
 
 SAMPLES, LENGTH = 16, 24
@@ -131,10 +131,13 @@ class PlainPasses:
         (loss * scale).backward()
 
 
-def first_gradients(model: Any, batches: list[MicroBatch], mesh: ParallelMesh) -> dict[str, torch.Tensor]:
+def first_gradients(
+    model: Any, batches: list[MicroBatch], mesh: ParallelMesh, objective: Objective | None = None
+) -> dict[str, torch.Tensor]:
     """This stage's gradients of the first step, whole and added up over dp and cp, without an update."""
+    count, loss_of = objective.start(batches) if objective else (count_tokens(batches, mesh), None)
     passes: Any = PlainPasses(model)
-    forward_backward(model, passes, batches, mesh, count_tokens(batches, mesh))
+    forward_backward(model, passes, batches, mesh, count, loss_of=loss_of)
     sums, slices = {}, parameter_slices(model, mesh)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:

@@ -20,6 +20,11 @@ app = build_app(
             "Fine-tune a model on instruction sets.",
         ),
         Command(
+            "dpo",
+            "ascendspeed_core.commands.dpo:dpo",
+            "Tune a model on pairs of answers (preference tuning).",
+        ),
+        Command(
             "compare-loss",
             "ascendspeed_core.commands.compare_loss:compare_loss",
             "Compare the losses of runs, with a verdict.",

@@ -112,6 +112,9 @@ def describe(plan: "RunPlan") -> None:
         log(f"one matrix product each for {'; '.join(joined)} (--mlp-layer-fusion)")
     if plan.layout.pp > 1:
         log(f"stages: {stage_list(plan.layout, model.num_layers)}")
+    if plan.reference is not None:
+        how = "the model without its adapters" if plan.reference.is_base else "a second model"
+        log(f"reference: {plan.reference.folder}, {how}")
 
 
 def trained_share(source: "AdaptedWeights", model: "ModelConfig") -> str:
@@ -155,4 +158,4 @@ def conclude(records: list[dict[str, Any]], plan: "RunPlan") -> None:
         against = (
             f", {abs(entropy - loss):.3f} nats {side} the unigram entropy of the data ({entropy:.3f} nats)"
         )
-    log(f"loss: {loss:.4f} nats per token (mean of the last {len(last)} iterations){against}")
+    log(f"loss: {loss:.4f} {plan.loss_unit} (mean of the last {len(last)} iterations){against}")

@@ -8,7 +8,19 @@ from ascendspeed_core.config.lora import LoraConfig
 from ascendspeed_core.config.training import DataConfig, PretrainConfig
 
 
-class FinetuneDataConfig(DataConfig):
+class PaddedDataConfig(DataConfig):
+    """Samples of different lengths, each a row of its own."""
+
+    variable_seq_lengths: bool = Field(
+        True,
+        description="Pad the samples of a step to its longest, in place of --seq-length; samples with labels only.",
+    )
+    pad_to_multiple_of: int = Field(
+        8, ge=1, description="Padded lengths are multiples of this, at most --seq-length."
+    )
+
+
+class FinetuneDataConfig(PaddedDataConfig):
     """Which samples are trained on."""
 
     is_instruction_dataset: bool = Field(
@@ -16,13 +28,6 @@ class FinetuneDataConfig(DataConfig):
         description="--data-path names samples with labels, made by an instruction handler of asd-data, packed or not; "
         "without it, plain text.",
         json_schema_extra={"off": ""},
-    )
-    variable_seq_lengths: bool = Field(
-        True,
-        description="Pad the samples of a step to its longest, in place of --seq-length; instruction sets only.",
-    )
-    pad_to_multiple_of: int = Field(
-        8, ge=1, description="Padded lengths are multiples of this, at most --seq-length."
     )
 
     @model_validator(mode="after")
@@ -41,8 +46,13 @@ class FinetuneDataConfig(DataConfig):
         return self
 
 
-class FinetuneConfig(PretrainConfig):
+class TuneConfig(PretrainConfig):
+    """What tunes a trained model: of --load only the weights are taken, unless it lies in --save."""
+
+    lora: LoraConfig = LoraConfig()
+
+
+class FinetuneConfig(TuneConfig):
     """Everything `asd-core finetune` takes; the sections of a TOML recipe."""
 
     data: FinetuneDataConfig
-    lora: LoraConfig = LoraConfig()

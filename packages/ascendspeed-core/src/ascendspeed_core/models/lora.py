@@ -7,7 +7,8 @@ is saved is peft's (`weights.lora`).
 Shapes: I input and O output size of a layer (their shares under tensor parallel), r rank.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -112,3 +113,17 @@ def freeze(model: "Transformer") -> None:
     if model.adapters is not None:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(model.adapters.is_trained(name))
+
+
+@contextmanager
+def adapters_off(model: "Transformer") -> Iterator[None]:
+    """Let `model` compute as its base does; what is trained whole stays as it is."""
+    layers = [module for module in model.modules() if isinstance(module, LoraLinear)]
+    scales = [layer.scale for layer in layers]
+    try:
+        for layer in layers:
+            layer.scale = 0.0
+        yield
+    finally:
+        for layer, scale in zip(layers, scales, strict=True):
+            layer.scale = scale

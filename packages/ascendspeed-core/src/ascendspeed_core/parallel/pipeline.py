@@ -219,6 +219,7 @@ def forward_through_stages(
     read_at: torch.Tensor | None = None,
     positions: torch.Tensor | None = None,
     segments: torch.Tensor | None = None,
+    is_shared: bool = True,
 ) -> torch.Tensor:
     """Return this device's logits, [B, S, V/tp], on every stage; no gradient flows.
 
@@ -230,11 +231,13 @@ def forward_through_stages(
         read_at: places whose logits are wanted, [B, P], when not all are.
         positions: of `ModelInput`.
         segments: of `ModelInput`.
+        is_shared: send the logits to all stages; without it only who holds the last stage has them (others get
+            hidden states), and calls one after another overlap.
     """
     if read_at is not None and mesh.layout.sequence_parallel:
         # Places count in whole texts, of which the last norm has a part here.
         everywhere = forward_through_stages(
-            model, mesh, tokens, cache, positions=positions, segments=segments
+            model, mesh, tokens, cache, positions=positions, segments=segments, is_shared=is_shared
         )
         return everywhere.gather(1, read_at.unsqueeze(-1).expand(-1, -1, everywhere.shape[-1]))
     group = mesh.group("pp")
@@ -253,6 +256,8 @@ def forward_through_stages(
         out = model(out, positions, cache, stage, read_at, segments)
         if not stage.is_last and holder[stage.index + 1] != mesh.pp_rank:
             dist.send(out.contiguous(), group=group, group_dst=holder[stage.index + 1])
+    if not is_shared:
+        return out
     if not model.has_last:
         shape = logits_shape(tokens if read_at is None else read_at, model, mesh)
         out = torch.empty(shape, dtype=dtype, device=tokens.device)

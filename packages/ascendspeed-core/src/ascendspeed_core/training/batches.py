@@ -73,12 +73,11 @@ def _refuse_labels(prefix: Path) -> None:
     if samples_prefix(prefix) is not None:
         manifest = open_dataset(prefix).manifest
         kind = manifest.kind if manifest else "samples"
-        train = (
-            "train on them with `asd-core finetune --is-instruction-dataset`, or "
-            if kind == "samples"
-            else ""
+        command = "dpo" if kind == "pairs" else "finetune --is-instruction-dataset"
+        raise DataError(
+            f"{prefix} holds {kind} with labels, not plain text; train on them with `asd-core {command}`, or give "
+            "plain text"
         )
-        raise DataError(f"{prefix} holds {kind} with labels, not plain text; {train}give plain text")
 
 
 def check_splits(config: DataConfig, num_samples: tuple[int, int, int]) -> None:

@@ -1,5 +1,7 @@
 """Samples with labels: instruction sets of asd-data, one sample in a row, or packs of several.
 
+`RowData` and `RowOrder` serve every kind of rows; `preference_data` has pairs.
+
 Rows are padded on the right, which causal attention never looks at. In a pack positions start from 0 with each
 sample, and attention stays inside it. What is learned is in the labels; every learned token of the global batch weighs
 the same, however samples fall into rows, micro-batches and devices.
@@ -11,16 +13,17 @@ Shapes: B rows of a micro-batch, S padded length of the step.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import lcm
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ascendspeed_core.config.finetune import FinetuneDataConfig
+from ascendspeed_core.config.finetune import FinetuneDataConfig, PaddedDataConfig
 from ascendspeed_core.launch import announce
 from ascendspeed_core.megatron import megatron
 from ascendspeed_core.parallel.mesh import ParallelMesh
@@ -36,7 +39,7 @@ from ascendspeed_data.manifest import DatasetManifest
 
 @dataclass(frozen=True)
 class Row:
-    """One training sequence: a sample, or the samples of a pack one behind the other.
+    """One training sequence: a sample, or the samples of a pack or of a pair one behind the other.
 
     Attributes:
         ids: of all of them, [n].
@@ -77,7 +80,10 @@ def check_instruction_data(
 def _open(prefix: str) -> Dataset:
     dataset = open_dataset(Path(prefix))
     if dataset.is_pairs:
-        raise DataError(f"{prefix} holds pairs for preference tuning; give samples of an instruction handler")
+        raise DataError(
+            f"{prefix} holds pairs for preference tuning; train on them with `asd-core dpo`, or give samples of an "
+            "instruction handler"
+        )
     if not dataset.is_samples:
         raise DataError(
             f"{prefix} holds plain text, not samples with labels; leave --is-instruction-dataset out, or give data of "
@@ -86,6 +92,22 @@ def _open(prefix: str) -> Dataset:
     if dataset.manifest is None:
         announce(f"{prefix}: no manifest beside it; its tokenizer cannot be checked")
     return dataset
+
+
+class RowSource(Protocol):
+    """Rows of one split of one dataset.
+
+    Attributes:
+        lengths: length that each row is padded to at least.
+    """
+
+    lengths: NDArray[np.int64]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int) -> Row:
+        """Read one row."""
+        ...
 
 
 class Rows:
@@ -103,10 +125,7 @@ class Rows:
 
     def __init__(self, dataset: Dataset, split: str, place: int, seq_length: int) -> None:
         self._dataset, self._seq_length, self._split = dataset, seq_length, split
-        documents = dataset.ids.documents
-        shares = [float(part) for part in split.replace("/", ",").split(",")]
-        edges = [round(sum(shares[:n]) / sum(shares) * (len(documents) - 1)) for n in range(4)]
-        mine = documents[edges[place] : edges[place + 1] + 1]
+        mine = documents_of_split(dataset, split, place)
         self.is_packed = dataset.manifest is not None and dataset.manifest.pack is not None
         # Where each row begins in the sequences of the file, and where it ends.
         begins = mine[:-1] if self.is_packed else np.arange(mine[0], mine[-1])
@@ -126,8 +145,9 @@ class Rows:
         self.lengths: NDArray[np.int64] = np.minimum(lengths[kept], seq_length)
         if not len(kept):
             raise DataError(
-                f"split={split} leaves no {SPLITS[place]} sample of {dataset.prefix} ({len(documents) - 1} documents) "
-                f"that has anything to learn in its first {seq_length} ids; give {SPLITS[place]} a larger share"
+                f"split={split} leaves no {SPLITS[place]} sample of {dataset.prefix} "
+                f"({len(dataset.ids.documents) - 1} documents) that has anything to learn in its first "
+                f"{seq_length} ids; give {SPLITS[place]} a larger share"
             )
 
     def __len__(self) -> int:
@@ -139,24 +159,12 @@ class Rows:
         Raises:
             DataError: an attention mask that hides something else than an end.
         """
-        parts = [self._sample(n) for n in range(int(self._begins[number]), int(self._ends[number]))]
+        parts = [
+            read_sample(self._dataset, n) for n in range(int(self._begins[number]), int(self._ends[number]))
+        ]
         ids, labels = (np.concatenate(arrays)[: self._seq_length] for arrays in zip(*parts, strict=True))
         lengths = tuple(len(part[0]) for part in parts) if self.is_packed else (len(ids),)
         return Row(ids.astype(np.int64), labels.astype(np.int64), lengths)
-
-    def _sample(self, sequence: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """Return ids and labels of a sequence, without the padding that files of other tools may have."""
-        attended = self._dataset.attended(sequence) != 0
-        end = int(attended.sum())
-        if not attended[:end].all():
-            raise DataError(
-                f"{self._dataset.prefix}: the attention mask of sequence {sequence} hides ids before its end; only "
-                "padding at the end can be hidden"
-            )
-        labels = self._dataset.arrays[LABELS][sequence][:end].copy()
-        # Nothing is learned of a sample's first id: what stands before it in a pack is another sample.
-        labels[:1] = IGNORED_LABEL
-        return self._dataset.ids[sequence][:end], labels
 
     def describe(self, split: str, wanted: int | None) -> str:
         """Say what there is, and how often a run sees it that wants `wanted` rows."""
@@ -171,6 +179,33 @@ class Rows:
         return f"{self._dataset.prefix}: {len(self):,} {split} {what}{seen}{cut}"
 
 
+def documents_of_split(dataset: Dataset, split: str, place: int) -> NDArray[np.int64]:
+    """Return where the documents of one split begin in the sequences of the file, and where the last ends."""
+    documents: NDArray[np.int64] = dataset.ids.documents
+    shares = [float(part) for part in split.replace("/", ",").split(",")]
+    edges = [round(sum(shares[:n]) / sum(shares) * (len(documents) - 1)) for n in range(4)]
+    return documents[edges[place] : edges[place + 1] + 1]
+
+
+def read_sample(dataset: Dataset, sequence: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Return ids and labels of a sequence, without the padding that files of other tools may have.
+
+    Raises:
+        DataError: an attention mask that hides something else than an end.
+    """
+    attended = dataset.attended(sequence) != 0
+    end = int(attended.sum())
+    if not attended[:end].all():
+        raise DataError(
+            f"{dataset.prefix}: the attention mask of sequence {sequence} hides ids before its end; only "
+            "padding at the end can be hidden"
+        )
+    labels = dataset.arrays[LABELS][sequence][:end].copy()
+    # Nothing is learned of a sample's first id: what stands before it in a pack is another sample.
+    labels[:1] = IGNORED_LABEL
+    return dataset.ids[sequence][:end], labels
+
+
 class RowOrder:
     """Rows of several datasets in the order of a run.
 
@@ -183,7 +218,12 @@ class RowOrder:
     """
 
     def __init__(
-        self, parts: list[Rows], weights: list[float] | None, seed: int, count: int, is_shuffled: bool
+        self,
+        parts: Sequence[RowSource],
+        weights: list[float] | None,
+        seed: int,
+        count: int,
+        is_shuffled: bool,
     ) -> None:
         self._parts, self._seed, self._is_shuffled = parts, seed, is_shuffled
         self._orders: dict[int, tuple[int, NDArray[np.int64]]] = {}
@@ -227,36 +267,29 @@ class RowOrder:
         return digest.hexdigest()
 
 
-class InstructionData:
-    """Training and validation rows of one run, see `batches.TrainingData`.
+class RowData:
+    """Training and validation rows of one run, see `run_data.RunData`.
 
     Args:
-        config: files, split, length of a row.
-        seed: of the order.
-        num_samples: rows of the whole run: (training, validation, test).
+        config: files, length of a row.
+        train: rows of the run in their order; `None` when none will be asked for.
+        validation: the same of what is held out.
         vocab_size: ids must be below.
         mesh: this process's place.
+        collate: makes a micro-batch of rows and the length to pad to.
     """
 
     def __init__(
         self,
-        config: FinetuneDataConfig,
-        seed: int,
-        num_samples: tuple[int, int, int],
+        config: PaddedDataConfig,
+        train: RowOrder | None,
+        validation: RowOrder | None,
         vocab_size: int,
         mesh: ParallelMesh,
+        collate: Callable[[Sequence[Row], int], MicroBatch],
     ) -> None:
         self._config, self._mesh, self._vocab_size = config, mesh, vocab_size
-        prefixes, weights = config.blend()
-        datasets = [_open(prefix) for prefix in prefixes]
-
-        def order(place: int) -> RowOrder | None:
-            if not num_samples[place]:
-                return None
-            parts = [Rows(dataset, config.split, place, config.seq_length) for dataset in datasets]
-            return RowOrder(parts, weights, seed, num_samples[place], is_shuffled=place == 0)
-
-        self.train, self.validation = order(0), order(1)
+        self.train, self.validation, self._collate = train, validation, collate
 
     def order_digest(self, consumed: int) -> str:
         """Return a digest of the order, of whose beginning the first `consumed` rows are."""
@@ -282,7 +315,7 @@ class InstructionData:
         assert order is not None
         length = self._length(order, range(consumed, consumed + sum(sizes) * self._mesh.layout.dp))
         for numbers in numbers_of_rank(consumed, sizes, self._mesh):
-            batch = collate([order[number] for number in numbers], length)
+            batch = self._collate([order[number] for number in numbers], length)
             refuse_unknown_ids(batch, self._vocab_size)
             yield batch.part_of_sequence(self._mesh).to(self._mesh.device.torch)
 
@@ -296,6 +329,58 @@ class InstructionData:
         multiple = lcm(self._config.pad_to_multiple_of, parts)
         needed = max(order.length(number) for number in numbers)
         return min(-(-needed // multiple) * multiple, longest)
+
+
+class InstructionData(RowData):
+    """Training and validation rows of instruction sets.
+
+    Args:
+        config: files, split, length of a row.
+        seed: of the order.
+        num_samples: rows of the whole run: (training, validation, test).
+        vocab_size: ids must be below.
+        mesh: this process's place.
+    """
+
+    def __init__(
+        self,
+        config: FinetuneDataConfig,
+        seed: int,
+        num_samples: tuple[int, int, int],
+        vocab_size: int,
+        mesh: ParallelMesh,
+    ) -> None:
+        prefixes, weights = config.blend()
+        datasets = [_open(prefix) for prefix in prefixes]
+
+        def rows_of(place: int) -> list[Rows]:
+            return [Rows(dataset, config.split, place, config.seq_length) for dataset in datasets]
+
+        train, validation = orders_of(rows_of, weights, seed, num_samples)
+        super().__init__(config, train, validation, vocab_size, mesh, collate)
+
+
+def orders_of(
+    rows_of: Callable[[int], Sequence[RowSource]],
+    weights: list[float] | None,
+    seed: int,
+    num_samples: tuple[int, int, int],
+) -> tuple[RowOrder | None, RowOrder | None]:
+    """Return the order of training and of validation rows; `None` where none is wanted.
+
+    Args:
+        rows_of: number of a split -> its rows in each dataset.
+        weights: of the datasets.
+        seed: of the order of training rows; the others come as they lie.
+        num_samples: rows of the whole run: (training, validation, test).
+    """
+    train, validation = (
+        RowOrder(rows_of(place), weights, seed, num_samples[place], is_shuffled=place == 0)
+        if num_samples[place]
+        else None
+        for place in (0, 1)
+    )
+    return train, validation
 
 
 def collate(rows: Sequence[Row], length: int) -> MicroBatch:

@@ -54,7 +54,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def draw_loss(records: Sequence[Mapping[str, Any]], path: Path, unigram_entropy_nats: float | None) -> None:
+def draw_loss(
+    records: Sequence[Mapping[str, Any]],
+    path: Path,
+    unigram_entropy_nats: float | None,
+    unit: str = "nats per token",
+) -> None:
     """Draw the loss curve of a run as a PNG.
 
     Args:
@@ -62,6 +67,7 @@ def draw_loss(records: Sequence[Mapping[str, Any]], path: Path, unigram_entropy_
         path: the picture.
         unigram_entropy_nats: entropy per token of the training data, drawn as a line: what a model reaches that
             knows only how often each token occurs.
+        unit: of the loss.
     """
     import matplotlib as mpl
 
@@ -89,7 +95,7 @@ def draw_loss(records: Sequence[Mapping[str, Any]], path: Path, unigram_entropy_
             label=f"unigram entropy, {unigram_entropy_nats:.2f} nats",
         )
     axes.set_xlabel("iteration")
-    axes.set_ylabel("loss, nats per token")
+    axes.set_ylabel(f"loss, {unit}")
     axes.grid(alpha=0.3)
     axes.legend()
     save_figure(figure, path)

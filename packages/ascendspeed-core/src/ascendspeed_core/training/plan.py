@@ -4,13 +4,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ascendspeed_core.config.finetune import FinetuneConfig, FinetuneDataConfig
+from ascendspeed_core.config.finetune import FinetuneDataConfig, TuneConfig
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.parallel import Layout, stages_of_devices
+from ascendspeed_core.config.preference import DpoConfig, PreferenceDataConfig
 from ascendspeed_core.config.training import PretrainConfig
 from ascendspeed_core.launch import announce
 from ascendspeed_core.training.checkpoint import Progress, check_optimizer, load_progress, saved_iterations
 from ascendspeed_core.training.choose_engine import check_zero
+from ascendspeed_core.training.reference import Reference, open_reference
 from ascendspeed_core.training.run_data import check_run_data
 from ascendspeed_core.training.schedule import samples_of_run
 from ascendspeed_core.weights import NativeSource, WeightSource, open_source, open_weights
@@ -33,6 +35,7 @@ class RunPlan:
         checkpoint: what holds that position, optimizer and random state; `None` when the run starts anew.
         num_samples: samples of the whole run for training, validation and test.
         manifest: of the training data, if it has one.
+        reference: what preference tuning compares with.
     """
 
     config: PretrainConfig
@@ -42,6 +45,7 @@ class RunPlan:
     checkpoint: NativeSource | None
     num_samples: tuple[int, int, int]
     manifest: DatasetManifest | None
+    reference: Reference | None = None
 
     @property
     def model(self) -> ModelConfig:
@@ -59,6 +63,11 @@ class RunPlan:
         if self.manifest is None or self.manifest.kind != "text":
             return None
         return self.manifest.unigram_entropy_nats
+
+    @property
+    def loss_unit(self) -> str:
+        """What the loss is a mean of."""
+        return "per pair" if isinstance(self.config, DpoConfig) else "nats per token"
 
 
 def plan_run(config: PretrainConfig, world_size: int) -> RunPlan:
@@ -86,20 +95,23 @@ def plan_run(config: PretrainConfig, world_size: int) -> RunPlan:
     _check_vocabulary(config, source, manifest)
     start = _start(config, checkpoint, _data_order(config))
     _check_save_folder(config, checkpoint, start)
-    return RunPlan(config, layout, source, start, checkpoint, samples, manifest)
+    reference = None
+    if isinstance(config, DpoConfig):
+        reference = open_reference(config, source, checkpoint if start.iteration > 0 else None)
+    return RunPlan(config, layout, source, start, checkpoint, samples, manifest, reference)
 
 
 def _open_source(config: PretrainConfig) -> tuple[WeightSource, NativeSource | None]:
     """Return the weights, and the native checkpoint that they or their adapters come from."""
     start = config.start
     found = start.save if start.auto_resume and start.save and (start.save / TRACKER).is_file() else None
-    if isinstance(config, FinetuneConfig) and config.lora.is_on:
+    if isinstance(config, TuneConfig) and config.lora.is_on:
         return _open_adapted(config, found)
     source = open_weights(found) if found else open_source(start, config.batch.seed)
     return source, source if isinstance(source, NativeSource) else None
 
 
-def _open_adapted(config: FinetuneConfig, found: Path | None) -> tuple[WeightSource, NativeSource | None]:
+def _open_adapted(config: TuneConfig, found: Path | None) -> tuple[WeightSource, NativeSource | None]:
     """Return the base with its adapters: those of the run that goes on, those that are loaded, or new ones."""
     base = open_source(config.start, config.batch.seed)
     lora = config.lora
@@ -182,11 +194,13 @@ def _data_order(config: PretrainConfig) -> dict[str, Any]:
     }
     if isinstance(config.data, FinetuneDataConfig) and config.data.is_instruction_dataset:
         order["is_instruction_dataset"] = True
+    if isinstance(config.data, PreferenceDataConfig):
+        order["pairs"] = True
     return order
 
 
 def _start(config: PretrainConfig, source: NativeSource | None, data_order: dict[str, Any]) -> Progress:
-    is_anew = config.start.finetune or (isinstance(config, FinetuneConfig) and not _is_of_run(config, source))
+    is_anew = config.start.finetune or (isinstance(config, TuneConfig) and not _is_of_run(config, source))
     if source is None or is_anew:
         return Progress(0, 0, 0, 0, data_order)
     progress = load_progress(source)

@@ -4,9 +4,10 @@ Shapes: B micro-batch size, S sequence length (S/cp under context parallelism), 
 vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import nan
+from typing import Protocol
 
 import torch
 
@@ -17,6 +18,9 @@ from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.pipeline import forward_through_stages, run_pipeline
 from ascendspeed_core.training.engine import Engine
 from ascendspeed_core.training.loss_scale import LossScale
+
+LossOf = Callable[[int, torch.Tensor], torch.Tensor]
+"""Number of a micro-batch and its logits, [B, S, V/tp] -> the sum of its losses."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +62,21 @@ class MicroBatch:
         return replace(self, **parts)
 
 
+class Objective(Protocol):
+    """A loss other than that of every token."""
+
+    def start(self, micro_batches: Sequence[MicroBatch]) -> tuple[int, LossOf]:
+        """Return what the loss of the global batch is divided by, and the sum of a micro-batch's losses."""
+        ...
+
+
 @dataclass(frozen=True)
 class StepResult:
     """What a step reports.
 
     Attributes:
-        loss: mean negative log-likelihood per token that counts, in nats, over the global batch; not a number when
-            none counts.
+        loss: mean over the global batch: negative log-likelihood per token that counts, in nats, or as the objective
+            says; not a number when no token counts.
         grad_norm: of the whole model's gradient, before clipping; `None` when the step was skipped.
         tokens: tokens that counted.
     """
@@ -90,20 +102,22 @@ def train_step(
     micro_batches: Sequence[MicroBatch],
     mesh: ParallelMesh,
     loss_scale: LossScale | None = None,
+    objective: Objective | None = None,
 ) -> StepResult:
     """Accumulate the gradient of all micro-batches of all data-parallel ranks and parts of sequences, then update once.
 
     Every token of the global batch weighs the same, however the tokens fall into micro-batches and ranks: each
-    loss is the sum over its tokens divided by the number of tokens of all. When none counts, nothing is computed: an
-    update by a gradient of zero would still move weights by decay and by the memory of earlier gradients.
+    loss is the sum over its tokens divided by the number of tokens of all; an objective may count something else. When
+    no token counts, nothing is computed: an update by a gradient of zero would still move weights by decay and by the
+    memory of earlier gradients.
     """
     tokens = count_tokens(micro_batches, mesh)
     if tokens == 0:
         return StepResult(loss=nan, grad_norm=None, tokens=0)
+    count, loss_of = objective.start(micro_batches) if objective else (tokens, None)
     scale = loss_scale.scale if loss_scale else None
-    loss = mesh.sum_over(
-        "replicas", forward_backward(model, optimizer, micro_batches, mesh, tokens, scale or 1.0)
-    )
+    share = forward_backward(model, optimizer, micro_batches, mesh, count, scale or 1.0, loss_of)
+    loss = mesh.sum_over("replicas", share)
     result = StepResult(loss=float(loss), grad_norm=optimizer.step(scale), tokens=tokens)
     if loss_scale:
         loss_scale.update(overflow=result.is_skipped)
@@ -115,8 +129,9 @@ def forward_backward(
     engine: Engine,
     micro_batches: Sequence[MicroBatch],
     mesh: ParallelMesh,
-    tokens: int,
+    count: int,
     scale: float = 1.0,
+    loss_of: LossOf | None = None,
 ) -> torch.Tensor:
     """Add the gradients of this rank's micro-batches to the parameters, and return their share of the loss.
 
@@ -125,23 +140,28 @@ def forward_backward(
         engine: what computes its gradients.
         micro_batches: of this process.
         mesh: its place.
-        tokens: tokens that count in the global batch, at least one; the loss is a mean over them.
+        count: tokens that count in the global batch, at least one; the loss is a mean over them.
         scale: factor of the gradients, see `LossScale`; the loss that is returned is without it.
+        loss_of: another loss than that of every token, see `Objective`; `count` is then what that divides by.
     """
-    weight = 1.0 / tokens
+
+    def share(number: int, logits: torch.Tensor) -> torch.Tensor:
+        if loss_of is not None:
+            return loss_of(number, logits) / count
+        return masked_sum(model, logits, micro_batches[number], mesh) / count
+
     if mesh.layout.pp > 1:
         total = run_pipeline(
             model,
             mesh,
             [micro_batch.input for micro_batch in micro_batches],
-            lambda number, logits: masked_sum(model, logits, micro_batches[number], mesh) * (scale * weight),
+            lambda number, logits: share(number, logits) * scale,
             on_stage_done=engine.start_reduction if mesh.layout.early_reduction else None,
         )
         return total / scale
     loss = torch.zeros((), dtype=torch.float64, device=mesh.device.torch)
     for number, micro_batch in enumerate(micro_batches):
-        logits = engine.forward(micro_batch.input)
-        part = masked_sum(model, logits, micro_batch, mesh) * weight
+        part = share(number, engine.forward(micro_batch.input))
         engine.backward(part, scale, is_last=number == len(micro_batches) - 1)
         loss += part.detach()
     return loss

@@ -1,11 +1,13 @@
 """The training loop."""
 
 import time
+from collections.abc import Mapping
 from math import isfinite
 from typing import Any
 
 import torch
 
+from ascendspeed_core.config.preference import DpoConfig
 from ascendspeed_core.config.training import PretrainConfig
 from ascendspeed_core.kernels.dispatch import apply_kernels, update_choice
 from ascendspeed_core.parallel.build import load_model
@@ -24,6 +26,8 @@ from ascendspeed_core.training.loss_scale import LossScale
 from ascendspeed_core.training.measure import chosen_sizes
 from ascendspeed_core.training.metrics import PICTURE, MetricsFile, draw_loss
 from ascendspeed_core.training.plan import RunPlan
+from ascendspeed_core.training.preference import PreferenceObjective
+from ascendspeed_core.training.reference import RECORD
 from ascendspeed_core.training.run_data import open_run_data
 from ascendspeed_core.training.schedule import Schedule
 from ascendspeed_core.training.step import StepResult, evaluate, train_step
@@ -52,6 +56,7 @@ class Trainer:
         self.model = load_model(plan.source, mesh, dtype, self.config.compute.mlp_layer_fusion, settings)
         kernels = apply_kernels(self.model, self.config.compute)
         apply_recompute(self.model, self.config.recompute, mesh.pp_rank)
+        self.objective = self._objective(dtype)
         self.sizes = self.config.batch.manual_sizes() or self._found_sizes()
         self.optimizer = make_engine(self.model, self.config, mesh, settings)
         for choice in (*kernels, update_choice(self.config.optimizer.optimizer, mesh.device, dtype)):
@@ -70,6 +75,18 @@ class Trainer:
         self.iteration = plan.start.iteration
         if plan.checkpoint is not None and plan.resumes:
             self._resume(plan.checkpoint)
+
+    def _objective(self, dtype: torch.dtype) -> PreferenceObjective | None:
+        """Return the loss of preference tuning, with its reference beside the model."""
+        reference, config = self.plan.reference, self.config
+        if reference is None:
+            return None
+        assert isinstance(config, DpoConfig)
+        model = None
+        if not reference.is_base:
+            model = load_model(reference.source, self.mesh, dtype, config.compute.mlp_layer_fusion)
+            apply_kernels(model, config.compute)
+        return PreferenceObjective(self.model, model, config.preference, self.mesh)
 
     def _writer(self) -> CheckpointWriter | None:
         start = self.config.start
@@ -198,7 +215,9 @@ class Trainer:
         micro_batches = self.data.micro_batches(schedule.consumed_samples, sizes)
         tokens = self.mesh.layout.replicas * sum(batch.tokens.numel() for batch in micro_batches)
         scale = self.loss_scale.scale if self.loss_scale else None
-        result = train_step(self.model, self.optimizer, micro_batches, self.mesh, self.loss_scale)
+        result = train_step(
+            self.model, self.optimizer, micro_batches, self.mesh, self.loss_scale, self.objective
+        )
         self.mesh.device.synchronize()
         seconds = time.perf_counter() - started
         self.iteration += 1
@@ -216,13 +235,14 @@ class Trainer:
             "step_seconds": seconds,
             "peak_memory_bytes": self.mesh.device.peak_memory_bytes(),
         }
+        if self.objective is not None:
+            record |= finite_or_none(self.objective.measures())
         if scale is not None:
             record["loss_scale"] = scale
         if scale is not None or result.is_empty:
             record["skipped"] = result.is_skipped
         if batch.eval_iters and self.iteration % batch.eval_interval == 0:
-            validation = self._validation_loss()
-            record["validation_loss"] = validation if isfinite(validation) else None
+            record |= self._validation()
         if result.is_empty:
             self._say(
                 f"iteration {self.iteration}: no token of its batch counts in the loss, all are masked; the step was "
@@ -232,7 +252,7 @@ class Trainer:
             self._report(record)
         return record
 
-    def _validation_loss(self) -> float:
+    def _validation(self) -> dict[str, float | None]:
         """Measure on the samples that belong to this iteration, so that a resumed run measures the same."""
         batch = self.config.batch
         size = self.schedule.global_batch_size
@@ -241,7 +261,11 @@ class Trainer:
         micro_batches = self.data.validation_batches(
             measured, (batch.micro_batch_size,) * (batch.eval_iters * per_batch)
         )
-        return evaluate(self.model, micro_batches, self.mesh)
+        if self.objective is None:
+            found = {"loss": evaluate(self.model, micro_batches, self.mesh)}
+        else:
+            found = self.objective.evaluate(micro_batches)
+        return {f"validation_{name}": value for name, value in finite_or_none(found).items()}
 
     def _refuse_not_a_number(self, result: StepResult) -> None:
         """End the run when the weights would be spoilt, or when no smaller loss scale is left to try."""
@@ -271,17 +295,23 @@ class Trainer:
             self.data.order_digest(self.schedule.consumed_samples),
         )
         run = self.config.model_dump(mode="json")
+        if self.plan.reference is not None:
+            run[RECORD] = self.plan.reference.record()
         writer.save(progress, self.model, self.optimizer, run, self.loss_scale)
         if metrics:
-            draw_loss(metrics.records, metrics.path.with_name(PICTURE), self.plan.unigram_entropy_nats)
+            picture = metrics.path.with_name(PICTURE)
+            draw_loss(metrics.records, picture, self.plan.unigram_entropy_nats, self.plan.loss_unit)
 
     def _report(self, record: dict[str, Any]) -> None:
         left = (self.config.batch.train_iters - self.iteration) * record["step_seconds"]
         validation = ""
         if "validation_loss" in record:
             measured = record["validation_loss"]
-            validation = f" | validation {'not finite' if measured is None else f'{measured:.4f}'}"
-        loss = "not finite" if record["lm_loss"] is None else f"{record['lm_loss']:.4f}"
+            validation = f" | validation {shown(measured, 4)}"
+        if self.objective is not None:
+            validation += f" | reward margin {shown(record['reward_margin'], 4)}"
+            validation += f" | reward accuracy {shown(record['reward_accuracy'], 3)}"
+        loss = shown(record["lm_loss"], 4)
         scale = f" | loss scale {record['loss_scale']:.0f}" if "loss_scale" in record else ""
         norm = "overflow, skipped" if record["grad_norm"] is None else f"grad norm {record['grad_norm']:.3f}"
         self._say(
@@ -292,3 +322,13 @@ class Trainer:
     def _say(self, message: str) -> None:
         if self.mesh.rank == 0:
             log(message)
+
+
+def finite_or_none(found: Mapping[str, float]) -> dict[str, float | None]:
+    """Return values as JSON can hold them."""
+    return {name: value if isfinite(value) else None for name, value in found.items()}
+
+
+def shown(value: float | None, places: int) -> str:
+    """Return a value for the log."""
+    return "not finite" if value is None else f"{value:.{places}f}"
