@@ -17,7 +17,7 @@ from ascendspeed_core.parallel.recompute import apply_recompute
 from ascendspeed_core.training.instruction import InstructionData
 from ascendspeed_core.training.optimizer import MasterOptimizer
 from ascendspeed_core.training.step import evaluate, train_step
-from ascendspeed_core.weights import Index, InitialWeights, WeightSource
+from ascendspeed_core.weights import Index, InitialWeights, WeightSource, open_weights
 from ascendspeed_core.weights.lora import AdaptedWeights, drawn_adapters, plan_adapters
 from core.training_cases import Trained, first_gradients, whole
 
@@ -33,7 +33,7 @@ def data_config(prefix: Path, length: int, **changes: Any) -> FinetuneDataConfig
 
 
 def tune(
-    config: ModelConfig,
+    config: ModelConfig | Path,
     layout: Layout,
     data: FinetuneDataConfig,
     dtype_name: str = "float64",
@@ -43,17 +43,18 @@ def tune(
     joined: bool = False,
     recompute: RecomputeConfig | None = None,
 ) -> Trained:
-    """Train all weights, or adapters that already do something.
+    """Train all weights, or adapters that already do something, of drawn weights or of those in a folder.
 
     Returns losses with the held-out loss behind them, norms, first gradients and weights, of what is trained.
     """
     mesh = ParallelMesh.create(Device("cpu"), layout)
-    source: Any = InitialWeights(config, seed=5)
+    source: WeightSource
+    source = open_weights(config) if isinstance(config, Path) else InitialWeights(config, seed=5)
     if lora is not None:
         source = used_adapters(source, lora)
     model = load_model(source, mesh, getattr(torch, dtype_name), joined)
     apply_recompute(model, recompute or RecomputeConfig(), mesh.pp_rank)
-    samples = InstructionData(data, 7, (steps * BATCH, BATCH, 0), config.vocab_size, mesh)
+    samples = InstructionData(data, 7, (steps * BATCH, BATCH, 0), source.config.vocab_size, mesh)
     sizes = (micro_batch_size,) * (BATCH // micro_batch_size // layout.dp)
     gradients = first_gradients(model, samples.micro_batches(0, sizes), mesh)
     optimizer = MasterOptimizer(model, OptimizerConfig(lr=1e-3, clip_grad=0.5), mesh)
