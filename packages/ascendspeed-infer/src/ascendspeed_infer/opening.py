@@ -4,6 +4,7 @@ from pathlib import Path
 
 from ascendspeed_core.weights import NativeSource, WeightSource, open_source
 from ascendspeed_core.weights.adapter import Adapter, MergedAdapter
+from ascendspeed_core.weights.foreign.adapter import open_adapter
 from ascendspeed_data.errors import AscendSpeedError
 from ascendspeed_data.manifest import check_tokenizer
 from ascendspeed_data.tokenizer import load_tokenizer
@@ -24,7 +25,7 @@ def with_adapter(source: WeightSource, config: AdapterConfig) -> tuple[WeightSou
     """
     if config.lora_load is None:
         return source, None
-    adapter = Adapter(config.lora_load)
+    adapter = open_adapter(config.lora_load, source.config)
     changed = MergedAdapter(source, adapter, only_saved=not config.merge_adapter)
     return changed, None if config.merge_adapter else adapter
 

@@ -14,7 +14,10 @@ from ascendspeed_data.command_line.options import options_from
 @options_from(ConvertOptions)
 def merge_lora_command(
     lora_load: Annotated[
-        Path, typer.Option("--lora-load", "--adapter", help="Folder of the adapter, in peft's format.")
+        Path,
+        typer.Option(
+            "--lora-load", "--adapter", help="Folder of the adapter: peft's, a run's, or one of 2023."
+        ),
     ],
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would be done, write nothing.")
@@ -27,7 +30,9 @@ def merge_lora_command(
     from ascendspeed_core.device import HOST, prepare_torch
 
     prepare_torch(HOST.kind)
-    from ascendspeed_core.weights.adapter import Adapter, MergedAdapter
+    from ascendspeed_core.weights.adapter import MergedAdapter
+    from ascendspeed_core.weights.foreign.adapter import open_adapter
 
-    merged = MergedAdapter(open_input(options), Adapter(lora_load))
+    base = open_input(options)
+    merged = MergedAdapter(base, open_adapter(lora_load, base.config))
     run(plan(options, merged, max_shard_bytes), dry_run)

@@ -16,7 +16,7 @@ from ascendspeed_core.training.reference import Reference, open_reference
 from ascendspeed_core.training.run_data import check_run_data
 from ascendspeed_core.training.schedule import samples_of_run
 from ascendspeed_core.weights import NativeSource, WeightSource, open_source, open_weights
-from ascendspeed_core.weights.adapter import Adapter
+from ascendspeed_core.weights.foreign.adapter import open_adapter
 from ascendspeed_core.weights.lora import drawn_adapters, loaded_adapters, plan_adapters, resumed_adapters
 from ascendspeed_core.weights.native import DESCRIPTION, TRACKER
 from ascendspeed_data.errors import AscendSpeedError, ConfigError
@@ -126,7 +126,7 @@ def _open_adapted(config: TuneConfig, found: Path | None) -> tuple[WeightSource,
             )
         return source, checkpoint
     if load is not None:
-        return loaded_adapters(base, Adapter(load)), None
+        return loaded_adapters(base, open_adapter(load, base.config)), None
     where = str(base.path or config.start.model_config_file)
     return drawn_adapters(base, plan_adapters(lora, base.config, where), config.batch.seed), None
 

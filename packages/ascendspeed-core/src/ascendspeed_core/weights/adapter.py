@@ -108,16 +108,19 @@ class Adapter:
     Args:
         folder: with `adapter_config.json` and `adapter_model.safetensors` or `.bin`; or the folder of a run that
             trained one, whose newest checkpoint is taken.
+        content: tensors and config in place of those files, of adapters that come from elsewhere.
 
     Raises:
         CheckpointError: it is incomplete, or of a kind that cannot be merged exactly.
     """
 
-    def __init__(self, folder: Path) -> None:
-        if not (folder / CONFIG).is_file() and (folder / TRACKER).is_file():
+    def __init__(
+        self, folder: Path, content: tuple[dict[str, torch.Tensor], dict[str, Any]] | None = None
+    ) -> None:
+        if content is None and not (folder / CONFIG).is_file() and (folder / TRACKER).is_file():
             folder = iteration_folder(folder)
         self.folder = folder
-        self.config = read_json(folder / CONFIG)
+        tensors, self.config = content or (_read_tensors(folder), read_json(folder / CONFIG))
         for key, allowed in _MUST_BE.items():
             if self.config.get(key, allowed[0]) not in allowed:
                 raise CheckpointError(
@@ -128,7 +131,7 @@ class Adapter:
         self.saved: dict[str, torch.Tensor] = {}
         """Tensors that take the place of the model's, by name in the Hugging Face model."""
         halves: dict[tuple[str, bool], dict[str, torch.Tensor]] = {}
-        for key, tensor in _read_tensors(folder).items():
+        for key, tensor in tensors.items():
             name = key.removeprefix(PREFIX)
             if ".original_module." in name:
                 # What a trained module was before; peft keeps it in the file when the vocabulary was resized.

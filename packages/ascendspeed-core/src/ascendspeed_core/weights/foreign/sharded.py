@@ -53,12 +53,12 @@ class ShardedSource(PlacedSource):
     ) -> None:
         self.path: Path | None = path
         self.folder = iteration_folder(path)
-        self._files = _open_grid(self.folder)
+        self._files = open_grid(self.folder)
         self.tp, pp = (max(rank[i] for rank in self._files) + 1 for i in (0, 1))
         self.record = read_record(self.folder)
-        chunks = {rank: _chunks(file) for rank, file in self._files.items()}
+        chunks = {rank: chunks_of(file) for rank, file in self._files.items()}
         counts = [
-            [_count_layers(chunk, self._files[0, stage].path) for chunk in chunks[0, stage]]
+            [count_layers(chunk, self._files[0, stage].path) for chunk in chunks[0, stage]]
             for stage in range(pp)
         ]
         self.layout: ShardLayout = from_counts(self.tp, counts)
@@ -89,15 +89,15 @@ class ShardedSource(PlacedSource):
     @classmethod
     def kind_in(cls, folder: Path) -> Kind:
         """Return `ascendspeed` or `megatron`, by the names of the tensors in one of the files."""
-        file = _open_grid(folder)[0, 0]
-        kind: Kind = recognise_table(dict(stored_tensors(_chunks(file)[0])), folder)[0]
+        file = open_grid(folder)[0, 0]
+        kind: Kind = recognise_table(dict(stored_tensors(chunks_of(file)[0])), folder)[0]
         return kind
 
     @cached_property
     def num_stored(self) -> int:
         """Stored tensors in all files."""
         return sum(
-            1 for file in self._files.values() for chunk in _chunks(file) for _ in stored_tensors(chunk)
+            1 for file in self._files.values() for chunk in chunks_of(file) for _ in stored_tensors(chunk)
         )
 
     def left_behind(self) -> list[str]:
@@ -179,7 +179,7 @@ def iteration_folder(path: Path) -> Path:
     return folder
 
 
-def _open_grid(folder: Path) -> dict[tuple[int, int], TorchFile]:
+def open_grid(folder: Path) -> dict[tuple[int, int], TorchFile]:
     """Open all files by tensor rank and stage.
 
     Raises:
@@ -205,7 +205,7 @@ def _open_grid(folder: Path) -> dict[tuple[int, int], TorchFile]:
     }
 
 
-def _chunks(file: TorchFile) -> list[Any]:
+def chunks_of(file: TorchFile) -> list[Any]:
     """Return the states of all chunks of a file."""
     content = file.content
     if not isinstance(content, dict):
@@ -220,7 +220,12 @@ def _chunks(file: TorchFile) -> list[Any]:
     return [content[key] for key in numbered or ["model"]]
 
 
-def _count_layers(chunk: Any, path: Path) -> int:
+def count_layers(chunk: Any, path: Path) -> int:
+    """Return how many layers a chunk holds.
+
+    Raises:
+        CheckpointError: one is missing.
+    """
     numbers = {int(match.group(1)) for key, _ in stored_tensors(chunk) if (match := _LAYER.search(key))}
     if numbers != set(range(len(numbers))):
         missing = min(set(range(max(numbers) + 1)) - numbers)

@@ -77,7 +77,7 @@ class Table:
             stage: which layers, and whether the ends are here.
             vocabulary_rows: rows of embedding and head with filling.
         """
-        pack = _Packing(shapes, config, vocabulary_rows)
+        pack = Packing(shapes, config, vocabulary_rows)
         if stage.is_first:
             yield from pack.rows(self.first, 0, 0)
         for place, number in enumerate(stage.layers):
@@ -101,12 +101,15 @@ class StageLayers:
 
 
 @dataclass(frozen=True)
-class _Packing:
+class Packing:
+    """Makes stored tensors from the rows of a table; rows whose tensors a model lacks give none."""
+
     shapes: Mapping[str, tuple[int, ...]]
     config: ModelConfig
     vocabulary_rows: int
 
     def rows(self, rows: tuple[Row, ...], number: int, place: int) -> Iterator[Packed]:
+        """Yield the tensors of some rows, of layer `number` of the model, which is layer `place` of its stage."""
         for row in rows:
             for kind in ("weight", "bias") if "{kind}" in row.theirs else ("",):
                 names = [name.format(layer=number, kind=kind) for name in row.ours]

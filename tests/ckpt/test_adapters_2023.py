@@ -1,0 +1,119 @@
+"""Adapters of AscendSpeed 2023 are read exactly: merged, they give what each of its ranks would have merged."""
+
+import json
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ascendspeed_ckpt.convert import Conversion, convert
+from ascendspeed_core.weights import open_weights
+from ascendspeed_core.weights.adapter import MergedAdapter
+from ascendspeed_core.weights.foreign.adapter import open_adapter
+from ascendspeed_core.weights.foreign.layout import shard_layout
+from ascendspeed_core.weights.foreign.target import ForeignTarget
+from ascendspeed_core.weights.lora import loaded_adapters
+from support.commands import call
+from support.models import save_hugging_face, tiny_config
+
+RANK, ALPHA = 3, 12
+ALONG_INPUT = ("attention.dense.weight", "mlp.down_proj.weight")
+TARGETS = ("query_key_value", "dense", "gate_proj", "up_proj", "down_proj", "mlp.proj")
+SAVED = ("embedding.word_embeddings.weight", "lm_head.lm_head.weight")
+
+
+def adapt(base: Path, adapter: Path, merged: Path) -> None:
+    """Write a random adapter for a checkpoint of 2023, file by file as its ranks did, and the merged weights."""
+    states = "model_optim_rng.pt"
+    for path in sorted(base.glob(f"release/mp_rank_*/{states}")):
+        file = torch.load(path, weights_only=False)
+        chunks = [key for key in file if key.startswith("model")]
+        # What is whole is the same on all tensor ranks of a stage.
+        stage = path.parent.name.split("_")[3:]
+        lora: dict[str, Any] = {
+            "args": Namespace(lora_r=RANK, lora_alpha=ALPHA),
+            "checkpoint_version": 3.0,
+            "iteration": 7,
+        }
+        for chunk in chunks:
+            lora[chunk] = {}
+            for key, weight in file[chunk].items():
+                name = key.removesuffix(".weight")
+                whole = torch.Generator().manual_seed(sum(map(ord, f"{stage}{chunk}{key}")))
+                own = torch.Generator().manual_seed(sum(map(ord, f"{path.parent.name}{chunk}{key}")))
+                if key in SAVED:
+                    new = torch.randn(weight.shape, generator=own)
+                    lora[chunk][f"{name}.modules_to_save.default.weight"] = new
+                    lora[chunk][f"{name}.original_module.weight"] = weight
+                    file[chunk][key] = new
+                elif name.endswith(TARGETS):
+                    out, into = weight.shape
+                    of_a, of_b = (own, whole) if key.endswith(ALONG_INPUT) else (whole, own)
+                    a, b = torch.randn(RANK, into, generator=of_a), torch.randn(out, RANK, generator=of_b)
+                    lora[chunk][f"{name}.lora_A.default.weight"] = a
+                    lora[chunk][f"{name}.lora_B.default.weight"] = b
+                    file[chunk][key] = weight + b @ a * (ALPHA / RANK)
+        for folder, name, content in ((adapter, "iter_0000007", lora), (merged, "release", file)):
+            place = folder / name / path.parent.name
+            place.mkdir(parents=True)
+            torch.save(content, place / states)
+    for extra in base.glob("release/*.json"):
+        (merged / "release" / extra.name).write_bytes(extra.read_bytes())
+    (merged / "latest_checkpointed_iteration.txt").write_text("release")
+    (adapter / "latest_checkpointed_iteration.txt").write_text("7")
+
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "tp2 pp2": {"tp": 2, "pp": 2},
+    "virtual pipeline": {"tp": 2, "pp": 2, "layers_per_chunk": 1},
+}
+
+
+@pytest.mark.parametrize("merged_mlp", [False, True])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_merged(tmp_path: Path, name: str, merged_mlp: bool) -> None:
+    config = tiny_config(vocab_size=130, num_key_value_heads=8)
+    save_hugging_face(config, tmp_path / "hf")
+    target = ForeignTarget(
+        "ascendspeed", shard_layout(config.num_layers, **LAYOUTS[name]), merged_mlp=merged_mlp
+    )
+    convert(Conversion(tmp_path / "hf", tmp_path / "base", "ascendspeed", foreign=target))
+    adapt(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    base, want = open_weights(tmp_path / "hf"), open_weights(tmp_path / "merged", config=config)
+    adapter = open_adapter(tmp_path / "adapter", base.config)
+    got = MergedAdapter(base, adapter)
+    assert got.tensors().keys() == want.tensors().keys()
+    for tensor in want.tensors():
+        # A product of three is added up in another order.
+        assert torch.allclose(got.read(tensor), want.read(tensor), rtol=1e-5, atol=1e-5), tensor
+    trained = loaded_adapters(base, adapter)
+    q, v = (trained.read(f"layers.3.attention.{part}_proj.lora_A.weight") for part in "qv")
+    assert torch.equal(q, v)
+
+
+def test_a_command_merges_it_and_bad_files_are_refused(tmp_path: Path) -> None:
+    config = tiny_config(vocab_size=130, num_key_value_heads=8)
+    save_hugging_face(config, tmp_path / "hf")
+    target = ForeignTarget("ascendspeed", shard_layout(config.num_layers, tp=2))
+    convert(Conversion(tmp_path / "hf", tmp_path / "base", "ascendspeed", foreign=target))
+    adapt(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+
+    def merge(save: str) -> Any:
+        return call(
+            "asd-ckpt", "merge-lora", "--load", tmp_path / "hf", "--lora-load", tmp_path / "adapter", "--save",
+            tmp_path / save, "--to", "huggingface",
+        )  # fmt: skip
+
+    done = merge("new")
+    assert done.status == 0, done.stderr
+    assert json.loads((tmp_path / "new" / "config.json").read_text())["vocab_size"] == 130
+    path = tmp_path / "adapter/iter_0000007/mp_rank_01/model_optim_rng.pt"
+    content = torch.load(path, weights_only=False)
+    part = content["model"].pop("language_model.layers.2.attention.query_key_value.lora_B.default.weight")
+    torch.save(content, path)
+    assert "lacks part of layers.2.attention" in merge("lacking").complaint
+    content["model"]["language_model.layers.2.attention.query_key_value.lora_C.default.weight"] = part
+    torch.save(content, path)
+    assert "lora_C.default.weight, which is no part of an adapter" in merge("extra").complaint
