@@ -1,7 +1,6 @@
 """A chat: the template is the recorded one, answers are what `generate` gives, and no history is too long."""
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,7 @@ import pytest
 
 from ascendspeed_core.config.source import ModelSourceConfig
 from ascendspeed_core.weights import open_source
-from ascendspeed_core.weights.native import DATA_MANIFEST
 from ascendspeed_data.errors import AscendSpeedError, ConfigError
-from ascendspeed_data.manifest import manifest_path
 from ascendspeed_data.prompting import layout_named
 from ascendspeed_infer.chat import ANSWER, USER, Chat, choose_layout, converse
 from ascendspeed_infer.config import AnswerConfig
@@ -41,19 +38,33 @@ def model(folder: Path) -> LanguageModel:
 
 
 @pytest.fixture(scope="module")
-def recorded(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Path:
-    """A native checkpoint whose data was in the layout of instructions."""
-    made = tmp_path_factory.mktemp("recorded")
-    (made / "x.jsonl").write_text(json.dumps({"instruction": "the", "input": "", "output": "of"}) + "\n")
-    done = call(
-        "asd-data", "preprocess", "--input", made / "x.jsonl", "--output-prefix", made / "out", "--append-eod",
-        "--handler-name", "GeneralInstructionHandler", "--tokenizer-name-or-path", folder,
-    )  # fmt: skip
-    assert done.status == 0, done.stderr
-    done = call("asd-ckpt", "convert", "--load", folder, "--save", made / "run", "--to", "native")
-    assert done.status == 0, done.stderr
-    shutil.copy(manifest_path(made / "out_packed"), made / "run" / DATA_MANIFEST)
-    return made / "run"
+def runs(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Path:
+    """A run that trained all of the model, and one that trained an adapter."""
+    made = tmp_path_factory.mktemp("runs")
+    task = {"instruction": "the", "input": "", "output": "of"}
+    talk = {"messages": [{"role": "user", "content": "the"}, {"role": "assistant", "content": "of"}]}
+    for name, handler, record, more in (
+        ("whole", "GeneralInstructionHandler", task, []),
+        ("lora", "MessagesHandler", talk, ["--lora-target-modules", "all-linear"]),
+    ):
+        (made / "x.jsonl").write_text(f"{json.dumps(record)}\n" * 4)
+        data = made / f"{name}-data"
+        commands: list[list[object]] = [
+            ["asd-data", "preprocess", "--input", made / "x.jsonl", "--output-prefix", data, "--append-eod",
+             "--handler-name", handler, "--tokenizer-name-or-path", folder],
+            ["asd-core", "finetune", "--load", folder, "--is-instruction-dataset", "--data-path", data, "--split",
+             "100,0,0", "--seq-length", 256, "--global-batch-size", 2, "--train-iters", 1, "--lr", 1e-9, "--device",
+             "cpu", "--save", made / name, *more],
+        ]  # fmt: skip
+        for command in commands:
+            done = call(*command)
+            assert done.status == 0, done.stderr
+    return made
+
+
+@pytest.fixture(scope="module")
+def recorded(runs: Path) -> Path:
+    return runs / "whole"
 
 
 def answers(chat: Chat, *texts: str) -> list[str]:
@@ -233,22 +244,18 @@ def test_without_any_template(folder: Path, tmp_path: Path, tokenizer_folder: Pa
         layout_of(tmp_path, None, bare)
 
 
-def test_the_template_of_an_adapter_comes_first(recorded: Path, folder: Path, tmp_path: Path) -> None:
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    base = AutoModelForCausalLM.from_pretrained(folder)
-    get_peft_model(base, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")).save_pretrained(
-        tmp_path
-    )
-    shutil.copy(recorded / DATA_MANIFEST, tmp_path / DATA_MANIFEST)
-    done = call(
-        "asd-infer", "chat", "--load", folder, "--lora-load", tmp_path, "--device", "cpu", "--max-new-tokens", 3,
-        stdin="the\nq\n",
-    )  # fmt: skip
-    assert done.status == 0, done.stderr
-    assert "template: GeneralInstructionHandler (recorded" in done.stderr
-    assert f"adapter {tmp_path}" in done.stderr
+def test_the_template_of_an_adapter_comes_first(runs: Path, model: LanguageModel) -> None:
+    """The run's, as it was trained: of the whole run, or of its checkpoint."""
+    for adapter in (runs / "lora", runs / "lora" / "iter_0000001"):
+        done = call(
+            "asd-infer", "chat", "--load", runs / "whole", "--lora-load", adapter, "--device", "cpu",
+            "--max-new-tokens", 6, stdin="the\nq\n",
+        )  # fmt: skip
+        assert done.status == 0, done.stderr
+        assert "template: the chat template of the training data (recorded" in done.stderr
+        chat = Chat(model, layout_named("tokenizer", model.tokenizer), AnswerConfig(max_new_tokens=6))
+        # A step of 1e-9 leaves the ids as they were.
+        assert f"{ANSWER}{answers(chat, 'the')[0]}\n" in done.stdout
 
 
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2)])

@@ -18,7 +18,7 @@ import torch
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.models.families import find_family
 from ascendspeed_core.weights.huggingface import read_json
-from ascendspeed_core.weights.native import TRACKER, iteration_folder
+from ascendspeed_core.weights.native import TOKENIZER, TRACKER, iteration_folder
 from ascendspeed_core.weights.source import CheckpointError, Index, TensorInfo, WeightSource, inside
 from ascendspeed_core.weights.torch_files import TorchFile, stored_tensors
 from ascendspeed_data.tokenizer import DEFINING_FILES
@@ -195,10 +195,12 @@ class MergedAdapter:
 
     @property
     def tokenizer(self) -> Path | None:
-        """Folder of the tokenizer: the adapter's own, which may have more pieces, or else the model's."""
+        """Folder of the tokenizer: the adapter's own, or its run's, which may have more pieces, or else the model's."""
         folder = self.adapter.folder
-        own = any((folder / name).is_file() for name in DEFINING_FILES)
-        return folder if own else self.base.tokenizer
+        for place in (folder, folder.parent / TOKENIZER):
+            if any((place / name).is_file() for name in DEFINING_FILES):
+                return place
+        return self.base.tokenizer
 
     def tensors(self) -> Mapping[str, TensorInfo]:
         """Return every tensor by our name."""
