@@ -1,14 +1,26 @@
 """Implementations of attention give what the plain one gives, forward and backward."""
 
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from ascendspeed_core.config.parallel import Layout
-from ascendspeed_core.config.training import ComputeConfig
 from ascendspeed_core.device import Device
-from ascendspeed_core.kernels.dispatch import ATTENTION, apply_kernels
+from ascendspeed_core.kernels.config import ComputeConfig
+from ascendspeed_core.kernels.dispatch import apply_kernels, implementations
 from ascendspeed_core.kernels.reference import reference_attention
-from ascendspeed_core.kernels.triangle import blocks, computed_share, triangle_attention
+from ascendspeed_core.kernels.triangle import (
+    BLOCK,
+    _backward,
+    attend_by_blocks,
+    blocks,
+    computed_share,
+    triangle_attention,
+)
 from ascendspeed_core.models.position import alibi_slopes, attention_mask
 from ascendspeed_core.parallel.build import load_model
 from ascendspeed_core.parallel.mesh import ParallelMesh
@@ -35,7 +47,7 @@ def both(
     """Largest difference of outputs and of gradients."""
     weight = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1), dtype=inputs[0].dtype)
     results = []
-    for kernel in (ATTENTION[name], ATTENTION[other]):
+    for kernel in (implementations("attention")[n] for n in (name, other)):
         out = kernel(*inputs, mask)
         results.append([out.detach(), *torch.autograd.grad(out, inputs, weight)])
     differences = [float((a - b).abs().max()) for a, b in zip(*results, strict=True)]
@@ -70,6 +82,29 @@ def test_nothing_above_the_diagonal_is_computed() -> None:
     assert computed_share(8192, 8192) == pytest.approx(0.5, abs=0.02)
 
 
+def test_its_arithmetic_is_that_share() -> None:
+    """Multiplications of matrices, counted as they run: two in a forward; in a backward the scores once more."""
+    q, k, v = tensors(1000, 1000, torch.float32)
+    grouped, keys, values = q.unflatten(1, (2, -1)), k.unsqueeze(2), v.unsqueeze(2)
+    of_out = torch.ones_like(grouped)
+
+    def counted(run: Callable[[], Any]) -> int:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            run()
+        return int(counter.get_total_flops())
+
+    out, log_sum = attend_by_blocks(grouped, keys, values, None, BLOCK)
+    context = SimpleNamespace(saved_tensors=(grouped, keys, values, None, out, log_sum), block=BLOCK)
+    # Multiplications and additions of one product of all queries with all keys.
+    whole = 2 * q.shape[0] * q.shape[1] * 1000 * 1000 * q.shape[-1]
+    assert counted(lambda: reference_attention(q, k, v, None)) == 2 * whole
+    share = computed_share(1000, 1000)
+    # Rows of blocks of 256: 256 see 256 keys, 256 see 512, 256 see 768 and 232 see 1,000.
+    assert share == 0.625216
+    assert counted(lambda: attend_by_blocks._init_fn(grouped, keys, values, None, BLOCK)) == 2 * share * whole
+    assert counted(lambda: _backward(context, of_out, None)) == 5 * share * whole
+
+
 def test_what_lies_above_the_diagonal_is_never_read() -> None:
     q, k, v = tensors(300, 300, torch.float64)
     poisoned_k, poisoned_v = k.detach().clone(), v.detach().clone()
@@ -85,7 +120,7 @@ def test_a_model_computes_the_same(name: str) -> None:
     logits = []
     for config in (ComputeConfig(), ComputeConfig(attention=name)):
         model = load_model(InitialWeights(tiny_config(), seed=1), mesh, torch.float64)
-        (choice,) = apply_kernels(model, config)
+        choice = apply_kernels(model, config)[0]
         logits.append(model(torch.arange(64).view(2, 32)))
     assert choice.implementation == name
     torch.testing.assert_close(*logits, rtol=1e-12, atol=1e-12)

@@ -9,12 +9,13 @@ import torch.distributed as dist
 
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.parallel import Layout
-from ascendspeed_core.config.training import ComputeConfig, OptimizerConfig, RecomputeConfig
+from ascendspeed_core.config.training import ComputeConfig, DropoutConfig, OptimizerConfig, RecomputeConfig
 from ascendspeed_core.device import Device
-from ascendspeed_core.kernels.dispatch import apply_kernels
+from ascendspeed_core.kernels.dispatch import Setting, apply_kernels
 from ascendspeed_core.models.transformer import ModelInput
 from ascendspeed_core.parallel.build import load_model, parameter_slices
 from ascendspeed_core.parallel.cross_entropy import cross_entropy
+from ascendspeed_core.parallel.dropout import apply_dropout
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.recompute import apply_recompute
 from ascendspeed_core.parallel.slices import Slice
@@ -49,7 +50,9 @@ def micro_batches(
     sizes = [size] * (SAMPLES // (size * mesh.layout.dp)) if isinstance(size, int) else size
     starts = [sum(sizes[:number]) * mesh.layout.dp + mesh.dp_rank * own for number, own in enumerate(sizes)]
     rows = [slice(start, start + own) for start, own in zip(starts, sizes, strict=True)]
-    return [MicroBatch(ids[r, :-1], ids[r, 1:], mask[r]).part_of_sequence(mesh) for r in rows]
+    numbers = torch.arange(SAMPLES) + step * SAMPLES
+    batches = [MicroBatch(ids[r, :-1], ids[r, 1:], mask[r], samples=numbers[r]) for r in rows]
+    return [batch.part_of_sequence(mesh) for batch in batches]
 
 
 Piece = tuple[Slice, torch.Tensor]
@@ -94,12 +97,19 @@ def train(
     joined: bool = False,
     recompute: RecomputeConfig | None = None,
     compute: ComputeConfig | None = None,
+    dropout: DropoutConfig | None = None,
     **optimizer_options: Any,
 ) -> Trained:
     """Train from seeded weights and return losses, norms, first-step gradients and final weights."""
     mesh = ParallelMesh.create(Device("cpu"), layout)
     model = load_model(InitialWeights(config, seed=5), mesh, getattr(torch, dtype_name), joined)
-    apply_kernels(model, compute or ComputeConfig())
+    dropout = dropout or DropoutConfig()
+    apply_kernels(
+        model,
+        compute or ComputeConfig(),
+        Setting(tp=layout.tp, drops_attention=dropout.attention_dropout > 0),
+    )
+    apply_dropout(model, dropout, 1234, mesh)
     apply_recompute(model, recompute or RecomputeConfig(), mesh.pp_rank)
     options: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.1, "clip_grad": 0.5}
     batches = micro_batches(config.vocab_size, 0, mesh, micro_batch_size, masked)
@@ -124,7 +134,9 @@ class PlainPasses:
         self._model = model
 
     def forward(self, given: ModelInput) -> torch.Tensor:
-        logits: torch.Tensor = self._model(given.tokens, given.positions, segments=given.segments)
+        logits: torch.Tensor = self._model(
+            given.tokens, given.positions, segments=given.segments, samples=given.samples
+        )
         return logits
 
     def backward(self, loss: torch.Tensor, scale: float, is_last: bool) -> None:

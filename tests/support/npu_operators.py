@@ -5,6 +5,7 @@ they say nothing of an NPU's rounding, limits or speed, and they are our reading
 """
 
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -30,7 +31,121 @@ def npu_apply_adam_w(
     return var, m, v
 
 
-KERNELS = {"npu_apply_adam_w.out": npu_apply_adam_w}
+def npu_fusion_attention(*args: Any, **options: Any) -> tuple[Any, ...]:
+    """`Softmax(Mask(scale * (pse + query key^T))) value`: what is added is scaled too."""
+    return _attention(adds_first=True, **_by_name("npu_fusion_attention", args, options))
+
+
+def npu_fusion_attention_v2(*args: Any, pse_type: int = 1, **options: Any) -> tuple[Any, ...]:
+    """Type 1 adds and then scales, type 0 scales and then adds."""
+    assert pse_type in (0, 1)
+    return _attention(adds_first=pse_type == 1, **_by_name("npu_fusion_attention_v2", args, options))
+
+
+def _by_name(operator: str, args: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
+    """Arguments that differ from the defaults of the schema, by name; torch may pass any by position."""
+    parameters = getattr(torch.ops.npu, operator).default._schema.arguments
+    given = {p.name: value for p, value in zip(parameters, args, strict=False)} | options
+    defaults = {p.name: p.default_value for p in parameters if p.has_default_value()}
+    return {
+        name: value
+        for name, value in given.items()
+        if name not in defaults or isinstance(value, torch.Tensor) or value != defaults[name]
+    }
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, head_num: int, input_layout: str, *, adds_first: bool,
+    pse: Tensor | None = None, atten_mask: Tensor | None = None, scale: float = 1.0, sparse_mode: int = 0,
+) -> tuple[Any, ...]:  # fmt: skip
+    assert input_layout == "BNSD"
+    assert head_num == query.shape[1]
+    assert query.dtype in (torch.float16, torch.bfloat16, torch.float32)
+    assert query.dtype == key.dtype == value.dtype
+    assert head_num % key.shape[1] == 0
+    batch, queries, keys = query.shape[0], query.shape[2], key.shape[2]
+    group = head_num // key.shape[1]
+    scores = (query @ key.repeat_interleave(group, 1).transpose(-1, -2)).float()
+    if pse is not None:
+        assert pse.dtype == query.dtype
+        assert pse.shape in ((batch, head_num, queries, keys), (1, head_num, queries, keys))
+        scores = (scores + pse) * scale if adds_first else scores * scale + pse
+    else:
+        scores = scores * scale
+    if atten_mask is not None:
+        assert atten_mask.dtype == torch.bool
+        if sparse_mode == 3:
+            # The compressed causal mask; its corner is that of the last query and the last key.
+            assert torch.equal(atten_mask, torch.ones(2048, 2048, dtype=torch.bool).triu(1))
+            atten_mask = torch.ones(queries, keys, dtype=torch.bool).triu(keys - queries + 1)
+        else:
+            assert sparse_mode == 0
+            whole = (queries, keys)
+            assert atten_mask.shape in (whole, (1, 1, *whole), (batch, 1, *whole), (batch, head_num, *whole))
+        scores = scores.masked_fill(atten_mask, -torch.inf)
+    attended = scores.softmax(-1).to(value.dtype) @ value.repeat_interleave(group, 1)
+    empty = scores.new_empty(0)
+    return attended, empty, empty, empty, 0, 0, 0
+
+
+def npu_scaled_masked_softmax(
+    x: Tensor, mask: Tensor, scale: float = 1, fixed_triu_mask: bool = False
+) -> Tensor:
+    """Heights and widths are multiples of 32 up to 4,096; True is masked."""
+    assert not fixed_triu_mask
+    assert mask.dtype == torch.bool
+    assert all(32 <= side <= 4096 and side % 32 == 0 for side in x.shape[-2:])
+    return (x.float() * scale).masked_fill(mask, -torch.inf).softmax(-1).to(x.dtype)
+
+
+def npu_rms_norm(self: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> tuple[Tensor, Tensor]:
+    assert self.dtype == gamma.dtype
+    wide = self.float()
+    inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
+    return (wide * inverse * gamma).to(self.dtype), inverse
+
+
+def npu_rotary_mul(
+    self: Tensor, r1: Tensor, r2: Tensor, rotary_mode: str = "half", rotate: Tensor | None = None
+) -> Tensor:
+    """Layout [B, S, N, D] with [B or 1, S, 1, D]."""
+    assert rotary_mode == "half"
+    assert rotate is None
+    assert self.dtype == r1.dtype == r2.dtype
+    assert r1.shape == r2.shape == (r1.shape[0], self.shape[1], 1, self.shape[3])
+    assert r1.shape[0] in (1, self.shape[0])
+    first, second = self.chunk(2, -1)
+    return r1 * self + r2 * torch.cat([-second, first], -1)
+
+
+def npu_swiglu(self: Tensor, dim: int = -1) -> Tensor:
+    a, b = self.chunk(2, dim)
+    return a * torch.sigmoid(a) * b
+
+
+def npu_cross_entropy_loss(
+    input: Tensor, target: Tensor, weight: Tensor | None = None, reduction: str = "mean", ignore_index: int = -100,
+    label_smoothing: float = 0.0, lse_square_scale_for_zloss: float = 0.0, return_zloss: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    assert reduction == "none"
+    assert input.dim() == 2
+    assert input.shape[0] <= 200_000
+    assert target.dtype == torch.int64
+    probabilities = input.log_softmax(-1)
+    empty = input.new_empty(0)
+    return -probabilities.gather(1, target.unsqueeze(1)).squeeze(1), probabilities, empty, empty
+
+
+KERNELS = {
+    "npu_apply_adam_w.out": npu_apply_adam_w,
+    **{
+        kernel.__name__: kernel
+        for kernel in (
+            npu_fusion_attention, npu_fusion_attention_v2, npu_scaled_masked_softmax, npu_rms_norm, npu_rotary_mul,
+            npu_swiglu, npu_cross_entropy_loss,
+        )
+    },
+}  # fmt: skip
 
 
 @cache

@@ -61,7 +61,7 @@ def load_pipeline(config: TimelineConfig, mesh: Any) -> Any:
     """Return this process's stages, computed as the options say."""
     import torch
 
-    from ascendspeed_core.kernels.dispatch import apply_kernels
+    from ascendspeed_core.kernels.dispatch import Setting, apply_kernels
     from ascendspeed_core.parallel.build import load_model
     from ascendspeed_core.parallel.recompute import apply_recompute
     from ascendspeed_core.weights import open_source
@@ -69,7 +69,8 @@ def load_pipeline(config: TimelineConfig, mesh: Any) -> Any:
     source = open_source(config.source, config.batch.seed)
     dtype = getattr(torch, config.precision.dtype_name)
     model = load_model(source, mesh, dtype, config.compute.mlp_layer_fusion)
-    apply_kernels(model, config.compute)
+    setting = Setting.of(model, mesh, config.drawing.seq_length, config.batch)
+    apply_kernels(model, config.compute, setting)
     apply_recompute(model, config.recompute, mesh.pp_rank)
     return model
 

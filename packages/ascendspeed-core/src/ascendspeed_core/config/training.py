@@ -11,6 +11,7 @@ from ascendspeed_core.config.model import ArchitectureFlags
 from ascendspeed_core.config.parallel import SPLIT_BACKWARD_SCHEDULES, ParallelConfig, PipelineSchedule
 from ascendspeed_core.config.source import ModelSourceConfig
 from ascendspeed_core.device import DeviceChoice
+from ascendspeed_core.kernels.config import ComputeConfig as ComputeConfig
 from ascendspeed_data.data_path import parse_blend
 from ascendspeed_data.errors import ConfigError
 
@@ -50,42 +51,6 @@ class PrecisionConfig(Config):
     def dtype_name(self) -> str:
         """The format that was chosen, as torch names it."""
         return self.dtype or ("float16" if self.fp16 else "bfloat16" if self.bf16 else "float32")
-
-
-class ComputeConfig(Config):
-    """How the model is computed; what is computed stays the same."""
-
-    mlp_layer_fusion: bool = Field(
-        False,
-        description="One matrix product for gate and up, and one for queries, keys and values; checkpoints are as "
-        "without.",
-    )
-    attention: Literal["auto", "sdpa", "triangle", "reference"] = Field(
-        "auto",
-        description="sdpa: torch's scaled_dot_product_attention; triangle: by blocks, none above the diagonal; "
-        "reference: all scores in memory; auto: sdpa.",
-    )
-    triangle_attn: bool = Field(
-        False, description="Short for --attention triangle.", json_schema_extra={"off": ""}
-    )
-
-    @model_validator(mode="after")
-    def _one_attention(self) -> "ComputeConfig":
-        if self.triangle_attn and self.attention not in ("auto", "triangle"):
-            raise ValueError(f"triangle_attn and attention={self.attention} were both given; give one")
-        return self
-
-    @property
-    def asked_for_attention(self) -> bool:
-        """Whether an implementation of attention was named."""
-        return self.triangle_attn or self.attention != "auto"
-
-    @property
-    def attention_name(self) -> str:
-        """The implementation of attention."""
-        if self.triangle_attn:
-            return "triangle"
-        return "sdpa" if self.attention == "auto" else self.attention
 
 
 class LossScaleConfig(Config):
@@ -404,6 +369,22 @@ class RecomputeConfig(Config):
                 )
 
 
+class DropoutConfig(Config):
+    """What is set to zero at random while training; the families here were trained without."""
+
+    hidden_dropout: float = Field(
+        0.0, ge=0, lt=1, description="Share of what embedding, attention and MLP give to the residual stream."
+    )
+    attention_dropout: float = Field(
+        0.0, ge=0, lt=1, description="Share of attention's weights; needs --attention auto or reference."
+    )
+
+    @property
+    def is_any(self) -> bool:
+        """Whether anything is dropped."""
+        return bool(self.hidden_dropout or self.attention_dropout)
+
+
 class PretrainConfig(Config):
     """Everything `asd-core pretrain` takes; the sections of a TOML recipe."""
 
@@ -417,4 +398,5 @@ class PretrainConfig(Config):
     batch: BatchConfig
     recompute: RecomputeConfig = RecomputeConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    dropout: DropoutConfig = DropoutConfig()
     launch: LaunchConfig = LaunchConfig()

@@ -2,12 +2,99 @@
 
 They are called as `torch.ops.npu.*`, which exist once torch has loaded torch_npu. Nothing here has run on an NPU yet:
 the tests check each call against torch_npu's schemas and run it with CPU kernels written from its documentation.
+
+Shapes: B batch, N query heads, K key-value heads, S queries, T keys, D head size, V vocabulary.
 """
 
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+
+CAUSAL_MASK_SIZE = 2048
+"""Side of the mask from which the kernel makes a causal one of any size (`sparse_mode` 2 and 3)."""
+
+LAST_QUERY_SEES_ALL = 3
+"""`sparse_mode` of causal attention whose corner is that of the last query and the last key."""
+
+SCALE_THEN_ADD = 0
+"""`pse_type` of what is added to scores that are already scaled, as ALiBi is."""
+
+
+def npu_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """Causal attention by `npu_fusion_attention`, see `models.attention.causal_attention`.
+
+    Args:
+        q: [B, N, S, D].
+        k: [B, K, T, D] with T >= S.
+        v: [B, K, T, D].
+        mask: of `Places`.
+
+    Returns:
+        [B, N, S, D].
+    """
+    heads, scale = q.shape[1], q.shape[-1] ** -0.5
+    attended: torch.Tensor
+    if mask is not None and mask.is_floating_point():
+        added = mask if mask.dim() == 4 else mask.unsqueeze(0)
+        unseen = added == -torch.inf
+        attended = torch.ops.npu.npu_fusion_attention_v2(
+            q,
+            k,
+            v,
+            heads,
+            "BNSD",
+            pse=added.masked_fill(unseen, 0).to(q.dtype),
+            # All heads see the same keys.
+            atten_mask=unseen[:, :1],
+            scale=scale,
+            pse_type=SCALE_THEN_ADD,
+        )[0]
+    elif mask is not None:
+        attended = torch.ops.npu.npu_fusion_attention(q, k, v, heads, "BNSD", atten_mask=~mask, scale=scale)[
+            0
+        ]
+    elif q.shape[2] == 1:
+        attended = torch.ops.npu.npu_fusion_attention(q, k, v, heads, "BNSD", scale=scale)[0]
+    else:
+        later = torch.ones(CAUSAL_MASK_SIZE, CAUSAL_MASK_SIZE, dtype=torch.bool, device=q.device).triu(1)
+        attended = torch.ops.npu.npu_fusion_attention(
+            q, k, v, heads, "BNSD", atten_mask=later, scale=scale, sparse_mode=LAST_QUERY_SEES_ALL
+        )[0]
+    return attended
+
+
+def npu_softmax(scores: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
+    """`npu_scaled_masked_softmax`, see `kernels.reference.scaled_masked_softmax`; the mask is bool."""
+    weights: torch.Tensor = torch.ops.npu.npu_scaled_masked_softmax(scores, ~mask, scale, False)
+    return weights
+
+
+def npu_rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """`npu_rms_norm`, see `models.norm.rms_norm`."""
+    normed: torch.Tensor = torch.ops.npu.npu_rms_norm(x, weight, epsilon)[0]
+    return normed
+
+
+def npu_rotate(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`npu_rotary_mul`, see `models.position.rotate_both`."""
+    return torch.ops.npu.npu_rotary_mul(q, cos, sin), torch.ops.npu.npu_rotary_mul(k, cos, sin)
+
+
+def npu_gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """`npu_swiglu`, see `models.mlp.silu_gated`; the kernel wants both in one tensor."""
+    gated: torch.Tensor = torch.ops.npu.npu_swiglu(torch.cat([gate, up], dim=-1), -1)
+    return gated
+
+
+def npu_token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """`npu_cross_entropy_loss`, see `models.head.token_losses`."""
+    losses: torch.Tensor = torch.ops.npu.npu_cross_entropy_loss(logits, targets, None, "none")[0]
+    return losses
 
 
 class NpuAdamW(torch.optim.Optimizer):

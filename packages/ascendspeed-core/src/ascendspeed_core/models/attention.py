@@ -14,7 +14,7 @@ from torch import nn
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.models.cache import CachedPass
 from ascendspeed_core.models.norm import RMSNorm
-from ascendspeed_core.models.position import Places, rotate
+from ascendspeed_core.models.position import Places, RotaryFunction, rotate_both
 from ascendspeed_core.models.projections import Projections
 
 AttentionFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
@@ -43,6 +43,8 @@ class Attention(nn.Module):
         self.projections = Projections(self, ("q_proj", "k_proj", "v_proj"))
         self.attend: AttentionFunction = causal_attention
         self.around: AttentionWrapper | None = None
+        self.attend_dropping: Callable[..., torch.Tensor] | None = None
+        self.rotate: RotaryFunction = rotate_both
 
     def forward(
         self, x: torch.Tensor, *, places: Places, cache: CachedPass | None = None, cache_layer: int = 0
@@ -59,15 +61,24 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if places.rotary is not None:
-            q, k = rotate(q, *places.rotary), rotate(k, *places.rotary)
+            q, k = self.rotate(q, k, *places.rotary)
         if cache is not None:
             attended = cache.attend(cache_layer, q, k, v, self.attend, places.of_pieces, places.window)
         else:
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-            attend = self.attend if self.around is None else partial(self.around, self.attend)
+            attend = self._attend_function(places)
+            if self.around is not None:
+                attend = partial(self.around, attend)
             attended = attend(q, k, v, places.mask).transpose(1, 2)
         out: torch.Tensor = self.o_proj(attended.flatten(2))
         return out
+
+    def _attend_function(self, places: Places) -> AttentionFunction:
+        """Return what attends, dropping weights if that is asked for."""
+        if places.draws is None or not places.draws.dropout.attention:
+            return self.attend
+        assert self.attend_dropping is not None
+        return partial(self.attend_dropping, drop=places.draws.weights)
 
 
 def causal_attention(

@@ -3,12 +3,22 @@
 Shapes: B batch, S sequence, H hidden size, F inner size (F/tp on each device under tensor parallel).
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.models.projections import Projections
+
+GatedFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""An implementation of `silu_gated`."""
+
+
+def silu_gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """`silu(gate) * up`, elementwise."""
+    return F.silu(gate) * up
 
 
 class SwiGLU(nn.Module):
@@ -21,11 +31,12 @@ class SwiGLU(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, inner, bias=bias)
         self.down_proj = nn.Linear(inner, config.hidden_size, bias=bias)
         self.projections = Projections(self, ("gate_proj", "up_proj"))
+        self.gated: GatedFunction = silu_gated
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, S, H] -> [B, S, H]."""
         gate, up = self.projections(x)
-        out: torch.Tensor = self.down_proj(F.silu(gate) * up)
+        out: torch.Tensor = self.down_proj(self.gated(gate, up))
         return out
 
 

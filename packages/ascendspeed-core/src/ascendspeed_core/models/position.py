@@ -5,12 +5,14 @@ size.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 
 from ascendspeed_core.config.model import ModelConfig, RotaryScaling
 from ascendspeed_core.models.cache import CachedPass, first_key
+from ascendspeed_core.models.dropout import Draws
 
 
 @dataclass(frozen=True)
@@ -24,12 +26,18 @@ class Places:
             differs from text to text: [B, N, S, S] or [B, 1, S, S].
         of_pieces: such a mask for each piece of a `CachedPass`, over the keys that its window leaves.
         window: keys that a query sees, its own included.
+        draws: what dropout drops, when something is dropped; of the layer that gets them.
     """
 
     rotary: tuple[torch.Tensor, torch.Tensor] | None
     mask: torch.Tensor | None
     of_pieces: tuple[torch.Tensor | None, ...] = ()
     window: int | None = None
+    draws: Draws | None = None
+
+    def in_layer(self, number: int) -> "Places":
+        """Return them for one layer."""
+        return replace(self, draws=self.draws.in_layer(number)) if self.draws else self
 
 
 class Positions:
@@ -60,6 +68,7 @@ class Positions:
         num_keys: int,
         dtype: torch.dtype,
         segments: torch.Tensor | None = None,
+        draws: Draws | None = None,
     ) -> Places:
         """Return what attention needs.
 
@@ -69,11 +78,12 @@ class Positions:
             dtype: of the hidden states.
             segments: number of the text that each token belongs to, [B, S], when a row holds several; attention
                 stays inside a text.
+            draws: what dropout drops.
         """
         slopes = self._slopes_here(dtype, positions.device)
         queries, keys = positions.shape[1] * self.sequence_parts, num_keys * self.sequence_parts
         mask = attention_mask(queries, keys, self._window, slopes, dtype, positions.device, segments)
-        return Places(self._rotary.at(positions, dtype) if self._rotary else None, mask)
+        return Places(self._rotary.at(positions, dtype) if self._rotary else None, mask, draws=draws)
 
     def in_pass(self, cached: CachedPass, dtype: torch.dtype) -> Places:
         """Return what attention needs for pieces of texts."""
@@ -206,6 +216,26 @@ def magnitude_of(scaling: RotaryScaling | None) -> float:
     if scaling.attention_factor is not None:
         return scaling.attention_factor
     return 0.1 * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
+
+
+RotaryFunction = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]
+]
+"""An implementation of `rotate_both`."""
+
+
+def rotate_both(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tell queries and keys their positions.
+
+    Args:
+        q: [B, S, N, D].
+        k: [B, S, K, D].
+        cos: of `Places`, [B, S, 1, D].
+        sin: likewise.
+    """
+    return rotate(q, cos, sin), rotate(k, cos, sin)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -13,10 +13,11 @@ from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.parallel import Stage
 from ascendspeed_core.models.attention import Attention
 from ascendspeed_core.models.cache import CachedPass
-from ascendspeed_core.models.head import make_head
+from ascendspeed_core.models.dropout import AFTER_ATTENTION, AFTER_MLP, Draws, Dropout
+from ascendspeed_core.models.head import LossFunction, make_head, token_losses
 from ascendspeed_core.models.lora import AdapterPlan
 from ascendspeed_core.models.mlp import make_mlp
-from ascendspeed_core.models.norm import RMSNorm, make_norm
+from ascendspeed_core.models.norm import LayerNorm, RMSNorm, make_norm
 from ascendspeed_core.models.position import Places, Positions
 
 
@@ -28,11 +29,13 @@ class ModelInput:
         tokens: ids, [B, S].
         positions: place of each token in its text, [B, S]; `None` counts from 0.
         segments: number of the text that each token belongs to, [B, S]; `None` is one text in each row.
+        samples: number of each sample in the run, [B]; dropout goes by it.
     """
 
     tokens: torch.Tensor
     positions: torch.Tensor | None = None
     segments: torch.Tensor | None = None
+    samples: torch.Tensor | None = None
 
 
 class TransformerLayer(nn.Module):
@@ -49,9 +52,10 @@ class TransformerLayer(nn.Module):
         self, x: torch.Tensor, places: Places, cache: CachedPass | None = None, cache_layer: int = 0
     ) -> torch.Tensor:
         """[B, S, H] -> [B, S, H]; see `Attention` for the other arguments."""
-        x = x + self.attention(self.attention_norm(x), places=places, cache=cache, cache_layer=cache_layer)
-        out: torch.Tensor = x + self.mlp(self.mlp_norm(x))
-        return out
+        attended = self.attention(self.attention_norm(x), places=places, cache=cache, cache_layer=cache_layer)
+        x = x + (places.draws.hidden(attended, AFTER_ATTENTION) if places.draws else attended)
+        inner: torch.Tensor = self.mlp(self.mlp_norm(x))
+        return x + (places.draws.hidden(inner, AFTER_MLP) if places.draws else inner)
 
 
 class Transformer(nn.Module):
@@ -69,8 +73,8 @@ class Transformer(nn.Module):
         self.has_first = any(stage.is_first for stage in self.stages)
         self.has_last = any(stage.is_last for stage in self.stages)
         self.embedding: nn.Embedding | None = None
-        self.embedding_norm: RMSNorm | nn.LayerNorm | None = None
-        self.final_norm: RMSNorm | nn.LayerNorm | None = None
+        self.embedding_norm: RMSNorm | LayerNorm | None = None
+        self.final_norm: RMSNorm | LayerNorm | None = None
         self.output_head: nn.Linear | None = None
         if self.has_first or (self.has_last and config.tie_word_embeddings):
             self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -82,6 +86,8 @@ class Transformer(nn.Module):
         if self.has_last:
             self.final_norm = make_norm(config)
             self.output_head = make_head(config)
+        self.token_losses: LossFunction = token_losses
+        self.dropout: Dropout | None = None
         self.positions = Positions(config)
         self.adapters: AdapterPlan | None = None
         """Which tensors are trained, when not all are; see `models.lora`."""
@@ -106,6 +112,7 @@ class Transformer(nn.Module):
         stage: Stage | None = None,
         read_at: torch.Tensor | None = None,
         segments: torch.Tensor | None = None,
+        samples: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return the logits of the next token at every place: [B, S] -> [B, S, V].
 
@@ -117,6 +124,8 @@ class Transformer(nn.Module):
             read_at: places whose logits are wanted, [B, P], when not all are: the head is a model's largest matrix.
             segments: number of the text that each token belongs to, [B, S], when a row holds several one behind the
                 other; attention stays inside a text. Not with a cache.
+            samples: number of each sample in the run, [B]; with dropout training needs them, and without them
+                nothing is dropped.
 
         Returns:
             Logits; from a stage before the last one its hidden states, [B, S, H].
@@ -125,19 +134,32 @@ class Transformer(nn.Module):
         x = self.embedding(tokens) if stage.is_first and self.embedding is not None else tokens
         if stage.is_first and self.embedding_norm is not None:
             x = self.embedding_norm(x)
+        draws = self._draws(samples)
+        if draws and stage.is_first:
+            x = draws.hidden(x)
         if cache is not None:
             places = self.positions.in_pass(cache, x.dtype)
         else:
             positions = self.positions.following(tokens) if positions is None else positions
-            places = self.positions.at(positions, positions.shape[1], x.dtype, segments)
+            places = self.positions.at(positions, positions.shape[1], x.dtype, segments, draws)
         for number in stage.layers:
-            x = self.layers[str(number)](x, places, cache, self._cache_places[number])
+            x = self.layers[str(number)](x, places.in_layer(number), cache, self._cache_places[number])
         if not stage.is_last or self.output_head is None or self.final_norm is None:
             return x
         if read_at is not None:
             x = x.gather(1, read_at.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
         logits: torch.Tensor = self.output_head(self.final_norm(x))
         return logits
+
+    def _draws(self, samples: torch.Tensor | None) -> Draws | None:
+        """Return what dropout drops of some samples."""
+        if self.dropout is None:
+            return None
+        if samples is None:
+            if torch.is_grad_enabled():
+                raise ValueError("training with dropout needs the numbers of the samples")
+            return None
+        return self.dropout.of(samples, self.positions.heads)
 
     def modules_of(self, stage: Stage) -> list[nn.Module]:
         """Return the modules that one stage runs, in order."""

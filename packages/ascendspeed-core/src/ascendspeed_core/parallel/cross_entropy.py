@@ -9,14 +9,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
+from ascendspeed_core.models.head import LossFunction, token_losses
 from ascendspeed_core.parallel.collectives import all_reduce_sum
 from ascendspeed_core.parallel.slices import rounded_share
 
 
 def cross_entropy(
-    logits: torch.Tensor, targets: torch.Tensor, vocab_size: int, group: dist.ProcessGroup | None
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    vocab_size: int,
+    group: dist.ProcessGroup | None,
+    whole: LossFunction = token_losses,
 ) -> torch.Tensor:
     """Return the loss of each token, in fp32 (float64 for float64 logits).
 
@@ -25,13 +29,14 @@ def cross_entropy(
         targets: ids in the whole vocabulary, [...].
         vocab_size: V.
         group: the devices that share the vocabulary, or `None` when it is whole here.
+        whole: what computes it when the vocabulary is whole.
 
     Returns:
         Negative log-likelihood of each target in nats, [...].
     """
     wide = logits if logits.dtype == torch.float64 else logits.float()
     if group is None:
-        return F.cross_entropy(wide.flatten(0, -2), targets.flatten(), reduction="none").view_as(targets)
+        return whole(wide.flatten(0, -2), targets.flatten()).view_as(targets)
     loss: torch.Tensor = _VocabularyParallelCrossEntropy.apply(wide, targets, vocab_size, group)
     return loss
 

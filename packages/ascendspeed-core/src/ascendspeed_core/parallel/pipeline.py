@@ -108,7 +108,9 @@ class _StageModule(nn.Module):
         given = self._inputs[self.number]
         positions = given.positions if given.positions is not None else self._following(given.tokens)
         entering = given.tokens if self._stage.is_first else x
-        out: torch.Tensor = self._run(entering, positions, stage=self._stage, segments=given.segments)
+        out: torch.Tensor = self._run(
+            entering, positions, stage=self._stage, segments=given.segments, samples=given.samples
+        )
         return out
 
 

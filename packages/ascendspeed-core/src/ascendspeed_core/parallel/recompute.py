@@ -38,6 +38,9 @@ KEPT_OPERATORS = (
 )
 """What policy `selective` keeps: the operators that take the time. The others take the memory."""
 
+KEPT_NPU_OPERATORS = ("npu::npu_fusion_attention", "npu::npu_fusion_attention_v2")
+"""Those of an NPU, by name: they exist where torch_npu is loaded."""
+
 
 def apply_recompute(model: Transformer, config: RecomputeConfig, pp_rank: int) -> None:
     """Make the layers of this process drop activations as `config` says, in place.
@@ -86,4 +89,5 @@ def _recompute(module: nn.Module, contexts: Callable[[], Any] | None = None) -> 
 
 
 def _keep_products(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operator in KEPT_OPERATORS else CheckpointPolicy.PREFER_RECOMPUTE
+    is_kept = operator in KEPT_OPERATORS or operator.name() in KEPT_NPU_OPERATORS
+    return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE

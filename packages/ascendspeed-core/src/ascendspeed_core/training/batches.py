@@ -175,12 +175,10 @@ class TrainingData:
     def _take(self, dataset: Any, consumed: int, sizes: Sequence[int]) -> Iterator[MicroBatch]:
         for numbers in self.sample_numbers(consumed, sizes):
             samples = [dataset[number] for number in numbers]
-            batch = MicroBatch(
-                *(
-                    torch.stack([sample[key] for sample in samples])
-                    for key in ("tokens", "labels", "loss_mask")
-                )
+            tokens, labels, loss_mask = (
+                torch.stack([sample[key] for sample in samples]) for key in ("tokens", "labels", "loss_mask")
             )
+            batch = MicroBatch(tokens, labels, loss_mask, samples=torch.tensor(list(numbers)))
             refuse_unknown_ids(batch, self._vocab_size)
             yield batch.part_of_sequence(self._mesh).to(self._mesh.device.torch)
 

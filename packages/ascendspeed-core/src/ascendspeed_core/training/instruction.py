@@ -14,7 +14,7 @@ Shapes: B rows of a micro-batch, S padded length of the step.
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import lcm
 from pathlib import Path
 from typing import Protocol
@@ -316,6 +316,9 @@ class RowData:
         length = self._length(order, range(consumed, consumed + sum(sizes) * self._mesh.layout.dp))
         for numbers in numbers_of_rank(consumed, sizes, self._mesh):
             batch = self._collate([order[number] for number in numbers], length)
+            # A pair has two rows, which drop the same.
+            rows = torch.tensor(list(numbers)).repeat_interleave(len(batch.tokens) // len(numbers))
+            batch = replace(batch, samples=rows)
             refuse_unknown_ids(batch, self._vocab_size)
             yield batch.part_of_sequence(self._mesh).to(self._mesh.device.torch)
 

@@ -139,7 +139,9 @@ class MasterOptimizer:
 
     def forward(self, given: ModelInput) -> torch.Tensor:
         """Return the logits of a model without a pipeline: [B, S] -> [B, S, V/tp]."""
-        logits: torch.Tensor = self._model(given.tokens, given.positions, segments=given.segments)
+        logits: torch.Tensor = self._model(
+            given.tokens, given.positions, segments=given.segments, samples=given.samples
+        )
         return logits
 
     def backward(self, loss: torch.Tensor, scale: float, is_last: bool) -> None:

@@ -34,6 +34,7 @@ class MicroBatch:
         positions: place of each token in its text, [B, S]; `None` counts from 0.
         segments: number of the text that each token belongs to, [B, S], where rows hold several; see `ModelInput`. Of
             whole sequences under context parallelism too.
+        samples: number of each sample in the run, [B]; training with dropout needs it.
     """
 
     tokens: torch.Tensor
@@ -41,11 +42,12 @@ class MicroBatch:
     loss_mask: torch.Tensor
     positions: torch.Tensor | None = None
     segments: torch.Tensor | None = None
+    samples: torch.Tensor | None = None
 
     @property
     def input(self) -> ModelInput:
         """What the model reads of it."""
-        return ModelInput(self.tokens, self.positions, self.segments)
+        return ModelInput(self.tokens, self.positions, self.segments, self.samples)
 
     def to(self, device: torch.device) -> "MicroBatch":
         """Move to a device."""
@@ -57,7 +59,8 @@ class MicroBatch:
 
         Segments stay whole, as attention sees whole sequences.
         """
-        cut = {name: part for name, part in vars(self).items() if part is not None and name != "segments"}
+        whole = ("segments", "samples")
+        cut = {name: part for name, part in vars(self).items() if part is not None and name not in whole}
         parts = {name: part_of_sequence(x, mesh.layout.cp, mesh.cp_rank) for name, x in cut.items()}
         return replace(self, **parts)
 
@@ -188,7 +191,9 @@ def evaluate(model: Transformer, micro_batches: Sequence[MicroBatch], mesh: Para
 
 def loss_sum(model: Transformer, micro_batch: MicroBatch, mesh: ParallelMesh) -> torch.Tensor:
     """Return the loss added up over the tokens that count."""
-    logits = model(micro_batch.tokens, micro_batch.positions, segments=micro_batch.segments)
+    logits = model(
+        micro_batch.tokens, micro_batch.positions, segments=micro_batch.segments, samples=micro_batch.samples
+    )
     return masked_sum(model, logits, micro_batch, mesh)
 
 
@@ -196,7 +201,9 @@ def masked_sum(
     model: Transformer, logits: torch.Tensor, micro_batch: MicroBatch, mesh: ParallelMesh
 ) -> torch.Tensor:
     """Return the loss of logits added up over the tokens that count."""
-    losses = cross_entropy(logits, micro_batch.labels, model.config.vocab_size, mesh.group("tp"))
+    losses = cross_entropy(
+        logits, micro_batch.labels, model.config.vocab_size, mesh.group("tp"), model.token_losses
+    )
     return (losses * micro_batch.loss_mask).sum()
 
 

@@ -9,8 +9,9 @@ import torch
 
 from ascendspeed_core.config.preference import DpoConfig
 from ascendspeed_core.config.training import PretrainConfig
-from ascendspeed_core.kernels.dispatch import apply_kernels, update_choice
+from ascendspeed_core.kernels.dispatch import Setting, apply_kernels, table, update_choice
 from ascendspeed_core.parallel.build import load_model
+from ascendspeed_core.parallel.dropout import apply_dropout
 from ascendspeed_core.parallel.mesh import ParallelMesh, gather_objects
 from ascendspeed_core.parallel.micro_batches import bubble_seconds
 from ascendspeed_core.parallel.recompute import apply_recompute
@@ -54,13 +55,21 @@ class Trainer:
 
         settings = zero_settings(self.config, plan.model, plan.layout)
         self.model = load_model(plan.source, mesh, dtype, self.config.compute.mlp_layer_fusion, settings)
-        kernels = apply_kernels(self.model, self.config.compute)
+        setting = Setting.of(
+            self.model,
+            mesh,
+            self.config.data.seq_length,
+            self.config.batch,
+            drops_attention=self.config.dropout.attention_dropout > 0,
+        )
+        kernels = apply_kernels(self.model, self.config.compute, setting)
         apply_recompute(self.model, self.config.recompute, mesh.pp_rank)
-        self.objective = self._objective(dtype)
+        self.objective = self._objective(dtype, setting)
         self.sizes = self.config.batch.manual_sizes() or self._found_sizes()
+        apply_dropout(self.model, self.config.dropout, self.config.batch.seed, mesh)
         self.optimizer = make_engine(self.model, self.config, mesh, settings)
-        for choice in (*kernels, update_choice(self.config.optimizer.optimizer, mesh.device, dtype)):
-            self._say(f"kernel: {choice.operator}: {choice.implementation} ({choice.reason})")
+        for line in table([*kernels, update_choice(self.config.optimizer.optimizer, setting)]):
+            self._say(line)
         self.loss_scale = LossScale.create(self.config.loss_scaling, is_fp16=dtype == torch.float16)
         self.schedule = Schedule(self.optimizer, self.config.optimizer, self.config.batch, mesh.layout.dp)
         self.data = open_run_data(
@@ -76,7 +85,7 @@ class Trainer:
         if plan.checkpoint is not None and plan.resumes:
             self._resume(plan.checkpoint)
 
-    def _objective(self, dtype: torch.dtype) -> PreferenceObjective | None:
+    def _objective(self, dtype: torch.dtype, setting: Setting) -> PreferenceObjective | None:
         """Return the loss of preference tuning, with its reference beside the model."""
         reference, config = self.plan.reference, self.config
         if reference is None:
@@ -85,7 +94,7 @@ class Trainer:
         model = None
         if not reference.is_base:
             model = load_model(reference.source, self.mesh, dtype, config.compute.mlp_layer_fusion)
-            apply_kernels(model, config.compute)
+            apply_kernels(model, config.compute, setting)
         return PreferenceObjective(self.model, model, config.preference, self.mesh)
 
     def _writer(self) -> CheckpointWriter | None:

@@ -102,7 +102,9 @@ class ZeroEngine:
 
     def forward(self, given: ModelInput) -> torch.Tensor:
         """Return the logits: [B, S] -> [B, S, V/tp]."""
-        logits: torch.Tensor = self._engine(given.tokens, given.positions, segments=given.segments)
+        logits: torch.Tensor = self._engine(
+            given.tokens, given.positions, segments=given.segments, samples=given.samples
+        )
         return logits
 
     def backward(self, loss: torch.Tensor, scale: float, is_last: bool) -> None:

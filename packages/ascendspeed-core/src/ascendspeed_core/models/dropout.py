@@ -1,0 +1,128 @@
+"""Dropout (Srivastava et al., 2014) whose mask says what is dropped, not which device drops it.
+
+Whether a number stays is a hash of the seed, the number of its sample in the run, its token, layer and place
+(counter-based random numbers: Salmon et al., 2011). So devices that hold the same activations drop the same, those that
+hold parts drop what one process would drop there, layers that are computed again drop the same again, and a run that
+goes on under any layout draws what it would have drawn. Nothing is drawn from torch's generators.
+
+Shapes: B batch, S sequence (its part on this device where it is cut), H hidden size, N query heads of this device, T
+keys.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Final
+
+import torch
+
+AFTER_EMBEDDING: Final = -1
+"""Number of the layer to which the embedding's dropout belongs."""
+
+OF_WEIGHTS, AFTER_ATTENTION, AFTER_MLP = range(3)
+"""Places in a layer."""
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """How much is dropped in a run.
+
+    Attributes:
+        hidden: share of what embedding, attention and MLP give to the residual stream.
+        attention: share of attention's weights.
+        seed: of the run.
+        sequence_part: which part of the sequence the residual stream has on this device, where it is cut.
+    """
+
+    hidden: float
+    attention: float
+    seed: int
+    sequence_part: int = 0
+
+    def of(self, samples: torch.Tensor, heads: range) -> "Draws":
+        """Return the draws of a micro-batch.
+
+        Args:
+            samples: number of each sample in the run, [B].
+            heads: query heads of this device.
+        """
+        low, high = samples.to(torch.int32), (samples >> 32).to(torch.int32)
+        keys = mix(mix(low ^ _mixed(self.seed)) ^ high)
+        return Draws(self, keys, heads)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What is dropped of a micro-batch; a function of its attributes.
+
+    Attributes:
+        dropout: how much.
+        samples: hash of each sample, int32, [B].
+        heads: query heads of this device.
+        layer: number of the layer.
+    """
+
+    dropout: Dropout
+    samples: torch.Tensor
+    heads: range
+    layer: int = AFTER_EMBEDDING
+
+    def in_layer(self, number: int) -> "Draws":
+        """Return the draws of a layer."""
+        return replace(self, layer=number)
+
+    def hidden(self, x: torch.Tensor, place: int = 0) -> torch.Tensor:
+        """Drop from hidden states, [B, S, H] -> [B, S, H].
+
+        Args:
+            x: what goes into the residual stream.
+            place: where in the layer.
+        """
+        if not self.dropout.hidden:
+            return x
+        tokens = self._tokens(place, self.dropout.sequence_part * x.shape[1], x.shape[1])
+        return _drop(x, tokens.unsqueeze(-1), self.dropout.hidden)
+
+    def weights(self, weights: torch.Tensor) -> torch.Tensor:
+        """Drop from attention's weights, [B, N, S, T] -> [B, N, S, T]; sequences are whole here."""
+        queries = self._tokens(OF_WEIGHTS, 0, weights.shape[2])
+        heads = torch.arange(self.heads.start, self.heads.stop, dtype=torch.int32, device=weights.device)
+        of_heads = mix(queries.unsqueeze(1) ^ mix(heads + 1).unsqueeze(-1))
+        return _drop(weights, of_heads.unsqueeze(-1), self.dropout.attention)
+
+    def _tokens(self, place: int, first: int, count: int) -> torch.Tensor:
+        """Return a hash of each token at a place of this layer, [B, S]."""
+        tokens = torch.arange(first, first + count, dtype=torch.int32, device=self.samples.device)
+        here = mix(self.samples ^ _mixed((self.layer + 1) * 8 + place + 1))
+        return mix(here.unsqueeze(-1) ^ tokens)
+
+
+def _drop(x: torch.Tensor, rows: torch.Tensor, share: float) -> torch.Tensor:
+    """Set a share of `x` to zero, and enlarge the rest so that the sum stays the same on average.
+
+    Args:
+        x: [..., columns].
+        rows: hash of each row, [..., 1].
+        share: of what is dropped.
+    """
+    columns = torch.arange(x.shape[-1], dtype=torch.int32, device=x.device)
+    bits = mix(rows ^ columns).bitwise_and_(0x7FFFFFFF)
+    return x.masked_fill(bits < int(share * 2**31), 0) * (1 / (1 - share))
+
+
+def mix(x: torch.Tensor) -> torch.Tensor:
+    """Return a hash of each 32-bit number: every bit of it depends evenly on every bit of the number.
+
+    Multiplications that wrap and shifts (`lowbias32` of Wellons, 2018, Prospecting for Hash Functions). int32 is the
+    widest type that every device multiplies fast.
+    """
+    x = ((x >> 16) & 0xFFFF) ^ x
+    x = x.mul_(0x7FEB352D)
+    x = ((x >> 15) & 0x1FFFF).bitwise_xor_(x)
+    x = x.mul_(0x846CA68B - 2**32)
+    return ((x >> 16) & 0xFFFF).bitwise_xor_(x)
+
+
+def _mixed(number: int) -> int:
+    """Return the hash of one number, as int32."""
+    low, high = number & 0xFFFFFFFF, (number >> 32) & 0xFFFFFFFF
+    parts = torch.tensor([low, high]).to(torch.int32)
+    return int(mix(mix(parts[:1]) ^ parts[1:]))

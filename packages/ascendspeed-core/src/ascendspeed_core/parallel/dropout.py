@@ -1,0 +1,22 @@
+"""Tell a model on this device what dropout drops."""
+
+from ascendspeed_core.config.training import DropoutConfig
+from ascendspeed_core.models.dropout import Dropout
+from ascendspeed_core.models.transformer import Transformer
+from ascendspeed_core.parallel.mesh import ParallelMesh
+
+
+def apply_dropout(model: Transformer, config: DropoutConfig, seed: int, mesh: ParallelMesh) -> None:
+    """Let a model drop while it trains, in place; its attention must hold weights if these are dropped.
+
+    Args:
+        model: this process's part.
+        config: shares.
+        seed: of the run.
+        mesh: this process's place.
+    """
+    if config.is_any:
+        part = mesh.cp_rank
+        if mesh.layout.sequence_parallel:
+            part = part * mesh.layout.tp + mesh.tp_rank
+        model.dropout = Dropout(config.hidden_dropout, config.attention_dropout, seed, part)

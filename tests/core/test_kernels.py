@@ -1,0 +1,271 @@
+"""Each implementation of each operator gives what the plain one gives, forward and backward, or says why it cannot."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from ascendspeed_core.config.parallel import Layout
+from ascendspeed_core.config.training import BatchConfig, OptimizerConfig
+from ascendspeed_core.device import Device
+from ascendspeed_core.kernels import liger, npu
+from ascendspeed_core.kernels.config import ComputeConfig
+from ascendspeed_core.kernels.dispatch import (
+    OPERATORS,
+    Setting,
+    apply_kernels,
+    choose,
+    implementations,
+    table,
+    update_choice,
+)
+from ascendspeed_core.models.position import alibi_slopes, attention_mask
+from ascendspeed_core.parallel.build import load_model
+from ascendspeed_core.parallel.mesh import ParallelMesh
+from ascendspeed_core.training.optimizer import MasterOptimizer
+from ascendspeed_core.training.step import MicroBatch, forward_backward
+from ascendspeed_core.weights import InitialWeights
+from ascendspeed_data.errors import AscendSpeedError, ConfigError
+from support import npu_operators
+from support.models import tiny_config
+from support.tables import ReportTables
+
+TITLE = (
+    "Implementations of operators against the plain ones: largest difference, relative to the largest value"
+)
+HEADER = ("operator", "implementation", "dtype", "output", "gradients")
+CPU = ParallelMesh(Device("cpu"), Layout())
+NPU = Setting(Device("npu"), torch.bfloat16, seq_length=64, micro_batch_tokens=128)
+
+# Unit round-off of each format times the handful of roundings and the sums over some hundred terms between them.
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 5e-6, torch.bfloat16: 2e-2}
+
+
+def inputs(operator: str, dtype: torch.dtype) -> list[Any]:
+    """Arguments of an operator; the floating ones want gradients unless they are constants of it."""
+    generator = torch.Generator().manual_seed(4)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=dtype).requires_grad_()
+
+    if operator == "attention":
+        return [draw(2, 4, 64, 16), draw(2, 2, 64, 16), draw(2, 2, 64, 16), None]
+    if operator == "scaled_masked_softmax":
+        return [draw(2, 4, 64, 64), torch.ones(64, 64, dtype=torch.bool).tril(), 0.25]
+    if operator == "rms_norm":
+        return [draw(2, 9, 32), draw(32), 1e-5]
+    if operator == "layer_norm":
+        return [draw(2, 9, 32), draw(32), draw(32), 1e-5]
+    if operator == "rotary":
+        angles = draw(2, 9, 1, 8).detach().repeat(1, 1, 1, 2)
+        return [draw(2, 9, 4, 16), draw(2, 9, 2, 16), angles.cos(), angles.sin()]
+    if operator == "swiglu":
+        return [draw(2, 9, 32), draw(2, 9, 32)]
+    assert operator == "cross_entropy"
+    return [draw(18, 50), torch.randint(0, 50, (18,), generator=generator)]
+
+
+def results(run: Callable[..., Any], arguments: list[Any]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Outputs and gradients."""
+    wanted = [value for value in arguments if isinstance(value, torch.Tensor) and value.requires_grad]
+    out = run(*arguments)
+    outputs = list(out) if isinstance(out, tuple) else [out]
+    generator = torch.Generator().manual_seed(9)
+    weights = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in outputs]
+    return [o.detach() for o in outputs], list(torch.autograd.grad(outputs, wanted, weights))
+
+
+def largest(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:
+    return max(
+        float((a.double() - b.double()).abs().max() / b.double().abs().max())
+        for a, b in zip(ours, theirs, strict=True)
+    )
+
+
+CASES = [
+    (operator, implementation.name, dtype)
+    for operator, known in OPERATORS.items()
+    for implementation in known
+    for dtype in TOLERANCE
+    if implementation.name not in ("reference", "liger")
+    and not (implementation.name == "npu" and dtype == torch.float64)
+    # Logits are never narrower than fp32.
+    and not (operator == "cross_entropy" and dtype == torch.bfloat16)
+]
+
+
+@pytest.mark.parametrize(("operator", "name", "dtype"), CASES, ids=str)
+def test_equals_the_plain_one(report: ReportTables, operator: str, name: str, dtype: torch.dtype) -> None:
+    npu_operators.install()
+    runs = implementations(operator)
+    arguments = inputs(operator, dtype)
+    (out, gradients), (want, want_gradients) = (results(runs[n], arguments) for n in (name, "reference"))
+    found = largest(out, want), largest(gradients, want_gradients)
+    report.add(TITLE, HEADER, operator, name, str(dtype).removeprefix("torch."), *found)
+    assert max(found) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(1, 40), (5, 40), (40, 40)])
+@pytest.mark.parametrize("kind", ["causal", "window", "alibi", "texts in a row"])
+def test_masks_of_npu_attention(queries: int, keys: int, kind: str) -> None:
+    npu_operators.install()
+    generator = torch.Generator().manual_seed(queries)
+    shapes = ((2, 4, queries, 16), (2, 2, keys, 16), (2, 2, keys, 16))
+    q, k, v = (torch.randn(shape, generator=generator).requires_grad_() for shape in shapes)
+    slopes = torch.tensor(alibi_slopes(4)) if kind == "alibi" else None
+    window = 7 if kind == "window" else None
+    mask = attention_mask(queries, keys, window, slopes, torch.float32, torch.device("cpu"))
+    if kind == "texts in a row":
+        text = torch.arange(keys).div(9, rounding_mode="floor").expand(2, -1)
+        same = (text[:, -queries:, None] == text[:, None]).unsqueeze(1)
+        mask = same & torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+    runs = implementations("attention")
+    (out, gradients), (want, want_gradients) = (
+        results(runs[name], [q, k, v, mask]) for name in ("npu", "reference")
+    )
+    assert max(largest(out, want), largest(gradients, want_gradients)) < TOLERANCE[torch.float32]
+
+
+def losses_and_gradients(config: Any, compute: ComputeConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    model = load_model(InitialWeights(config, seed=3), CPU, dtype)
+    apply_kernels(model, compute)
+    ids = torch.randint(0, config.vocab_size, (2, 33), generator=torch.Generator().manual_seed(0))
+    batch = MicroBatch(ids[:, :-1], ids[:, 1:], torch.ones(2, 32))
+    loss = forward_backward(model, MasterOptimizer(model, OptimizerConfig(), CPU), [batch], CPU, 64)
+    return {"loss": loss} | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(
+    ("config", "compute"),
+    [
+        (tiny_config(), ComputeConfig(rms_norm="torch", cross_entropy="reference", attention="reference")),
+        (tiny_config(qk_norm=True), ComputeConfig(rms_norm="torch")),
+        (tiny_config(norm="layernorm", mlp="gelu"), ComputeConfig(layer_norm="reference")),
+    ],
+    ids=["rms_norm, cross_entropy", "normed heads", "layer_norm"],
+)
+def test_a_model_computes_the_same(config: Any, compute: ComputeConfig) -> None:
+    ours = losses_and_gradients(config, compute, torch.float64)
+    theirs = losses_and_gradients(config, ComputeConfig(), torch.float64)
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], rtol=1e-10, atol=1e-13)
+
+
+def test_a_model_computes_the_same_with_the_operators_of_an_npu() -> None:
+    """The functions that `auto` takes on an NPU, in a model on the CPU."""
+    npu_operators.install()
+    config = tiny_config(qk_norm=True)
+    chosen = []
+    for taken in (Setting(), NPU):
+        model = load_model(InitialWeights(config, seed=3), CPU, torch.float32)
+        choices = apply_kernels(model, ComputeConfig(), taken)
+        ids = torch.randint(0, config.vocab_size, (2, 33), generator=torch.Generator().manual_seed(0))
+        batch = MicroBatch(ids[:, :-1], ids[:, 1:], torch.ones(2, 32))
+        loss = forward_backward(model, MasterOptimizer(model, OptimizerConfig(), CPU), [batch], CPU, 64)
+        chosen.append((loss, [p.grad for p in model.parameters()], choices))
+    assert {choice.implementation for choice in chosen[1][2]} == {"npu"}
+    torch.testing.assert_close(chosen[0][0], chosen[1][0], rtol=1e-6, atol=0)
+    for a, b in zip(chosen[0][1], chosen[1][1], strict=True):
+        # fp32, norms and attention in another order of operations.
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def chosen(kind: str, dtype: torch.dtype = torch.bfloat16, **more: Any) -> dict[str, str]:
+    setting = Setting(Device(kind), dtype, seq_length=64, micro_batch_tokens=128, **more)
+    return {operator: choose(operator, "auto", setting)[0].name for operator in OPERATORS}
+
+
+def test_what_auto_takes() -> None:
+    assert chosen("cpu") == {
+        "attention": "sdpa", "scaled_masked_softmax": "reference", "rms_norm": "reference", "layer_norm": "torch",
+        "rotary": "reference", "swiglu": "reference", "cross_entropy": "torch",
+    }  # fmt: skip
+    assert chosen("npu") == dict.fromkeys(OPERATORS, "npu") | {"layer_norm": "torch"}
+    assert chosen("npu", torch.float64) == chosen("cpu", torch.float64)
+    assert chosen("npu", tp=2)["cross_entropy"] == "torch"
+    assert chosen("npu", has_additive_mask=True)["scaled_masked_softmax"] == "reference"
+    assert chosen("cuda")["rms_norm"] == "torch"
+
+
+def test_the_table_says_why() -> None:
+    model = load_model(InitialWeights(tiny_config(), seed=3), CPU, torch.float32)
+    setting = Setting(Device("npu"), torch.float32, tp=2, seq_length=64, micro_batch_tokens=128)
+    rows = table(
+        [*apply_kernels(model, ComputeConfig(triangle_attn=True), setting), update_choice("adam", setting)]
+    )
+    assert rows == [
+        "kernel: attention      triangle  asked for; by blocks, none above the diagonal",
+        "kernel: rms_norm       npu       torch_npu's fused operator",
+        "kernel: rotary         npu       torch_npu's fused operator: npu_rotary_mul",
+        "kernel: swiglu         npu       torch_npu's fused operator",
+        "kernel: cross_entropy  torch     torch's own; not npu: the vocabulary is cut over tp=2 devices",
+        "kernel: adamw          npu       adam: npu_apply_adam_w, tensor by tensor in place",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("operator", "name", "setting", "complaint"),
+    [
+        ("rms_norm", "npu", Setting(), "rms_norm=npu cannot run here: it needs an NPU, this is cpu; choose auto or "
+         "torch, reference"),
+        ("swiglu", "liger", Setting(), "Liger-Kernel needs a GPU, this is cpu"),
+        ("swiglu", "liger", Setting(Device("cuda")), "the package liger-kernel is not installed"),
+        ("rotary", "npu", Setting(Device("npu"), torch.float64), "float32, not float64"),
+        ("cross_entropy", "reference", Setting(tp=2), "the vocabulary is cut over tp=2 devices"),
+        ("cross_entropy", "npu", Setting(Device("npu"), micro_batch_tokens=200_001), "a micro-batch has 200001"),
+        ("scaled_masked_softmax", "npu", Setting(Device("npu"), seq_length=100), "as seq_length, this is 100"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_an_implementation_says_why_it_cannot_run(
+    operator: str, name: str, setting: Setting, complaint: str
+) -> None:
+    with pytest.raises(AscendSpeedError) as caught:
+        choose(operator, name, setting)
+    assert complaint in str(caught.value)
+
+
+def test_an_operator_that_the_model_lacks() -> None:
+    model = load_model(InitialWeights(tiny_config(), seed=3), CPU, torch.float32)
+    with pytest.raises(ConfigError, match="layer_norm=torch was asked for, but the model has no LayerNorm"):
+        apply_kernels(model, ComputeConfig(layer_norm="torch"))
+    with pytest.raises(ConfigError, match="only --attention reference computes a softmax of its own"):
+        apply_kernels(model, ComputeConfig(scaled_masked_softmax="reference"))
+
+
+def test_choices_of_the_options_are_those_of_the_table() -> None:
+    for operator, known in OPERATORS.items():
+        offered = ComputeConfig.model_fields[operator].annotation.__args__  # type: ignore[union-attr]
+        assert offered == ("auto", *(implementation.name for implementation in known))
+
+
+def test_flags_of_2023() -> None:
+    assert (
+        ComputeConfig(use_flash_attn=True, use_fused_rmsnorm=True).kernel_names()
+        == ComputeConfig().kernel_names()
+    )
+    with pytest.raises(ValueError, match="use_fused_rotary_pos_emb and rotary=reference were both given"):
+        ComputeConfig(use_fused_rotary_pos_emb=True, rotary="reference")
+
+
+def test_setting_of_a_run() -> None:
+    model = load_model(InitialWeights(tiny_config(position="alibi"), seed=3), CPU, torch.bfloat16)
+    batch = BatchConfig(train_iters=1, micro_batch_size=2, optimized_pipeline=True, manual_mbs="1,3")
+    setting = Setting.of(model, CPU, 32, batch)
+    assert (setting.dtype, setting.has_additive_mask, setting.micro_batch_tokens) == (
+        torch.bfloat16,
+        True,
+        96,
+    )
+
+
+def test_every_function_of_the_device_modules_is_offered() -> None:
+    offered = {
+        implementation.run for implementations in OPERATORS.values() for implementation in implementations
+    }
+    for module in (npu, liger):
+        for name, value in vars(module).items():
+            if name.startswith(("npu_", "liger_")):
+                assert value in offered, name
