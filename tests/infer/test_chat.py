@@ -167,7 +167,7 @@ def test_an_answer_is_never_longer_than_the_model_can_read(model: LanguageModel)
 def spoken(chat: Chat, lines: list[str | None]) -> str:
     shown: list[str] = []
     rest: Iterator[str | None] = iter(lines)
-    converse(chat, lambda: next(rest), shown.append)
+    converse(chat, lambda prompt: shown.append(prompt) or next(rest), shown.append)  # type: ignore[func-returns-value]
     assert next(rest, "nothing") == "nothing"
     return "".join(shown)
 
@@ -200,13 +200,13 @@ def test_an_interrupted_answer_is_kept_as_far_as_it_got(model: LanguageModel) ->
 
     def write(text: str) -> None:
         shown.append(text)
-        if len(shown) == 6:
+        if len(shown) == 5:
             raise KeyboardInterrupt
 
     rest = iter(["the", "q"])
-    converse(chat, lambda: next(rest), write)
+    converse(chat, lambda prompt: next(rest), write)
     assert "[Interrupted.]" in "".join(shown)
-    said = "".join(shown[3:6])
+    said = "".join(shown[2:5])
     assert chat.messages[1] == {"role": "assistant", "content": said.strip()}
 
 

@@ -163,20 +163,19 @@ def _manifest_of(source: WeightSource) -> DatasetManifest | None:
 
 def converse(
     chat: Chat,
-    read: Callable[[], str | None],
+    read: Callable[[str], str | None],
     write: Callable[[str], None],
 ) -> None:
     """Ask and answer until the user quits.
 
     Args:
         chat: the conversation.
-        read: gives the next line of the user, the same on every process; `None` at the end of the input.
+        read: asks the user, and gives the line, the same on every process; `None` at the end of the input.
         write: shows a piece of text to the user.
     """
     write(f"Quit with {', '.join(QUIT)}; begin a new conversation with {' or '.join(CLEAR)}.\n")
     while True:
-        write(USER)
-        line = read()
+        line = read(USER)
         if line is None or line.strip().lower() in QUIT:
             write("\n" if line is None else "")
             return

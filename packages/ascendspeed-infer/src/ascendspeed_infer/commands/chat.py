@@ -1,6 +1,7 @@
 """`asd-infer chat`."""
 
 import sys
+from contextlib import suppress
 from typing import Any
 
 from ascendspeed_core.config.load import load_config
@@ -35,16 +36,25 @@ def run(config: ChatConfig) -> None:
         for line in config.sampling.without_effect() if is_first else []:
             log(line)
         talk = Chat(model, layout, config.sampling, config.conversation.system)
-        converse(talk, lambda: from_first(model.mesh, read_line), _write if is_first else _say_nothing)
+        converse(
+            talk,
+            lambda prompt: from_first(model.mesh, lambda: read_line(prompt)),
+            _write if is_first else _say_nothing,
+        )
 
 
-def read_line() -> str | None:
+def read_line(prompt: str) -> str | None:
     """Return the next line of stdin; `None` at its end, and when the user interrupts."""
+    if sys.stdin.isatty():
+        with suppress(ImportError):
+            import readline  # noqa: F401 - lines can be edited, and earlier ones taken again
+    else:
+        _write(prompt)
+        prompt = ""
     try:
-        line = sys.stdin.readline()
-    except KeyboardInterrupt:
+        return input(prompt)
+    except (EOFError, KeyboardInterrupt):
         return None
-    return line.rstrip("\n") if line else None
 
 
 def _write(text: str) -> None:
