@@ -23,6 +23,7 @@ TEST_TOOLS = (
     "datasets",
     "psutil",
     "scipy",
+    "tensorboard",
 )
 
 nox.options.sessions = ["tests"]

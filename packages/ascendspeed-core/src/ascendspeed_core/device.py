@@ -7,7 +7,7 @@ torch: it keeps torch_npu out for `--device cpu`, and turns the failure into adv
 import importlib
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ascendspeed_data.command_line import log
 from ascendspeed_data.errors import AscendSpeedError
@@ -18,6 +18,13 @@ if TYPE_CHECKING:
 
 BACKENDS = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
 """Collective back end of each device."""
+
+PEAK_TFLOPS = {
+    "H100 PCIe": 756, "H100": 989, "H200": 989, "H800": 989, "H20": 148, "A100": 312, "A800": 312, "L40S": 362,
+    "RTX 4090": 165, "V100": 125, "910B1": 414, "910B2": 376, "910B3": 313, "910B4": 280, "910A": 256, "910ProB": 256,
+}  # fmt: skip
+"""Dense 16-bit operations per second of the makers' data sheets, in 10^12, by a part of the device's name; the first
+that fits counts."""
 
 DeviceChoice = Literal["auto", "npu", "cuda", "cpu"]
 """What `--device` takes; `auto` takes the first that is there."""
@@ -63,6 +70,33 @@ class Device:
         if self.kind == "cpu":
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return int(getattr(torch, self.kind).max_memory_allocated(self.index))
+
+    @property
+    def name(self) -> str:
+        """What the maker calls the accelerator, for example `NVIDIA H100 80GB HBM3`; `cpu` for a CPU."""
+        import torch
+
+        return "cpu" if self.kind == "cpu" else str(getattr(torch, self.kind).get_device_name(self.index))
+
+    def peak_flops(self, dtype_name: str) -> float | None:
+        """Return the operations per second that the maker states for dense 16-bit products; `None` where unknown."""
+        if dtype_name not in ("bfloat16", "float16"):
+            return None
+        name = self.name.lower()
+        found = [tflops for part, tflops in PEAK_TFLOPS.items() if part.lower() in name]
+        return found[0] * 1e12 if found else None
+
+    def profiler(self) -> Any:
+        """Return torch's profiler of this kind of device: `start`, `stop`, `export_chrome_trace(path)`."""
+        if self.kind == "npu":
+            from torch_npu import profiler
+        else:
+            from torch import profiler
+
+        activities = [profiler.ProfilerActivity.CPU]
+        if self.kind != "cpu":
+            activities.append(getattr(profiler.ProfilerActivity, self.kind.upper()))
+        return profiler.profile(activities=activities)
 
     def rng_state(self) -> "Tensor | None":
         """Return the state of the accelerator's random numbers; `None` on a CPU, whose state torch keeps."""

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import NoReturn
 
 from ascendspeed_core.device import Device, choose_device, prepare_torch
 from ascendspeed_data.command_line import log
@@ -135,15 +136,27 @@ def worker_errors() -> Iterator[None]:
     try:
         yield
     except AscendSpeedError as error:
-        path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-        if LAUNCHED not in os.environ or not path:
+        if not _has_launcher():
             if is_worker():
                 raise _WorkerError(f"[rank {world_of_environment().rank}] {error}", error.exit_code) from None
             raise
-        _write_error_file(path, str(error))
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(error.exit_code)
+        end_process(error)
+
+
+def _has_launcher() -> bool:
+    """Whether this process was started by `launch`, which prints its error."""
+    return LAUNCHED in os.environ and "TORCHELASTIC_ERROR_FILE" in os.environ
+
+
+def end_process(error: AscendSpeedError) -> NoReturn:
+    """End this process at once, from whatever thread, with an error for its launcher, or printed without one."""
+    if _has_launcher():
+        _write_error_file(os.environ["TORCHELASTIC_ERROR_FILE"], str(error))
+    else:
+        log(f"error: {error}")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(error.exit_code)
 
 
 def _end_with_launcher() -> None:

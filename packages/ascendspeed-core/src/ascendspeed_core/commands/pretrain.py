@@ -66,7 +66,10 @@ def train(plan: "RunPlan") -> None:
     from ascendspeed_data.lock import output_lock
 
     save = plan.config.start.save
-    joined = process_group(plan.config.launch.device, even_alone=plan.layout.zero_stage is not None)
+    # The watchdog tells more than a collective that gives up; where both watch, it comes first.
+    patience = 600.0 + plan.config.monitor.hang_timeout_seconds
+    alone = plan.layout.zero_stage is not None
+    joined = process_group(plan.config.launch.device, patience, even_alone=alone)
     with joined as (world, device), ExitStack() as held:
         if save is not None and world.rank == 0:
             held.enter_context(output_lock(save / "run.lock", f"--save {save}"))

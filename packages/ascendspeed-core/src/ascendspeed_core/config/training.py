@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from ascendspeed_core.config.base import Config
 from ascendspeed_core.config.model import ArchitectureFlags
+from ascendspeed_core.config.monitor import MonitorConfig
 from ascendspeed_core.config.parallel import SPLIT_BACKWARD_SCHEDULES, ParallelConfig, PipelineSchedule
 from ascendspeed_core.config.source import ModelSourceConfig
 from ascendspeed_core.device import DeviceChoice
@@ -399,4 +400,5 @@ class PretrainConfig(Config):
     recompute: RecomputeConfig = RecomputeConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     dropout: DropoutConfig = DropoutConfig()
+    monitor: MonitorConfig = MonitorConfig()
     launch: LaunchConfig = LaunchConfig()

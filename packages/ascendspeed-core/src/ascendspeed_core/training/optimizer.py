@@ -12,6 +12,7 @@ optimizer's one all-reduce, and divides its state by dp x cp.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isfinite
 
 import torch
 from torch import nn
@@ -114,7 +115,8 @@ class MasterOptimizer:
             loss_scale: by which the loss was multiplied; with one, a step that overflowed is skipped everywhere.
 
         Returns:
-            Norm of the whole model's gradient before clipping; `None` for a skipped step.
+            Norm of the whole model's gradient before clipping; `None` for a skipped step. When it is not finite,
+            nothing is updated.
         """
         gradients = self.finish_reductions()
         self._sum_tied(gradients)
@@ -125,6 +127,10 @@ class MasterOptimizer:
                 return None
             torch._foreach_div_(gradients, loss_scale)
         norm = self._norm(gradients)
+        if not isfinite(norm):
+            # The weights stay as they were, so that the step can be looked into.
+            self._forget_gradients()
+            return norm
         if self._clip_grad > 0:
             scale = self._clip_grad / (norm + 1e-6)
             if scale < 1.0:

@@ -12,6 +12,7 @@ from ascendspeed_core.config.training import PretrainConfig
 from ascendspeed_core.launch import announce
 from ascendspeed_core.training.checkpoint import Progress, check_optimizer, load_progress, saved_iterations
 from ascendspeed_core.training.choose_engine import check_zero
+from ascendspeed_core.training.monitor import check_monitor
 from ascendspeed_core.training.reference import Reference, open_reference
 from ascendspeed_core.training.run_data import check_run_data
 from ascendspeed_core.training.schedule import samples_of_run
@@ -82,6 +83,7 @@ def plan_run(config: PretrainConfig, world_size: int) -> RunPlan:
         config.batch.check_layout(layout.dp)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    check_monitor(config, world_size)
     source, checkpoint = _open_source(config)
     where = str(source.path or config.start.model_config_file)
     config.model.check(source.config, where)

@@ -1,7 +1,7 @@
 """The training loop."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import isfinite
 from typing import Any
 
@@ -26,12 +26,14 @@ from ascendspeed_core.training.choose_engine import make_engine, zero_settings
 from ascendspeed_core.training.loss_scale import LossScale
 from ascendspeed_core.training.measure import chosen_sizes
 from ascendspeed_core.training.metrics import PICTURE, MetricsFile, draw_loss
+from ascendspeed_core.training.monitor import Monitor
+from ascendspeed_core.training.not_finite import where_not_finite
 from ascendspeed_core.training.plan import RunPlan
 from ascendspeed_core.training.preference import PreferenceObjective
 from ascendspeed_core.training.reference import RECORD
 from ascendspeed_core.training.run_data import open_run_data
 from ascendspeed_core.training.schedule import Schedule
-from ascendspeed_core.training.step import StepResult, evaluate, train_step
+from ascendspeed_core.training.step import MicroBatch, StepResult, evaluate, forward_backward, train_step
 from ascendspeed_core.training.stop import StoppedError, StopSignal
 from ascendspeed_core.weights import NativeSource
 from ascendspeed_data.command_line import log
@@ -81,6 +83,7 @@ class Trainer:
             mesh,
         )
         self._refuse_different_data()
+        self.monitor = Monitor(self.config, self.model, mesh, plan.start.iteration, self._say)
         self.iteration = plan.start.iteration
         if plan.checkpoint is not None and plan.resumes:
             self._resume(plan.checkpoint)
@@ -163,6 +166,12 @@ class Trainer:
         Raises:
             StoppedError: SIGTERM came; everything was saved.
         """
+        try:
+            return self._train()
+        finally:
+            self.monitor.close()
+
+    def _train(self) -> list[dict[str, Any]]:
         writer = self.writer
         if writer is None:
             while self.iteration < self.config.batch.train_iters and not self._is_exit():
@@ -187,7 +196,9 @@ class Trainer:
             record = self._iterate()
             if metrics:
                 metrics.write(record)
-            last, stop = self.iteration == batch.train_iters, stop_signal.is_asked()
+            last = self.iteration == batch.train_iters
+            with self.monitor.watching(self.iteration, "after the step"):
+                stop = stop_signal.is_asked()
             if last or stop or self._is_exit() or (interval and self.iteration % interval == 0):
                 self._save(writer, metrics)
             if stop and not last:
@@ -221,17 +232,18 @@ class Trainer:
         started = time.perf_counter()
         rate, samples = self.optimizer.learning_rate, schedule.step_samples
         sizes = self.sizes or (batch.micro_batch_size,) * schedule.num_micro_batches
-        micro_batches = self.data.micro_batches(schedule.consumed_samples, sizes)
-        tokens = self.mesh.layout.replicas * sum(batch.tokens.numel() for batch in micro_batches)
-        scale = self.loss_scale.scale if self.loss_scale else None
-        result = train_step(
-            self.model, self.optimizer, micro_batches, self.mesh, self.loss_scale, self.objective
-        )
-        self.mesh.device.synchronize()
+        with self.monitor.step(self.iteration + 1):
+            micro_batches = self.data.micro_batches(schedule.consumed_samples, sizes)
+            scale = self.loss_scale.scale if self.loss_scale else None
+            result = train_step(
+                self.model, self.optimizer, micro_batches, self.mesh, self.loss_scale, self.objective
+            )
+            self.mesh.device.synchronize()
         seconds = time.perf_counter() - started
+        tokens = self.mesh.layout.replicas * sum(batch.tokens.numel() for batch in micro_batches)
         self.iteration += 1
         schedule.advance(samples, samples if result.is_skipped else 0)
-        self._refuse_not_a_number(result)
+        self._refuse_not_a_number(result, micro_batches)
         record = {
             "iteration": self.iteration,
             "lm_loss": result.loss if isfinite(result.loss) else None,
@@ -246,12 +258,14 @@ class Trainer:
         }
         if self.objective is not None:
             record |= finite_or_none(self.objective.measures())
+        record |= self.monitor.measures(tokens / seconds)
         if scale is not None:
             record["loss_scale"] = scale
         if scale is not None or result.is_empty:
             record["skipped"] = result.is_skipped
         if batch.eval_iters and self.iteration % batch.eval_interval == 0:
-            record |= self._validation()
+            with self.monitor.watching(self.iteration, "validation"):
+                record |= self._validation()
         if result.is_empty:
             self._say(
                 f"iteration {self.iteration}: no token of its batch counts in the loss, all are masked; the step was "
@@ -259,6 +273,7 @@ class Trainer:
             )
         elif self.iteration % batch.log_interval == 0 or self.iteration in (1, batch.train_iters):
             self._report(record)
+        self.monitor.write(record)
         return record
 
     def _validation(self) -> dict[str, float | None]:
@@ -276,22 +291,33 @@ class Trainer:
             found = self.objective.evaluate(micro_batches)
         return {f"validation_{name}": value for name, value in finite_or_none(found).items()}
 
-    def _refuse_not_a_number(self, result: StepResult) -> None:
+    def _refuse_not_a_number(self, result: StepResult, micro_batches: Sequence[MicroBatch]) -> None:
         """End the run when the weights would be spoilt, or when no smaller loss scale is left to try."""
+
+        def again(scale: float) -> None:
+            count, loss_of = result.tokens, None
+            if self.objective is not None:
+                count, loss_of = self.objective.start(micro_batches)
+            forward_backward(self.model, self.optimizer, micro_batches, self.mesh, count, scale, loss_of)
+
+        def where(scale: float = 1.0) -> str:
+            return where_not_finite(self.model, self.mesh, lambda: again(scale))
+
         if result.is_empty:
             return
         if result.is_skipped:
             if self.loss_scale and self.loss_scale.is_exhausted:
                 raise AscendSpeedError(
                     f"iteration {self.iteration}: fp16 overflows at loss_scale={self.loss_scale.scale}, and it may not "
-                    "fall further; use --bf16, or go on from the last checkpoint with a lower --lr or other data"
+                    f"fall further; {where(self.loss_scale.scale)}; use --bf16, or go on from the last checkpoint "
+                    "with a lower --lr or other data"
                 )
             return
         assert result.grad_norm is not None
         if not (isfinite(result.loss) and isfinite(result.grad_norm)):
             raise AscendSpeedError(
-                f"iteration {self.iteration}: loss={result.loss}, grad_norm={result.grad_norm}; the weights are no "
-                "longer usable: go on from the last checkpoint with a lower --lr or other data"
+                f"iteration {self.iteration}: loss={result.loss}, grad_norm={result.grad_norm}; {where()}; "
+                "go on from the last checkpoint with a lower --lr or other data"
             )
 
     def _save(self, writer: CheckpointWriter, metrics: MetricsFile | None) -> None:
@@ -323,9 +349,11 @@ class Trainer:
         loss = shown(record["lm_loss"], 4)
         scale = f" | loss scale {record['loss_scale']:.0f}" if "loss_scale" in record else ""
         norm = "overflow, skipped" if record["grad_norm"] is None else f"grad norm {record['grad_norm']:.3f}"
+        speed = f"{record['tokens_per_second']:,.0f} tokens/s"
+        speed += f" | MFU {record['mfu']:.1%}" if "mfu" in record else ""
         self._say(
             f"iteration {self.iteration}/{self.config.batch.train_iters} | loss {loss}{validation} | {norm}{scale}"
-            f" | lr {record['learning_rate']:.2e} | {record['tokens_per_second']:,.0f} tokens/s | {left:,.0f} s left"
+            f" | lr {record['learning_rate']:.2e} | {speed} | {left:,.0f} s left"
         )
 
     def _say(self, message: str) -> None:
