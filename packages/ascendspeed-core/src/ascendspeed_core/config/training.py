@@ -10,6 +10,7 @@ from ascendspeed_core.config.base import Config
 from ascendspeed_core.config.model import ArchitectureFlags
 from ascendspeed_core.config.monitor import MonitorConfig
 from ascendspeed_core.config.parallel import SPLIT_BACKWARD_SCHEDULES, ParallelConfig, PipelineSchedule
+from ascendspeed_core.config.samples import SamplesConfig
 from ascendspeed_core.config.source import ModelSourceConfig
 from ascendspeed_core.device import DeviceChoice
 from ascendspeed_core.kernels.config import ComputeConfig as ComputeConfig
@@ -401,4 +402,5 @@ class PretrainConfig(Config):
     optimizer: OptimizerConfig = OptimizerConfig()
     dropout: DropoutConfig = DropoutConfig()
     monitor: MonitorConfig = MonitorConfig()
+    samples: SamplesConfig = SamplesConfig()
     launch: LaunchConfig = LaunchConfig()

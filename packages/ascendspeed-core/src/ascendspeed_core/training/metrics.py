@@ -86,6 +86,10 @@ def draw_loss(
             ms=3,
             label="validation loss",
         )
+    written = [r["iteration"] for r in records if "samples" in r]
+    if written:
+        edge = axes.get_xaxis_transform()
+        axes.plot(written, [0.02] * len(written), "^", ms=4, transform=edge, label="samples written")
     if unigram_entropy_nats is not None:
         axes.axhline(
             unigram_entropy_nats,

@@ -15,6 +15,7 @@ from ascendspeed_core.training.choose_engine import check_zero
 from ascendspeed_core.training.monitor import check_monitor
 from ascendspeed_core.training.reference import Reference, open_reference
 from ascendspeed_core.training.run_data import check_run_data
+from ascendspeed_core.training.samples import SamplesPlan, plan_samples
 from ascendspeed_core.training.schedule import samples_of_run
 from ascendspeed_core.weights import NativeSource, WeightSource, open_source, open_weights
 from ascendspeed_core.weights.foreign.adapter import open_adapter
@@ -37,6 +38,7 @@ class RunPlan:
         num_samples: samples of the whole run for training, validation and test.
         manifest: of the training data, if it has one.
         reference: what preference tuning compares with.
+        samples: prompts that are continued while training.
     """
 
     config: PretrainConfig
@@ -47,6 +49,7 @@ class RunPlan:
     num_samples: tuple[int, int, int]
     manifest: DatasetManifest | None
     reference: Reference | None = None
+    samples: SamplesPlan | None = None
 
     @property
     def model(self) -> ModelConfig:
@@ -100,7 +103,9 @@ def plan_run(config: PretrainConfig, world_size: int) -> RunPlan:
     reference = None
     if isinstance(config, DpoConfig):
         reference = open_reference(config, source, checkpoint if start.iteration > 0 else None)
-    return RunPlan(config, layout, source, start, checkpoint, samples, manifest, reference)
+    tokenizer = config.data.tokenizer_name_or_path or source.tokenizer
+    prompts = plan_samples(config.samples, source.config, layout, tokenizer)
+    return RunPlan(config, layout, source, start, checkpoint, samples, manifest, reference, prompts)
 
 
 def _open_source(config: PretrainConfig) -> tuple[WeightSource, NativeSource | None]:

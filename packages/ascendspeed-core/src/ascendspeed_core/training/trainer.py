@@ -32,6 +32,7 @@ from ascendspeed_core.training.plan import RunPlan
 from ascendspeed_core.training.preference import PreferenceObjective
 from ascendspeed_core.training.reference import RECORD
 from ascendspeed_core.training.run_data import open_run_data
+from ascendspeed_core.training.samples import SampleWriter
 from ascendspeed_core.training.schedule import Schedule
 from ascendspeed_core.training.step import MicroBatch, StepResult, evaluate, forward_backward, train_step
 from ascendspeed_core.training.stop import StoppedError, StopSignal
@@ -85,6 +86,10 @@ class Trainer:
         self._refuse_different_data()
         self.monitor = Monitor(self.config, self.model, mesh, plan.start.iteration, self._say)
         self.iteration = plan.start.iteration
+        self.samples = None
+        if plan.samples is not None:
+            folder = self.config.start.save
+            self.samples = SampleWriter(plan.samples, self.model, mesh, folder, self.iteration)
         if plan.checkpoint is not None and plan.resumes:
             self._resume(plan.checkpoint)
 
@@ -263,6 +268,8 @@ class Trainer:
             record["loss_scale"] = scale
         if scale is not None or result.is_empty:
             record["skipped"] = result.is_skipped
+        if self.samples is not None and self.iteration % self.samples.plan.interval == 0:
+            record["samples"] = self.samples.write(self.iteration)
         if batch.eval_iters and self.iteration % batch.eval_interval == 0:
             with self.monitor.watching(self.iteration, "validation"):
                 record |= self._validation()
