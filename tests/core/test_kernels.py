@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 
+from ascendspeed_core.config.finetune import FinetuneDataConfig
 from ascendspeed_core.config.parallel import Layout
-from ascendspeed_core.config.training import BatchConfig, OptimizerConfig
+from ascendspeed_core.config.training import BatchConfig, DataConfig, OptimizerConfig
 from ascendspeed_core.device import Device
 from ascendspeed_core.kernels import liger, npu
 from ascendspeed_core.kernels.config import ComputeConfig
@@ -216,6 +217,7 @@ def test_the_table_says_why() -> None:
         ("cross_entropy", "reference", Setting(tp=2), "the vocabulary is cut over tp=2 devices"),
         ("cross_entropy", "npu", Setting(Device("npu"), micro_batch_tokens=200_001), "a micro-batch has 200001"),
         ("scaled_masked_softmax", "npu", Setting(Device("npu"), seq_length=100), "as seq_length, this is 100"),
+        ("scaled_masked_softmax", "npu", Setting(Device("npu"), seq_length=64, lengths_vary=True), "lengths vary"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
@@ -259,6 +261,16 @@ def test_setting_of_a_run() -> None:
         True,
         96,
     )
+
+
+def test_whether_lengths_vary() -> None:
+    texts: dict[str, Any] = {"data_path": ("x",), "seq_length": 32}
+    assert not DataConfig(**texts).lengths_vary
+    assert not FinetuneDataConfig(**texts).lengths_vary
+    assert FinetuneDataConfig(**texts, is_instruction_dataset=True).lengths_vary
+    assert not FinetuneDataConfig(
+        **texts, is_instruction_dataset=True, variable_seq_lengths=False
+    ).lengths_vary
 
 
 def test_every_function_of_the_device_modules_is_offered() -> None:

@@ -19,6 +19,11 @@ class PaddedDataConfig(DataConfig):
         8, ge=1, description="Padded lengths are multiples of this, at most --seq-length."
     )
 
+    @property
+    def lengths_vary(self) -> bool:
+        """Whether samples are padded to the longest of their step, rather than to `seq_length`."""
+        return self.variable_seq_lengths
+
 
 class FinetuneDataConfig(PaddedDataConfig):
     """Which samples are trained on."""
@@ -44,6 +49,11 @@ class FinetuneDataConfig(PaddedDataConfig):
                 "out"
             )
         return self
+
+    @property
+    def lengths_vary(self) -> bool:
+        """Whether samples are padded to the longest of their step, rather than to `seq_length`."""
+        return self.is_instruction_dataset and self.variable_seq_lengths
 
 
 class TuneConfig(PretrainConfig):

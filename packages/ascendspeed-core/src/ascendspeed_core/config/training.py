@@ -147,6 +147,11 @@ class DataConfig(Config):
             raise ValueError(f"split={self.split!r} is not three numbers; write for example 969,30,1")
         return self
 
+    @property
+    def lengths_vary(self) -> bool:
+        """Whether samples are padded to the longest of their step, rather than to `seq_length`."""
+        return False
+
     def blend(self) -> tuple[list[str], list[float] | None]:
         """Return the prefixes, and their weights when there are several."""
         try:

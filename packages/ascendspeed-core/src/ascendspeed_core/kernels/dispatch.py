@@ -35,7 +35,8 @@ class Setting:
         tp: devices that share the vocabulary.
         has_additive_mask: scores get something added, as ALiBi does.
         drops_attention: attention's weights are dropped from.
-        seq_length: tokens of a sample, on this device in attention.
+        seq_length: tokens of a sample, the most if lengths vary.
+        lengths_vary: from step to step.
         micro_batch_tokens: most tokens of one forward pass.
     """
 
@@ -45,6 +46,7 @@ class Setting:
     has_additive_mask: bool = False
     drops_attention: bool = False
     seq_length: int | None = None
+    lengths_vary: bool = False
     micro_batch_tokens: int | None = None
 
     @classmethod
@@ -54,6 +56,7 @@ class Setting:
         mesh: ParallelMesh,
         seq_length: int,
         batch: BatchConfig,
+        lengths_vary: bool = False,
         drops_attention: bool = False,
     ) -> "Setting":
         """Return the setting of a training run."""
@@ -65,6 +68,7 @@ class Setting:
             has_additive_mask=model.config.position == "alibi",
             drops_attention=drops_attention,
             seq_length=seq_length,
+            lengths_vary=lengths_vary,
             micro_batch_tokens=largest * seq_length,
         )
 
@@ -132,6 +136,8 @@ def _softmax_fits(setting: Setting) -> str | None:
     length = setting.seq_length
     if setting.has_additive_mask:
         return "npu_scaled_masked_softmax takes no ALiBi"
+    if setting.lengths_vary:
+        return "npu_scaled_masked_softmax takes multiples of 32 as seq_length, lengths vary (--no-variable-seq-lengths)"
     if length is None or length % 32 or not 32 <= length <= 4096:
         return (
             f"npu_scaled_masked_softmax takes multiples of 32 from 32 to 4096 as seq_length, this is {length}"

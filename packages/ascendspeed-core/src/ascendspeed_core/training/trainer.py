@@ -63,6 +63,7 @@ class Trainer:
             mesh,
             self.config.data.seq_length,
             self.config.batch,
+            lengths_vary=self.config.data.lengths_vary,
             drops_attention=self.config.dropout.attention_dropout > 0,
         )
         kernels = apply_kernels(self.model, self.config.compute, setting)
