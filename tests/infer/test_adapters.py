@@ -177,7 +177,7 @@ def test_on_the_command_line(base: Path) -> None:
     assert "there is no adapter; give --lora-load DIR" in idle.complaint
     missing = call("asd-infer", "generate", *flags, "--lora-load", "/nowhere")
     assert missing.status == 1
-    assert "/nowhere/adapter_config.json does not exist" in missing.complaint
+    assert "/nowhere has neither adapter_model.safetensors nor" in missing.complaint
 
 
 def test_the_adapters_own_tokenizer_is_used(base: Path, tmp_path: Path) -> None:
