@@ -180,6 +180,7 @@ LAYOUTS = {
     "pp2 zbv": Layout(pp=2, schedule="zbv"),
     "tp2 pp2 vpp1": Layout(tp=2, pp=2, schedule="interleaved", layers_per_stage=1),
     "tp2 dp2 sharded": Layout(tp=2, dp=2, sharded_optimizer=True),
+    "cp2 tp2 sp": Layout(cp=2, tp=2, sequence_parallel=True),
 }
 BIASED = {
     "position": "alibi",
