@@ -355,3 +355,7 @@ def test_options_that_mean_nothing_are_refused(sets: tuple[Path, Path], tmp_path
     done = finetune(tmp_path / "x", tmp_path / "base", "--data-path", sets[0], "--lora-r", 4, run=call)
     assert done.status == 2
     assert "lora_r means nothing without --lora-target-modules or --lora-load" in done.complaint
+    dropping = ("--data-path", sets[0], "--lora-target-modules", "dense", "--lora-dropout", 0.1)
+    done = finetune(tmp_path / "x", tmp_path / "base", *dropping, run=call)
+    assert done.status == 2
+    assert "lora_dropout=0.1 is not supported" in done.complaint

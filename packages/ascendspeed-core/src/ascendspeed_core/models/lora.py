@@ -79,7 +79,8 @@ class LoraLinear(nn.Linear):
 
     def low_rank(self, x: torch.Tensor) -> torch.Tensor:
         """Return what the adapter adds: [..., I] -> [..., O]."""
-        added: torch.Tensor = self.lora_B(self.lora_A(x)) * self.scale
+        # Scaled where it is small: [..., r].
+        added: torch.Tensor = self.lora_B(self.lora_A(x) * self.scale)
         return added
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
