@@ -177,6 +177,24 @@ def test_the_functions_that_decode_one_text(model: tuple[Transformer, ParallelMe
     assert text.new_ids == found
 
 
+def test_one_token_in_bf16(tmp_path: Path) -> None:
+    """A single row of bf16 is computed beside a row of padding, which nobody sees."""
+    REFERENCES["Llama 3.2"].save(tmp_path)
+    model, mesh = load(str(tmp_path), Layout(), torch.bfloat16)
+    wide, _ = load(str(tmp_path), Layout(), torch.float64)
+    runner = ModelRunner(model, mesh, 32)
+    room = runner.cache.reserve(9)
+    ids = [5, 9, 11, 40, 3, 77]
+    prefill(runner, room, ids[:3])
+    for place in range(3, 6):
+        logits = decode_one_token(runner, room, ids[place], place)
+        want = wide(torch.tensor([ids[: place + 1]]))[0, -1].detach()
+        assert logits.shape == want.shape
+        # Numbers of 8 bits: logits of up to 3 are rounded at 2**-7, sums before them more.
+        torch.testing.assert_close(logits.double(), want, rtol=0, atol=0.05)
+        assert float(want.abs().max()) > 0.5
+
+
 def test_first_come_first_served(model: tuple[Transformer, ParallelMesh]) -> None:
     """A large request waits for memory, and small ones that came later do not overtake it."""
     engine = Engine(ModelRunner(*model, 64), keeps_beginnings=False)

@@ -130,7 +130,8 @@ class LanguageModel:
                 f"tokenizer {folder} has vocab_size={opened.vocab_size}, the model {source.config.vocab_size}; "
                 "give the model's own tokenizer"
             )
-        model = load_model(source, mesh, getattr(torch, dtype or stored_dtype(source)))
+        wanted = getattr(torch, dtype or stored_dtype(source))
+        model = load_model(source, mesh, wanted, joined_projections=beside is None)
         if beside is not None:
             attach_adapter(model, mesh, beside)
         return cls(model, opened, mesh)

@@ -173,7 +173,8 @@ class CachedPass:
         """Place of each token in its text, [1, M]."""
         self._rows: torch.Tensor | None = None
         rooms = [piece.room.start for piece in pieces]
-        if all(piece.count == 1 for piece in pieces) and len(set(rooms)) == len(rooms):
+        # Several single tokens are stored at once, if none lies where another of them is looked for.
+        if len(pieces) > 1 and all(piece.count == 1 for piece in pieces) and len(set(rooms)) == len(rooms):
             rows = [piece.room.start + piece.start for piece in pieces]
             self._rows = torch.tensor(rows, device=cache.keys.device)
 

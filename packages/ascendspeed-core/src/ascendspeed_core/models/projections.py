@@ -27,17 +27,20 @@ class Projections:
 
     def __init__(self, owner: nn.Module, names: tuple[str, ...]) -> None:
         self._owner, self._names = owner, names
-        self._weight: torch.Tensor | None = None
+        self.weight: torch.Tensor | None = None
         self._bias: torch.Tensor | None = None
 
     def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Apply every layer: [..., H] -> [..., R_i] each."""
         layers = self._layers()
-        if self._weight is None:
+        if self.weight is None:
             return [layer(x) for layer in layers]
-        parameters: list[torch.Tensor] = [layer.weight for layer in layers]
-        parameters += [layer.bias for layer in layers if self._bias is not None]
-        joined: torch.Tensor = _JoinedLinear.apply(x, self._weight, self._bias, *parameters)
+        if torch.is_grad_enabled():
+            parameters: list[torch.Tensor] = [layer.weight for layer in layers]
+            parameters += [layer.bias for layer in layers if self._bias is not None]
+            joined: torch.Tensor = _JoinedLinear.apply(x, self.weight, self._bias, *parameters)
+        else:
+            joined = F.linear(x, self.weight, self._bias)
         parts = joined.split([layer.weight.shape[0] for layer in layers], dim=-1)
         return [
             part + layer.low_rank(x) if isinstance(layer, LoraLinear) else part
@@ -50,7 +53,7 @@ class Projections:
         Called when the parameters have their final storage; whoever replaces that calls it again.
         """
         layers = self._layers()
-        self._weight = _lay_together([layer.weight for layer in layers])
+        self.weight = _lay_together([layer.weight for layer in layers])
         self._bias = None
         if layers[0].bias is not None:
             self._bias = _lay_together([layer.bias for layer in layers])
