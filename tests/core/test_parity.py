@@ -40,6 +40,8 @@ def test_each_option_is_what_the_command_takes() -> None:
     assert [
         flag for flags in OPTIONS.values() for flag in flags if flag[:2] == "--" and flag not in known
     ] == []
+    (zero,) = parse_layouts("tp2dp2+zero1")
+    assert zero.flags == ("--zero-stage", "1")
     (candidate,) = parse_layouts("pp2dp2+vpp2-zb+block3+mbs1-2-4+mlp-fusion")
     assert " ".join(candidate.flags) == (
         "--num-layers-per-virtual-pipeline-stage 2 --pipeline-schedule interleaved-zb --checkpoint-activations "

@@ -1,12 +1,16 @@
 """Training under DeepSpeed's ZeRO computes what one process without it computes."""
 
+import os
+import sys
+
 import pytest
 import torch
 
+from ascendspeed_core.config.lora import LoraConfig
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.config.training import RecomputeConfig
 from core.training_cases import Trained, train
-from core.zero_cases import train_zero, validation_loss
+from core.zero_cases import memory_of, train_zero, validation_loss
 from support.models import tiny_config
 from support.processes import WorkerPool
 from support.tables import ReportTables
@@ -108,3 +112,67 @@ def test_norms_inside_the_cut(workers: WorkerPool) -> None:
         layout = Layout(tp=2, zero_stage=stage)
         ranks = workers.run(train_zero, 2, config, layout, "float32", adam_eps=EPSILON)
         assert max(far(ranks[0], own)) < 2e-5
+
+
+def test_parts_of_a_sequence(one: Trained, workers: WorkerPool) -> None:
+    """Devices with other parts of a sequence hold the same weights, so ZeRO cuts over them too."""
+    for layout in (Layout(cp=2, zero_stage=2), Layout(dp=2, cp=2, zero_stage=3)):
+        ranks = workers.run(train_zero, layout.world_size, tiny_config(), layout, "float32", adam_eps=EPSILON)
+        assert max(far(ranks[0], one)) < 2e-5, layout
+
+
+def test_frozen_weights_have_no_optimizer_state(workers: WorkerPool) -> None:
+    """LoRA, one module trained whole: frozen weights are spread by ZeRO-3, and in no checkpoint."""
+    config = tiny_config(num_layers=2, qkv_bias=True)
+    lora = LoraConfig(
+        lora_target_modules=("q_proj", "o_proj"), lora_r=4, lora_modules_to_save=("embed_tokens",)
+    )
+    (own,) = workers.run(train_zero, 1, config, Layout(), "float32", lora=lora, adam_eps=EPSILON)
+    assert all(".lora_" in name or name == "embedding.weight" for name in own.weights)
+    for layout in (*LAYOUTS[:3], LAYOUTS[3], LAYOUTS[5]):
+        ranks = workers.run(
+            train_zero, layout.world_size, config, layout, "float32", lora=lora, adam_eps=EPSILON
+        )
+        assert max(far(ranks[0], own)) < 2e-5, layout
+
+
+LARGER = tiny_config(
+    vocab_size=2048, hidden_size=768, ffn_hidden_size=2048, head_dim=96, num_key_value_heads=8, num_layers=8
+)
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of a process from /proc")
+
+
+def most_memory(stage: int | None, dp: int, steps: int) -> tuple[float, float]:
+    """Of `memory_of`, the most of any rank of new processes.
+
+    Every tensor is a mapping of its own there: otherwise the C library keeps freed ones between others, in amounts
+    that differ from run to run, and what is resident says little of what is held.
+    """
+    pool = WorkerPool()
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
+    try:
+        ranks = pool.run(memory_of, dp, LARGER, Layout(dp=dp, zero_stage=stage), steps)
+    finally:
+        del os.environ["MALLOC_MMAP_THRESHOLD_"]
+        pool.close()
+    return max(rank[0] for rank in ranks), max(rank[1] for rank in ranks)
+
+
+@on_linux
+def test_no_process_holds_the_whole_model_while_it_is_read() -> None:
+    # Half of the 228 MiB, the largest weight (a 36th) as it is drawn and as it is spread, and modules imported late.
+    assert most_memory(3, 2, 0)[0] < 0.7
+
+
+@on_linux
+@pytest.mark.nightly
+def test_memory_by_stage(report: ReportTables) -> None:
+    """What ZeRO is for; with stage 3 a rank has less while it trains than the others have once they are loaded."""
+    dp = 4
+    table = {stage: most_memory(stage, dp, 2) for stage in (None, 1, 2, 3)}
+    for stage, measured in table.items():
+        title = f"Most resident memory of a rank, dp {dp}, fp32, in bytes of the {LARGER.num_parameters:,} weights"
+        report.add(title, ("stage", "while loading", "while training"), str(stage or "none"), *measured)
+    assert min(table[stage][0] for stage in (None, 1, 2)) > 0.9
+    assert table[3][0] < 0.45
+    assert table[3][1] < table[2][1] < table[1][1] < table[None][1]

@@ -1,5 +1,7 @@
 """Cases that worker processes run: train a tiny model under DeepSpeed and report everything about it."""
 
+import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -7,11 +9,13 @@ import torch.distributed as dist
 
 from ascendspeed_core.config.deepspeed import RunValues, engine_settings
 from ascendspeed_core.config.load import load_config
+from ascendspeed_core.config.lora import LoraConfig
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.config.training import OptimizerConfig, PretrainConfig, RecomputeConfig
 from ascendspeed_core.device import Device
 from ascendspeed_core.parallel.build import load_model, parameter_slices
+from ascendspeed_core.parallel.deepspeed import start_deepspeed
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.recompute import apply_recompute
 from ascendspeed_core.training.engine import Engine
@@ -20,18 +24,21 @@ from ascendspeed_core.training.plan import plan_run
 from ascendspeed_core.training.step import count_tokens, evaluate, forward_backward, train_step
 from ascendspeed_core.training.trainer import Trainer
 from ascendspeed_core.training.zero import ZeroEngine
-from ascendspeed_core.weights import InitialWeights
+from ascendspeed_core.weights import InitialWeights, WeightSource
+from ascendspeed_core.weights.lora import drawn_adapters, plan_adapters
 from core.training_cases import Trained, join, micro_batches, whole
 
 
-def settings_of(layout: Layout, dtype_name: str, clip_grad: float = 0.5) -> dict[str, Any]:
+def settings_of(
+    layout: Layout, dtype_name: str, clip_grad: float = 0.5, largest_unit: int = 20_000
+) -> dict[str, Any]:
     """What the run would tell DeepSpeed."""
     run = RunValues(
         micro_batch_size=4, global_batch_size=16, dp=layout.dp, zero_stage=layout.zero_stage or 0, dtype=dtype_name,
         clip_grad=clip_grad, optimizer="adam", lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1, loss_scale=0,
         initial_scale_power=32, loss_scale_window=1000, hysteresis=2, min_loss_scale=1,
     )  # fmt: skip
-    return engine_settings({}, run, 100_000)
+    return engine_settings({}, run, 100_000, largest_unit)
 
 
 def number_afresh() -> None:
@@ -52,9 +59,10 @@ def train_zero(
     steps: int = 10,
     micro_batch_size: int = 4,
     recompute: RecomputeConfig | None = None,
+    lora: LoraConfig | None = None,
     **optimizer_options: Any,
 ) -> Trained:
-    """Train from seeded weights as `training_cases.train` does, under DeepSpeed."""
+    """Train from seeded weights as `training_cases.train` does, under DeepSpeed if the layout says so."""
     from deepspeed.utils import safe_get_full_grad
 
     number_afresh()
@@ -62,16 +70,23 @@ def train_zero(
     settings = settings_of(layout, dtype_name)
     # Weights below this size would stay whole on every process.
     settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    weights = InitialWeights(config, seed=5)
+    weights: WeightSource = InitialWeights(config, seed=5)
+    if lora is not None:
+        weights = drawn_adapters(weights, plan_adapters(lora, config, ""), seed=3)
     model = load_model(weights, mesh, getattr(torch, dtype_name), zero_settings=settings)
     apply_recompute(model, recompute or RecomputeConfig(), mesh.pp_rank)
     options: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.1, "clip_grad": 0.5}
     slices = parameter_slices(model, mesh)
-    engine = ZeroEngine(model, OptimizerConfig(**(options | optimizer_options)), mesh, settings)
+    optimizer = OptimizerConfig(**(options | optimizer_options))
+    engine: Engine = MasterOptimizer(model, optimizer, mesh)
+    if layout.zero_stage:
+        engine = ZeroEngine(model, optimizer, mesh, settings)
     batches = micro_batches(config.vocab_size, 0, mesh, micro_batch_size, masked=True)
     first = forward_backward(model, engine, batches, mesh, count_tokens(batches, mesh))
     gradients = {}
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         gradient = safe_get_full_grad(parameter).double().view(slices[name].sizes)
         gradients[name] = whole(gradient, slices[name], mesh.group("tp"))
     losses, norms = [float(mesh.sum_over("replicas", first))], [engine.step()]
@@ -83,7 +98,7 @@ def train_zero(
     return Trained(losses, norms, gradients, written_weights(engine))
 
 
-def written_weights(engine: ZeroEngine) -> dict[str, torch.Tensor]:
+def written_weights(engine: Engine) -> dict[str, torch.Tensor]:
     """The weights as a checkpoint would hold them, put together from what all processes write."""
     mine = [(name, part, value.detach().clone()) for name, part, value in engine.pieces()]
     everything: list[Any] = [None] * dist.get_world_size()
@@ -114,6 +129,37 @@ def validation_loss(config: ModelConfig, layout: Layout) -> list[float]:
         )
         train_step(model, engine, micro_batches(config.vocab_size, step, mesh, 4, masked=True), mesh)
     return losses
+
+
+def memory_of(config: ModelConfig, layout: Layout, steps: int) -> tuple[float, float]:
+    """Most resident bytes while loading, and while training, beyond what is there before; for fresh processes.
+
+    In shares of the bytes of the whole model's weights.
+    """
+    mesh = ParallelMesh.create(Device("cpu"), layout)
+    settings = settings_of(layout, "float32", largest_unit=config.vocab_size * config.hidden_size)
+    # Imported before, since it takes memory too.
+    start_deepspeed(mesh.device)
+    whole = config.num_parameters * 4
+
+    def resident(line: str) -> float:
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(rf"{line}:\s+(\d+) kB", status)[1]) * 1024 / whole  # type: ignore[index]
+
+    before = resident("VmRSS")
+    # Linux: makes the peak that of the time from here.
+    Path("/proc/self/clear_refs").write_text("5")
+    model = load_model(InitialWeights(config, seed=5), mesh, torch.float32, zero_settings=settings)
+    loading = resident("VmHWM") - before
+    if not steps:
+        return loading, 0.0
+    engine: Engine = MasterOptimizer(model, OptimizerConfig(), mesh)
+    if layout.zero_stage:
+        engine = ZeroEngine(model, OptimizerConfig(), mesh, settings)
+    Path("/proc/self/clear_refs").write_text("5")
+    for step in range(steps):
+        train_step(model, engine, micro_batches(config.vocab_size, step, mesh, 2, masked=False), mesh)
+    return loading, resident("VmHWM") - before
 
 
 def trainer_of(options: dict[str, Any]) -> Trainer:

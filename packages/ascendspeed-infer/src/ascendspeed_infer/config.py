@@ -6,6 +6,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from ascendspeed_core.config.base import Config, spellings
+from ascendspeed_core.config.load import validate
 from ascendspeed_core.config.model import ArchitectureFlags
 from ascendspeed_core.config.parallel import Layout, ParallelConfig
 from ascendspeed_core.config.source import ModelSourceConfig
@@ -164,6 +165,21 @@ class LayoutConfig(Config):
     pipeline_model_parallel_size: int = Field(
         1, ge=1, description="Stages that the layers are cut into (pp); they need not be equally long."
     )
+    zero_stage: Literal[1, 2, 3] | None = Field(
+        None,
+        description="Answer under DeepSpeed: with 3 each data-parallel process keeps a share of the weights, and all "
+        "compute together; 1 and 2 cut what only training has.",
+    )
+    deepspeed: bool = Field(
+        False,
+        description="Answer under DeepSpeed, as --deepspeed_config or --zero-stage says.",
+        json_schema_extra={"off": ""},
+    )
+    deepspeed_config: Path | None = Field(
+        None,
+        description="DeepSpeed's JSON: its stage, and its bucket sizes.",
+        json_schema_extra=spellings("--deepspeed_config"),
+    )
 
 
 class StoredPrecisionConfig(PrecisionConfig):
@@ -189,14 +205,14 @@ def check_parallel(parallel: ParallelConfig) -> None:
 
 
 def inference_layout(parallel: ParallelConfig, world_size: int) -> Layout:
-    """Return the layout of a model that only answers; every process must hold a part of it.
+    """Return the layout of a model that only answers; every process must hold a part of it, unless ZeRO was asked for.
 
     Raises:
         ConfigError: some processes would only repeat what others compute.
     """
     refuse_context_parallel(parallel)
     layout = parallel.layout(world_size)
-    if layout.dp > 1:
+    if layout.dp > 1 and layout.zero_stage is None:
         raise ConfigError(
             f"tensor_model_parallel_size={layout.tp} leaves {world_size} processes to compute the same {layout.dp} "
             f"times; give --tensor-model-parallel-size {world_size // layout.pp}, or start {layout.tp * layout.pp}"
@@ -247,7 +263,7 @@ class LoadedModelConfig(Config):
     @property
     def parallel(self) -> ParallelConfig:
         """The layout as models are cut by it."""
-        return ParallelConfig(**self.layout.model_dump())
+        return validate(ParallelConfig, self.layout.model_dump())
 
 
 class GenerateConfig(LoadedModelConfig):

@@ -15,6 +15,7 @@ from ascendspeed_core.device import choose_device
 from ascendspeed_core.launch import world_of_environment
 from ascendspeed_core.models.transformer import Transformer
 from ascendspeed_core.parallel.build import load_model
+from ascendspeed_core.parallel.deepspeed import answer_from_shares
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.pipeline import forward_through_stages
 from ascendspeed_core.parallel.tensor import gather_logits
@@ -39,7 +40,7 @@ from ascendspeed_infer.generation import (
     stream_ids,
 )
 from ascendspeed_infer.new_text import NewText
-from ascendspeed_infer.opening import find_tokenizer, stored_dtype, with_adapter
+from ascendspeed_infer.opening import find_tokenizer, stored_dtype, with_adapter, zero_settings
 from ascendspeed_infer.options_2023 import todays_options
 from ascendspeed_infer.requests import Completion, GenerateOptions, GenerationRequest, Prompts, StreamedText
 from ascendspeed_infer.sampling import Sampling
@@ -54,6 +55,7 @@ class LanguageModel:
         self.tokenizer = tokenizer
         self.mesh = mesh
         self._tiles: Tiles | None = None
+        self._deepspeed: Any = None
 
     @classmethod
     def from_pretrained(
@@ -130,11 +132,17 @@ class LanguageModel:
                 f"tokenizer {folder} has vocab_size={opened.vocab_size}, the model {source.config.vocab_size}; "
                 "give the model's own tokenizer"
             )
-        wanted = getattr(torch, dtype or stored_dtype(source))
-        model = load_model(source, mesh, wanted, joined_projections=beside is None)
+        format_ = dtype or stored_dtype(source)
+        settings = zero_settings(parallel, mesh, format_, shares_out_work=data_parallel)
+        # An adapter goes beside projections as they are stored; ZeRO's shares are of weights as they are stored.
+        is_joined = beside is None and settings is None
+        model = load_model(source, mesh, getattr(torch, format_), is_joined, settings)
         if beside is not None:
             attach_adapter(model, mesh, beside)
-        return cls(model, opened, mesh)
+        loaded = cls(model, opened, mesh)
+        if settings is not None:
+            loaded._deepspeed = answer_from_shares(model, mesh, settings)
+        return loaded
 
     @overload
     def generate(

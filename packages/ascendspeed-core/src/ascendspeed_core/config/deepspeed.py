@@ -190,24 +190,34 @@ def check_deepspeed_config(content: Mapping[str, Any], path: Path, run: RunValue
             )
 
 
-def engine_settings(content: Mapping[str, Any], run: RunValues, largest_bucket: int) -> dict[str, Any]:
+def engine_settings(
+    content: Mapping[str, Any], run: RunValues, parameters: int, largest_unit: int
+) -> dict[str, Any]:
     """Return the config of `deepspeed.initialize`.
 
     Gradients are added up and sent in fp32, as without DeepSpeed, unless the JSON says otherwise. How many
-    micro-batches make a step the run says itself, before each of them.
+    micro-batches make a step the run says itself, before each of them. DeepSpeed's own bucket sizes would keep the
+    weights of whole models below 1e9 parameters together on every device, under ZeRO-3 too; here a few units are.
 
     Args:
         content: the JSON, checked; empty without one.
         run: the run's options.
-        largest_bucket: elements above which a buffer of DeepSpeed is of no use: those of the whole model.
+        parameters: of a device, without ZeRO.
+        largest_unit: most parameters of a layer or of the embedding, on a device without ZeRO.
     """
     zero: dict[str, Any] = {
         "stage": run.zero_stage,
         # It would replace torch.nn.functional.linear for the whole process; see `parallel.deepspeed`.
         "memory_efficient_linear": False,
-        "reduce_bucket_size": min(largest_bucket, 500_000_000),
-        "allgather_bucket_size": -(-min(largest_bucket, 500_000_000) // 2) * 2,
+        "reduce_bucket_size": min(largest_unit, 500_000_000),
+        "allgather_bucket_size": -(-min(parameters, 500_000_000) // 2) * 2,
     }
+    if run.zero_stage == 3:
+        zero |= {
+            "stage3_prefetch_bucket_size": min(largest_unit, 50_000_000),
+            "stage3_max_live_parameters": min(2 * largest_unit, 1_000_000_000),
+            "stage3_max_reuse_distance": min(largest_unit, 1_000_000_000),
+        }
     given = content.get("zero_optimization", {})
     zero |= {key: value for key, value in given.items() if key in ZERO_PASSED_ON and value != AUTO}
     is_fp16 = run.dtype == "float16"
@@ -225,6 +235,25 @@ def engine_settings(content: Mapping[str, Any], run: RunValues, largest_bucket: 
         "steps_per_print": None,
     }
     return settings | {key: value for key, value in content.items() if key in PASSED_ON and value != AUTO}
+
+
+def answering_settings(content: Mapping[str, Any], stage: int, dtype: str) -> dict[str, Any]:
+    """Return the config of `deepspeed.initialize` for a model that answers and is not trained.
+
+    Args:
+        content: DeepSpeed's JSON, of which only the buckets of `zero_optimization` matter; empty without one.
+        stage: 1, 2 or 3.
+        dtype: of the weights, as torch names it.
+    """
+    given = content.get("zero_optimization", {})
+    zero = {key: value for key, value in given.items() if key in ZERO_PASSED_ON and value != AUTO}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": stage, "memory_efficient_linear": False, **zero},
+        "fp16": {"enabled": dtype == "float16"},
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "steps_per_print": None,
+    }
 
 
 def _leaves(content: Mapping[str, Any], above: str = "") -> list[tuple[str, Any]]:

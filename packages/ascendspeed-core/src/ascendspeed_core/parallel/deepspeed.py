@@ -49,6 +49,12 @@ def start_deepspeed(device: Device) -> Any:
     importlib.import_module("deepspeed.utils.groups")._release_process_group_references()
     communication: Any = importlib.import_module("deepspeed.comm.comm")
     communication.cdb = None
+    if not dist.is_initialized():
+        # DeepSpeed would look for a job scheduler and wait for its processes.
+        raise AscendSpeedError(
+            "DeepSpeed needs a process group, even for one process; run a command with --zero-stage, or call "
+            "torch.distributed.init_process_group first"
+        )
     # zero.Init reads the number of the device from there.
     os.environ.setdefault("LOCAL_RANK", str(device.index))
     deepspeed.init_distributed(dist_backend=device.backend, verbose=False)
@@ -142,6 +148,41 @@ def partition_weights(
             )
     _let_go_of_weights(model)
     return model
+
+
+def answer_from_shares(model: Transformer, mesh: ParallelMesh, settings: Mapping[str, Any]) -> Any:
+    """Let a model that was spread compute without being trained: all processes run the same passes.
+
+    Args:
+        model: of `partition_weights`.
+        mesh: this process's place.
+        settings: config of `deepspeed.initialize`.
+
+    Returns:
+        What must be kept for as long as the model is used.
+    """
+    deepspeed = importlib.import_module("deepspeed")
+    refuse_missing_format(next(model.parameters()).dtype, mesh.device)
+    engine, *_ = deepspeed.initialize(
+        model=model, config=dict(settings), mpu=groups_for_deepspeed(mesh), dist_init_required=False
+    )
+    return engine
+
+
+def refuse_missing_format(dtype: torch.dtype, device: Device) -> None:
+    """Ask DeepSpeed whether it computes in a format on this device; on a CPU it does not in fp16.
+
+    Raises:
+        AscendSpeedError: it does not.
+    """
+    accelerator = importlib.import_module("deepspeed.accelerator").get_accelerator()
+    supported = {torch.float16: accelerator.is_fp16_supported, torch.bfloat16: accelerator.is_bf16_supported}
+    if dtype in supported and not supported[dtype]():
+        name = str(dtype).removeprefix("torch.")
+        raise AscendSpeedError(
+            f"dtype={name}: DeepSpeed does not compute in {name} on this {device.kind}; give another --dtype, or leave "
+            "--zero-stage out"
+        )
 
 
 def _let_go_of_weights(model: Transformer) -> None:

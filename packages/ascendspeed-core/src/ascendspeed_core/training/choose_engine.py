@@ -50,7 +50,11 @@ def zero_settings(config: PretrainConfig, model: ModelConfig, layout: Layout) ->
         return None
     path = config.parallel.deepspeed_config
     given = read_deepspeed_config(path) if path is not None else {}
-    return engine_settings(given, _run_values(config, layout), model.num_parameters // layout.tp)
+    embedding = model.vocab_size * model.hidden_size
+    layers = model.num_parameters - embedding * (1 if model.tie_word_embeddings else 2)
+    largest_unit = max(embedding, layers // model.num_layers) // layout.tp
+    parameters = model.num_parameters // layout.tp
+    return engine_settings(given, _run_values(config, layout), parameters, largest_unit)
 
 
 def make_engine(

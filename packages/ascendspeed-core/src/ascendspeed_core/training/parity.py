@@ -22,6 +22,7 @@ TOLERANCE = {"float64": 1e-9, "float32": 1e-3, "bfloat16": 5e-2, "float16": 5e-2
 OPTIONS: dict[str, tuple[str, ...]] = {
     "sp": ("--sequence-parallel",),
     "sharded": ("--use-distributed-optimizer",),
+    "zero(N)": ("--zero-stage", "N"),
     **{name: ("--pipeline-schedule", name) for name in ("gpipe", *V_SCHEDULES)},
     **{name: ("--foldx-mode", name) for name in FOLD_SCHEDULES},
     "vpp(N)": ("--num-layers-per-virtual-pipeline-stage", "N"),

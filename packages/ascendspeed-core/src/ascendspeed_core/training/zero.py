@@ -18,12 +18,15 @@ from ascendspeed_core.config.training import OptimizerConfig
 from ascendspeed_core.models.transformer import ModelInput, Transformer
 from ascendspeed_core.parallel.build import parameter_slices
 from ascendspeed_core.parallel.collectives import all_reduce_sum
-from ascendspeed_core.parallel.deepspeed import groups_for_deepspeed, start_deepspeed
+from ascendspeed_core.parallel.deepspeed import (
+    groups_for_deepspeed,
+    refuse_missing_format,
+    start_deepspeed,
+)
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.slices import Slice
 from ascendspeed_core.training.engine import Piece
 from ascendspeed_core.training.update_rule import load_memory, make_update_rule, remembered
-from ascendspeed_data.errors import AscendSpeedError
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ class ZeroEngine:
         self, model: Transformer, config: OptimizerConfig, mesh: ParallelMesh, settings: Mapping[str, Any]
     ) -> None:
         deepspeed = start_deepspeed(mesh.device)
-        _refuse_missing_format(deepspeed, next(model.parameters()).dtype, mesh)
+        refuse_missing_format(next(model.parameters()).dtype, mesh.device)
         self._mesh = mesh
         self._slices = parameter_slices(model, mesh)
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -192,18 +195,6 @@ class ZeroEngine:
         flats = of_bf16 if of_bf16 is not None else self._zero.single_partition_of_fp32_groups
         flat = flats[mapping.param_group_index]
         return _Fragment(name, part, start, weight, flat, mapping.hp_fragment_address.start)
-
-
-def _refuse_missing_format(deepspeed: Any, dtype: torch.dtype, mesh: ParallelMesh) -> None:
-    """Ask DeepSpeed whether it computes in a format on this device; on a CPU it does not in fp16."""
-    accelerator = deepspeed.accelerator.get_accelerator()
-    supported = {torch.float16: accelerator.is_fp16_supported, torch.bfloat16: accelerator.is_bf16_supported}
-    if dtype in supported and not supported[dtype]():
-        name = str(dtype).removeprefix("torch.")
-        raise AscendSpeedError(
-            f"dtype={name}: DeepSpeed does not train in {name} on this {mesh.device.kind}; give another --dtype, or "
-            "leave --zero-stage out"
-        )
 
 
 def _tell_cut(parameter: nn.Parameter, part: Slice, mesh: ParallelMesh) -> None:

@@ -96,7 +96,8 @@ def opened_model(config: LoadedModelConfig) -> Iterator[tuple["LanguageModel", "
     from ascendspeed_infer.language_model import LanguageModel
     from ascendspeed_infer.opening import open_model_source, wanted_dtype
 
-    with process_group(config.launch.device) as (world, device):
+    is_zero = config.parallel.resolved_zero_stage() is not None
+    with process_group(config.launch.device, even_alone=is_zero) as (world, device):
         source, beside = open_model_source(config)
         dtype = wanted_dtype(config, source)
         tokenizer = config.tokenizer.tokenizer_name_or_path
