@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,8 @@ def test_training_equals_the_cpu(
     done = run_command(*command, *flags, "--save", tmp_path / "npu", PYTHONPATH=with_npu)
     assert done.status == 0, done.stderr
     assert "device: npu (auto; found npu, cpu)" in done.stderr
+    for operator in ("attention", "rms_norm", "rotary", "swiglu", "adamw"):
+        assert re.search(f"kernel: {operator} +npu ", done.stderr)
     cpu = call(*command, "--save", tmp_path / "cpu", "--device", "cpu")
     assert cpu.status == 0, cpu.stderr
     ours, theirs = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("npu", "cpu"))

@@ -4,8 +4,8 @@ It shows whether code moves its tensors to the device, asks it for nothing that 
 through its back end. It says nothing of an NPU's numbers, memory or speed: the CPU computes everything.
 
 A tensor on the device is a wrapper around one on the CPU. Factories make wrappers; every other operation unwraps its
-arguments, runs on the CPU, and wraps what comes out. torch loads this module as it loads torch_npu: by an entry point
-of the group `torch.backends`, see `pretended_package`.
+arguments, runs on the CPU, and wraps what comes out. torch_npu's fused operators are those of `npu_operators`. torch
+loads this module as it loads torch_npu: by an entry point of the group `torch.backends`, see `pretended_package`.
 """
 
 from collections.abc import Callable
