@@ -186,7 +186,18 @@ class BatchConfig(Config):
         description="Sizes of one device's micro-batches in order, 1,2,3,3,2,1, or example-config-1 (pp 4, 64 "
         "samples), example-config-2 (pp 8, 96 samples), or auto: measured, none above --micro-batch-size.",
     )
-    train_iters: int = Field(ge=1, description="Steps of the whole run.")
+    train_iters: int = Field(
+        0,
+        ge=0,
+        description="Steps of the whole run; 0: as many as --train-samples fills.",
+        validate_default=True,
+    )
+    train_samples: int | None = Field(
+        None,
+        ge=1,
+        description="Samples of the whole run, in place of --train-iters; a step that they do not fill is "
+        "left out.",
+    )
     exit_interval: int | None = Field(
         None,
         ge=1,
@@ -198,6 +209,18 @@ class BatchConfig(Config):
     eval_iters: int = Field(0, ge=0, description="Batches of one measurement; 0 measures none.")
     log_interval: int = Field(10, ge=1, description="Steps between two lines on the terminal.")
     seed: int = Field(1234, description="Seed of random weights and of the order of samples.")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "BatchConfig":
+        if not self.train_iters and self.train_samples is None:
+            raise ValueError(
+                "train_iters=0 or missing, and no train_samples; give --train-iters or --train-samples"
+            )
+        if self.train_iters and self.train_samples is not None:
+            raise ValueError(
+                f"train_iters={self.train_iters} and train_samples={self.train_samples} were both given; give one"
+            )
+        return self
 
     @model_validator(mode="after")
     def _rampup_is_three(self) -> "BatchConfig":
@@ -280,6 +303,12 @@ class OptimizerConfig(Config):
         "linear", description="How the learning rate falls."
     )
     lr_decay_iters: int | None = Field(None, ge=1, description="Steps of the fall. [default: --train-iters]")
+    lr_decay_samples: int | None = Field(
+        None, ge=1, description="Samples of the fall, with --train-samples. [default: --train-samples]"
+    )
+    lr_warmup_samples: int = Field(
+        0, ge=0, description="Samples of linear growth at the start, with --train-samples."
+    )
     lr_warmup_iters: int = Field(0, ge=0, description="Steps of linear growth at the start.")
     lr_warmup_fraction: float | None = Field(
         None,
@@ -300,7 +329,22 @@ class OptimizerConfig(Config):
             raise ValueError(f"min_lr={self.min_lr} is above lr={self.lr}; choose a smaller one")
         if self.lr_warmup_iters and self.lr_warmup_fraction is not None:
             raise ValueError("lr_warmup_iters and lr_warmup_fraction were both given; give one")
+        if self.lr_warmup_samples and self.lr_warmup_fraction is not None:
+            raise ValueError("lr_warmup_samples and lr_warmup_fraction were both given; give one")
         return self
+
+    def check_unit(self, in_samples: bool) -> None:
+        """Raise `ConfigError` when the run's length is in samples and its schedule in steps, or the other way."""
+        other = (
+            ("lr_decay_iters", "lr_warmup_iters") if in_samples else ("lr_decay_samples", "lr_warmup_samples")
+        )
+        given = [name for name in other if getattr(self, name)]
+        if given:
+            length = "train_samples" if in_samples else "train_iters"
+            unit = "samples" if in_samples else "iters"
+            raise ConfigError(
+                f"{given[0]} was given with {length}; give --{given[0].rpartition('_')[0].replace('_', '-')}-{unit}"
+            )
 
     @model_validator(mode="after")
     def _options_of_the_rule(self) -> "OptimizerConfig":

@@ -16,7 +16,7 @@ from ascendspeed_core.training.monitor import check_monitor
 from ascendspeed_core.training.reference import Reference, open_reference
 from ascendspeed_core.training.run_data import check_run_data
 from ascendspeed_core.training.samples import SamplesPlan, plan_samples
-from ascendspeed_core.training.schedule import samples_of_run
+from ascendspeed_core.training.schedule import samples_of_run, with_iterations
 from ascendspeed_core.weights import NativeSource, WeightSource, open_source, open_weights
 from ascendspeed_core.weights.foreign.adapter import open_adapter
 from ascendspeed_core.weights.lora import drawn_adapters, loaded_adapters, plan_adapters, resumed_adapters
@@ -86,6 +86,8 @@ def plan_run(config: PretrainConfig, world_size: int) -> RunPlan:
         config.batch.check_layout(layout.dp)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    config.optimizer.check_unit(in_samples=config.batch.train_samples is not None)
+    config = config.model_copy(update={"batch": with_iterations(config.batch, layout.dp)})
     check_monitor(config, world_size)
     source, checkpoint = _open_source(config)
     where = str(source.path or config.start.model_config_file)

@@ -5,6 +5,7 @@ from typing import Any
 from ascendspeed_core.config.training import BatchConfig, OptimizerConfig
 from ascendspeed_core.megatron import megatron
 from ascendspeed_core.training.engine import Engine
+from ascendspeed_data.errors import ConfigError
 
 
 class Schedule:
@@ -43,6 +44,34 @@ class Schedule:
         self._calculator.update(self.consumed_samples, consistency_check=False)
 
 
+def with_iterations(batch: BatchConfig, dp: int) -> BatchConfig:
+    """Return `batch` with the steps that `train_samples` fills, as Megatron-LM counts them; as it is without.
+
+    Raises:
+        ConfigError: the samples do not fill one step.
+    """
+    if batch.train_samples is None:
+        return batch
+    size = batch.check_layout(dp)
+    consumed = iterations = 0
+    if batch.rampup_batch_size:
+        calculator = _micro_batch_calculator(batch, size, dp)
+        while consumed <= batch.rampup_batch_size[2]:
+            step = int(calculator.get_current_running_global_batch_size())
+            if consumed + step > batch.train_samples:
+                break
+            consumed, iterations = consumed + step, iterations + 1
+            calculator.update(consumed, consistency_check=False)
+    if consumed == 0 or consumed > batch.rampup_batch_size[2]:
+        iterations += (batch.train_samples - consumed) // size
+    if iterations == 0:
+        first = batch.rampup_batch_size[0] if batch.rampup_batch_size else size
+        raise ConfigError(
+            f"train_samples={batch.train_samples} does not fill the first step of {first} samples; give {first} or more"
+        )
+    return batch.model_copy(update={"train_iters": iterations})
+
+
 def samples_of_run(batch: BatchConfig, dp: int) -> int:
     """Return how many samples all steps of a run consume, ramp-up included."""
     size = batch.check_layout(dp)
@@ -68,12 +97,15 @@ def _micro_batch_calculator(batch: BatchConfig, global_batch_size: int, dp: int)
 def _rate_scheduler(
     optimizer: Engine, config: OptimizerConfig, batch: BatchConfig, global_batch_size: int
 ) -> Any:
-    decay_iters = config.lr_decay_iters or batch.train_iters
-    decay_samples = decay_iters * global_batch_size
+    if batch.train_samples is not None:
+        decay_samples = config.lr_decay_samples or batch.train_samples
+        warmup_samples = config.lr_warmup_samples
+    else:
+        decay_samples = (config.lr_decay_iters or batch.train_iters) * global_batch_size
+        warmup_samples = config.lr_warmup_iters * global_batch_size
+    warmup_samples = min(warmup_samples, decay_samples - 1)
     if config.lr_warmup_fraction is not None:
         warmup_samples = int(config.lr_warmup_fraction * decay_samples)
-    else:
-        warmup_samples = min(config.lr_warmup_iters * global_batch_size, decay_samples - 1)
     return megatron("optimizer_param_scheduler").OptimizerParamScheduler(
         optimizer.rule,
         init_lr=0.0,
