@@ -55,6 +55,9 @@ class NpuModule:
     def set_device(self, device: int) -> None:
         self._current = int(device)
 
+    def get_device_name(self, device_name: int | None = None) -> str:
+        return "look-alike"
+
     def synchronize(self, device: int | None = None) -> None:
         pass
 
