@@ -250,7 +250,10 @@ def distances(got: Trained, want: Trained) -> tuple[float, ...]:
     )
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.nightly if name in ("tp2", "pp2") else ()) for name in LAYOUTS],
+)
 def test_layouts(workers: WorkerPool, report: ReportTables, sets: tuple[Path, Path], name: str) -> None:
     layout = LAYOUTS[name]
     for kind, prefix in zip(("plain", "packs"), sets, strict=True):

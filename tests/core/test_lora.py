@@ -200,6 +200,8 @@ CASES = [
     if kind.startswith("llama") or name in ("tp2 sp", "tp2 pp2 vpp1")
 ]
 """With 2 key-value heads and tp 4 each head is on two devices."""
+COVERED = ("tp2", "pp2", "tp2 sp")
+"""Layouts that are part of others."""
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +214,10 @@ def alone(workers: WorkerPool, sets: tuple[Path, Path]) -> dict[str, Trained]:
     }
 
 
-@pytest.mark.parametrize(("name", "kind"), CASES)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [pytest.param(*case, marks=pytest.mark.nightly if case[0] in COVERED else ()) for case in CASES],
+)
 def test_layouts(
     workers: WorkerPool,
     report: ReportTables,
