@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from ascendspeed_core.config.model import ModelConfig
-from ascendspeed_core.config.parallel import Layout
+from ascendspeed_core.config.parallel import Layout, Stage
 from ascendspeed_core.config.training import ComputeConfig, DropoutConfig, OptimizerConfig, RecomputeConfig
 from ascendspeed_core.device import Device
 from ascendspeed_core.kernels.dispatch import Setting, apply_kernels
@@ -141,6 +141,9 @@ class PlainPasses:
 
     def backward(self, loss: torch.Tensor, scale: float, is_last: bool) -> None:
         (loss * scale).backward()
+
+    def start_reduction(self, stage: Stage) -> None:
+        """Wait: `first_gradients` adds up over all devices at the end."""
 
 
 def first_gradients(

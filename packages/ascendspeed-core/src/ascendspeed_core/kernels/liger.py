@@ -1,7 +1,7 @@
 """Triton kernels of Liger-Kernel (Hsu et al., 2024), where the package is installed.
 
-None is measured here. Rotary embedding and cross entropy were compared with the reference in Triton's interpreter on a
-CPU; the interpreter cannot run the others.
+None is measured here, and no test runs these calls. The package's own rotary embedding and cross entropy, forwards,
+gave what the reference gives in Triton's interpreter on a CPU; the interpreter cannot run the others.
 
 Shapes: B batch, S sequence, N query heads, K key-value heads, D head size, V vocabulary, T tokens.
 """
