@@ -9,9 +9,10 @@ from ascendspeed_core.config.finetune import FinetuneDataConfig
 from ascendspeed_core.config.lora import LoraConfig
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.parallel import Layout
-from ascendspeed_core.config.training import OptimizerConfig, RecomputeConfig
+from ascendspeed_core.config.training import DropoutConfig, OptimizerConfig, RecomputeConfig
 from ascendspeed_core.device import Device
 from ascendspeed_core.parallel.build import load_model, parameter_slices
+from ascendspeed_core.parallel.dropout import apply_dropout
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.recompute import apply_recompute
 from ascendspeed_core.training.instruction import InstructionData
@@ -54,6 +55,7 @@ def tune(
         source = used_adapters(source, lora)
     model = load_model(source, mesh, getattr(torch, dtype_name), joined)
     apply_recompute(model, recompute or RecomputeConfig(), mesh.pp_rank)
+    apply_dropout(model, DropoutConfig(), 7, mesh)
     samples = InstructionData(data, 7, (steps * BATCH, BATCH, 0), source.config.vocab_size, mesh)
     sizes = (micro_batch_size,) * (BATCH // micro_batch_size // layout.dp)
     gradients = first_gradients(model, samples.micro_batches(0, sizes), mesh)

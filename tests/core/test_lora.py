@@ -10,10 +10,12 @@ import torch
 from ascendspeed_core.config.lora import LoraConfig
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.parallel import Layout
-from ascendspeed_core.config.training import OptimizerConfig, RecomputeConfig
+from ascendspeed_core.config.training import DropoutConfig, OptimizerConfig, RecomputeConfig
+from ascendspeed_core.models.dropout import BEFORE_ADAPTER, Draws
 from ascendspeed_core.models.families import find_family
 from ascendspeed_core.models.lora import HALVES
 from ascendspeed_core.parallel.build import load_model
+from ascendspeed_core.parallel.dropout import apply_dropout
 from ascendspeed_core.parallel.slices import tensor_slice
 from ascendspeed_core.training.metrics import read_metrics
 from ascendspeed_core.training.optimizer import MasterOptimizer
@@ -244,6 +246,68 @@ def test_recompute_and_joined_projections(workers: WorkerPool, sets: tuple[Path,
     assert max(distances(got, want)) < 1e-9
 
 
+DROPPED = (
+    ("tp2 sp", {}),
+    ("tp2 pp2 vpp1", {}),
+    ("tp2 dp2 sharded", {"joined": True, "recompute": RecomputeConfig(checkpoint_activations=True)}),
+    ("cp2 tp2 sp", {}),
+    ("pp2 zbv", {}),
+)
+"""Layouts, and what is done besides."""
+
+
+def test_dropout_drops_the_same_under_every_layout(workers: WorkerPool, sets: tuple[Path, Path]) -> None:
+    data, shape, options = data_config(sets[1], LENGTH), config(), lora(lora_dropout=0.25)
+    (want,) = workers.run(tune, 1, shape, Layout(), data, lora=options)
+    (without,) = workers.run(tune, 1, shape, Layout(), data, lora=lora())
+    assert distances(without, want)[0] > 1e-4
+    for name, besides in DROPPED:
+        layout = LAYOUTS[name]
+        ranks = workers.run(tune, layout.world_size, shape, layout, data, lora=options, **besides)
+        assert max(distances(join_stages(ranks, layout), want)) < 1e-9, name
+
+
+def test_dropout_is_where_peft_has_it(tmp_path: Path) -> None:
+    """peft's own layers, with our masks in place of those that torch draws."""
+    from peft import PeftModel
+    from safetensors.torch import save_file
+
+    base = REFERENCES["LLaMA with all biases"].save(tmp_path / "base").double()
+    source = used_adapters(open_weights(tmp_path / "base"), lora("all-linear", lora_dropout=0.25))
+    model = load_model(source, ALONE, torch.float64)
+    apply_dropout(model, DropoutConfig(), 9, ALONE)
+    tensors, settings = peft_form(source.adapters, source.config, source.read)
+    assert settings["lora_dropout"] == 0.25
+    save_file({key: value.clone() for key, value in tensors.items()}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    theirs: Any = PeftModel.from_pretrained(base, tmp_path).double()
+    tokens, samples = tokens_of(source.config.vocab_size), torch.tensor([4, 2**33])
+    assert model.dropout is not None
+    draws = model.dropout.of(samples, model.positions.heads)
+    plain = theirs(input_ids=tokens).logits
+    with torch.no_grad():
+        assert (model(tokens) - plain).abs().max() < FP32
+    for number, layer in enumerate(theirs.get_base_model().model.layers):
+        for name, place in BEFORE_ADAPTER.items():
+            part = layer.self_attn if name in ("q_proj", "k_proj", "v_proj", "o_proj") else layer.mlp
+            here = draws.in_layer(number)
+            getattr(part, name).lora_dropout["default"] = OurMask(here, place)
+    got, want = model(tokens, samples=samples), theirs(input_ids=tokens).logits
+    assert (got - want).abs().max() < FP32
+    assert (got - plain).abs().max() > 1e-3
+
+
+class OurMask(torch.nn.Module):
+    """Stands where peft has its dropout."""
+
+    def __init__(self, draws: Draws, place: int) -> None:
+        super().__init__()
+        self._draws, self._place = draws, place
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._draws.adapter_input(x, self._place, 0.25, 0)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_is_frozen_costs_nothing(dtype: str) -> None:
     source = drawn_adapters(InitialWeights(tiny_config(), 5), plan_adapters(lora(), tiny_config(), ""), 3)
@@ -360,7 +424,7 @@ def test_options_that_mean_nothing_are_refused(sets: tuple[Path, Path], tmp_path
     done = finetune(tmp_path / "x", tmp_path / "base", "--data-path", sets[0], "--lora-r", 4, run=call)
     assert done.status == 2
     assert "lora_r means nothing without --lora-target-modules or --lora-load" in done.complaint
-    dropping = ("--data-path", sets[0], "--lora-target-modules", "dense", "--lora-dropout", 0.1)
+    dropping = ("--data-path", sets[0], "--lora-target-modules", "lm_head", "--lora-dropout", 0.1)
     done = finetune(tmp_path / "x", tmp_path / "base", *dropping, run=call)
-    assert done.status == 2
-    assert "lora_dropout=0.1 is not supported" in done.complaint
+    assert done.status == 1
+    assert "nothing is dropped before the head's adapter" in done.complaint

@@ -18,7 +18,9 @@ class LoraConfig(Config):
     )
     lora_r: int = Field(16, ge=1, description="Rank r of the adapters.")
     lora_alpha: float = Field(32, gt=0, description="What an adapter adds is scaled by alpha / r.")
-    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Only 0: nothing is dropped inside adapters.")
+    lora_dropout: float = Field(
+        0.0, ge=0, lt=1, description="Share of an adapter's input that is dropped while it is trained."
+    )
     lora_use_rslora: bool = Field(
         False,
         description="Scale by alpha / sqrt(r) (Kalajdzievski, 2023).",
@@ -41,15 +43,6 @@ class LoraConfig(Config):
     def is_on(self) -> bool:
         """Whether adapters are trained in place of the weights."""
         return bool(self.lora_target_modules) or self.lora_load is not None
-
-    @model_validator(mode="after")
-    def _drops_nothing(self) -> Self:
-        if self.lora_dropout:
-            raise ValueError(
-                f"lora_dropout={self.lora_dropout} is not supported: what it drops would differ from layout to layout; "
-                "leave it out, or choose a smaller lora_r or lr against overfitting"
-            )
-        return self
 
     @model_validator(mode="after")
     def _options_need_targets(self) -> Self:

@@ -13,6 +13,7 @@ from torch import nn
 
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.models.cache import CachedPass
+from ascendspeed_core.models.lora import apply_linear
 from ascendspeed_core.models.norm import RMSNorm
 from ascendspeed_core.models.position import Places, RotaryFunction, rotate_both
 from ascendspeed_core.models.projections import Projections
@@ -57,7 +58,7 @@ class Attention(nn.Module):
             cache: pieces of texts whose earlier keys and values are kept; the new ones are added.
             cache_layer: place of this layer in the cache.
         """
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.projections(x))
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.projections(x, places.draws))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if places.rotary is not None:
@@ -70,8 +71,7 @@ class Attention(nn.Module):
             if self.around is not None:
                 attend = partial(self.around, attend)
             attended = attend(q, k, v, places.mask).transpose(1, 2)
-        out: torch.Tensor = self.o_proj(attended.flatten(2))
-        return out
+        return apply_linear(self.o_proj, attended.flatten(2), places.draws)
 
     def _attend_function(self, places: Places) -> AttentionFunction:
         """Return what attends, dropping weights if that is asked for."""

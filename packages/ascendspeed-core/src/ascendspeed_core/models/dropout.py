@@ -20,6 +20,14 @@ AFTER_EMBEDDING: Final = -1
 OF_WEIGHTS, AFTER_ATTENTION, AFTER_MLP = range(3)
 """Places in a layer."""
 
+BEFORE_ADAPTER: Final = {
+    name: 3 + number
+    for number, name in enumerate(
+        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    )
+}
+"""Further places: the input of each linear layer's adapter."""
+
 
 @dataclass(frozen=True)
 class Dropout:
@@ -30,12 +38,14 @@ class Dropout:
         attention: share of attention's weights.
         seed: of the run.
         sequence_part: which part of the sequence the residual stream has on this device, where it is cut.
+        inner_part: which part attention and MLP have: the whole sequence, but under context parallelism.
     """
 
     hidden: float
     attention: float
     seed: int
     sequence_part: int = 0
+    inner_part: int = 0
 
     def of(self, samples: torch.Tensor, heads: range) -> "Draws":
         """Return the draws of a micro-batch.
@@ -81,6 +91,18 @@ class Draws:
         tokens = self._tokens(place, self.dropout.sequence_part * x.shape[1], x.shape[1])
         return _drop(x, tokens.unsqueeze(-1), self.dropout.hidden)
 
+    def adapter_input(self, x: torch.Tensor, place: int, share: float, first_column: int) -> torch.Tensor:
+        """Drop from what an adapter reads, [B, S, I] -> [B, S, I].
+
+        Args:
+            x: input of a linear layer, or this device's columns of it.
+            place: of the layer, see `BEFORE_ADAPTER`.
+            share: of what is dropped.
+            first_column: of `x` in the whole input.
+        """
+        tokens = self._tokens(place, self.dropout.inner_part * x.shape[1], x.shape[1])
+        return _drop(x, tokens.unsqueeze(-1), share, first_column)
+
     def weights(self, weights: torch.Tensor) -> torch.Tensor:
         """Drop from attention's weights, [B, N, S, T] -> [B, N, S, T]; sequences are whole here."""
         queries = self._tokens(OF_WEIGHTS, 0, weights.shape[2])
@@ -91,19 +113,20 @@ class Draws:
     def _tokens(self, place: int, first: int, count: int) -> torch.Tensor:
         """Return a hash of each token at a place of this layer, [B, S]."""
         tokens = torch.arange(first, first + count, dtype=torch.int32, device=self.samples.device)
-        here = mix(self.samples ^ _mixed((self.layer + 1) * 8 + place + 1))
+        here = mix(self.samples ^ _mixed((self.layer + 1) * 16 + place + 1))
         return mix(here.unsqueeze(-1) ^ tokens)
 
 
-def _drop(x: torch.Tensor, rows: torch.Tensor, share: float) -> torch.Tensor:
+def _drop(x: torch.Tensor, rows: torch.Tensor, share: float, first_column: int = 0) -> torch.Tensor:
     """Set a share of `x` to zero, and enlarge the rest so that the sum stays the same on average.
 
     Args:
         x: [..., columns].
         rows: hash of each row, [..., 1].
         share: of what is dropped.
+        first_column: of `x` in the whole rows.
     """
-    columns = torch.arange(x.shape[-1], dtype=torch.int32, device=x.device)
+    columns = torch.arange(first_column, first_column + x.shape[-1], dtype=torch.int32, device=x.device)
     bits = mix(rows ^ columns).bitwise_and_(0x7FFFFFFF)
     return x.masked_fill(bits < int(share * 2**31), 0) * (1 / (1 - share))
 

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ascendspeed_core.models.lora import LoraLinear
+from ascendspeed_core.models.dropout import Draws
+from ascendspeed_core.models.lora import LoraLinear, apply_linear
 
 
 class Projections:
@@ -30,11 +31,11 @@ class Projections:
         self.weight: torch.Tensor | None = None
         self._bias: torch.Tensor | None = None
 
-    def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """Apply every layer: [..., H] -> [..., R_i] each."""
+    def __call__(self, x: torch.Tensor, draws: Draws | None = None) -> list[torch.Tensor]:
+        """Apply every layer: [..., H] -> [..., R_i] each; `draws` say what is dropped before adapters."""
         layers = self._layers()
         if self.weight is None:
-            return [layer(x) for layer in layers]
+            return [apply_linear(layer, x, draws) for layer in layers]
         if torch.is_grad_enabled():
             parameters: list[torch.Tensor] = [layer.weight for layer in layers]
             parameters += [layer.bias for layer in layers if self._bias is not None]
@@ -43,7 +44,7 @@ class Projections:
             joined = F.linear(x, self.weight, self._bias)
         parts = joined.split([layer.weight.shape[0] for layer in layers], dim=-1)
         return [
-            part + layer.low_rank(x) if isinstance(layer, LoraLinear) else part
+            part + layer.low_rank(x, draws) if isinstance(layer, LoraLinear) else part
             for layer, part in zip(layers, parts, strict=True)
         ]
 

@@ -54,7 +54,7 @@ class TransformerLayer(nn.Module):
         """[B, S, H] -> [B, S, H]; see `Attention` for the other arguments."""
         attended = self.attention(self.attention_norm(x), places=places, cache=cache, cache_layer=cache_layer)
         x = x + (places.draws.hidden(attended, AFTER_ATTENTION) if places.draws else attended)
-        inner: torch.Tensor = self.mlp(self.mlp_norm(x))
+        inner: torch.Tensor = self.mlp(self.mlp_norm(x), places.draws)
         return x + (places.draws.hidden(inner, AFTER_MLP) if places.draws else inner)
 
 

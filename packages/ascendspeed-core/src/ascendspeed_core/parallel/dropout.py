@@ -2,6 +2,7 @@
 
 from ascendspeed_core.config.training import DropoutConfig
 from ascendspeed_core.models.dropout import Dropout
+from ascendspeed_core.models.lora import LoraLinear
 from ascendspeed_core.models.transformer import Transformer
 from ascendspeed_core.parallel.mesh import ParallelMesh
 
@@ -11,12 +12,13 @@ def apply_dropout(model: Transformer, config: DropoutConfig, seed: int, mesh: Pa
 
     Args:
         model: this process's part.
-        config: shares.
+        config: shares; those of adapters stand in the model.
         seed: of the run.
         mesh: this process's place.
     """
-    if config.is_any:
+    drops_inside = any(isinstance(module, LoraLinear) and module.dropout for module in model.modules())
+    if config.is_any or drops_inside:
         part = mesh.cp_rank
         if mesh.layout.sequence_parallel:
             part = part * mesh.layout.tp + mesh.tp_rank
-        model.dropout = Dropout(config.hidden_dropout, config.attention_dropout, seed, part)
+        model.dropout = Dropout(config.hidden_dropout, config.attention_dropout, seed, part, mesh.cp_rank)

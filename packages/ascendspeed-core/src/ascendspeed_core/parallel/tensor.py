@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ascendspeed_core.config.parallel import Layout
+from ascendspeed_core.models.dropout import Draws
 from ascendspeed_core.models.lora import LoraLinear
 from ascendspeed_core.models.transformer import Transformer
 from ascendspeed_core.parallel.collectives import (
@@ -107,6 +108,11 @@ def _cut_parameters(model: Transformer, layout: Layout, tp_rank: int) -> None:
         if part.sizes != part.shape:
             owner, _, kind = name.rpartition(".")
             setattr(model.get_submodule(owner), kind, nn.Parameter(whole.detach()[part.index].clone()))
+            layer, _, half = owner.rpartition(".")
+            if half == "lora_A":
+                adapted = model.get_submodule(layer)
+                assert isinstance(adapted, LoraLinear)
+                adapted.first_column = part.index[1].start
     model.tie_weights()
 
 
@@ -119,8 +125,8 @@ def _sum_results(linear: nn.Module, border: _Border) -> None:
     """Add up what a row-parallel layer gives: [..., in/tp] -> [..., out]; a bias is whole, and added once."""
     assert isinstance(linear, nn.Linear)
 
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        share = linear.product(x) if isinstance(linear, LoraLinear) else F.linear(x, linear.weight)
+    def forward(x: torch.Tensor, draws: Draws | None = None) -> torch.Tensor:
+        share = linear.product(x, draws) if isinstance(linear, LoraLinear) else F.linear(x, linear.weight)
         total = border.leave(share)
         return total if linear.bias is None else total + linear.bias
 

@@ -150,6 +150,11 @@ class Adapter:
             rank = found["A"].shape[0]
             self.updates[module] = Update(found["A"], found["B"], self._scale(module, rank), is_embedding)
 
+    @property
+    def dropout(self) -> float:
+        """Share of an adapter's input that was dropped while it was trained."""
+        return float(self.config.get("lora_dropout") or 0)
+
     def _scale(self, module: str, rank: int) -> float:
         alpha = float(self.config.get("lora_alpha", 8))
         for pattern, value in (self.config.get("alpha_pattern") or {}).items():

@@ -68,12 +68,16 @@ def plan_adapters(config: LoraConfig, model: ModelConfig, where: str) -> Adapter
         found = [name for name in linear if name != "output_head"]
         if word != ALL_LINEAR:
             found = _meant(word, linear, places, "lora_target_modules", where)
-        layers |= dict.fromkeys(found, LowRank(config.lora_r, scale))
+        layers |= dict.fromkeys(found, LowRank(config.lora_r, scale, config.lora_dropout))
     if "output_head" in layers and (model.normalised_head or model.tie_word_embeddings):
         why = "is divided by the lengths of its rows" if model.normalised_head else "is that of the embedding"
         raise AscendSpeedError(
             f"lora_target_modules: the head's weight of {where} {why}, so an adapter beside it cannot be merged; train "
             "it whole with --lora-modules-to-save lm_head"
+        )
+    if "output_head" in layers and config.lora_dropout:
+        raise AscendSpeedError(
+            "lora_target_modules: nothing is dropped before the head's adapter; leave the head or --lora-dropout out"
         )
     trained: set[str] = set()
     modules = list(dict.fromkeys(name.rpartition(".")[0] for name in shapes))
@@ -196,7 +200,12 @@ def loaded_adapters(base: WeightSource, adapter: Adapter) -> AdaptedWeights:
                 f"{adapter.folder} changes {place.theirs}, which is no plain linear layer; merge it with `asd-ckpt "
                 "merge-lora` and train a new one"
             )
-        layers[layer] = LowRank(update.a.shape[0], update.scale)
+        if layer == "output_head" and adapter.dropout:
+            raise CheckpointError(
+                f"{adapter.folder}: lora_dropout={adapter.dropout} and an adapter of the head, before which nothing is "
+                "dropped; set lora_dropout to 0 in its adapter_config.json"
+            )
+        layers[layer] = LowRank(update.a.shape[0], update.scale, adapter.dropout)
         tensors[f"{layer}.lora_A.weight"] = update.a
         tensors[f"{layer}.lora_B.weight"] = update.b if place.rows is None else update.b[place.rows]
     trained = {name for name, place in places.items() if place.theirs in adapter.saved}

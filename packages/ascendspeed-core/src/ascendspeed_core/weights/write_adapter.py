@@ -82,7 +82,7 @@ def peft_form(
         "task_type": "CAUSAL_LM",
         "r": rank,
         "lora_alpha": alpha,
-        "lora_dropout": 0.0,
+        "lora_dropout": max(low_rank.dropout for low_rank in plan.layers.values()),
         "target_modules": _targets(list(by_module), places),
         "modules_to_save": sorted(set(saved)) or None,
         "rank_pattern": {_pattern(name): own for name, own in ranks.items() if own != rank},
