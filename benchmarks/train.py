@@ -22,6 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from ascendspeed_core.config.model import ModelConfig
+from ascendspeed_core.training.throughput import training_flops_per_token
 from support.models import tiny_config
 from support.tables import ReportTables
 
@@ -58,10 +59,7 @@ ON_CPU, ON_ACCELERATOR = ("30M", "110M"), ("1B", "hidden 4096, 8 layers")
 
 def flops(case: Case) -> float:
     """Floating point operations of one step; see the top."""
-    config, tokens = case.config, case.batch * case.length
-    in_products = config.num_parameters - config.vocab_size * config.hidden_size
-    width = config.num_attention_heads * config.head_dim
-    return 6.0 * tokens * (in_products + config.num_layers * case.length * width)
+    return training_flops_per_token(case.config, case.length) * case.batch * case.length
 
 
 def our_step(case: Case, device: str, dtype: str) -> Any:

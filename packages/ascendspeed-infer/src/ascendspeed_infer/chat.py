@@ -125,8 +125,8 @@ def choose_layout(
         if is_recorded and (recorded is None or recorded.ids(probe) != layout.ids(probe)):
             assert manifest is not None
             say(
-                f"warning: the model was trained with the template of {manifest.handler}, not with {layout.name}; its "
-                "answers may be worse. Leave --chat-template out to use the recorded one"
+                f"warning: the model was trained with the template of {manifest.handler}, and is used with "
+                f"{layout.name}: its answers may be worse. Leave --chat-template out to use the recorded one"
             )
         return layout
     if is_recorded:
