@@ -226,7 +226,7 @@ def test_which_template(folder: Path, recorded: Path, model: LanguageModel, tmp_
     name, said = layout_of(recorded, "tokenizer", model)
     assert name == "the tokenizer's chat template"
     assert said[0].startswith(
-        "warning: the model was trained with the template of GeneralInstructionHandler, and is used with the tokenizer's"
+        "warning: the model was trained with the template of GeneralInstructionHandler, and is used with the"
     )
     # The same template under another name is no reason to warn.
     assert layout_of(recorded, "instruction", model) == ("the instruction template", [])
