@@ -78,9 +78,11 @@ def train_zero(
     options: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.1, "clip_grad": 0.5}
     slices = parameter_slices(model, mesh)
     optimizer = OptimizerConfig(**(options | optimizer_options))
-    engine: Engine = MasterOptimizer(model, optimizer, mesh)
+    engine: Engine
     if layout.zero_stage:
         engine = ZeroEngine(model, optimizer, mesh, settings)
+    else:
+        engine = MasterOptimizer(model, optimizer, mesh)
     batches = micro_batches(config.vocab_size, 0, mesh, micro_batch_size, masked=True)
     first = forward_backward(model, engine, batches, mesh, count_tokens(batches, mesh))
     gradients = {}

@@ -227,8 +227,9 @@ def test_log_likelihoods(
     name: str, model: str, models: dict[str, Path], tmp_path: Path, report: ReportTables
 ) -> None:
     count, largest, cut = compare_scores(name, models[model], tmp_path / "out", *PART[name])
-    # fp32 sums in another order: batches of other sizes, the examples computed apart.
-    assert largest < 1e-4
+    # fp32 sums in another order: batches of other sizes, the examples computed apart. Those above 1,024 have steps of
+    # 2**-13; two of them are allowed.
+    assert largest <= 2**-12
     report.add(HEAD, COLUMNS, name, model, count, largest, cut)
 
 
@@ -245,5 +246,5 @@ def test_log_likelihoods_of_every_subset(
     limit = 100 if name == "boolq" else 3
     choice = [s for s in subsets_of(ours(name)) if s not in ("math", "gaokao-mathcloze")]
     count, largest, cut = compare_scores(name, models[model], tmp_path / "out", choice, limit)
-    assert largest < 1e-4
+    assert largest <= 2**-12
     report.add(HEAD, COLUMNS, name, model, count, largest, cut)
