@@ -9,13 +9,12 @@ machine does meets both. Optimizer memory is what AdamW keeps, with the fp32 mas
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
 from statistics import median
 from typing import Any
 
-from train import CASES, ON_ACCELERATOR, ON_CPU, STEPS, WARM_UP, token_ids
+from train import CASES, ON_ACCELERATOR, ON_CPU, STEPS, WARM_UP, in_turns, token_ids
 
 from ascendspeed_core.config.lora import LoraConfig
 from support.tables import ReportTables
@@ -70,24 +69,7 @@ def serve(name: str, way: str, device: str, dtype: str) -> None:
 
 
 def compare(name: str, device: str, dtype: str, steps: int, tables: ReportTables) -> None:
-    workers = {
-        way: subprocess.Popen(
-            [sys.executable, __file__, "--serve", name, way, "--device", device, "--dtype", dtype],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )
-        for way in WAYS
-    }  # fmt: skip
-    taken: dict[str, list[dict[str, float]]] = {way: [] for way in workers}
-    for _ in range(WARM_UP + steps):
-        for way, worker in workers.items():
-            assert worker.stdin is not None
-            assert worker.stdout is not None
-            print("step", file=worker.stdin, flush=True)
-            taken[way].append(json.loads(worker.stdout.readline()))
-    for worker in workers.values():
-        assert worker.stdin is not None
-        worker.stdin.close()
-        worker.wait()
+    taken = in_turns(__file__, WAYS, WARM_UP + steps, name, device, dtype)
     seconds = {way: median(one["seconds"] for one in all_[WARM_UP:]) for way, all_ in taken.items()}
     for way, all_ in taken.items():
         last = all_[-1]

@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -154,16 +155,28 @@ def peak_flops(device: str, dtype: str) -> float:
     return 2.0 * size**3 / best
 
 
-def compare(name: str, device: str, dtype: str, tables: ReportTables) -> None:
+def in_turns(
+    script: str, ways: Sequence[str], rounds: int, name: str, device: str, dtype: str
+) -> dict[str, list[dict[str, float]]]:
+    """Start a process for each way, let them step in turns, and return what each said of its steps.
+
+    Args:
+        script: is started with `--serve NAME WAY`, see `serve`.
+        ways: names that it knows.
+        rounds: steps of each.
+        name: of the case.
+        device: for torch.
+        dtype: of the weights.
+    """
     workers = {
         way: subprocess.Popen(
-            [sys.executable, __file__, "--serve", name, way, "--device", device, "--dtype", dtype],
+            [sys.executable, script, "--serve", name, way, "--device", device, "--dtype", dtype],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )
-        for way in ("transformers", "ours")
+        for way in ways
     }  # fmt: skip
     taken: dict[str, list[dict[str, float]]] = {way: [] for way in workers}
-    for _ in range(WARM_UP + STEPS):
+    for _ in range(rounds):
         for way, worker in workers.items():
             assert worker.stdin is not None
             assert worker.stdout is not None
@@ -173,6 +186,11 @@ def compare(name: str, device: str, dtype: str, tables: ReportTables) -> None:
         assert worker.stdin is not None
         worker.stdin.close()
         worker.wait()
+    return taken
+
+
+def compare(name: str, device: str, dtype: str, tables: ReportTables) -> None:
+    taken = in_turns(__file__, ("transformers", "ours"), WARM_UP + STEPS, name, device, dtype)
     case, peak = CASES[name], peak_flops(device, dtype)
     seconds = {way: median(one["seconds"] for one in all_[WARM_UP:]) for way, all_ in taken.items()}
     for way, all_ in taken.items():

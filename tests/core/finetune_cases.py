@@ -15,8 +15,9 @@ from ascendspeed_core.parallel.build import load_model, parameter_slices
 from ascendspeed_core.parallel.dropout import apply_dropout
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.recompute import apply_recompute
-from ascendspeed_core.training.instruction import InstructionData
+from ascendspeed_core.training.instruction import SAMPLES
 from ascendspeed_core.training.optimizer import MasterOptimizer
+from ascendspeed_core.training.rows import RowData
 from ascendspeed_core.training.step import evaluate, train_step
 from ascendspeed_core.weights import Index, InitialWeights, WeightSource, open_weights
 from ascendspeed_core.weights.lora import AdaptedWeights, drawn_adapters, plan_adapters
@@ -56,7 +57,7 @@ def tune(
     model = load_model(source, mesh, getattr(torch, dtype_name), joined)
     apply_recompute(model, recompute or RecomputeConfig(), mesh.pp_rank)
     apply_dropout(model, DropoutConfig(), 7, mesh)
-    samples = InstructionData(data, 7, (steps * BATCH, BATCH, 0), source.config.vocab_size, mesh)
+    samples = RowData(SAMPLES, data, 7, (steps * BATCH, BATCH, 0), source.config.vocab_size, mesh)
     sizes = (micro_batch_size,) * (BATCH // micro_batch_size // layout.dp)
     gradients = first_gradients(model, samples.micro_batches(0, sizes), mesh)
     optimizer = MasterOptimizer(model, OptimizerConfig(lr=1e-3, clip_grad=0.5), mesh)

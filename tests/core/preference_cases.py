@@ -17,7 +17,8 @@ from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.recompute import apply_recompute
 from ascendspeed_core.training.optimizer import MasterOptimizer
 from ascendspeed_core.training.preference import PreferenceObjective
-from ascendspeed_core.training.preference_data import PairData
+from ascendspeed_core.training.preference_data import PAIRS as ROWS
+from ascendspeed_core.training.rows import RowData
 from ascendspeed_core.training.step import train_step
 from ascendspeed_core.weights import InitialWeights
 from core.finetune_cases import used_adapters
@@ -64,7 +65,7 @@ def tune(
     reference = None if lora and is_switched else load_model(other, mesh, torch.float64)
     apply_recompute(model, recompute or RecomputeConfig(), mesh.pp_rank)
     objective = PreferenceObjective(model, reference, preference, mesh)
-    pairs = PairData(data, 7, (steps * PAIRS, PAIRS, 0), config.vocab_size, mesh)
+    pairs = RowData(ROWS, data, 7, (steps * PAIRS, PAIRS, 0), config.vocab_size, mesh)
     sizes = (micro_batch_size,) * (PAIRS // micro_batch_size // layout.dp)
     gradients = first_gradients(model, pairs.micro_batches(0, sizes), mesh, objective)
     optimizer = MasterOptimizer(model, OptimizerConfig(lr=1e-3, clip_grad=0.5), mesh)

@@ -17,8 +17,9 @@ from ascendspeed_core.models.transformer import Transformer
 from ascendspeed_core.parallel.build import load_model
 from ascendspeed_core.parallel.cross_entropy import cross_entropy
 from ascendspeed_core.parallel.mesh import ParallelMesh
-from ascendspeed_core.training.instruction import InstructionData, Row, RowOrder, Rows, collate
+from ascendspeed_core.training.instruction import SAMPLES, Rows
 from ascendspeed_core.training.metrics import read_metrics
+from ascendspeed_core.training.rows import Row, RowData, RowOrder, check_rows, collate
 from ascendspeed_core.training.step import MicroBatch, loss_sum
 from ascendspeed_core.weights import InitialWeights, open_weights
 from ascendspeed_data.dataset import open_dataset
@@ -179,7 +180,7 @@ def test_ranks_share_the_same_global_batch(sets: tuple[Path, Path], workers: Wor
 def step_tokens(prefix: Path, dp: int) -> list[list[int]]:
     """The rows of this rank in the third step."""
     mesh = ParallelMesh.create(Device("cpu"), Layout(dp=dp))
-    data = InstructionData(data_config(prefix, LENGTH), 3, (100, 0, 0), VOCABULARY, mesh)
+    data = RowData(SAMPLES, data_config(prefix, LENGTH), 3, (100, 0, 0), VOCABULARY, mesh)
     return [row for batch in data.micro_batches(16, (2,) * (4 // dp)) for row in batch.tokens.tolist()]
 
 
@@ -195,7 +196,9 @@ def write_samples(prefix: Path, samples: list[tuple[list[int], list[int], list[i
     return prefix
 
 
-def test_long_samples_are_cut_and_useless_ones_left_out(tmp_path: Path) -> None:
+def test_long_samples_are_cut_and_useless_ones_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     learned_late, learned_early = [-100] * 8 + [9, 10], [-100, 2, *[-100] * 8]
     ids, mask = list(range(1, 11)), [1] * 10
     prefix = write_samples(
@@ -204,10 +207,11 @@ def test_long_samples_are_cut_and_useless_ones_left_out(tmp_path: Path) -> None:
     )
     rows = rows_of(prefix, 6)
     assert [rows[n].ids.tolist() for n in range(len(rows))] == [[1, 2, 3, 4, 5, 6], [1, 2, 3]]
-    assert rows.describe("training", 4).endswith(
-        "2 training samples, seen 2.00 times; 1 lose their end at seq_length=6, 1 longer ones are left out, as nothing "
-        "to learn would remain"
-    )
+    check_rows(SAMPLES, data_config(prefix, 6, split="100,0,0"), (4, 0, 0))
+    assert (
+        "2 training samples, seen 2.00 times; 1 lose an end at seq_length=6, 1 longer ones are left out, as nothing to "
+        "learn would remain"
+    ) in capsys.readouterr().err
 
 
 def test_padding_of_other_tools_is_taken_off_and_holes_are_refused(tmp_path: Path) -> None:
@@ -271,7 +275,7 @@ def test_layouts(workers: WorkerPool, report: ReportTables, sets: tuple[Path, Pa
 def test_loss_does_not_depend_on_micro_batches(sets: tuple[Path, Path]) -> None:
     """A mean of means would weigh short answers more."""
     model = model_of()
-    data = InstructionData(data_config(sets[0], LENGTH), 7, (BATCH, 0, 0), VOCABULARY, ALONE)
+    data = RowData(SAMPLES, data_config(sets[0], LENGTH), 7, (BATCH, 0, 0), VOCABULARY, ALONE)
 
     def mean(sizes: tuple[int, ...]) -> float:
         batches: list[MicroBatch] = data.micro_batches(0, sizes)

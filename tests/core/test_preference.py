@@ -20,7 +20,9 @@ from ascendspeed_core.parallel.build import load_model
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.training.metrics import read_metrics
 from ascendspeed_core.training.preference import MEASURES, PreferenceObjective
-from ascendspeed_core.training.preference_data import PairData, PairRows, collate_pairs
+from ascendspeed_core.training.preference_data import PAIRS as ROWS
+from ascendspeed_core.training.preference_data import PairRows, collate_pairs
+from ascendspeed_core.training.rows import RowData
 from ascendspeed_core.training.step import MicroBatch, forward_backward
 from ascendspeed_core.weights import InitialWeights, open_weights
 from ascendspeed_data.dataset import open_dataset
@@ -72,7 +74,7 @@ def passes(model: Transformer) -> Any:
 
 
 def micro_batches(prefix: Path, sizes: tuple[int, ...]) -> list[MicroBatch]:
-    data = PairData(data_config(prefix, LENGTH), 7, (sum(sizes), 0, 0), VOCABULARY, ALONE)
+    data = RowData(ROWS, data_config(prefix, LENGTH), 7, (sum(sizes), 0, 0), VOCABULARY, ALONE)
     return data.micro_batches(0, sizes)
 
 

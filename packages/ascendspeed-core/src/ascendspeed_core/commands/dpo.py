@@ -1,26 +1,15 @@
 """`asd-core dpo`."""
 
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from ascendspeed_core.commands.pretrain import run_training
+from ascendspeed_core.commands.pretrain import DryRun, Recipe, run_training
 from ascendspeed_core.config.load import load_config
 from ascendspeed_core.config.preference import DpoConfig
 from ascendspeed_data.command_line.options import options_from
 
 
 @options_from(DpoConfig)
-def dpo(
-    config: Annotated[
-        Path | None, typer.Option(help="TOML recipe with the sections below; flags win over it.")
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, print the plan, stop.")
-    ] = False,
-    **given: Any,
-) -> None:
+def dpo(config: Recipe = None, dry_run: DryRun = False, **given: Any) -> None:
     """Tune a checkpoint on pairs of a chosen and a rejected answer (direct preference optimization).
 
     --data-path names pairs made by a pair handler of asd-data; batch sizes count pairs. Of --load only the weights

@@ -1,26 +1,15 @@
 """`asd-core finetune`."""
 
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from ascendspeed_core.commands.pretrain import run_training
+from ascendspeed_core.commands.pretrain import DryRun, Recipe, run_training
 from ascendspeed_core.config.finetune import FinetuneConfig
 from ascendspeed_core.config.load import load_config
 from ascendspeed_data.command_line.options import options_from
 
 
 @options_from(FinetuneConfig)
-def finetune(
-    config: Annotated[
-        Path | None, typer.Option(help="TOML recipe with the sections below; flags win over it.")
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, print the plan, stop.")
-    ] = False,
-    **given: Any,
-) -> None:
+def finetune(config: Recipe = None, dry_run: DryRun = False, **given: Any) -> None:
     """Train a checkpoint further: on an instruction set (--is-instruction-dataset), or on plain text.
 
     Of --load only the weights are taken, unless it lies in --save: then the run goes on, as with --auto-resume.

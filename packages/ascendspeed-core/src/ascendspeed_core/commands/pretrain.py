@@ -18,16 +18,12 @@ if TYPE_CHECKING:
     from ascendspeed_core.weights.lora import AdaptedWeights
 
 
+Recipe = Annotated[Path | None, typer.Option(help="TOML recipe with the sections below; flags win over it.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, stop.")]
+
+
 @options_from(PretrainConfig)
-def pretrain(
-    config: Annotated[
-        Path | None, typer.Option(help="TOML recipe with the sections below; flags win over it.")
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, print the plan, stop.")
-    ] = False,
-    **given: Any,
-) -> None:
+def pretrain(config: Recipe = None, dry_run: DryRun = False, **given: Any) -> None:
     """Train a model on tokenized text, from random weights (--model-config) or from a checkpoint (--load).
 
     Give --nproc-per-node N to use N devices of this machine, or start the command under torchrun. What --save

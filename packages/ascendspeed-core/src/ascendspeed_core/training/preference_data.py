@@ -12,23 +12,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ascendspeed_core.config.preference import PreferenceDataConfig
-from ascendspeed_core.launch import announce
-from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.training.batches import SPLITS
-from ascendspeed_core.training.instruction import (
-    Row,
-    RowData,
-    collate,
-    documents_of_split,
-    orders_of,
-    read_sample,
-)
+from ascendspeed_core.training.rows import Row, RowKind, collate, documents_of_split, read_sample
 from ascendspeed_core.training.step import MicroBatch
-from ascendspeed_data.blend import check_same_tokenizer
 from ascendspeed_data.dataset import Dataset, open_dataset
 from ascendspeed_data.errors import DataError
-from ascendspeed_data.manifest import DatasetManifest
 
 
 class PairRows:
@@ -43,6 +31,8 @@ class PairRows:
     Raises:
         DataError: nothing is left.
     """
+
+    what = "pairs"
 
     def __init__(self, dataset: Dataset, split: str, place: int, seq_length: int) -> None:
         self._dataset, self._seq_length = dataset, seq_length
@@ -75,46 +65,6 @@ class PairRows:
         ids, labels = (np.concatenate(arrays).astype(np.int64) for arrays in zip(*cut, strict=True))
         return Row(ids, labels, tuple(len(sample) for sample, _ in cut))
 
-    def describe(self, split: str, wanted: int | None) -> str:
-        """Say what there is, and how often a run sees it that wants `wanted` pairs."""
-        seen = f", seen {wanted / len(self):.2f} times" if wanted is not None else ""
-        cut = (
-            f"; {self.num_cut:,} lose the end of an answer at seq_length={self._seq_length}, {self.num_dropped:,} "
-            "longer ones are left out, as nothing of an answer would remain"
-            if self.num_cut or self.num_dropped
-            else ""
-        )
-        return f"{self._dataset.prefix}: {len(self):,} {split} pairs{seen}{cut}"
-
-
-class PairData(RowData):
-    """Training and validation pairs of one run.
-
-    Args:
-        config: files, split, length of a row.
-        seed: of the order.
-        num_samples: pairs of the whole run: (training, validation, test).
-        vocab_size: ids must be below.
-        mesh: this process's place.
-    """
-
-    def __init__(
-        self,
-        config: PreferenceDataConfig,
-        seed: int,
-        num_samples: tuple[int, int, int],
-        vocab_size: int,
-        mesh: ParallelMesh,
-    ) -> None:
-        prefixes, weights = config.blend()
-        datasets = [_open(prefix) for prefix in prefixes]
-
-        def pairs_of(place: int) -> list[PairRows]:
-            return [PairRows(dataset, config.split, place, config.seq_length) for dataset in datasets]
-
-        train, validation = orders_of(pairs_of, weights, seed, num_samples)
-        super().__init__(config, train, validation, vocab_size, mesh, collate_pairs)
-
 
 def collate_pairs(pairs: Sequence[Row], length: int) -> MicroBatch:
     """Make a micro-batch of 2B rows, [2B, S]: rows 2n and 2n + 1 are chosen and rejected of pair n.
@@ -131,31 +81,6 @@ def collate_pairs(pairs: Sequence[Row], length: int) -> MicroBatch:
     return collate(rows, length)
 
 
-def check_preference_data(
-    config: PreferenceDataConfig, num_samples: tuple[int, int, int]
-) -> DatasetManifest | None:
-    """Prove every set whole, all of one tokenizer, and no wanted split empty; needs no processes.
-
-    Args:
-        config: files and split.
-        num_samples: pairs of the whole run: (training, validation, test).
-
-    Returns:
-        The manifest of the first prefix.
-
-    Raises:
-        DataError: a file is missing or damaged, holds something else, or a split has no pair to learn from.
-    """
-    datasets = [_open(prefix) for prefix in config.blend()[0]]
-    for dataset in datasets:
-        check_same_tokenizer(datasets[0], dataset)
-        for place, split in enumerate(SPLITS[:2]):
-            if num_samples[place]:
-                pairs = PairRows(dataset, config.split, place, config.seq_length)
-                announce(pairs.describe(split, num_samples[place] if len(datasets) == 1 else None))
-    return datasets[0].manifest
-
-
 def _open(prefix: str) -> Dataset:
     dataset = open_dataset(Path(prefix))
     if not dataset.is_pairs:
@@ -164,3 +89,7 @@ def _open(prefix: str) -> Dataset:
             f"{prefix} holds {kind}, not pairs; make pairs with `asd-data preprocess` and one of its pair handlers"
         )
     return dataset
+
+
+PAIRS = RowKind(_open, PairRows, collate_pairs)
+"""Sets for preference tuning."""

@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from typing import Protocol
 
-from ascendspeed_core.config.finetune import FinetuneDataConfig
+from ascendspeed_core.config.finetune import FinetuneDataConfig, PaddedDataConfig
 from ascendspeed_core.config.preference import PreferenceDataConfig
 from ascendspeed_core.config.training import DataConfig
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.training.batches import TrainingData, check_data
-from ascendspeed_core.training.instruction import InstructionData, check_instruction_data
-from ascendspeed_core.training.preference_data import PairData, check_preference_data
+from ascendspeed_core.training.instruction import SAMPLES
+from ascendspeed_core.training.preference_data import PAIRS
+from ascendspeed_core.training.rows import RowData, RowKind, check_rows
 from ascendspeed_core.training.step import MicroBatch
 from ascendspeed_data.manifest import DatasetManifest
 
@@ -36,10 +37,8 @@ class RunData(Protocol):
 
 def check_run_data(config: DataConfig, num_samples: tuple[int, int, int]) -> DatasetManifest | None:
     """Prove the data whole and fit for the run; needs no processes. See `check_data`."""
-    if isinstance(config, PreferenceDataConfig):
-        return check_preference_data(config, num_samples)
-    if isinstance(config, FinetuneDataConfig) and config.is_instruction_dataset:
-        return check_instruction_data(config, num_samples)
+    if isinstance(config, PaddedDataConfig) and (kind := _row_kind(config)):
+        return check_rows(kind, config, num_samples)
     return check_data(config, num_samples)
 
 
@@ -61,9 +60,14 @@ def open_run_data(
         manifest: of the data, if it has one.
         mesh: all processes open it together.
     """
-    if isinstance(config, PreferenceDataConfig):
-        return PairData(config, seed, num_samples, vocab_size, mesh)
-    if isinstance(config, FinetuneDataConfig) and config.is_instruction_dataset:
-        return InstructionData(config, seed, num_samples, vocab_size, mesh)
+    if isinstance(config, PaddedDataConfig) and (kind := _row_kind(config)):
+        return RowData(kind, config, seed, num_samples, vocab_size, mesh)
     end_of_document = manifest.tokenizer.eos_id if manifest else None
     return TrainingData(config, seed, num_samples, vocab_size, end_of_document, mesh)
+
+
+def _row_kind(config: PaddedDataConfig) -> RowKind | None:
+    """Return what rows the data has; `None` for plain text."""
+    if isinstance(config, PreferenceDataConfig):
+        return PAIRS
+    return SAMPLES if isinstance(config, FinetuneDataConfig) and config.is_instruction_dataset else None

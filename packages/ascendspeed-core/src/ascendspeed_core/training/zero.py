@@ -118,8 +118,8 @@ class ZeroEngine:
         self._engine.backward(loss * self._mesh.layout.replicas)
 
     def start_reduction(self, stage: Stage) -> None:
-        """There is no pipeline under DeepSpeed."""
-        raise NotImplementedError
+        """Never called: a pipeline under DeepSpeed is refused before the run starts."""
+        raise AssertionError(f"stage {stage.index} of a pipeline under DeepSpeed")
 
     def step(self, loss_scale: float | None = None) -> float | None:
         """Clip and update; return the gradient's norm, `None` when fp16 overflowed, infinite when it is no number."""
