@@ -93,7 +93,6 @@ def test_processes_that_hang(which: str, tmp_path: Path) -> None:
     assert blamed in ended[0].split("stack of rank 1")[1]
 
 
-@pytest.mark.nightly
 def test_a_stopped_process_of_a_run_is_named_and_ended(
     tmp_path: Path, dataset: Path, model_json: Path
 ) -> None:

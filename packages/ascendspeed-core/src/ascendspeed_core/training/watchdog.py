@@ -8,8 +8,8 @@ for others, or does not answer, is the one that the others wait for.
 
 import json
 import os
-import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -41,6 +41,17 @@ GRACE_SECONDS = 5.0
 
 POLL_SECONDS = 0.01
 """Between two looks for them."""
+
+LATER_KILL = """
+import os, signal, sys, time
+time.sleep(2)
+for process in map(int, sys.argv[1:]):
+    try:
+        os.kill(process, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+"""
+"""Ends processes once the launcher knows why."""
 
 
 @dataclass(frozen=True)
@@ -172,19 +183,34 @@ class Watchdog:
     def _end(self, answers: list[Standing]) -> None:
         world = self._mesh.layout.world_size
         message, blamed = verdict(answers, world, self._timeout)
-        if self._mesh.rank == min(answer.rank for answer in answers):
+        is_speaker = self._mesh.rank == min(answer.rank for answer in answers)
+        if is_speaker:
             for answer in blamed:
                 log(f"stack of rank {answer.rank}, innermost call last:\n" + "\n".join(answer.stack))
-            self._kill_silent(set(range(world)) - {answer.rank for answer in answers})
         self._leave_together(answers)
+        if is_speaker:
+            self._kill_silent(set(range(world)) - {answer.rank for answer in answers})
         end_process(AscendSpeedError(message))
 
     def _kill_silent(self, ranks: set[int]) -> None:
-        """End processes of this machine that do not answer: they would not hear a gentler signal either."""
-        for rank in ranks:
-            host, process = self._processes[rank]
-            if host == socket.gethostname():
-                os.kill(process, signal.SIGKILL)
+        """End processes of this machine that do not answer: they would not hear a gentler signal either.
+
+        A moment later, by a process that outlives this one: a launcher that finds one of them dead before it has our
+        message would blame that one's signal.
+        """
+        here = [
+            process
+            for host, process in map(self._processes.__getitem__, ranks)
+            if host == socket.gethostname()
+        ]
+        if here:
+            subprocess.Popen(
+                [sys.executable, "-I", "-c", LATER_KILL, *map(str, here)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
 
 
 def verdict(
