@@ -427,4 +427,4 @@ def test_options_that_mean_nothing_are_refused(sets: tuple[Path, Path], tmp_path
     dropping = ("--data-path", sets[0], "--lora-target-modules", "lm_head", "--lora-dropout", 0.1)
     done = finetune(tmp_path / "x", tmp_path / "base", *dropping, run=call)
     assert done.status == 1
-    assert "nothing is dropped before the head's adapter" in done.complaint
+    assert "nothing is dropped before the adapter of the head" in done.complaint

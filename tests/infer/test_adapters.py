@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from ascendspeed_core.config.parallel import ParallelConfig
 from ascendspeed_data.errors import AscendSpeedError, ConfigError
+from ascendspeed_eval.model import LoglikelihoodRequest
+from ascendspeed_infer.evaluation import backend
 from ascendspeed_infer.language_model import LanguageModel
 from support.commands import call
 from support.families import REFERENCES
@@ -178,6 +180,21 @@ def test_on_the_command_line(base: Path) -> None:
     missing = call("asd-infer", "generate", *flags, "--lora-load", "/nowhere")
     assert missing.status == 1
     assert "/nowhere has neither adapter_model.safetensors nor" in missing.complaint
+
+
+def test_an_evaluated_model_has_its_adapter(base: Path) -> None:
+    """Merged or beside the weights; a score without it is another."""
+
+    def score(**options: Any) -> float:
+        with backend.open({"load": str(base / "hf"), "device": "cpu", **options}) as model:
+            (found,) = model.loglikelihood([LoglikelihoodRequest("the year", " was good")])
+        return found.logprob
+
+    plain, adapter = score(), str(base / "adapter")
+    merged, beside = score(lora_load=adapter), score(lora_load=adapter, merge_adapter=False)
+    assert abs(merged - plain) > 1e-2
+    # fp32: the weights' sum is rounded, or the results' sum.
+    assert abs(merged - beside) < 1e-4
 
 
 def test_the_adapters_own_tokenizer_is_used(base: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 
 from ascendspeed_core.weights import NativeSource, WeightSource
 from ascendspeed_core.weights.adapter import MergedAdapter
+from ascendspeed_core.weights.lora import AdaptedWeights
 from ascendspeed_core.weights.native import DATA_MANIFEST
 from ascendspeed_data.chat_template import Message
 from ascendspeed_data.command_line import log
@@ -154,6 +155,8 @@ def _recorded(manifest: DatasetManifest | None, tokenizer: Tokenizer, is_strict:
 
 def _manifest_of(source: WeightSource) -> DatasetManifest | None:
     """Return what is recorded of the training data, of the adapter's before the model's."""
+    if isinstance(source, AdaptedWeights):
+        return _manifest_of(source.base)
     if isinstance(source, MergedAdapter):
         folder = source.adapter.folder
         found = [path for place in (folder, folder.parent) if (path := place / DATA_MANIFEST).is_file()]

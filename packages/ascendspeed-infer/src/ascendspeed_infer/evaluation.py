@@ -125,7 +125,7 @@ class AscendSpeedBackend:
         config = _config(options)
         scoring = {name: options.get(name, default) for name, default in SCORING.items()}
         with worker_errors(), process_group(config.launch.device) as (world, device):
-            source, _ = open_model_source(config)
+            source = open_model_source(config)
             model = LanguageModel.from_source(
                 source,
                 config.tokenizer.tokenizer_name_or_path,

@@ -20,11 +20,9 @@ from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.pipeline import forward_through_stages
 from ascendspeed_core.parallel.tensor import gather_logits
 from ascendspeed_core.weights import WeightSource, open_source
-from ascendspeed_core.weights.adapter import Adapter
 from ascendspeed_data.command_line import log
 from ascendspeed_data.errors import AscendSpeedError, ConfigError, did_you_mean
 from ascendspeed_data.tokenizer import Tokenizer, load_tokenizer
-from ascendspeed_infer.attached_adapter import attach_adapter
 from ascendspeed_infer.beams import BeamSettings
 from ascendspeed_infer.config import AdapterConfig, SamplingConfig, check_parallel, inference_layout
 from ascendspeed_infer.engine.runner import check_batch_invariance
@@ -85,8 +83,7 @@ class LanguageModel:
         """
         source = open_source(ModelSourceConfig(load=Path(path)), seed=0)
         given = validate(AdapterConfig, {"lora_load": adapter, "merge_adapter": merge_adapter})
-        changed, beside = with_adapter(source, given)
-        return cls.from_source(changed, tokenizer, device, dtype, parallel, beside)
+        return cls.from_source(with_adapter(source, given), tokenizer, device, dtype, parallel)
 
     @classmethod
     def from_config(
@@ -111,12 +108,11 @@ class LanguageModel:
         device: str,
         dtype: str | None,
         parallel: ParallelConfig | None,
-        beside: Adapter | None = None,
         data_parallel: bool = False,
     ) -> "LanguageModel":
         """Load the weights of a source; see `from_pretrained`.
 
-        The adapter `beside` is computed beside the weights. With `data_parallel`, processes that the layout leaves
+        With `data_parallel`, processes that the layout leaves
         over hold the model again; the caller shares work out.
         """
         folder = find_tokenizer(source, Path(tokenizer) if tokenizer is not None else None)
@@ -134,11 +130,8 @@ class LanguageModel:
             )
         format_ = dtype or stored_dtype(source)
         settings = zero_settings(parallel, mesh, format_, shares_out_work=data_parallel)
-        # An adapter goes beside projections as they are stored; ZeRO's shares are of weights as they are stored.
-        is_joined = beside is None and settings is None
-        model = load_model(source, mesh, getattr(torch, format_), is_joined, settings)
-        if beside is not None:
-            attach_adapter(model, mesh, beside)
+        # ZeRO's shares are of weights as they are stored.
+        model = load_model(source, mesh, getattr(torch, format_), settings is None, settings)
         loaded = cls(model, opened, mesh)
         if settings is not None:
             loaded._deepspeed = answer_from_shares(model, mesh, settings)

@@ -7,8 +7,9 @@ from ascendspeed_core.config.deepspeed import answering_settings, read_deepspeed
 from ascendspeed_core.config.parallel import ParallelConfig
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.weights import NativeSource, WeightSource, open_source
-from ascendspeed_core.weights.adapter import Adapter, MergedAdapter
+from ascendspeed_core.weights.adapter import MergedAdapter
 from ascendspeed_core.weights.foreign.adapter import open_adapter
+from ascendspeed_core.weights.lora import AdaptedWeights, loaded_adapters
 from ascendspeed_data.command_line import log
 from ascendspeed_data.errors import AscendSpeedError, ConfigError
 from ascendspeed_data.manifest import check_tokenizer
@@ -16,28 +17,22 @@ from ascendspeed_data.tokenizer import load_tokenizer
 from ascendspeed_infer.config import AdapterConfig, LoadedModelConfig
 
 
-def open_model_source(config: LoadedModelConfig) -> tuple[WeightSource, Adapter | None]:
-    """Open the weights and the adapter that a command was told of; see `with_adapter`."""
+def open_model_source(config: LoadedModelConfig) -> WeightSource:
+    """Open the weights and the adapter that a command was told of."""
     return with_adapter(open_source(config.source, config.sampling.seed), config.adapter)
 
 
-def with_adapter(source: WeightSource, config: AdapterConfig) -> tuple[WeightSource, Adapter | None]:
-    """Put an adapter into a source.
-
-    Returns:
-        The source, and the adapter if it is to be computed beside the weights; tensors that it replaces as a whole
-        are in the source either way.
-    """
+def with_adapter(source: WeightSource, config: AdapterConfig) -> WeightSource:
+    """Put an adapter into a source: added to the weights, or computed beside them by the layers that it changes."""
     if config.lora_load is None:
-        return source, None
+        return source
     adapter = open_adapter(config.lora_load, source.config)
-    changed = MergedAdapter(source, adapter, only_saved=not config.merge_adapter)
-    return changed, None if config.merge_adapter else adapter
+    return MergedAdapter(source, adapter) if config.merge_adapter else loaded_adapters(source, adapter)
 
 
 def check_source(config: LoadedModelConfig) -> None:
     """Find out before any process starts whether the model is there, fits its flags, and has a tokenizer."""
-    source, _ = open_model_source(config)
+    source = open_model_source(config)
     config.model.check(source.config, str(source.path or config.source.model_config_file))
     config.parallel.check_model(source.config)
     folder = find_tokenizer(source, config.tokenizer.tokenizer_name_or_path)
@@ -69,7 +64,9 @@ def find_tokenizer(source: WeightSource, given: Path | None) -> Path:
     if given is None:
         assert own is not None
         return own
-    base = source.base if isinstance(source, MergedAdapter) else source
+    base = source
+    while isinstance(base, MergedAdapter | AdaptedWeights):
+        base = base.base
     if isinstance(base, NativeSource) and base.data_manifest is not None:
         check_tokenizer(
             base.data_manifest, load_tokenizer(given), f"the data that {source.path} was trained on"

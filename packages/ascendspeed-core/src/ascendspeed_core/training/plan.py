@@ -19,7 +19,13 @@ from ascendspeed_core.training.samples import SamplesPlan, plan_samples
 from ascendspeed_core.training.schedule import samples_of_run, with_iterations
 from ascendspeed_core.weights import NativeSource, WeightSource, open_source, open_weights
 from ascendspeed_core.weights.foreign.adapter import open_adapter
-from ascendspeed_core.weights.lora import drawn_adapters, loaded_adapters, plan_adapters, resumed_adapters
+from ascendspeed_core.weights.lora import (
+    AdaptedWeights,
+    drawn_adapters,
+    loaded_adapters,
+    plan_adapters,
+    resumed_adapters,
+)
 from ascendspeed_core.weights.native import DESCRIPTION, TRACKER
 from ascendspeed_data.errors import AscendSpeedError, ConfigError
 from ascendspeed_data.manifest import DatasetManifest
@@ -120,8 +126,18 @@ def _open_source(config: PretrainConfig) -> tuple[WeightSource, NativeSource | N
     return source, source if isinstance(source, NativeSource) else None
 
 
-def _open_adapted(config: TuneConfig, found: Path | None) -> tuple[WeightSource, NativeSource | None]:
+def _open_adapted(config: TuneConfig, found: Path | None) -> tuple[AdaptedWeights, NativeSource | None]:
     """Return the base with its adapters: those of the run that goes on, those that are loaded, or new ones."""
+    source, checkpoint = _find_adapted(config, found)
+    head = source.adapters.layers.get("output_head")
+    if head is not None and head.dropout:
+        raise AscendSpeedError(
+            f"lora_dropout={head.dropout}: nothing is dropped before the adapter of the head; leave one of them out"
+        )
+    return source, checkpoint
+
+
+def _find_adapted(config: TuneConfig, found: Path | None) -> tuple[AdaptedWeights, NativeSource | None]:
     base = open_source(config.start, config.batch.seed)
     lora = config.lora
     load = found or lora.lora_load

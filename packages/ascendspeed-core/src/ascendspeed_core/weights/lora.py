@@ -75,10 +75,6 @@ def plan_adapters(config: LoraConfig, model: ModelConfig, where: str) -> Adapter
             f"lora_target_modules: the head's weight of {where} {why}, so an adapter beside it cannot be merged; train "
             "it whole with --lora-modules-to-save lm_head"
         )
-    if "output_head" in layers and config.lora_dropout:
-        raise AscendSpeedError(
-            "lora_target_modules: nothing is dropped before the head's adapter; leave the head or --lora-dropout out"
-        )
     trained: set[str] = set()
     modules = list(dict.fromkeys(name.rpartition(".")[0] for name in shapes))
     if model.tie_word_embeddings:
@@ -179,12 +175,12 @@ def drawn_adapters(base: WeightSource, adapters: AdapterPlan, seed: int) -> Adap
 
 
 def loaded_adapters(base: WeightSource, adapter: Adapter) -> AdaptedWeights:
-    """Add an adapter in peft's format, to be trained further.
+    """Add an adapter in peft's format, to be trained further or computed beside the weights.
 
     One of a projection that packs queries, keys and values becomes one for each: A shared at first, B cut by rows.
 
     Raises:
-        CheckpointError: it does not fit the model, or changes something that cannot be trained on.
+        CheckpointError: it does not fit the model, or changes something that can only be merged.
     """
     whole = MergedAdapter(base, adapter, only_saved=True)
     places = hugging_face_places(whole.config)
@@ -197,13 +193,7 @@ def loaded_adapters(base: WeightSource, adapter: Adapter) -> AdaptedWeights:
         layer = name.removesuffix(".weight")
         if update.is_embedding or (layer == "output_head" and whole.config.normalised_head):
             raise CheckpointError(
-                f"{adapter.folder} changes {place.theirs}, which is no plain linear layer; merge it with `asd-ckpt "
-                "merge-lora` and train a new one"
-            )
-        if layer == "output_head" and adapter.dropout:
-            raise CheckpointError(
-                f"{adapter.folder}: lora_dropout={adapter.dropout} and an adapter of the head, before which nothing is "
-                "dropped; set lora_dropout to 0 in its adapter_config.json"
+                f"{adapter.folder} changes {place.theirs}, which is no plain linear layer; merge the adapter"
             )
         layers[layer] = LowRank(update.a.shape[0], update.scale, adapter.dropout)
         tensors[f"{layer}.lora_A.weight"] = update.a
@@ -213,7 +203,7 @@ def loaded_adapters(base: WeightSource, adapter: Adapter) -> AdaptedWeights:
     if packed:
         raise CheckpointError(
             f"{adapter.folder} replaces {places[packed[0]].theirs} as a whole, which packs several tensors; "
-            "merge it with `asd-ckpt merge-lora` and train a new one"
+            "merge the adapter"
         )
     infos = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     plan = AdapterPlan(layers, frozenset(trained))

@@ -98,10 +98,10 @@ def opened_model(config: LoadedModelConfig) -> Iterator[tuple["LanguageModel", "
 
     is_zero = config.parallel.resolved_zero_stage() is not None
     with process_group(config.launch.device, even_alone=is_zero) as (world, device):
-        source, beside = open_model_source(config)
+        source = open_model_source(config)
         dtype = wanted_dtype(config, source)
         tokenizer = config.tokenizer.tokenizer_name_or_path
-        model = LanguageModel.from_source(source, tokenizer, device.kind, dtype, config.parallel, beside)
+        model = LanguageModel.from_source(source, tokenizer, device.kind, dtype, config.parallel)
         if world.rank == 0:
             size = f"{source.config.num_parameters:,} parameters ({source.kind})"
             adapter = f", adapter {config.adapter.lora_load}" if config.adapter.lora_load else ""
