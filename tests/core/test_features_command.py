@@ -32,6 +32,10 @@ ALL = [
 ]  # fmt: skip
 
 
+BUDGET_GIB = 0.0021
+"""Between what the run below takes with all layers recomputed and without."""
+
+
 def test_all_at_once_and_resumed_without(arguments: list[object], tmp_path: Path) -> None:
     assert call(*arguments, "--save", tmp_path / "plain").status == 0
     done = run_command(*arguments, *ALL, "--save", tmp_path / "all", "--exit-interval", 3)
@@ -64,11 +68,60 @@ def test_sizes_that_are_found_by_measuring(arguments: list[object], tmp_path: Pa
     assert read_metrics(tmp_path / "found" / "metrics.jsonl")[-1]["consumed_samples"] == 48
 
 
+def test_sizes_that_are_found_with_replicas_in_16_bits(arguments: list[object], tmp_path: Path) -> None:
+    """Measuring reduces gradients, with an optimizer that takes 16-bit gradients away from their parameters."""
+    flags = [
+        "--pipeline-model-parallel-size", 2, "--optimized-pipeline", "--manual-mbs", "auto", "--dtype", "bfloat16",
+        "--train-iters", 2, "--nproc-per-node", 4, "--save", tmp_path / "found",
+    ]  # fmt: skip
+    done = run_command(*arguments, *flags)
+    assert done.status == 0, done.stderr
+    assert "micro-batches: 1,1,1,1;" in done.stderr
+
+
+def test_recompute_that_fits_a_budget(arguments: list[object], tmp_path: Path) -> None:
+    """Found while dropout and an interleaved pipeline are on; the run computes what it computes without recompute."""
+    layout = [
+        "--pipeline-model-parallel-size",
+        2,
+        "--num-layers-per-virtual-pipeline-stage",
+        1,
+        "--nproc-per-node",
+        2,
+    ]
+    both = [*layout, "--hidden-dropout", 0.1, "--micro-batch-size", 2]
+    fitted = ["--checkpoint-activations", "--checkpoint-policy", "auto", "--memory-budget-gib", BUDGET_GIB]
+    for name, more in (("plain", []), ("fitted", fitted)):
+        done = run_command(*arguments, *both, *more, "--save", tmp_path / name)
+        assert done.status == 0, done.stderr
+    lines = [line for line in done.stderr.splitlines() if "recompute: pipeline stage" in line]
+    assert len(lines) == 2
+    for line in lines:
+        planned, whole = (float(found) for found in re.findall(r"([0-9.]+) (?:GiB planned|without)", line))
+        assert planned <= BUDGET_GIB < whole
+    plain, other = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("plain", "fitted"))
+    for key in ("lm_loss", "grad_norm"):
+        assert [r[key] for r in other] == [r[key] for r in plain]
+
+
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [
         (["--triangle-attn", "--attention", "sdpa"], "triangle_attn and attention=sdpa were both given"),
         (["--checkpoint-policy", "full"], "means nothing without --checkpoint-activations"),
+        (
+            ["--checkpoint-activations", "--memory-budget-gib", 1],
+            "memory_budget_gib=1.0 means nothing with checkpoint_policy=full",
+        ),
+        (
+            ["--checkpoint-activations", "--checkpoint-policy", "auto", "--zero-stage", 1, "--dtype", "float32"],
+            "checkpoint_policy=auto with zero_stage=1",
+        ),
+        (
+            ["--pipeline-model-parallel-size", 2, "--nproc-per-node", 2, "--pipeline-schedule", "zbv",
+             "--checkpoint-activations", "--checkpoint-policy", "auto"],
+            "checkpoint_policy=auto counts what one backward pass needs, pipeline_schedule=zbv takes two",
+        ),
         (["--optimized-pipeline", "--manual-mbs", "4,4"], "pipeline_model_parallel_size=1, which has no pipeline"),
         (["--optimized-pipeline", "--manual-mbs", "4,5"], "not global_batch_size=8; change one of them"),
         (["--pipeline-schedule", "zbv"], "which has no pipeline"),

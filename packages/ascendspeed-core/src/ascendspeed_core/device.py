@@ -71,6 +71,14 @@ class Device:
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return int(getattr(torch, self.kind).max_memory_allocated(self.index))
 
+    def memory_bytes(self) -> int | None:
+        """Return the memory of the accelerator; `None` on a CPU, whose memory belongs to the whole machine."""
+        import torch
+
+        if self.kind == "cpu":
+            return None
+        return int(getattr(torch, self.kind).get_device_properties(self.index).total_memory)
+
     @property
     def name(self) -> str:
         """What the maker calls the accelerator, for example `NVIDIA H100 80GB HBM3`; `cpu` for a CPU."""

@@ -1,6 +1,5 @@
 """Options of a training run: what is trained, on which data, how, and where results go."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -9,7 +8,8 @@ from pydantic import Field, model_validator
 from ascendspeed_core.config.base import Config
 from ascendspeed_core.config.model import ArchitectureFlags
 from ascendspeed_core.config.monitor import MonitorConfig
-from ascendspeed_core.config.parallel import SPLIT_BACKWARD_SCHEDULES, ParallelConfig, PipelineSchedule
+from ascendspeed_core.config.parallel import ParallelConfig
+from ascendspeed_core.config.recompute import RecomputeConfig as RecomputeConfig
 from ascendspeed_core.config.samples import SamplesConfig
 from ascendspeed_core.config.source import ModelSourceConfig
 from ascendspeed_core.device import DeviceChoice
@@ -355,69 +355,6 @@ class OptimizerConfig(Config):
                 f"{', '.join(foreign)} means nothing with optimizer={self.optimizer}; leave it out"
             )
         return self
-
-
-class RecomputeConfig(Config):
-    """Which activations are dropped after the forward pass and computed again in the backward pass."""
-
-    checkpoint_activations: bool = Field(
-        False, description="Keep fewer activations and compute the others twice: less memory, more time."
-    )
-    checkpoint_policy: Literal["full", "block", "custom", "selective", "attention"] = Field(
-        "full",
-        description="full: all layers; block: the first --checkpoint-block-layer of each stage; custom: as "
-        "--recomputation-layer-num says; selective: in all layers everything but matrix products and attention; "
-        "attention: the attention of all layers.",
-    )
-    checkpoint_block_layer: int = Field(
-        25, ge=1, description="Layers of each stage that policy block recomputes."
-    )
-    recomputation_layer_num: tuple[int, ...] = Field(
-        (), description="For policy custom: layers to recompute in each pipeline stage, 3 2 1 0."
-    )
-
-    @model_validator(mode="after")
-    def _options_belong_together(self) -> "RecomputeConfig":
-        if not self.checkpoint_activations and self.model_fields_set - {"checkpoint_activations"}:
-            given = ", ".join(sorted(self.model_fields_set - {"checkpoint_activations"}))
-            raise ValueError(f"{given} means nothing without --checkpoint-activations; give it too")
-        if (self.checkpoint_policy == "custom") != bool(self.recomputation_layer_num):
-            raise ValueError(
-                "checkpoint_policy=custom and recomputation_layer_num go together; give both or neither"
-            )
-        if any(count < 0 for count in self.recomputation_layer_num):
-            raise ValueError(f"recomputation_layer_num={self.recomputation_layer_num}: 0 is the least")
-        return self
-
-    def check_pipeline(self, schedule: PipelineSchedule, layers_by_device: Sequence[int]) -> None:
-        """Check the policy against a pipeline.
-
-        Args:
-            schedule: order of forwards and backwards.
-            layers_by_device: layers of all stages of each pipeline device.
-
-        Raises:
-            ConfigError: `selective` under a schedule that goes back through a layer twice; `custom` without a number
-                for each device, or with one above its layers.
-        """
-        selective = self.checkpoint_activations and self.checkpoint_policy == "selective"
-        if selective and schedule in SPLIT_BACKWARD_SCHEDULES:
-            raise ConfigError(
-                f"checkpoint_policy=selective keeps what it keeps for one backward pass, pipeline_schedule={schedule} "
-                "takes two, of inputs and of weights; choose another policy or schedule"
-            )
-        counts = self.recomputation_layer_num
-        if counts and len(counts) != len(layers_by_device):
-            raise ConfigError(
-                f"recomputation_layer_num has {len(counts)} numbers for {len(layers_by_device)} pipeline stages; give "
-                "one for each"
-            )
-        for stage, (count, layers) in enumerate(zip(counts, layers_by_device, strict=False)):
-            if count > layers:
-                raise ConfigError(
-                    f"recomputation_layer_num asks for {count} layers in pipeline stage {stage}, which has {layers}; "
-                    f"choose {layers} or less"
-                )
 
 
 class DropoutConfig(Config):

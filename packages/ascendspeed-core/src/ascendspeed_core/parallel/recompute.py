@@ -7,7 +7,8 @@ computes the same numbers.
 What a layer sends to other devices under tensor parallelism is sent again, in the same order on all of them.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch.utils.checkpoint import (
 from ascendspeed_core.config.training import RecomputeConfig
 from ascendspeed_core.kernels.triangle import TRIANGLE_OPERATOR
 from ascendspeed_core.models.transformer import Transformer
+from ascendspeed_core.parallel.memory_plan import Mode
 
 aten = torch.ops.aten
 
@@ -49,16 +51,16 @@ def apply_recompute(model: Transformer, config: RecomputeConfig, pp_rank: int) -
         model: this process's stages, cut and filled.
         config: policy.
         pp_rank: which entry of `recomputation_layer_num` is this process's.
+
+    Policy `auto` needs measuring, see `training.fit_memory`; nothing is done for it here.
     """
-    if not config.checkpoint_activations:
+    if not config.checkpoint_activations or config.checkpoint_policy == "auto":
         return
     for layer in recomputed_layers(model, config, pp_rank):
-        if config.checkpoint_policy == "selective":
-            _recompute(layer, partial(create_selective_checkpoint_contexts, _keep_products))
-        elif config.checkpoint_policy == "attention":
-            _recompute(layer.get_submodule("attention"))
+        if config.checkpoint_policy == "attention":
+            recompute(layer.get_submodule("attention"), "full")
         else:
-            _recompute(layer)
+            recompute(layer, "selective" if config.checkpoint_policy == "selective" else "full")
 
 
 def recomputed_layers(model: Transformer, config: RecomputeConfig, pp_rank: int) -> list[nn.Module]:
@@ -75,9 +77,14 @@ def recomputed_layers(model: Transformer, config: RecomputeConfig, pp_rank: int)
     return chosen
 
 
-def _recompute(module: nn.Module, contexts: Callable[[], Any] | None = None) -> None:
+def recompute(module: nn.Module, mode: Mode) -> None:
+    """Make a module drop its activations and compute them again, in place."""
+    if mode == "none":
+        return
     forward = module.forward
-    options: dict[str, Any] = {} if contexts is None else {"context_fn": contexts}
+    options: dict[str, Any] = {}
+    if mode == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
 
     def recomputed(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -86,6 +93,20 @@ def _recompute(module: nn.Module, contexts: Callable[[], Any] | None = None) -> 
         return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **options, **kwargs)
 
     module.forward = recomputed
+
+
+@contextmanager
+def recomputed(module: nn.Module, mode: Mode) -> Iterator[None]:
+    """Let a module recompute for a while."""
+    before = vars(module).get("forward")
+    recompute(module, mode)
+    try:
+        yield
+    finally:
+        if before is not None:
+            module.forward = before
+        elif mode != "none":
+            del module.forward
 
 
 def _keep_products(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -23,7 +23,7 @@ def record_step(
     mesh: ParallelMesh,
     sizes: Sequence[int],
     seq_length: int,
-    steps: int = WARM_UP_STEPS + 1,
+    optimizer: MasterOptimizer | None = None,
 ) -> Recorder:
     """Run steps of a pipeline on random tokens, up to the update, and return what this process did in the last one.
 
@@ -32,7 +32,7 @@ def record_step(
         mesh: its place.
         sizes: of this data-parallel rank's micro-batches.
         seq_length: tokens of a sample.
-        steps: how many; the first ones warm up.
+        optimizer: of the model, with several replicas; one is made for the while if there is none yet.
     """
     vocab_size, group = model.config.vocab_size, mesh.group("tp")
     generator = torch.Generator().manual_seed(0)
@@ -43,8 +43,9 @@ def record_step(
     def loss_of(number: int, logits: torch.Tensor) -> torch.Tensor:
         return cross_entropy(logits, inputs[number].tokens, vocab_size, group).sum() / ids.numel()
 
-    optimizer = MasterOptimizer(model, OptimizerConfig(), mesh) if mesh.layout.replicas > 1 else None
-    for _ in range(steps):
+    if optimizer is None and mesh.layout.replicas > 1:
+        optimizer = MasterOptimizer(model, OptimizerConfig(), mesh)
+    for _ in range(WARM_UP_STEPS + 1):
         recorder = Recorder(mesh.device.synchronize)
         started: list[tuple[int | None, float]] = []
 
@@ -56,24 +57,32 @@ def record_step(
         mesh.barrier()
         is_early = mesh.layout.early_reduction and optimizer is not None
         run_pipeline(model, mesh, inputs, loss_of, recorder, on_stage_done if is_early else None)
-        if optimizer is not None:
+        if optimizer is not None and mesh.layout.replicas > 1:
             if not is_early:
                 started.append((None, time.perf_counter()))
             optimizer.finish_reductions()
             end = time.perf_counter()
             recorder.reductions = [Reduction(stage, start, end) for stage, start in started]
+        if optimizer is not None:
+            optimizer.forget_gradients()
         model.zero_grad(set_to_none=True)
     return recorder
 
 
-def measured_cost(model: Transformer, mesh: ParallelMesh, seq_length: int, largest: int) -> StageCost:
+def measured_cost(
+    model: Transformer,
+    mesh: ParallelMesh,
+    seq_length: int,
+    largest: int,
+    optimizer: MasterOptimizer | None = None,
+) -> StageCost:
     """Time micro-batches of one sample and of `largest` samples, and return what the slowest stage takes.
 
     All processes call it alike, and get the same numbers.
     """
     seconds: dict[tuple[str, int], float] = {}
     for size in sorted({1, largest}):
-        actions = record_step(model, mesh, (size,) * mesh.layout.pp, seq_length).actions
+        actions = record_step(model, mesh, (size,) * mesh.layout.pp, seq_length, optimizer).actions
         mine = {
             kind: sum(action.seconds for action in actions if action.kind == kind) / mesh.layout.pp
             for kind in ("forward", "backward")
@@ -92,8 +101,13 @@ def measured_cost(model: Transformer, mesh: ParallelMesh, seq_length: int, large
 
 
 def chosen_sizes(
-    model: Transformer, mesh: ParallelMesh, seq_length: int, samples: int, largest: int
+    model: Transformer,
+    mesh: ParallelMesh,
+    seq_length: int,
+    samples: int,
+    largest: int,
+    optimizer: MasterOptimizer | None = None,
 ) -> tuple[tuple[int, ...], StageCost]:
     """Return the sizes, none above `largest`, that leave this pipeline the least idle, and what they rest on."""
-    cost = measured_cost(model, mesh, seq_length, largest)
+    cost = measured_cost(model, mesh, seq_length, largest, optimizer)
     return best_sizes(samples, mesh.layout.pp, cost, largest), cost

@@ -123,13 +123,13 @@ class MasterOptimizer:
         self._sum_copies(gradients)
         if loss_scale is not None:
             if self._overflowed(gradients):
-                self._forget_gradients()
+                self.forget_gradients()
                 return None
             torch._foreach_div_(gradients, loss_scale)
         norm = self._norm(gradients)
         if not isfinite(norm):
             # The weights stay as they were, so that the step can be looked into.
-            self._forget_gradients()
+            self.forget_gradients()
             return norm
         if self._clip_grad > 0:
             scale = self._clip_grad / (norm + 1e-6)
@@ -139,9 +139,23 @@ class MasterOptimizer:
             slot.master.grad = gradient
         self.rule.step()
         self.num_steps += 1
-        self._forget_gradients()
+        self.forget_gradients()
         self._publish()
         return norm
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes that stay between steps, the weights that the model computes with left out."""
+        return sum(slot.master.nbytes * (len(self._remembered) + slot.has_copy) for slot in self._slots)
+
+    @property
+    def update_bytes(self) -> int:
+        """Most bytes that adding up and applying the gradients takes, the gradients included."""
+        gradients = sum(slot.parameter.numel() * slot.master.itemsize for slot in self._slots)
+        if self._mesh.group("replicas") is None:
+            return gradients
+        # One behind another for the message; with shares once more as they are cut and laid out.
+        return gradients * (3 if self._is_sharded else 2)
 
     def forward(self, given: ModelInput) -> torch.Tensor:
         """Return the logits of a model without a pipeline: [B, S] -> [B, S, V/tp]."""
@@ -154,10 +168,11 @@ class MasterOptimizer:
         """Add the gradient of a micro-batch to the parameters; `step` reduces it."""
         (loss * scale).backward()
 
-    def _forget_gradients(self) -> None:
+    def forget_gradients(self) -> None:
+        """Drop the gradients of all parameters."""
         self.rule.zero_grad(set_to_none=True)
         for slot in self._slots:
-            slot.parameter.grad = None
+            slot.parameter.grad = slot.gradient = None
 
     @torch.no_grad()
     def _publish(self) -> None:
@@ -206,9 +221,8 @@ class MasterOptimizer:
             started.append((rest, self._start_sum(rest)))
         sums: dict[str, torch.Tensor] = {}
         for slots, finish in started:
-            targets = [slot.master.new_empty(slot.master.shape) for slot in slots]
-            _split(finish(), targets, [slice(None)] * len(targets))
-            sums |= zip((slot.name for slot in slots), targets, strict=True)
+            parts = _views(finish(), [slot.master for slot in slots])
+            sums |= zip((slot.name for slot in slots), parts, strict=True)
         return [sums[slot.name] for slot in self._slots]
 
     def _start_sum(self, slots: list[_Slot]) -> Finish:
@@ -339,10 +353,11 @@ def _accumulate_wide(slot: _Slot) -> None:
 
 
 def _take_gradient(slot: _Slot) -> torch.Tensor:
+    """Take a gradient away from its parameter, so that it is freed when it is done with."""
     if slot.has_copy:
         gradient, slot.gradient = slot.gradient, None
     else:
-        gradient = slot.parameter.grad
+        gradient, slot.parameter.grad = slot.parameter.grad, None
     if gradient is None:
         return torch.zeros_like(slot.parameter, dtype=slot.master.dtype)
     return gradient
@@ -359,6 +374,13 @@ def _join(tensors: list[torch.Tensor], rows: list[slice], length: int) -> torch.
     """Put rows of each tensor behind one another, and zeros up to a length."""
     flat = torch.cat([tensor[part].flatten() for tensor, part in zip(tensors, rows, strict=True)])
     return torch.nn.functional.pad(flat, (0, length - flat.numel()))
+
+
+def _views(flat: torch.Tensor, like: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the parts of `flat`, in the shapes of other tensors."""
+    used = flat[: sum(tensor.numel() for tensor in like)]
+    parts = used.split([tensor.numel() for tensor in like])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
 
 
 def _split(flat: torch.Tensor, tensors: list[torch.Tensor], rows: list[slice]) -> None:

@@ -171,10 +171,25 @@ def _check_pipeline(config: PretrainConfig, layout: Layout, model: ModelConfig) 
     start, increment, _ = batch.rampup_batch_size or (size, size, 0)
     for samples in range(start, size + 1, increment or size):
         layout.check_micro_batches(len(batch.manual_sizes()) or samples // per_micro_step)
+    _check_fitted(config, layout)
     held = stages_of_devices(model.num_layers, layout)
     config.recompute.check_pipeline(
         layout.schedule, [sum(len(stage.layers) for stage in own) for own in held]
     )
+
+
+def _check_fitted(config: PretrainConfig, layout: Layout) -> None:
+    if not config.recompute.is_fitted:
+        return
+    if layout.zero_stage is not None:
+        raise ConfigError(
+            f"checkpoint_policy=auto with zero_stage={layout.zero_stage}: how much memory DeepSpeed's buffers take is "
+            "its own matter; choose another policy"
+        )
+    if isinstance(config, DpoConfig):
+        raise ConfigError(
+            "checkpoint_policy=auto measures the loss of tokens, not of pairs; choose another policy for dpo"
+        )
 
 
 def _check_length(config: PretrainConfig, model: ModelConfig, where: str) -> None:

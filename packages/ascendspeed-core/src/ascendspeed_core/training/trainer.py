@@ -23,11 +23,13 @@ from ascendspeed_core.training.checkpoint import (
     load_random_state,
 )
 from ascendspeed_core.training.choose_engine import make_engine, zero_settings
+from ascendspeed_core.training.fit_memory import fit_recompute, full_step, memory_budget
 from ascendspeed_core.training.loss_scale import LossScale
 from ascendspeed_core.training.measure import chosen_sizes
 from ascendspeed_core.training.metrics import PICTURE, MetricsFile, draw_loss
 from ascendspeed_core.training.monitor import Monitor
 from ascendspeed_core.training.not_finite import where_not_finite
+from ascendspeed_core.training.optimizer import MasterOptimizer
 from ascendspeed_core.training.plan import RunPlan
 from ascendspeed_core.training.preference import PreferenceObjective
 from ascendspeed_core.training.reference import RECORD
@@ -69,9 +71,9 @@ class Trainer:
         kernels = apply_kernels(self.model, self.config.compute, setting)
         apply_recompute(self.model, self.config.recompute, mesh.pp_rank)
         self.objective = self._objective(dtype, setting)
+        self.optimizer = make_engine(self.model, self.config, mesh, settings)
         self.sizes = self.config.batch.manual_sizes() or self._found_sizes()
         apply_dropout(self.model, self.config.dropout, self.config.batch.seed, mesh)
-        self.optimizer = make_engine(self.model, self.config, mesh, settings)
         for line in table([*kernels, update_choice(self.config.optimizer.optimizer, setting)]):
             self._say(line)
         self.loss_scale = LossScale.create(self.config.loss_scaling, is_fp16=dtype == torch.float16)
@@ -85,6 +87,7 @@ class Trainer:
             mesh,
         )
         self._refuse_different_data()
+        self._fit_recompute()
         self.monitor = Monitor(self.config, self.model, mesh, plan.start.iteration, self._say)
         self.iteration = plan.start.iteration
         self.samples = None
@@ -125,8 +128,9 @@ class Trainer:
         if not batch.finds_sizes:
             return ()
         samples = batch.check_layout(layout.dp) // layout.dp
+        optimizer = self.optimizer if isinstance(self.optimizer, MasterOptimizer) else None
         sizes, cost = chosen_sizes(
-            self.model, self.mesh, self.config.data.seq_length, samples, batch.micro_batch_size
+            self.model, self.mesh, self.config.data.seq_length, samples, batch.micro_batch_size, optimizer
         )
         even = (batch.micro_batch_size,) * (samples // batch.micro_batch_size)
         before, after = (bubble_seconds(own, layout.pp, cost) * 1000 for own in (even, sizes))
@@ -135,6 +139,20 @@ class Trainer:
             "with even ones; give them as --manual-mbs to use them again"
         )
         return sizes
+
+    def _fit_recompute(self) -> None:
+        """Choose how much is recomputed, if a budget decides that."""
+        config, batch = self.config.recompute, self.config.batch
+        if not config.is_fitted:
+            return
+        assert isinstance(self.optimizer, MasterOptimizer)
+        per_device = batch.check_layout(self.mesh.layout.dp) // self.mesh.layout.dp
+        sizes = self.sizes or (batch.micro_batch_size,) * (per_device // batch.micro_batch_size)
+        (sample,) = self.data.micro_batches(0, (max(sizes),))
+        budget = memory_budget(config.memory_budget_gib, self.mesh.device)
+        step = full_step(sample, sizes, self.config.data.seq_length, self.mesh)
+        for line in fit_recompute(self.model, self.optimizer, self.mesh, step, budget):
+            self._say(line)
 
     def _refuse_different_data(self) -> None:
         """Machines may have their own copies of the data, but they must be copies."""
