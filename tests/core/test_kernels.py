@@ -10,7 +10,7 @@ from ascendspeed_core.config.finetune import FinetuneDataConfig
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.config.training import BatchConfig, DataConfig, OptimizerConfig
 from ascendspeed_core.device import Device
-from ascendspeed_core.kernels import liger, npu
+from ascendspeed_core.kernels import int8, liger, npu
 from ascendspeed_core.kernels.config import ComputeConfig
 from ascendspeed_core.kernels.dispatch import (
     OPERATORS,
@@ -276,7 +276,7 @@ def test_whether_lengths_vary() -> None:
 def test_every_function_of_the_device_modules_is_offered() -> None:
     offered = {
         implementation.run for implementations in OPERATORS.values() for implementation in implementations
-    }
+    } | set(int8.IMPLEMENTATIONS.values())
     for module in (npu, liger):
         for name, value in vars(module).items():
             if name.startswith(("npu_", "liger_")):

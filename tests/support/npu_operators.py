@@ -136,13 +136,32 @@ def npu_cross_entropy_loss(
     return -probabilities.gather(1, target.unsqueeze(1)).squeeze(1), probabilities, empty, empty
 
 
+def npu_weight_quant_batchmatmul(
+    x: Tensor, weight: Tensor, antiquant_scale: Tensor, antiquant_offset: Tensor | None = None,
+    quant_scale: Tensor | None = None, quant_offset: Tensor | None = None, bias: Tensor | None = None,
+    antiquant_group_size: int = 0, inner_precise: int = 0, **more: Any,
+) -> Tensor:  # fmt: skip
+    """Of 16-bit activations [M, K] with a weight [K, N], most quickly a transposed one, and a scale for each column."""
+    assert x.dtype in (torch.float16, torch.bfloat16)
+    assert weight.dtype == torch.int8
+    assert weight.dim() == x.dim() == 2
+    assert all(1 <= side <= 65535 for side in weight.shape)
+    assert weight.T.is_contiguous()
+    assert antiquant_scale.dtype == x.dtype
+    assert antiquant_scale.shape == weight.shape[1:]
+    assert antiquant_offset is quant_scale is quant_offset is bias is None
+    assert antiquant_group_size == inner_precise == 0
+    assert not any(more.values())
+    return (x.float() @ (weight.float() * antiquant_scale.float())).to(x.dtype)
+
+
 KERNELS = {
     "npu_apply_adam_w.out": npu_apply_adam_w,
     **{
         kernel.__name__: kernel
         for kernel in (
             npu_fusion_attention, npu_fusion_attention_v2, npu_scaled_masked_softmax, npu_rms_norm, npu_rotary_mul,
-            npu_swiglu, npu_cross_entropy_loss,
+            npu_swiglu, npu_cross_entropy_loss, npu_weight_quant_batchmatmul,
         )
     },
 }  # fmt: skip

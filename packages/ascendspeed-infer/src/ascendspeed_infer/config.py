@@ -7,7 +7,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ascendspeed_core.config.base import Config, spellings
 from ascendspeed_core.config.load import validate
-from ascendspeed_core.config.model import ArchitectureFlags
+from ascendspeed_core.config.model import ArchitectureFlags, WeightQuantization
 from ascendspeed_core.config.parallel import Layout, ParallelConfig
 from ascendspeed_core.config.source import ModelSourceConfig
 from ascendspeed_core.config.training import LaunchConfig, PrecisionConfig
@@ -187,6 +187,11 @@ class StoredPrecisionConfig(PrecisionConfig):
 
     dtype: Literal["float64", "float32", "bfloat16", "float16"] | None = Field(
         None, description="Format of weights and arithmetic. [default: the one the weights are stored in]"
+    )
+    weight_quantization: WeightQuantization = Field(
+        "none",
+        description="int8: hold the matrices of layers and head as 8-bit integers with a scale for each row, which "
+        "decodes faster; arithmetic stays in --dtype.",
     )
 
 

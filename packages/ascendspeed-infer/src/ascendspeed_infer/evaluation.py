@@ -63,6 +63,11 @@ OPTIONS = (
     Option("tensor_model_parallel_size", int, "Devices that share every layer."),
     Option("pipeline_model_parallel_size", int, "Stages that the layers are cut into."),
     Option("dtype", str, "Format to compute in. [default: as stored]"),
+    Option(
+        "weight_quantization",
+        str,
+        "none, or int8: matrices as integers with a scale for each row, part of the run's identity. [default: none]",
+    ),
     Option("fp16", bool, "Short for --dtype float16."),
     Option("bf16", bool, "Short for --dtype bfloat16."),
     Option("micro_batch_size", int, "Prompts continued at once; changes no answer. [default: 8]"),
@@ -133,6 +138,7 @@ class AscendSpeedBackend:
                 wanted_dtype(config, source),
                 config.parallel,
                 data_parallel=True,
+                weight_quantization=config.precision.weight_quantization,
             )
             adapter = f" with {config.adapter.lora_load.name}" if config.adapter.lora_load else ""
             name = (
@@ -170,6 +176,8 @@ class ServedModel:
 
     def describe(self) -> Description:
         """Say which model this is; how many devices share the requests out is left out, as it changes nothing."""
+        from ascendspeed_core.models.int8 import has_int8_weights
+
         model, layout = self._model.model, self._model.mesh.layout
         dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
         limit = model.config.max_position_embeddings
@@ -180,6 +188,8 @@ class ServedModel:
             "seq_length": str(min(self._max_tokens or limit, limit)),
             "tokenizer": self._model.tokenizer.fingerprint,
         }
+        if has_int8_weights(model):
+            details["weight_quantization"] = "int8"
         return Description(self._name, model.config.num_parameters, self._fingerprint, details)
 
     def loglikelihood(self, requests: Sequence[Any]) -> Sequence[Any]:

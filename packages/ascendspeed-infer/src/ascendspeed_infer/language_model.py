@@ -9,6 +9,7 @@ from typing import Any, Literal, Unpack, cast, overload
 import torch
 
 from ascendspeed_core.config.load import validate
+from ascendspeed_core.config.model import WeightQuantization
 from ascendspeed_core.config.parallel import ParallelConfig
 from ascendspeed_core.config.source import ModelSourceConfig
 from ascendspeed_core.device import choose_device
@@ -66,6 +67,7 @@ class LanguageModel:
         parallel: ParallelConfig | None = None,
         adapter: Path | str | None = None,
         merge_adapter: bool = True,
+        weight_quantization: WeightQuantization = "none",
     ) -> "LanguageModel":
         """Load a checkpoint of any kind: a training run's folder, a Hugging Face folder, shards of 2023 or Megatron-LM.
 
@@ -77,13 +79,16 @@ class LanguageModel:
             parallel: layout; more than one process needs torchrun and an initialised process group.
             adapter: folder of a LoRA adapter in peft's format.
             merge_adapter: add it to the weights as they are read; otherwise layers compute it beside them.
+            weight_quantization: `int8` holds the matrices of layers and head as integers; arithmetic stays in `dtype`.
 
         Raises:
             AscendSpeedError: nothing there, not recognised, damaged, no tokenizer, or an adapter of another model.
         """
         source = open_source(ModelSourceConfig(load=Path(path)), seed=0)
         given = validate(AdapterConfig, {"lora_load": adapter, "merge_adapter": merge_adapter})
-        return cls.from_source(with_adapter(source, given), tokenizer, device, dtype, parallel)
+        return cls.from_source(
+            with_adapter(source, given), tokenizer, device, dtype, parallel, False, weight_quantization
+        )
 
     @classmethod
     def from_config(
@@ -109,6 +114,7 @@ class LanguageModel:
         dtype: str | None,
         parallel: ParallelConfig | None,
         data_parallel: bool = False,
+        weight_quantization: WeightQuantization = "none",
     ) -> "LanguageModel":
         """Load the weights of a source; see `from_pretrained`.
 
@@ -131,7 +137,9 @@ class LanguageModel:
         format_ = dtype or stored_dtype(source)
         settings = zero_settings(parallel, mesh, format_, shares_out_work=data_parallel)
         # ZeRO's shares are of weights as they are stored.
-        model = load_model(source, mesh, getattr(torch, format_), settings is None, settings)
+        model = load_model(
+            source, mesh, getattr(torch, format_), settings is None, settings, weight_quantization
+        )
         loaded = cls(model, opened, mesh)
         if settings is not None:
             loaded._deepspeed = answer_from_shares(model, mesh, settings)

@@ -5,6 +5,7 @@ from typing import Any
 
 from ascendspeed_core.config.deepspeed import answering_settings, read_deepspeed_config
 from ascendspeed_core.config.parallel import ParallelConfig
+from ascendspeed_core.parallel.build import refuse_spread_int8
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.weights import NativeSource, WeightSource, open_source
 from ascendspeed_core.weights.adapter import MergedAdapter
@@ -33,6 +34,8 @@ def with_adapter(source: WeightSource, config: AdapterConfig) -> WeightSource:
 def check_source(config: LoadedModelConfig) -> None:
     """Find out before any process starts whether the model is there, fits its flags, and has a tokenizer."""
     source = open_model_source(config)
+    if config.precision.weight_quantization == "int8":
+        refuse_spread_int8(config.parallel.resolved_zero_stage())
     config.model.check(source.config, str(source.path or config.source.model_config_file))
     config.parallel.check_model(source.config)
     folder = find_tokenizer(source, config.tokenizer.tokenizer_name_or_path)

@@ -7,6 +7,9 @@ from pydantic import Field, model_validator
 from ascendspeed_core.config.base import Config, spellings
 from ascendspeed_data.errors import AscendSpeedError
 
+WeightQuantization = Literal["none", "int8"]
+"""How a model that answers holds its matrices: in its format, or as integers with a scale for each row."""
+
 
 class RotaryScaling(Config):
     """How rotary frequencies are changed so that a model reads longer texts than it was first trained on.

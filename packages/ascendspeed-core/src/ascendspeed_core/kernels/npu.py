@@ -21,6 +21,10 @@ SCALE_THEN_ADD = 0
 """`pse_type` of what is added to scores that are already scaled, as ALiBi is."""
 
 
+INT8_ROWS = 65_535
+"""Most output rows that `npu_weight_quant_batchmatmul` takes at once; a head may have more."""
+
+
 def npu_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
 ) -> torch.Tensor:
@@ -95,6 +99,15 @@ def npu_token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tenso
     """`npu_cross_entropy_loss`, see `models.head.token_losses`."""
     losses: torch.Tensor = torch.ops.npu.npu_cross_entropy_loss(logits, targets, None, "none")[0]
     return losses
+
+
+def npu_int8_linear(x: torch.Tensor, integers: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """`npu_weight_quant_batchmatmul`, see `kernels.reference.int8_linear`: [M, K] -> [M, N]."""
+    parts = [
+        torch.ops.npu.npu_weight_quant_batchmatmul(x, part.T, of_part)
+        for part, of_part in zip(integers.split(INT8_ROWS), scale.split(INT8_ROWS), strict=True)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
 class NpuAdamW(torch.optim.Optimizer):

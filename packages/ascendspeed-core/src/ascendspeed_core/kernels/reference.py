@@ -69,3 +69,18 @@ def plain_layer_norm(
 def plain_token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Cross entropy, see `models.head.token_losses`."""
     return logits.logsumexp(-1) - logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+
+
+def int8_linear(x: torch.Tensor, integers: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Product with the weight that integers and scales stand for, in fp32, and back in the format of `x`.
+
+    Args:
+        x: [..., K].
+        integers: int8, [N, K].
+        scale: of each row of the weight, [N].
+
+    Returns:
+        [..., N].
+    """
+    weight = integers.float() * scale.float().unsqueeze(-1)
+    return (x.float() @ weight.T).to(x.dtype)

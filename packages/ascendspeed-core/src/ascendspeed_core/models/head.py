@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ascendspeed_core.config.model import ModelConfig
+from ascendspeed_core.models.int8 import Int8Weight
 
 LossFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """An implementation of `token_losses`."""
@@ -43,14 +44,18 @@ class NormalisedHead(nn.Linear):
     def _lengths(self) -> torch.Tensor:
         """Length of each row, [V], fp32 or float64; kept while no gradient is wanted and the weight is unchanged."""
         weight = self.weight
-        state = (weight.data_ptr(), weight._version)
+        held = weight.integers if isinstance(weight, Int8Weight) else weight
+        state = (held.data_ptr(), held._version)
         if torch.is_grad_enabled():
             # An update may follow, which fused optimizers and DeepSpeed do without counting it as a new version.
             self._kept = None
         if self._kept is not None and self._kept[:2] == state:
             return self._kept[2]
-        wide = weight if weight.dtype == torch.float64 else weight.float()
-        lengths = wide.square().sum(-1).sqrt().clamp_min(1e-12)
+        if isinstance(weight, Int8Weight):
+            lengths = weight.row_lengths().clamp_min(1e-12)
+        else:
+            wide = weight if weight.dtype == torch.float64 else weight.float()
+            lengths = wide.square().sum(-1).sqrt().clamp_min(1e-12)
         if not torch.is_grad_enabled():
             self._kept = (*state, lengths)
         return lengths

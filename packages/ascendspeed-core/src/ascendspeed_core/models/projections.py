@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ascendspeed_core.models.dropout import Draws
+from ascendspeed_core.models.int8 import Int8Weight, join
 from ascendspeed_core.models.lora import LoraLinear, apply_linear
 
 
@@ -72,6 +73,9 @@ def join_projections(model: nn.Module) -> None:
 
 
 def _lay_together(parameters: Sequence[torch.Tensor]) -> torch.Tensor:
+    int8 = [parameter for parameter in parameters if isinstance(parameter, Int8Weight)]
+    if int8:
+        return join(int8)
     together = torch.cat([parameter.detach() for parameter in parameters])
     start = 0
     for parameter in parameters:

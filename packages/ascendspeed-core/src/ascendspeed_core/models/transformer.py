@@ -3,7 +3,8 @@
 Shapes: B batch, S sequence, H hidden size, V vocabulary (V/tp logits on each device under tensor parallel).
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -173,3 +174,40 @@ def empty_transformer(config: ModelConfig, dtype: torch.dtype, stages: Sequence[
     """Return the model without storage (torch's meta device): shapes only, to be cut before it is filled."""
     with torch.device("meta"):
         return Transformer(config, stages).to(dtype)
+
+
+def filled_in_turn(
+    model: Transformer, device: torch.device, fill: Callable[[str, nn.Parameter], None]
+) -> Iterator[nn.Module]:
+    """Give a model without storage its weights, one module after the other, inner ones first.
+
+    Whoever iterates may change the weights of a module as it comes, or hold them in less memory: nothing else holds
+    them, except those that a later module shares.
+
+    Args:
+        model: on the meta device.
+        device: where its weights go.
+        fill: writes the weight of a name into a parameter.
+
+    Yields:
+        Each module that has parameters of its own, filled.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    shared: dict[int, nn.Parameter] = {}
+
+    def filled(empty: nn.Parameter) -> nn.Parameter:
+        if id(empty) in shared:
+            return shared[id(empty)]
+        parameter = nn.Parameter(torch.empty_like(empty, device=device), requires_grad=empty.requires_grad)
+        fill(names[id(empty)], parameter)
+        if owners[id(empty)] > 1:
+            shared[id(empty)] = parameter
+        return parameter
+
+    for module in reversed(list(model.modules())):
+        own = list(module.named_parameters(recurse=False))
+        for kind, empty in own:
+            setattr(module, kind, filled(empty))
+        if own:
+            yield module

@@ -4,12 +4,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
-from ascendspeed_core.config.model import ModelConfig
+from ascendspeed_core.config.model import ModelConfig, WeightQuantization
 from ascendspeed_core.config.parallel import stages_of_devices
-from ascendspeed_core.models.lora import AdapterPlan, add_adapters, freeze
+from ascendspeed_core.kernels.int8 import refuse_missing_format
+from ascendspeed_core.models.int8 import largest_of_rows, quantize
+from ascendspeed_core.models.lora import HALVES, AdapterPlan, add_adapters, freeze
 from ascendspeed_core.models.projections import join_projections
-from ascendspeed_core.models.transformer import Transformer, empty_transformer
+from ascendspeed_core.models.transformer import Transformer, empty_transformer, filled_in_turn
+from ascendspeed_core.parallel.collectives import all_reduce_max
 from ascendspeed_core.parallel.context import apply_context_parallel
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.slices import Slice, tensor_slice
@@ -17,6 +21,7 @@ from ascendspeed_core.parallel.tensor import apply_tensor_parallel
 from ascendspeed_core.weights.load import check_weights, copy_weight, load_weights, shapes_of
 from ascendspeed_core.weights.lora import AdaptedWeights
 from ascendspeed_core.weights.source import WeightSource
+from ascendspeed_data.errors import ConfigError
 
 
 def build_model(
@@ -68,6 +73,7 @@ def load_model(
     dtype: torch.dtype,
     joined_projections: bool = False,
     zero_settings: Mapping[str, Any] | None = None,
+    weight_quantization: WeightQuantization = "none",
 ) -> Transformer:
     """Return this process's part of the model that `source` holds, reading only its own slices.
 
@@ -79,7 +85,10 @@ def load_model(
         dtype: of the weights.
         joined_projections: see `build_model`.
         zero_settings: config of `deepspeed.initialize`, when the layout has a ZeRO stage.
+        weight_quantization: `int8` makes a model that only answers, see `load_int8_model`.
     """
+    if weight_quantization == "int8":
+        return load_int8_model(source, mesh, dtype, joined_projections)
     adapters = source.adapters if isinstance(source, AdaptedWeights) else None
     if mesh.layout.zero_stage == 3:
         from ascendspeed_core.parallel.deepspeed import partition_weights
@@ -97,6 +106,65 @@ def load_model(
     model = build_model(source.config, mesh, dtype, joined_projections, adapters)
     load_weights(model, source, parameter_slices(model, mesh))
     return model
+
+
+def load_int8_model(
+    source: WeightSource, mesh: ParallelMesh, dtype: torch.dtype, joined_projections: bool = False
+) -> Transformer:
+    """Return this process's part of a model whose layers and head hold int8 weights; it answers, and is not trained.
+
+    Each weight is quantized as it is read, so besides the integers a process never holds more than one module's
+    weights. Embedding, a head that is tied to it, norms, biases and adapters keep their format. The scale of a row is
+    that of the whole row, also where each device holds a part of it: the integers are the same under every layout.
+
+    Args:
+        source: the weights; not spread by ZeRO-3.
+        mesh: this process's place.
+        dtype: of activations, scales, and what is not quantized.
+        joined_projections: see `build_model`.
+
+    Raises:
+        ConfigError: the device has no such product in that format, or ZeRO-3 is to spread the weights.
+        AscendSpeedError: a weight is not finite.
+    """
+    refuse_missing_format(dtype, mesh.device)
+    refuse_spread_int8(mesh.layout.zero_stage)
+    model = _cut_model(
+        source.config, mesh, dtype, source.adapters if isinstance(source, AdaptedWeights) else None
+    )
+    slices = parameter_slices(model, mesh)
+    check_weights(model, source, slices)
+    names = {module: name for name, module in model.named_modules()}
+    for module in filled_in_turn(
+        model, mesh.device.torch, lambda name, parameter: copy_weight(parameter, source, name, slices[name])
+    ):
+        if isinstance(module, nn.Linear) and _becomes_int8(model, names[module]):
+            _quantize_layer(module, f"{names[module]}.weight", slices, mesh)
+    if joined_projections:
+        join_projections(model)
+    return model.requires_grad_(False)
+
+
+def refuse_spread_int8(zero_stage: int | None) -> None:
+    """Raise `ConfigError` where int8 weights are to be spread by ZeRO-3."""
+    if zero_stage == 3:
+        raise ConfigError(
+            "weight_quantization=int8 and zero_stage=3 were both given, but ZeRO-3 spreads weights in the model's "
+            "format only; leave one of them out, or cut the layers: --tensor-model-parallel-size"
+        )
+
+
+def _becomes_int8(model: Transformer, layer: str) -> bool:
+    """Whether a linear layer's weight does: not a head that shares the embedding's, and no adapter's halves."""
+    return not layer.endswith(HALVES) and not (layer == "output_head" and model.config.tie_word_embeddings)
+
+
+def _quantize_layer(linear: nn.Linear, name: str, slices: Mapping[str, Slice], mesh: ParallelMesh) -> None:
+    largest = largest_of_rows(linear.weight)
+    group = mesh.group("tp")
+    if group is not None and slices[name].sizes[1] < slices[name].shape[1]:
+        all_reduce_max(largest, group)
+    linear.weight = nn.Parameter(quantize(linear.weight, largest, name), requires_grad=False)
 
 
 def parameter_slices(model: Transformer, mesh: ParallelMesh) -> dict[str, Slice]:

@@ -49,6 +49,11 @@ def start_all_reduce_sum(x: torch.Tensor, group: dist.ProcessGroup) -> Finish:
     return lambda: x.copy_(_sum_in_order(_after(works, parts)))
 
 
+def all_reduce_max(x: torch.Tensor, group: dist.ProcessGroup) -> None:
+    """Take the largest of each number of `x` over the devices of `group`, in place."""
+    dist.all_reduce(x, dist.ReduceOp.MAX, group=group)
+
+
 def copy_to_group(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """Return `x`; its gradient is added up over the devices of `group`."""
     copied: torch.Tensor = _CopyToGroup.apply(x, group)

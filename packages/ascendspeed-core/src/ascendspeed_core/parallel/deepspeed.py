@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ascendspeed_core.device import Device
-from ascendspeed_core.models.transformer import Transformer
+from ascendspeed_core.models.transformer import Transformer, filled_in_turn
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_data.errors import AscendSpeedError
 
@@ -127,25 +127,15 @@ def partition_weights(
     """
     deepspeed = start_deepspeed(mesh.device)
     group = groups_for_deepspeed(mesh)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    filled: dict[str, nn.Parameter] = {}
-    # Inner modules first: zero.Init spreads all that is in a module.
-    for module in reversed(list(model.modules())):
-        for kind, empty in list(module.named_parameters(recurse=False)):
-            name = names[id(empty)]
-            if name not in filled:
-                storage = torch.empty_like(empty, device=mesh.device.torch)
-                filled[name] = nn.Parameter(storage, requires_grad=empty.requires_grad)
-                fill(name, filled[name])
-            setattr(module, kind, filled[name])
-        if next(module.parameters(recurse=False), None) is not None:
-            deepspeed.zero.Init(
-                module=module,
-                data_parallel_group=None if group is None else group.get_data_parallel_group(),
-                config_dict_or_path=dict(settings),
-                dtype=next(module.parameters()).dtype,
-                mpu=group,
-            )
+    # Inner modules come first: zero.Init spreads all that is in a module.
+    for module in filled_in_turn(model, mesh.device.torch, fill):
+        deepspeed.zero.Init(
+            module=module,
+            data_parallel_group=None if group is None else group.get_data_parallel_group(),
+            config_dict_or_path=dict(settings),
+            dtype=next(module.parameters()).dtype,
+            mpu=group,
+        )
     _let_go_of_weights(model)
     return model
 

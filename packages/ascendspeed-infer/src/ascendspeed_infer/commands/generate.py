@@ -93,6 +93,7 @@ def on_every_process(config: LoadedModelConfig, arguments: Sequence[str]) -> Ite
 def opened_model(config: LoadedModelConfig) -> Iterator[tuple["LanguageModel", "WeightSource"]]:
     """Load the model on this process, with the others if there are any."""
     from ascendspeed_core.launch import process_group
+    from ascendspeed_core.models.int8 import weights_nbytes
     from ascendspeed_infer.language_model import LanguageModel
     from ascendspeed_infer.opening import open_model_source, wanted_dtype
 
@@ -101,11 +102,16 @@ def opened_model(config: LoadedModelConfig) -> Iterator[tuple["LanguageModel", "
         source = open_model_source(config)
         dtype = wanted_dtype(config, source)
         tokenizer = config.tokenizer.tokenizer_name_or_path
-        model = LanguageModel.from_source(source, tokenizer, device.kind, dtype, config.parallel)
+        quantization = config.precision.weight_quantization
+        model = LanguageModel.from_source(
+            source, tokenizer, device.kind, dtype, config.parallel, weight_quantization=quantization
+        )
         if world.rank == 0:
             size = f"{source.config.num_parameters:,} parameters ({source.kind})"
             adapter = f", adapter {config.adapter.lora_load}" if config.adapter.lora_load else ""
-            log(f"model: {size}{adapter}, {dtype}, {model.mesh.layout}")
+            held = f"{weights_nbytes(model.model) / 1e6:,.1f} MB of weights on this device"
+            integers = " with int8 matrices" if quantization == "int8" else ""
+            log(f"model: {size}{adapter}, {dtype}{integers}, {held}, {model.mesh.layout}")
         yield model, source
 
 
