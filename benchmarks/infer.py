@@ -23,6 +23,7 @@ import torch.nn.functional as F
 
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.device import Device
+from ascendspeed_core.models.packed import pack_weights
 from ascendspeed_core.models.transformer import Transformer
 from ascendspeed_core.parallel.build import load_model
 from ascendspeed_core.parallel.mesh import ParallelMesh
@@ -84,7 +85,9 @@ def read_files(folder: Path) -> int:
 
 def loaded_ours(folder: Path, dtype: str) -> tuple[Transformer, ParallelMesh]:
     mesh = ParallelMesh.create(Device("cpu"), Layout())
-    return load_model(open_weights(folder), mesh, getattr(torch, dtype), joined_projections=True).eval(), mesh
+    model = load_model(open_weights(folder), mesh, getattr(torch, dtype), joined_projections=True).eval()
+    pack_weights(model)
+    return model, mesh
 
 
 def loaded_theirs(folder: Path, dtype: str) -> Any:

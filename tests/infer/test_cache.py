@@ -8,6 +8,7 @@ import torch
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.device import Device
 from ascendspeed_core.models.cache import BLOCK_TOKENS, KeyValueCache, Piece
+from ascendspeed_core.models.packed import pack_weights
 from ascendspeed_core.parallel.build import load_model
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.pipeline import forward_through_stages
@@ -85,6 +86,45 @@ def test_decoding_equals_one_pass(workers: WorkerPool, tmp_path: Path, name: str
         # float64, the same sums in other shapes.
         torch.testing.assert_close(decoded, whole, rtol=0, atol=1e-11)
         assert float(whole.abs().max()) > 0.5
+
+
+def in_company_and_alone(
+    folder: str, layout: Layout, dtype: torch.dtype
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Logits of texts of unequal lengths, some that go on by a token and some that are read, in one pass and alone."""
+    mesh = ParallelMesh.create(Device("cpu"), layout)
+    model = load_model(open_weights(Path(folder)), mesh, dtype, joined_projections=True).eval()
+    pack_weights(model)
+    draw = torch.Generator().manual_seed(6)
+    parts = [(17, 1), (3, 1), (0, 5), (9, 1), (4, 3), (0, 1), (2, 3)]
+    texts = [torch.randint(0, 125, (start + count,), generator=draw).tolist() for start, count in parts]
+
+    def works(runner: ModelRunner) -> list[Work]:
+        rooms = [runner.cache.reserve(LENGTH) for _ in parts]
+        pieces = [Piece(room, start, count) for room, (start, count) in zip(rooms, parts, strict=True)]
+        both = list(zip(pieces, texts, strict=True))
+        runner.run([Work(Piece(one.room, 0, one.start), ids[: one.start]) for one, ids in both if one.start])
+        return [Work(one, ids[one.start :], one.count) for one, ids in both]
+
+    capacity = 2 * LENGTH * len(parts)
+    runner = ModelRunner(model, mesh, capacity)
+    together = runner.run(works(runner))
+    runner = ModelRunner(model, mesh, capacity)
+    return [(found, runner.run([one])[0]) for found, one in zip(together, works(runner), strict=True)]
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2), Layout(pp=2)], ids=str)
+@pytest.mark.parametrize("name", ["Llama 3.2", "Mistral", "Qwen 3", "Baichuan 2 13B", "Bloom"])
+def test_unequal_texts_in_one_pass(workers: WorkerPool, tmp_path: Path, name: str, layout: Layout) -> None:
+    """Grouped heads, a window, ALiBi; places of 1 to 5 tokens after 0 to 17 others."""
+    REFERENCES[name].save(tmp_path)
+    # The same sums in other shapes; logits of up to 10.
+    for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 1e-4)):
+        for pairs in workers.run(in_company_and_alone, layout.world_size, str(tmp_path), layout, dtype):
+            assert [len(found) for found, _ in pairs] == [1, 1, 5, 1, 3, 1, 3]
+            for found, alone in pairs:
+                torch.testing.assert_close(found, alone, rtol=0, atol=tolerance)
+                assert float(alone.abs().max()) > 0.5
 
 
 def small_cache(blocks: int) -> KeyValueCache:

@@ -178,7 +178,6 @@ def test_the_functions_that_decode_one_text(model: tuple[Transformer, ParallelMe
 
 
 def test_one_token_in_bf16(tmp_path: Path) -> None:
-    """A single row of bf16 is computed beside a row of padding, which nobody sees."""
     REFERENCES["Llama 3.2"].save(tmp_path)
     model, mesh = load(str(tmp_path), Layout(), torch.bfloat16)
     wide, _ = load(str(tmp_path), Layout(), torch.float64)

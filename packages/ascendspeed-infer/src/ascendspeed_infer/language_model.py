@@ -14,6 +14,7 @@ from ascendspeed_core.config.parallel import ParallelConfig
 from ascendspeed_core.config.source import ModelSourceConfig
 from ascendspeed_core.device import choose_device
 from ascendspeed_core.launch import world_of_environment
+from ascendspeed_core.models.packed import pack_weights
 from ascendspeed_core.models.transformer import Transformer
 from ascendspeed_core.parallel.build import load_model
 from ascendspeed_core.parallel.deepspeed import answer_from_shares
@@ -140,6 +141,8 @@ class LanguageModel:
         model = load_model(
             source, mesh, getattr(torch, format_), settings is None, settings, weight_quantization
         )
+        if settings is None:
+            pack_weights(model)
         loaded = cls(model, opened, mesh)
         if settings is not None:
             loaded._deepspeed = answer_from_shares(model, mesh, settings)

@@ -64,7 +64,7 @@ class Attention(nn.Module):
         if places.rotary is not None:
             q, k = self.rotate(q, k, *places.rotary)
         if cache is not None:
-            attended = cache.attend(cache_layer, q, k, v, self.attend, places.of_pieces, places.window)
+            attended = cache.attend(cache_layer, q, k, v, self.attend, places.of_pieces)
         else:
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
             attend = self._attend_function(places)
@@ -95,11 +95,19 @@ def causal_attention(
     Returns:
         [B, N, S, D].
     """
+    heads, groups = q.shape[1], k.shape[1]
+    if q.shape[2] == 1 and heads != groups:
+        # The heads of a group are as many queries of one key-value head: its keys are read once, in one matrix product.
+        of_heads = (
+            mask.unflatten(0, (groups, -1)).squeeze(2) if mask is not None and mask.dim() == 3 else mask
+        )
+        queries = q.unflatten(1, (groups, -1)).squeeze(3)
+        return F.scaled_dot_product_attention(queries, k, v, attn_mask=of_heads).flatten(1, 2).unsqueeze(2)
     return F.scaled_dot_product_attention(
         q,
         k,
         v,
         attn_mask=mask,
         is_causal=mask is None and q.shape[2] > 1,
-        enable_gqa=q.shape[1] != k.shape[1],
+        enable_gqa=heads != groups,
     )

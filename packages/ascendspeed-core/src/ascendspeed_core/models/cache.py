@@ -50,6 +50,7 @@ class KeyValueCache:
         num_key_value_heads: K.
         capacity_tokens: C, of all texts together; rounded up to whole blocks.
         head_dim: D.
+        window: keys that a query sees, its own included; `None` for all.
     """
 
     def __init__(
@@ -60,7 +61,9 @@ class KeyValueCache:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        window: int | None = None,
     ) -> None:
+        self._window = window
         self.num_blocks = blocks_of(capacity_tokens)
         shape = (num_layers, num_key_value_heads, self.num_blocks * BLOCK_TOKENS, head_dim)
         self.keys = torch.empty(shape, dtype=dtype, device=device)
@@ -101,6 +104,10 @@ class KeyValueCache:
         for whole in (self.keys, self.values):
             there = whole[:, :, target.start + start : target.start + end]
             there.copy_(whole[:, :, source.start + start : source.start + end])
+
+    def first_key(self, piece: "Piece") -> int:
+        """Return the first place of its text that any token of a piece sees."""
+        return 0 if self._window is None else max(piece.start - self._window + 1, 0)
 
     def _gap(self, wanted: int) -> tuple[int, int] | None:
         """Return the number among rooms and the first block of the first gap that is long enough."""
@@ -149,12 +156,16 @@ class Piece:
         return self.start + self.count
 
 
+_ByLayer = tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]
+"""Keys and values, by layer."""
+
+
 class CachedPass:
     """One pass of a model over pieces of texts, laid one after the other: [1, M] tokens.
 
-    Linear layers see all of them at once, attention sees piece after piece, each with its own text. In every layer a
-    piece's keys and values are stored and then attended to before those of the next, so that several pieces may use
-    one room: what they have in common lies before them, and what each adds is gone after.
+    Linear layers see all of them at once, attention sees piece after piece, each with its own text. Several pieces may
+    use one room: what they have in common lies before them, and what each adds is gone after. In every layer a piece's
+    keys and values are then stored and attended to before those of the next.
 
     Args:
         cache: where keys and values lie.
@@ -164,19 +175,22 @@ class CachedPass:
 
     def __init__(self, cache: KeyValueCache, pieces: Sequence[Piece], length: int | None = None) -> None:
         self.pieces = tuple(pieces)
-        used = sum(piece.count for piece in pieces)
+        self.cache = cache
+        counts = [piece.count for piece in pieces]
+        used = sum(counts)
         self.length = used if length is None else length
-        self._cache = cache
+        self._padding = self.length - used
+        self._counts = [*counts, self._padding] if self._padding else counts
         places = [place for piece in pieces for place in range(piece.start, piece.end)]
-        padding = [0] * (self.length - used)
-        self.positions = torch.tensor([places + padding], device=cache.keys.device)
+        self.positions = torch.tensor([places + [0] * self._padding], device=cache.keys.device)
         """Place of each token in its text, [1, M]."""
         self._rows: torch.Tensor | None = None
-        rooms = [piece.room.start for piece in pieces]
-        # Several single tokens are stored at once, if none lies where another of them is looked for.
-        if len(pieces) > 1 and all(piece.count == 1 for piece in pieces) and len(set(rooms)) == len(rooms):
-            rows = [piece.room.start + piece.start for piece in pieces]
+        # Several pieces are stored at once, if none lies where another of them is looked for.
+        if len(pieces) > 1 and len({piece.room.start for piece in pieces}) == len(pieces):
+            rows = [piece.room.start + place for piece in pieces for place in range(piece.start, piece.end)]
             self._rows = torch.tensor(rows, device=cache.keys.device)
+        self._seen: list[_ByLayer] = []
+        self._stored: list[_ByLayer] = []
 
     def attend(
         self,
@@ -186,7 +200,6 @@ class CachedPass:
         v: torch.Tensor,
         attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor],
         masks: Sequence[torch.Tensor | None],
-        window: int | None,
     ) -> torch.Tensor:
         """Store the keys and values of every piece, and attend to its text.
 
@@ -196,32 +209,40 @@ class CachedPass:
             k: [1, M, K, D].
             v: [1, M, K, D].
             attend: attention of one text, see `attention.causal_attention`.
-            masks: of each piece, over the keys that `first_key` leaves.
-            window: keys that a query sees.
+            masks: of each piece, over the keys that `KeyValueCache.first_key` leaves.
 
         Returns:
             [1, M, N, D].
         """
-        keys, values = self._cache.keys[layer], self._cache.values[layer]
+        if not self._seen:
+            self._find_places()
+        queries = q.transpose(1, 2).split(self._counts, dim=2)
+        k, v = k[0].transpose(0, 1), v[0].transpose(0, 1)
         if self._rows is not None:
-            used = len(self.pieces)
-            keys.index_copy_(1, self._rows, k[0, :used].transpose(0, 1))
-            values.index_copy_(1, self._rows, v[0, :used].transpose(0, 1))
+            used = len(self._rows)
+            self.cache.keys[layer].index_copy_(1, self._rows, k[:, :used])
+            self.cache.values[layer].index_copy_(1, self._rows, v[:, :used])
         parts, done = [], 0
-        for piece, mask in zip(self.pieces, masks, strict=True):
-            here, done = slice(done, done + piece.count), done + piece.count
-            base = piece.room.start
+        for number, piece in enumerate(self.pieces):
             if self._rows is None:
-                keys[:, base + piece.start : base + piece.end] = k[0, here].transpose(0, 1)
-                values[:, base + piece.start : base + piece.end] = v[0, here].transpose(0, 1)
-            seen = slice(base + first_key(piece, window), base + piece.end)
-            query = q[:, here].transpose(1, 2)
-            parts.append(attend(query, keys[None, :, seen], values[None, :, seen], mask).transpose(1, 2))
-        if done < self.length:
-            parts.append(q.new_zeros(1, self.length - done, *q.shape[2:]))
-        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+                here, done = slice(done, done + piece.count), done + piece.count
+                keys, values = self._stored[number]
+                keys[layer].copy_(k[:, here])
+                values[layer].copy_(v[:, here])
+            keys, values = self._seen[number]
+            parts.append(attend(queries[number], keys[layer], values[layer], masks[number]))
+        if self._padding:
+            parts.append(torch.zeros_like(queries[-1]))
+        attended = torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
+        return attended.transpose(1, 2)
 
-
-def first_key(piece: Piece, window: int | None) -> int:
-    """Return the first place of its text that any token of a piece sees."""
-    return 0 if window is None else max(piece.start - window + 1, 0)
+    def _find_places(self) -> None:
+        """Make the views of what each piece sees and stores, of all layers at once: far cheaper than layer by layer."""
+        keys, values = self.cache.keys, self.cache.values
+        for piece in self.pieces:
+            base = piece.room.start
+            seen = slice(base + self.cache.first_key(piece), base + piece.end)
+            self._seen.append((keys[:, None, :, seen].unbind(), values[:, None, :, seen].unbind()))
+            if self._rows is None:
+                own = slice(base + piece.start, base + piece.end)
+                self._stored.append((keys[:, :, own].unbind(), values[:, :, own].unbind()))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ascendspeed_core.config.model import ModelConfig, RotaryScaling
-from ascendspeed_core.models.cache import CachedPass, first_key
+from ascendspeed_core.models.cache import CachedPass
 from ascendspeed_core.models.dropout import Draws
 
 
@@ -25,14 +25,12 @@ class Places:
             all keys up to its own place, and queries are as many as keys or a single last one. With segments it
             differs from text to text: [B, N, S, S] or [B, 1, S, S].
         of_pieces: such a mask for each piece of a `CachedPass`, over the keys that its window leaves.
-        window: keys that a query sees, its own included.
         draws: what dropout drops, when something is dropped; of the layer that gets them.
     """
 
     rotary: tuple[torch.Tensor, torch.Tensor] | None
     mask: torch.Tensor | None
     of_pieces: tuple[torch.Tensor | None, ...] = ()
-    window: int | None = None
     draws: Draws | None = None
 
     def in_layer(self, number: int) -> "Places":
@@ -87,16 +85,23 @@ class Positions:
 
     def in_pass(self, cached: CachedPass, dtype: torch.dtype) -> Places:
         """Return what attention needs for pieces of texts."""
-        device = cached.positions.device
-        slopes = self._slopes_here(dtype, device)
-        masks = tuple(
-            attention_mask(
-                piece.count, piece.end - first_key(piece, self._window), self._window, slopes, dtype, device
-            )
-            for piece in cached.pieces
-        )
         rotary = self._rotary.at(cached.positions, dtype) if self._rotary else None
-        return Places(rotary, None, masks, self._window)
+        return Places(rotary, None, tuple(self._masks_of(cached, dtype)))
+
+    def _masks_of(self, cached: CachedPass, dtype: torch.dtype) -> list[torch.Tensor | None]:
+        """Return the mask of each piece."""
+        device, cache = cached.positions.device, cached.cache
+        slopes = self._slopes_here(dtype, device)
+        sizes = [(piece.count, piece.end - cache.first_key(piece)) for piece in cached.pieces]
+        if slopes is None:
+            return [attention_mask(*size, self._window, None, dtype, device) for size in sizes]
+        # Of pieces with as many queries, each one's mask is the end of the one over most keys.
+        longest = dict(sorted(sizes))
+        whole = {
+            queries: attention_mask(queries, keys, self._window, slopes, dtype, device)
+            for queries, keys in longest.items()
+        }
+        return [None if (mask := whole[queries]) is None else mask[..., -keys:] for queries, keys in sizes]
 
     def _slopes_here(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
         """Return ALiBi's slopes of this device's heads, [N]."""

@@ -34,7 +34,7 @@ class Projections:
 
     def __call__(self, x: torch.Tensor, draws: Draws | None = None) -> list[torch.Tensor]:
         """Apply every layer: [..., H] -> [..., R_i] each; `draws` say what is dropped before adapters."""
-        layers = self._layers()
+        layers = self.layers
         if self.weight is None:
             return [apply_linear(layer, x, draws) for layer in layers]
         if torch.is_grad_enabled():
@@ -54,13 +54,15 @@ class Projections:
 
         Called when the parameters have their final storage; whoever replaces that calls it again.
         """
-        layers = self._layers()
+        layers = self.layers
         self.weight = _lay_together([layer.weight for layer in layers])
         self._bias = None
         if layers[0].bias is not None:
             self._bias = _lay_together([layer.bias for layer in layers])
 
-    def _layers(self) -> list[nn.Linear]:
+    @property
+    def layers(self) -> list[nn.Linear]:
+        """The layers, in order."""
         return [getattr(self._owner, name) for name in self._names]
 
 

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 
 import torch
 
-from ascendspeed_core.kernels.rows import rows_to_compute
 from ascendspeed_core.models.cache import CachedPass, KeyValueCache, Piece, Room
 from ascendspeed_core.models.transformer import Transformer
 from ascendspeed_core.parallel.mesh import ParallelMesh
@@ -85,9 +84,6 @@ class ModelRunner:
     def _run_pass(self, works: Sequence[Work]) -> list[torch.Tensor]:
         """Run pieces in one pass, with logits where they are wanted."""
         tokens = [token for work in works for token in work.ids]
-        rows = rows_to_compute(len(tokens), self.cache.keys.dtype, self.mesh.device.torch)
-        if rows > len(tokens):
-            return self._run_tile(works, rows)
         cached = CachedPass(self.cache, [work.piece for work in works])
         places: list[int] = []
         end = 0
@@ -166,6 +162,7 @@ def make_cache(model: Transformer, mesh: ParallelMesh, capacity_tokens: int) -> 
         head_dim=model.config.head_dim,
         dtype=next(model.parameters()).dtype,
         device=mesh.device.torch,
+        window=model.config.sliding_window,
     )
 
 
