@@ -17,18 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
+from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.parallel import Layout
-from ascendspeed_core.config.training import MICRO_BATCH_EXAMPLES
+from ascendspeed_core.config.training import MICRO_BATCH_EXAMPLES, OptimizerConfig
 from ascendspeed_core.device import Device
-from ascendspeed_core.models.transformer import Transformer
+from ascendspeed_core.models.transformer import Transformer, TransformerLayer
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.micro_batches import StageCost, best_sizes
-from ascendspeed_core.parallel.timeline import Action, Timeline, draw_timelines, ideal
+from ascendspeed_core.parallel.timeline import Action, Reduction, Timeline, draw_timelines, ideal
 from ascendspeed_core.training.measure import record_step
+from ascendspeed_core.training.optimizer import MasterOptimizer
 from support.models import tiny_config
 from support.processes import WorkerPool
 from support.tables import ReportTables
@@ -86,20 +87,19 @@ PARTS = {"forward": 1, "backward": 2, "input gradient": 1, "weight gradient": 1}
 """Sleeps of a layer in each kind of action."""
 
 
-class SleepingLayer(nn.Module):
-    """Takes the time of a layer, and none of the processor."""
+class SleepingLayer(TransformerLayer):
+    """Takes the time of a layer, and none of the processor; one of its weights has a gradient."""
 
-    def __init__(self, cost: LayerCost, hidden_size: int) -> None:
-        super().__init__()
+    def __init__(self, config: ModelConfig, cost: LayerCost) -> None:
+        super().__init__(config)
         self.cost = cost
-        self.weight = nn.Parameter(torch.zeros(hidden_size))
 
     def forward(self, x: torch.Tensor, *_: object) -> torch.Tensor:
         seconds = self.cost.of(x.shape[0])
         y: torch.Tensor = _Sleep.apply(x, seconds, seconds)
         # A branch of its own, which a schedule may leave for later.
-        weight: torch.Tensor = _Sleep.apply(self.weight, 0.0, seconds)
-        return y + weight
+        weight: torch.Tensor = _Sleep.apply(self.mlp.get_submodule("gate_proj").weight, 0.0, seconds)
+        return y + weight[0]
 
 
 class _Sleep(torch.autograd.Function):
@@ -115,21 +115,28 @@ class _Sleep(torch.autograd.Function):
         return gradients[0], None, None
 
 
-def sleeping_model(mesh: ParallelMesh, cost: LayerCost) -> Transformer:
+def sleeping_model(mesh: ParallelMesh, cost: LayerCost, ffn_hidden_size: int) -> Transformer:
     """This process's stages, with layers that sleep."""
     from ascendspeed_core.config.parallel import stages_of_devices
 
-    config = tiny_config(num_layers=LAYERS_PER_DEVICE * mesh.layout.pp, vocab_size=32)
+    config = tiny_config(
+        num_layers=LAYERS_PER_DEVICE * mesh.layout.pp, vocab_size=32, ffn_hidden_size=ffn_hidden_size
+    )
     model = Transformer(config, stages_of_devices(config.num_layers, mesh.layout)[mesh.pp_rank])
     for number in model.layers:
-        model.layers[number] = SleepingLayer(cost, config.hidden_size)
+        model.layers[number] = SleepingLayer(config, cost)
     return model
 
 
-def one_step(layout: Layout, sizes: Sequence[int], cost: LayerCost) -> list[Action]:
+def one_step(
+    layout: Layout, sizes: Sequence[int], cost: LayerCost, ffn_hidden_size: int = 1
+) -> tuple[list[Action], list[Reduction]]:
     """Run in each process: two steps to warm up, then the one that is returned."""
     mesh = ParallelMesh.create(Device("cpu"), layout)
-    return record_step(sleeping_model(mesh, cost), mesh, sizes, seq_length=4).actions
+    model = sleeping_model(mesh, cost, ffn_hidden_size)
+    optimizer = MasterOptimizer(model, OptimizerConfig(), mesh)
+    step = record_step(model, mesh, sizes, 4, optimizer)
+    return step.actions, step.reductions
 
 
 def planned(measured: Timeline, sizes: Sequence[int], cost: LayerCost) -> Timeline:
@@ -147,7 +154,7 @@ def planned(measured: Timeline, sizes: Sequence[int], cost: LayerCost) -> Timeli
 def measure(
     pool: WorkerPool, layout: Layout, sizes: Sequence[int], cost: LayerCost
 ) -> tuple[Timeline, Timeline]:
-    measured = Timeline(tuple(map(tuple, pool.run(one_step, layout.pp, layout, sizes, cost))))
+    measured = Timeline(tuple(tuple(own) for own, _ in pool.run(one_step, layout.pp, layout, sizes, cost)))
     return measured, planned(measured, sizes, cost)
 
 
@@ -164,6 +171,38 @@ def schedules(pool: WorkerPool, tables: ReportTables, pp: int, seconds: float, p
         for name in ("1f1b", "interleaved", "zbv", "interleaved-zb", "dualpipev"):
             chosen = [(title, timeline) for title, timeline in drawn if title.startswith(f"{name},")]
             draw_timelines(chosen, pictures / f"timeline-{name}-pp{pp}.png")
+
+
+def early_reduction(pool: WorkerPool, tables: ReportTables, seconds: float, pictures: Path | None) -> None:
+    """When the gradients of each stage start to be added up over two pipelines, and when the step is over."""
+    pp, ffn_hidden_size, sizes, cost = 2, 50_000, (1,) * 8, even(seconds)
+    drawn = []
+    for name, schedule, early in (
+        ("looped-bfs", "looped-bfs", False),
+        ("--foldx-mode aiao", "looped-bfs", True),
+        ("interleaved", "interleaved", False),
+        ("--foldx-mode fifo", "interleaved", True),
+    ):
+        layout = Layout(pp=pp, dp=2, schedule=schedule, layers_per_stage=1, early_reduction=early)
+        ranks = pool.run(one_step, layout.world_size, layout, sizes, cost, ffn_hidden_size)
+        # The first pipeline of the two.
+        own = ranks[:: layout.dp]
+        timeline = Timeline(tuple(tuple(a) for a, _ in own), tuple(tuple(r) for _, r in own))
+        drawn.append((f"{name}, measured", timeline))
+        for device, (actions, reductions) in enumerate(own):
+            zero = timeline.start
+            starts = ", ".join(
+                f"{'rest' if one.stage is None else f'stage {one.stage}'} {(one.start - zero) * 1e3:.0f}"
+                for one in reductions
+            )
+            tables.add(
+                f"Gradients of {3 * 32 * ffn_hidden_size:,} weights a layer, dp 2, pp 2, 2 stages a device",
+                ("schedule", "device", "reductions", "start, ms", "last backward ends, ms", "all added up, ms"),
+                name, device, len(reductions), starts, f"{(actions[-1].end - zero) * 1e3:.0f}",
+                f"{(max(one.end for one in reductions) - zero) * 1e3:.0f}",
+            )  # fmt: skip
+    if pictures:
+        draw_timelines(drawn[:2], pictures / "timeline-fold.png")
 
 
 def figures(measured: Timeline, best: Timeline) -> tuple[str, ...]:
@@ -203,7 +242,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--stages", type=int, nargs="+", default=[4, 8, 16], help="pipeline devices")
+    parser.add_argument("--stages", type=int, nargs="*", default=[4, 8, 16], help="pipeline devices")
     parser.add_argument(
         "--pictures", type=Path, help="folder for pictures of the timelines with the fewest devices"
     )
@@ -214,6 +253,7 @@ def main() -> None:
     for pp in given.stages:
         schedules(pool, tables, pp, seconds, given.pictures if pp == min(given.stages) else None)
     sizes_of_micro_batches(pool, tables, seconds)
+    early_reduction(pool, tables, seconds, given.pictures)
     pool.close()
     print("\n".join(tables.render()))
 

@@ -10,7 +10,7 @@ from ascendspeed_core.config.lora import LoraConfig
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.config.training import RecomputeConfig
 from core.training_cases import Trained, train
-from core.zero_cases import memory_of, train_zero, validation_loss
+from core.zero_cases import held, resident_while_loading, train_zero, validation_loss
 from support.models import tiny_config
 from support.processes import WorkerPool
 from support.tables import ReportTables
@@ -139,11 +139,13 @@ def test_frozen_weights_have_no_optimizer_state(workers: WorkerPool) -> None:
 LARGER = tiny_config(
     vocab_size=2048, hidden_size=768, ffn_hidden_size=2048, head_dim=96, num_key_value_heads=8, num_layers=8
 )
+STAGES = (1, 2, 3)
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of a process from /proc")
 
 
-def most_memory(stage: int | None, dp: int, steps: int) -> tuple[float, float]:
-    """Of `memory_of`, the most of any rank of new processes.
+@on_linux
+def test_no_process_holds_the_whole_model_while_it_is_read() -> None:
+    """By what is resident, in new processes.
 
     Every tensor is a mapping of its own there: otherwise the C library keeps freed ones between others, in amounts
     that differ from run to run, and what is resident says little of what is held.
@@ -151,28 +153,40 @@ def most_memory(stage: int | None, dp: int, steps: int) -> tuple[float, float]:
     pool = WorkerPool()
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
     try:
-        ranks = pool.run(memory_of, dp, LARGER, Layout(dp=dp, zero_stage=stage), steps)
+        ranks = pool.run(resident_while_loading, 2, LARGER, Layout(dp=2, zero_stage=3))
     finally:
         del os.environ["MALLOC_MMAP_THRESHOLD_"]
         pool.close()
-    return max(rank[0] for rank in ranks), max(rank[1] for rank in ranks)
-
-
-@on_linux
-def test_no_process_holds_the_whole_model_while_it_is_read() -> None:
     # Half of the 228 MiB, the largest weight (a 36th) as it is drawn and as it is spread, and modules imported late.
-    assert most_memory(3, 2, 0)[0] < 0.7
+    assert max(ranks) < 0.7
 
 
-@on_linux
 @pytest.mark.nightly
-def test_memory_by_stage(report: ReportTables) -> None:
-    """What ZeRO is for; with stage 3 a rank has less while it trains than the others have once they are loaded."""
+def test_memory_by_stage(workers: WorkerPool, report: ReportTables) -> None:
+    """What ZeRO is for: master weights and moments, gradients, and weights are cut by dp, stage after stage."""
     dp = 4
-    table = {stage: most_memory(stage, dp, 2) for stage in (None, 1, 2, 3)}
-    for stage, measured in table.items():
-        title = f"Most resident memory of a rank, dp {dp}, fp32, in bytes of the {LARGER.num_parameters:,} weights"
-        report.add(title, ("stage", "while loading", "while training"), str(stage or "none"), *measured)
-    assert min(table[stage][0] for stage in (None, 1, 2)) > 0.9
-    assert table[3][0] < 0.45
-    assert table[3][1] < table[2][1] < table[1][1] < table[None][1]
+    table = {}
+    for layout in (
+        Layout(dp=dp),
+        Layout(dp=dp, sharded_optimizer=True),
+        *(Layout(dp=dp, zero_stage=s) for s in STAGES),
+    ):
+        ranks = workers.run(held, dp, LARGER, layout, 2)
+        loading, training, between = (max(rank[kind] for rank in ranks) for kind in range(3))
+        table[str(layout)] = (loading, training, between)
+        report.add(
+            f"Tensors of a rank, dp {dp}, fp32, in bytes of the {LARGER.num_parameters:,} weights",
+            ("layout", "most while loading", "most while training", "between steps"),
+            str(layout), f"{loading:.2f}", f"{training:.2f}", f"{between:.2f}",
+        )  # fmt: skip
+    plain, own, one, two, three = table.values()
+    # Weights and two moments; own and ZeRO-1 and 2 cut the moments, the latter with a copy of the weights to update;
+    # ZeRO-3 cuts the weights too, and keeps its share of the gradients.
+    kept = (3, 1 + 2 / dp, 1 + 3 / dp, 1 + 3 / dp, 5 / dp)
+    for found, expected in zip(table.values(), kept, strict=True):
+        assert found[2] == pytest.approx(expected, abs=0.05)
+    assert max(stage[0] for stage in (plain, own, one, two)) < 1.05
+    # A share, and the largest weight as it is drawn.
+    assert three[0] < 1 / dp + 0.05
+    assert three[1] < two[1] < one[1] < plain[1]
+    assert own[1] < plain[1]

@@ -19,6 +19,7 @@ from ascendspeed_core.parallel.deepspeed import start_deepspeed
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.recompute import apply_recompute
 from ascendspeed_core.training.engine import Engine
+from ascendspeed_core.training.fit_memory import LiveBytes
 from ascendspeed_core.training.optimizer import MasterOptimizer
 from ascendspeed_core.training.plan import plan_run
 from ascendspeed_core.training.step import count_tokens, evaluate, forward_backward, train_step
@@ -133,8 +134,8 @@ def validation_loss(config: ModelConfig, layout: Layout) -> list[float]:
     return losses
 
 
-def memory_of(config: ModelConfig, layout: Layout, steps: int) -> tuple[float, float]:
-    """Most resident bytes while loading, and while training, beyond what is there before; for fresh processes.
+def resident_while_loading(config: ModelConfig, layout: Layout) -> float:
+    """Most resident bytes while loading, beyond what is there before; for fresh processes.
 
     In shares of the bytes of the whole model's weights.
     """
@@ -152,16 +153,27 @@ def memory_of(config: ModelConfig, layout: Layout, steps: int) -> tuple[float, f
     # Linux: makes the peak that of the time from here.
     Path("/proc/self/clear_refs").write_text("5")
     model = load_model(InitialWeights(config, seed=5), mesh, torch.float32, zero_settings=settings)
-    loading = resident("VmHWM") - before
-    if not steps:
-        return loading, 0.0
-    engine: Engine = MasterOptimizer(model, OptimizerConfig(), mesh)
-    if layout.zero_stage:
-        engine = ZeroEngine(model, OptimizerConfig(), mesh, settings)
-    Path("/proc/self/clear_refs").write_text("5")
-    for step in range(steps):
-        train_step(model, engine, micro_batches(config.vocab_size, step, mesh, 2, masked=False), mesh)
-    return loading, resident("VmHWM") - before
+    assert model.layers
+    return resident("VmHWM") - before
+
+
+def held(config: ModelConfig, layout: Layout, steps: int) -> tuple[float, float, float]:
+    """Most bytes of tensors while loading and while training, and bytes between steps.
+
+    In shares of the bytes of the whole model's weights.
+    """
+    mesh = ParallelMesh.create(Device("cpu"), layout)
+    settings = settings_of(layout, "float32", largest_unit=config.vocab_size * config.hidden_size)
+    whole = config.num_parameters * 4
+    with LiveBytes() as live:
+        model = load_model(InitialWeights(config, seed=5), mesh, torch.float32, zero_settings=settings)
+        loading, live.peak = live.peak, 0
+        engine: Engine = MasterOptimizer(model, OptimizerConfig(), mesh)
+        if layout.zero_stage:
+            engine = ZeroEngine(model, OptimizerConfig(), mesh, settings)
+        for step in range(steps):
+            train_step(model, engine, micro_batches(config.vocab_size, step, mesh, 2, masked=False), mesh)
+        return loading / whole, live.peak / whole, live.now / whole
 
 
 def trainer_of(options: dict[str, Any]) -> Trainer:

@@ -36,6 +36,7 @@ def timeline(**given: Any) -> None:
 
 def check(config: TimelineConfig, world_size: int) -> None:
     """Raise `AscendSpeedError` when there is nothing to draw, or the layout does not fit."""
+    from ascendspeed_core.config.parallel import stages_of_devices
     from ascendspeed_core.weights import open_source
 
     if config.parallel.pipeline_model_parallel_size == 1:
@@ -44,6 +45,15 @@ def check(config: TimelineConfig, world_size: int) -> None:
     model = open_source(config.source, config.batch.seed).config
     config.parallel.check_model(model)
     config.parallel.check_sequence(config.drawing.seq_length)
+    held = stages_of_devices(model.num_layers, layout)
+    config.recompute.check_pipeline(
+        layout.schedule, [sum(len(stage.layers) for stage in own) for own in held]
+    )
+    if config.recompute.is_fitted:
+        raise ConfigError(
+            "checkpoint_policy=auto is chosen by a training run, whose log names the layers; write it as "
+            "--checkpoint-policy custom --recomputation-layer-num, or leave it out"
+        )
     try:
         size = config.batch.check_layout(layout.dp)
     except ValueError as error:
@@ -77,21 +87,24 @@ def load_pipeline(config: TimelineConfig, mesh: Any) -> Any:
 
 def measure(config: TimelineConfig) -> None:
     """Run the steps on this process with the others; the first one draws its pipeline."""
+    from ascendspeed_core.config.training import OptimizerConfig
     from ascendspeed_core.launch import process_group
     from ascendspeed_core.parallel.mesh import ParallelMesh, gather_objects
     from ascendspeed_core.parallel.timeline import Timeline, draw_timelines, ideal
     from ascendspeed_core.training.measure import chosen_sizes, record_step
+    from ascendspeed_core.training.optimizer import MasterOptimizer
 
     with process_group(config.launch.device) as (world, device):
         layout = config.parallel.layout(world.size)
         mesh = ParallelMesh.create(device, layout)
         model = load_pipeline(config, mesh)
+        optimizer = MasterOptimizer(model, OptimizerConfig(), mesh)
         size = config.batch.check_layout(layout.dp)
         sizes = sizes_of(config, size, layout.dp)
         if config.batch.finds_sizes:
             length, largest = config.drawing.seq_length, config.batch.micro_batch_size
-            sizes, _ = chosen_sizes(model, mesh, length, size // layout.dp, largest)
-        recorded = record_step(model, mesh, sizes, config.drawing.seq_length)
+            sizes, _ = chosen_sizes(model, mesh, length, size // layout.dp, largest, optimizer)
+        recorded = record_step(model, mesh, sizes, config.drawing.seq_length, optimizer)
         mine = (mesh.tp_rank, mesh.replica, recorded.actions, recorded.reductions)
         everything = gather_objects(mine, mesh)
         if world.rank:

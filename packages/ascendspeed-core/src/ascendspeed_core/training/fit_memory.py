@@ -65,7 +65,7 @@ class LiveBytes(TorchDispatchMode):
                 self._known.setdefault(tensor.untyped_storage(), None)
         made = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(made):
-            if isinstance(tensor, torch.Tensor):
+            if isinstance(tensor, torch.Tensor) and not tensor.is_meta:
                 self._note(tensor.untyped_storage())
         return made
 

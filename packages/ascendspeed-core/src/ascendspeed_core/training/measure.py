@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import torch
 
 from ascendspeed_core.config.parallel import Stage
-from ascendspeed_core.config.training import OptimizerConfig
 from ascendspeed_core.models.transformer import ModelInput, Transformer
 from ascendspeed_core.parallel.cross_entropy import cross_entropy
 from ascendspeed_core.parallel.mesh import ParallelMesh, gather_objects
@@ -32,7 +31,7 @@ def record_step(
         mesh: its place.
         sizes: of this data-parallel rank's micro-batches.
         seq_length: tokens of a sample.
-        optimizer: of the model, with several replicas; one is made for the while if there is none yet.
+        optimizer: of the model; with several replicas it adds their gradients up.
     """
     vocab_size, group = model.config.vocab_size, mesh.group("tp")
     generator = torch.Generator().manual_seed(0)
@@ -43,8 +42,7 @@ def record_step(
     def loss_of(number: int, logits: torch.Tensor) -> torch.Tensor:
         return cross_entropy(logits, inputs[number].tokens, vocab_size, group).sum() / ids.numel()
 
-    if optimizer is None and mesh.layout.replicas > 1:
-        optimizer = MasterOptimizer(model, OptimizerConfig(), mesh)
+    reduces = optimizer is not None and mesh.layout.replicas > 1
     for _ in range(WARM_UP_STEPS + 1):
         recorder = Recorder(mesh.device.synchronize)
         started: list[tuple[int | None, float]] = []
@@ -55,9 +53,9 @@ def record_step(
             optimizer.start_reduction(stage)
 
         mesh.barrier()
-        is_early = mesh.layout.early_reduction and optimizer is not None
+        is_early = mesh.layout.early_reduction and reduces
         run_pipeline(model, mesh, inputs, loss_of, recorder, on_stage_done if is_early else None)
-        if optimizer is not None and mesh.layout.replicas > 1:
+        if optimizer is not None and reduces:
             if not is_early:
                 started.append((None, time.perf_counter()))
             optimizer.finish_reductions()
@@ -74,7 +72,7 @@ def measured_cost(
     mesh: ParallelMesh,
     seq_length: int,
     largest: int,
-    optimizer: MasterOptimizer | None = None,
+    optimizer: MasterOptimizer,
 ) -> StageCost:
     """Time micro-batches of one sample and of `largest` samples, and return what the slowest stage takes.
 
@@ -106,7 +104,7 @@ def chosen_sizes(
     seq_length: int,
     samples: int,
     largest: int,
-    optimizer: MasterOptimizer | None = None,
+    optimizer: MasterOptimizer,
 ) -> tuple[tuple[int, ...], StageCost]:
     """Return the sizes, none above `largest`, that leave this pipeline the least idle, and what they rest on."""
     cost = measured_cost(model, mesh, seq_length, largest, optimizer)

@@ -154,8 +154,8 @@ class MasterOptimizer:
         gradients = sum(slot.parameter.numel() * slot.master.itemsize for slot in self._slots)
         if self._mesh.group("replicas") is None:
             return gradients
-        # One behind another for the message; with shares once more as they are cut and laid out.
-        return gradients * (3 if self._is_sharded else 2)
+        # The message that they are copied into.
+        return 2 * gradients
 
     def forward(self, given: ModelInput) -> torch.Tensor:
         """Return the logits of a model without a pipeline: [B, S] -> [B, S, V/tp]."""
@@ -229,14 +229,10 @@ class MasterOptimizer:
         """Start one reduction of the gradients of some parameters."""
         group = self._mesh.group("replicas")
         assert group is not None
-        gradients = [_take_gradient(slot) for slot in slots]
         if not self._is_sharded:
-            return start_all_reduce_sum(torch.cat([gradient.flatten() for gradient in gradients]), group)
+            return start_all_reduce_sum(_message(slots, [[slice(None)] * len(slots)])[0], group)
         shares = [self._rows_of(rank, slots) for rank in range(self._mesh.layout.replicas)]
-        length = _longest(gradients, shares)
-        return start_reduce_scatter_sum(
-            torch.stack([_join(gradients, rows, length) for rows in shares]), group
-        )
+        return start_reduce_scatter_sum(_message(slots, shares), group)
 
     def _rows_of(self, replica: int, slots: list[_Slot]) -> list[slice]:
         """Return the rows of each parameter that one of the processes with the same weights updates."""
@@ -361,6 +357,23 @@ def _take_gradient(slot: _Slot) -> torch.Tensor:
     if gradient is None:
         return torch.zeros_like(slot.parameter, dtype=slot.master.dtype)
     return gradient
+
+
+def _message(slots: list[_Slot], shares: list[list[slice]]) -> torch.Tensor:
+    """Put the gradients of some parameters behind one another, a row for each share, with zeros behind shorter ones.
+
+    Each gradient is freed as soon as the message has it.
+    """
+    length = _longest([slot.parameter for slot in slots], shares)
+    message = slots[0].master.new_zeros(len(shares), length)
+    ends = [0] * len(shares)
+    for number, slot in enumerate(slots):
+        gradient = _take_gradient(slot)
+        for share, rows in enumerate(shares):
+            part = gradient[rows[number]]
+            start, ends[share] = ends[share], ends[share] + part.numel()
+            message[share, start : ends[share]].view_as(part).copy_(part)
+    return message
 
 
 def _longest(tensors: list[torch.Tensor], shares: list[list[slice]]) -> int:

@@ -128,9 +128,14 @@ class Trainer:
         if not batch.finds_sizes:
             return ()
         samples = batch.check_layout(layout.dp) // layout.dp
-        optimizer = self.optimizer if isinstance(self.optimizer, MasterOptimizer) else None
+        assert isinstance(self.optimizer, MasterOptimizer)
         sizes, cost = chosen_sizes(
-            self.model, self.mesh, self.config.data.seq_length, samples, batch.micro_batch_size, optimizer
+            self.model,
+            self.mesh,
+            self.config.data.seq_length,
+            samples,
+            batch.micro_batch_size,
+            self.optimizer,
         )
         even = (batch.micro_batch_size,) * (samples // batch.micro_batch_size)
         before, after = (bubble_seconds(own, layout.pp, cost) * 1000 for own in (even, sizes))
