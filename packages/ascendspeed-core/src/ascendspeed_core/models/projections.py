@@ -60,6 +60,15 @@ class Projections:
         if layers[0].bias is not None:
             self._bias = _lay_together([layer.bias for layer in layers])
 
+    def make_joined(self, device: torch.device) -> None:
+        """Give the layers' parameters, which have no storage yet, one piece each of weights and biases.
+
+        As `join`, with nothing to copy: no layer is there twice.
+        """
+        layers = self.layers
+        self.weight = _made_together(layers, "weight", device)
+        self._bias = None if layers[0].bias is None else _made_together(layers, "bias", device)
+
     @property
     def layers(self) -> list[nn.Linear]:
         """The layers, in order."""
@@ -72,6 +81,23 @@ def join_projections(model: nn.Module) -> None:
         projections = getattr(module, "projections", None)
         if isinstance(projections, Projections):
             projections.join()
+
+
+def make_joined_projections(model: nn.Module, device: torch.device) -> None:
+    """Do what `join_projections` does for a model without storage: the layers concerned get theirs, not yet filled."""
+    for module in model.modules():
+        projections = getattr(module, "projections", None)
+        if isinstance(projections, Projections):
+            projections.make_joined(device)
+
+
+def _made_together(layers: Sequence[nn.Linear], kind: str, device: torch.device) -> torch.Tensor:
+    empty: list[nn.Parameter] = [getattr(layer, kind) for layer in layers]
+    rows = [parameter.shape[0] for parameter in empty]
+    together = torch.empty(sum(rows), *empty[0].shape[1:], dtype=empty[0].dtype, device=device)
+    for layer, parameter, part in zip(layers, empty, together.split(rows), strict=True):
+        setattr(layer, kind, nn.Parameter(part, requires_grad=parameter.requires_grad))
+    return together
 
 
 def _lay_together(parameters: Sequence[torch.Tensor]) -> torch.Tensor:

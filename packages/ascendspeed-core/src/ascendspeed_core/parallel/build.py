@@ -11,7 +11,7 @@ from ascendspeed_core.config.parallel import stages_of_devices
 from ascendspeed_core.kernels.int8 import refuse_missing_format
 from ascendspeed_core.models.int8 import largest_of_rows, quantize
 from ascendspeed_core.models.lora import HALVES, AdapterPlan, add_adapters, freeze
-from ascendspeed_core.models.projections import join_projections
+from ascendspeed_core.models.projections import join_projections, make_joined_projections
 from ascendspeed_core.models.transformer import Transformer, empty_transformer, filled_in_turn
 from ascendspeed_core.parallel.collectives import all_reduce_max
 from ascendspeed_core.parallel.context import apply_context_parallel
@@ -42,10 +42,15 @@ def build_model(
         joined_projections: one matrix product for queries, keys and values, and one for gate and up.
         adapters: which tensors are trained, when not all are.
     """
-    model = _cut_model(config, mesh, dtype, adapters).to_empty(device=mesh.device.torch)
-    model.tie_weights()
+    model, device = _cut_model(config, mesh, dtype, adapters), mesh.device.torch
     if joined_projections:
-        join_projections(model)
+        make_joined_projections(model, device)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta:
+                storage = torch.empty_like(parameter, device=device)
+                setattr(module, name, nn.Parameter(storage, requires_grad=parameter.requires_grad))
+    model.tie_weights()
     return model
 
 

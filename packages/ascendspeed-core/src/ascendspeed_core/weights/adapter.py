@@ -19,6 +19,7 @@ from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.models.families import find_family
 from ascendspeed_core.weights.huggingface import read_json
 from ascendspeed_core.weights.native import TOKENIZER, TRACKER, iteration_folder
+from ascendspeed_core.weights.safetensors_files import read_safetensors
 from ascendspeed_core.weights.source import CheckpointError, Index, TensorInfo, WeightSource, inside
 from ascendspeed_core.weights.torch_files import TorchFile, stored_tensors
 from ascendspeed_data.tokenizer import DEFINING_FILES
@@ -278,13 +279,8 @@ class MergedAdapter:
 def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     path = folder / WEIGHTS
     if path.is_file():
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(inside(folder, path.name))
-        except SafetensorError as error:
-            raise CheckpointError(f"{path} cannot be read: {error}; copy it again") from None
+        tensors = read_safetensors(inside(folder, path.name))
+        return {name: stored.read() for name, stored in tensors.items()}
     path = folder / "adapter_model.bin"
     if path.is_file():
         file = TorchFile(inside(folder, path.name))

@@ -10,16 +10,11 @@ from typing import Any
 import torch
 
 from ascendspeed_core.models.families import Family, WeightRule, family_of_hugging_face
+from ascendspeed_core.weights.safetensors_files import SAFETENSORS_DTYPES, read_safetensors
 from ascendspeed_core.weights.source import CheckpointError, Index, TensorInfo, inside
-from ascendspeed_core.weights.torch_files import StoredTensor, TorchFile, stored_tensors
+from ascendspeed_core.weights.stored import StoredTensor
+from ascendspeed_core.weights.torch_files import TorchFile, stored_tensors
 from ascendspeed_data.tokenizer import DEFINING_FILES
-
-SAFETENSORS_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
 
 
 class HuggingFaceSource:
@@ -33,8 +28,7 @@ class HuggingFaceSource:
         self.hf_config = read_json(path / "config.json")
         self.family: Family = family_of_hugging_face(self.hf_config, str(path / "config.json"))
         self.config = self.family.read_config(self.hf_config | generation_ids(path))
-        self._files: dict[Path, Any] = {}
-        self._views: dict[str, torch.Tensor] = {}
+        self._files: dict[Path, dict[str, StoredTensor]] = {}
         self._rules = self._rules_of_this_folder()
         self._check_names()
 
@@ -65,13 +59,7 @@ class HuggingFaceSource:
         return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
 
     def _read(self, theirs: str, index: Index) -> torch.Tensor:
-        whole = self._views.get(theirs)
-        if whole is None:
-            opened = self._open(self._places[theirs])
-            # Views of the mapped file: nothing is read until the numbers are.
-            whole = opened[theirs].read() if isinstance(opened, dict) else opened.get_slice(theirs)[:]
-            self._views[theirs] = whole
-        return whole[index] if index else whole
+        return self._open(self._places[theirs])[theirs].read(index)
 
     def _rules_of_this_folder(self) -> dict[str, WeightRule]:
         """The family's table by our names; a folder of a model without its head leaves the prefix out."""
@@ -91,45 +79,28 @@ class HuggingFaceSource:
         for single in ("model.safetensors", "pytorch_model.bin"):
             path = self._folder / single
             if path.is_file():
-                opened = self._open(inside(self._folder, single))
-                return dict.fromkeys(opened.keys(), path)
+                return dict.fromkeys(self._open(inside(self._folder, single)), path)
         raise CheckpointError(
             f"{self._folder} has a config.json but no weights (model.safetensors or pytorch_model.bin); "
             "download them, or name the file with --model-config to start from random weights"
         )
 
-    def _open(self, path: Path) -> Any:
+    def _open(self, path: Path) -> dict[str, StoredTensor]:
         if path not in self._files:
-            try:
-                if path.suffix == ".safetensors":
-                    from safetensors import safe_open
-
-                    self._files[path] = safe_open(path, framework="pt")
-                else:
-                    self._files[path] = _read_pickled(path)
-            except CheckpointError:
-                raise
-            except Exception as error:  # noqa: BLE001 - each library has its own; the file is what is wrong
-                reason = str(error).splitlines()[0]
-                raise CheckpointError(f"{path} cannot be read: {reason}; copy it again") from None
+            read = read_safetensors if path.suffix == ".safetensors" else _read_pickled
+            self._files[path] = read(path)
         return self._files[path]
 
     def _info(self, theirs: str) -> TensorInfo:
-        opened = self._open(self._places[theirs])
-        if isinstance(opened, dict):
-            info: TensorInfo = opened[theirs].info
-            if not info.dtype.is_floating_point:
-                raise CheckpointError(
-                    f"{self._folder}: {theirs} is stored as {info.dtype}, which is not a float format"
-                )
-            return info
-        view = opened.get_slice(theirs)
-        stored = view.get_dtype()
-        if stored not in SAFETENSORS_DTYPES:
+        file = self._places[theirs]
+        stored = self._open(file).get(theirs)
+        if stored is None:
+            raise CheckpointError(f"{file} lacks {theirs}, though the index of {self._folder} names it there")
+        if stored.info.dtype not in SAFETENSORS_DTYPES.values():
             raise CheckpointError(
-                f"{self._folder}: {theirs} is stored as {stored}, which is not a float format"
+                f"{self._folder}: {theirs} is stored as {stored.info.dtype}, which is not a format of weights"
             )
-        return TensorInfo(tuple(view.get_shape()), SAFETENSORS_DTYPES[stored])
+        return stored.info
 
     def _info_of(self, rule: WeightRule) -> TensorInfo:
         """What is known of one of our tensors."""

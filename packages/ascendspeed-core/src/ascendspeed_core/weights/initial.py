@@ -28,23 +28,35 @@ class InitialWeights:
     def __init__(self, config: ModelConfig, seed: int) -> None:
         self.config, self.seed = config, seed
         self._shapes = parameter_shapes(config)
+        self._infos = {name: TensorInfo(shape, torch.float32) for name, shape in self._shapes.items()}
+        self._drawn: tuple[str, torch.Tensor] | None = None
 
     def tensors(self) -> Mapping[str, TensorInfo]:
         """Return every tensor by our name."""
-        return {name: TensorInfo(shape, torch.float32) for name, shape in self._shapes.items()}
+        return self._infos
 
     def read(self, name: str, index: Index = ()) -> torch.Tensor:
-        """Draw the whole tensor and return a slice of it."""
+        """Draw the whole tensor and return a slice of it; kept until another is asked for, or its last rows."""
         shape = self._shapes[name]
         if name.endswith(".bias"):
             return torch.zeros(shape)[index]
         if len(shape) == 1:
             return torch.ones(shape)[index]
+        name_drawn, drawn = self._drawn or ("", None)
+        if drawn is None or name_drawn != name:
+            self._drawn = None
+            drawn = self._draw(name)
+        is_last = not index or index[0].stop == shape[0]
+        self._drawn = None if is_last else (name, drawn)
+        # A copy: what is kept is not to be written to.
+        return drawn[index].clone() if index else drawn
+
+    def _draw(self, name: str) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed_of(self.seed, name))
         spread = self.config.initializer_range
         if name.endswith(OUTPUT_PROJECTIONS):
             spread /= (2 * self.config.num_layers) ** 0.5
-        return torch.empty(shape).normal_(0.0, spread, generator=generator)[index]
+        return torch.empty(self._shapes[name]).normal_(0.0, spread, generator=generator)
 
 
 def seed_of(seed: int, name: str) -> int:

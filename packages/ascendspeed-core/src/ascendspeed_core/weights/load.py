@@ -8,6 +8,7 @@ from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.models.transformer import Transformer, empty_transformer
 from ascendspeed_core.parallel.slices import Slice
 from ascendspeed_core.weights.source import CheckpointError, WeightSource
+from ascendspeed_core.weights.stream import slabs
 
 
 def load_weights(model: Transformer, source: WeightSource, slices: Mapping[str, Slice]) -> None:
@@ -34,7 +35,8 @@ def check_weights(model: Transformer, source: WeightSource, slices: Mapping[str,
     """
     have = source.tensors()
     where = source.path or source.kind
-    for name in sorted(set(have) - shapes_of(model).keys()):
+    beyond = set(have) - slices.keys()
+    for name in sorted(beyond - shapes_of(model).keys() if beyond else ()):
         raise CheckpointError(f"{where} holds {name}, which the model has no place for")
     for name, _ in model.named_parameters():
         if name not in have:
@@ -48,9 +50,11 @@ def check_weights(model: Transformer, source: WeightSource, slices: Mapping[str,
 
 @torch.no_grad()
 def copy_weight(parameter: torch.Tensor, source: WeightSource, name: str, part: Slice) -> None:
-    """Copy a part of one weight; formats are converted."""
-    if parameter.numel():
-        parameter.copy_(source.read(name, part.index))
+    """Copy a part of one weight, a slab of rows after the other; formats are converted."""
+    start = 0
+    for slab in slabs(source, name, part.index):
+        parameter[start : start + len(slab)].copy_(slab)
+        start += len(slab)
 
 
 def shapes_of(model: Transformer) -> dict[str, tuple[int, ...]]:

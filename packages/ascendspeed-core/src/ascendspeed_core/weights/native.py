@@ -26,13 +26,8 @@ from ascendspeed_core.config.load import validate
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.weights.huggingface import read_json
 from ascendspeed_core.weights.source import CheckpointError, Index, TensorInfo, inside
-from ascendspeed_core.weights.torch_files import (
-    FOREIGN_PACKAGES,
-    MappedFile,
-    StandIn,
-    StoredTensor,
-    TorchFile,
-)
+from ascendspeed_core.weights.stored import StoredTensor
+from ascendspeed_core.weights.torch_files import FOREIGN_PACKAGES, StandIn, TorchFile
 from ascendspeed_data.errors import ConfigError
 from ascendspeed_data.manifest import DatasetManifest, read_manifest
 
@@ -93,7 +88,6 @@ class DistributedTensors:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._opened: dict[tuple[str, tuple[int, ...]], StoredTensor] = {}
-        self._mapped: dict[Path, MappedFile] = {}
         self._lock = threading.Lock()
         self._checksums = read_json(folder / CHECKSUMS) if (folder / CHECKSUMS).is_file() else {}
         path = folder / ".metadata"
@@ -128,7 +122,7 @@ class DistributedTensors:
                 for part, start in zip(wanted, chunk.offsets, strict=True)
             ]
             if all(p.start >= 0 and p.stop <= size for p, size in zip(inner, chunk.sizes, strict=True)):
-                return self._chunk(name, chunk.offsets)[tuple(inner)]
+                return self._chunk(name, chunk.offsets).read(tuple(inner))
         result = torch.empty([part.stop - part.start for part in wanted], dtype=info.dtype)
         for chunk in self._metadata.state_dict_metadata[name].chunks:
             overlap = [
@@ -140,7 +134,7 @@ class DistributedTensors:
             stored = self._chunk(name, chunk.offsets)
             source = tuple(slice(a - o, b - o) for (a, b), o in zip(overlap, chunk.offsets, strict=True))
             target = tuple(slice(a - p.start, b - p.start) for (a, b), p in zip(overlap, wanted, strict=True))
-            result[target] = stored[source]
+            result[target] = stored.read(source)
         return result
 
     def check(self) -> None:
@@ -153,13 +147,13 @@ class DistributedTensors:
             for chunk in self._metadata.state_dict_metadata[name].chunks:
                 self._chunk(name, chunk.offsets)
 
-    def _chunk(self, name: str, offsets: torch.Size) -> torch.Tensor:
-        """Return a piece as a view of its file, once its checksum was found right."""
+    def _chunk(self, name: str, offsets: torch.Size) -> StoredTensor:
+        """Return a piece, whose checksum is compared the first time."""
         key = (name, tuple(offsets))
         with self._lock:
             if key not in self._opened:
                 self._opened[key] = self._open(name, offsets)
-            return self._opened[key].read()
+            return self._opened[key]
 
     def _open(self, name: str, offsets: torch.Size) -> StoredTensor:
         from torch.distributed.checkpoint.metadata import MetadataIndex
@@ -171,8 +165,7 @@ class DistributedTensors:
                 f"{path} is cut short: {name} needs bytes up to {place.offset + place.length}"
             )
         try:
-            mapped = self._mapped.setdefault(path, MappedFile(path))
-            stored = TorchFile(path, place.offset, place.length, mapped)
+            stored = TorchFile(path, place.offset, place.length)
             stored.check()
         except CheckpointError as error:
             raise CheckpointError(

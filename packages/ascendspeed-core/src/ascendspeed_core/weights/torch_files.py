@@ -2,7 +2,7 @@
 
 A `.pt` file is a zip archive: `NAME/data.pkl`, a pickle whose tensors say only which storage they look at, and one
 uncompressed record `NAME/data/KEY` for each storage. The pickle is read by an allow-list; classes are replaced by
-ones of our own, so that nothing of it is ever called. Storages stay where they are, mapped into memory.
+ones of our own, so that nothing of it is ever called. Storages stay where they are until a slice of one is asked for.
 """
 
 import pickle
@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from ascendspeed_core.weights.source import CheckpointError, Index, TensorInfo
+from ascendspeed_core.weights.source import CheckpointError, TensorInfo
+from ascendspeed_core.weights.stored import BUFFER_BYTES, StoredFile, StoredTensor
 
 STORAGE_DTYPES = {
     "DoubleStorage": torch.float64,
@@ -46,7 +47,6 @@ FOREIGN_PACKAGES = (
 """Packages whose objects stand beside weights (arguments, random states): kept as inert `StandIn`s."""
 
 _LOCAL_HEADER_BYTES = 30
-_CHECKED_AT_ONCE = 16 << 20
 
 
 class StandIn:
@@ -74,49 +74,6 @@ class StandIn:
         return f"{type(self).__name__}{self.arguments}"
 
 
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor in a file that has not been read.
-
-    Attributes:
-        file: where it lies.
-        info: its shape and format.
-        start: first byte in the file.
-        stride: steps between elements along each dimension.
-    """
-
-    file: "TorchFile"
-    info: TensorInfo
-    start: int
-    stride: tuple[int, ...]
-
-    def read(self, index: Index = ()) -> torch.Tensor:
-        """Return the tensor or a slice of it; a view of the file as long as nobody writes to it."""
-        whole = self.file.view(self)
-        return whole[index] if index else whole
-
-
-class MappedFile:
-    """A file as memory, mapped when it is first looked at; pages that nobody writes to stay the file's.
-
-    Args:
-        path: the file.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._bytes: torch.Tensor | None = None
-        self.size = path.stat().st_size
-
-    @property
-    def bytes(self) -> torch.Tensor:
-        """All bytes, [size]."""
-        if self._bytes is None:
-            mapped = torch.UntypedStorage.from_file(str(self.path), False, self.size)
-            self._bytes = torch.empty(0, dtype=torch.uint8).set_(mapped)  # type: ignore[arg-type] # it is one
-        return self._bytes
-
-
 class TorchFile:
     """One `.pt` file, or one archive inside a larger file.
 
@@ -124,20 +81,17 @@ class TorchFile:
         path: the file.
         start: first byte of the archive.
         length: bytes of the archive; the rest of the file by default.
-        mapped: the file, if others look at it too.
 
     Raises:
         CheckpointError: damaged, cut short, or asking for a class that no checkpoint needs.
     """
 
-    def __init__(
-        self, path: Path, start: int = 0, length: int | None = None, mapped: MappedFile | None = None
-    ) -> None:
+    def __init__(self, path: Path, start: int = 0, length: int | None = None) -> None:
         self.path = path
         try:
-            self._mapped = mapped or MappedFile(path)
+            self._file = StoredFile(path)
             with path.open("rb") as file:
-                part = _Part(file, start, length if length is not None else self._mapped.size - start)
+                part = _Part(file, start, length if length is not None else self._file.size - start)
                 with zipfile.ZipFile(part) as archive:
                     self._records = {info.filename.partition("/")[2]: info for info in archive.infolist()}
                     if "data.pkl" not in self._records:
@@ -156,32 +110,20 @@ class TorchFile:
             ) from None
         self.content: Any = unpickle(pickled, path, self._stored)
 
-    def view(self, tensor: StoredTensor) -> torch.Tensor:
-        """Return a tensor whose memory is the file's."""
-        raw = self._mapped.bytes
-        info = tensor.info
-        itemsize = info.dtype.itemsize
-        if tensor.start % itemsize:
-            # Archives inside other files may begin anywhere; torch wants tensors at multiples of their elements.
-            steps = zip(info.shape, tensor.stride, strict=True)
-            span = 1 + sum((length - 1) * step for length, step in steps) if 0 not in info.shape else 0
-            moved = raw[tensor.start : tensor.start + span * itemsize].clone().view(info.dtype)
-            return moved.as_strided(info.shape, tensor.stride)
-        return torch.empty(0, dtype=info.dtype).set_(
-            raw.untyped_storage(), tensor.start // itemsize, info.shape, tensor.stride
-        )
-
     def check(self) -> None:
         """Compare every record with its checksum.
 
         Raises:
             CheckpointError: one differs.
         """
+        buffer = torch.empty(BUFFER_BYTES, dtype=torch.uint8)
         for name, start in self._starts.items():
             record, checksum = self._records[name], 0
-            for first in range(start, start + record.file_size, _CHECKED_AT_ONCE):
-                stop = min(first + _CHECKED_AT_ONCE, start + record.file_size)
-                checksum = zlib.crc32(self._mapped.bytes[first:stop].numpy().data, checksum)
+            with self._file.opened() as file:
+                for first in range(start, start + record.file_size, BUFFER_BYTES):
+                    part = buffer[: min(BUFFER_BYTES, start + record.file_size - first)]
+                    self._file.read_into(file, part, first)
+                    checksum = zlib.crc32(part.numpy().data, checksum)
             if checksum != record.CRC:
                 raise CheckpointError(
                     f"{self.path} is damaged: the checksum of {name} is wrong; copy it again"
@@ -208,7 +150,7 @@ class TorchFile:
         if numel * dtype.itemsize > record.file_size:
             raise CheckpointError(f"{self.path} is cut short at storage {key}; copy it again")
         start = self._starts[f"data/{key}"] + offset * dtype.itemsize
-        return StoredTensor(self, TensorInfo(tuple(shape), dtype), start, tuple(stride))
+        return StoredTensor(self._file, TensorInfo(tuple(shape), dtype), start, tuple(stride))
 
 
 def stored_tensors(content: Any, prefix: str = "") -> Iterator[tuple[str, StoredTensor]]:

@@ -1,8 +1,7 @@
 """Write a Hugging Face folder, slab by slab: memory does not grow with the model.
 
-A safetensors file is a little-endian uint64 (length of the header), the header (JSON: name -> dtype, shape, offsets
-in the data), and the data. Sizes are known before anything is read, so the header can be written first, and several
-workers can write one file.
+Sizes are known before anything is read, so the header of a safetensors file can be written first, and several workers
+can write one file.
 """
 
 import json
@@ -17,8 +16,8 @@ import torch
 
 from ascendspeed_core.models.families import find_family
 from ascendspeed_core.models.families.config_rules import written_end_ids
-from ascendspeed_core.weights.huggingface import SAFETENSORS_DTYPES
 from ascendspeed_core.weights.huggingface_names import HuggingFaceNames
+from ascendspeed_core.weights.safetensors_files import SAFETENSORS_DTYPES
 from ascendspeed_core.weights.source import TensorInfo, WeightSource
 from ascendspeed_core.weights.stream import (
     Counted,

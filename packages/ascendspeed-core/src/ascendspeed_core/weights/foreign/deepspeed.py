@@ -17,7 +17,8 @@ from ascendspeed_core.weights.foreign.places import PlacedSource, PlacedTensors
 from ascendspeed_core.weights.foreign.tables import StageLayers, ascendspeed_gpt
 from ascendspeed_core.weights.load import parameter_shapes
 from ascendspeed_core.weights.source import CheckpointError, inside
-from ascendspeed_core.weights.torch_files import StoredTensor, TorchFile, stored_tensors
+from ascendspeed_core.weights.stored import StoredTensor
+from ascendspeed_core.weights.torch_files import TorchFile, stored_tensors
 
 LATEST = "latest"
 _FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")

@@ -26,7 +26,8 @@ from ascendspeed_core.weights.foreign.tables import ROTARY
 from ascendspeed_core.weights.load import parameter_shapes
 from ascendspeed_core.weights.native import TRACKER
 from ascendspeed_core.weights.source import CheckpointError, Kind, inside
-from ascendspeed_core.weights.torch_files import StoredTensor, TorchFile, stored_tensors
+from ascendspeed_core.weights.stored import StoredTensor
+from ascendspeed_core.weights.torch_files import TorchFile, stored_tensors
 
 _RANK_FOLDER = re.compile(r"mp_rank_(\d+)(?:_(\d+))?")
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
