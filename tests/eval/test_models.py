@@ -52,19 +52,18 @@ def theirs(folder: Path, samples: list[dict[str, Any]]) -> list[list[float]]:
     return found
 
 
-@pytest.mark.parametrize("tp", [1, 2])
-def test_the_sample_under_a_layout(folder: Path, tmp_path: Path, tp: int) -> None:
-    results, samples = evaluate(
-        folder,
-        "sample",
-        tmp_path / "out",
-        "--limit",
-        12,
-        "--nproc-per-node",
-        tp,
-        "--tensor-model-parallel-size",
-        tp,
-    )
+@pytest.mark.parametrize(
+    ("tp", "flags"),
+    [
+        (1, []),
+        (2, ["--nproc-per-node", 2, "--tensor-model-parallel-size", 2]),
+        (1, ["--nproc-per-node", 2, "--zero-stage", 3]),
+        (2, ["--nproc-per-node", 4, "--tensor-model-parallel-size", 2, "--zero-stage", 1]),
+    ],
+    ids=["alone", "tp2", "zero3", "tp2zero1"],
+)
+def test_the_sample_under_a_layout(folder: Path, tmp_path: Path, tp: int, flags: list[object]) -> None:
+    results, samples = evaluate(folder, "sample", tmp_path / "out", "--limit", 12, *flags)
     for sample, want in zip(samples, theirs(folder, samples), strict=True):
         # fp32 sums in another order, in padded batches.
         assert sample["logprobs"] == pytest.approx(want, abs=2e-5)

@@ -62,6 +62,15 @@ OPTIONS = (
     Option("nproc_per_node", int, "Processes to start on this machine."),
     Option("tensor_model_parallel_size", int, "Devices that share every layer."),
     Option("pipeline_model_parallel_size", int, "Stages that the layers are cut into."),
+    Option(
+        "zero_stage",
+        int,
+        "Answer under DeepSpeed: with 3 each process keeps a share of the weights, and all compute together.",
+    ),
+    Option("deepspeed", bool, "Answer under DeepSpeed, as --deepspeed_config or --zero-stage says."),
+    Option(
+        "deepspeed_config", str, "DeepSpeed's JSON: its stage, and its bucket sizes.", ("--deepspeed_config",)
+    ),
     Option("dtype", str, "Format to compute in. [default: as stored]"),
     Option(
         "weight_quantization",
@@ -158,7 +167,8 @@ class AscendSpeedBackend:
 class ServedModel:
     """A model whose calls all processes take part in: the first hands each call to the others.
 
-    Data-parallel copies each answer a share of the requests.
+    Data-parallel copies each answer a share of the requests; processes that hold the weights together (ZeRO-3) all
+    answer all.
     """
 
     def __init__(
@@ -217,11 +227,11 @@ class ServedModel:
     def _call(self, name: str, requests: list[Any]) -> list[Any]:
         """Answer this process's share, and return the answers to all on the first process."""
         mesh = self._model.mesh
+        answer = self._score if name == "loglikelihood" else self._continue
+        if mesh.layout.dp == 1 or mesh.layout.zero_stage == 3:
+            return answer(requests)
         shares = share_out(requests, mesh.layout.dp)
-        mine = [requests[number] for number in shares[mesh.dp_rank]]
-        answers = self._score(mine) if name == "loglikelihood" else self._continue(mine)
-        if mesh.layout.dp == 1:
-            return answers
+        answers = answer([requests[number] for number in shares[mesh.dp_rank]])
         from ascendspeed_core.parallel.mesh import gather_objects
 
         whole: dict[int, Any] = {}

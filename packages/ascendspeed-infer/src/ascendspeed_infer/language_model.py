@@ -119,8 +119,8 @@ class LanguageModel:
     ) -> "LanguageModel":
         """Load the weights of a source; see `from_pretrained`.
 
-        With `data_parallel`, processes that the layout leaves
-        over hold the model again; the caller shares work out.
+        With `data_parallel`, processes that the layout leaves over hold the model again, and the caller shares work
+        out; under ZeRO-3 they hold it together, and all do all of it.
         """
         folder = find_tokenizer(source, Path(tokenizer) if tokenizer is not None else None)
         parallel = parallel or ParallelConfig()
@@ -136,7 +136,7 @@ class LanguageModel:
                 "give the model's own tokenizer"
             )
         format_ = dtype or stored_dtype(source)
-        settings = zero_settings(parallel, mesh, format_, shares_out_work=data_parallel)
+        settings = zero_settings(parallel, mesh, format_)
         # ZeRO's shares are of weights as they are stored.
         model = load_model(
             source, mesh, getattr(torch, format_), settings is None, settings, weight_quantization

@@ -12,7 +12,7 @@ from ascendspeed_core.weights.adapter import MergedAdapter
 from ascendspeed_core.weights.foreign.adapter import open_adapter
 from ascendspeed_core.weights.lora import AdaptedWeights, loaded_adapters
 from ascendspeed_data.command_line import log
-from ascendspeed_data.errors import AscendSpeedError, ConfigError
+from ascendspeed_data.errors import AscendSpeedError
 from ascendspeed_data.manifest import check_tokenizer
 from ascendspeed_data.tokenizer import load_tokenizer
 from ascendspeed_infer.config import AdapterConfig, LoadedModelConfig
@@ -84,28 +84,17 @@ def find_tokenizer(source: WeightSource, given: Path | None) -> Path:
     return given
 
 
-def zero_settings(
-    parallel: ParallelConfig, mesh: ParallelMesh, dtype: str, shares_out_work: bool = False
-) -> dict[str, Any] | None:
+def zero_settings(parallel: ParallelConfig, mesh: ParallelMesh, dtype: str) -> dict[str, Any] | None:
     """Return what DeepSpeed is told of a model whose weights are spread (ZeRO-3); `None` for others.
 
     Args:
         parallel: as asked for.
         mesh: this process's place; the first one says what has no effect.
         dtype: of the weights.
-        shares_out_work: data-parallel processes get different texts.
-
-    Raises:
-        ConfigError: data-parallel processes would work apart, which ZeRO-3 cannot.
     """
     stage = mesh.layout.zero_stage
     if stage is None:
         return None
-    if shares_out_work:
-        raise ConfigError(
-            f"zero_stage={stage}: evaluation shares its questions out over the processes, which must compute together "
-            "under ZeRO-3; leave it out, or give --tensor-model-parallel-size"
-        )
     path = parallel.deepspeed_config
     content = read_deepspeed_config(path) if path is not None else {}
     idle = sorted(set(content) - {"zero_optimization", "fp16", "bf16"})
