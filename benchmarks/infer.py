@@ -1,9 +1,11 @@
 """Decoding beside transformers `generate` and beside two limits: reading the weights, and the matrix-vector products.
 
-python benchmarks/infer.py [--size small] [--dtypes float32,bfloat16] [--threads 2] [--rounds 3]
+python benchmarks/infer.py [--sizes small,large] [--dtypes float32,bfloat16] [--threads 2] [--rounds 3]
 
 Weights are random, prompts too; no text ends before its limit. Ours and theirs take turns, and each figure is the best
-of `--rounds`. `large` needs about 10 GB of memory in fp32.
+of `--rounds`, of which `large` runs one after a first that does not count. The limits: `bandwidth` is what a sum over
+1 GB reads in a second, `matrix-vector` the products of one token alone, by the operator that decoding uses. `large` is
+one text only, and needs about 10 GB of memory in fp32. All of it takes about 7 minutes on two cores.
 """
 
 import argparse
@@ -32,6 +34,7 @@ from ascendspeed_infer.engine.runner import check_batch_invariance
 from ascendspeed_infer.engine.tiles import Tiles
 from ascendspeed_infer.generation import GenerationSettings, generate_ids, generate_together, never
 
+LARGE = "large"
 SIZES = {
     "tiny": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4},
     "small": {
@@ -40,7 +43,7 @@ SIZES = {
         "num_hidden_layers": 12,
         "num_attention_heads": 12,
     },
-    "large": {
+    LARGE: {
         "hidden_size": 2048,
         "intermediate_size": 5632,
         "num_hidden_layers": 20,
@@ -186,17 +189,18 @@ def measure_loading(folder: Path, dtype: str, rounds: int) -> tuple[Transformer,
 
 
 def measure_alone(
-    model: Transformer, mesh: ParallelMesh, theirs: Any, tiles: Tiles, rounds: int, speed: float
+    model: Transformer, mesh: ParallelMesh, theirs: Any, tiles: Tiles | None, rounds: int, speed: float
 ) -> None:
+    """One text, batch-invariant too if there are tiles."""
     prompt = random.Random(0).choices(range(3, VOCAB), k=PROMPT_TOKENS)
     first, their_first = best(rounds, ours_alone(model, mesh, prompt, 1), theirs_alone(theirs, prompt, 1))
     row(f"first token after {PROMPT_TOKENS}", f"{first:.3f} s", f"{their_first / first:.2f} x transformers")
-    whole, their_whole, static, invariant, product = best(
+    new = NEW_TOKENS + 1
+    whole, their_whole, static, product = best(
         rounds,
-        ours_alone(model, mesh, prompt, NEW_TOKENS + 1),
-        theirs_alone(theirs, prompt, NEW_TOKENS + 1),
-        theirs_alone(theirs, prompt, NEW_TOKENS + 1, cache_implementation="static", disable_compile=True),
-        ours_together(model, mesh, [prompt], [NEW_TOKENS + 1], tiles),
+        ours_alone(model, mesh, prompt, new),
+        theirs_alone(theirs, prompt, new),
+        theirs_alone(theirs, prompt, new, cache_implementation="static", disable_compile=True),
         products(model),
     )
     step = (whole - first) / NEW_TOKENS
@@ -208,7 +212,9 @@ def measure_alone(
         f"{(static - their_first) / (whole - first):.2f} x with a static cache;",
         f"{read / speed / step:.0%} of the bandwidth limit, {product / step:.0%} of the matrix-vector limit",
     )
-    row("  batch-invariant", "", f"whole generation takes {invariant / whole:.2f} x the time")
+    if tiles is not None:
+        (invariant,) = best(rounds, ours_together(model, mesh, [prompt], [new], tiles))
+        row("  batch-invariant", "", f"whole generation takes {invariant / whole:.2f} x the time")
 
 
 def measure_together(model: Transformer, mesh: ParallelMesh, theirs: Any, tiles: Tiles, rounds: int) -> None:
@@ -232,29 +238,36 @@ def measure_together(model: Transformer, mesh: ParallelMesh, theirs: Any, tiles:
         row("  batch-invariant", "", f"takes {invariant / whole:.2f} x the time")
 
 
+def measure(size: str, dtype: str, rounds: int, speed: float) -> None:
+    print(f"\n{size}, {dtype}")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        save_model(size, dtype, folder)
+        gc.collect()
+        model, mesh = measure_loading(folder, dtype, rounds)
+        theirs = loaded_theirs(folder, dtype)
+        if size == LARGE:
+            measure_alone(model, mesh, theirs, None, rounds, speed)
+        else:
+            tiles = check_batch_invariance(model, mesh)
+            measure_alone(model, mesh, theirs, tiles, rounds, speed)
+            measure_together(model, mesh, theirs, tiles, rounds)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--size", choices=SIZES, default="small")
-    parser.add_argument("--dtypes", default="float32,bfloat16")
+    about = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=about)
+    parser.add_argument("--sizes", default=f"small,{LARGE}", help=f"some of {', '.join(SIZES)}")
+    parser.add_argument("--dtypes", default="float32,bfloat16", help="formats of the weights")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     speed = bandwidth(options.rounds)
-    print(
-        f"{options.size}, {options.threads} threads, best of {options.rounds}; memory reads {speed / 1e9:.1f} GB/s"
-    )
-    for dtype in options.dtypes.split(","):
-        print(f"\n{dtype}")
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            save_model(options.size, dtype, folder)
-            model, mesh = measure_loading(folder, dtype, options.rounds)
-            theirs = loaded_theirs(folder, dtype)
-            tiles = check_batch_invariance(model, mesh)
-            measure_alone(model, mesh, theirs, tiles, options.rounds, speed)
-            measure_together(model, mesh, theirs, tiles, options.rounds)
-            del model, theirs
+    print(f"{options.threads} threads, best of {options.rounds}; memory reads {speed / 1e9:.1f} GB/s")
+    for size in options.sizes.split(","):
+        for dtype in options.dtypes.split(","):
+            measure(size, dtype, 1 if size == LARGE else options.rounds, speed)
             gc.collect()
     print(f"\npeak of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB")
 

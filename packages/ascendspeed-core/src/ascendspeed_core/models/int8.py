@@ -10,14 +10,13 @@ the layers that they are; only their weight is of another kind, which knows its 
 Shapes: O output and I input size of a layer (their shares under tensor parallel).
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ascendspeed_core.kernels.int8 import int8_linear
+from ascendspeed_core.models.answering import AnsweringWeight
 from ascendspeed_data.errors import AscendSpeedError
 
 LARGEST = 127
@@ -27,16 +26,15 @@ BLOCK_ELEMENTS = 1 << 20
 """So many weights are quantized at once: their fp32 copy stays in a CPU's cache and needs no memory to speak of."""
 
 
-class Int8Weight(torch.Tensor):
+class Int8Weight(AnsweringWeight):
     """A weight of integers and scales, in the place of a layer's weight; no gradient flows through it.
-
-    Its shape and format are those of the weight that it stands for. `F.linear` takes it; nothing else does.
 
     Args:
         integers: int8, [O, I].
         scale: of each row, in the format of the activations, [O].
     """
 
+    kind = "int8"
     integers: torch.Tensor
     scale: torch.Tensor
 
@@ -60,41 +58,17 @@ class Int8Weight(torch.Tensor):
         squares = [block.float().square().sum(-1) for block in blocks]
         return torch.cat(squares).sqrt() * self.scale.float()
 
-    @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Compute `F.linear`; leave what reads shapes and formats to torch."""
-        if func is F.linear:
-            return _linear(*args, **(kwargs or {}))
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
+    def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """See `AnsweringWeight`."""
+        out = int8_linear(x, self.integers, self.scale)
+        return out if bias is None else out + bias
 
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Iterable[type], args: Sequence[Any] = (), kwargs: Any = None
-    ) -> Any:
-        """Refuse all arithmetic but the product; `nn.Parameter` detaches what it is made of."""
-        if func is torch.ops.aten.detach.default:
-            (weight,) = args
-            return cls(weight.integers, weight.scale)
-        raise AscendSpeedError(f"int8 weights are for answering: only F.linear takes them, not {func}")
+    def again(self) -> "Int8Weight":
+        """See `AnsweringWeight`."""
+        return Int8Weight(self.integers, self.scale)
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"Int8Weight({self.integers!r}, {self.scale!r})"
-
-
-def _linear(x: torch.Tensor, weight: Int8Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
-    if x.requires_grad and torch.is_grad_enabled():
-        raise AscendSpeedError(
-            "int8 weights have no gradient: they are for answering; compute under torch.no_grad()"
-        )
-    out = int8_linear(x, weight.integers, weight.scale)
-    return out if bias is None else out + bias
 
 
 def largest_of_rows(weight: torch.Tensor) -> torch.Tensor:

@@ -1,34 +1,30 @@
 """Weights in the order in which a CPU's matrix product reads them, for models that answer.
 
-The layers stay the layers that they are; only their weight is of another kind, which knows its own product. It takes
-the place of the plain one, so a model needs no more memory.
+They take the place of the plain ones, so a model needs no more memory.
 
 Shapes: O output and I input size of a layer (their shares under tensor parallel).
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
-
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ascendspeed_core.kernels.onednn import has_packed_product, packed, packed_linear
+from ascendspeed_core.models.answering import AnsweringWeight
 from ascendspeed_core.models.head import NormalisedHead
 from ascendspeed_core.models.lora import HALVES
 from ascendspeed_core.models.projections import Projections
 from ascendspeed_core.models.transformer import Transformer
-from ascendspeed_data.errors import AscendSpeedError
 
 
-class PackedWeight(torch.Tensor):
-    """A weight that `F.linear` takes, in the place of a layer's weight; no gradient flows through it.
+class PackedWeight(AnsweringWeight):
+    """A weight in the order of oneDNN, or one as torch lays it out whose product oneDNN computes all the same.
 
     Args:
         whole: what `kernels.onednn.packed_linear` takes.
         rows: those that are this weight, of several that were packed as one; by default all.
     """
 
+    kind = "packed"
     whole: torch.Tensor
     rows: slice
 
@@ -53,45 +49,19 @@ class PackedWeight(torch.Tensor):
         whole = self.whole.to_dense() if self.whole.is_mkldnn else self.whole
         return whole[self.rows].clone()
 
-    @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Compute `F.linear`; leave what reads shapes and formats to torch."""
-        if func is F.linear:
-            return _linear(*args, **(kwargs or {}))
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
+    def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """See `AnsweringWeight`."""
+        if self.rows.stop - self.rows.start == self.whole.shape[0]:
+            return packed_linear(x, self.whole, bias)
+        out = packed_linear(x, self.whole, None)[..., self.rows]
+        return out if bias is None else out + bias
 
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls,
-        func: Any,
-        types: Iterable[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Refuse all arithmetic but the product; `nn.Parameter` detaches what it is made of."""
-        if func is torch.ops.aten.detach.default:
-            (weight,) = args
-            return cls(weight.whole, weight.rows)
-        raise TypeError(f"{func} of packed weights: F.linear takes them, plain() gives their values")
+    def again(self) -> "PackedWeight":
+        """See `AnsweringWeight`."""
+        return PackedWeight(self.whole, self.rows)
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"PackedWeight({self.plain()!r})"
-
-
-def _linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
-    if x.requires_grad and torch.is_grad_enabled():
-        raise AscendSpeedError("packed weights have no gradient: they are for answering; use torch.no_grad()")
-    if weight.rows.stop - weight.rows.start == weight.whole.shape[0]:
-        return packed_linear(x, weight.whole, bias)
-    out = packed_linear(x, weight.whole, None)[..., weight.rows]
-    return out if bias is None else out + bias
 
 
 def pack_weights(model: Transformer) -> None:

@@ -31,22 +31,27 @@ class Projections:
         self._owner, self._names = owner, names
         self.weight: torch.Tensor | None = None
         self._bias: torch.Tensor | None = None
+        # Kept, because to ask the layers takes as long as a small product.
+        self._rows: list[int] = []
+        self._has_adapters = False
 
     def __call__(self, x: torch.Tensor, draws: Draws | None = None) -> list[torch.Tensor]:
         """Apply every layer: [..., H] -> [..., R_i] each; `draws` say what is dropped before adapters."""
-        layers = self.layers
         if self.weight is None:
-            return [apply_linear(layer, x, draws) for layer in layers]
+            return [apply_linear(layer, x, draws) for layer in self.layers]
         if torch.is_grad_enabled():
+            layers = self.layers
             parameters: list[torch.Tensor] = [layer.weight for layer in layers]
             parameters += [layer.bias for layer in layers if self._bias is not None]
             joined: torch.Tensor = _JoinedLinear.apply(x, self.weight, self._bias, *parameters)
         else:
             joined = F.linear(x, self.weight, self._bias)
-        parts = joined.split([layer.weight.shape[0] for layer in layers], dim=-1)
+        parts = list(joined.split(self._rows, dim=-1))
+        if not self._has_adapters:
+            return parts
         return [
             part + layer.low_rank(x, draws) if isinstance(layer, LoraLinear) else part
-            for layer, part in zip(layers, parts, strict=True)
+            for layer, part in zip(self.layers, parts, strict=True)
         ]
 
     def join(self) -> None:
@@ -55,6 +60,8 @@ class Projections:
         Called when the parameters have their final storage; whoever replaces that calls it again.
         """
         layers = self.layers
+        self._rows = [layer.weight.shape[0] for layer in layers]
+        self._has_adapters = any(isinstance(layer, LoraLinear) for layer in layers)
         self.weight = _lay_together([layer.weight for layer in layers])
         self._bias = None
         if layers[0].bias is not None:
