@@ -31,7 +31,6 @@ class Projections:
         self._owner, self._names = owner, names
         self.weight: torch.Tensor | None = None
         self._bias: torch.Tensor | None = None
-        # Kept, because to ask the layers takes as long as a small product.
         self._rows: list[int] = []
         self._has_adapters = False
 
@@ -59,9 +58,7 @@ class Projections:
 
         Called when the parameters have their final storage; whoever replaces that calls it again.
         """
-        layers = self.layers
-        self._rows = [layer.weight.shape[0] for layer in layers]
-        self._has_adapters = any(isinstance(layer, LoraLinear) for layer in layers)
+        layers = self._layers_to_join()
         self.weight = _lay_together([layer.weight for layer in layers])
         self._bias = None
         if layers[0].bias is not None:
@@ -72,9 +69,16 @@ class Projections:
 
         As `join`, with nothing to copy: no layer is there twice.
         """
-        layers = self.layers
+        layers = self._layers_to_join()
         self.weight = _made_together(layers, "weight", device)
         self._bias = None if layers[0].bias is None else _made_together(layers, "bias", device)
+
+    def _layers_to_join(self) -> list[nn.Linear]:
+        """Return the layers, and keep what each product would else have to ask them: in Python that takes long."""
+        layers = self.layers
+        self._rows = [layer.weight.shape[0] for layer in layers]
+        self._has_adapters = any(isinstance(layer, LoraLinear) for layer in layers)
+        return layers
 
     @property
     def layers(self) -> list[nn.Linear]:
