@@ -1,5 +1,6 @@
 """Int8 weights: each product gives what the plain one gives, and every layout holds the same integers."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def weight_of(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> to
 
 
 def quantized(weight: torch.Tensor) -> Int8Weight:
-    return quantize(weight, largest_of_rows(weight))
+    return quantize(weight, largest_of_rows(weight), int8.Workspace())
 
 
 def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -63,8 +64,8 @@ def test_products_are_that_of_the_plain_one(size: tuple[int, int], dtype: torch.
         assert chosen.dtype == dtype
         assert difference(chosen, want) < TOLERANCE[dtype]
         assert difference(int8.wide_linear(x, weight.integers, weight.scale), want) < TOLERANCE[dtype]
-        if size[1] % int8.PACKED_COLUMNS == 0 and size[0]:
-            assert difference(int8.packed_linear(x, weight.integers, weight.scale), want) < TOLERANCE[dtype]
+        if size[1] % int8.INTEGER_COLUMNS == 0 and size[0]:
+            assert difference(int8.integer_linear(x, weight.integers, weight.scale), want) < TOLERANCE[dtype]
     x = torch.randn(2, 3, 1, size[1]).to(dtype)
     assert int8.int8_linear(x, weight.integers, weight.scale).shape == (2, 3, 1, size[0])
 
@@ -75,11 +76,30 @@ def test_which_product_is_taken() -> None:
             torch.empty(rows, columns, dtype=dtype), torch.empty(8, columns, dtype=torch.int8)
         )
 
-    assert [chosen(rows, torch.bfloat16) for rows in (0, 1, 16, 17)] == ["wide", "packed", "packed", "wide"]
+    assert [chosen(rows, torch.bfloat16) for rows in (0, 1, 16, 17)] == ["wide", "integer", "integer", "wide"]
     assert chosen(1, torch.float32) == "wide"
     # torch's operator would read past the end of each row.
     assert chosen(1, torch.bfloat16, 172) == "wide"
-    assert {"npu", "packed", "wide"} == set(int8.IMPLEMENTATIONS)
+    assert {"npu", "integer", "wide"} == set(int8.IMPLEMENTATIONS)
+
+
+def test_threads_share_a_model() -> None:
+    """Each thread makes its blocks wide in memory of its own; formats and sizes may follow one another."""
+    workspace = int8.Workspace()
+    weights = [quantized(weight_of(rows, 500)) for rows in (300, 9000)]
+    x = torch.randn(3, 500)
+
+    def products(_: int) -> list[torch.Tensor]:
+        return [int8.wide_linear(x, weight.integers, weight.scale, workspace) for weight in weights]
+
+    want = products(0)
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(products, range(24)):
+            assert all(difference(a, b) < TOLERANCE[torch.float32] for a, b in zip(found, want, strict=True))
+    with torch.inference_mode():
+        ours = int8.wide_linear(x.bfloat16(), weights[0].integers, weights[0].scale.bfloat16(), workspace)
+    assert difference(ours, want[0]) < TOLERANCE[torch.bfloat16]
+    assert difference(products(0)[1], want[1]) < TOLERANCE[torch.float32]
 
 
 def test_activations_that_begin_anywhere() -> None:
@@ -240,7 +260,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     broken = weight_of(4, 16)
     broken[2, 3] = torch.nan
     with pytest.raises(AscendSpeedError, match=r"x\.weight holds numbers that are not finite"):
-        quantize(broken, largest_of_rows(broken), "x.weight")
+        quantize(broken, largest_of_rows(broken), int8.Workspace(), "x.weight")
 
 
 def test_int8_weights_are_not_trained() -> None:

@@ -3,13 +3,16 @@
 Shapes: M rows of activations, K input and N output size of a layer.
 """
 
+import threading
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 from ascendspeed_core.device import Device
 from ascendspeed_core.kernels.npu import npu_int8_linear
+from ascendspeed_core.kernels.onednn import has_packed_product, packed_linear
 from ascendspeed_data.errors import ConfigError
 
 Int8Linear = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -22,18 +25,38 @@ FORMATS = {
 }
 """Formats of activations and scales in which each kind of device has the product."""
 
-PACKED_ROWS = 16
+INTEGER_ROWS = 16
 """On a CPU torch's operator is the faster one in bfloat16 up to so many rows; in float32 it is scalar and never is
 (`benchmarks/quantization.py`)."""
 
-PACKED_COLUMNS = 16
+INTEGER_COLUMNS = 16
 """On a CPU torch's operator reads so many numbers at once, and past the end of a row that they do not divide."""
 
 ALIGNED_BYTES = 64
 """On a CPU torch's operator ends the process where activations begin elsewhere than storage of their own does."""
 
-WIDE_BYTES = 1 << 22
-"""So much of a weight is made wide at once: it stays in a CPU's cache, and needs no memory to speak of."""
+WIDE_BYTES = 1 << 23
+"""So much of a weight is made wide at once: it stays in a CPU's cache."""
+
+
+class Workspace(threading.local):
+    """Where a block of a weight is made wide, on each thread its own; the layers of a model share it.
+
+    Memory that is asked for anew at each product has to be given pages by the system first, which can take as long as
+    the product.
+    """
+
+    def __init__(self) -> None:
+        self._memory: torch.Tensor | None = None
+
+    def block(self, rows: int, columns: int, x: torch.Tensor) -> torch.Tensor:
+        """Return memory in the format of `x`, [rows, columns]; what was in it is lost."""
+        size, memory = rows * columns, self._memory
+        if memory is None or len(memory) < size or (memory.dtype, memory.device) != (x.dtype, x.device):
+            # Made in inference mode it could not be written to outside of it.
+            with torch.inference_mode(False):
+                memory = self._memory = x.new_empty(max(size, WIDE_BYTES // x.itemsize))
+        return memory[:size].view(rows, columns)
 
 
 def refuse_missing_format(dtype: torch.dtype, device: Device) -> None:
@@ -46,16 +69,23 @@ def refuse_missing_format(dtype: torch.dtype, device: Device) -> None:
         )
 
 
-def int8_linear(x: torch.Tensor, integers: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def int8_linear(
+    x: torch.Tensor, integers: torch.Tensor, scale: torch.Tensor, workspace: Workspace | None = None
+) -> torch.Tensor:
     """Return the product with a weight of integers, see `kernels.reference.int8_linear`: [..., K] -> [..., N].
 
     Args:
         x: activations, [..., K].
         integers: int8, [N, K].
         scale: of each row, in the format of `x`, [N].
+        workspace: kept between products.
     """
     rows = x.reshape(-1, x.shape[-1])
-    out = IMPLEMENTATIONS[implementation_for(rows, integers)](rows, integers, scale)
+    name = implementation_for(rows, integers)
+    if name == "wide":
+        out = wide_linear(rows, integers, scale, workspace)
+    else:
+        out = IMPLEMENTATIONS[name](rows, integers, scale)
     return out.view(*x.shape[:-1], -1)
 
 
@@ -72,12 +102,12 @@ def implementation_for(rows: torch.Tensor, integers: torch.Tensor) -> str:
     if kind == "npu":
         return "npu"
     if kind == "cuda":
-        return "packed"
-    is_fast = rows.dtype == torch.bfloat16 and len(rows) <= PACKED_ROWS
-    return "packed" if is_fast and integers.shape[1] % PACKED_COLUMNS == 0 else "wide"
+        return "integer"
+    is_fast = rows.dtype == torch.bfloat16 and len(rows) <= INTEGER_ROWS
+    return "integer" if is_fast and integers.shape[1] % INTEGER_COLUMNS == 0 else "wide"
 
 
-def packed_linear(x: torch.Tensor, integers: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def integer_linear(x: torch.Tensor, integers: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Return what torch's own operator gives: each integer is read once and never written wide."""
     x = x.contiguous()
     if x.data_ptr() % ALIGNED_BYTES:
@@ -85,17 +115,21 @@ def packed_linear(x: torch.Tensor, integers: torch.Tensor, scale: torch.Tensor) 
     return torch._weight_int8pack_mm(x, integers, scale)
 
 
-def wide_linear(x: torch.Tensor, integers: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def wide_linear(
+    x: torch.Tensor, integers: torch.Tensor, scale: torch.Tensor, workspace: Workspace | None = None
+) -> torch.Tensor:
     """Return the product with integers in the format of the activations, block by block of their rows."""
+    is_onednn = has_packed_product(x.dtype, x.device) and 0 not in (*x.shape, *integers.shape)
+    multiply = partial(packed_linear, bias=None) if is_onednn else F.linear
     block = max(WIDE_BYTES // max(integers.shape[1] * x.itemsize, 1), 1)
-    wide = x.new_empty(min(block, len(integers)), integers.shape[1])
-    parts = [F.linear(x, wide[: len(part)].copy_(part)) for part in integers.split(block)]
+    wide = (workspace or Workspace()).block(min(block, len(integers)), integers.shape[1], x)
+    parts = [multiply(x, wide[: len(part)].copy_(part)) for part in integers.split(block)]
     return torch.cat(parts, -1).mul_(scale)
 
 
 IMPLEMENTATIONS: Mapping[str, Int8Linear] = {
     "npu": npu_int8_linear,
-    "packed": packed_linear,
+    "integer": integer_linear,
     "wide": wide_linear,
 }
 """All give what the reference gives."""

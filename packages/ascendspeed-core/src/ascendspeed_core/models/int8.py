@@ -4,8 +4,8 @@ Row n of a matrix is `scale[n] * integers[n]` with `scale = largest of |row| / 1
 integer (symmetric, per channel: Krishnamoorthi, 2018, Quantizing deep convolutional networks, section 3.2). The scale
 is rounded to the format of the model first, so that the integers make up for it.
 
-Activations keep their format: this saves the reading of weights, which is what decoding a token costs. The layers stay
-the layers that they are; only their weight is of another kind, which knows its own product.
+Activations keep their format: this saves memory, and the reading of it, which is what decoding a token costs. The
+layers stay the layers that they are; only their weight is of another kind, which knows its own product.
 
 Shapes: O output and I input size of a layer (their shares under tensor parallel).
 """
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from ascendspeed_core.kernels.int8 import int8_linear
+from ascendspeed_core.kernels.int8 import Workspace, int8_linear
 from ascendspeed_core.models.answering import AnsweringWeight
 from ascendspeed_data.errors import AscendSpeedError
 
@@ -32,19 +32,21 @@ class Int8Weight(AnsweringWeight):
     Args:
         integers: int8, [O, I].
         scale: of each row, in the format of the activations, [O].
+        workspace: of its products, which weights share.
     """
 
     kind = "int8"
     integers: torch.Tensor
     scale: torch.Tensor
+    workspace: Workspace
 
     @staticmethod
-    def __new__(cls, integers: torch.Tensor, scale: torch.Tensor) -> "Int8Weight":
+    def __new__(cls, integers: torch.Tensor, scale: torch.Tensor, workspace: Workspace) -> "Int8Weight":
         """Return a tensor without storage of its own."""
         weight: Int8Weight = torch.Tensor._make_wrapper_subclass(
             cls, integers.shape, dtype=scale.dtype, device=integers.device
         )
-        weight.integers, weight.scale = integers, scale
+        weight.integers, weight.scale, weight.workspace = integers, scale, workspace
         return weight
 
     @property
@@ -60,12 +62,12 @@ class Int8Weight(AnsweringWeight):
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """See `AnsweringWeight`."""
-        out = int8_linear(x, self.integers, self.scale)
+        out = int8_linear(x, self.integers, self.scale, self.workspace)
         return out if bias is None else out + bias
 
     def again(self) -> "Int8Weight":
         """See `AnsweringWeight`."""
-        return Int8Weight(self.integers, self.scale)
+        return Int8Weight(self.integers, self.scale, self.workspace)
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"Int8Weight({self.integers!r}, {self.scale!r})"
@@ -78,12 +80,15 @@ def largest_of_rows(weight: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def quantize(weight: torch.Tensor, largest: torch.Tensor, name: str = "weight") -> Int8Weight:
+def quantize(
+    weight: torch.Tensor, largest: torch.Tensor, workspace: Workspace, name: str = "weight"
+) -> Int8Weight:
     """Return the integers and scales of a weight.
 
     Args:
         weight: [O, I].
         largest: absolute value of each row; of the whole row, where this device holds a part. fp32, [O].
+        workspace: of its products, which weights share.
         name: of the weight, for the message.
 
     Raises:
@@ -103,14 +108,13 @@ def quantize(weight: torch.Tensor, largest: torch.Tensor, name: str = "weight") 
         wide = (part.float() / of_part.float().unsqueeze(-1)).round_()
         # A scale that was rounded down to 16 bits makes the largest at most 127.25.
         into.copy_(wide.clamp_(-LARGEST, LARGEST))
-    return Int8Weight(integers, scale)
+    return Int8Weight(integers, scale, workspace)
 
 
 def join(weights: Sequence[Int8Weight]) -> Int8Weight:
     """Lay weights below one another, and make each a view of its rows: [O_i, I] -> [O, I]."""
-    together = Int8Weight(
-        *(torch.cat(parts) for parts in ([w.integers for w in weights], [w.scale for w in weights]))
-    )
+    integers, scale = torch.cat([w.integers for w in weights]), torch.cat([w.scale for w in weights])
+    together = Int8Weight(integers, scale, weights[0].workspace)
     start = 0
     for weight in weights:
         end = start + weight.shape[0]

@@ -8,7 +8,7 @@ from torch import nn
 
 from ascendspeed_core.config.model import ModelConfig, WeightQuantization
 from ascendspeed_core.config.parallel import stages_of_devices
-from ascendspeed_core.kernels.int8 import refuse_missing_format
+from ascendspeed_core.kernels.int8 import Workspace, refuse_missing_format
 from ascendspeed_core.models.int8 import largest_of_rows, quantize
 from ascendspeed_core.models.lora import HALVES, AdapterPlan, add_adapters, freeze
 from ascendspeed_core.models.projections import join_projections, make_joined_projections
@@ -139,12 +139,12 @@ def load_int8_model(
     )
     slices = parameter_slices(model, mesh)
     check_weights(model, source, slices)
-    names = {module: name for name, module in model.named_modules()}
+    names, workspace = {module: name for name, module in model.named_modules()}, Workspace()
     for module in filled_in_turn(
         model, mesh.device.torch, lambda name, parameter: copy_weight(parameter, source, name, slices[name])
     ):
         if isinstance(module, nn.Linear) and _becomes_int8(model, names[module]):
-            _quantize_layer(module, f"{names[module]}.weight", slices, mesh)
+            _quantize_layer(module, f"{names[module]}.weight", slices, mesh, workspace)
     if joined_projections:
         join_projections(model)
     return model.requires_grad_(False)
@@ -164,12 +164,14 @@ def _becomes_int8(model: Transformer, layer: str) -> bool:
     return not layer.endswith(HALVES) and not (layer == "output_head" and model.config.tie_word_embeddings)
 
 
-def _quantize_layer(linear: nn.Linear, name: str, slices: Mapping[str, Slice], mesh: ParallelMesh) -> None:
+def _quantize_layer(
+    linear: nn.Linear, name: str, slices: Mapping[str, Slice], mesh: ParallelMesh, workspace: Workspace
+) -> None:
     largest = largest_of_rows(linear.weight)
     group = mesh.group("tp")
     if group is not None and slices[name].sizes[1] < slices[name].shape[1]:
         all_reduce_max(largest, group)
-    linear.weight = nn.Parameter(quantize(linear.weight, largest, name), requires_grad=False)
+    linear.weight = nn.Parameter(quantize(linear.weight, largest, workspace, name), requires_grad=False)
 
 
 def parameter_slices(model: Transformer, mesh: ParallelMesh) -> dict[str, Slice]:
