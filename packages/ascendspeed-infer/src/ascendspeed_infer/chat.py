@@ -13,9 +13,8 @@ from ascendspeed_data.manifest import DatasetManifest, read_manifest
 from ascendspeed_data.prompting import NAMES, PromptLayout, layout_named, recorded_layout
 from ascendspeed_data.tokenizer import Tokenizer
 from ascendspeed_infer.config import AnswerConfig
-from ascendspeed_infer.generation import ChatMemory
-from ascendspeed_infer.language_model import LanguageModel
 from ascendspeed_infer.requests import StreamedText
+from ascendspeed_infer.text_generator import TextGenerator
 
 QUIT = ("q", "quit", "exit")
 CLEAR = ("clear", "new")
@@ -34,7 +33,7 @@ class Chat:
 
     def __init__(
         self,
-        model: LanguageModel,
+        model: TextGenerator,
         layout: PromptLayout,
         sampling: AnswerConfig,
         system: str | None = None,
@@ -45,8 +44,8 @@ class Chat:
         self.left_out_turns = 0
         """Turns at the beginning that no longer fit."""
         self._answers = 0
-        self._memory = ChatMemory(model.model, model.mesh)
-        self._limit = model.model.config.max_position_embeddings
+        self._memory = model.engine.new_memory()
+        self._limit = model.engine.limit_tokens
         self._reserved = min(sampling.max_new_tokens, self._limit // 2)
         # A layout that cannot take the system message says so before the first question.
         layout.ids([*self._system, {"role": "user", "content": "Hello"}])

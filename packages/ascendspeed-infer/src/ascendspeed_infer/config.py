@@ -253,10 +253,19 @@ class AdapterConfig(Config):
         return self
 
 
+class EngineConfig(Config):
+    """What computes the answers."""
+
+    engine: str = Field(
+        "ascendspeed", description="What continues ids: ascendspeed, transformers, vllm, or an installed one."
+    )
+
+
 class LoadedModelConfig(Config):
     """What every command that answers takes."""
 
     source: ModelSourceConfig
+    engine: EngineConfig = EngineConfig()
     adapter: AdapterConfig = AdapterConfig()
     model: ArchitectureFlags = ArchitectureFlags()
     tokenizer: TokenizerConfig = TokenizerConfig()

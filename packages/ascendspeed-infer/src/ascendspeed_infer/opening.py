@@ -1,5 +1,7 @@
 """Find what a model is made of: weights of any kind, an adapter, a tokenizer."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from ascendspeed_data.errors import AscendSpeedError
 from ascendspeed_data.manifest import check_tokenizer
 from ascendspeed_data.tokenizer import load_tokenizer
 from ascendspeed_infer.config import AdapterConfig, LoadedModelConfig
+from ascendspeed_infer.engines import EngineKind
+from ascendspeed_infer.text_generator import TextGenerator
 
 
 def open_model_source(config: LoadedModelConfig) -> WeightSource:
@@ -31,15 +35,33 @@ def with_adapter(source: WeightSource, config: AdapterConfig) -> WeightSource:
     return MergedAdapter(source, adapter) if config.merge_adapter else loaded_adapters(source, adapter)
 
 
-def check_source(config: LoadedModelConfig) -> None:
-    """Find out before any process starts whether the model is there, fits its flags, and has a tokenizer."""
+def check_source(config: LoadedModelConfig, is_own_layout: bool = True) -> None:
+    """Find out before any process starts whether the model is there, fits its flags, and has a tokenizer.
+
+    Args:
+        config: what was asked for.
+        is_own_layout: whether the model is cut by this program, and must let itself be cut so.
+    """
     source = open_model_source(config)
     if config.precision.weight_quantization == "int8":
         refuse_spread_int8(config.parallel.resolved_zero_stage())
     config.model.check(source.config, str(source.path or config.source.model_config_file))
-    config.parallel.check_model(source.config)
+    if is_own_layout:
+        config.parallel.check_model(source.config)
     folder = find_tokenizer(source, config.tokenizer.tokenizer_name_or_path)
     load_tokenizer(folder, config.tokenizer.tokenizer_type)
+
+
+@contextmanager
+def open_with(kind: EngineKind, config: LoadedModelConfig) -> Iterator[tuple[TextGenerator, WeightSource]]:
+    """Load the model with another engine; what is read here is its description, not its weights."""
+    source = open_model_source(config)
+    dtype = wanted_dtype(config, source)
+    tokenizer = load_tokenizer(find_tokenizer(source, config.tokenizer.tokenizer_name_or_path))
+    with kind.open(config, dtype) as engine:
+        adapter = f", adapter {config.adapter.lora_load}" if config.adapter.lora_load else ""
+        log(f"model: {source.config.num_parameters:,} parameters{adapter}, {dtype}, engine {kind.name}")
+        yield TextGenerator(tokenizer, engine), source
 
 
 def wanted_dtype(config: LoadedModelConfig, source: WeightSource) -> str:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ascendspeed_infer.evaluation import Description, Option, Text
+from ascendspeed_infer.transformers_engine import TransformersEngine, load_transformers
 
 if TYPE_CHECKING:
     from ascendspeed_data.tokenizer import Tokenizer
@@ -24,7 +25,8 @@ class TransformersModel:
 
     def __init__(self, model: Any, tokenizer: "Tokenizer", name: str) -> None:
         self._model, self._tokenizer, self._name = model, tokenizer, name
-        self._limit = int(getattr(model.config, "max_position_embeddings", 2048))
+        self._engine = TransformersEngine(model)
+        self._limit = self._engine.limit_tokens
 
     def describe(self) -> Description:
         """Say which model this is."""
@@ -61,33 +63,25 @@ class TransformersModel:
         return [self._continue(request) for request in requests]
 
     def _continue(self, request: Any) -> Text:
-        import torch
+        from ascendspeed_infer.config import SamplingConfig
+        from ascendspeed_infer.engine.texts import GenerationSettings
+        from ascendspeed_infer.engines import TokenRequest
+        from ascendspeed_infer.new_text import NewText
+        from ascendspeed_infer.sampling import Sampling
 
         ids = self._tokenizer.encode(request.prompt)
-        room = self._limit - request.max_new_tokens
-        cut = max(len(ids) - room, 0)
-        tokens = torch.tensor([ids[cut:]], device=self._model.device)
-        torch.manual_seed(request.seed)
-        sampling = (
-            {"do_sample": True, "temperature": request.temperature}
-            if request.temperature
-            else {"do_sample": False}
+        cut = max(len(ids) - (self._limit - request.max_new_tokens), 0)
+        stated = self._engine.end_ids or (self._tokenizer.eos_id,)
+        settings = GenerationSettings(
+            request.max_new_tokens,
+            Sampling(request.temperature > 0, request.temperature or 1.0, seed=request.seed),
+            tuple(token for token in stated if token is not None),
+            tuple(request.stop),
         )
-        out = self._model.generate(
-            tokens,
-            attention_mask=torch.ones_like(tokens),
-            max_new_tokens=request.max_new_tokens,
-            pad_token_id=self._tokenizer.eos_id,
-            **sampling,
-        )
-        new = [int(token) for token in out[0, tokens.shape[1] :]]
-        kept = [token for token in new if token != self._tokenizer.eos_id]
-        before, whole = self._tokenizer.decode(ids[cut:]), self._tokenizer.decode([*ids[cut:], *kept])
-        text = whole[len(before) :] if whole.startswith(before) else self._tokenizer.decode(kept)
-        ended = len(kept) < len(new) or any(stop in text for stop in request.stop)
-        for stop in request.stop:
-            text = text.partition(stop)[0]
-        return Text(text, "stop" if ended else "length", cut)
+        text = NewText(self._tokenizer, ids[cut:], settings.eos_ids, settings.stop)
+        asked = TokenRequest(tuple(ids[cut:]), settings, text.ends)
+        ((found,),) = self._engine.complete([asked], SamplingConfig())
+        return Text(text.final(found.token_ids), found.finish_reason, cut)
 
 
 class TransformersBackend:
@@ -110,24 +104,11 @@ class TransformersBackend:
         """Load the model and the tokenizer of its folder."""
         from pathlib import Path
 
-        from transformers import AutoModelForCausalLM
-
-        from ascendspeed_data.errors import AscendSpeedError
         from ascendspeed_data.tokenizer import load_tokenizer
 
-        name = options["transformers_model"]
-        try:
-            model = AutoModelForCausalLM.from_pretrained(
-                name, dtype=options.get("transformers_dtype", "auto")
-            )
-        except (OSError, ValueError) as error:
-            raise AscendSpeedError(
-                f"transformers_model={name} cannot be loaded: {str(error).splitlines()[0]}"
-            ) from None
-        tokenizer = load_tokenizer(Path(name))
-        yield TransformersModel(
-            model.to(options.get("transformers_device", "cpu")).eval(), tokenizer, Path(name).name
-        )
+        name, dtype = options["transformers_model"], options.get("transformers_dtype", "auto")
+        model = load_transformers(name, dtype, options.get("transformers_device", "cpu"))
+        yield TransformersModel(model, load_tokenizer(Path(name)), Path(name).name)
 
 
 backend = TransformersBackend()

@@ -26,10 +26,9 @@ def chat(**given: Any) -> None:
 def run(config: ChatConfig) -> None:
     """Talk; every process computes, the first one reads and prints."""
     from ascendspeed_infer.chat import Chat, choose_layout, converse
-    from ascendspeed_infer.sharing import from_first
 
     with opened_model(config) as (model, source):
-        is_first = model.mesh.rank == 0
+        is_first = model.is_first
         layout = choose_layout(
             source, model.tokenizer, config.conversation.chat_template, log if is_first else _say_nothing
         )
@@ -38,7 +37,7 @@ def run(config: ChatConfig) -> None:
         talk = Chat(model, layout, config.sampling, config.conversation.system)
         converse(
             talk,
-            lambda prompt: from_first(model.mesh, lambda: read_line(prompt)),
+            lambda prompt: model.from_first(lambda: read_line(prompt)),
             _write if is_first else _say_nothing,
         )
 

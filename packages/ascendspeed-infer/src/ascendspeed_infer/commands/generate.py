@@ -18,11 +18,12 @@ from ascendspeed_data.command_line.progress import Progress
 from ascendspeed_data.errors import ConfigError, DataError
 from ascendspeed_infer.asked import Asked, Format, asked_in, text_of
 from ascendspeed_infer.config import GenerateConfig, LoadedModelConfig, inference_layout
+from ascendspeed_infer.engines import OWN, check_options, find_engine
 
 if TYPE_CHECKING:
     from ascendspeed_core.weights import WeightSource
-    from ascendspeed_infer.language_model import LanguageModel
     from ascendspeed_infer.requests import Completion
+    from ascendspeed_infer.text_generator import TextGenerator
 
 
 @options_from(GenerateConfig)
@@ -78,11 +79,20 @@ def on_every_process(config: LoadedModelConfig, arguments: Sequence[str]) -> Ite
     with worker_errors():
         from ascendspeed_core.device import prepare_torch
 
-        inference_layout(config.parallel, world_size)
+        is_own = config.engine.engine == OWN
+        if is_own:
+            inference_layout(config.parallel, world_size)
         prepare_torch(config.launch.device)
+        if not is_own:
+            check_options(config, find_engine(config.engine.engine))
+            if world_size > 1:
+                raise ConfigError(
+                    f"engine={config.engine.engine} starts the processes of its layout itself, and {world_size} were "
+                    "started; start one"
+                )
         from ascendspeed_infer.opening import check_source
 
-        check_source(config)
+        check_source(config, is_own)
         is_launcher = world_size > 1 and not is_worker()
         if is_launcher:
             launch("ascendspeed_infer.cli", arguments, config.launch.nproc_per_node, config.launch.device)
@@ -90,13 +100,17 @@ def on_every_process(config: LoadedModelConfig, arguments: Sequence[str]) -> Ite
 
 
 @contextmanager
-def opened_model(config: LoadedModelConfig) -> Iterator[tuple["LanguageModel", "WeightSource"]]:
-    """Load the model on this process, with the others if there are any."""
+def opened_model(config: LoadedModelConfig) -> Iterator[tuple["TextGenerator", "WeightSource"]]:
+    """Load the model with the engine that was asked for; under the own one on this process, with the others."""
     from ascendspeed_core.launch import process_group
     from ascendspeed_core.models.int8 import weights_nbytes
     from ascendspeed_infer.language_model import LanguageModel
-    from ascendspeed_infer.opening import open_model_source, wanted_dtype
+    from ascendspeed_infer.opening import open_model_source, open_with, wanted_dtype
 
+    if config.engine.engine != OWN:
+        with open_with(find_engine(config.engine.engine), config) as opened:
+            yield opened
+        return
     is_zero = config.parallel.resolved_zero_stage() is not None
     with process_group(config.launch.device, even_alone=is_zero) as (world, device):
         source = open_model_source(config)
@@ -117,12 +131,10 @@ def opened_model(config: LoadedModelConfig) -> Iterator[tuple["LanguageModel", "
 
 def run(config: GenerateConfig, asked: list[Asked] | None, format_: Format, as_json: bool) -> None:
     """Generate on this process, with the others if there are any; the first one reads stdin and prints."""
-    from ascendspeed_infer.sharing import from_first
-
     with opened_model(config) as (model, _):
-        is_first = model.mesh.rank == 0
+        is_first = model.is_first
         if asked is None:
-            asked = from_first(model.mesh, lambda: asked_in(sys.stdin.read(), format_, "stdin"))
+            asked = model.from_first(lambda: asked_in(sys.stdin.read(), format_, "stdin"))
         if as_json:
             check_names(asked)
         each, seed = config.sampling.num_return_sequences, config.sampling.seed

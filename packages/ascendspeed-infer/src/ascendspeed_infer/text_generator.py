@@ -1,0 +1,249 @@
+"""Continue texts with an engine: encode, check, ask for ids, decode."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, Literal, TypeVar, Unpack, cast, overload
+
+from ascendspeed_core.config.load import validate
+from ascendspeed_data.command_line import log
+from ascendspeed_data.errors import AscendSpeedError, ConfigError, did_you_mean
+from ascendspeed_data.tokenizer import Tokenizer
+from ascendspeed_infer.beams import BeamSettings
+from ascendspeed_infer.config import SamplingConfig
+from ascendspeed_infer.engines import TextEngine, TokenRequest, check_sampling
+from ascendspeed_infer.generation import Generated, GenerationSettings, check_length
+from ascendspeed_infer.new_text import NewText
+from ascendspeed_infer.options_2023 import todays_options
+from ascendspeed_infer.requests import Completion, GenerateOptions, Prompts, StreamedText
+from ascendspeed_infer.sampling import Sampling
+
+Value = TypeVar("Value")
+
+
+class TextGenerator:
+    """Continue texts with any engine.
+
+    Args:
+        tokenizer: of the model.
+        engine: continues ids.
+    """
+
+    is_first = True
+    """Whether this process speaks to the user; an engine that starts processes of its own is one process here."""
+
+    def __init__(self, tokenizer: Tokenizer, engine: TextEngine) -> None:
+        self.tokenizer, self.engine = tokenizer, engine
+
+    def from_first(self, make: Callable[[], Value]) -> Value:
+        """Return what `make` gives on the first process, on every process."""
+        return make()
+
+    @overload
+    def generate(
+        self,
+        prompts: Prompts,
+        *,
+        stream: Literal[False] = False,
+        seeds: Sequence[int] | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> list[Completion]: ...
+
+    @overload
+    def generate(
+        self, prompts: Prompts, *, stream: Literal[True], **options: Unpack[GenerateOptions]
+    ) -> Iterator[StreamedText]: ...
+
+    def generate(
+        self,
+        prompts: Prompts,
+        *,
+        stream: bool = False,
+        seeds: Sequence[int] | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> list[Completion] | Iterator[StreamedText]:
+        """Continue each prompt; under a layout of several processes all call alike and get the same.
+
+        Args:
+            prompts: one text or several, or their ids.
+            stream: give the text as it grows, token by token; for one prompt.
+            seeds: of each prompt its own, in place of `seed`.
+            options: the fields of `config.SamplingConfig`, each explained there, with its default.
+
+        Returns:
+            `num_return_sequences` completions of each prompt, in order; when streaming, an iterator.
+
+        Raises:
+            ConfigError: an unknown option, a value outside its range, options that contradict each other.
+            AscendSpeedError: a prompt that leaves no room for the new tokens.
+        """
+        if not stream:
+            found = self.completions(prompts, seeds=seeds, **options)
+            return [one for several in found for one in several]
+        if seeds is not None:
+            raise ConfigError("seeds are for several prompts; give seed with stream")
+        return self.stream(prompts, **options)
+
+    def stream(
+        self, prompt: Prompts, *, memory: Any = None, **options: Unpack[GenerateOptions]
+    ) -> Iterator[StreamedText]:
+        """Continue one prompt, and give what each token adds; what begins like the text before is in `memory`."""
+        config = self._checked(options)
+        encoded = self._encoded(prompt)
+        if len(encoded) != 1 or config.num_beams > 1 or config.num_return_sequences > 1:
+            raise ConfigError("stream gives one text as it grows; give one prompt, and no beams")
+        return self._stream(encoded[0], self._settings(config, encoded[0], config.seed), config, memory)
+
+    def completions(
+        self, prompts: Prompts, *, seeds: Sequence[int] | None = None, **options: Unpack[GenerateOptions]
+    ) -> Iterator[list[Completion]]:
+        """Continue each prompt as `generate` does; give the completions of each once it and those before it are ready.
+
+        Options and prompts are checked before anything is computed.
+        """
+        config = self._checked(options)
+        encoded = self._encoded(prompts)
+        if seeds is not None and len(seeds) != len(encoded):
+            raise ConfigError(f"{len(seeds)} seeds were given for {len(encoded)} prompts; give one for each")
+        own = [
+            self._settings(config, ids, config.seed if seeds is None else seeds[number])
+            for number, ids in enumerate(encoded)
+        ]
+        texts = _texts([prompts] if isinstance(prompts, str) else list(prompts), encoded)
+        return self._completions(texts, encoded, own, config)
+
+    def _completions(
+        self,
+        texts: Sequence[str | None],
+        encoded: Sequence[Sequence[int]],
+        settings: Sequence[GenerationSettings],
+        config: SamplingConfig,
+    ) -> Iterator[list[Completion]]:
+        requests = [self._requests(*one, config) for one in zip(encoded, settings, strict=True)]
+        complete = self.engine.complete([request for several in requests for request in several], config)
+        for text, ids, own, several in zip(texts, encoded, settings, requests, strict=True):
+            prompt = self.tokenizer.decode(ids) if text is None else text
+            found = [one for _ in several for one in next(complete)]
+            if len(found) < config.num_return_sequences and self.is_first:
+                log(
+                    f"only {len(found)} of {config.num_return_sequences} texts were found: the filters leave no more"
+                )
+            yield [self._completion(prompt, ids, own, one, config) for one in found]
+
+    def _requests(
+        self, ids: Sequence[int], settings: GenerationSettings, config: SamplingConfig
+    ) -> list[TokenRequest]:
+        """Return what the engine continues for one prompt; several draws have seeds that follow."""
+        prompt, ends = tuple(ids), self._new_text(ids, settings).ends
+        if config.num_beams > 1:
+            beams = BeamSettings(
+                config.num_beams, config.length_penalty, config.early_stopping, config.num_return_sequences
+            )
+            return [TokenRequest(prompt, settings, ends, beams)]
+        sampling = settings.sampling
+        seeds = range(sampling.seed, sampling.seed + config.num_return_sequences)
+        return [
+            TokenRequest(prompt, replace(settings, sampling=replace(sampling, seed=seed)), ends)
+            for seed in seeds
+        ]
+
+    def _checked(self, options: GenerateOptions) -> SamplingConfig:
+        given = todays_options(options)
+        for name in given.keys() - SamplingConfig.model_fields.keys():
+            raise ConfigError(
+                f"generate has no option {name}{did_you_mean(name, SamplingConfig.model_fields)}"
+            )
+        config = validate(SamplingConfig, given)
+        check_sampling(config, self.engine.name, self.engine.knows)
+        if self.is_first:
+            for line in config.without_effect():
+                log(line)
+        return config
+
+    def _encoded(self, prompts: Prompts) -> list[list[int]]:
+        """Return the ids of each prompt."""
+        if isinstance(prompts, str):
+            return [self.tokenizer.encode(prompts)]
+        if prompts and all(isinstance(one, int) for one in prompts):
+            prompts = [cast(Sequence[int], prompts)]
+        several = cast(Sequence[str | Sequence[int]], prompts)
+        encoded = [self.tokenizer.encode(one) if isinstance(one, str) else list(one) for one in several]
+        limit = self.engine.vocab_size
+        for ids in encoded:
+            wrong = next((token for token in ids if not 0 <= token < limit), None)
+            if wrong is not None:
+                raise ConfigError(f"prompt id {wrong} is not in 0 to {limit - 1}, the model's vocabulary")
+        return encoded
+
+    def _settings(self, config: SamplingConfig, ids: Sequence[int], seed: int) -> GenerationSettings:
+        if config.max_length is not None and config.max_length <= len(ids):
+            raise AscendSpeedError(
+                f"the prompt has {len(ids)} tokens, which leaves none of max_length={config.max_length}; "
+                "shorten the prompt, or give max_new_tokens"
+            )
+        room = config.max_new_tokens if config.max_length is None else config.max_length - len(ids)
+        check_length(len(ids), room, self.engine.limit_tokens)
+        eos_ids = () if config.ignore_eos else self.end_ids()
+        sampling = Sampling(
+            config.do_sample,
+            config.temperature,
+            config.top_k,
+            config.top_p,
+            seed,
+            config.repetition_penalty,
+        )
+        return GenerationSettings(
+            room, sampling, config.eos_token_ids or eos_ids, config.stop, config.return_log_probs
+        )
+
+    def _stream(
+        self,
+        ids: Sequence[int],
+        settings: GenerationSettings,
+        config: SamplingConfig,
+        memory: Any,
+    ) -> Iterator[StreamedText]:
+        text, new_ids = self._new_text(ids, settings), []
+        before = self.tokenizer.decode(ids) if config.echo and config.detokenize else ""
+        request = TokenRequest(tuple(ids), settings, text.ends)
+        for step in self.engine.stream(request, config, memory):
+            new_ids.append(step.token_id)
+            added = text.grown(new_ids, step.finish_reason is not None) if config.detokenize else ""
+            yield StreamedText(before + added, step.token_id, step.log_prob, step.finish_reason)
+            before = ""
+
+    def _new_text(self, ids: Sequence[int], settings: GenerationSettings) -> NewText:
+        return NewText(self.tokenizer, ids, settings.eos_ids, settings.stop)
+
+    def _completion(
+        self,
+        prompt: str,
+        ids: Sequence[int],
+        settings: GenerationSettings,
+        generated: Generated,
+        config: SamplingConfig | None = None,
+    ) -> Completion:
+        text = ""
+        if config is None or config.detokenize:
+            text = self._new_text(ids, settings).final(generated.token_ids)
+            text = prompt + text if config is not None and config.echo else text
+        return Completion(
+            prompt,
+            text,
+            generated.token_ids,
+            generated.finish_reason,
+            tuple(ids),
+            generated.log_probs,
+            generated.score,
+        )
+
+    def end_ids(self) -> tuple[int, ...]:
+        """Return the ids that end a text: those of the model's config, or else the tokenizer's."""
+        eos_ids = self.engine.end_ids or (self.tokenizer.eos_id,)
+        return tuple(token for token in eos_ids if token is not None)
+
+
+def _texts(prompts: Sequence[Any], encoded: Sequence[Sequence[int]]) -> list[str | None]:
+    """Return each prompt's text as it was given; `None` where ids were."""
+    if len(prompts) != len(encoded):
+        return [None] * len(encoded)
+    return [one if isinstance(one, str) else None for one in prompts]

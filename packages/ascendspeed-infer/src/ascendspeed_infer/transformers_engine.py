@@ -1,0 +1,200 @@
+"""The engine `transformers`: `generate` of Hugging Face, one text after the other; plain, which makes it a reference.
+
+Importing this module imports neither torch nor transformers.
+"""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ascendspeed_data.errors import AscendSpeedError, ConfigError
+from ascendspeed_infer.config import LoadedModelConfig, SamplingConfig
+from ascendspeed_infer.engines import TokenRequest, adapter_folder, hugging_face_folder
+
+if TYPE_CHECKING:
+    from ascendspeed_infer.engine.texts import Generated
+    from ascendspeed_infer.generation import Step
+
+OnToken = Callable[[int], bool]
+"""Told each new id, says whether to stop."""
+
+
+def load_transformers(folder: str, dtype: str, device: Any) -> Any:
+    """Return a causal model of transformers, ready to answer.
+
+    Args:
+        folder: Hugging Face folder or name.
+        dtype: format to compute in, or `auto`.
+        device: where, in torch's words.
+
+    Raises:
+        AscendSpeedError: transformers cannot load it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise AscendSpeedError(f"transformers cannot load {folder}: {str(error).splitlines()[0]}") from None
+    return model.to(device).eval()
+
+
+class TransformersEngine:
+    """Continues ids by `generate` of transformers.
+
+    Args:
+        model: a causal model of transformers; its own defaults of generation have no effect.
+    """
+
+    name = "transformers"
+    knows = frozenset(
+        ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "return_log_probs")
+    )
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        stated = getattr(model.generation_config, "eos_token_id", None)
+        self._end_ids = () if stated is None else (stated,) if isinstance(stated, int) else tuple(stated)
+
+    @property
+    def limit_tokens(self) -> int:
+        """The longest text."""
+        return int(getattr(self._model.config, "max_position_embeddings", 2048))
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids are below."""
+        return int(self._model.config.vocab_size)
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Ids that end a text, of generation_config.json."""
+        return self._end_ids
+
+    def complete(
+        self, requests: Sequence[TokenRequest], config: SamplingConfig
+    ) -> Iterator[list["Generated"]]:
+        """Continue one request after the other; see `TextEngine`."""
+        for request in requests:
+            yield [self._generate(request, lambda token: False)]
+
+    def stream(self, request: TokenRequest, config: SamplingConfig, memory: Any) -> Iterator["Step"]:
+        """Continue one request on a thread, and give each id once the next is there; see `TextEngine`.
+
+        Raises:
+            ConfigError: log-probabilities are wanted, which transformers gives at the end only.
+        """
+        from ascendspeed_infer.generation import Step
+
+        if request.settings.with_log_probs:
+            raise ConfigError("engine=transformers gives log-probabilities at the end only; leave stream out")
+        news: queue.Queue[int | BaseException | Generated] = queue.Queue()
+        is_over = threading.Event()
+
+        def on_token(token: int) -> bool:
+            news.put(token)
+            return is_over.is_set()
+
+        def work() -> None:
+            try:
+                news.put(self._generate(request, on_token))
+            except BaseException as error:  # noqa: BLE001 - raised where the texts are read
+                news.put(error)
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        try:
+            latest: int | None = None
+            while isinstance(piece := news.get(), int):
+                if latest is not None:
+                    yield Step(latest, None, None)
+                latest = piece
+            if isinstance(piece, BaseException):
+                raise piece
+            assert latest is not None
+            yield Step(latest, None, piece.finish_reason)
+        finally:
+            is_over.set()
+            thread.join()
+
+    def new_memory(self) -> None:
+        """Keep nothing: each prompt is read whole."""
+
+    def _generate(self, request: TokenRequest, on_token: OnToken) -> "Generated":
+        import torch
+        from transformers import GenerationConfig, StoppingCriteriaList
+
+        from ascendspeed_infer.engine.texts import Generated
+
+        settings, prompt = request.settings, list(request.prompt_ids)
+        sampling = settings.sampling
+        drawing = (
+            {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
+            if sampling.do_sample
+            else {}
+        )
+        # The model's own would fill in what is not given here.
+        self._model.generation_config = GenerationConfig(pad_token_id=0)
+
+        def criterion(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+            new = ids[0, len(prompt) :].tolist()
+            stops = on_token(new[-1]) | request.ends(new)
+            return torch.tensor([stops], device=ids.device)
+
+        tokens = torch.tensor([prompt], device=self._model.device)
+        torch.manual_seed(sampling.seed)
+        out = self._model.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=settings.max_new_tokens,
+            do_sample=sampling.do_sample,
+            repetition_penalty=sampling.repetition_penalty,
+            eos_token_id=list(settings.eos_ids) or None,
+            stopping_criteria=StoppingCriteriaList([criterion]),
+            return_dict_in_generate=True,
+            output_logits=settings.with_log_probs,
+            **drawing,
+        )
+        new = tuple(int(token) for token in out.sequences[0, len(prompt) :])
+        has_ended = new[-1] in settings.eos_ids or request.ends(new)
+        log_probs = None
+        if settings.with_log_probs:
+            rows = torch.cat(out.logits).double().log_softmax(-1)
+            log_probs = tuple(float(row[token]) for row, token in zip(rows, new, strict=True))
+        return Generated(new, "stop" if has_ended else "length", log_probs)
+
+
+class TransformersKind:
+    """The entry point `transformers`."""
+
+    name = "transformers"
+    options = frozenset(("lora_load", "dtype", "fp16", "bf16", "device"))
+
+    @contextmanager
+    def open(self, config: LoadedModelConfig, dtype: str) -> Iterator[TransformersEngine]:
+        """Load the model, and the adapter beside it."""
+        from ascendspeed_core.device import choose_device
+
+        folder, adapter = hugging_face_folder(config, self.name), adapter_folder(config, self.name)
+        model = load_transformers(str(folder), dtype, choose_device(config.launch.device).torch)
+        if adapter is not None:
+            _load_adapter(model, adapter)
+        yield TransformersEngine(model)
+
+
+def _load_adapter(model: Any, folder: Path) -> None:
+    try:
+        model.load_adapter(str(folder))
+    except ImportError:
+        raise AscendSpeedError(
+            "peft is not installed, with which transformers reads adapters; pip install peft, or merge the "
+            "adapter: asd-ckpt merge-lora"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise AscendSpeedError(f"peft cannot load {folder}: {str(error).splitlines()[0]}") from None
+
+
+kind = TransformersKind()
