@@ -12,8 +12,6 @@ import argparse
 import gc
 import random
 import resource
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -82,10 +80,6 @@ def best(rounds: int, *works: Callable[[], object]) -> list[float]:
     return [min(times) for times in zip(*measured, strict=True)]
 
 
-def read_files(folder: Path) -> int:
-    return sum(len(path.read_bytes()) for path in folder.glob("*.safetensors"))
-
-
 def loaded_ours(folder: Path, dtype: str) -> tuple[Transformer, ParallelMesh]:
     mesh = ParallelMesh.create(Device("cpu"), Layout())
     model = load_model(open_weights(folder), mesh, getattr(torch, dtype), joined_projections=True).eval()
@@ -101,19 +95,6 @@ def loaded_theirs(folder: Path, dtype: str) -> Any:
     )
     model.generation_config.eos_token_id = None
     return model.eval()
-
-
-def peak_of_loading(folder: Path, dtype: str) -> float:
-    """Memory in bytes that loading ours adds at its peak to a process that has imported all of it."""
-    code = (
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import infer, pathlib\n"
-        "of = lambda kind: int(pathlib.Path('/proc/self/status').read_text().split(kind)[1].split()[0]) * 1024\n"
-        "before = of('VmRSS:')\n"
-        f"kept = infer.loaded_ours(pathlib.Path({str(folder)!r}), {dtype!r}); print(of('VmHWM:') - before)"
-    )
-    return float(
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    )
 
 
 def bandwidth(rounds: int) -> float:
@@ -174,20 +155,6 @@ def row(name: str, value: str, *against: str) -> None:
     print(f"{name:44s} {value:>14s}  {'  '.join(against)}", flush=True)
 
 
-def measure_loading(folder: Path, dtype: str, rounds: int) -> tuple[Transformer, ParallelMesh]:
-    reading, ours = best(rounds, lambda: read_files(folder), lambda: loaded_ours(folder, dtype))
-    row(
-        "load a Hugging Face folder",
-        f"{ours:.2f} s",
-        f"{ours / reading:.2f} x reading the file ({reading:.2f} s)",
-    )
-    model, mesh = loaded_ours(folder, dtype)
-    size = sum(parameter.nbytes for parameter in model.parameters())
-    peak = peak_of_loading(folder, dtype)
-    row("peak memory of loading", f"{peak / 1e6:.0f} MB", f"{peak / size:.2f} x the weights")
-    return model, mesh
-
-
 def measure_alone(
     model: Transformer, mesh: ParallelMesh, theirs: Any, tiles: Tiles | None, rounds: int, speed: float
 ) -> None:
@@ -244,7 +211,7 @@ def measure(size: str, dtype: str, rounds: int, speed: float) -> None:
         folder = Path(name)
         save_model(size, dtype, folder)
         gc.collect()
-        model, mesh = measure_loading(folder, dtype, rounds)
+        model, mesh = loaded_ours(folder, dtype)
         theirs = loaded_theirs(folder, dtype)
         if size == LARGE:
             measure_alone(model, mesh, theirs, None, rounds, speed)
