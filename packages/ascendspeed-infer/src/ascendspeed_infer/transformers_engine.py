@@ -31,10 +31,14 @@ def load_transformers(folder: str, dtype: str, device: Any) -> Any:
         device: where, in torch's words.
 
     Raises:
-        AscendSpeedError: transformers cannot load it.
+        AscendSpeedError: transformers is not installed, or cannot load it.
     """
-    from transformers import AutoModelForCausalLM
-
+    try:
+        from transformers import AutoModelForCausalLM
+    except ModuleNotFoundError as error:
+        raise AscendSpeedError(
+            f"{error.name} is not installed; pip install ascendspeed-infer[transformers]"
+        ) from None
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     except (OSError, ValueError) as error:
