@@ -5,7 +5,7 @@ python benchmarks/infer.py [--sizes small,large] [--dtypes float32,bfloat16] [--
 Weights are random, prompts too; no text ends before its limit. Ours and theirs take turns, and each figure is the best
 of `--rounds`, of which `large` runs one after a first that does not count. The limits: `bandwidth` is what a sum over
 1 GB reads in a second, `matrix-vector` the products of one token alone, by the operator that decoding uses. `large` is
-one text only, and needs about 10 GB of memory in fp32. All of it takes about 7 minutes on two cores.
+one text only, and needs about 16 GB of memory in fp32. All of it takes about 7 minutes on two cores.
 """
 
 import argparse
