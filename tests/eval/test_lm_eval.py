@@ -246,5 +246,6 @@ def test_log_likelihoods_of_every_subset(
     limit = 100 if name == "boolq" else 3
     choice = [s for s in subsets_of(ours(name)) if s not in ("math", "gaokao-mathcloze")]
     count, largest, cut = compare_scores(name, models[model], tmp_path / "out", choice, limit)
-    assert largest <= 2**-12
+    # As above; sums go up to 3,500 here, and above 2,048 a step is 2**-12.
+    assert largest <= 2**-11
     report.add(HEAD, COLUMNS, name, model, count, largest, cut)
