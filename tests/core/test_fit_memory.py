@@ -122,6 +122,17 @@ def test_peak_by_hand() -> None:
     assert step((1.0, 0.5)).peak(("none", "none")) == int(1000 + 1.5 * 259 + 30)
 
 
+def test_peak_of_a_stage_by_hand() -> None:
+    """Two layers alike: what the last one gives, of 6 bytes, is kept to the end of the backward, and no other."""
+    layer = PartMemory(kept=10, forward=10, backward=30)
+    stage = StageMemory({"none": layer}, 2, output=6, received=4)
+    memory = StepMemory([stage], [Turn(True, 0, 0), Turn(False, 0, 0)], (1.0,), standing=100, update=0)
+    # The second layer's backward: both kept, but for a gradient in a buffer. The first's: itself and the output.
+    assert memory.peak(("none", "none")) == max(100 + 20 + 30 - 4, 100 + 10 + 6 + 30)
+    memory = StepMemory([stage], [Turn(True, 0, 0), Turn(False, 0, 0)] * 2, (1.0,), standing=100, update=0)
+    assert memory.peak(("none", "none")) == 146, "something was left behind by the first micro-batch"
+
+
 def test_order_of_plans() -> None:
     assert plans(2, has_selective=True) == [
         ("none", "none"), ("selective", "none"), ("selective", "selective"), ("full", "selective"), ("full", "full"),
@@ -130,10 +141,10 @@ def test_order_of_plans() -> None:
 
 
 def test_first_that_fits() -> None:
-    memory = step()
-    for place, modes in enumerate(plans(2, has_selective=True)):
-        assert least_recompute(memory, memory.peak(modes)) == place
-    assert least_recompute(memory, memory.peak(("full", "full")) - 1) is None
+    memory, choices = step(), plans(2, has_selective=True)
+    for place, modes in enumerate(choices):
+        assert least_recompute(memory, choices, memory.peak(modes)) == place
+    assert least_recompute(memory, choices, memory.peak(("full", "full")) - 1) is None
 
 
 def test_rows_that_hold_several_samples_are_measured_with_their_masks() -> None:

@@ -117,10 +117,14 @@ class StepMemory:
                     most = max(most, held + part.forward * share)
                     held += part.kept * share
                 continue
-            for part in reversed(parts):
+            for number in reversed(range(len(parts))):
+                part = parts[number]
+                # What the last part gives stays to the end, and its gradient may lie in a buffer that stands anyway.
+                is_last = number == len(parts) - 1
+                received, output = (stage.received, stage.output) if is_last else (0, 0)
                 # Gradients of weights do not shrink with the micro-batch, so `backward` is not scaled.
-                most = max(most, held + part.backward - (stage.received * share if part is parts[-1] else 0))
-                held -= (part.kept - (stage.output if part is parts[-1] else 0)) * share
+                most = max(most, held + part.backward - received * share)
+                held -= (part.kept - output) * share
                 held += 0 if turn.stage in started else part.gradients
             started.add(turn.stage)
             held += (stage.sent - stage.output - stage.places) * share
@@ -147,17 +151,17 @@ def plans(num_layers: int, has_selective: bool) -> list[tuple[Mode, ...]]:
     return nothing + steps(selective, none) + steps(full, selective)
 
 
-def least_recompute(memory: StepMemory, budget: int) -> int | None:
-    """Return the place in `plans` of the first that fits.
+def least_recompute(memory: StepMemory, choices: Sequence[tuple[Mode, ...]], budget: int) -> int | None:
+    """Return the place of the first choice that fits.
 
     Args:
         memory: of the device.
+        choices: of `plans`.
         budget: bytes that a step may take.
 
     Returns:
         The place; `None` when not even the last one fits.
     """
-    choices = plans(memory.num_layers, has_selective(memory))
     return next((place for place, modes in enumerate(choices) if memory.peak(modes) <= budget), None)
 
 

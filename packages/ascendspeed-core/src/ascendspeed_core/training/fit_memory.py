@@ -150,10 +150,10 @@ def fit_recompute(
         ConfigError: a step does not fit even with all layers recomputed.
     """
     memory = measure_step(model, optimizer, mesh, micro_batches)
-    choices = plans(memory.num_layers, has_selective(memory))
-    place = least_recompute(memory, budget)
-    least = memory.peak(choices[-1])
     # Devices of one stage send the same again, so they recompute the same; sizes differ a little between them.
+    choices = plans(memory.num_layers, all(gather_objects(has_selective(memory), mesh)))
+    place = least_recompute(memory, choices, budget)
+    least = memory.peak(choices[-1])
     found = gather_objects((mesh.pp_rank, place, least), mesh)
     worst = max(found, key=lambda one: one[2])
     if any(place is None for _, place, _ in found):
