@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ascendspeed_data.command_line import log
 from ascendspeed_data.errors import AscendSpeedError, ConfigError
 from ascendspeed_infer.config import LoadedModelConfig, SamplingConfig
 from ascendspeed_infer.engines import TokenRequest, adapter_folder, hugging_face_folder
@@ -46,6 +47,10 @@ def load_transformers(folder: str, dtype: str, device: Any) -> Any:
     return model.to(device).eval()
 
 
+UNSTATED_LIMIT = 2048
+"""Tokens of a text for a model whose config states no `max_position_embeddings`, as those of Bloom do not."""
+
+
 class TransformersEngine:
     """Continues ids by `generate` of transformers.
 
@@ -61,22 +66,16 @@ class TransformersEngine:
     def __init__(self, model: Any) -> None:
         self._model = model
         stated = getattr(model.generation_config, "eos_token_id", None)
-        self._end_ids = () if stated is None else (stated,) if isinstance(stated, int) else tuple(stated)
-
-    @property
-    def limit_tokens(self) -> int:
-        """The longest text."""
-        return int(getattr(self._model.config, "max_position_embeddings", 2048))
-
-    @property
-    def vocab_size(self) -> int:
-        """Ids are below."""
-        return int(self._model.config.vocab_size)
-
-    @property
-    def end_ids(self) -> tuple[int, ...]:
-        """Ids that end a text, of generation_config.json."""
-        return self._end_ids
+        self.end_ids: tuple[int, ...] = (
+            () if stated is None else (stated,) if isinstance(stated, int) else tuple(stated)
+        )
+        self.vocab_size = int(model.config.vocab_size)
+        limit = getattr(model.config, "max_position_embeddings", None)
+        if limit is None:
+            log(
+                f"the model's config states no longest text; engine=transformers takes {UNSTATED_LIMIT} tokens"
+            )
+        self.limit_tokens = int(limit or UNSTATED_LIMIT)
 
     def complete(
         self, requests: Sequence[TokenRequest], config: SamplingConfig

@@ -121,23 +121,9 @@ class VllmEngine:
         self, vllm: Any, llm: Any, limits: tuple[int, int], end_ids: tuple[int, ...], adapter: Any
     ) -> None:
         self._vllm, self._llm, self._adapter = vllm, llm, adapter
-        self._limits, self._end_ids = limits, end_ids
+        self.limit_tokens, self.vocab_size = limits
+        self.end_ids = end_ids
         self._streamed = 0
-
-    @property
-    def limit_tokens(self) -> int:
-        """The longest text."""
-        return self._limits[0]
-
-    @property
-    def vocab_size(self) -> int:
-        """Ids are below."""
-        return self._limits[1]
-
-    @property
-    def end_ids(self) -> tuple[int, ...]:
-        """Ids that end a text, of the model's config."""
-        return self._end_ids
 
     def complete(
         self, requests: Sequence[TokenRequest], config: SamplingConfig
