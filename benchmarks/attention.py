@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from ascendspeed_core.kernels.dispatch import implementations
+from ascendspeed_core.kernels.registry import implementations
 from ascendspeed_core.kernels.triangle import computed_share
 
 HEADS, HEAD_DIM, REPEATS = 8, 64, 3

@@ -93,7 +93,7 @@ def watched_memory(found: dict[str, Any]) -> Iterator[None]:
 
 
 def child_make(target: str, num_layers: str) -> dict[str, Any]:
-    from ascendspeed_core.weights.write_huggingface import write_hugging_face
+    from ascendspeed_core.weights.huggingface.write import write_hugging_face
 
     Path(target).mkdir()
     write_hugging_face(MadeWeights(shape(int(num_layers))), Path(target), None, 5_000_000_000, workers=2)
@@ -104,8 +104,8 @@ def child_convert(source: str, target: str, to: str) -> dict[str, Any]:
     began = time.perf_counter()
     from ascendspeed_ckpt.convert import Conversion, convert
     from ascendspeed_core.weights import open_weights
-    from ascendspeed_core.weights.foreign.layout import shard_layout
-    from ascendspeed_core.weights.foreign.target import ForeignTarget
+    from ascendspeed_core.weights.external.layout import shard_layout
+    from ascendspeed_core.weights.external.write_plan import WritePlan
 
     found: dict[str, Any] = {"imports": time.perf_counter() - began}
     with watched_memory(found):
@@ -114,7 +114,7 @@ def child_convert(source: str, target: str, to: str) -> dict[str, Any]:
         opening = time.perf_counter() - began
         foreign = None
         if to == "ascendspeed":
-            foreign = ForeignTarget("ascendspeed", shard_layout(opened.config.num_layers, tp=4, pp=2))
+            foreign = WritePlan("ascendspeed", shard_layout(opened.config.num_layers, tp=4, pp=2))
         verdict = convert(Conversion(opened, Path(target), to, foreign=foreign, verify_logits=False))  # type: ignore[arg-type]
     return found | {
         "written": opening + verdict.seconds - verdict.flush_seconds,

@@ -16,15 +16,15 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
+from ascendspeed_core.build import load_model
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.config.training import OptimizerConfig
 from ascendspeed_core.device import Device
 from ascendspeed_core.models.transformer import Transformer
-from ascendspeed_core.parallel.build import load_model
+from ascendspeed_core.optim.optimizer import MasterOptimizer
 from ascendspeed_core.parallel.collectives import all_reduce_sum
 from ascendspeed_core.parallel.mesh import ParallelMesh
-from ascendspeed_core.training.optimizer import MasterOptimizer
 from ascendspeed_core.training.step import MicroBatch, loss_sum, train_step
 from ascendspeed_core.weights import InitialWeights
 from support.models import tiny_config

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from ascendspeed_eval.model import GenerateRequest, LoglikelihoodRequest
 from ascendspeed_eval.runner import prepare
 from ascendspeed_eval.tasks.registry import find_protocol, find_task
-from ascendspeed_infer.evaluation import ServedModel
+from ascendspeed_infer.eval_backend import ServedModel
 from ascendspeed_infer.language_model import LanguageModel
 from support.lm_eval_tasks import harness_model
 from support.models import save_hugging_face, tiny_config

@@ -21,15 +21,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ascendspeed_core.build import load_model
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.device import Device
-from ascendspeed_core.models.packed import pack_weights
+from ascendspeed_core.models.onednn_weight import pack_weights
 from ascendspeed_core.models.transformer import Transformer
-from ascendspeed_core.parallel.build import load_model
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.weights import open_weights
+from ascendspeed_infer.engine.batch_invariant import Tiles
 from ascendspeed_infer.engine.runner import check_batch_invariance
-from ascendspeed_infer.engine.tiles import Tiles
 from ascendspeed_infer.generation import GenerationSettings, generate_ids, generate_together, never
 
 LARGE = "large"

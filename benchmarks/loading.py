@@ -56,9 +56,9 @@ def measure(folder: Path, dtype: str, tp: int, rank: int, rounds: int) -> None:
     """Run one process of a case and print its figures."""
     import torch
 
+    from ascendspeed_core.build import load_model
     from ascendspeed_core.config.parallel import Layout
     from ascendspeed_core.device import Device
-    from ascendspeed_core.parallel.build import load_model
     from ascendspeed_core.parallel.mesh import ParallelMesh
     from ascendspeed_core.weights import open_weights
 

@@ -23,7 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from ascendspeed_core.config.model import ModelConfig
-from ascendspeed_core.training.throughput import training_flops_per_token
+from ascendspeed_core.observability.mfu import training_flops_per_token
 from support.models import tiny_config
 from support.tables import ReportTables
 
@@ -66,13 +66,13 @@ def flops(case: Case) -> float:
 def our_step(case: Case, device: str, dtype: str) -> Any:
     import torch
 
+    from ascendspeed_core.build import load_model
     from ascendspeed_core.config.parallel import Layout
     from ascendspeed_core.config.training import ComputeConfig, OptimizerConfig
     from ascendspeed_core.device import Device
-    from ascendspeed_core.kernels.dispatch import apply_kernels
-    from ascendspeed_core.parallel.build import load_model
+    from ascendspeed_core.kernels.registry import apply_kernels
+    from ascendspeed_core.optim.optimizer import MasterOptimizer
     from ascendspeed_core.parallel.mesh import ParallelMesh
-    from ascendspeed_core.training.optimizer import MasterOptimizer
     from ascendspeed_core.training.step import MicroBatch, train_step
     from ascendspeed_core.weights import InitialWeights
 

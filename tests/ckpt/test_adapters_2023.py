@@ -10,11 +10,11 @@ import torch
 
 from ascendspeed_ckpt.convert import Conversion, convert
 from ascendspeed_core.weights import open_weights
-from ascendspeed_core.weights.adapter import MergedAdapter
-from ascendspeed_core.weights.foreign.adapter import open_adapter
-from ascendspeed_core.weights.foreign.layout import shard_layout
-from ascendspeed_core.weights.foreign.target import ForeignTarget
-from ascendspeed_core.weights.lora import loaded_adapters
+from ascendspeed_core.weights.adapters.external import open_adapter
+from ascendspeed_core.weights.adapters.files import MergedAdapter
+from ascendspeed_core.weights.adapters.lora import loaded_adapters
+from ascendspeed_core.weights.external.layout import shard_layout
+from ascendspeed_core.weights.external.write_plan import WritePlan
 from support.commands import call
 from support.models import save_hugging_face, tiny_config
 
@@ -76,9 +76,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 def test_merged(tmp_path: Path, name: str, merged_mlp: bool) -> None:
     config = tiny_config(vocab_size=130, num_key_value_heads=8)
     save_hugging_face(config, tmp_path / "hf")
-    target = ForeignTarget(
-        "ascendspeed", shard_layout(config.num_layers, **LAYOUTS[name]), merged_mlp=merged_mlp
-    )
+    target = WritePlan("ascendspeed", shard_layout(config.num_layers, **LAYOUTS[name]), merged_mlp=merged_mlp)
     convert(Conversion(tmp_path / "hf", tmp_path / "base", "ascendspeed", foreign=target))
     adapt(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
     base, want = open_weights(tmp_path / "hf"), open_weights(tmp_path / "merged", config=config)
@@ -96,7 +94,7 @@ def test_merged(tmp_path: Path, name: str, merged_mlp: bool) -> None:
 def test_a_command_merges_it_and_bad_files_are_refused(tmp_path: Path) -> None:
     config = tiny_config(vocab_size=130, num_key_value_heads=8)
     save_hugging_face(config, tmp_path / "hf")
-    target = ForeignTarget("ascendspeed", shard_layout(config.num_layers, tp=2))
+    target = WritePlan("ascendspeed", shard_layout(config.num_layers, tp=2))
     convert(Conversion(tmp_path / "hf", tmp_path / "base", "ascendspeed", foreign=target))
     adapt(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
 

@@ -18,8 +18,8 @@ import torch
 from ascendspeed_ckpt.config import TargetKind
 from ascendspeed_ckpt.convert import Conversion, convert
 from ascendspeed_core.weights import InitialWeights, open_weights
-from ascendspeed_core.weights.foreign.layout import shard_layout
-from ascendspeed_core.weights.foreign.target import ForeignTarget
+from ascendspeed_core.weights.external.layout import shard_layout
+from ascendspeed_core.weights.external.write_plan import WritePlan
 from ascendspeed_core.weights.source import CheckpointError
 from support.commands import call
 from support.models import save_hugging_face, tiny_config
@@ -46,7 +46,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for kind in kinds:
         target = None
         if kind != "native":
-            target = ForeignTarget(kind, shard_layout(4, tp=2, pp=2))  # type: ignore[arg-type]
+            target = WritePlan(kind, shard_layout(4, tp=2, pp=2))  # type: ignore[arg-type]
         convert(Conversion(source, folder / kind, kind, foreign=target, verify_logits=False, workers=2))
     return {kind: folder / kind for kind in (*kinds, "huggingface")}
 
@@ -279,7 +279,7 @@ def test_inert_objects_of_other_programs(tmp_path: Path, monkeypatch: pytest.Mon
     """Enumerations and random states of packages that are not here stay what they are: names and values."""
     import numpy as np
 
-    from ascendspeed_core.weights.torch_files import StandIn, TorchFile
+    from ascendspeed_core.weights.files.torch_files import StandIn, TorchFile
 
     module: Any = types.ModuleType("ascendspeed.enums")
     module.Kind = Enum("Kind", {"A": 1}, module="ascendspeed.enums")

@@ -11,14 +11,14 @@ from safetensors.torch import load_file
 
 from ascendspeed_ckpt.config import TargetKind
 from ascendspeed_ckpt.convert import Conversion, convert
+from ascendspeed_core.build import load_model
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.device import Device
-from ascendspeed_core.parallel.build import load_model
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.weights import WeightSource, open_weights
-from ascendspeed_core.weights.foreign.layout import shard_layout
-from ascendspeed_core.weights.foreign.target import ForeignKind, ForeignTarget
+from ascendspeed_core.weights.external.layout import shard_layout
+from ascendspeed_core.weights.external.write_plan import ExternalKind, WritePlan
 from ascendspeed_core.weights.source import CheckpointError
 from core.test_checkpoints import read, write
 from support.ascendspeed_2023 import read_llama
@@ -38,7 +38,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "uneven stages": {"tp": 2, "pp": 2, "layers_of_stages": (3, 1)},
     "virtual pipeline": {"tp": 2, "pp": 2, "layers_per_chunk": 1},
 }
-NAMES: dict[str, tuple[ForeignKind, dict[str, Any]]] = {
+NAMES: dict[str, tuple[ExternalKind, dict[str, Any]]] = {
     "ascendspeed": ("ascendspeed", {}),
     "ascendspeed, merged mlp": ("ascendspeed", {"merged_mlp": True}),
     "megatron": ("megatron", {}),
@@ -47,14 +47,12 @@ NAMES: dict[str, tuple[ForeignKind, dict[str, Any]]] = {
 }
 
 
-def foreign(name: str, config: ModelConfig, **layout: Any) -> ForeignTarget:
+def foreign(name: str, config: ModelConfig, **layout: Any) -> WritePlan:
     kind, naming = NAMES[name]
-    return ForeignTarget(kind, shard_layout(config.num_layers, **layout), **naming)
+    return WritePlan(kind, shard_layout(config.num_layers, **layout), **naming)
 
 
-def to(
-    source: Path | WeightSource, target: Path, kind: TargetKind, layout: ForeignTarget | None = None
-) -> Path:
+def to(source: Path | WeightSource, target: Path, kind: TargetKind, layout: WritePlan | None = None) -> Path:
     convert(Conversion(source, target, kind, foreign=layout, verify_logits=False))
     return target
 
@@ -286,7 +284,7 @@ def test_optimizer_state_moves_between_native_checkpoints(workers: WorkerPool, t
     assert "left behind: rng" in done.stderr
 
 
-REFUSED: dict[str, tuple[dict[str, Any], ForeignKind, str]] = {
+REFUSED: dict[str, tuple[dict[str, Any], ExternalKind, str]] = {
     "query-key norms in 2023": ({"qk_norm": True}, "ascendspeed", "has no norms of queries and keys"),
     "a window in 2023": ({"sliding_window": 8}, "ascendspeed", "has no sliding window"),
     "ALiBi in GPTModel": ({"position": "alibi"}, "megatron", "has no ALiBi"),
@@ -304,7 +302,7 @@ def test_what_a_format_cannot_hold_is_named(tmp_path: Path, case: str) -> None:
     from ascendspeed_core.weights import InitialWeights
 
     changes, kind, complaint = REFUSED[case]
-    target = ForeignTarget(kind, shard_layout(4, tp=8))
+    target = WritePlan(kind, shard_layout(4, tp=8))
     with pytest.raises(CheckpointError, match=complaint):
         to(InitialWeights(tiny_config(**changes), 0), tmp_path / "x", kind, target)
     assert not (tmp_path / "x").exists()
@@ -337,7 +335,7 @@ def test_stories_through_every_format_and_back(tmp_path: Path, report: ReportTab
     expected = json.loads((STORIES / "expected.json").read_text())
     config = open_weights(STORIES).config
     want, before = digests(STORIES), STORIES
-    stages: list[tuple[str, TargetKind, ForeignTarget | None]] = [("native", "native", None)]
+    stages: list[tuple[str, TargetKind, WritePlan | None]] = [("native", "native", None)]
     for name in NAMES:
         target = foreign(name, config, tp=2, pp=2)
         stages += [(name, target.kind, target), (f"{name} back", "huggingface", None)]

@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from ascendspeed_ckpt.convert import Conversion, convert
+from ascendspeed_core.build import load_model
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.device import Device
-from ascendspeed_core.parallel.build import load_model
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.weights import InitialWeights, WeightSource, open_weights
-from ascendspeed_core.weights.foreign.layout import shard_layout
-from ascendspeed_core.weights.foreign.target import ForeignTarget
+from ascendspeed_core.weights.external.layout import shard_layout
+from ascendspeed_core.weights.external.write_plan import WritePlan
 from support.commands import environment
 from support.models import tiny_config
 from support.tables import ReportTables
@@ -49,11 +49,11 @@ def folder(config: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Pat
     folder = tmp_path_factory.mktemp("megatron")
     source = InitialWeights(config, 3)
     layouts = {
-        "mp_rank": ForeignTarget("megatron", shard_layout(3, tp=2), transformer_engine=False),
-        "stages": ForeignTarget(
+        "mp_rank": WritePlan("megatron", shard_layout(3, tp=2), transformer_engine=False),
+        "stages": WritePlan(
             "megatron", shard_layout(3, pp=2, layers_of_stages=COUNTS), transformer_engine=False
         ),
-        "torch_dist": ForeignTarget("torch_dist", shard_layout(3, tp=2)),
+        "torch_dist": WritePlan("torch_dist", shard_layout(3, tp=2)),
     }
     job: dict[str, Any] = {
         "config": config.model_dump(mode="json"),

@@ -5,22 +5,22 @@ from typing import Any
 
 import torch
 
+from ascendspeed_core.build import load_model, parameter_slices
 from ascendspeed_core.config.finetune import FinetuneDataConfig
 from ascendspeed_core.config.lora import LoraConfig
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.config.training import DropoutConfig, OptimizerConfig, RecomputeConfig
+from ascendspeed_core.data.padded_dataset import PaddedData
+from ascendspeed_core.data.sft_dataset import SFT_DATA
 from ascendspeed_core.device import Device
-from ascendspeed_core.parallel.build import load_model, parameter_slices
+from ascendspeed_core.optim.optimizer import MasterOptimizer
 from ascendspeed_core.parallel.dropout import apply_dropout
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.recompute import apply_recompute
-from ascendspeed_core.training.instruction import SAMPLES
-from ascendspeed_core.training.optimizer import MasterOptimizer
-from ascendspeed_core.training.rows import RowData
 from ascendspeed_core.training.step import evaluate, train_step
 from ascendspeed_core.weights import Index, InitialWeights, WeightSource, open_weights
-from ascendspeed_core.weights.lora import AdaptedWeights, drawn_adapters, plan_adapters
+from ascendspeed_core.weights.adapters.lora import AdaptedWeights, drawn_adapters, plan_adapters
 from core.training_cases import Trained, first_gradients, whole
 
 BATCH = 8
@@ -57,7 +57,7 @@ def tune(
     model = load_model(source, mesh, getattr(torch, dtype_name), joined)
     apply_recompute(model, recompute or RecomputeConfig(), mesh.pp_rank)
     apply_dropout(model, DropoutConfig(), 7, mesh)
-    samples = RowData(SAMPLES, data, 7, (steps * BATCH, BATCH, 0), source.config.vocab_size, mesh)
+    samples = PaddedData(SFT_DATA, data, 7, (steps * BATCH, BATCH, 0), source.config.vocab_size, mesh)
     sizes = (micro_batch_size,) * (BATCH // micro_batch_size // layout.dp)
     gradients = first_gradients(model, samples.micro_batches(0, sizes), mesh)
     optimizer = MasterOptimizer(model, OptimizerConfig(lr=1e-3, clip_grad=0.5), mesh)

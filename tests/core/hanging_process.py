@@ -10,8 +10,8 @@ from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.device import Device
 from ascendspeed_core.launch import process_group
 from ascendspeed_core.models.transformer import Transformer
+from ascendspeed_core.observability.watchdog import Watchdog
 from ascendspeed_core.parallel.mesh import ParallelMesh
-from ascendspeed_core.training.watchdog import Watchdog
 from support.models import tiny_config
 
 

@@ -6,25 +6,25 @@ from typing import Any
 
 import torch
 
+from ascendspeed_core.build import load_model, parameter_slices
 from ascendspeed_core.config.lora import LoraConfig
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.config.preference import PreferenceConfig, PreferenceDataConfig
 from ascendspeed_core.config.training import OptimizerConfig, RecomputeConfig
+from ascendspeed_core.data.padded_dataset import PaddedData
+from ascendspeed_core.data.preference_dataset import PREFERENCE_DATA as ROWS
 from ascendspeed_core.device import Device
-from ascendspeed_core.parallel.build import load_model, parameter_slices
+from ascendspeed_core.objectives.dpo import PreferenceObjective
+from ascendspeed_core.optim.optimizer import MasterOptimizer
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.recompute import apply_recompute
-from ascendspeed_core.training.optimizer import MasterOptimizer
-from ascendspeed_core.training.preference import PreferenceObjective
-from ascendspeed_core.training.preference_data import PAIRS as ROWS
-from ascendspeed_core.training.rows import RowData
 from ascendspeed_core.training.step import train_step
 from ascendspeed_core.weights import InitialWeights
 from core.finetune_cases import used_adapters
 from core.training_cases import Trained, first_gradients, whole
 
-PAIRS = 8
+PREFERENCE_DATA = 8
 """Pairs of a step."""
 POLICY_SEED, REFERENCE_SEED = 5, 6
 
@@ -65,13 +65,13 @@ def tune(
     reference = None if lora and is_switched else load_model(other, mesh, torch.float64)
     apply_recompute(model, recompute or RecomputeConfig(), mesh.pp_rank)
     objective = PreferenceObjective(model, reference, preference, mesh)
-    pairs = RowData(ROWS, data, 7, (steps * PAIRS, PAIRS, 0), config.vocab_size, mesh)
-    sizes = (micro_batch_size,) * (PAIRS // micro_batch_size // layout.dp)
+    pairs = PaddedData(ROWS, data, 7, (steps * PREFERENCE_DATA, PREFERENCE_DATA, 0), config.vocab_size, mesh)
+    sizes = (micro_batch_size,) * (PREFERENCE_DATA // micro_batch_size // layout.dp)
     gradients = first_gradients(model, pairs.micro_batches(0, sizes), mesh, objective)
     optimizer = MasterOptimizer(model, OptimizerConfig(lr=1e-3, clip_grad=0.5), mesh)
     losses, norms, measures = [], [], []
     for step in range(steps):
-        batches = pairs.micro_batches(step * PAIRS, sizes)
+        batches = pairs.micro_batches(step * PREFERENCE_DATA, sizes)
         result = train_step(model, optimizer, batches, mesh, objective=objective)
         losses.append(result.loss)
         norms.append(result.grad_norm or 0.0)

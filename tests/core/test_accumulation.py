@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ascendspeed_core.models.families import find_family
-from ascendspeed_core.training.metrics import read_metrics
+from ascendspeed_core.observability.metrics import read_metrics
 from support.commands import Finished, call, run_command
 from support.models import tiny_config
 

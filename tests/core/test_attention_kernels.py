@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from ascendspeed_core.build import load_model
+from ascendspeed_core.config.compute import ComputeConfig
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.device import Device
-from ascendspeed_core.kernels.config import ComputeConfig
-from ascendspeed_core.kernels.dispatch import apply_kernels, implementations
 from ascendspeed_core.kernels.reference import reference_attention
+from ascendspeed_core.kernels.registry import apply_kernels, implementations
 from ascendspeed_core.kernels.triangle import (
     BLOCK,
     _backward,
@@ -22,7 +23,6 @@ from ascendspeed_core.kernels.triangle import (
     triangle_attention,
 )
 from ascendspeed_core.models.position import alibi_slopes, attention_mask
-from ascendspeed_core.parallel.build import load_model
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.weights import InitialWeights
 from support.models import tiny_config

@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import torch
 
+from ascendspeed_core.build import load_model, parameter_slices
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.config.training import OptimizerConfig
 from ascendspeed_core.device import Device
-from ascendspeed_core.parallel.build import load_model, parameter_slices
+from ascendspeed_core.optim.optimizer import MasterOptimizer
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.training.checkpoint import (
     CheckpointWriter,
@@ -27,12 +28,11 @@ from ascendspeed_core.training.checkpoint import (
     load_random_state,
     saved_iterations,
 )
-from ascendspeed_core.training.optimizer import MasterOptimizer
 from ascendspeed_core.training.step import train_step
 from ascendspeed_core.weights import InitialWeights, NativeSource, open_weights
+from ascendspeed_core.weights.files.torch_files import TorchFile, stored_tensors
 from ascendspeed_core.weights.source import CheckpointError
-from ascendspeed_core.weights.torch_files import TorchFile, stored_tensors
-from core.training_cases import Piece, join, micro_batches
+from core.training_cases import TensorShard, join, micro_batches
 from support.models import tiny_config
 from support.processes import WorkerPool
 
@@ -51,7 +51,7 @@ class Setup:
         batches = micro_batches(CONFIG.vocab_size, number, self.mesh, 4, masked=True)
         return train_step(self.model, self.optimizer, batches, self.mesh).loss
 
-    def pieces(self) -> dict[str, Piece]:
+    def pieces(self) -> dict[str, TensorShard]:
         """Everything that is here."""
         slices = parameter_slices(self.model, self.mesh)
         state = {f"optimizer/{name}": piece for name, piece in self.optimizer.state().items()}
@@ -60,7 +60,7 @@ class Setup:
 
 def write(
     folder: str, layout: Layout, dtype_name: str, steps: int = 3, in_background: bool = False
-) -> dict[str, Piece]:
+) -> dict[str, TensorShard]:
     """Train some steps, save, and return everything that is here; saved in the background, train on meanwhile."""
     setup = Setup(InitialWeights(CONFIG, 5), layout, dtype_name)
     for number in range(steps):
@@ -76,7 +76,7 @@ def write(
 
 def read(
     folder: str, layout: Layout, dtype_name: str, more_steps: int
-) -> tuple[dict[str, Piece], list[float]]:
+) -> tuple[dict[str, TensorShard], list[float]]:
     """Load, return everything that is here, and the losses of further steps."""
     source = open_weights(Path(folder))
     assert isinstance(source, NativeSource)
@@ -87,7 +87,7 @@ def read(
     return pieces, [setup.step(3 + number) for number in range(more_steps)]
 
 
-def joined(ranks: list[dict[str, Piece]]) -> dict[str, torch.Tensor]:
+def joined(ranks: list[dict[str, TensorShard]]) -> dict[str, torch.Tensor]:
     """All tensors whole, from what all ranks hold; copies must be equal."""
     names = {name for pieces in ranks for name in pieces}
     return {name: join([pieces[name] for pieces in ranks if name in pieces]) for name in names}

@@ -9,16 +9,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ascendspeed_core.build import load_model
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.config.training import ComputeConfig, DropoutConfig, RecomputeConfig
 from ascendspeed_core.device import Device
-from ascendspeed_core.kernels.dispatch import Setting, apply_kernels
-from ascendspeed_core.models.dropout import AFTER_ATTENTION, AFTER_MLP, Draws, Dropout, mix
+from ascendspeed_core.kernels.registry import KernelContext, apply_kernels
+from ascendspeed_core.models.dropout import AFTER_ATTENTION, AFTER_MLP, Dropout, DropoutMasks, mix
 from ascendspeed_core.models.families import find_family
-from ascendspeed_core.parallel.build import load_model
+from ascendspeed_core.observability.metrics import read_metrics
 from ascendspeed_core.parallel.dropout import apply_dropout
 from ascendspeed_core.parallel.mesh import ParallelMesh
-from ascendspeed_core.training.metrics import read_metrics
 from ascendspeed_core.weights import InitialWeights
 from core.training_cases import Trained, join_stages, train
 from support.commands import call, run_command
@@ -33,11 +33,11 @@ DROPOUT = DropoutConfig(hidden_dropout=0.1, attention_dropout=0.2)
 CPU = ParallelMesh(Device("cpu"), Layout())
 
 
-def draws(seed: int = 7, samples: tuple[int, ...] = (0, 1), layer: int = 3) -> Draws:
+def draws(seed: int = 7, samples: tuple[int, ...] = (0, 1), layer: int = 3) -> DropoutMasks:
     return Dropout(0.1, 0.2, seed).of(torch.tensor(samples), range(4)).in_layer(layer)
 
 
-def dropped(some: Draws, place: int = AFTER_MLP) -> torch.Tensor:
+def dropped(some: DropoutMasks, place: int = AFTER_MLP) -> torch.Tensor:
     return some.hidden(torch.ones(len(some.samples), 64, 96), place) == 0
 
 
@@ -99,7 +99,7 @@ def test_a_part_has_the_masks_of_the_whole() -> None:
 def test_where_it_drops() -> None:
     """A layer by hand: weights of attention, and what attention and MLP give."""
     model = load_model(InitialWeights(CONFIG, 5), CPU, torch.float64)
-    apply_kernels(model, ComputeConfig(), Setting(drops_attention=True))
+    apply_kernels(model, ComputeConfig(), KernelContext(drops_attention=True))
     apply_dropout(model, DROPOUT, 99, CPU)
     ids = torch.randint(0, CONFIG.vocab_size, (2, 12), generator=torch.Generator().manual_seed(1))
     samples = torch.tensor([30, 41])

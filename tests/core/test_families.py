@@ -9,22 +9,22 @@ from typing import Any
 import pytest
 import torch
 
+from ascendspeed_core.build import load_model
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.device import Device
 from ascendspeed_core.models.families import find_family
 from ascendspeed_core.models.families.packing import Packed
-from ascendspeed_core.parallel.build import load_model
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.pipeline import forward_through_stages
 from ascendspeed_core.parallel.tensor import gather_logits
 from ascendspeed_core.training.step import MicroBatch
 from ascendspeed_core.weights import HuggingFaceSource, Index, TensorInfo, open_weights
-from ascendspeed_core.weights.huggingface_names import HuggingFaceNames
+from ascendspeed_core.weights.huggingface.names import HuggingFaceNames
+from ascendspeed_core.weights.huggingface.write import write_hugging_face
 from ascendspeed_core.weights.load import parameter_shapes
+from ascendspeed_core.weights.native.write import write_native
 from ascendspeed_core.weights.source import CheckpointError
-from ascendspeed_core.weights.write_huggingface import write_hugging_face
-from ascendspeed_core.weights.write_native import write_native
 from core.training_cases import first_gradients
 from support.families import REFERENCES, logits_of
 from support.models import tiny_config
@@ -289,7 +289,7 @@ def test_the_number_of_parameters_is_the_models(folders: dict[str, tuple[Path, A
 
 def test_every_row_of_the_tables_cuts_as_the_engine_does() -> None:
     """The axis in a weight table is the one that `tensor_slice` cuts."""
-    from ascendspeed_core.parallel.slices import tensor_slice
+    from ascendspeed_core.config.sharding import tensor_slice
 
     for reference in REFERENCES.values():
         family = find_family(reference.family)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ascendspeed_core.models.families import find_family
-from ascendspeed_core.training.metrics import read_metrics
+from ascendspeed_core.observability.metrics import read_metrics
 from support.commands import call, run_command
 from support.models import tiny_config
 

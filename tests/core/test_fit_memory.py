@@ -7,23 +7,23 @@ import numpy as np
 import pytest
 import torch
 
+from ascendspeed_core.build import load_model
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.config.training import OptimizerConfig
+from ascendspeed_core.data.padded_dataset import TrainingSequence, collate
 from ascendspeed_core.device import Device
-from ascendspeed_core.parallel.build import load_model
-from ascendspeed_core.parallel.memory_plan import (
+from ascendspeed_core.optim.optimizer import MasterOptimizer
+from ascendspeed_core.parallel.mesh import ParallelMesh
+from ascendspeed_core.planner.fit_memory import full_step, measure_step
+from ascendspeed_core.planner.memory import (
     Mode,
     PartMemory,
+    PipelineAction,
     StageMemory,
     StepMemory,
-    Turn,
     least_recompute,
     plans,
 )
-from ascendspeed_core.parallel.mesh import ParallelMesh
-from ascendspeed_core.training.fit_memory import full_step, measure_step
-from ascendspeed_core.training.optimizer import MasterOptimizer
-from ascendspeed_core.training.rows import Row, collate
 from ascendspeed_core.training.step import train_step
 from ascendspeed_core.weights import InitialWeights
 from core.memory_cases import fitted, measured_peak, planned_and_measured
@@ -108,8 +108,13 @@ def step(sizes: tuple[float, ...] = (1.0, 1.0)) -> StepMemory:
         "full": PartMemory(kept=10, forward=110, backward=120, gradients=7),
     }
     stage = StageMemory(layers, 2, before=PartMemory(5, 5, 1, 3), after=PartMemory(50, 70, 30, 2), places=4)
-    turns = [Turn(True, 0, 0), Turn(True, 0, 1), Turn(False, 0, 0), Turn(False, 0, 1)]
-    return StepMemory([stage], turns, sizes, standing=1000, update=40)
+    actions = [
+        PipelineAction(True, 0, 0),
+        PipelineAction(True, 0, 1),
+        PipelineAction(False, 0, 0),
+        PipelineAction(False, 0, 1),
+    ]
+    return StepMemory([stage], actions, sizes, standing=1000, update=40)
 
 
 def test_peak_by_hand() -> None:
@@ -126,10 +131,14 @@ def test_peak_of_a_stage_by_hand() -> None:
     """Two layers alike: what the last one gives, of 6 bytes, is kept to the end of the backward, and no other."""
     layer = PartMemory(kept=10, forward=10, backward=30)
     stage = StageMemory({"none": layer}, 2, output=6, received=4)
-    memory = StepMemory([stage], [Turn(True, 0, 0), Turn(False, 0, 0)], (1.0,), standing=100, update=0)
+    memory = StepMemory(
+        [stage], [PipelineAction(True, 0, 0), PipelineAction(False, 0, 0)], (1.0,), standing=100, update=0
+    )
     # The second layer's backward: both kept, but for a gradient in a buffer. The first's: itself and the output.
     assert memory.peak(("none", "none")) == max(100 + 20 + 30 - 4, 100 + 10 + 6 + 30)
-    memory = StepMemory([stage], [Turn(True, 0, 0), Turn(False, 0, 0)] * 2, (1.0,), standing=100, update=0)
+    memory = StepMemory(
+        [stage], [PipelineAction(True, 0, 0), PipelineAction(False, 0, 0)] * 2, (1.0,), standing=100, update=0
+    )
     assert memory.peak(("none", "none")) == 146, "something was left behind by the first micro-batch"
 
 
@@ -150,7 +159,7 @@ def test_first_that_fits() -> None:
 def test_rows_that_hold_several_samples_are_measured_with_their_masks() -> None:
     """Of a step whose rows are as long as they can get, whatever the data's first rows are."""
     alone = ParallelMesh(Device("cpu"), Layout())
-    row = Row(np.arange(10, 50), np.arange(10, 50), (25, 15))
+    row = TrainingSequence(np.arange(10, 50), np.arange(10, 50), (25, 15))
     sample = replace(collate([row, row], 48), samples=torch.arange(2))
     step = full_step(sample, (2, 1), LENGTH, alone)
     assert [tuple(batch.tokens.shape) for batch in step] == [(2, LENGTH), (1, LENGTH)]

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
+from ascendspeed_core.build import load_model, parameter_slices
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.device import Device
 from ascendspeed_core.kernels import int8, reference
 from ascendspeed_core.kernels.npu import INT8_ROWS
 from ascendspeed_core.models.int8 import Int8Weight, largest_of_rows, quantize, weights_nbytes
 from ascendspeed_core.models.transformer import Transformer
-from ascendspeed_core.parallel.build import load_model, parameter_slices
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.pipeline import forward_through_stages
 from ascendspeed_core.parallel.tensor import gather_logits

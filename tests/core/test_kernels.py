@@ -6,15 +6,16 @@ from typing import Any
 import pytest
 import torch
 
+from ascendspeed_core.build import load_model
+from ascendspeed_core.config.compute import ComputeConfig
 from ascendspeed_core.config.finetune import FinetuneDataConfig
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.config.training import BatchConfig, DataConfig, OptimizerConfig
 from ascendspeed_core.device import Device
 from ascendspeed_core.kernels import int8, liger, npu
-from ascendspeed_core.kernels.config import ComputeConfig
-from ascendspeed_core.kernels.dispatch import (
+from ascendspeed_core.kernels.registry import (
     OPERATORS,
-    Setting,
+    KernelContext,
     apply_kernels,
     choose,
     implementations,
@@ -22,9 +23,8 @@ from ascendspeed_core.kernels.dispatch import (
     update_choice,
 )
 from ascendspeed_core.models.position import alibi_slopes, attention_mask
-from ascendspeed_core.parallel.build import load_model
+from ascendspeed_core.optim.optimizer import MasterOptimizer
 from ascendspeed_core.parallel.mesh import ParallelMesh
-from ascendspeed_core.training.optimizer import MasterOptimizer
 from ascendspeed_core.training.step import MicroBatch, forward_backward
 from ascendspeed_core.weights import InitialWeights
 from ascendspeed_data.errors import AscendSpeedError, ConfigError
@@ -37,7 +37,7 @@ TITLE = (
 )
 HEADER = ("operator", "implementation", "dtype", "output", "gradients")
 CPU = ParallelMesh(Device("cpu"), Layout())
-NPU = Setting(Device("npu"), torch.bfloat16, seq_length=64, micro_batch_tokens=128)
+NPU = KernelContext(Device("npu"), torch.bfloat16, seq_length=64, micro_batch_tokens=128)
 
 # Unit round-off of each format times the handful of roundings and the sums over some hundred terms between them.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 5e-6, torch.bfloat16: 2e-2}
@@ -159,7 +159,7 @@ def test_a_model_computes_the_same_with_the_operators_of_an_npu() -> None:
     npu_operators.install()
     config = tiny_config(qk_norm=True)
     chosen = []
-    for taken in (Setting(), NPU):
+    for taken in (KernelContext(), NPU):
         model = load_model(InitialWeights(config, seed=3), CPU, torch.float32)
         choices = apply_kernels(model, ComputeConfig(), taken)
         ids = torch.randint(0, config.vocab_size, (2, 33), generator=torch.Generator().manual_seed(0))
@@ -174,7 +174,7 @@ def test_a_model_computes_the_same_with_the_operators_of_an_npu() -> None:
 
 
 def chosen(kind: str, dtype: torch.dtype = torch.bfloat16, **more: Any) -> dict[str, str]:
-    setting = Setting(Device(kind), dtype, seq_length=64, micro_batch_tokens=128, **more)
+    setting = KernelContext(Device(kind), dtype, seq_length=64, micro_batch_tokens=128, **more)
     return {operator: choose(operator, "auto", setting)[0].name for operator in OPERATORS}
 
 
@@ -192,7 +192,7 @@ def test_what_auto_takes() -> None:
 
 def test_the_table_says_why() -> None:
     model = load_model(InitialWeights(tiny_config(), seed=3), CPU, torch.float32)
-    setting = Setting(Device("npu"), torch.float32, tp=2, seq_length=64, micro_batch_tokens=128)
+    setting = KernelContext(Device("npu"), torch.float32, tp=2, seq_length=64, micro_batch_tokens=128)
     rows = table(
         [*apply_kernels(model, ComputeConfig(triangle_attn=True), setting), update_choice("adam", setting)]
     )
@@ -209,20 +209,20 @@ def test_the_table_says_why() -> None:
 @pytest.mark.parametrize(
     ("operator", "name", "setting", "complaint"),
     [
-        ("rms_norm", "npu", Setting(), "rms_norm=npu cannot run here: it needs an NPU, this is cpu; choose auto or "
+        ("rms_norm", "npu", KernelContext(), "rms_norm=npu cannot run here: it needs an NPU, this is cpu; choose auto or "
          "torch, reference"),
-        ("swiglu", "liger", Setting(), "Liger-Kernel needs a GPU, this is cpu"),
-        ("swiglu", "liger", Setting(Device("cuda")), "the package liger-kernel is not installed"),
-        ("rotary", "npu", Setting(Device("npu"), torch.float64), "float32, not float64"),
-        ("cross_entropy", "reference", Setting(tp=2), "the vocabulary is cut over tp=2 devices"),
-        ("cross_entropy", "npu", Setting(Device("npu"), micro_batch_tokens=200_001), "a micro-batch has 200001"),
-        ("scaled_masked_softmax", "npu", Setting(Device("npu"), seq_length=100), "as seq_length, this is 100"),
-        ("scaled_masked_softmax", "npu", Setting(Device("npu"), seq_length=64, lengths_vary=True), "lengths vary"),
+        ("swiglu", "liger", KernelContext(), "Liger-Kernel needs a GPU, this is cpu"),
+        ("swiglu", "liger", KernelContext(Device("cuda")), "the package liger-kernel is not installed"),
+        ("rotary", "npu", KernelContext(Device("npu"), torch.float64), "float32, not float64"),
+        ("cross_entropy", "reference", KernelContext(tp=2), "the vocabulary is cut over tp=2 devices"),
+        ("cross_entropy", "npu", KernelContext(Device("npu"), micro_batch_tokens=200_001), "a micro-batch has 200001"),
+        ("scaled_masked_softmax", "npu", KernelContext(Device("npu"), seq_length=100), "as seq_length, this is 100"),
+        ("scaled_masked_softmax", "npu", KernelContext(Device("npu"), seq_length=64, lengths_vary=True), "lengths vary"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
 def test_an_implementation_says_why_it_cannot_run(
-    operator: str, name: str, setting: Setting, complaint: str
+    operator: str, name: str, setting: KernelContext, complaint: str
 ) -> None:
     with pytest.raises(AscendSpeedError) as caught:
         choose(operator, name, setting)
@@ -255,7 +255,7 @@ def test_flags_of_2023() -> None:
 def test_setting_of_a_run() -> None:
     model = load_model(InitialWeights(tiny_config(position="alibi"), seed=3), CPU, torch.bfloat16)
     batch = BatchConfig(train_iters=1, micro_batch_size=2, optimized_pipeline=True, manual_mbs="1,3")
-    setting = Setting.of(model, CPU, 32, batch)
+    setting = KernelContext.of(model, CPU, 32, batch)
     assert (setting.dtype, setting.has_additive_mask, setting.micro_batch_tokens) == (
         torch.bfloat16,
         True,

@@ -7,22 +7,27 @@ from typing import Any
 import pytest
 import torch
 
+from ascendspeed_core.build import load_model
 from ascendspeed_core.config.lora import LoraConfig
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.parallel import Layout
+from ascendspeed_core.config.sharding import tensor_slice
 from ascendspeed_core.config.training import DropoutConfig, OptimizerConfig, RecomputeConfig
-from ascendspeed_core.models.dropout import BEFORE_ADAPTER, Draws
+from ascendspeed_core.models.dropout import BEFORE_ADAPTER, DropoutMasks
 from ascendspeed_core.models.families import find_family
 from ascendspeed_core.models.lora import HALVES
-from ascendspeed_core.parallel.build import load_model
+from ascendspeed_core.observability.metrics import read_metrics
+from ascendspeed_core.optim.optimizer import MasterOptimizer
 from ascendspeed_core.parallel.dropout import apply_dropout
-from ascendspeed_core.parallel.slices import tensor_slice
-from ascendspeed_core.training.metrics import read_metrics
-from ascendspeed_core.training.optimizer import MasterOptimizer
 from ascendspeed_core.weights import InitialWeights, open_weights
-from ascendspeed_core.weights.adapter import Adapter, MergedAdapter
-from ascendspeed_core.weights.lora import AdaptedWeights, drawn_adapters, loaded_adapters, plan_adapters
-from ascendspeed_core.weights.write_adapter import peft_form
+from ascendspeed_core.weights.adapters.files import Adapter, MergedAdapter
+from ascendspeed_core.weights.adapters.lora import (
+    AdaptedWeights,
+    drawn_adapters,
+    loaded_adapters,
+    plan_adapters,
+)
+from ascendspeed_core.weights.adapters.write import peft_form
 from ascendspeed_data.errors import AscendSpeedError
 from core.finetune_cases import data_config, tune, used_adapters
 from core.test_instruction_data import ALONE, config, distances, finetune
@@ -300,7 +305,7 @@ def test_dropout_is_where_peft_has_it(tmp_path: Path) -> None:
 class OurMask(torch.nn.Module):
     """Stands where peft has its dropout."""
 
-    def __init__(self, draws: Draws, place: int) -> None:
+    def __init__(self, draws: DropoutMasks, place: int) -> None:
         super().__init__()
         self._draws, self._place = draws, place
 

@@ -10,15 +10,15 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from ascendspeed_core.build import load_model
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.config.training import LossScaleConfig, OptimizerConfig
 from ascendspeed_core.device import Device
 from ascendspeed_core.models.families import find_family
-from ascendspeed_core.parallel.build import load_model
+from ascendspeed_core.observability.metrics import read_metrics
+from ascendspeed_core.optim.loss_scale import LossScale
+from ascendspeed_core.optim.optimizer import MasterOptimizer
 from ascendspeed_core.parallel.mesh import ParallelMesh
-from ascendspeed_core.training.loss_scale import LossScale
-from ascendspeed_core.training.metrics import read_metrics
-from ascendspeed_core.training.optimizer import MasterOptimizer
 from ascendspeed_core.training.step import train_step
 from ascendspeed_core.weights import InitialWeights
 from core.training_cases import micro_batches

@@ -8,18 +8,18 @@ from typing import Any
 import pytest
 import torch
 
+from ascendspeed_core.build import load_model
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.config.training import ComputeConfig
 from ascendspeed_core.device import Device
-from ascendspeed_core.kernels.dispatch import apply_kernels
+from ascendspeed_core.kernels.registry import apply_kernels
 from ascendspeed_core.models.families import find_family
-from ascendspeed_core.parallel.build import load_model
+from ascendspeed_core.observability.metrics import read_metrics
+from ascendspeed_core.observability.mfu import training_flops_per_token
+from ascendspeed_core.observability.nan_detector import where_not_finite
 from ascendspeed_core.parallel.mesh import ParallelMesh
-from ascendspeed_core.training.metrics import read_metrics
-from ascendspeed_core.training.not_finite import where_not_finite
 from ascendspeed_core.training.step import forward_backward
-from ascendspeed_core.training.throughput import training_flops_per_token
 from ascendspeed_core.weights import InitialWeights
 from core.training_cases import LENGTH, PlainPasses, micro_batches
 from support.commands import call

@@ -9,7 +9,7 @@ import pytest
 
 import support
 from ascendspeed_core.models.families import find_family
-from ascendspeed_core.training.metrics import read_metrics
+from ascendspeed_core.observability.metrics import read_metrics
 from ascendspeed_core.weights import NativeSource, open_weights
 from support.commands import call, run_command
 from support.models import tiny_config

@@ -8,16 +8,16 @@ from typing import Any
 import pytest
 import torch
 
+from ascendspeed_core.build import load_model
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.config.training import OptimizerConfig
 from ascendspeed_core.device import Device
 from ascendspeed_core.kernels.adamw import adamw_implementation
 from ascendspeed_core.kernels.npu import NpuAdamW
 from ascendspeed_core.models.families import find_family
-from ascendspeed_core.parallel.build import load_model
+from ascendspeed_core.observability.metrics import read_metrics
+from ascendspeed_core.optim.optimizer import MasterOptimizer
 from ascendspeed_core.parallel.mesh import ParallelMesh
-from ascendspeed_core.training.metrics import read_metrics
-from ascendspeed_core.training.optimizer import MasterOptimizer
 from ascendspeed_core.training.step import train_step
 from ascendspeed_core.weights import InitialWeights, NativeSource, open_weights
 from core.training_cases import join_stages, micro_batches, train

@@ -6,14 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ascendspeed_core.build import load_model
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.device import Device
 from ascendspeed_core.kernels.onednn import has_packed_product, packed
 from ascendspeed_core.models.lora import AdapterPlan, LoraLinear, LowRank, add_adapters
-from ascendspeed_core.models.packed import PackedWeight, pack_weights
+from ascendspeed_core.models.onednn_weight import OneDnnWeight, pack_weights
 from ascendspeed_core.models.projections import join_projections
 from ascendspeed_core.models.transformer import Transformer
-from ascendspeed_core.parallel.build import load_model
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.pipeline import forward_through_stages
 from ascendspeed_core.weights import open_weights
@@ -34,8 +34,8 @@ def test_product_and_values(dtype: torch.dtype, rows: int) -> None:
     x = torch.randn(2, rows, 30, generator=draw).to(dtype)
     whole = packed(weight)
     for part, rows_of_part in (
-        (PackedWeight(whole), slice(0, 125)),
-        (PackedWeight(whole, slice(7, 19)), slice(7, 19)),
+        (OneDnnWeight(whole), slice(0, 125)),
+        (OneDnnWeight(whole, slice(7, 19)), slice(7, 19)),
     ):
         assert torch.equal(part.plain(), weight[rows_of_part])
         assert (part.shape, part.dtype) == (weight[rows_of_part].shape, dtype)
@@ -47,7 +47,7 @@ def test_product_and_values(dtype: torch.dtype, rows: int) -> None:
 
 
 def test_what_packed_weights_refuse() -> None:
-    weight = PackedWeight(packed(torch.ones(4, 4)))
+    weight = OneDnnWeight(packed(torch.ones(4, 4)))
     with pytest.raises(AscendSpeedError, match=r"no gradient.*torch.no_grad"):
         F.linear(torch.ones(1, 4, requires_grad=True), weight)
     with pytest.raises(AscendSpeedError, match=r"packed weights are for answering.*aten\.mul"):
@@ -67,7 +67,7 @@ def plain_and_packed(
         want = forward_through_stages(model, mesh, tokens)
         pack_weights(model)
         found = forward_through_stages(model, mesh, tokens)
-    return found, want, sum(isinstance(parameter, PackedWeight) for parameter in model.parameters())
+    return found, want, sum(isinstance(parameter, OneDnnWeight) for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("name", ["LLaMA with all biases", "Llama 3.2", "Qwen 3", "Baichuan 2 7B", "Bloom"])
@@ -102,7 +102,7 @@ def test_a_tied_head_takes_no_memory(tmp_path: Path) -> None:
     pack_weights(model)
     assert model.output_head is not None
     assert model.embedding is not None
-    assert isinstance(model.output_head.weight, PackedWeight)
+    assert isinstance(model.output_head.weight, OneDnnWeight)
     assert model.output_head.weight.whole.data_ptr() == model.embedding.weight.data_ptr()
     assert model.output_head.weight.nbytes == 0
     assert torch.equal(model.output_head.weight.plain(), model.embedding.weight)
@@ -117,7 +117,7 @@ def test_joined_layers_hold_one_packed_weight(tmp_path: Path) -> None:
         attention.q_proj.weight.whole is attention.projections.weight.whole is attention.v_proj.weight.whole
     )
     for name, parameter in model.named_parameters():
-        held = parameter.plain() if isinstance(parameter, PackedWeight) else parameter
+        held = parameter.plain() if isinstance(parameter, OneDnnWeight) else parameter
         assert torch.equal(held, plain[name])
 
 
@@ -139,5 +139,5 @@ def test_adapters_beside_packed_weights(tmp_path: Path) -> None:
         torch.testing.assert_close(model(tokens), want, rtol=0, atol=1e-4)
     adapted = model.layers["0"].mlp.down_proj
     assert isinstance(adapted, LoraLinear)
-    assert isinstance(adapted.weight, PackedWeight)
-    assert not isinstance(adapted.lora_A.weight, PackedWeight)
+    assert isinstance(adapted.weight, OneDnnWeight)
+    assert not isinstance(adapted.lora_A.weight, OneDnnWeight)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ascendspeed_core.training.parity import OPTIONS, ParityRow, parse_layouts, table
+from ascendspeed_core.verification.parity import OPTIONS, ParityRow, parse_layouts, table
 from ascendspeed_data.errors import ConfigError
 from support.commands import call, run_command
 from support.corpus import write_dataset

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from ascendspeed_core.build import load_model
 from ascendspeed_core.config.parallel import (
     SPLIT_BACKWARD_SCHEDULES,
     Layout,
@@ -17,12 +18,11 @@ from ascendspeed_core.config.parallel import (
 )
 from ascendspeed_core.config.training import MICRO_BATCH_EXAMPLES, BatchConfig, OptimizerConfig
 from ascendspeed_core.device import Device
+from ascendspeed_core.optim.optimizer import MasterOptimizer
 from ascendspeed_core.parallel import collectives
-from ascendspeed_core.parallel.build import load_model
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.pipeline import run_pipeline
 from ascendspeed_core.parallel.timeline import Recorder
-from ascendspeed_core.training.optimizer import MasterOptimizer
 from ascendspeed_core.training.step import masked_sum
 from ascendspeed_core.weights import InitialWeights
 from ascendspeed_data.errors import ConfigError
@@ -243,9 +243,9 @@ def test_sizes_of_the_2023_examples() -> None:
         optimized_pipeline=True,
         manual_mbs="example-config-1",
     )
-    assert batch.check_layout(2) == 128
+    assert batch.resolve_global_batch_size(2) == 128
     with pytest.raises(ValueError, match="makes 64 samples per device, with dp = 1 a step of 64, not"):
-        batch.check_layout(1)
+        batch.resolve_global_batch_size(1)
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from ascendspeed_core.models.families import find_family
+from ascendspeed_core.observability.metrics import read_metrics
 from ascendspeed_core.training.checkpoint import saved_iterations
-from ascendspeed_core.training.metrics import read_metrics
 from ascendspeed_core.weights import open_weights
 from ascendspeed_core.weights.source import CheckpointError
 from support.commands import call, command_line, environment, run_command

@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 import torch
 
+from ascendspeed_core.build import load_model
 from ascendspeed_core.config.parallel import Layout, PipelineSchedule
 from ascendspeed_core.config.training import ComputeConfig, RecomputeConfig
 from ascendspeed_core.device import Device
-from ascendspeed_core.parallel.build import load_model
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.recompute import apply_recompute, recomputed_layers
 from ascendspeed_core.weights import InitialWeights

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
+from ascendspeed_core.build import load_model
 from ascendspeed_core.config.parallel import Layout
+from ascendspeed_core.config.sharding import tensor_slice
 from ascendspeed_core.device import Device
-from ascendspeed_core.parallel.build import load_model
 from ascendspeed_core.parallel.cross_entropy import cross_entropy
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.pipeline import forward_through_stages
-from ascendspeed_core.parallel.slices import tensor_slice
 from ascendspeed_core.parallel.tensor import gather_logits
 from ascendspeed_core.weights import open_weights
 from ascendspeed_data.errors import ConfigError

@@ -10,14 +10,14 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from ascendspeed_core.config.training import MICRO_BATCH_EXAMPLES
 from ascendspeed_core.models.families import find_family
-from ascendspeed_core.parallel.micro_batches import (
+from ascendspeed_core.parallel.timeline import Action, Timeline, ideal
+from ascendspeed_core.planner.micro_batches import (
     PROPORTIONAL,
     StageCost,
     best_sizes,
     bubble_seconds,
     makespan,
 )
-from ascendspeed_core.parallel.timeline import Action, Timeline, ideal
 from support.commands import call, run_command
 from support.models import tiny_config
 

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 
+from ascendspeed_core.build import load_model
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.config.training import RecomputeConfig
 from ascendspeed_core.device import Device
-from ascendspeed_core.parallel.build import load_model
+from ascendspeed_core.observability.metrics import read_metrics
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.recompute import apply_recompute
-from ascendspeed_core.training.metrics import read_metrics
-from ascendspeed_core.training.samples import find_continue_texts, read_prompts
+from ascendspeed_core.training.eval_prompts import find_continue_texts, read_prompts
 from ascendspeed_core.weights import InitialWeights
 from ascendspeed_data.errors import AscendSpeedError, DataError
 from support.commands import call, run_command

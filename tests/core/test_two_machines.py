@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from ascendspeed_core.models.families import find_family
+from ascendspeed_core.observability.metrics import read_metrics
 from ascendspeed_core.training.checkpoint import saved_iterations
-from ascendspeed_core.training.metrics import read_metrics
 from support.commands import call, command_line, environment
 from support.models import tiny_config
 

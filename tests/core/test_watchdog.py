@@ -12,8 +12,8 @@ import psutil
 import pytest
 
 from ascendspeed_core.models.families import find_family
-from ascendspeed_core.training.metrics import read_metrics
-from ascendspeed_core.training.watchdog import Standing, verdict
+from ascendspeed_core.observability.metrics import read_metrics
+from ascendspeed_core.observability.watchdog import RankStatus, verdict
 from core.test_pretrain_command import wait_for
 from support.commands import command_line, environment, run_command
 from support.models import tiny_config
@@ -28,8 +28,8 @@ def model_json(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def standing(rank: int, waits: bool, beats: int = 5) -> Standing:
-    return Standing(rank, 3, f"layers.{rank}", beats, f"file.py:{rank} in f{rank}", waits, ("line",))
+def standing(rank: int, waits: bool, beats: int = 5) -> RankStatus:
+    return RankStatus(rank, 3, f"layers.{rank}", beats, f"file.py:{rank} in f{rank}", waits, ("line",))
 
 
 def test_the_verdict_names_who_does_not_wait() -> None:

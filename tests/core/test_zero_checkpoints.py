@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ascendspeed_core.models.families import find_family
-from ascendspeed_core.training.metrics import read_metrics
+from ascendspeed_core.observability.metrics import read_metrics
 from ascendspeed_core.weights import NativeSource
 from core.zero_cases import resave, train_run
 from support.models import tiny_config

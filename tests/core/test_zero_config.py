@@ -8,7 +8,7 @@ import pytest
 
 from ascendspeed_core.config.load import load_config
 from ascendspeed_core.config.training import PretrainConfig
-from ascendspeed_core.training.choose_engine import check_zero, zero_settings
+from ascendspeed_core.optim.build_engine import check_zero, zero_settings
 from ascendspeed_data.errors import AscendSpeedError, ConfigError
 from support.models import tiny_config
 

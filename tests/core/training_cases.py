@@ -7,23 +7,23 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ascendspeed_core.build import load_model, parameter_slices
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.parallel import Layout, Stage
+from ascendspeed_core.config.sharding import Slice
 from ascendspeed_core.config.training import ComputeConfig, DropoutConfig, OptimizerConfig, RecomputeConfig
 from ascendspeed_core.device import Device
-from ascendspeed_core.kernels.dispatch import Setting, apply_kernels
+from ascendspeed_core.kernels.registry import KernelContext, apply_kernels
 from ascendspeed_core.models.transformer import ModelInput
-from ascendspeed_core.parallel.build import load_model, parameter_slices
+from ascendspeed_core.optim.optimizer import MasterOptimizer
 from ascendspeed_core.parallel.cross_entropy import cross_entropy
 from ascendspeed_core.parallel.dropout import apply_dropout
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.recompute import apply_recompute
-from ascendspeed_core.parallel.slices import Slice
-from ascendspeed_core.training.optimizer import MasterOptimizer
 from ascendspeed_core.training.step import MicroBatch, Objective, count_tokens, forward_backward, train_step
 from ascendspeed_core.weights import InitialWeights
 
-SAMPLES, LENGTH = 16, 24
+SFT_DATA, LENGTH = 16, 24
 
 
 @dataclass(frozen=True)
@@ -41,25 +41,25 @@ def micro_batches(
 ) -> list[MicroBatch]:
     """This rank's share, in micro-batches of one size or of several, of a global batch that depends on the step."""
     generator = torch.Generator().manual_seed(step)
-    ids = torch.randint(0, vocab_size, (SAMPLES, LENGTH + 1), generator=generator)
-    mask = torch.ones(SAMPLES, LENGTH)
+    ids = torch.randint(0, vocab_size, (SFT_DATA, LENGTH + 1), generator=generator)
+    mask = torch.ones(SFT_DATA, LENGTH)
     if masked:
         # Rows differ in how many tokens count, one counts none: a mean per micro-batch would be wrong.
-        for row in range(SAMPLES):
+        for row in range(SFT_DATA):
             mask[row, (row * 5) % LENGTH :] = 0
-    sizes = [size] * (SAMPLES // (size * mesh.layout.dp)) if isinstance(size, int) else size
+    sizes = [size] * (SFT_DATA // (size * mesh.layout.dp)) if isinstance(size, int) else size
     starts = [sum(sizes[:number]) * mesh.layout.dp + mesh.dp_rank * own for number, own in enumerate(sizes)]
     rows = [slice(start, start + own) for start, own in zip(starts, sizes, strict=True)]
-    numbers = torch.arange(SAMPLES) + step * SAMPLES
+    numbers = torch.arange(SFT_DATA) + step * SFT_DATA
     batches = [MicroBatch(ids[r, :-1], ids[r, 1:], mask[r], samples=numbers[r]) for r in rows]
     return [batch.part_of_sequence(mesh) for batch in batches]
 
 
-Piece = tuple[Slice, torch.Tensor]
+TensorShard = tuple[Slice, torch.Tensor]
 """A part of a tensor, and which part it is."""
 
 
-def join(pieces: list[Piece], add_copies: bool = False) -> torch.Tensor:
+def join(pieces: list[TensorShard], add_copies: bool = False) -> torch.Tensor:
     """Put a tensor together; copies of a part must be equal, or are added up."""
     result = torch.zeros(pieces[0][0].shape, dtype=pieces[0][1].dtype)
     seen = torch.zeros(pieces[0][0].shape, dtype=torch.bool)
@@ -107,7 +107,7 @@ def train(
     apply_kernels(
         model,
         compute or ComputeConfig(),
-        Setting(tp=layout.tp, drops_attention=dropout.attention_dropout > 0),
+        KernelContext(tp=layout.tp, drops_attention=dropout.attention_dropout > 0),
     )
     apply_dropout(model, dropout, 1234, mesh)
     apply_recompute(model, recompute or RecomputeConfig(), mesh.pp_rank)

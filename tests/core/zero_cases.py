@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ascendspeed_core.build import load_model, parameter_slices
 from ascendspeed_core.config.deepspeed import RunValues, engine_settings
 from ascendspeed_core.config.load import load_config
 from ascendspeed_core.config.lora import LoraConfig
@@ -14,19 +15,18 @@ from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.config.training import OptimizerConfig, PretrainConfig, RecomputeConfig
 from ascendspeed_core.device import Device
-from ascendspeed_core.parallel.build import load_model, parameter_slices
+from ascendspeed_core.optim.deepspeed import ZeroEngine
+from ascendspeed_core.optim.engine import Engine
+from ascendspeed_core.optim.optimizer import MasterOptimizer
 from ascendspeed_core.parallel.deepspeed import start_deepspeed
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.recompute import apply_recompute
-from ascendspeed_core.training.engine import Engine
-from ascendspeed_core.training.fit_memory import LiveBytes
-from ascendspeed_core.training.optimizer import MasterOptimizer
-from ascendspeed_core.training.plan import plan_run
+from ascendspeed_core.planner.fit_memory import LiveBytes
 from ascendspeed_core.training.step import count_tokens, evaluate, forward_backward, train_step
 from ascendspeed_core.training.trainer import Trainer
-from ascendspeed_core.training.zero import ZeroEngine
+from ascendspeed_core.training.validate import plan_run
 from ascendspeed_core.weights import InitialWeights, WeightSource
-from ascendspeed_core.weights.lora import drawn_adapters, plan_adapters
+from ascendspeed_core.weights.adapters.lora import drawn_adapters, plan_adapters
 from core.training_cases import Trained, join, micro_batches, whole
 
 

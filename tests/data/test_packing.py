@@ -205,7 +205,7 @@ def test_inspect_shows_what_is_learned(folder: Path, tokenizer_folder: Path, tmp
 
 def test_training_refuses_samples_as_text(folder: Path) -> None:
     from ascendspeed_core.config.training import DataConfig
-    from ascendspeed_core.training.batches import check_data
+    from ascendspeed_core.data.gpt_dataset import check_data
 
     config = DataConfig(data_path=(str(folder / "plain_packed_input_ids_document"),), seq_length=16)
     with pytest.raises(DataError, match="holds samples with labels"):

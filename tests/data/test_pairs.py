@@ -190,7 +190,7 @@ def test_pairs_through_every_command(tmp_path: Path, tokenizer_folder: Path) -> 
     assert len(twice.ids.documents) == 61
     assert call("asd-data", "verify", tmp_path / "twice").status == 0
     from ascendspeed_core.config.training import DataConfig
-    from ascendspeed_core.training.batches import check_data
+    from ascendspeed_core.data.gpt_dataset import check_data
 
     prefix = str(open_dataset(first).prefixes["input_ids"])
     with pytest.raises(DataError, match="holds pairs with labels"):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ascendspeed_infer.evaluation import share_out
+from ascendspeed_infer.eval_backend import share_out
 from support.commands import command_line, environment, run_command
 from support.models import save_hugging_face, tiny_config
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from ascendspeed_core.config.parallel import ParallelConfig
 from ascendspeed_data.errors import AscendSpeedError, ConfigError
 from ascendspeed_eval.model import LoglikelihoodRequest
-from ascendspeed_infer.evaluation import backend
+from ascendspeed_infer.eval_backend import backend
 from ascendspeed_infer.language_model import LanguageModel
 from support.commands import call
 from support.families import REFERENCES

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from ascendspeed_core.build import load_model
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.device import Device
-from ascendspeed_core.models.cache import BLOCK_TOKENS, KeyValueCache, Piece
-from ascendspeed_core.models.packed import pack_weights
-from ascendspeed_core.parallel.build import load_model
+from ascendspeed_core.models.cache import BLOCK_TOKENS, KeyValueCache, SequenceChunk
+from ascendspeed_core.models.onednn_weight import pack_weights
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.pipeline import forward_through_stages
 from ascendspeed_core.parallel.tensor import gather_logits
@@ -38,7 +38,7 @@ def decoded_and_whole(
     for count in parts:
         # In company: the same pass reads as much of another text, before or behind.
         works = [
-            Work(Piece(its, start, count), ids[start : start + count], count)
+            Work(SequenceChunk(its, start, count), ids[start : start + count], count)
             for its, ids in ((room, text), (others, other))
         ]
         place = start % 2
@@ -101,9 +101,13 @@ def in_company_and_alone(
 
     def works(runner: ModelRunner) -> list[Work]:
         rooms = [runner.cache.reserve(LENGTH) for _ in parts]
-        pieces = [Piece(room, start, count) for room, (start, count) in zip(rooms, parts, strict=True)]
+        pieces = [
+            SequenceChunk(room, start, count) for room, (start, count) in zip(rooms, parts, strict=True)
+        ]
         both = list(zip(pieces, texts, strict=True))
-        runner.run([Work(Piece(one.room, 0, one.start), ids[: one.start]) for one, ids in both if one.start])
+        runner.run(
+            [Work(SequenceChunk(one.room, 0, one.start), ids[: one.start]) for one, ids in both if one.start]
+        )
         return [Work(one, ids[one.start :], one.count) for one, ids in both]
 
     capacity = 2 * LENGTH * len(parts)

@@ -8,18 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from ascendspeed_core.build import load_model
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.device import Device
 from ascendspeed_core.models.transformer import Transformer
-from ascendspeed_core.parallel.build import load_model
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.weights import open_weights
 from ascendspeed_data.errors import AscendSpeedError
 from ascendspeed_infer.beams import BeamSettings
+from ascendspeed_infer.engine.batch_invariant import CHUNK_TOKENS
 from ascendspeed_infer.engine.runner import ModelRunner, check_batch_invariance, decode_one_token, prefill
-from ascendspeed_infer.engine.scheduler import Engine, common_beginning
-from ascendspeed_infer.engine.texts import BeamSearch, Generated, GenerationSettings, Text
-from ascendspeed_infer.engine.tiles import CHUNK_TOKENS
+from ascendspeed_infer.engine.scheduler import Engine, common_prefix
+from ascendspeed_infer.engine.sequences import BeamSearch, Generated, GenerationSettings, Text
 from ascendspeed_infer.sampling import Sampling
 from support.families import REFERENCES
 from support.processes import WorkerPool
@@ -117,7 +117,7 @@ def check_against_alone(folder: str, found: list[Outcome], invariant: torch.dtyp
 
 
 def check_no_leak(engine: Engine) -> None:
-    engine.forget_beginnings()
+    engine.clear_prefix_cache()
     assert engine.free_blocks == engine.num_blocks
 
 
@@ -312,4 +312,4 @@ def test_requests_that_can_never_fit(model: tuple[Transformer, ParallelMesh]) ->
     ([1, 2], [1, 2, 3], 2),
 ])  # fmt: skip
 def test_common_beginning(first: list[int], second: list[int], common: int) -> None:
-    assert common_beginning(first, second) == common == common_beginning(second, first)
+    assert common_prefix(first, second) == common == common_prefix(second, first)

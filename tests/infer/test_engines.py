@@ -14,7 +14,7 @@ from ascendspeed_data.errors import ConfigError
 from ascendspeed_data.tokenizer import load_tokenizer
 from ascendspeed_infer.chat import ANSWER
 from ascendspeed_infer.config import GenerateConfig, SamplingConfig
-from ascendspeed_infer.engine.texts import GenerationSettings
+from ascendspeed_infer.engine.sequences import GenerationSettings
 from ascendspeed_infer.engines import FOR_EVERY_ENGINE, OWN, TextEngine, find_engine
 from ascendspeed_infer.language_model import LanguageModel
 from ascendspeed_infer.sampling import Sampling

@@ -12,7 +12,7 @@ from ascendspeed_core.models.int8 import Int8Weight, weights_nbytes
 from ascendspeed_data.errors import ConfigError
 from ascendspeed_eval.model import LoglikelihoodRequest
 from ascendspeed_infer.engine.runner import check_batch_invariance
-from ascendspeed_infer.evaluation import backend
+from ascendspeed_infer.eval_backend import backend
 from ascendspeed_infer.language_model import LanguageModel
 from ascendspeed_infer.scoring import loglikelihood_of_ids
 from infer.test_adapters import make_adapter

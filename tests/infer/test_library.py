@@ -12,9 +12,9 @@ from ascendspeed_core.config.parallel import ParallelConfig
 from ascendspeed_data.errors import AscendSpeedError, ConfigError
 from ascendspeed_data.tokenizer import load_tokenizer
 from ascendspeed_infer.config import SamplingConfig
+from ascendspeed_infer.detokenizer import Detokenizer
 from ascendspeed_infer.language_model import LanguageModel
-from ascendspeed_infer.new_text import NewText
-from ascendspeed_infer.options_2023 import TODAY, WITHOUT_EFFECT
+from ascendspeed_infer.legacy_options import TODAY, WITHOUT_EFFECT
 from ascendspeed_infer.requests import GenerateOptions
 from ascendspeed_infer.sampling import Sampling, choose_token
 from support.corpus import make_chat_tokenizer
@@ -72,7 +72,7 @@ def test_a_seed_for_each_prompt(model: LanguageModel) -> None:
 
 
 def several(folder: str, tp: int, pp: int) -> list[tuple[int, ...]]:
-    """Draws of several prompts in one batch."""
+    """DropoutMasks of several prompts in one batch."""
     parallel = ParallelConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
     model = LanguageModel.from_pretrained(folder, device="cpu", parallel=parallel)
     found = model.generate(PROMPTS, max_new_tokens=20, do_sample=True, top_p=0.95, seed=5, ignore_eos=True)
@@ -193,11 +193,11 @@ def test_incomplete_characters_and_stops_are_held_back(model: LanguageModel) -> 
     # No piece of a vocabulary of 400: three bytes, three ids.
     snow = model.tokenizer.encode("☃", add_special_tokens=False)[-3:]
     ids = [*model.tokenizer.encode("it", add_special_tokens=False), *snow]
-    text = NewText(model.tokenizer, prompt, (), ())
+    text = Detokenizer(model.tokenizer, prompt, (), ())
     shown = [text.grown(ids[: end + 1], end == len(ids) - 1) for end in range(len(ids))]
     assert shown[-3:] == ["", "", "☃"]
     assert "".join(shown) == text.of(ids)
-    stops = NewText(model.tokenizer, prompt, (), ("it☃☃",))
+    stops = Detokenizer(model.tokenizer, prompt, (), ("it☃☃",))
     assert "".join(stops.grown(ids[: end + 1], False) for end in range(len(ids))).strip() == ""
     assert stops.grown(ids, True).strip() == "it☃"
 
@@ -213,7 +213,7 @@ def test_long_texts_grow_as_they_are(model: LanguageModel, tmp_path: Path, kind:
         draw = random.Random(seed)
         ids = [draw.randrange(3, tokenizer.vocab_size) for _ in range(300)]
         prompt, hidden = ids[:20], ids[20:22]
-        text = NewText(tokenizer, prompt, hidden, ())
+        text = Detokenizer(tokenizer, prompt, hidden, ())
         new = ids[22:]
         shown = [text.grown(new[: end + 1], end == len(new) - 1) for end in range(len(new))]
         whole = text.of(new)
@@ -223,7 +223,7 @@ def test_long_texts_grow_as_they_are(model: LanguageModel, tmp_path: Path, kind:
         start = draw.randrange(len(whole) - 6)
         stop = whole[start : start + 5]
         if "\ufffd" not in stop:
-            stops = NewText(tokenizer, prompt, hidden, (stop,))
+            stops = Detokenizer(tokenizer, prompt, hidden, (stop,))
             first = next(end for end in range(len(new)) if stop in text.of(new[: end + 1]))
             assert [stops.ends(new[: end + 1]) for end in range(first + 1)] == [False] * first + [True]
 
@@ -231,7 +231,7 @@ def test_long_texts_grow_as_they_are(model: LanguageModel, tmp_path: Path, kind:
 def test_of_several_stops_the_first_in_the_text_counts(model: LanguageModel) -> None:
     (free,) = model.generate("it was", max_new_tokens=30, ignore_eos=True)
     early, late = free.text[5:8], free.text[10:13]
-    text = NewText(model.tokenizer, free.prompt_token_ids, (), (late, early))
+    text = Detokenizer(model.tokenizer, free.prompt_token_ids, (), (late, early))
     want = free.text[: min(free.text.find(early), free.text.find(late))]
     assert text.final(free.token_ids) == want
 

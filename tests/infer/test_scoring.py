@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from ascendspeed_core.build import build_model
 from ascendspeed_core.config.parallel import Layout, ParallelConfig
 from ascendspeed_core.device import Device
-from ascendspeed_core.parallel.build import build_model
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_data.errors import AscendSpeedError
 from ascendspeed_data.tokenizer import load_tokenizer

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from ascendspeed_core.build import load_model
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.device import Device
-from ascendspeed_core.parallel.build import load_model
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.weights import open_weights
 from ascendspeed_infer.generation import GenerationSettings, generate_ids, generate_together

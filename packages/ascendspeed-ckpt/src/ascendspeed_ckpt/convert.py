@@ -14,14 +14,14 @@ from ascendspeed_ckpt.compare import Comparison, compare
 from ascendspeed_ckpt.config import SHARDED, TargetKind
 from ascendspeed_ckpt.sources import ResizedVocabulary
 from ascendspeed_core.weights import NativeSource, WeightSource, open_weights
-from ascendspeed_core.weights.adapter import MergedAdapter
-from ascendspeed_core.weights.foreign.target import ForeignTarget
-from ascendspeed_core.weights.foreign.torch_dist import write_torch_dist
-from ascendspeed_core.weights.foreign.write_sharded import write_sharded
-from ascendspeed_core.weights.open import kind_of
+from ascendspeed_core.weights.adapters.files import MergedAdapter
+from ascendspeed_core.weights.detect import kind_of
+from ascendspeed_core.weights.external.torch_dist import write_torch_dist
+from ascendspeed_core.weights.external.write_mp_rank import write_sharded
+from ascendspeed_core.weights.external.write_plan import WritePlan
+from ascendspeed_core.weights.huggingface.write import write_hugging_face
+from ascendspeed_core.weights.native.write import write_native
 from ascendspeed_core.weights.stream import SLAB_BYTES
-from ascendspeed_core.weights.write_huggingface import write_hugging_face
-from ascendspeed_core.weights.write_native import write_native
 from ascendspeed_data.command_line import Progress, log
 from ascendspeed_data.errors import AscendSpeedError
 from ascendspeed_data.files import INCOMPLETE
@@ -60,7 +60,7 @@ class Conversion:
     tokenizer: Path | None = None
     max_shard_bytes: int = 5_000_000_000
     pickled: bool = False
-    foreign: ForeignTarget | None = None
+    foreign: WritePlan | None = None
     verify_logits: bool | None = None
     workers: int | None = None
     overwrite: bool = False
@@ -134,7 +134,7 @@ def convert(conversion: Conversion) -> Verdict:
     )
 
 
-def total_bytes(source: WeightSource, dtype: torch.dtype | None, foreign: ForeignTarget | None = None) -> int:
+def total_bytes(source: WeightSource, dtype: torch.dtype | None, foreign: WritePlan | None = None) -> int:
     """Return the bytes of all tensors that are written; formats of other systems hold copies and filling."""
     stored = source.tensors()
     if foreign is not None and foreign.kind in SHARDED:

@@ -6,11 +6,11 @@ from math import fsum
 from typing import Any
 
 from ascendspeed_eval.statistics import interval, mean_error
-from ascendspeed_eval.tasks.base import Protocol, Record, Scored, Task
+from ascendspeed_eval.tasks.base import Record, Scored, Task, TaskVariant
 
 
 def task_results(
-    task: Task, protocol: Protocol, records: Sequence[Record], scored: Sequence[Scored]
+    task: Task, protocol: TaskVariant, records: Sequence[Record], scored: Sequence[Scored]
 ) -> dict[str, Any]:
     """Return what `results.json` says about a task.
 

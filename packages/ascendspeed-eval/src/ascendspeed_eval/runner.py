@@ -16,7 +16,7 @@ from ascendspeed_eval.errors import EvaluationError, UsageError, did_you_mean
 from ascendspeed_eval.model import EvaluatedModel, ModelDescription
 from ascendspeed_eval.progress import Progress, log
 from ascendspeed_eval.report import write_report
-from ascendspeed_eval.tasks.base import AskSettings, Benchmark, Protocol, Sample, Scored, Task
+from ascendspeed_eval.tasks.base import AskSettings, Benchmark, Sample, Scored, Task, TaskVariant
 
 SAMPLES_PER_CALL = 64
 SAMPLES, RESULTS, SETTINGS, SUBMISSION = "samples.jsonl", "results.json", "run.json", "submission.json"
@@ -37,7 +37,7 @@ class Evaluation:
     """
 
     task: Task
-    protocol: Protocol
+    protocol: TaskVariant
     benchmark: Benchmark
     samples: Sequence[Sample]
     ask: AskSettings = field(default_factory=AskSettings)
@@ -46,7 +46,7 @@ class Evaluation:
 
 def prepare(
     task: Task,
-    protocol: Protocol,
+    protocol: TaskVariant,
     path: str,
     *,
     subsets: Sequence[str] = (),

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Iterator
 
 from ascendspeed_core.weights import NativeSource, WeightSource
-from ascendspeed_core.weights.adapter import MergedAdapter
-from ascendspeed_core.weights.lora import AdaptedWeights
-from ascendspeed_core.weights.native import DATA_MANIFEST
+from ascendspeed_core.weights.adapters.files import MergedAdapter
+from ascendspeed_core.weights.adapters.lora import AdaptedWeights
+from ascendspeed_core.weights.native.source import DATA_MANIFEST
 from ascendspeed_data.chat_template import Message
 from ascendspeed_data.command_line import log
 from ascendspeed_data.errors import AscendSpeedError, ConfigError

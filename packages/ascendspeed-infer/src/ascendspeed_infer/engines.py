@@ -17,7 +17,7 @@ from ascendspeed_infer.config import LoadedModelConfig, SamplingConfig
 
 if TYPE_CHECKING:
     from ascendspeed_infer.beams import BeamSettings
-    from ascendspeed_infer.engine.texts import Ends, Generated, GenerationSettings
+    from ascendspeed_infer.engine.sequences import Ends, Generated, GenerationSettings
     from ascendspeed_infer.generation import Step
 
 ENTRY_POINTS = "ascendspeed_infer.engines"
@@ -198,7 +198,7 @@ def hugging_face_folder(config: LoadedModelConfig, name: str) -> Path:
     Raises:
         ConfigError: it is of another kind.
     """
-    from ascendspeed_core.weights.open import kind_of
+    from ascendspeed_core.weights.detect import kind_of
 
     path = config.source.load
     assert path is not None

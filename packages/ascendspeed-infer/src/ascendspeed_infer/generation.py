@@ -7,9 +7,10 @@ from ascendspeed_core.models.cache import BLOCK_TOKENS, blocks_of
 from ascendspeed_core.models.transformer import Transformer
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_infer.beams import BeamSettings
+from ascendspeed_infer.engine.batch_invariant import Tiles
 from ascendspeed_infer.engine.runner import ModelRunner
 from ascendspeed_infer.engine.scheduler import Engine, check_length
-from ascendspeed_infer.engine.texts import (
+from ascendspeed_infer.engine.sequences import (
     BeamSearch,
     Continuation,
     Ends,
@@ -19,7 +20,6 @@ from ascendspeed_infer.engine.texts import (
     Text,
     never,
 )
-from ascendspeed_infer.engine.tiles import Tiles
 
 GROWTH = 2
 """A chat's memory is made for texts so many times as long as the one that needs it, as texts get longer."""

@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 
+from ascendspeed_core.build import load_model
 from ascendspeed_core.config.load import validate
 from ascendspeed_core.config.model import WeightQuantization
 from ascendspeed_core.config.parallel import ParallelConfig
 from ascendspeed_core.config.source import ModelSourceConfig
 from ascendspeed_core.device import choose_device
 from ascendspeed_core.launch import world_of_environment
-from ascendspeed_core.models.packed import pack_weights
+from ascendspeed_core.models.onednn_weight import pack_weights
 from ascendspeed_core.models.transformer import Transformer
-from ascendspeed_core.parallel.build import load_model
 from ascendspeed_core.parallel.deepspeed import answer_from_shares
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.pipeline import forward_through_stages
@@ -23,30 +23,30 @@ from ascendspeed_core.parallel.tensor import gather_logits
 from ascendspeed_core.weights import WeightSource, open_source
 from ascendspeed_data.errors import AscendSpeedError
 from ascendspeed_data.tokenizer import Tokenizer, load_tokenizer
+from ascendspeed_infer.broadcast import from_first
 from ascendspeed_infer.config import AdapterConfig, check_parallel, inference_layout
-from ascendspeed_infer.engine.tiles import Tiles
+from ascendspeed_infer.engine.batch_invariant import Tiles
 from ascendspeed_infer.generation import (
     Generated,
     GenerationSettings,
     check_length,
     generate_together,
 )
-from ascendspeed_infer.opening import find_tokenizer, stored_dtype, with_adapter, zero_settings
-from ascendspeed_infer.own_engine import OwnEngine
+from ascendspeed_infer.loading import find_tokenizer, stored_dtype, with_adapter, zero_settings
+from ascendspeed_infer.native_engine import NativeEngine
 from ascendspeed_infer.requests import Completion, GenerationRequest
 from ascendspeed_infer.sampling import Sampling
 from ascendspeed_infer.scoring import Pair, Score, loglikelihood
-from ascendspeed_infer.sharing import from_first
 from ascendspeed_infer.text_generator import TextGenerator, Value
 
 
 class LanguageModel(TextGenerator):
     """Generate and score with one model; under tensor parallelism every process holds its part and calls alike."""
 
-    engine: OwnEngine
+    engine: NativeEngine
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, mesh: ParallelMesh) -> None:
-        super().__init__(tokenizer, OwnEngine(model.eval(), mesh))
+        super().__init__(tokenizer, NativeEngine(model.eval(), mesh))
         self.model, self.mesh = model, mesh
         self.is_first = mesh.rank == 0
         self._deepspeed: Any = None

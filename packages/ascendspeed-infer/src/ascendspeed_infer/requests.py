@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TypedDict
 
 from ascendspeed_infer.beams import EarlyStopping
-from ascendspeed_infer.engine.texts import FinishReason
+from ascendspeed_infer.engine.sequences import FinishReason
 
 Prompts = str | Sequence[int] | Sequence[str | Sequence[int]]
 """One text, the ids of one, or several of either."""

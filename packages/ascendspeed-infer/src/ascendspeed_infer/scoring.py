@@ -14,14 +14,14 @@ from itertools import takewhile
 
 import torch
 
-from ascendspeed_core.models.cache import Piece, Room
+from ascendspeed_core.models.cache import CacheSlot, SequenceChunk
 from ascendspeed_core.models.transformer import Transformer
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_data.errors import AscendSpeedError
 from ascendspeed_data.tokenizer import Tokenizer
+from ascendspeed_infer.engine.batch_invariant import Tiles, pack, tiles_for
 from ascendspeed_infer.engine.runner import ModelRunner, Work
-from ascendspeed_infer.engine.scheduler import common_beginning
-from ascendspeed_infer.engine.tiles import Tiles, pack, tiles_for
+from ascendspeed_infer.engine.scheduler import common_prefix
 
 
 @dataclass(frozen=True)
@@ -150,18 +150,18 @@ def _score_all(
     return scores
 
 
-def _pieces(room: Room, texts: Iterable[_Text], tiles: Tiles) -> Iterator[tuple[_Text, Work]]:
+def _pieces(room: CacheSlot, texts: Iterable[_Text], tiles: Tiles) -> Iterator[tuple[_Text, Work]]:
     """Cut texts into pieces that are run one after the other, each text in place of the one before."""
     before, cuts_before = _Text((), 0), list[int]()
     for text in texts:
         cuts = text.cuts(tiles)
         # As far as both are cut alike, keys and values are those that this text would get by itself.
-        most = min(common_beginning(before.ids, text.ids), text.first_place)
+        most = min(common_prefix(before.ids, text.ids), text.first_place)
         same = takewhile(lambda pair: pair[0] == pair[1], zip(cuts_before, cuts, strict=False))
         start = max((end for end, _ in same if end <= most), default=0)
         for end in (place for place in cuts if place > start):
             read = max(end - max(start, text.first_place), 0)
-            yield text, Work(Piece(room, start, end - start), text.ids[start:end], read)
+            yield text, Work(SequenceChunk(room, start, end - start), text.ids[start:end], read)
             start = end
         before, cuts_before = text, cuts
 

@@ -10,10 +10,10 @@ from ascendspeed_data.errors import AscendSpeedError, ConfigError, did_you_mean
 from ascendspeed_data.tokenizer import Tokenizer
 from ascendspeed_infer.beams import BeamSettings
 from ascendspeed_infer.config import SamplingConfig
+from ascendspeed_infer.detokenizer import Detokenizer
 from ascendspeed_infer.engines import TextEngine, TokenRequest, check_sampling
 from ascendspeed_infer.generation import Generated, GenerationSettings, check_length
-from ascendspeed_infer.new_text import NewText
-from ascendspeed_infer.options_2023 import todays_options
+from ascendspeed_infer.legacy_options import todays_options
 from ascendspeed_infer.requests import Completion, GenerateOptions, Prompts, StreamedText
 from ascendspeed_infer.sampling import Sampling
 
@@ -211,8 +211,8 @@ class TextGenerator:
             yield StreamedText(before + added, step.token_id, step.log_prob, step.finish_reason)
             before = ""
 
-    def _new_text(self, ids: Sequence[int], settings: GenerationSettings) -> NewText:
-        return NewText(self.tokenizer, ids, settings.eos_ids, settings.stop)
+    def _new_text(self, ids: Sequence[int], settings: GenerationSettings) -> Detokenizer:
+        return Detokenizer(self.tokenizer, ids, settings.eos_ids, settings.stop)
 
     def _completion(
         self,

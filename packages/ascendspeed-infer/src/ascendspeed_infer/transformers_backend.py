@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ascendspeed_infer.evaluation import Description, Option, Text
+from ascendspeed_infer.eval_backend import Description, Option, Text
 from ascendspeed_infer.transformers_engine import TransformersEngine, load_transformers
 
 if TYPE_CHECKING:
@@ -64,9 +64,9 @@ class TransformersModel:
 
     def _continue(self, request: Any) -> Text:
         from ascendspeed_infer.config import SamplingConfig
-        from ascendspeed_infer.engine.texts import GenerationSettings
+        from ascendspeed_infer.detokenizer import Detokenizer
+        from ascendspeed_infer.engine.sequences import GenerationSettings
         from ascendspeed_infer.engines import TokenRequest
-        from ascendspeed_infer.new_text import NewText
         from ascendspeed_infer.sampling import Sampling
 
         ids = self._tokenizer.encode(request.prompt)
@@ -78,7 +78,7 @@ class TransformersModel:
             tuple(token for token in stated if token is not None),
             tuple(request.stop),
         )
-        text = NewText(self._tokenizer, ids[cut:], settings.eos_ids, settings.stop)
+        text = Detokenizer(self._tokenizer, ids[cut:], settings.eos_ids, settings.stop)
         asked = TokenRequest(tuple(ids[cut:]), settings, text.ends)
         ((found,),) = self._engine.complete([asked], SamplingConfig())
         return Text(text.final(found.token_ids), found.finish_reason, cut)

@@ -16,7 +16,7 @@ from ascendspeed_infer.config import LoadedModelConfig, SamplingConfig
 from ascendspeed_infer.engines import TokenRequest, adapter_folder, hugging_face_folder
 
 if TYPE_CHECKING:
-    from ascendspeed_infer.engine.texts import Generated
+    from ascendspeed_infer.engine.sequences import Generated
     from ascendspeed_infer.generation import Step
 
 OnToken = Callable[[int], bool]
@@ -130,7 +130,7 @@ class TransformersEngine:
         import torch
         from transformers import GenerationConfig, StoppingCriteriaList
 
-        from ascendspeed_infer.engine.texts import Generated
+        from ascendspeed_infer.engine.sequences import Generated
 
         settings, prompt = request.settings, list(request.prompt_ids)
         sampling = settings.sampling

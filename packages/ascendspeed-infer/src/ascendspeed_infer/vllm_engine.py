@@ -17,7 +17,7 @@ from ascendspeed_infer.config import LoadedModelConfig, SamplingConfig
 from ascendspeed_infer.engines import TokenRequest, adapter_folder, hugging_face_folder
 
 if TYPE_CHECKING:
-    from ascendspeed_infer.engine.texts import Generated, GenerationSettings
+    from ascendspeed_infer.engine.sequences import Generated, GenerationSettings
     from ascendspeed_infer.generation import Step
 
 TEMPERATURES = (0.01, 2.0)
@@ -129,7 +129,7 @@ class VllmEngine:
         self, requests: Sequence[TokenRequest], config: SamplingConfig
     ) -> Iterator[list["Generated"]]:
         """Continue all requests together, as vLLM batches them; see `TextEngine`."""
-        from ascendspeed_infer.engine.texts import Generated
+        from ascendspeed_infer.engine.sequences import Generated
 
         outputs = self._llm.generate(
             [self._prompt(request) for request in requests],

@@ -39,7 +39,7 @@ def open_input(options: ConvertOptions) -> "WeightSource":
     from ascendspeed_ckpt.sources import ResizedVocabulary
     from ascendspeed_core.models.families import family_of_hugging_face
     from ascendspeed_core.weights import open_weights
-    from ascendspeed_core.weights.huggingface import read_json
+    from ascendspeed_core.weights.huggingface.source import read_json
     from ascendspeed_data.tokenizer import load_tokenizer
 
     given = options.input
@@ -95,8 +95,8 @@ def default_target(options: ConvertOptions, source: "WeightSource") -> TargetKin
 
 def foreign_target(output: OutputOptions, to: TargetKind, num_layers: int, dtype: Any) -> Any:
     """Return layout and naming of a target of another system."""
-    from ascendspeed_core.weights.foreign.layout import shard_layout
-    from ascendspeed_core.weights.foreign.target import ForeignTarget
+    from ascendspeed_core.weights.external.layout import shard_layout
+    from ascendspeed_core.weights.external.write_plan import WritePlan
 
     layout = shard_layout(
         num_layers,
@@ -105,7 +105,7 @@ def foreign_target(output: OutputOptions, to: TargetKind, num_layers: int, dtype
         output.num_layers_per_virtual_pipeline_stage,
         output.stage_sizes(),
     )
-    return ForeignTarget(
+    return WritePlan(
         to,  # type: ignore[arg-type]
         layout,
         dtype,

@@ -30,8 +30,8 @@ def merge_lora_command(
     from ascendspeed_core.device import HOST, prepare_torch
 
     prepare_torch(HOST.kind)
-    from ascendspeed_core.weights.adapter import MergedAdapter
-    from ascendspeed_core.weights.foreign.adapter import open_adapter
+    from ascendspeed_core.weights.adapters.external import open_adapter
+    from ascendspeed_core.weights.adapters.files import MergedAdapter
 
     base = open_input(options)
     merged = MergedAdapter(base, open_adapter(lora_load, base.config))

@@ -125,7 +125,7 @@ def _config(path: Path | None) -> "ModelConfig | None":
     if path is None:
         return None
     from ascendspeed_core.models.families import family_of_hugging_face
-    from ascendspeed_core.weights.huggingface import read_json
+    from ascendspeed_core.weights.huggingface.source import read_json
 
     hf_config = read_json(path)
     return family_of_hugging_face(hf_config, str(path)).read_config(hf_config)

@@ -25,7 +25,7 @@ def compare_loss(
     """Compare the losses of runs iteration by iteration, from their metrics.jsonl."""
     if len(runs) < 2:
         raise ConfigError(f"{len(runs)} run given; give the one to compare with and at least one other")
-    from ascendspeed_core.training.compare import compare_losses, draw_comparison, losses_of
+    from ascendspeed_core.verification.compare_loss import compare_losses, draw_comparison, losses_of
 
     losses = [losses_of(run) for run in runs]
     found = [compare_losses(losses[0], other, run) for run, other in zip(runs[1:], losses[1:], strict=True)]

@@ -45,7 +45,7 @@ def parity(
     from ascendspeed_core.device import prepare_torch
 
     prepare_torch(device)
-    from ascendspeed_core.training.parity import TOLERANCE, parse_layouts, run_parity, table
+    from ascendspeed_core.verification.parity import TOLERANCE, parse_layouts, run_parity, table
 
     if dtype not in TOLERANCE:
         raise ConfigError(f"dtype={dtype} is unknown; there are {', '.join(TOLERANCE)}")

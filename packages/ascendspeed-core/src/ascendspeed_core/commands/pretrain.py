@@ -14,8 +14,8 @@ from ascendspeed_data.command_line.options import options_from
 
 if TYPE_CHECKING:
     from ascendspeed_core.config.model import ModelConfig
-    from ascendspeed_core.training.plan import RunPlan
-    from ascendspeed_core.weights.lora import AdaptedWeights
+    from ascendspeed_core.training.validate import RunPlan
+    from ascendspeed_core.weights.adapters.lora import AdaptedWeights
 
 
 Recipe = Annotated[Path | None, typer.Option(help="TOML recipe with the sections below; flags win over it.")]
@@ -41,7 +41,7 @@ def run_training(run: PretrainConfig, dry_run: bool) -> None:
         from ascendspeed_core.device import prepare_torch
 
         prepare_torch(run.launch.device)
-        from ascendspeed_core.training.plan import plan_run
+        from ascendspeed_core.training.validate import plan_run
 
         plan = plan_run(run, world_size)
         if not is_worker() or dry_run:
@@ -80,7 +80,7 @@ def keep_tokenizer(plan: "RunPlan", save: Path) -> None:
 
     The manifest of the data goes there too: it tells the right tokenizer where the files are not known.
     """
-    from ascendspeed_core.weights.native import DATA_MANIFEST, TOKENIZER
+    from ascendspeed_core.weights.native.source import DATA_MANIFEST, TOKENIZER
     from ascendspeed_data.files import write_durably
     from ascendspeed_data.tokenizer import copy_tokenizer
 
@@ -93,7 +93,7 @@ def keep_tokenizer(plan: "RunPlan", save: Path) -> None:
 
 def describe(plan: "RunPlan") -> None:
     """Say what a run will do."""
-    from ascendspeed_core.weights.lora import AdaptedWeights
+    from ascendspeed_core.weights.adapters.lora import AdaptedWeights
 
     model, batch = plan.model, plan.config.batch
     log(
@@ -101,7 +101,7 @@ def describe(plan: "RunPlan") -> None:
         f"hidden {model.hidden_size}, vocabulary {model.vocab_size}, weights: {plan.source.kind}"
     )
     log(
-        f"layout: {plan.layout}, {plan.config.precision.dtype_name}; batch: {batch.check_layout(plan.layout.dp)} "
+        f"layout: {plan.layout}, {plan.config.precision.dtype_name}; batch: {batch.resolve_global_batch_size(plan.layout.dp)} "
         f"samples of {plan.config.data.seq_length} tokens; iterations {plan.start.iteration} to {batch.train_iters}"
     )
     if isinstance(plan.source, AdaptedWeights):

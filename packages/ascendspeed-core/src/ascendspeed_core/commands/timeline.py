@@ -55,7 +55,7 @@ def check(config: TimelineConfig, world_size: int) -> None:
             "--checkpoint-policy custom --recomputation-layer-num, or leave it out"
         )
     try:
-        size = config.batch.check_layout(layout.dp)
+        size = config.batch.resolve_global_batch_size(layout.dp)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     layout.check_micro_batches(len(sizes_of(config, size, layout.dp)))
@@ -71,15 +71,15 @@ def load_pipeline(config: TimelineConfig, mesh: Any) -> Any:
     """Return this process's stages, computed as the options say."""
     import torch
 
-    from ascendspeed_core.kernels.dispatch import Setting, apply_kernels
-    from ascendspeed_core.parallel.build import load_model
+    from ascendspeed_core.build import load_model
+    from ascendspeed_core.kernels.registry import KernelContext, apply_kernels
     from ascendspeed_core.parallel.recompute import apply_recompute
     from ascendspeed_core.weights import open_source
 
     source = open_source(config.source, config.batch.seed)
     dtype = getattr(torch, config.precision.dtype_name)
     model = load_model(source, mesh, dtype, config.compute.mlp_layer_fusion)
-    setting = Setting.of(model, mesh, config.drawing.seq_length, config.batch)
+    setting = KernelContext.of(model, mesh, config.drawing.seq_length, config.batch)
     apply_kernels(model, config.compute, setting)
     apply_recompute(model, config.recompute, mesh.pp_rank)
     return model
@@ -89,17 +89,17 @@ def measure(config: TimelineConfig) -> None:
     """Run the steps on this process with the others; the first one draws its pipeline."""
     from ascendspeed_core.config.training import OptimizerConfig
     from ascendspeed_core.launch import process_group
+    from ascendspeed_core.optim.optimizer import MasterOptimizer
     from ascendspeed_core.parallel.mesh import ParallelMesh, gather_objects
     from ascendspeed_core.parallel.timeline import Timeline, draw_timelines, ideal
-    from ascendspeed_core.training.measure import chosen_sizes, record_step
-    from ascendspeed_core.training.optimizer import MasterOptimizer
+    from ascendspeed_core.planner.profile_pipeline import chosen_sizes, record_step
 
     with process_group(config.launch.device) as (world, device):
         layout = config.parallel.layout(world.size)
         mesh = ParallelMesh.create(device, layout)
         model = load_pipeline(config, mesh)
         optimizer = MasterOptimizer(model, OptimizerConfig(), mesh)
-        size = config.batch.check_layout(layout.dp)
+        size = config.batch.resolve_global_batch_size(layout.dp)
         sizes = sizes_of(config, size, layout.dp)
         if config.batch.finds_sizes:
             length, largest = config.drawing.seq_length, config.batch.micro_batch_size

@@ -6,14 +6,14 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from ascendspeed_core.config.base import Config
+from ascendspeed_core.config.compute import ComputeConfig as ComputeConfig
+from ascendspeed_core.config.eval_prompts import EvalPromptsConfig
 from ascendspeed_core.config.model import ArchitectureFlags
 from ascendspeed_core.config.monitor import MonitorConfig
 from ascendspeed_core.config.parallel import ParallelConfig
 from ascendspeed_core.config.recompute import RecomputeConfig as RecomputeConfig
-from ascendspeed_core.config.samples import SamplesConfig
 from ascendspeed_core.config.source import ModelSourceConfig
 from ascendspeed_core.device import DeviceChoice
-from ascendspeed_core.kernels.config import ComputeConfig as ComputeConfig
 from ascendspeed_data.data_path import parse_blend
 from ascendspeed_data.errors import ConfigError
 
@@ -265,7 +265,7 @@ class BatchConfig(Config):
                 "write for example 1,2,3,3,2,1"
             ) from None
 
-    def check_layout(self, dp: int) -> int:
+    def resolve_global_batch_size(self, dp: int) -> int:
         """Return the global batch size on `dp` data-parallel ranks, or raise `ValueError`."""
         step = self.micro_batch_size * dp
         size = self.global_batch_size or step
@@ -388,5 +388,5 @@ class PretrainConfig(Config):
     optimizer: OptimizerConfig = OptimizerConfig()
     dropout: DropoutConfig = DropoutConfig()
     monitor: MonitorConfig = MonitorConfig()
-    samples: SamplesConfig = SamplesConfig()
+    samples: EvalPromptsConfig = EvalPromptsConfig()
     launch: LaunchConfig = LaunchConfig()

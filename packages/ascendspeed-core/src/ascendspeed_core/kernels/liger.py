@@ -49,7 +49,7 @@ def liger_gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 
 def liger_token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """See `models.head.token_losses`: [T, V] -> [T]."""
+    """See `models.lm_head.token_losses`: [T, V] -> [T]."""
     from liger_kernel.ops import LigerCrossEntropyFunction
 
     # The kernel writes the gradient over the logits.

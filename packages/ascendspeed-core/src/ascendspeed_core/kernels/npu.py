@@ -34,7 +34,7 @@ def npu_attention(
         q: [B, N, S, D].
         k: [B, K, T, D] with T >= S.
         v: [B, K, T, D].
-        mask: of `Places`.
+        mask: of `AttentionInputs`.
 
     Returns:
         [B, N, S, D].
@@ -96,7 +96,7 @@ def npu_gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 
 def npu_token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """`npu_cross_entropy_loss`, see `models.head.token_losses`."""
+    """`npu_cross_entropy_loss`, see `models.lm_head.token_losses`."""
     losses: torch.Tensor = torch.ops.npu.npu_cross_entropy_loss(logits, targets, None, "none")[0]
     return losses
 

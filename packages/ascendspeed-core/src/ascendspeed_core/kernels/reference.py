@@ -39,7 +39,7 @@ def reference_attention(
         q: [B, N, S, D].
         k: [B, K, T, D] with T >= S.
         v: [B, K, T, D].
-        mask: of `Places`.
+        mask: of `AttentionInputs`.
         softmax: what turns scores into weights.
         drop: drops some of the weights, [B, N, S, T] -> [B, N, S, T].
 
@@ -67,7 +67,7 @@ def plain_layer_norm(
 
 
 def plain_token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Cross entropy, see `models.head.token_losses`."""
+    """Cross entropy, see `models.lm_head.token_losses`."""
     return logits.logsumexp(-1) - logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
 
 

@@ -15,7 +15,7 @@ from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.models.cache import CachedPass
 from ascendspeed_core.models.lora import apply_linear
 from ascendspeed_core.models.norm import RMSNorm
-from ascendspeed_core.models.position import Places, RotaryFunction, rotate_both
+from ascendspeed_core.models.position import AttentionInputs, RotaryFunction, rotate_both
 from ascendspeed_core.models.projections import Projections
 
 AttentionFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
@@ -43,12 +43,17 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.norm_epsilon) if config.qk_norm else None
         self.projections = Projections(self, ("q_proj", "k_proj", "v_proj"))
         self.attend: AttentionFunction = causal_attention
-        self.around: AttentionWrapper | None = None
+        self.attention_wrapper: AttentionWrapper | None = None
         self.attend_dropping: Callable[..., torch.Tensor] | None = None
         self.rotate: RotaryFunction = rotate_both
 
     def forward(
-        self, x: torch.Tensor, *, places: Places, cache: CachedPass | None = None, cache_layer: int = 0
+        self,
+        x: torch.Tensor,
+        *,
+        places: AttentionInputs,
+        cache: CachedPass | None = None,
+        cache_layer: int = 0,
     ) -> torch.Tensor:
         """Attend: [B, S, H] -> [B, S, H].
 
@@ -70,12 +75,12 @@ class Attention(nn.Module):
         else:
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
             attend = self._attend_function(places)
-            if self.around is not None:
-                attend = partial(self.around, attend)
+            if self.attention_wrapper is not None:
+                attend = partial(self.attention_wrapper, attend)
             attended = attend(q, k, v, places.mask).transpose(1, 2)
         return apply_linear(self.o_proj, attended.flatten(2), places.draws)
 
-    def _attend_function(self, places: Places) -> AttentionFunction:
+    def _attend_function(self, places: AttentionInputs) -> AttentionFunction:
         """Return what attends, dropping weights if that is asked for."""
         if places.draws is None or not places.draws.dropout.attention:
             return self.attend
@@ -92,7 +97,7 @@ def causal_attention(
         q: [B, N, S, D].
         k: [B, K, T, D] with T >= S.
         v: [B, K, T, D].
-        mask: of `Places`.
+        mask: of `AttentionInputs`.
 
     Returns:
         [B, N, S, D].

@@ -20,7 +20,7 @@ BLOCK_TOKENS = 16
 
 
 @dataclass(eq=False)
-class Room:
+class CacheSlot:
     """Where one text's keys and values lie.
 
     Attributes:
@@ -68,10 +68,10 @@ class KeyValueCache:
         shape = (num_layers, num_key_value_heads, self.num_blocks * BLOCK_TOKENS, head_dim)
         self.keys = torch.empty(shape, dtype=dtype, device=device)
         self.values = torch.empty(shape, dtype=dtype, device=device)
-        self._rooms: list[Room] = []
+        self._rooms: list[CacheSlot] = []
         self.free_blocks = self.num_blocks
 
-    def reserve(self, tokens: int) -> Room:
+    def reserve(self, tokens: int) -> CacheSlot:
         """Reserve a room for a text of at most so many tokens; what it holds is undefined.
 
         Raises:
@@ -89,23 +89,23 @@ class KeyValueCache:
             place = self._gap(wanted)
             assert place is not None
         number, first_block = place
-        room = Room(first_block, wanted)
+        room = CacheSlot(first_block, wanted)
         self._rooms.insert(number, room)
         self.free_blocks -= wanted
         return room
 
-    def release(self, room: Room) -> None:
+    def release(self, room: CacheSlot) -> None:
         """Give a room back."""
         self._rooms.remove(room)
         self.free_blocks += room.num_blocks
 
-    def copy(self, source: Room, target: Room, start: int, end: int) -> None:
+    def copy(self, source: CacheSlot, target: CacheSlot, start: int, end: int) -> None:
         """Copy the keys and values of tokens `start` to `end` of a text into the room of another."""
         for whole in (self.keys, self.values):
             there = whole[:, :, target.start + start : target.start + end]
             there.copy_(whole[:, :, source.start + start : source.start + end])
 
-    def first_key(self, piece: "Piece") -> int:
+    def first_key(self, piece: "SequenceChunk") -> int:
         """Return the first place of its text that any token of a piece sees."""
         return 0 if self._window is None else max(piece.start - self._window + 1, 0)
 
@@ -137,7 +137,7 @@ def blocks_of(tokens: int) -> int:
 
 
 @dataclass(frozen=True)
-class Piece:
+class SequenceChunk:
     """Tokens of one text that a pass runs.
 
     Attributes:
@@ -146,7 +146,7 @@ class Piece:
         count: how many, all of which have room.
     """
 
-    room: Room
+    room: CacheSlot
     start: int
     count: int
 
@@ -173,7 +173,9 @@ class CachedPass:
         length: M, if more than the pieces hold; the rest is padding that nobody reads.
     """
 
-    def __init__(self, cache: KeyValueCache, pieces: Sequence[Piece], length: int | None = None) -> None:
+    def __init__(
+        self, cache: KeyValueCache, pieces: Sequence[SequenceChunk], length: int | None = None
+    ) -> None:
         self.pieces = tuple(pieces)
         self.cache = cache
         counts = [piece.count for piece in pieces]

@@ -18,7 +18,7 @@ AFTER_EMBEDDING: Final = -1
 """Number of the layer to which the embedding's dropout belongs."""
 
 OF_WEIGHTS, AFTER_ATTENTION, AFTER_MLP = range(3)
-"""Places in a layer."""
+"""AttentionInputs in a layer."""
 
 BEFORE_ADAPTER: Final = {
     name: 3 + number
@@ -47,7 +47,7 @@ class Dropout:
     sequence_part: int = 0
     inner_part: int = 0
 
-    def of(self, samples: torch.Tensor, heads: range) -> "Draws":
+    def of(self, samples: torch.Tensor, heads: range) -> "DropoutMasks":
         """Return the draws of a micro-batch.
 
         Args:
@@ -56,11 +56,11 @@ class Dropout:
         """
         low, high = samples.to(torch.int32), (samples >> 32).to(torch.int32)
         keys = mix(mix(low ^ _mixed(self.seed)) ^ high)
-        return Draws(self, keys, heads)
+        return DropoutMasks(self, keys, heads)
 
 
 @dataclass(frozen=True)
-class Draws:
+class DropoutMasks:
     """What is dropped of a micro-batch; a function of its attributes.
 
     Attributes:
@@ -75,7 +75,7 @@ class Draws:
     heads: range
     layer: int = AFTER_EMBEDDING
 
-    def in_layer(self, number: int) -> "Draws":
+    def in_layer(self, number: int) -> "DropoutMasks":
         """Return the draws of a layer."""
         return replace(self, layer=number)
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ascendspeed_core.kernels.int8 import Workspace, int8_linear
-from ascendspeed_core.models.answering import AnsweringWeight
+from ascendspeed_core.models.inference_weight import InferenceWeight
 from ascendspeed_data.errors import AscendSpeedError
 
 LARGEST = 127
@@ -26,7 +26,7 @@ BLOCK_ELEMENTS = 1 << 20
 """So many weights are quantized at once: their fp32 copy stays in a CPU's cache and needs no memory to speak of."""
 
 
-class Int8Weight(AnsweringWeight):
+class Int8Weight(InferenceWeight):
     """A weight of integers and scales, in the place of a layer's weight; no gradient flows through it.
 
     Args:
@@ -61,12 +61,12 @@ class Int8Weight(AnsweringWeight):
         return torch.cat(squares).sqrt() * self.scale.float()
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """See `AnsweringWeight`."""
+        """See `InferenceWeight`."""
         out = int8_linear(x, self.integers, self.scale, self.workspace)
         return out if bias is None else out + bias
 
     def again(self) -> "Int8Weight":
-        """See `AnsweringWeight`."""
+        """See `InferenceWeight`."""
         return Int8Weight(self.integers, self.scale, self.workspace)
 
     def __repr__(self) -> str:  # type: ignore[override]

@@ -2,7 +2,7 @@
 
 peft wraps a layer in another module, which renames its weight and hides the layer from what cuts it over devices.
 Here the layer itself holds A and B, so that names, checkpoints and tensor parallelism stay as they are; the file that
-is saved is peft's (`weights.lora`).
+is saved is peft's (`weights.adapters.lora`).
 
 Shapes: I input and O output size of a layer (their shares under tensor parallel), r rank.
 """
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ascendspeed_core.models.dropout import BEFORE_ADAPTER, Draws
+from ascendspeed_core.models.dropout import BEFORE_ADAPTER, DropoutMasks
 
 if TYPE_CHECKING:
     from ascendspeed_core.models.transformer import Transformer
@@ -84,7 +84,7 @@ class LoraLinear(nn.Linear):
         self.first_column = 0
         """Of this device's columns in the whole input, where a layer is cut by columns."""
 
-    def low_rank(self, x: torch.Tensor, draws: Draws | None) -> torch.Tensor:
+    def low_rank(self, x: torch.Tensor, draws: DropoutMasks | None) -> torch.Tensor:
         """Return what the adapter adds: [..., I] -> [..., O]."""
         if draws is not None and self.dropout:
             x = draws.adapter_input(x, self._place, self.dropout, self.first_column)
@@ -92,7 +92,7 @@ class LoraLinear(nn.Linear):
         added: torch.Tensor = self.lora_B(self.lora_A(x) * self.scale)
         return added
 
-    def product(self, x: torch.Tensor, draws: Draws | None = None) -> torch.Tensor:
+    def product(self, x: torch.Tensor, draws: DropoutMasks | None = None) -> torch.Tensor:
         """Return the result without the bias: [..., I] -> [..., O].
 
         Of a row-parallel layer this is a share of a sum, the adapter's part too: A is cut like the weight, and B A x
@@ -100,12 +100,12 @@ class LoraLinear(nn.Linear):
         """
         return F.linear(x, self.weight) + self.low_rank(x, draws)
 
-    def forward(self, x: torch.Tensor, draws: Draws | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, draws: DropoutMasks | None = None) -> torch.Tensor:
         """[..., I] -> [..., O]."""
         return F.linear(x, self.weight, self.bias) + self.low_rank(x, draws)
 
 
-def apply_linear(linear: nn.Module, x: torch.Tensor, draws: Draws | None) -> torch.Tensor:
+def apply_linear(linear: nn.Module, x: torch.Tensor, draws: DropoutMasks | None) -> torch.Tensor:
     """Apply a linear layer, and what is dropped before its adapter if it has one: [..., I] -> [..., O]."""
     out: torch.Tensor = linear(x, draws) if isinstance(linear, LoraLinear) else linear(x)
     return out

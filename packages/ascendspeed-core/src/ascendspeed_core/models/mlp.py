@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ascendspeed_core.config.model import ModelConfig
-from ascendspeed_core.models.dropout import Draws
+from ascendspeed_core.models.dropout import DropoutMasks
 from ascendspeed_core.models.lora import apply_linear
 from ascendspeed_core.models.projections import Projections
 
@@ -35,7 +35,7 @@ class SwiGLU(nn.Module):
         self.projections = Projections(self, ("gate_proj", "up_proj"))
         self.gated: GatedFunction = silu_gated
 
-    def forward(self, x: torch.Tensor, draws: Draws | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, draws: DropoutMasks | None = None) -> torch.Tensor:
         """[B, S, H] -> [B, S, H]; `draws` say what is dropped before adapters."""
         gate, up = self.projections(x, draws)
         return apply_linear(self.down_proj, self.gated(gate, up), draws)
@@ -49,7 +49,7 @@ class GeluMLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.ffn_hidden_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.ffn_hidden_size, config.hidden_size, bias=config.mlp_bias)
 
-    def forward(self, x: torch.Tensor, draws: Draws | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, draws: DropoutMasks | None = None) -> torch.Tensor:
         """[B, S, H] -> [B, S, H]; `draws` say what is dropped before adapters."""
         inner = F.gelu(apply_linear(self.up_proj, x, draws), approximate="tanh")
         return apply_linear(self.down_proj, inner, draws)

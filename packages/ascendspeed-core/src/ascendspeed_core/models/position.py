@@ -12,11 +12,11 @@ import torch
 
 from ascendspeed_core.config.model import ModelConfig, RotaryScaling
 from ascendspeed_core.models.cache import CachedPass
-from ascendspeed_core.models.dropout import Draws
+from ascendspeed_core.models.dropout import DropoutMasks
 
 
 @dataclass(frozen=True)
-class Places:
+class AttentionInputs:
     """What attention needs to know of places; the same for all layers.
 
     Attributes:
@@ -31,15 +31,15 @@ class Places:
     rotary: tuple[torch.Tensor, torch.Tensor] | None
     mask: torch.Tensor | None
     of_pieces: tuple[torch.Tensor | None, ...] = ()
-    draws: Draws | None = None
+    draws: DropoutMasks | None = None
 
-    def in_layer(self, number: int) -> "Places":
+    def in_layer(self, number: int) -> "AttentionInputs":
         """Return them for one layer."""
         return replace(self, draws=self.draws.in_layer(number)) if self.draws else self
 
 
 class Positions:
-    """Makes `Places`; not a module, so it never enters a checkpoint.
+    """Makes `AttentionInputs`; not a module, so it never enters a checkpoint.
 
     Attributes:
         heads: query heads that attention has on this device, all of them unless the model is cut over devices.
@@ -54,7 +54,7 @@ class Positions:
         self.heads = range(config.num_attention_heads)
         self.sequence_parts, self.sequence_part = 1, 0
 
-    def following(self, tokens: torch.Tensor) -> torch.Tensor:
+    def default_position_ids(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return the places of tokens, [B, S, ...] -> [B, S], from 0 on; of this device's part where they are cut."""
         batch, length = tokens.shape[:2]
         start = self.sequence_part * length
@@ -66,8 +66,8 @@ class Positions:
         num_keys: int,
         dtype: torch.dtype,
         segments: torch.Tensor | None = None,
-        draws: Draws | None = None,
-    ) -> Places:
+        draws: DropoutMasks | None = None,
+    ) -> AttentionInputs:
         """Return what attention needs.
 
         Args:
@@ -81,12 +81,12 @@ class Positions:
         slopes = self._slopes_here(dtype, positions.device)
         queries, keys = positions.shape[1] * self.sequence_parts, num_keys * self.sequence_parts
         mask = attention_mask(queries, keys, self._window, slopes, dtype, positions.device, segments)
-        return Places(self._rotary.at(positions, dtype) if self._rotary else None, mask, draws=draws)
+        return AttentionInputs(self._rotary.at(positions, dtype) if self._rotary else None, mask, draws=draws)
 
-    def in_pass(self, cached: CachedPass, dtype: torch.dtype) -> Places:
+    def in_pass(self, cached: CachedPass, dtype: torch.dtype) -> AttentionInputs:
         """Return what attention needs for pieces of texts."""
         rotary = self._rotary.at(cached.positions, dtype) if self._rotary else None
-        return Places(rotary, None, tuple(self._masks_of(cached, dtype)))
+        return AttentionInputs(rotary, None, tuple(self._masks_of(cached, dtype)))
 
     def _masks_of(self, cached: CachedPass, dtype: torch.dtype) -> list[torch.Tensor | None]:
         """Return the mask of each piece."""
@@ -120,7 +120,7 @@ def attention_mask(
     device: torch.device,
     segments: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
-    """Return the mask of `Places`: causal, within a window, with ALiBi's `slope * (key - query)` where asked for.
+    """Return the mask of `AttentionInputs`: causal, within a window, with ALiBi's `slope * (key - query)` where asked for.
 
     Args:
         queries: S.
@@ -237,7 +237,7 @@ def rotate_both(
     Args:
         q: [B, S, N, D].
         k: [B, S, K, D].
-        cos: of `Places`, [B, S, 1, D].
+        cos: of `AttentionInputs`, [B, S, 1, D].
         sin: likewise.
     """
     return rotate(q, cos, sin), rotate(k, cos, sin)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ascendspeed_core.models.dropout import Draws
+from ascendspeed_core.models.dropout import DropoutMasks
 from ascendspeed_core.models.int8 import Int8Weight, join
 from ascendspeed_core.models.lora import LoraLinear, apply_linear
 
@@ -34,7 +34,7 @@ class Projections:
         self._rows: list[int] = []
         self._has_adapters = False
 
-    def __call__(self, x: torch.Tensor, draws: Draws | None = None) -> list[torch.Tensor]:
+    def __call__(self, x: torch.Tensor, draws: DropoutMasks | None = None) -> list[torch.Tensor]:
         """Apply every layer: [..., H] -> [..., R_i] each; `draws` say what is dropped before adapters."""
         if self.weight is None:
             return [apply_linear(layer, x, draws) for layer in self.layers]

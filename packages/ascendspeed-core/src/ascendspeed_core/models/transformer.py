@@ -14,12 +14,12 @@ from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.parallel import Stage
 from ascendspeed_core.models.attention import Attention
 from ascendspeed_core.models.cache import CachedPass
-from ascendspeed_core.models.dropout import AFTER_ATTENTION, AFTER_MLP, Draws, Dropout
-from ascendspeed_core.models.head import LossFunction, make_head, token_losses
+from ascendspeed_core.models.dropout import AFTER_ATTENTION, AFTER_MLP, Dropout, DropoutMasks
+from ascendspeed_core.models.lm_head import LossFunction, make_head, token_losses
 from ascendspeed_core.models.lora import AdapterPlan
 from ascendspeed_core.models.mlp import make_mlp
 from ascendspeed_core.models.norm import LayerNorm, RMSNorm, make_norm
-from ascendspeed_core.models.position import Places, Positions
+from ascendspeed_core.models.position import AttentionInputs, Positions
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class TransformerLayer(nn.Module):
         self.mlp = make_mlp(config)
 
     def forward(
-        self, x: torch.Tensor, places: Places, cache: CachedPass | None = None, cache_layer: int = 0
+        self, x: torch.Tensor, places: AttentionInputs, cache: CachedPass | None = None, cache_layer: int = 0
     ) -> torch.Tensor:
         """[B, S, H] -> [B, S, H]; see `Attention` for the other arguments."""
         attended = self.attention(self.attention_norm(x), places=places, cache=cache, cache_layer=cache_layer)
@@ -141,7 +141,7 @@ class Transformer(nn.Module):
         if cache is not None:
             places = self.positions.in_pass(cache, x.dtype)
         else:
-            positions = self.positions.following(tokens) if positions is None else positions
+            positions = self.positions.default_position_ids(tokens) if positions is None else positions
             places = self.positions.at(positions, positions.shape[1], x.dtype, segments, draws)
         for number in stage.layers:
             x = self.layers[str(number)](x, places.in_layer(number), cache, self._cache_places[number])
@@ -152,7 +152,7 @@ class Transformer(nn.Module):
         logits: torch.Tensor = self.output_head(self.final_norm(x))
         return logits
 
-    def _draws(self, samples: torch.Tensor | None) -> Draws | None:
+    def _draws(self, samples: torch.Tensor | None) -> DropoutMasks | None:
         """Return what dropout drops of some samples."""
         if self.dropout is None:
             return None

@@ -42,7 +42,7 @@ def apply_context_parallel(model: Transformer, group: dist.ProcessGroup) -> None
     for layer in model.layers.values():
         attention = layer.get_submodule("attention")
         assert isinstance(attention, Attention)
-        attention.around = partial(attend_with_some_heads, group=group)
+        attention.attention_wrapper = partial(attend_with_some_heads, group=group)
 
 
 def attend_with_some_heads(
@@ -60,7 +60,7 @@ def attend_with_some_heads(
         q: [B, N, S/cp, D].
         k: [B, K, S/cp, D]; K divides cp or is a multiple of it.
         v: [B, K, S/cp, D].
-        mask: of `Places`, for whole sequences and this device's share of the heads.
+        mask: of `AttentionInputs`, for whole sequences and this device's share of the heads.
         group: the devices.
 
     Returns:

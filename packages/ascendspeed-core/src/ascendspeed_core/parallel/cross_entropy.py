@@ -10,9 +10,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ascendspeed_core.models.head import LossFunction, token_losses
+from ascendspeed_core.config.sharding import rounded_share
+from ascendspeed_core.models.lm_head import LossFunction, token_losses
 from ascendspeed_core.parallel.collectives import all_reduce_sum
-from ascendspeed_core.parallel.slices import rounded_share
 
 
 def cross_entropy(

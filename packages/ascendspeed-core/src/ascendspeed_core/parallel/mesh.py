@@ -20,7 +20,7 @@ class ParallelMesh:
         device: the device of this process.
         layout: sizes of the dimensions.
         mesh: torch's mesh with dimensions `pp`, `dp`, `cp` and `tp`, or `None` for a single process.
-        ends: the two processes with first and last stage of this pipeline; `None` in those between, and where one
+        embedding_group: the two processes with first and last stage of this pipeline; `None` in those between, and where one
             process has both.
         replicas: the processes that hold the same weights; `None` when this one is alone with them.
     """
@@ -28,7 +28,7 @@ class ParallelMesh:
     device: Device
     layout: Layout
     mesh: DeviceMesh | None = None
-    ends: dist.ProcessGroup | None = None
+    embedding_group: dist.ProcessGroup | None = None
     replicas: dist.ProcessGroup | None = None
     _neighbours: dict[int, dist.ProcessGroup] = field(default_factory=dict)
 
@@ -39,7 +39,7 @@ class ParallelMesh:
             return cls(device, layout)
         shape = (layout.pp, layout.dp, layout.cp, layout.tp)
         mesh = init_device_mesh(device.kind, shape, mesh_dim_names=("pp", "dp", "cp", "tp"))
-        return cls(device, layout, mesh, _ends_of_pipelines(layout), _replicas(mesh, layout))
+        return cls(device, layout, mesh, _make_embedding_groups(layout), _replicas(mesh, layout))
 
     @property
     def rank(self) -> int:
@@ -130,7 +130,7 @@ def _replicas(mesh: DeviceMesh, layout: Layout) -> dist.ProcessGroup | None:
     return mesh["dp", "cp"]._flatten("replicas").get_group()
 
 
-def _ends_of_pipelines(layout: Layout) -> dist.ProcessGroup | None:
+def _make_embedding_groups(layout: Layout) -> dist.ProcessGroup | None:
     """Make the group of first and last stage of every pipeline, on all processes alike; return this process's."""
     if layout.pp == 1 or layout.schedule in V_SCHEDULES:
         return None

@@ -28,10 +28,10 @@ from torch.distributed.pipelining import (
 )
 
 from ascendspeed_core.config.parallel import Stage, stages_of_devices
+from ascendspeed_core.config.sharding import rounded_share
 from ascendspeed_core.models.cache import CachedPass
 from ascendspeed_core.models.transformer import ModelInput, Transformer
 from ascendspeed_core.parallel.mesh import ParallelMesh
-from ascendspeed_core.parallel.slices import rounded_share
 from ascendspeed_core.parallel.timeline import Kind, Recorder
 
 SCHEDULES: dict[str, Any] = {
@@ -100,13 +100,15 @@ class _StageModule(nn.Module):
         # The parameters of this stage alone: schedules that compute weight gradients apart ask for them.
         self.parts = nn.ModuleList(model.modules_of(stage))
         self._run, self._stage, self._inputs = model.forward, stage, inputs
-        self._following = model.positions.following
+        self._default_position_ids = model.positions.default_position_ids
         self.number = 0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[1] -> hidden states or logits in the first stage; hidden states -> the same or logits in the others."""
         given = self._inputs[self.number]
-        positions = given.positions if given.positions is not None else self._following(given.tokens)
+        positions = (
+            given.positions if given.positions is not None else self._default_position_ids(given.tokens)
+        )
         entering = given.tokens if self._stage.is_first else x
         out: torch.Tensor = self._run(
             entering, positions, stage=self._stage, segments=given.segments, samples=given.samples
@@ -237,7 +239,7 @@ def forward_through_stages(
             hidden states), and calls one after another overlap.
     """
     if read_at is not None and mesh.layout.sequence_parallel:
-        # Places count in whole texts, of which the last norm has a part here.
+        # AttentionInputs count in whole texts, of which the last norm has a part here.
         everywhere = forward_through_stages(
             model, mesh, tokens, cache, positions=positions, segments=segments, is_shared=is_shared
         )
@@ -249,7 +251,7 @@ def forward_through_stages(
     dtype = next(model.parameters()).dtype
     holder = _holders(model, mesh)
     if positions is None:
-        positions = model.positions.following(tokens)
+        positions = model.positions.default_position_ids(tokens)
     out = tokens
     for stage in model.stages:
         if not stage.is_first and holder[stage.index - 1] != mesh.pp_rank:

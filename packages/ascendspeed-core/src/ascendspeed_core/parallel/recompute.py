@@ -23,7 +23,7 @@ from torch.utils.checkpoint import (
 from ascendspeed_core.config.training import RecomputeConfig
 from ascendspeed_core.kernels.triangle import TRIANGLE_OPERATOR
 from ascendspeed_core.models.transformer import Transformer
-from ascendspeed_core.parallel.memory_plan import Mode
+from ascendspeed_core.planner.memory import Mode
 
 aten = torch.ops.aten
 
@@ -52,7 +52,7 @@ def apply_recompute(model: Transformer, config: RecomputeConfig, pp_rank: int) -
         config: policy.
         pp_rank: which entry of `recomputation_layer_num` is this process's.
 
-    Policy `auto` needs measuring, see `training.fit_memory`; nothing is done for it here.
+    Policy `auto` needs measuring, see `planner.fit_memory`; nothing is done for it here.
     """
     if not config.checkpoint_activations or config.checkpoint_policy == "auto":
         return

@@ -9,7 +9,7 @@ With sequence parallelism what stands between the halves, norms and residuals, i
 move as many bytes as the all-reduce. Weights outside the cuts, those of the norms, then see a part of the sequence
 only; the optimizer adds their gradients up.
 
-Parameters are plain tensors of this device's part, see `parallel.slices`. DTensor's dispatch costs about 0.2 ms for
+Parameters are plain tensors of this device's part, see `config.sharding`. DTensor's dispatch costs about 0.2 ms for
 each operation, several times more than the operation in small models, and it has no cut that copies a head to some
 devices.
 
@@ -26,7 +26,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ascendspeed_core.config.parallel import Layout
-from ascendspeed_core.models.dropout import Draws
+from ascendspeed_core.config.sharding import ROW_PARALLEL, query_heads, rounded_share, tensor_slice
+from ascendspeed_core.models.dropout import DropoutMasks
 from ascendspeed_core.models.lora import LoraLinear
 from ascendspeed_core.models.transformer import Transformer
 from ascendspeed_core.parallel.collectives import (
@@ -35,7 +36,6 @@ from ascendspeed_core.parallel.collectives import (
     sum_over_group,
     sum_over_group_scattering_sequence,
 )
-from ascendspeed_core.parallel.slices import ROW_PARALLEL, query_heads, rounded_share, tensor_slice
 
 ENTRANCES = ("attention", "mlp")
 """Modules of a layer whose input is the same everywhere and whose inside is cut."""
@@ -125,7 +125,7 @@ def _sum_results(linear: nn.Module, border: _Border) -> None:
     """Add up what a row-parallel layer gives: [..., in/tp] -> [..., out]; a bias is whole, and added once."""
     assert isinstance(linear, nn.Linear)
 
-    def forward(x: torch.Tensor, draws: Draws | None = None) -> torch.Tensor:
+    def forward(x: torch.Tensor, draws: DropoutMasks | None = None) -> torch.Tensor:
         share = linear.product(x, draws) if isinstance(linear, LoraLinear) else F.linear(x, linear.weight)
         total = border.leave(share)
         return total if linear.bias is None else total + linear.bias

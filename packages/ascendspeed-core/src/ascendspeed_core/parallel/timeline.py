@@ -187,7 +187,7 @@ def draw_timelines(timelines: Sequence[tuple[str, Timeline]], path: Path) -> Non
     from matplotlib import pyplot
     from matplotlib.patches import Patch
 
-    from ascendspeed_core.training.metrics import save_figure
+    from ascendspeed_core.observability.metrics import save_figure
 
     devices = max(len(timeline.devices) for _, timeline in timelines)
     figure, rows = pyplot.subplots(

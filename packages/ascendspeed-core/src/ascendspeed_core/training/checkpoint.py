@@ -1,4 +1,4 @@
-"""Write and read the checkpoints of a run; their layout is described in `weights.native`.
+"""Write and read the checkpoints of a run; their layout is described in `weights.native.source`.
 
 A checkpoint is written into a folder whose name says that it is incomplete, and renamed when all of it is on the
 disk; the tracker is replaced last. A run that dies while saving leaves the previous checkpoint as it was.
@@ -23,24 +23,24 @@ import torch.distributed as dist
 from ascendspeed_core import __version__
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.training import OptimizerConfig
+from ascendspeed_core.data.shared_filesystem import sees_folder_of_first_process
 from ascendspeed_core.device import HOST
 from ascendspeed_core.models.transformer import Transformer
+from ascendspeed_core.optim.engine import Engine, TensorShard
+from ascendspeed_core.optim.loss_scale import LossScale
+from ascendspeed_core.optim.update_rule import optimizer_state_keys
 from ascendspeed_core.parallel.mesh import ParallelMesh, gather_objects
-from ascendspeed_core.training.engine import Engine, Piece
-from ascendspeed_core.training.loss_scale import LossScale
-from ascendspeed_core.training.shared_folder import sees_folder_of_first_process
-from ascendspeed_core.training.update_rule import remembered
-from ascendspeed_core.weights.lora import description_of, plan_of
-from ascendspeed_core.weights.native import (
+from ascendspeed_core.weights.adapters.lora import description_of, plan_of
+from ascendspeed_core.weights.adapters.write import write_adapter
+from ascendspeed_core.weights.native.source import (
     DESCRIPTION,
     FORMAT_VERSION,
     ITERATION_FOLDER,
     TRACKER,
     NativeSource,
 )
+from ascendspeed_core.weights.native.write_tensors import TensorFile, WrittenShard, write_metadata
 from ascendspeed_core.weights.source import CheckpointError
-from ascendspeed_core.weights.write_adapter import write_adapter
-from ascendspeed_core.weights.write_tensors import StoredPiece, TensorFile, write_metadata
 from ascendspeed_data.command_line import log
 from ascendspeed_data.files import INCOMPLETE, write_durably
 
@@ -191,13 +191,13 @@ class CheckpointWriter:
     def _write(
         self,
         iteration: int,
-        tensors: list[Piece],
+        tensors: list[TensorShard],
         description: Mapping[str, Any],
     ) -> None:
         """Write everything; an error of any process becomes the error of all."""
         final = self.run_folder / f"iter_{iteration:07d}"
         scratch = final.with_name(final.name + INCOMPLETE)
-        pieces: list[StoredPiece] = []
+        pieces: list[WrittenShard] = []
 
         def write_tensors() -> None:
             with TensorFile(scratch, self._mesh.rank) as file:
@@ -205,7 +205,7 @@ class CheckpointWriter:
                     file.add(name, tensor, part)
             pieces.extend(file.pieces)
 
-        def complete(everything: list[list[StoredPiece]]) -> None:
+        def complete(everything: list[list[WrittenShard]]) -> None:
             write_metadata(scratch, [piece for of_rank in everything for piece in of_rank])
             if "adapters" in description:
                 model = ModelConfig.model_validate(description["model"])
@@ -251,7 +251,7 @@ def _fresh_folder(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def _tensors_to_write(engine: Engine, mesh: ParallelMesh) -> list[Piece]:
+def _tensors_to_write(engine: Engine, mesh: ParallelMesh) -> list[TensorShard]:
     """Return name, part and value of what this process writes."""
     mine = engine.pieces()
     mine.append((f"rng/{mesh.rank}", None, torch.get_rng_state()))
@@ -279,7 +279,7 @@ def check_optimizer(source: NativeSource, config: OptimizerConfig) -> None:
     Raises:
         CheckpointError: another optimizer wrote it.
     """
-    wanted = remembered(config)
+    wanted = optimizer_state_keys(config)
     held = sorted({name.split("/")[1] for name in source.stored.names() if name.startswith("optimizer/")})
     lacking = [kind for kind in wanted if kind not in held]
     if lacking:

@@ -12,12 +12,12 @@ from typing import Protocol
 import torch
 
 from ascendspeed_core.models.transformer import ModelInput, Transformer
+from ascendspeed_core.optim.engine import Engine
+from ascendspeed_core.optim.loss_scale import LossScale
 from ascendspeed_core.parallel.context import part_of_sequence
 from ascendspeed_core.parallel.cross_entropy import cross_entropy
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.pipeline import forward_through_stages, run_pipeline
-from ascendspeed_core.training.engine import Engine
-from ascendspeed_core.training.loss_scale import LossScale
 
 LossOf = Callable[[int, torch.Tensor], torch.Tensor]
 """Number of a micro-batch and its logits, [B, S, V/tp] -> the sum of its losses."""

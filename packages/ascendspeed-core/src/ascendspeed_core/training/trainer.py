@@ -7,14 +7,26 @@ from typing import Any
 
 import torch
 
+from ascendspeed_core.build import load_model
 from ascendspeed_core.config.preference import DpoConfig
 from ascendspeed_core.config.training import PretrainConfig
-from ascendspeed_core.kernels.dispatch import Setting, apply_kernels, table, update_choice
-from ascendspeed_core.parallel.build import load_model
+from ascendspeed_core.data.loader import open_run_data
+from ascendspeed_core.kernels.registry import KernelContext, apply_kernels, table, update_choice
+from ascendspeed_core.objectives.dpo import PreferenceObjective
+from ascendspeed_core.objectives.reference import RECORD
+from ascendspeed_core.observability.metrics import PICTURE, MetricsFile, draw_loss
+from ascendspeed_core.observability.monitor import Monitor
+from ascendspeed_core.observability.nan_detector import where_not_finite
+from ascendspeed_core.optim.build_engine import make_engine, zero_settings
+from ascendspeed_core.optim.loss_scale import LossScale
+from ascendspeed_core.optim.optimizer import MasterOptimizer
+from ascendspeed_core.optim.schedule import Schedule
 from ascendspeed_core.parallel.dropout import apply_dropout
 from ascendspeed_core.parallel.mesh import ParallelMesh, gather_objects
-from ascendspeed_core.parallel.micro_batches import bubble_seconds
 from ascendspeed_core.parallel.recompute import apply_recompute
+from ascendspeed_core.planner.fit_memory import fit_recompute, full_step, memory_budget
+from ascendspeed_core.planner.micro_batches import bubble_seconds
+from ascendspeed_core.planner.profile_pipeline import chosen_sizes
 from ascendspeed_core.training.checkpoint import (
     CheckpointWriter,
     Progress,
@@ -22,22 +34,10 @@ from ascendspeed_core.training.checkpoint import (
     load_optimizer,
     load_random_state,
 )
-from ascendspeed_core.training.choose_engine import make_engine, zero_settings
-from ascendspeed_core.training.fit_memory import fit_recompute, full_step, memory_budget
-from ascendspeed_core.training.loss_scale import LossScale
-from ascendspeed_core.training.measure import chosen_sizes
-from ascendspeed_core.training.metrics import PICTURE, MetricsFile, draw_loss
-from ascendspeed_core.training.monitor import Monitor
-from ascendspeed_core.training.not_finite import where_not_finite
-from ascendspeed_core.training.optimizer import MasterOptimizer
-from ascendspeed_core.training.plan import RunPlan
-from ascendspeed_core.training.preference import PreferenceObjective
-from ascendspeed_core.training.reference import RECORD
-from ascendspeed_core.training.run_data import open_run_data
-from ascendspeed_core.training.samples import SampleWriter
-from ascendspeed_core.training.schedule import Schedule
+from ascendspeed_core.training.eval_prompts import SampleWriter
+from ascendspeed_core.training.signals import StoppedError, StopSignal
 from ascendspeed_core.training.step import MicroBatch, StepResult, evaluate, forward_backward, train_step
-from ascendspeed_core.training.stop import StoppedError, StopSignal
+from ascendspeed_core.training.validate import RunPlan
 from ascendspeed_core.weights import NativeSource
 from ascendspeed_data.command_line import log
 from ascendspeed_data.errors import AscendSpeedError, DataError
@@ -60,7 +60,7 @@ class Trainer:
 
         settings = zero_settings(self.config, plan.model, plan.layout)
         self.model = load_model(plan.source, mesh, dtype, self.config.compute.mlp_layer_fusion, settings)
-        setting = Setting.of(
+        setting = KernelContext.of(
             self.model,
             mesh,
             self.config.data.seq_length,
@@ -97,7 +97,7 @@ class Trainer:
         if plan.checkpoint is not None and plan.resumes:
             self._resume(plan.checkpoint)
 
-    def _objective(self, dtype: torch.dtype, setting: Setting) -> PreferenceObjective | None:
+    def _objective(self, dtype: torch.dtype, setting: KernelContext) -> PreferenceObjective | None:
         """Return the loss of preference tuning, with its reference beside the model."""
         reference, config = self.plan.reference, self.config
         if reference is None:
@@ -127,7 +127,7 @@ class Trainer:
         batch, layout = self.config.batch, self.mesh.layout
         if not batch.finds_sizes:
             return ()
-        samples = batch.check_layout(layout.dp) // layout.dp
+        samples = batch.resolve_global_batch_size(layout.dp) // layout.dp
         assert isinstance(self.optimizer, MasterOptimizer)
         sizes, cost = chosen_sizes(
             self.model,
@@ -151,7 +151,7 @@ class Trainer:
         if not config.is_fitted:
             return
         assert isinstance(self.optimizer, MasterOptimizer)
-        per_device = batch.check_layout(self.mesh.layout.dp) // self.mesh.layout.dp
+        per_device = batch.resolve_global_batch_size(self.mesh.layout.dp) // self.mesh.layout.dp
         sizes = self.sizes or (batch.micro_batch_size,) * (per_device // batch.micro_batch_size)
         (sample,) = self.data.micro_batches(0, (max(sizes),))
         budget = memory_budget(config.memory_budget_gib, self.mesh.device)

@@ -1,10 +1,10 @@
 """Weights by logical name and slice, whatever holds them: a Hugging Face folder, a native checkpoint, a seed."""
 
-from ascendspeed_core.weights.huggingface import HuggingFaceSource
-from ascendspeed_core.weights.initial import InitialWeights
+from ascendspeed_core.weights.detect import open_source, open_weights
+from ascendspeed_core.weights.huggingface.source import HuggingFaceSource
 from ascendspeed_core.weights.load import load_weights
-from ascendspeed_core.weights.native import NativeSource
-from ascendspeed_core.weights.open import open_source, open_weights
+from ascendspeed_core.weights.native.source import NativeSource
+from ascendspeed_core.weights.random_init import InitialWeights
 from ascendspeed_core.weights.source import Index, TensorInfo, WeightSource
 
 __all__ = [

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import torch
 
 from ascendspeed_core.config.model import ModelConfig
+from ascendspeed_core.config.sharding import Slice
 from ascendspeed_core.models.transformer import Transformer, empty_transformer
-from ascendspeed_core.parallel.slices import Slice
 from ascendspeed_core.weights.source import CheckpointError, WeightSource
 from ascendspeed_core.weights.stream import slabs
 

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ascendspeed_eval.errors import EvaluationError
-from ascendspeed_eval.tasks.base import Benchmark, Extracted, Protocol, Record, Task, without_first_space
+from ascendspeed_eval.tasks.base import Benchmark, Extracted, Record, Task, TaskVariant, without_first_space
 from ascendspeed_eval.tasks.math_answers import find_answer, same_answer
 from ascendspeed_eval.tasks.reading import Kinds, find_folder, read_csv, read_json_lines
 
@@ -129,7 +129,7 @@ class AGIEval(Task):
     reference_scores = (("LLaMA-7B", "2023 README", 0.210),)
     protocols = MappingProxyType(
         {
-            "ascendspeed": Protocol(
+            "ascendspeed": TaskVariant(
                 "ascendspeed",
                 "1- to 5-shot, greedy text; the first line is the label or the answer, labels joined by a comma (the "
                 "rule of the 2023 AscendSpeed)",
@@ -143,7 +143,7 @@ class AGIEval(Task):
                 seq_length=2048,
                 main="strict",
             ),
-            "lm-eval": Protocol(
+            "lm-eval": TaskVariant(
                 "lm-eval",
                 "zero-shot; the likeliest whole option, for cloze questions greedy text (agieval of "
                 "lm-evaluation-harness 0.4)",
@@ -157,7 +157,7 @@ class AGIEval(Task):
                 stop=("Q:",),
                 main="strict",
             ),
-            "authors": Protocol(
+            "authors": TaskVariant(
                 "authors",
                 "zero-shot, greedy text; the first letter, all letters where several can be right, or the cloze answer "
                 "compared as mathematics (ruixiangcui/AGIEval)",
@@ -192,7 +192,7 @@ class AGIEval(Task):
         examples = read_examples(prompts) if prompts is not None else {}
         return Benchmark(records, examples, [*files, *([prompts] if prompts is not None else [])])
 
-    def header(self, protocol: Protocol, record: Record) -> str:
+    def header(self, protocol: TaskVariant, record: Record) -> str:
         """Return the line of the exam."""
         if protocol.name != "ascendspeed":
             return ""
@@ -202,7 +202,7 @@ class AGIEval(Task):
             else "Here are the answers for the problems in the exam.\n"
         )
 
-    def question(self, protocol: Protocol, record: Record) -> str:
+    def question(self, protocol: TaskVariant, record: Record) -> str:
         """Return the question in the form of 2023, or the authors' zero-shot one, which the harness has too."""
         if protocol.name == "ascendspeed":
             return _question_2023(record)
@@ -216,12 +216,12 @@ class AGIEval(Task):
             return f"{text} 选项：{shown}\n答案：从A到{last}, 我们应选择"
         return f"{text} Answer Choices: {shown}\nA: Among A through {last}, the answer is"
 
-    def answer(self, protocol: Protocol, record: Record) -> str:
+    def answer(self, protocol: TaskVariant, record: Record) -> str:
         """Return the labels joined by a comma, or the answer."""
         return ",".join(record.target) if isinstance(record.target, list) else str(record.target)
 
     def choose_examples(
-        self, protocol: Protocol, benchmark: Benchmark, record: Record, count: int
+        self, protocol: TaskVariant, benchmark: Benchmark, record: Record, count: int
     ) -> Sequence[Record]:
         """Return as many examples as the prompts of 2023 have for this subset, numbered."""
         wanted = benchmark.examples.get(
@@ -236,7 +236,9 @@ class AGIEval(Task):
             shown.append(Record(one.id, record.subset, {**fields, "number": number}, one.target))
         return shown
 
-    def samples(self, benchmark: Benchmark, protocol: Protocol, num_fewshot: int | None = None) -> list[Any]:
+    def samples(
+        self, benchmark: Benchmark, protocol: TaskVariant, num_fewshot: int | None = None
+    ) -> list[Any]:
         """Make the prompts; the number of examples is a limit, as not all subsets have five."""
         if protocol.name != "ascendspeed":
             if num_fewshot:
@@ -256,7 +258,7 @@ class AGIEval(Task):
             made += super().samples(Benchmark([asked], benchmark.examples, ()), protocol, count)
         return made
 
-    def ask(self, model: Any, samples: Sequence[Any], protocol: Protocol, settings: Any) -> list[Any]:
+    def ask(self, model: Any, samples: Sequence[Any], protocol: TaskVariant, settings: Any) -> list[Any]:
         """Compare options; for cloze questions generate text."""
         from dataclasses import replace
 
@@ -270,7 +272,7 @@ class AGIEval(Task):
         place = {one.id: one for one in scored}
         return [place[sample.record.id] for sample in samples]
 
-    def baselines(self, records: Sequence[Record], protocol: Protocol) -> dict[str, float]:
+    def baselines(self, records: Sequence[Record], protocol: TaskVariant) -> dict[str, float]:
         """Return chance over the questions with choices, under a protocol that compares them."""
         return super().baselines([r for r in records if r.subset not in CLOZE], protocol)
 

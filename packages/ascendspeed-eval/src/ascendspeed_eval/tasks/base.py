@@ -68,7 +68,7 @@ def equals_target(answer: Any, record: Record) -> bool:
 
 
 @dataclass(frozen=True)
-class Protocol:
+class TaskVariant:
     """One way to ask and score.
 
     Attributes:
@@ -200,7 +200,7 @@ class Task(ABC):
     version: int = 1
     summary: str = ""
     size: str = ""
-    protocols: Mapping[str, Protocol]
+    protocols: Mapping[str, TaskVariant]
     default_protocol: str = "ascendspeed"
     format: str
     groups: Mapping[str, Sequence[str]] = {}
@@ -215,28 +215,28 @@ class Task(ABC):
             EvaluationError: something is missing or is not what it should be.
         """
 
-    def header(self, protocol: Protocol, record: Record) -> str:
+    def header(self, protocol: TaskVariant, record: Record) -> str:
         """Return what stands before the examples."""
         return fill(protocol.header, record.fields)
 
-    def question(self, protocol: Protocol, record: Record) -> str:
+    def question(self, protocol: TaskVariant, record: Record) -> str:
         """Return the question as asked."""
         return fill(protocol.template, record.fields)
 
-    def answer(self, protocol: Protocol, record: Record) -> str:
+    def answer(self, protocol: TaskVariant, record: Record) -> str:
         """Return the right answer, as an example shows it."""
         if protocol.choices is not None:
             return protocol.choices(record)[protocol.targets(record)[0]].removeprefix(protocol.answer_prefix)
         return str(record.target)
 
     def choose_examples(
-        self, protocol: Protocol, benchmark: Benchmark, record: Record, count: int
+        self, protocol: TaskVariant, benchmark: Benchmark, record: Record, count: int
     ) -> Sequence[Record]:
         """Return the first examples of the record's subset."""
         return benchmark.examples.get(record.subset, ())[:count]
 
     def samples(
-        self, benchmark: Benchmark, protocol: Protocol, num_fewshot: int | None = None
+        self, benchmark: Benchmark, protocol: TaskVariant, num_fewshot: int | None = None
     ) -> list[Sample]:
         """Make the prompts of all records.
 
@@ -262,12 +262,12 @@ class Task(ABC):
             made.append(Sample(record, head + self.question(protocol, record), shared))
         return made
 
-    def shares_examples(self, protocol: Protocol) -> bool:
+    def shares_examples(self, protocol: TaskVariant) -> bool:
         """Tell whether all records of a subset are shown the same examples."""
         return True
 
     def ask(
-        self, model: EvaluatedModel, samples: Sequence[Sample], protocol: Protocol, settings: AskSettings
+        self, model: EvaluatedModel, samples: Sequence[Sample], protocol: TaskVariant, settings: AskSettings
     ) -> list[Scored]:
         """Put samples to the model and score its answers."""
         if protocol.choices is not None:
@@ -283,7 +283,7 @@ class Task(ABC):
         sample: Sample,
         texts: Sequence[str],
         truncated_tokens: int,
-        protocol: Protocol,
+        protocol: TaskVariant,
         settings: AskSettings,
     ) -> Scored:
         """Score the texts generated for one sample; with several, a score is the share of right ones."""
@@ -304,7 +304,7 @@ class Task(ABC):
             extracted=found[0],
         )
 
-    def baselines(self, records: Sequence[Record], protocol: Protocol) -> dict[str, float]:
+    def baselines(self, records: Sequence[Record], protocol: TaskVariant) -> dict[str, float]:
         """Return scores that need no model: guessing, and always giving the most frequent answer."""
         if protocol.choices is None or not records:
             return {}
@@ -317,7 +317,7 @@ class Task(ABC):
 
 
 def generate_texts(
-    model: EvaluatedModel, samples: Sequence[Sample], protocol: Protocol, settings: AskSettings
+    model: EvaluatedModel, samples: Sequence[Sample], protocol: TaskVariant, settings: AskSettings
 ) -> tuple[list[list[str]], list[int]]:
     """Generate `num_samples` texts per sample.
 
@@ -345,7 +345,7 @@ def generate_texts(
 def _compare_choices(
     model: EvaluatedModel,
     samples: Sequence[Sample],
-    protocol: Protocol,
+    protocol: TaskVariant,
     choices: Callable[[Record], Sequence[str]],
 ) -> list[Scored]:
     """Score every choice of every sample by log-likelihood; the likeliest is the answer, the first of equals."""

@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ascendspeed_eval.errors import EvaluationError
-from ascendspeed_eval.tasks.base import Benchmark, Extracted, Protocol, Record, Task
+from ascendspeed_eval.tasks.base import Benchmark, Extracted, Record, Task, TaskVariant
 from ascendspeed_eval.tasks.reading import check_keys, find_folder, read_text
 
 THINK = "Let's think step by step.\n"
@@ -78,7 +78,7 @@ class BBH(Task):
     reference_scores = (("LLaMA-7B", "2023 README, 3-shot", 0.334),)
     protocols = MappingProxyType(
         {
-            "ascendspeed": Protocol(
+            "ascendspeed": TaskVariant(
                 "ascendspeed",
                 "3-shot without reasoning, greedy text; the first line is the answer (rule of the 2023 AscendSpeed)",
                 QUESTION,
@@ -91,7 +91,7 @@ class BBH(Task):
                 seq_length=2048,
                 main="strict",
             ),
-            "lm-eval": Protocol(
+            "lm-eval": TaskVariant(
                 "lm-eval",
                 "3-shot with reasoning, greedy text; what follows 'the answer is' (bbh, that is bbh_cot_fewshot, of "
                 "lm-evaluation-harness 0.4; prompts and rule are the authors')",
@@ -105,7 +105,7 @@ class BBH(Task):
                 stop=("</s>", "Q", "\n\n"),
                 main="strict",
             ),
-            "lm-eval-direct": Protocol(
+            "lm-eval-direct": TaskVariant(
                 "lm-eval-direct",
                 "3-shot without reasoning, greedy text; the whole text is the answer, with its leading space "
                 "(bbh_fewshot of lm-evaluation-harness 0.4)",
@@ -141,7 +141,7 @@ class BBH(Task):
             read += [file, *([prompt] if prompt.is_file() else [])]
         return Benchmark(records, examples, read)
 
-    def answer(self, protocol: Protocol, record: Record) -> str:
+    def answer(self, protocol: TaskVariant, record: Record) -> str:
         """Return the reasoning, or the answer alone."""
         return str(record.fields["reasoning"]) if protocol.name == "lm-eval" else str(record.target)
 

@@ -4,7 +4,7 @@ from importlib import resources
 from pathlib import Path
 from types import MappingProxyType
 
-from ascendspeed_eval.tasks.base import Benchmark, Protocol, Record, Task
+from ascendspeed_eval.tasks.base import Benchmark, Record, Task, TaskVariant
 from ascendspeed_eval.tasks.reading import find_files, not_empty, read_json_lines
 
 TEMPLATE = "{passage}\nQuestion: {question}?\nAnswer:"
@@ -25,7 +25,7 @@ class BoolQ(Task):
     reference_scores = (("LLaMA-7B", "2023 README, zero-shot", 0.742),)
     protocols = MappingProxyType(
         {
-            "ascendspeed": Protocol(
+            "ascendspeed": TaskVariant(
                 "ascendspeed",
                 "zero-shot; the likelier of ' Yes' and ' No' after 'Answer:', yes when equal "
                 "(the rule of the 2023 AscendSpeed)",
@@ -34,7 +34,7 @@ class BoolQ(Task):
                 lambda record: [0 if record.target == "yes" else 1],
                 seq_length=512,
             ),
-            "lm-eval": Protocol(
+            "lm-eval": TaskVariant(
                 "lm-eval",
                 "zero-shot; the likelier of ' no' and ' yes' after 'Answer:', no when equal "
                 "(boolq of lm-evaluation-harness 0.4)",

@@ -9,9 +9,9 @@ from ascendspeed_eval.errors import EvaluationError
 from ascendspeed_eval.tasks.base import (
     Benchmark,
     Extracted,
-    Protocol,
     Record,
     Task,
+    TaskVariant,
     letters,
     without_first_space,
 )
@@ -52,7 +52,7 @@ class CEval(Task):
     reference_scores = (("LLaMA-7B", "2023 README, 5-shot, val split", 0.408),)
     protocols = MappingProxyType(
         {
-            "ascendspeed": Protocol(
+            "ascendspeed": TaskVariant(
                 "ascendspeed",
                 "5-shot, greedy text; the whole answer is the letter (the rule of the 2023 AscendSpeed)",
                 "问：" + QUESTION + "\n答：",
@@ -65,7 +65,7 @@ class CEval(Task):
                 seq_length=2048,
                 main="strict",
             ),
-            "lm-eval": Protocol(
+            "lm-eval": TaskVariant(
                 "lm-eval",
                 "5-shot; the likeliest of ' A' to ' D' (ceval-valid of lm-evaluation-harness 0.4 with --num_fewshot 5)",
                 QUESTION + "\n答案：",
@@ -74,7 +74,7 @@ class CEval(Task):
                 num_fewshot=5,
                 normalised=True,
             ),
-            "authors": Protocol(
+            "authors": TaskVariant(
                 "authors",
                 "5-shot; the likeliest of 'A' to 'D' right after '答案：' (answer-only setting of hkust-nlp/ceval)",
                 QUESTION + "\n答案：",
@@ -102,14 +102,14 @@ class CEval(Task):
             read += [file, *([dev] if dev.is_file() else [])]
         return Benchmark(records, examples, read)
 
-    def question(self, protocol: Protocol, record: Record) -> str:
+    def question(self, protocol: TaskVariant, record: Record) -> str:
         """Return the question; lm-evaluation-harness strips it."""
         if protocol.name == "lm-eval":
             fields = {**record.fields, "question": record.fields["question"].strip()}
             record = Record(record.id, record.subset, fields, record.target)
         return super().question(protocol, record)
 
-    def answer(self, protocol: Protocol, record: Record) -> str:
+    def answer(self, protocol: TaskVariant, record: Record) -> str:
         """Return the letter."""
         return "ABCD"[record.target[0]]
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ascendspeed_eval.errors import EvaluationError, did_you_mean
-from ascendspeed_eval.tasks.base import Benchmark, Extracted, Protocol, Record, Task
+from ascendspeed_eval.tasks.base import Benchmark, Extracted, Record, Task, TaskVariant
 from ascendspeed_eval.tasks.reading import find_files, not_empty, read_csv, read_json_lines, read_text
 
 KEYS: Mapping[str, type | tuple[type, ...]] = {
@@ -94,11 +94,11 @@ class YamlTask(Task):
             files = [*files, place]
         return Benchmark(records, shown, [*files, self._path])
 
-    def header(self, protocol: Protocol, record: Record) -> str:
+    def header(self, protocol: TaskVariant, record: Record) -> str:
         """Render the header."""
         return str(self._header.render(record.fields))
 
-    def question(self, protocol: Protocol, record: Record) -> str:
+    def question(self, protocol: TaskVariant, record: Record) -> str:
         """Render the question; a prompt given on the command line has fields in braces."""
         if protocol.template != self._content["question"]:
             return super().question(protocol, record)
@@ -142,7 +142,7 @@ class YamlTask(Task):
                 f"{self._path}: choices renders to {text!r}, no list; use `| tojson`"
             ) from None
 
-    def _protocol(self) -> Protocol:
+    def _protocol(self) -> TaskVariant:
         content = self._content
         pattern = content.get("extract")
 
@@ -151,7 +151,7 @@ class YamlTask(Task):
             answer = (found[1] if found.groups() else found[0]) if found else None
             return {"strict": answer if pattern else text.strip(), "flexible": (answer or text).strip()}
 
-        return Protocol(
+        return TaskVariant(
             "own",
             f"the rule of {self._path.name}",
             content["question"],

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ascendspeed_eval.errors import EvaluationError
-from ascendspeed_eval.tasks.base import Benchmark, Extracted, Protocol, Record, Sample, Task
+from ascendspeed_eval.tasks.base import Benchmark, Extracted, Record, Sample, Task, TaskVariant
 from ascendspeed_eval.tasks.reading import find_files, not_empty, read_json_lines
 
 EXAMPLES_2023 = (
@@ -81,7 +81,7 @@ class GSM8K(Task):
     reference_scores = (("LLaMA-7B", "2023 README, 3-shot", 0.102),)
     protocols = MappingProxyType(
         {
-            "ascendspeed": Protocol(
+            "ascendspeed": TaskVariant(
                 "ascendspeed",
                 "3-shot, greedy text; the number after the first 'The answer is' (the rule of the 2023 AscendSpeed, "
                 "whose question has neither 'Q:' nor 'A:')",
@@ -94,7 +94,7 @@ class GSM8K(Task):
                 seq_length=2048,
                 main="strict",
             ),
-            "lm-eval": Protocol(
+            "lm-eval": TaskVariant(
                 "lm-eval",
                 "5-shot, greedy text; the number after '####' (strict) or the last number (flexible) (gsm8k of "
                 "lm-evaluation-harness 0.4)",
@@ -122,7 +122,7 @@ class GSM8K(Task):
         return Benchmark(records, {"gsm8k": examples}, [*files, *([train] if examples else [])])
 
     def choose_examples(
-        self, protocol: Protocol, benchmark: Benchmark, record: Record, count: int
+        self, protocol: TaskVariant, benchmark: Benchmark, record: Record, count: int
     ) -> Sequence[Record]:
         """Return the three examples of 2023."""
         made = [
@@ -138,7 +138,7 @@ class GSM8K(Task):
         )
 
     def samples(
-        self, benchmark: Benchmark, protocol: Protocol, num_fewshot: int | None = None
+        self, benchmark: Benchmark, protocol: TaskVariant, num_fewshot: int | None = None
     ) -> list[Sample]:
         """Make the prompts; under lm-eval each question has examples of its own."""
         count = protocol.num_fewshot if num_fewshot is None else num_fewshot
@@ -155,7 +155,7 @@ class GSM8K(Task):
             made.append(Sample(record, shown + self.question(protocol, record), 0))
         return made
 
-    def answer(self, protocol: Protocol, record: Record) -> str:
+    def answer(self, protocol: TaskVariant, record: Record) -> str:
         """Return the worked answer."""
         return str(record.fields["answer"])
 

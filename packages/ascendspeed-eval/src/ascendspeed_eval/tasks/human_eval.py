@@ -11,11 +11,11 @@ from ascendspeed_eval.statistics import pass_at_k
 from ascendspeed_eval.tasks.base import (
     AskSettings,
     Benchmark,
-    Protocol,
     Record,
     Sample,
     Scored,
     Task,
+    TaskVariant,
     without_first_space,
 )
 from ascendspeed_eval.tasks.reading import find_files, not_empty, read_json_lines
@@ -38,7 +38,7 @@ class HumanEval(Task):
     reference_scores = (("LLaMA-7B", "2023 README, pass@1", 0.116),)
     protocols = MappingProxyType(
         {
-            "ascendspeed": Protocol(
+            "ascendspeed": TaskVariant(
                 "ascendspeed",
                 "zero-shot with an instruction, greedy text; of prompt and answer together the imports and functions "
                 "up to the first line that is neither (the rule of the 2023 AscendSpeed)",
@@ -48,7 +48,7 @@ class HumanEval(Task):
                 seq_length=2048,
                 main="pass@1",
             ),
-            "lm-eval": Protocol(
+            "lm-eval": TaskVariant(
                 "lm-eval",
                 "zero-shot; the text up to the next class, function, comment, if or print (the authors' rule, and "
                 "humaneval of lm-evaluation-harness 0.4)",
@@ -78,7 +78,7 @@ class HumanEval(Task):
         sample: Sample,
         texts: Sequence[str],
         truncated_tokens: int,
-        protocol: Protocol,
+        protocol: TaskVariant,
         settings: AskSettings,
     ) -> Scored:
         """Run each program against the tests.
@@ -110,7 +110,7 @@ class HumanEval(Task):
         )
 
     @staticmethod
-    def program(protocol: Protocol, fields: Any, text: str) -> str:
+    def program(protocol: TaskVariant, fields: Any, text: str) -> str:
         """Return the program that passes or fails."""
         if protocol.name == "ascendspeed":
             body = "from typing import List\nimport math\n" + kept_lines(

@@ -8,9 +8,9 @@ from ascendspeed_eval.errors import EvaluationError
 from ascendspeed_eval.tasks.base import (
     Benchmark,
     Extracted,
-    Protocol,
     Record,
     Task,
+    TaskVariant,
     letters,
     without_first_space,
 )
@@ -57,7 +57,7 @@ class MMLU(Task):
     )
     protocols = MappingProxyType(
         {
-            "ascendspeed": Protocol(
+            "ascendspeed": TaskVariant(
                 "ascendspeed",
                 "5-shot, greedy text; a letter before a full stop, or at the beginning (rule of the 2023 AscendSpeed)",
                 QUESTION,
@@ -71,7 +71,7 @@ class MMLU(Task):
                 seq_length=2048,
                 main="strict",
             ),
-            "lm-eval": Protocol(
+            "lm-eval": TaskVariant(
                 "lm-eval",
                 "5-shot; the likeliest of ' A' to ' D' (mmlu of lm-evaluation-harness 0.4 with --num_fewshot 5)",
                 QUESTION,
@@ -79,7 +79,7 @@ class MMLU(Task):
                 header=HEADER + " {subject}.\n\n",
                 num_fewshot=5,
             ),
-            "authors": Protocol(
+            "authors": TaskVariant(
                 "authors",
                 "5-shot; the likeliest of ' A' to ' D' (evaluate.py of hendrycks/test: questions not stripped, two "
                 "spaces after 'about')",
@@ -108,14 +108,14 @@ class MMLU(Task):
             read += [file, *([dev] if dev.is_file() else [])]
         return Benchmark(records, examples, read)
 
-    def question(self, protocol: Protocol, record: Record) -> str:
+    def question(self, protocol: TaskVariant, record: Record) -> str:
         """Return the question; lm-evaluation-harness strips it."""
         if protocol.name == "lm-eval":
             fields = {**record.fields, "question": record.fields["question"].strip()}
             record = Record(record.id, record.subset, fields, record.target)
         return super().question(protocol, record)
 
-    def answer(self, protocol: Protocol, record: Record) -> str:
+    def answer(self, protocol: TaskVariant, record: Record) -> str:
         """Return the letter."""
         return "ABCD"[record.target[0]]
 

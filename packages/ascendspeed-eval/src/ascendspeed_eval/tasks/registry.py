@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ascendspeed_eval.errors import EvaluationError, UsageError, did_you_mean
 from ascendspeed_eval.tasks.agieval import AGIEval
-from ascendspeed_eval.tasks.base import Protocol, Task
+from ascendspeed_eval.tasks.base import Task, TaskVariant
 from ascendspeed_eval.tasks.bbh import BBH
 from ascendspeed_eval.tasks.boolq import BoolQ
 from ascendspeed_eval.tasks.ceval import CEval
@@ -68,7 +68,7 @@ def _load_class(path: Path) -> Task:
     return task
 
 
-def find_protocol(task: Task, name: str | None) -> Protocol:
+def find_protocol(task: Task, name: str | None) -> TaskVariant:
     """Return a protocol of a task, by default its own default, or raise `UsageError`."""
     wanted = name or task.default_protocol
     if wanted not in task.protocols:

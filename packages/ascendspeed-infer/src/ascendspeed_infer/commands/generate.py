@@ -16,9 +16,9 @@ from ascendspeed_data.command_line import log
 from ascendspeed_data.command_line.options import options_from
 from ascendspeed_data.command_line.progress import Progress
 from ascendspeed_data.errors import ConfigError, DataError
-from ascendspeed_infer.asked import Asked, Format, asked_in, text_of
 from ascendspeed_infer.config import GenerateConfig, LoadedModelConfig, inference_layout
 from ascendspeed_infer.engines import OWN, check_options, find_engine
+from ascendspeed_infer.prompt_file import Format, PromptRecord, asked_in, text_of
 
 if TYPE_CHECKING:
     from ascendspeed_core.weights import WeightSource
@@ -58,7 +58,7 @@ def generate(
         raise ConfigError("--prompt takes texts; give JSON lines by --prompt-file or on stdin")
     is_jsonl = prompt_file is not None and prompt_file.suffix == ".jsonl"
     format_ = prompt_format or ("jsonl" if is_jsonl else "text")
-    asked = [Asked(text) for text in prompt] if prompt else None
+    asked = [PromptRecord(text) for text in prompt] if prompt else None
     if prompt_file is not None:
         asked = asked_in(text_of(prompt_file), format_, str(prompt_file))
     with on_every_process(config, sys.argv[1:]) as is_here:
@@ -90,7 +90,7 @@ def on_every_process(config: LoadedModelConfig, arguments: Sequence[str]) -> Ite
                     f"engine={config.engine.engine} starts the processes of its layout itself, and {world_size} were "
                     "started; start one"
                 )
-        from ascendspeed_infer.opening import check_source
+        from ascendspeed_infer.loading import check_source
 
         check_source(config, is_own)
         is_launcher = world_size > 1 and not is_worker()
@@ -105,7 +105,7 @@ def opened_model(config: LoadedModelConfig) -> Iterator[tuple["TextGenerator", "
     from ascendspeed_core.launch import process_group
     from ascendspeed_core.models.int8 import weights_nbytes
     from ascendspeed_infer.language_model import LanguageModel
-    from ascendspeed_infer.opening import open_model_source, open_with, wanted_dtype
+    from ascendspeed_infer.loading import open_model_source, open_with, wanted_dtype
 
     if config.engine.engine != OWN:
         with open_with(find_engine(config.engine.engine), config) as opened:
@@ -129,7 +129,7 @@ def opened_model(config: LoadedModelConfig) -> Iterator[tuple["TextGenerator", "
         yield model, source
 
 
-def run(config: GenerateConfig, asked: list[Asked] | None, format_: Format, as_json: bool) -> None:
+def run(config: GenerateConfig, asked: list[PromptRecord] | None, format_: Format, as_json: bool) -> None:
     """Generate on this process, with the others if there are any; the first one reads stdin and prints."""
     with opened_model(config) as (model, _):
         is_first = model.is_first
@@ -155,7 +155,7 @@ def run(config: GenerateConfig, asked: list[Asked] | None, format_: Format, as_j
             log(f"{count} tokens in {seconds:.2f} s, {count / seconds:.1f} tokens/s")
 
 
-def check_names(asked: Sequence[Asked]) -> None:
+def check_names(asked: Sequence[PromptRecord]) -> None:
     """Refuse what a line holds beside its prompt under a name of the answer's."""
     from ascendspeed_infer.requests import Completion
 
@@ -168,7 +168,7 @@ def check_names(asked: Sequence[Asked]) -> None:
             )
 
 
-def _json_of(completion: "Completion", asked: Asked) -> str:
+def _json_of(completion: "Completion", asked: PromptRecord) -> str:
     """Return a completion as JSON, with what its prompt's line held, without what was not asked for."""
     answer = {**asked.beside, **asdict(completion)}
     return json.dumps({name: one for name, one in answer.items() if one is not None}, ensure_ascii=False)

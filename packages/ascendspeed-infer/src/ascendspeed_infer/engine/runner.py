@@ -17,13 +17,19 @@ from dataclasses import dataclass
 
 import torch
 
-from ascendspeed_core.models.cache import CachedPass, KeyValueCache, Piece, Room
+from ascendspeed_core.models.cache import CachedPass, CacheSlot, KeyValueCache, SequenceChunk
 from ascendspeed_core.models.transformer import Transformer
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.pipeline import forward_through_stages
 from ascendspeed_core.parallel.tensor import gather_logits
 from ascendspeed_data.errors import AscendSpeedError
-from ascendspeed_infer.engine.tiles import Tiles, check_order_of_sums, pack, rows_are_alike, tiles_for
+from ascendspeed_infer.engine.batch_invariant import (
+    Tiles,
+    check_order_of_sums,
+    pack,
+    rows_are_alike,
+    tiles_for,
+)
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ class Work:
         is_decoding: whether it continues a text, one token at a time; otherwise it is a prompt's.
     """
 
-    piece: Piece
+    piece: SequenceChunk
     ids: Sequence[int]
     read: int = 0
     is_decoding: bool = False
@@ -122,7 +128,7 @@ def check_batch_invariance(model: Transformer, mesh: ParallelMesh) -> Tiles:
     for is_decoding in (True, False):
         size = tiles.size(is_decoding)
         # One text of a single token, once in every row.
-        works = [Work(Piece(room, 0, 1), [0], 1, is_decoding)] * size
+        works = [Work(SequenceChunk(room, 0, 1), [0], 1, is_decoding)] * size
         if not rows_are_alike(torch.cat(runner.run(works))):
             raise AscendSpeedError(
                 f"batch_invariant: a product of {size} rows adds up in an order that depends on the row, on this "
@@ -131,23 +137,23 @@ def check_batch_invariance(model: Transformer, mesh: ParallelMesh) -> Tiles:
     return tiles
 
 
-def prefill(runner: ModelRunner, room: Room, ids: Sequence[int], start: int = 0) -> torch.Tensor:
+def prefill(runner: ModelRunner, room: CacheSlot, ids: Sequence[int], start: int = 0) -> torch.Tensor:
     """Read `ids` from place `start` of a text on, and return the logits of the token that follows, [V]."""
-    (logits,) = runner.run([Work(Piece(room, start, len(ids)), ids, 1)])
+    (logits,) = runner.run([Work(SequenceChunk(room, start, len(ids)), ids, 1)])
     return logits[0]
 
 
-def decode_one_token(runner: ModelRunner, room: Room, token: int, place: int) -> torch.Tensor:
+def decode_one_token(runner: ModelRunner, room: CacheSlot, token: int, place: int) -> torch.Tensor:
     """Read one more token of a text and return the logits of the one that follows, [V]."""
     return decode_tokens(runner, [room], [token], [place])[0]
 
 
 def decode_tokens(
-    runner: ModelRunner, rooms: Sequence[Room], tokens: Sequence[int], places: Sequence[int]
+    runner: ModelRunner, rooms: Sequence[CacheSlot], tokens: Sequence[int], places: Sequence[int]
 ) -> torch.Tensor:
     """Read one more token of each text and return the logits of those that follow, [texts, V]."""
     works = [
-        Work(Piece(room, place, 1), [token], 1, is_decoding=True)
+        Work(SequenceChunk(room, place, 1), [token], 1, is_decoding=True)
         for room, token, place in zip(rooms, tokens, places, strict=True)
     ]
     return torch.cat(runner.run(works))

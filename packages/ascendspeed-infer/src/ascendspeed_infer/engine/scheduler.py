@@ -22,15 +22,15 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ascendspeed_core.models.cache import Piece, Room, blocks_of
+from ascendspeed_core.models.cache import CacheSlot, SequenceChunk, blocks_of
 from ascendspeed_data.errors import AscendSpeedError
 from ascendspeed_infer.engine.runner import ModelRunner, Work
-from ascendspeed_infer.engine.texts import Continuation, NextToken
+from ascendspeed_infer.engine.sequences import Continuation, NextToken
 
 PROMPT_TOKENS_PER_STEP = 512
 """Prompts are read in pieces, so that texts which are being continued do not wait for a long one."""
 
-SHORTEST_BEGINNING_TOKENS = 16
+SHORTEST_PREFIX_TOKENS = 16
 """A shorter beginning is computed again, not copied."""
 
 
@@ -45,13 +45,13 @@ class _Row:
         stored: how many of them have keys and values.
     """
 
-    room: Room
+    room: CacheSlot
     ids: list[int]
     num_prompt: int
     stored: int = 0
 
     @property
-    def beginning(self) -> list[int]:
+    def prefix(self) -> list[int]:
         """What another text could share: the prompt, even while it is being read, or all that is stored."""
         return self.ids[: max(self.stored, self.num_prompt)]
 
@@ -62,7 +62,7 @@ class _Entry:
 
     request: Continuation
     rows: list[_Row]
-    spare: list[Room] = field(default_factory=list)
+    spare: list[CacheSlot] = field(default_factory=list)
 
 
 class Engine:
@@ -140,7 +140,7 @@ class Engine:
             self._leave(entry, keep=False)
         return entry is not None
 
-    def forget_beginnings(self) -> None:
+    def clear_prefix_cache(self) -> None:
         """Free the memory of texts that are complete."""
         for row in self._kept:
             self._cache.release(row.room)
@@ -176,7 +176,7 @@ class Engine:
         logits = self._runner.run(works)
         for row, work in zip(read, works, strict=True):
             row.stored += len(work.ids)
-        return [entry.request for entry, mine in told if self._tell(entry, logits[mine])]
+        return [entry.request for entry, mine in told if self._advance(entry, logits[mine])]
 
     def _works(self, row: _Row, budget: int) -> list[Work]:
         """Cut what a text has to be read into pieces, of a prompt about `budget` tokens."""
@@ -190,12 +190,12 @@ class Engine:
             ends = [place for place in tiles.cut(row.stored, end) if place - row.stored <= budget]
         works, start = [], row.stored
         for place in ends:
-            piece = Piece(row.room, start, place - start)
+            piece = SequenceChunk(row.room, start, place - start)
             works.append(Work(piece, row.ids[start:place], int(place == end), is_decoding))
             start = place
         return works
 
-    def _tell(self, entry: _Entry, logits: Sequence[torch.Tensor]) -> bool:
+    def _advance(self, entry: _Entry, logits: Sequence[torch.Tensor]) -> bool:
         """Let a request choose; return whether it is still there to be told."""
         if entry not in self._active:
             return False
@@ -245,14 +245,14 @@ class Engine:
 
     def _longest_beginning(self, prompt: Sequence[int]) -> tuple[_Row | None, int]:
         """Return the text with which a prompt has most ids in common, and how many; its last id is never one."""
-        source, most = None, SHORTEST_BEGINNING_TOKENS - 1
+        source, most = None, SHORTEST_PREFIX_TOKENS - 1
         wanted, tiles = list(prompt[:-1]), self._runner.tiles
         for row in (*self._kept, *(row for entry in self._active for row in entry.rows)):
             if tiles is None:
-                common = common_beginning(row.beginning, wanted)
+                common = common_prefix(row.prefix, wanted)
             else:
                 # What was decoded was computed in another shape.
-                common = tiles.reusable(common_beginning(row.ids[: row.num_prompt], wanted))
+                common = tiles.reusable(common_prefix(row.ids[: row.num_prompt], wanted))
             if common > most:
                 source, most = row, common
         return source, most
@@ -288,7 +288,7 @@ class Engine:
         return request.max_rows * blocks_of(len(request.prompt_ids) + request.max_new_tokens)
 
 
-def common_beginning(first: Sequence[int], second: Sequence[int]) -> int:
+def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
     """Return how many ids two texts have in common at their beginning."""
     low, high = 0, min(len(first), len(second))
     while low < high:

@@ -10,7 +10,7 @@ from ascendspeed_core.launch import announce
 from ascendspeed_core.models.families.packing import Packed
 from ascendspeed_data.errors import AscendSpeedError
 
-NOTHING_TO_US = frozenset(
+IGNORED_HF_KEYS = frozenset(
     (
         "_attn_implementation",
         "_commit_hash",
@@ -137,7 +137,7 @@ class Family:
         values: dict[str, Any] = {"family": self.name, **self.fixed}
         for rule in self.config:
             values |= rule.read(hf)
-        known = NOTHING_TO_US.union(self.must_be, self.unused, *(rule.keys for rule in self.config))
+        known = IGNORED_HF_KEYS.union(self.must_be, self.unused, *(rule.keys for rule in self.config))
         unknown = [key for key in hf if key not in known]
         if unknown:
             announce(

@@ -1,0 +1,183 @@
+"""Make this process's part of a model and fill it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ascendspeed_core.config.model import ModelConfig, WeightQuantization
+from ascendspeed_core.config.parallel import stages_of_devices
+from ascendspeed_core.config.sharding import Slice, tensor_slice
+from ascendspeed_core.kernels.int8 import Workspace, refuse_missing_format
+from ascendspeed_core.models.int8 import largest_of_rows, quantize
+from ascendspeed_core.models.lora import HALVES, AdapterPlan, add_adapters, freeze
+from ascendspeed_core.models.projections import join_projections, make_joined_projections
+from ascendspeed_core.models.transformer import Transformer, empty_transformer, filled_in_turn
+from ascendspeed_core.parallel.collectives import all_reduce_max
+from ascendspeed_core.parallel.context import apply_context_parallel
+from ascendspeed_core.parallel.mesh import ParallelMesh
+from ascendspeed_core.parallel.tensor import apply_tensor_parallel
+from ascendspeed_core.weights.adapters.lora import AdaptedWeights
+from ascendspeed_core.weights.load import check_weights, copy_weight, load_weights, shapes_of
+from ascendspeed_core.weights.source import WeightSource
+from ascendspeed_data.errors import ConfigError
+
+
+def build_model(
+    config: ModelConfig,
+    mesh: ParallelMesh,
+    dtype: torch.dtype,
+    joined_projections: bool = False,
+    adapters: AdapterPlan | None = None,
+) -> Transformer:
+    """Return this process's part of the model, its storage on the device but not filled.
+
+    No process ever holds more than its own slices.
+
+    Args:
+        config: the model.
+        mesh: this process's place.
+        dtype: of the weights.
+        joined_projections: one matrix product for queries, keys and values, and one for gate and up.
+        adapters: which tensors are trained, when not all are.
+    """
+    model, device = _cut_model(config, mesh, dtype, adapters), mesh.device.torch
+    if joined_projections:
+        make_joined_projections(model, device)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta:
+                storage = torch.empty_like(parameter, device=device)
+                setattr(module, name, nn.Parameter(storage, requires_grad=parameter.requires_grad))
+    model.tie_weights()
+    return model
+
+
+def _cut_model(
+    config: ModelConfig, mesh: ParallelMesh, dtype: torch.dtype, adapters: AdapterPlan | None
+) -> Transformer:
+    """Return this process's part of the model without storage."""
+    mine = stages_of_devices(config.num_layers, mesh.layout)[mesh.pp_rank]
+    model = empty_transformer(config, dtype, mine)
+    if adapters is not None:
+        add_adapters(model, adapters)
+    group = mesh.group("tp")
+    if group is not None:
+        apply_tensor_parallel(model, group, mesh.layout)
+    context = mesh.group("cp")
+    if context is not None:
+        apply_context_parallel(model, context)
+    freeze(model)
+    return model
+
+
+def load_model(
+    source: WeightSource,
+    mesh: ParallelMesh,
+    dtype: torch.dtype,
+    joined_projections: bool = False,
+    zero_settings: Mapping[str, Any] | None = None,
+    weight_quantization: WeightQuantization = "none",
+) -> Transformer:
+    """Return this process's part of the model that `source` holds, reading only its own slices.
+
+    Under ZeRO-3 it reads its tensor-parallel slices, one module after the other, and keeps its share of each.
+
+    Args:
+        source: the weights.
+        mesh: this process's place.
+        dtype: of the weights.
+        joined_projections: see `build_model`.
+        zero_settings: config of `deepspeed.initialize`, when the layout has a ZeRO stage.
+        weight_quantization: `int8` makes a model that only answers, see `load_int8_model`.
+    """
+    if weight_quantization == "int8":
+        return load_int8_model(source, mesh, dtype, joined_projections)
+    adapters = source.adapters if isinstance(source, AdaptedWeights) else None
+    if mesh.layout.zero_stage == 3:
+        from ascendspeed_core.parallel.deepspeed import partition_weights
+
+        assert zero_settings is not None
+        model = _cut_model(source.config, mesh, dtype, adapters)
+        slices = parameter_slices(model, mesh)
+        check_weights(model, source, slices)
+
+        def fill(name: str, parameter: torch.Tensor) -> None:
+            copy_weight(parameter, source, name, slices[name])
+
+        partition_weights(model, mesh, fill, zero_settings)
+        return model
+    model = build_model(source.config, mesh, dtype, joined_projections, adapters)
+    load_weights(model, source, parameter_slices(model, mesh))
+    return model
+
+
+def load_int8_model(
+    source: WeightSource, mesh: ParallelMesh, dtype: torch.dtype, joined_projections: bool = False
+) -> Transformer:
+    """Return this process's part of a model whose layers and head hold int8 weights; it answers, and is not trained.
+
+    Each weight is quantized as it is read, so besides the integers a process never holds more than one module's
+    weights. Embedding, a head that is tied to it, norms, biases and adapters keep their format. The scale of a row is
+    that of the whole row, also where each device holds a part of it: the integers are the same under every layout.
+
+    Args:
+        source: the weights; not spread by ZeRO-3.
+        mesh: this process's place.
+        dtype: of activations, scales, and what is not quantized.
+        joined_projections: see `build_model`.
+
+    Raises:
+        ConfigError: the device has no such product in that format, or ZeRO-3 is to spread the weights.
+        AscendSpeedError: a weight is not finite.
+    """
+    refuse_missing_format(dtype, mesh.device)
+    refuse_spread_int8(mesh.layout.zero_stage)
+    model = _cut_model(
+        source.config, mesh, dtype, source.adapters if isinstance(source, AdaptedWeights) else None
+    )
+    slices = parameter_slices(model, mesh)
+    check_weights(model, source, slices)
+    names, workspace = {module: name for name, module in model.named_modules()}, Workspace()
+    for module in filled_in_turn(
+        model, mesh.device.torch, lambda name, parameter: copy_weight(parameter, source, name, slices[name])
+    ):
+        if isinstance(module, nn.Linear) and _becomes_int8(model, names[module]):
+            _quantize_layer(module, f"{names[module]}.weight", slices, mesh, workspace)
+    if joined_projections:
+        join_projections(model)
+    return model.requires_grad_(False)
+
+
+def refuse_spread_int8(zero_stage: int | None) -> None:
+    """Raise `ConfigError` where int8 weights are to be spread by ZeRO-3."""
+    if zero_stage == 3:
+        raise ConfigError(
+            "weight_quantization=int8 and zero_stage=3 were both given, but ZeRO-3 spreads weights in the model's "
+            "format only; leave one of them out, or cut the layers: --tensor-model-parallel-size"
+        )
+
+
+def _becomes_int8(model: Transformer, layer: str) -> bool:
+    """Whether a linear layer's weight does: not a head that shares the embedding's, and no adapter's halves."""
+    return not layer.endswith(HALVES) and not (layer == "output_head" and model.config.tie_word_embeddings)
+
+
+def _quantize_layer(
+    linear: nn.Linear, name: str, slices: Mapping[str, Slice], mesh: ParallelMesh, workspace: Workspace
+) -> None:
+    largest = largest_of_rows(linear.weight)
+    group = mesh.group("tp")
+    if group is not None and slices[name].sizes[1] < slices[name].shape[1]:
+        all_reduce_max(largest, group)
+    linear.weight = nn.Parameter(quantize(linear.weight, largest, workspace, name), requires_grad=False)
+
+
+def parameter_slices(model: Transformer, mesh: ParallelMesh) -> dict[str, Slice]:
+    """Return which part of each parameter this process holds."""
+    shapes = shapes_of(model)
+    return {
+        name: tensor_slice(name, shapes[name], model.config, mesh.layout, mesh.tp_rank)
+        for name, _ in model.named_parameters()
+    }

@@ -1,0 +1,1 @@
+"""The samples of a run: megatron-core's text samples, instruction sets, preference pairs."""

@@ -1,0 +1,320 @@
+"""Rows that training reads whole: samples with labels (`instruction`) and pairs of answers (`preference_data`).
+
+Rows are padded on the right, which causal attention never looks at. What is learned is in the labels; every learned
+token of the global batch weighs the same, however rows fall into micro-batches and devices.
+
+The order is drawn anew for each epoch from the seed and the number of the epoch, so it depends neither on the layout
+nor on the length of the run.
+
+Shapes: B rows of a micro-batch, S padded length of the step.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from math import lcm
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ascendspeed_core.config.finetune import PaddedDataConfig
+from ascendspeed_core.data.gpt_dataset import DIGEST_SAMPLES, SPLITS, numbers_of_rank, refuse_unknown_ids
+from ascendspeed_core.launch import announce
+from ascendspeed_core.megatron import megatron
+from ascendspeed_core.parallel.mesh import ParallelMesh
+from ascendspeed_core.training.step import MicroBatch
+from ascendspeed_data.blend import check_same_tokenizer
+from ascendspeed_data.dataset import Dataset
+from ascendspeed_data.encoding import LABELS
+from ascendspeed_data.errors import DataError
+from ascendspeed_data.handlers import IGNORED_LABEL
+from ascendspeed_data.manifest import DatasetManifest
+
+
+@dataclass(frozen=True)
+class TrainingSequence:
+    """One training sequence: a sample, or the samples of a pack or of a pair one behind the other.
+
+    Attributes:
+        ids: of all of them, [n].
+        labels: what is learned, -100 elsewhere; not shifted, [n].
+        lengths: of each sample.
+    """
+
+    ids: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    lengths: tuple[int, ...]
+
+
+class SequenceSource(Protocol):
+    """Rows of one split of one dataset.
+
+    Attributes:
+        lengths: length that each row is padded to at least.
+        num_cut: rows that lose an end.
+        num_dropped: rows that are left out, as nothing to learn would remain of them.
+        what: their name.
+    """
+
+    lengths: NDArray[np.int64]
+    num_cut: int
+    num_dropped: int
+    what: str
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int) -> TrainingSequence:
+        """Read one row."""
+        ...
+
+
+class SequenceOrder:
+    """Rows of several datasets in the order of a run.
+
+    Args:
+        parts: rows of each dataset.
+        weights: of each, or `None` for a single one.
+        seed: of the order.
+        count: rows that will be asked for.
+        is_shuffled: a new order in each epoch; else that of the files.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[SequenceSource],
+        weights: list[float] | None,
+        seed: int,
+        count: int,
+        is_shuffled: bool,
+    ) -> None:
+        self._parts, self._seed, self._is_shuffled = parts, seed, is_shuffled
+        self._orders: dict[int, tuple[int, NDArray[np.int64]]] = {}
+        self._of_part = self._in_part = None
+        self._weights = weights
+        if weights is not None and len(parts) > 1:
+            shares = np.asarray(weights, np.float64) / sum(weights)
+            self._of_part, self._in_part = np.zeros(count, np.int16), np.zeros(count, np.int64)
+            megatron("datasets.helpers").build_blending_indices(
+                self._of_part, self._in_part, shares, len(parts), count, False
+            )
+
+    def place_of(self, number: int) -> tuple[int, int]:
+        """Return dataset and row of the `number`th row of the run."""
+        part = int(self._of_part[number]) if self._of_part is not None else 0
+        within = int(self._in_part[number]) if self._in_part is not None else number
+        epoch, place = divmod(within, len(self._parts[part]))
+        if not self._is_shuffled:
+            return part, place
+        known = self._orders.get(part)
+        if known is None or known[0] != epoch:
+            # RandomState: its stream is the same in every version of numpy, so that a resumed run finds its order.
+            draw = np.random.RandomState([self._seed, epoch])
+            known = self._orders[part] = (epoch, draw.permutation(len(self._parts[part])))
+        return part, int(known[1][place])
+
+    def length(self, number: int) -> int:
+        """Return the ids of a row."""
+        part, row = self.place_of(number)
+        return int(self._parts[part].lengths[row])
+
+    def __getitem__(self, number: int) -> TrainingSequence:
+        part, row = self.place_of(number)
+        return self._parts[part][row]
+
+    def digest(self) -> str:
+        """Return a digest of everything that decides the order."""
+        digest = hashlib.sha256(f"{self._seed}:{self._weights}".encode())
+        for part in self._parts:
+            digest.update(np.ascontiguousarray(part.lengths).tobytes())
+        return digest.hexdigest()
+
+
+def documents_of_split(dataset: Dataset, split: str, place: int) -> NDArray[np.int64]:
+    """Return where the documents of one split begin in the sequences of the file, and where the last ends."""
+    documents: NDArray[np.int64] = dataset.ids.documents
+    shares = [float(part) for part in split.replace("/", ",").split(",")]
+    edges = [round(sum(shares[:n]) / sum(shares) * (len(documents) - 1)) for n in range(4)]
+    return documents[edges[place] : edges[place + 1] + 1]
+
+
+def read_sample(dataset: Dataset, sequence: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Return ids and labels of a sequence, without the padding that files of other tools may have.
+
+    Raises:
+        DataError: an attention mask that hides something else than an end.
+    """
+    attended = dataset.attended(sequence) != 0
+    end = int(attended.sum())
+    if not attended[:end].all():
+        raise DataError(
+            f"{dataset.prefix}: the attention mask of sequence {sequence} hides ids before its end; only "
+            "padding at the end can be hidden"
+        )
+    labels = dataset.arrays[LABELS][sequence][:end].copy()
+    # Nothing is learned of a sample's first id: what stands before it in a pack is another sample.
+    labels[:1] = IGNORED_LABEL
+    return dataset.ids[sequence][:end], labels
+
+
+@dataclass(frozen=True)
+class PaddedKind:
+    """What differs between samples and pairs.
+
+    Attributes:
+        open: opens the dataset of a prefix, and refuses one of another kind.
+        rows: takes a dataset, the shares of a split, its number, and the longest row.
+        collate: makes a micro-batch of rows and the length to pad to.
+    """
+
+    open: Callable[[str], Dataset]
+    rows: Callable[[Dataset, str, int, int], SequenceSource]
+    collate: Callable[[Sequence[TrainingSequence], int], MicroBatch]
+
+
+def check_padded_data(
+    kind: PaddedKind, config: PaddedDataConfig, num_samples: tuple[int, int, int]
+) -> DatasetManifest | None:
+    """Prove every set whole, all of one tokenizer, and no wanted split empty; needs no processes.
+
+    Args:
+        kind: samples or pairs.
+        config: files and split.
+        num_samples: rows of the whole run: (training, validation, test).
+
+    Returns:
+        The manifest of the first prefix, or `None` if it has none (data made by other tools).
+
+    Raises:
+        DataError: a file is missing or damaged, holds something else, or has nothing to learn in a split.
+    """
+    datasets = [kind.open(prefix) for prefix in config.blend()[0]]
+    for dataset in datasets:
+        check_same_tokenizer(datasets[0], dataset)
+        for place, split in enumerate(SPLITS[:2]):
+            if num_samples[place]:
+                rows = kind.rows(dataset, config.split, place, config.seq_length)
+                seen = f", seen {num_samples[place] / len(rows):.2f} times" if len(datasets) == 1 else ""
+                announce(
+                    f"{dataset.prefix}: {len(rows):,} {split} {rows.what}{seen}{_shortened(rows, config)}"
+                )
+    return datasets[0].manifest
+
+
+def _shortened(rows: SequenceSource, config: PaddedDataConfig) -> str:
+    if not rows.num_cut and not rows.num_dropped:
+        return ""
+    return (
+        f"; {rows.num_cut:,} lose an end at seq_length={config.seq_length}, {rows.num_dropped:,} longer ones are left "
+        "out, as nothing to learn would remain"
+    )
+
+
+class PaddedData:
+    """Training and validation rows of one run, see `run_data.RunData`.
+
+    Args:
+        kind: samples or pairs.
+        config: files, split, length of a row.
+        seed: of the order of training rows; held-out ones come as they lie.
+        num_samples: rows of the whole run: (training, validation, test).
+        vocab_size: ids must be below.
+        mesh: this process's place.
+    """
+
+    def __init__(
+        self,
+        kind: PaddedKind,
+        config: PaddedDataConfig,
+        seed: int,
+        num_samples: tuple[int, int, int],
+        vocab_size: int,
+        mesh: ParallelMesh,
+    ) -> None:
+        self._config, self._mesh, self._vocab_size = config, mesh, vocab_size
+        self._collate = kind.collate
+        prefixes, weights = config.blend()
+        datasets = [kind.open(prefix) for prefix in prefixes]
+
+        def order(place: int) -> SequenceOrder | None:
+            if not num_samples[place]:
+                return None
+            parts = [kind.rows(dataset, config.split, place, config.seq_length) for dataset in datasets]
+            return SequenceOrder(parts, weights, seed, num_samples[place], is_shuffled=place == 0)
+
+        self.train, self.validation = order(0), order(1)
+
+    def order_digest(self, consumed: int) -> str:
+        """Return a digest of the order, of whose beginning the first `consumed` rows are."""
+        return self.train.digest() if self.train is not None else ""
+
+    def content_digest(self, num_samples: int) -> str:
+        """Return a digest of the order and of the ids of some rows, to compare machines."""
+        digest = hashlib.sha256(self.order_digest(num_samples).encode())
+        for number in range(0, num_samples, num_samples // DIGEST_SAMPLES + 1):
+            assert self.train is not None
+            digest.update(self.train[number].ids.tobytes())
+        return digest.hexdigest()
+
+    def micro_batches(self, consumed: int, sizes: Sequence[int]) -> list[MicroBatch]:
+        """Return this rank's micro-batches, of those sizes, of the step that follows `consumed` rows."""
+        return list(self._take(self.train, consumed, sizes))
+
+    def validation_batches(self, measured: int, sizes: Sequence[int]) -> list[MicroBatch]:
+        """Return this rank's micro-batches of the measurement that follows `measured` rows."""
+        return list(self._take(self.validation, measured, sizes))
+
+    def _take(self, order: SequenceOrder | None, consumed: int, sizes: Sequence[int]) -> Iterator[MicroBatch]:
+        assert order is not None
+        length = self._length(order, range(consumed, consumed + sum(sizes) * self._mesh.layout.dp))
+        for numbers in numbers_of_rank(consumed, sizes, self._mesh):
+            batch = self._collate([order[number] for number in numbers], length)
+            # A pair has two rows, which drop the same.
+            rows = torch.tensor(list(numbers)).repeat_interleave(len(batch.tokens) // len(numbers))
+            batch = replace(batch, samples=rows)
+            refuse_unknown_ids(batch, self._vocab_size)
+            yield batch.part_of_sequence(self._mesh).to(self._mesh.device.torch)
+
+    def _length(self, order: SequenceOrder, numbers: range) -> int:
+        """Return the length that the rows of a step are padded to, the same on all devices."""
+        longest = self._config.seq_length
+        if not self._config.variable_seq_lengths:
+            return longest
+        layout = self._mesh.layout
+        parts = layout.cp * (layout.tp if layout.sequence_parallel else 1)
+        multiple = lcm(self._config.pad_to_multiple_of, parts)
+        needed = max(order.length(number) for number in numbers)
+        return min(-(-needed // multiple) * multiple, longest)
+
+
+def collate(rows: Sequence[TrainingSequence], length: int) -> MicroBatch:
+    """Pad rows on the right to one length, and shift the labels: what is learned at a place is the next id.
+
+    Args:
+        rows: at most `length` ids each.
+        length: S.
+
+    Returns:
+        Tokens, labels and mask, [B, S]; positions and segments where a row holds several samples. Padding is a
+        segment of its own, with the id 0.
+    """
+    shape = (len(rows), length)
+    tokens, labels = np.zeros(shape, np.int64), np.full(shape, IGNORED_LABEL, np.int64)
+    positions, segments = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    for number, row in enumerate(rows):
+        end = len(row.ids)
+        tokens[number, :end] = row.ids
+        labels[number, : end - 1] = row.labels[1:]
+        lengths = [*row.lengths, length - end]
+        positions[number] = np.concatenate([np.arange(part) for part in lengths])
+        segments[number] = np.repeat(np.arange(len(lengths)), lengths)
+    learned = labels != IGNORED_LABEL
+    several = any(len(row.lengths) > 1 for row in rows)
+    return MicroBatch(
+        torch.from_numpy(tokens),
+        torch.from_numpy(np.where(learned, labels, 0)),
+        torch.from_numpy(learned.astype(np.float32)),
+        torch.from_numpy(positions) if several else None,
+        torch.from_numpy(segments) if several else None,
+    )

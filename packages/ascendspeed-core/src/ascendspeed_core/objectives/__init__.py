@@ -1,0 +1,1 @@
+"""What is minimised: next-token prediction, DPO."""

@@ -1,0 +1,1 @@
+"""What a run tells: metrics, monitoring, a watchdog, where numbers stop being finite, pictures."""

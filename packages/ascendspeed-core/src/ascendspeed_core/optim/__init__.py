@@ -1,0 +1,1 @@
+"""Gradients to updates: this project's optimizer, DeepSpeed, schedules, loss scaling."""

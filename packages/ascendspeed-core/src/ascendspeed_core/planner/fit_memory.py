@@ -1,0 +1,347 @@
+"""Choose how much is recomputed so that a step fits a budget: `--checkpoint-policy auto`.
+
+Each part of this process's stages runs forwards and backwards once, and every tensor that comes into being is counted
+from its making to its end. `parallel.memory_plan` puts a step together from these sizes. What a fused operator takes
+for itself while it runs, and what an allocator leaves unused between tensors, is not seen.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ascendspeed_core.config.parallel import Stage
+from ascendspeed_core.device import Device
+from ascendspeed_core.models.transformer import Transformer
+from ascendspeed_core.optim.optimizer import MasterOptimizer
+from ascendspeed_core.parallel.mesh import ParallelMesh, gather_objects
+from ascendspeed_core.parallel.pipeline import hidden_shape, logits_shape, run_pipeline
+from ascendspeed_core.parallel.recompute import recompute, recomputed
+from ascendspeed_core.parallel.timeline import Recorder
+from ascendspeed_core.planner.memory import (
+    Mode,
+    PartMemory,
+    PipelineAction,
+    StageMemory,
+    StepMemory,
+    has_selective,
+    least_recompute,
+    plans,
+)
+from ascendspeed_core.training.step import MicroBatch, masked_sum
+from ascendspeed_data.errors import ConfigError
+
+GIB = 1 << 30
+ACCELERATOR_SHARE = 0.9
+"""Of an accelerator's memory, when no budget is given: the rest is for its libraries and for gaps between tensors."""
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors that are made while it is on, as long as they exist.
+
+    Attributes:
+        now: bytes of those that exist.
+        peak: most of them so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now, self.peak = 0, 0
+        self._known: Any = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run an operator, and note what it made."""
+        for tensor in tree_leaves((args, kwargs)):
+            if isinstance(tensor, torch.Tensor):
+                # Not made here, or noted already.
+                self._known.setdefault(tensor.untyped_storage(), None)
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor) and not tensor.is_meta:
+                self._note(tensor.untyped_storage())
+        return made
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        if storage in self._known:
+            return
+        self._known[storage] = _Counted(self, storage.nbytes())
+
+
+class _Counted:
+    """The bytes of a storage; lives as long as the storage does."""
+
+    def __init__(self, live: LiveBytes, size: int) -> None:
+        self._live, self._size = live, size
+        live.now += size
+        live.peak = max(live.peak, live.now)
+
+    def __del__(self) -> None:
+        self._live.now -= self._size
+
+
+def memory_budget(given_gib: float | None, device: Device) -> int:
+    """Return the bytes that a step may take on each device.
+
+    Raises:
+        ConfigError: no budget was given on a device whose memory is shared with everything else.
+    """
+    if given_gib is not None:
+        return int(given_gib * GIB)
+    whole = device.memory_bytes()
+    if whole is None:
+        raise ConfigError(
+            f"checkpoint_policy=auto on {device.kind}, whose memory all processes of the machine share; give "
+            "--memory-budget-gib, what the tensors of one process may take"
+        )
+    return int(whole * ACCELERATOR_SHARE)
+
+
+def full_step(
+    sample: MicroBatch, sizes: Sequence[int], seq_length: int, mesh: ParallelMesh
+) -> list[MicroBatch]:
+    """Return micro-batches like a sample of the data, but as long as samples can be.
+
+    Args:
+        sample: a micro-batch of the largest size.
+        sizes: of the micro-batches of a step.
+        seq_length: S, of whole sequences.
+        mesh: this process's place.
+    """
+
+    def stretched(name: str, part: torch.Tensor) -> torch.Tensor:
+        if part.dim() == 1:
+            return part
+        # Attention sees the segments of whole sequences.
+        length = seq_length if name == "segments" else seq_length // mesh.layout.cp
+        return torch.nn.functional.pad(part, (0, length - part.shape[1]))
+
+    parts = {name: stretched(name, part) for name, part in vars(sample).items() if part is not None}
+    return [MicroBatch(**{name: part[:size] for name, part in parts.items()}) for size in sizes]
+
+
+def fit_recompute(
+    model: Transformer,
+    optimizer: MasterOptimizer,
+    mesh: ParallelMesh,
+    micro_batches: Sequence[MicroBatch],
+    budget: int,
+) -> list[str]:
+    """Make layers drop as little as the budget allows, in place; all processes call together.
+
+    Args:
+        model: this process's stages, nothing recomputed yet.
+        optimizer: of the model.
+        mesh: this process's place.
+        micro_batches: of a step, as large as they get.
+        budget: bytes of each device.
+
+    Returns:
+        Lines for the log.
+
+    Raises:
+        ConfigError: a step does not fit even with all layers recomputed.
+    """
+    memory = measure_step(model, optimizer, mesh, micro_batches)
+    # Devices of one stage send the same again, so they recompute the same; sizes differ a little between them.
+    choices = plans(memory.num_layers, all(gather_objects(has_selective(memory), mesh)))
+    place = least_recompute(memory, choices, budget)
+    least = memory.peak(choices[-1])
+    found = gather_objects((mesh.pp_rank, place, least), mesh)
+    worst = max(found, key=lambda one: one[2])
+    if any(place is None for _, place, _ in found):
+        raise ConfigError(
+            f"memory_budget_gib={budget / GIB:.4g}: pipeline stage {worst[0]} needs {worst[2] / GIB:.4g} with all "
+            "layers recomputed; give more, or a smaller --micro-batch-size, or more devices for tensor or pipeline "
+            "parallelism or --use-distributed-optimizer"
+        )
+    agreed = max(place for pp_rank, place, _ in found if pp_rank == mesh.pp_rank)
+    modes = choices[agreed]
+    for layer, mode in zip(layers_of(model), modes, strict=True):
+        recompute(layer, mode)
+    mine = (mesh.pp_rank, _described(modes), memory.peak(modes), memory.peak(choices[0]), memory.standing)
+    return [
+        f"recompute: pipeline stage {stage}: {text}; {planned / GIB:.4g} GiB planned at the peak of a step, "
+        f"{whole / GIB:.4g} without recompute, {standing / GIB:.4g} of it weights, optimizer state and message buffers"
+        for stage, text, planned, whole, standing in sorted(set(gather_objects(mine, mesh)))
+    ]
+
+
+def _described(modes: Sequence[Mode]) -> str:
+    full, selective = modes.count("full"), modes.count("selective")
+    if not full and not selective:
+        return f"nothing in {len(modes)} layers"
+    return f"{full} layers whole, {selective} all but products and attention, of {len(modes)}"
+
+
+def layers_of(model: Transformer) -> list[torch.nn.Module]:
+    """Return the layers of all stages, in order."""
+    return [model.layers[str(number)] for stage in model.stages for number in stage.layers]
+
+
+def measure_step(
+    model: Transformer, optimizer: MasterOptimizer, mesh: ParallelMesh, micro_batches: Sequence[MicroBatch]
+) -> StepMemory:
+    """Measure what a step takes on this device; gradients are dropped, weights stay as they are.
+
+    Args:
+        model: this process's stages.
+        optimizer: of the model.
+        mesh: its place.
+        micro_batches: of a step.
+    """
+    rows = [len(micro_batch.tokens) for micro_batch in micro_batches]
+    largest = micro_batches[rows.index(max(rows))]
+    stages = [_measure_stage(model, mesh, stage, largest) for stage in model.stages]
+    actions = _turns(model, mesh, micro_batches)
+    optimizer.forget_gradients()
+    return StepMemory(
+        stages=stages,
+        actions=actions,
+        sizes=[count / max(rows) for count in rows],
+        standing=_standing_weights(model)
+        + optimizer.state_bytes
+        + _message_bytes(model, mesh, micro_batches),
+        update=optimizer.update_bytes,
+    )
+
+
+def _measure_stage(model: Transformer, mesh: ParallelMesh, stage: Stage, batch: MicroBatch) -> StageMemory:
+    dtype = next(model.parameters()).dtype
+    hidden = torch.zeros(hidden_shape(batch.tokens, model, mesh), dtype=dtype, device=mesh.device.torch)
+    positions = (
+        batch.positions if batch.positions is not None else model.positions.default_position_ids(batch.tokens)
+    )
+
+    def run(x: torch.Tensor, part: Stage) -> torch.Tensor:
+        out: torch.Tensor = model(x, positions, stage=part, segments=batch.segments, samples=batch.samples)
+        return out
+
+    def head(x: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        logits = run(x, Stage(2, 3, range(0)))
+        # A pipeline keeps what a stage gave until its backward.
+        return masked_sum(model, logits, batch, mesh), logits if mesh.layout.pp > 1 else None
+
+    number = stage.layers[0]
+    layer = model.layers[str(number)]
+    layers: dict[Mode, PartMemory] = {}
+    modes: tuple[Mode, ...] = ("none", "selective", "full")
+    for mode in modes:
+        with recomputed(layer, mode):
+            found = _measure(
+                lambda x: (run(x, Stage(1, 3, range(number, number + 1))), None),
+                hidden,
+                weight_bytes([layer]),
+            )
+        layers[mode] = found
+    # A layer that is computed again keeps what it gives, and the tables that all layers share.
+    places = layers["full"].kept - hidden.nbytes
+    layers = {
+        mode: replace(found, kept=found.kept - places, forward=found.forward - places)
+        for mode, found in layers.items()
+    }
+    if layers["selective"].kept >= layers["none"].kept:
+        del layers["selective"]
+    before = after = None
+    # A tied weight has its gradient from the head, whose backward comes first.
+    of_head = [m for m in (model.final_norm, model.output_head) if m is not None]
+    if stage.is_first:
+        of_embedding = [m for m in (model.embedding, model.embedding_norm) if m is not None]
+        own = weight_bytes([*of_head, *of_embedding]) - weight_bytes(of_head)
+        before = _measure(lambda _: (run(batch.tokens, Stage(0, 3, range(0))), None), hidden, own)
+    if stage.is_last:
+        after = _measure(head, hidden, weight_bytes(of_head))
+    if mesh.layout.pp == 1:
+        return StageMemory(layers, len(stage.layers), before, after, places)
+    inner, outer = (0 if is_end else hidden.nbytes for is_end in (stage.is_first, stage.is_last))
+    return StageMemory(
+        layers, len(stage.layers), before, after, places,
+        output=prod(logits_shape(batch.tokens, model, mesh)) * hidden.itemsize if stage.is_last else outer,
+        received=outer,
+        # With several stages on a device torch keeps what it sent, hidden states and gradients, until the step ends.
+        sent=inner + outer if len(model.stages) > 1 else 0,
+    )  # fmt: skip
+
+
+def _measure(
+    run: Callable[[torch.Tensor], tuple[torch.Tensor, Any]], hidden: torch.Tensor, gradients: int
+) -> PartMemory:
+    """Run a part forwards and backwards twice, for in the first backward the gradients of its weights come to stay.
+
+    Args:
+        run: gives its result, and what is kept besides.
+        hidden: what goes in.
+        gradients: bytes of those of its weights.
+    """
+    x = hidden.detach().requires_grad_()
+    for _ in range(2):
+        x.grad = None
+        with LiveBytes() as live:
+            out, besides = run(x)
+            kept, forward = live.now, live.peak
+            live.peak = live.now
+            if out.requires_grad:
+                out.backward(torch.ones_like(out))
+            backward = live.peak - kept
+        del out, besides
+    return PartMemory(kept, forward, backward, gradients)
+
+
+def weight_bytes(modules: Sequence[torch.nn.Module]) -> int:
+    """Bytes of the gradients of some modules' weights: as wide as master weights, each weight once."""
+    weights = {
+        id(weight): weight for module in modules for weight in module.parameters() if weight.requires_grad
+    }
+    return sum(weight.numel() * max(weight.itemsize, 4) for weight in weights.values())
+
+
+def _turns(
+    model: Transformer, mesh: ParallelMesh, micro_batches: Sequence[MicroBatch]
+) -> list[PipelineAction]:
+    """Return the order of forwards and backwards on this device, by running a step with all layers recomputed."""
+    if mesh.layout.pp == 1:
+        return [
+            PipelineAction(is_forward, 0, number)
+            for number in range(len(micro_batches))
+            for is_forward in (True, False)
+        ]
+    recorder = Recorder(mesh.device.synchronize)
+    with ExitStack() as stack:
+        for layer in layers_of(model):
+            stack.enter_context(recomputed(layer, "full"))
+        run_pipeline(
+            model,
+            mesh,
+            [micro_batch.input for micro_batch in micro_batches],
+            lambda number, logits: masked_sum(model, logits, micro_batches[number], mesh),
+            recorder,
+        )
+    place = {stage.index: number for number, stage in enumerate(model.stages)}
+    return [
+        PipelineAction(action.kind == "forward", place[action.stage], action.micro_batch)
+        for action in recorder.actions
+    ]
+
+
+def _standing_weights(model: Transformer) -> int:
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for tensor in (*model.parameters(), *model.buffers())
+    }
+    return sum(storages.values())
+
+
+def _message_bytes(model: Transformer, mesh: ParallelMesh, micro_batches: Sequence[MicroBatch]) -> int:
+    """Bytes of what torch's pipeline receives into: hidden states and their gradients of all micro-batches."""
+    if mesh.layout.pp == 1:
+        return 0
+    shapes = [hidden_shape(micro_batch.tokens, model, mesh) for micro_batch in micro_batches]
+    one = sum(prod(shape) for shape in shapes) * next(model.parameters()).itemsize
+    return sum(one * ((not stage.is_first) + (not stage.is_last)) for stage in model.stages)

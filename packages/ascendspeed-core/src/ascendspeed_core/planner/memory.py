@@ -1,0 +1,170 @@
+"""What one training step holds in memory, and the least recompute that fits a budget; pure arithmetic, no torch.
+
+A step is walked through in the order of its forwards and backwards: a forward leaves what its backward will need, the
+first backward of a stage leaves gradients, a backward frees what its forward left. (Korthikanti et al., 2022, section
+4.2, count the same by formula; here the sizes are measured, so that they hold for any model, kernel and layout.)
+
+Layers are recomputed one after the other, first `selective`, which costs little time, then `full`. The first layers of
+a device's first stage go first: their activations wait the longest.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Mode = Literal["none", "selective", "full"]
+"""What of a layer is computed again: nothing; everything but matrix products and attention; everything."""
+
+
+@dataclass(frozen=True)
+class PartMemory:
+    """Bytes of a part of a stage, the embedding, a layer, or the head with its loss, for one micro-batch.
+
+    Attributes:
+        kept: from its forward to its backward, what it gives to the next part included.
+        forward: most that its forward adds to what is there before.
+        backward: most that its backward adds to what is there before, the gradient it is given included.
+        gradients: of its weights, from its first backward to the update.
+    """
+
+    kept: int
+    forward: int
+    backward: int
+    gradients: int = 0
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes of one stage, for one micro-batch of the largest size.
+
+    Attributes:
+        layers: what a layer takes, by what of it is computed again; without `selective` where that is no choice.
+        num_layers: how many of them.
+        before: the embedding, in the first stage.
+        after: the head and the loss, in the last stage.
+        places: masks and tables of positions, kept as long as a micro-batch is under way.
+        output: what a stage of a pipeline gives, which is kept to the end of its backward.
+        received: of the gradient that a backward is given, where it lies in a buffer that stands anyway.
+        sent: what is kept after the backward to the end of the step, because it was sent.
+    """
+
+    layers: Mapping[Mode, PartMemory]
+    num_layers: int
+    before: PartMemory | None = None
+    after: PartMemory | None = None
+    places: int = 0
+    output: int = 0
+    received: int = 0
+    sent: int = 0
+
+    def parts(self, modes: Sequence[Mode]) -> list[PartMemory]:
+        """Return all parts in the order of the forward, for a mode of each layer."""
+        layers = [self.layers[mode] for mode in modes]
+        return [part for part in (self.before, *layers, self.after) if part is not None]
+
+
+@dataclass(frozen=True)
+class PipelineAction:
+    """One forward or backward of a step.
+
+    Attributes:
+        is_forward: which.
+        stage: of which of the device's stages, counted from its first.
+        micro_batch: for which micro-batch.
+    """
+
+    is_forward: bool
+    stage: int
+    micro_batch: int
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """What decides how much memory a device needs in a step.
+
+    Attributes:
+        stages: of the device.
+        actions: its forwards and backwards, in order.
+        sizes: of the micro-batches, as shares of the largest one.
+        standing: bytes that are always there: weights, optimizer state, buffers of messages.
+        update: most that reducing and applying the gradients takes besides, the gradients included.
+    """
+
+    stages: Sequence[StageMemory]
+    actions: Sequence[PipelineAction]
+    sizes: Sequence[float]
+    standing: int
+    update: int
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of all stages."""
+        return sum(stage.num_layers for stage in self.stages)
+
+    def peak(self, modes: Sequence[Mode]) -> int:
+        """Return the most bytes of a step, for a mode of each layer, stage after stage."""
+        by_stage, start = [], 0
+        for stage in self.stages:
+            by_stage.append(stage.parts(modes[start : start + stage.num_layers]))
+            start += stage.num_layers
+        held, most = float(self.standing), float(self.standing + self.update)
+        started: set[int] = set()
+        for turn in self.actions:
+            stage, parts, share = self.stages[turn.stage], by_stage[turn.stage], self.sizes[turn.micro_batch]
+            if turn.is_forward:
+                held += stage.places * share
+                for part in parts:
+                    most = max(most, held + part.forward * share)
+                    held += part.kept * share
+                continue
+            for number in reversed(range(len(parts))):
+                part = parts[number]
+                # What the last part gives stays to the end, and its gradient may lie in a buffer that stands anyway.
+                is_last = number == len(parts) - 1
+                received, output = (stage.received, stage.output) if is_last else (0, 0)
+                # Gradients of weights do not shrink with the micro-batch, so `backward` is not scaled.
+                most = max(most, held + part.backward - received * share)
+                held -= (part.kept - output) * share
+                held += 0 if turn.stage in started else part.gradients
+            started.add(turn.stage)
+            held += (stage.sent - stage.output - stage.places) * share
+        return int(most)
+
+
+def plans(num_layers: int, has_selective: bool) -> list[tuple[Mode, ...]]:
+    """Return modes of all layers, from no recompute to all of it.
+
+    Args:
+        num_layers: of a device.
+        has_selective: whether `selective` is a choice.
+    """
+    none: Mode = "none"
+    selective: Mode = "selective"
+    full: Mode = "full"
+
+    def steps(heavy: Mode, light: Mode) -> list[tuple[Mode, ...]]:
+        return [(heavy,) * count + (light,) * (num_layers - count) for count in range(1, num_layers + 1)]
+
+    nothing = [(none,) * num_layers]
+    if not has_selective:
+        return nothing + steps(full, none)
+    return nothing + steps(selective, none) + steps(full, selective)
+
+
+def least_recompute(memory: StepMemory, choices: Sequence[tuple[Mode, ...]], budget: int) -> int | None:
+    """Return the place of the first choice that fits.
+
+    Args:
+        memory: of the device.
+        choices: of `plans`.
+        budget: bytes that a step may take.
+
+    Returns:
+        The place; `None` when not even the last one fits.
+    """
+    return next((place for place, modes in enumerate(choices) if memory.peak(modes) <= budget), None)
+
+
+def has_selective(memory: StepMemory) -> bool:
+    """Whether `selective` is a choice for all layers."""
+    return all("selective" in stage.layers for stage in memory.stages)

@@ -1,0 +1,111 @@
+"""Time the pipeline of a model on random tokens: for pictures, and to choose sizes of micro-batches."""
+
+import time
+from collections.abc import Sequence
+
+import torch
+
+from ascendspeed_core.config.parallel import Stage
+from ascendspeed_core.models.transformer import ModelInput, Transformer
+from ascendspeed_core.optim.optimizer import MasterOptimizer
+from ascendspeed_core.parallel.cross_entropy import cross_entropy
+from ascendspeed_core.parallel.mesh import ParallelMesh, gather_objects
+from ascendspeed_core.parallel.pipeline import run_pipeline
+from ascendspeed_core.parallel.timeline import Recorder, Reduction
+from ascendspeed_core.planner.micro_batches import StageCost, best_sizes
+
+WARM_UP_STEPS = 2
+
+
+def record_step(
+    model: Transformer,
+    mesh: ParallelMesh,
+    sizes: Sequence[int],
+    seq_length: int,
+    optimizer: MasterOptimizer | None = None,
+) -> Recorder:
+    """Run steps of a pipeline on random tokens, up to the update, and return what this process did in the last one.
+
+    Args:
+        model: this process's stages; its gradients are dropped.
+        mesh: its place.
+        sizes: of this data-parallel rank's micro-batches.
+        seq_length: tokens of a sample.
+        optimizer: of the model; with several replicas it adds their gradients up.
+    """
+    vocab_size, group = model.config.vocab_size, mesh.group("tp")
+    generator = torch.Generator().manual_seed(0)
+    shape = (sum(sizes), seq_length // mesh.layout.cp)
+    ids = torch.randint(vocab_size, shape, generator=generator).to(mesh.device.torch)
+    inputs = [ModelInput(tokens) for tokens in ids.split(list(sizes))]
+
+    def loss_of(number: int, logits: torch.Tensor) -> torch.Tensor:
+        return cross_entropy(logits, inputs[number].tokens, vocab_size, group).sum() / ids.numel()
+
+    reduces = optimizer is not None and mesh.layout.replicas > 1
+    for _ in range(WARM_UP_STEPS + 1):
+        recorder = Recorder(mesh.device.synchronize)
+        started: list[tuple[int | None, float]] = []
+
+        def on_stage_done(stage: Stage, started: list[tuple[int | None, float]] = started) -> None:
+            assert optimizer is not None
+            started.append((stage.index, time.perf_counter()))
+            optimizer.start_reduction(stage)
+
+        mesh.barrier()
+        is_early = mesh.layout.early_reduction and reduces
+        run_pipeline(model, mesh, inputs, loss_of, recorder, on_stage_done if is_early else None)
+        if optimizer is not None and reduces:
+            if not is_early:
+                started.append((None, time.perf_counter()))
+            optimizer.finish_reductions()
+            end = time.perf_counter()
+            recorder.reductions = [Reduction(stage, start, end) for stage, start in started]
+        if optimizer is not None:
+            optimizer.forget_gradients()
+        model.zero_grad(set_to_none=True)
+    return recorder
+
+
+def measured_cost(
+    model: Transformer,
+    mesh: ParallelMesh,
+    seq_length: int,
+    largest: int,
+    optimizer: MasterOptimizer,
+) -> StageCost:
+    """Time micro-batches of one sample and of `largest` samples, and return what the slowest stage takes.
+
+    All processes call it alike, and get the same numbers.
+    """
+    seconds: dict[tuple[str, int], float] = {}
+    for size in sorted({1, largest}):
+        actions = record_step(model, mesh, (size,) * mesh.layout.pp, seq_length, optimizer).actions
+        mine = {
+            kind: sum(action.seconds for action in actions if action.kind == kind) / mesh.layout.pp
+            for kind in ("forward", "backward")
+        }
+        for kind in mine:
+            seconds[kind, size] = max(other[kind] for other in gather_objects(mine, mesh))
+
+    def line(kind: str) -> tuple[float, float]:
+        each = (
+            (seconds[kind, largest] - seconds[kind, 1]) / (largest - 1) if largest > 1 else seconds[kind, 1]
+        )
+        each = max(each, 0.0)
+        return max(seconds[kind, 1] - each, 0.0), each
+
+    return StageCost(*line("forward"), *line("backward"))
+
+
+def chosen_sizes(
+    model: Transformer,
+    mesh: ParallelMesh,
+    seq_length: int,
+    samples: int,
+    largest: int,
+    optimizer: MasterOptimizer,
+) -> tuple[tuple[int, ...], StageCost]:
+    """Return the sizes, none above `largest`, that leave this pipeline the least idle, and what they rest on."""
+    cost = measured_cost(model, mesh, seq_length, largest, optimizer)
+    return best_sizes(samples, mesh.layout.pp, cost, largest), cost

@@ -1,0 +1,290 @@
+"""Everything that can be known to be wrong before a process group or a model exists."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ascendspeed_core.config.finetune import FinetuneDataConfig, TuneConfig
+from ascendspeed_core.config.model import ModelConfig
+from ascendspeed_core.config.parallel import Layout, stages_of_devices
+from ascendspeed_core.config.preference import DpoConfig, PreferenceDataConfig
+from ascendspeed_core.config.training import PretrainConfig
+from ascendspeed_core.data.loader import check_run_data
+from ascendspeed_core.launch import announce
+from ascendspeed_core.objectives.reference import Reference, open_reference
+from ascendspeed_core.observability.monitor import check_monitor
+from ascendspeed_core.optim.build_engine import check_zero
+from ascendspeed_core.optim.schedule import samples_of_run, with_iterations
+from ascendspeed_core.training.checkpoint import Progress, check_optimizer, load_progress, saved_iterations
+from ascendspeed_core.training.eval_prompts import SamplesPlan, plan_samples
+from ascendspeed_core.weights import NativeSource, WeightSource, open_source, open_weights
+from ascendspeed_core.weights.adapters.external import open_adapter
+from ascendspeed_core.weights.adapters.lora import (
+    AdaptedWeights,
+    drawn_adapters,
+    loaded_adapters,
+    plan_adapters,
+    resumed_adapters,
+)
+from ascendspeed_core.weights.native.source import DESCRIPTION, TRACKER
+from ascendspeed_data.errors import AscendSpeedError, ConfigError
+from ascendspeed_data.manifest import DatasetManifest
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run will do, checked.
+
+    Attributes:
+        config: as given.
+        layout: devices along each dimension.
+        source: where the weights come from.
+        start: where the run stands at its first step.
+        checkpoint: what holds that position, optimizer and random state; `None` when the run starts anew.
+        num_samples: samples of the whole run for training, validation and test.
+        manifest: of the training data, if it has one.
+        reference: what preference tuning compares with.
+        samples: prompts that are continued while training.
+    """
+
+    config: PretrainConfig
+    layout: Layout
+    source: WeightSource
+    start: Progress
+    checkpoint: NativeSource | None
+    num_samples: tuple[int, int, int]
+    manifest: DatasetManifest | None
+    reference: Reference | None = None
+    samples: SamplesPlan | None = None
+
+    @property
+    def model(self) -> ModelConfig:
+        """The architecture."""
+        return self.source.config
+
+    @property
+    def resumes(self) -> bool:
+        """Whether the run goes on from a checkpoint with its iteration, optimizer and data position."""
+        return self.checkpoint is not None and self.start.iteration > 0
+
+    @property
+    def unigram_entropy_nats(self) -> float | None:
+        """Loss of knowing only token frequencies; unknown where only some tokens are learned."""
+        if self.manifest is None or self.manifest.kind != "text":
+            return None
+        return self.manifest.unigram_entropy_nats
+
+    @property
+    def loss_unit(self) -> str:
+        """What the loss is a mean of."""
+        return "per pair" if isinstance(self.config, DpoConfig) else "nats per token"
+
+
+def plan_run(config: PretrainConfig, world_size: int) -> RunPlan:
+    """Check a run from its config, the headers of its checkpoint and its data.
+
+    Raises:
+        ConfigError: options that contradict each other or the number of processes.
+        AscendSpeedError: a file that is missing, damaged, or does not fit.
+    """
+    layout = config.parallel.layout(world_size)
+    try:
+        config.batch.resolve_global_batch_size(layout.dp)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    config.optimizer.check_unit(in_samples=config.batch.train_samples is not None)
+    config = config.model_copy(update={"batch": with_iterations(config.batch, layout.dp)})
+    check_monitor(config, world_size)
+    source, checkpoint = _open_source(config)
+    where = str(source.path or config.start.model_config_file)
+    config.model.check(source.config, where)
+    config.parallel.check_model(source.config)
+    config.parallel.check_sequence(config.data.seq_length)
+    _check_pipeline(config, layout, source.config)
+    check_zero(config, layout)
+    _check_length(config, source.config, where)
+    samples = _num_samples(config, layout.dp)
+    manifest = check_run_data(config.data, samples)
+    _check_vocabulary(config, source, manifest)
+    start = _start(config, checkpoint, _data_order(config))
+    _check_save_folder(config, checkpoint, start)
+    reference = None
+    if isinstance(config, DpoConfig):
+        reference = open_reference(config, source, checkpoint if start.iteration > 0 else None)
+    tokenizer = config.data.tokenizer_name_or_path or source.tokenizer
+    prompts = plan_samples(config.samples, source.config, layout, tokenizer)
+    return RunPlan(config, layout, source, start, checkpoint, samples, manifest, reference, prompts)
+
+
+def _open_source(config: PretrainConfig) -> tuple[WeightSource, NativeSource | None]:
+    """Return the weights, and the native checkpoint that they or their adapters come from."""
+    start = config.start
+    found = start.save if start.auto_resume and start.save and (start.save / TRACKER).is_file() else None
+    if isinstance(config, TuneConfig) and config.lora.is_on:
+        return _open_adapted(config, found)
+    source = open_weights(found) if found else open_source(start, config.batch.seed)
+    return source, source if isinstance(source, NativeSource) else None
+
+
+def _open_adapted(config: TuneConfig, found: Path | None) -> tuple[AdaptedWeights, NativeSource | None]:
+    """Return the base with its adapters: those of the run that goes on, those that are loaded, or new ones."""
+    source, checkpoint = _find_adapted(config, found)
+    head = source.adapters.layers.get("output_head")
+    if head is not None and head.dropout:
+        raise AscendSpeedError(
+            f"lora_dropout={head.dropout}: nothing is dropped before the adapter of the head; leave one of them out"
+        )
+    return source, checkpoint
+
+
+def _find_adapted(config: TuneConfig, found: Path | None) -> tuple[AdaptedWeights, NativeSource | None]:
+    base = open_source(config.start, config.batch.seed)
+    lora = config.lora
+    load = found or lora.lora_load
+    if load is not None and ((load / TRACKER).is_file() or (load / DESCRIPTION).is_file()):
+        checkpoint = NativeSource(load, is_adapter=True)
+        source = resumed_adapters(base, checkpoint)
+        if lora.lora_target_modules and source.adapters != plan_adapters(lora, source.config, str(base.path)):
+            raise AscendSpeedError(
+                f"{checkpoint.folder} has adapters of other layers, ranks or scales than the options ask for; give the "
+                "same --lora-* options, or --lora-load alone"
+            )
+        return source, checkpoint
+    if load is not None:
+        return loaded_adapters(base, open_adapter(load, base.config)), None
+    where = str(base.path or config.start.model_config_file)
+    return drawn_adapters(base, plan_adapters(lora, base.config, where), config.batch.seed), None
+
+
+def _check_pipeline(config: PretrainConfig, layout: Layout, model: ModelConfig) -> None:
+    batch = config.batch
+    if batch.optimized_pipeline and layout.pp == 1:
+        raise ConfigError(
+            "optimized_pipeline=true was given for pipeline_model_parallel_size=1, which has no pipeline; choose 2 or "
+            "more, or leave it out"
+        )
+    if batch.finds_sizes and layout.schedule != "1f1b":
+        raise ConfigError(
+            f"manual_mbs=auto plans the schedule 1f1b, not {layout.schedule}; write the sizes out, or leave one out"
+        )
+    size, per_micro_step = batch.resolve_global_batch_size(layout.dp), batch.micro_batch_size * layout.dp
+    start, increment, _ = batch.rampup_batch_size or (size, size, 0)
+    for samples in range(start, size + 1, increment or size):
+        layout.check_micro_batches(len(batch.manual_sizes()) or samples // per_micro_step)
+    _check_fitted(config, layout)
+    held = stages_of_devices(model.num_layers, layout)
+    config.recompute.check_pipeline(
+        layout.schedule, [sum(len(stage.layers) for stage in own) for own in held]
+    )
+
+
+def _check_fitted(config: PretrainConfig, layout: Layout) -> None:
+    if not config.recompute.is_fitted:
+        return
+    if layout.zero_stage is not None:
+        raise ConfigError(
+            f"checkpoint_policy=auto with zero_stage={layout.zero_stage}: how much memory DeepSpeed's buffers take is "
+            "its own matter; choose another policy"
+        )
+    if isinstance(config, DpoConfig):
+        raise ConfigError(
+            "checkpoint_policy=auto measures the loss of tokens, not of pairs; choose another policy for dpo"
+        )
+
+
+def _check_length(config: PretrainConfig, model: ModelConfig, where: str) -> None:
+    limit = config.model.max_position_embeddings or model.max_position_embeddings
+    if config.data.seq_length > limit:
+        raise AscendSpeedError(
+            f"seq_length={config.data.seq_length} is more than max_position_embeddings={limit} of {where}; "
+            f"choose {limit} or less"
+        )
+
+
+def _check_vocabulary(config: PretrainConfig, source: WeightSource, manifest: DatasetManifest | None) -> None:
+    """Compare the data's tokenizer with the model's vocabulary, and with the tokenizer given or beside the weights."""
+    if manifest is None:
+        return
+    if manifest.tokenizer.vocab_size > source.config.vocab_size:
+        raise AscendSpeedError(
+            f"{config.data.data_path[-1]} was made with a tokenizer of vocab_size={manifest.tokenizer.vocab_size}, "
+            f"the model has vocab_size={source.config.vocab_size}; tokenize with the model's tokenizer"
+        )
+    tokenizer = config.data.tokenizer_name_or_path or source.tokenizer
+    if tokenizer is not None:
+        from ascendspeed_data.manifest import check_tokenizer
+        from ascendspeed_data.tokenizer import load_tokenizer
+
+        check_tokenizer(manifest, load_tokenizer(tokenizer))
+
+
+def _num_samples(config: PretrainConfig, dp: int) -> tuple[int, int, int]:
+    batch = config.batch
+    measurements = batch.train_iters // batch.eval_interval + 1 if batch.eval_iters else 0
+    return samples_of_run(batch, dp), measurements * batch.eval_iters * batch.resolve_global_batch_size(dp), 0
+
+
+def _data_order(config: PretrainConfig) -> dict[str, Any]:
+    """The options that decide the order of samples; the number of epochs does too, see `GPTData.order_digest`."""
+    order: dict[str, Any] = {
+        "data": [Path(part).name for part in config.data.data_path],
+        "split": config.data.split,
+        "seq_length": config.data.seq_length,
+        "seed": config.batch.seed,
+    }
+    if isinstance(config.data, FinetuneDataConfig) and config.data.is_instruction_dataset:
+        order["is_instruction_dataset"] = True
+    if isinstance(config.data, PreferenceDataConfig):
+        order["pairs"] = True
+    return order
+
+
+def _start(config: PretrainConfig, source: NativeSource | None, data_order: dict[str, Any]) -> Progress:
+    is_anew = config.start.finetune or (isinstance(config, TuneConfig) and not _is_of_run(config, source))
+    if source is None or is_anew:
+        return Progress(0, 0, 0, 0, data_order)
+    progress = load_progress(source)
+    if progress.iteration == 0:
+        return Progress(0, 0, 0, 0, data_order)
+    changed = {key: (progress.data_order.get(key), value) for key, value in data_order.items()}
+    changed = {key: pair for key, pair in changed.items() if pair[0] != pair[1]}
+    if changed:
+        listed = "; ".join(f"{key} was {old}, is {new}" for key, (old, new) in changed.items())
+        raise AscendSpeedError(
+            f"{source.path}: the order of samples would change ({listed}), so samples would be seen twice or never; "
+            "keep these options, stop early with --exit-interval, or give --finetune to start the data anew"
+        )
+    if config.start.load_optim:
+        check_optimizer(source, config.optimizer)
+    steps = progress.optimizer_steps if config.start.load_optim else 0
+    return Progress(
+        progress.iteration, progress.consumed_samples, progress.skipped_samples, steps, data_order
+    )
+
+
+def _is_of_run(config: PretrainConfig, source: NativeSource | None) -> bool:
+    """Whether it is a checkpoint in the folder that the run saves to."""
+    folder = config.start.save
+    return (
+        folder is not None
+        and source is not None
+        and folder.resolve() in (source.folder.resolve(), source.folder.resolve().parent)
+    )
+
+
+def _check_save_folder(config: PretrainConfig, source: NativeSource | None, start: Progress) -> None:
+    folder = config.start.save
+    if folder is None:
+        announce("save: no --save given; nothing of this run will be kept")
+        return
+    later = [iteration for iteration in saved_iterations(folder) if iteration > start.iteration]
+    if saved_iterations(folder) and not _is_of_run(config, source):
+        raise AscendSpeedError(
+            f"{folder} already holds checkpoints of a run (newest: iteration {saved_iterations(folder)[-1]}); "
+            f"give --load {folder} to go on with it, or another --save"
+        )
+    if later:
+        raise AscendSpeedError(
+            f"{folder} holds iteration {later[-1]}, later than the {start.iteration} this run would start from; "
+            "load the newest, or choose another --save"
+        )

@@ -1,0 +1,1 @@
+"""Proof that runs are equal: parity of layouts, comparison of losses."""

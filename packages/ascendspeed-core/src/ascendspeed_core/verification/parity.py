@@ -1,0 +1,193 @@
+"""Train the same few steps under several layouts and features, and say how far each is from one process."""
+
+import math
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ascendspeed_core.config.parallel import FOLD_SCHEDULES, V_SCHEDULES
+from ascendspeed_core.observability.metrics import METRICS, read_metrics
+from ascendspeed_core.weights import open_weights
+from ascendspeed_data.command_line import log
+from ascendspeed_data.errors import AscendSpeedError, ConfigError
+
+TOLERANCE = {"float64": 1e-9, "float32": 1e-3, "bfloat16": 5e-2, "float16": 5e-2}
+"""Largest accepted relative deviation of losses and gradient norms: what the order of sums can explain."""
+
+
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "sp": ("--sequence-parallel",),
+    "sharded": ("--use-distributed-optimizer",),
+    "zero(N)": ("--zero-stage", "N"),
+    **{name: ("--pipeline-schedule", name) for name in ("gpipe", *V_SCHEDULES)},
+    **{name: ("--foldx-mode", name) for name in FOLD_SCHEDULES},
+    "vpp(N)": ("--num-layers-per-virtual-pipeline-stage", "N"),
+    "vpp(N)-zb": ("--num-layers-per-virtual-pipeline-stage", "N", "--pipeline-schedule", "interleaved-zb"),
+    **{
+        name: ("--checkpoint-activations", "--checkpoint-policy", name)
+        for name in ("full", "selective", "attention")
+    },
+    "block(N)": ("--checkpoint-activations", "--checkpoint-policy", "block", "--checkpoint-block-layer", "N"),
+    "triangle": ("--triangle-attn",),
+    "reference": ("--attention", "reference"),
+    "mlp-fusion": ("--mlp-layer-fusion",),
+    "mbs(N-N)": ("--optimized-pipeline", "--manual-mbs", "N,N"),
+}
+"""What may stand behind a plus, and the flags it means; N is a number, N-N two or more."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to train.
+
+    Attributes:
+        name: as written, `tp2pp2+sp`.
+        sizes: devices along each dimension.
+        flags: of `asd-core pretrain`.
+    """
+
+    name: str
+    sizes: Mapping[str, int]
+    flags: tuple[str, ...] = ()
+
+    @property
+    def world_size(self) -> int:
+        """Processes it takes."""
+        return math.prod(self.sizes.values())
+
+
+@dataclass(frozen=True)
+class ParityRow:
+    """What one candidate computed, against one process.
+
+    Attributes:
+        name: the candidate, as written.
+        loss: largest relative deviation of a step's loss.
+        grad_norm: largest relative deviation of a step's gradient norm.
+        weights: largest deviation of a weight after the last step, relative to the largest entry of its tensor.
+    """
+
+    name: str
+    loss: float
+    grad_norm: float
+    weights: float
+
+    def within(self, tolerance: float) -> bool:
+        """Whether losses and gradient norms are as close as that; weights are for information."""
+        return self.loss <= tolerance and self.grad_norm <= tolerance
+
+
+def parse_layouts(text: str) -> list[Candidate]:
+    """Read `tp2,pp2,cp2,tp2pp2dp2+sp`: sizes, and behind each plus one of `OPTIONS`; `1` is one process with options.
+
+    Raises:
+        ConfigError: a part that is no layout.
+    """
+    candidates = []
+    for part in text.split(","):
+        sizes, *options = part.strip().split("+")
+        found = re.findall(r"(tp|cp|pp|dp)([1-9]\d*)", sizes)
+        is_read = "".join(name + size for name, size in found) == ("" if sizes == "1" else sizes)
+        chosen = [_flags(option) for option in options]
+        if not is_read or not sizes or len({name for name, _ in found}) < len(found) or None in chosen:
+            raise ConfigError(
+                f"layouts={text!r}: {part!r} is no layout; write for example tp2,pp2,cp2,tp2pp2dp2,tp2+sp,1+full; "
+                f"behind a plus stand {', '.join(OPTIONS)}"
+            )
+        flags = tuple(flag for option in chosen for flag in option or ())
+        candidates.append(Candidate(part.strip(), {name: int(size) for name, size in found}, flags))
+    return candidates
+
+
+def _flags(option: str) -> tuple[str, ...] | None:
+    """Return the flags that `+option` means; `None` when it is no option."""
+    for name, flags in OPTIONS.items():
+        pattern = name.replace("(N-N)", r"(\d+(?:-\d+)+)").replace("(N)", r"([1-9]\d*)")
+        found = re.fullmatch(pattern, option)
+        if found:
+            number = found[1].replace("-", ",") if found.groups() else ""
+            return tuple(number if flag in ("N", "N,N") else flag for flag in flags)
+    return None
+
+
+def run_parity(
+    candidates: Sequence[Candidate], arguments: Sequence[str], scratch: Path, device: str
+) -> list[ParityRow]:
+    """Train with one process and as each candidate says, one after the other.
+
+    Args:
+        candidates: those to compare.
+        arguments: of `asd-core pretrain`: model, data, batch, dtype; neither layout nor `--save`.
+        scratch: folder for the runs; each is removed once it is compared.
+        device: of all runs.
+
+    Raises:
+        AscendSpeedError: a run failed; the message is its own.
+    """
+    one = _train(Candidate("one process", {}), arguments, scratch / "one", device)
+    rows = []
+    for candidate in candidates:
+        run = _train(candidate, arguments, scratch / "candidate", device)
+        rows.append(_compare(candidate, run, one))
+        shutil.rmtree(run)
+    return rows
+
+
+def _train(candidate: Candidate, arguments: Sequence[str], run: Path, device: str) -> Path:
+    log(f"training: {candidate.name}")
+    sizes = candidate.sizes
+    flags = [
+        "--tensor-model-parallel-size", sizes.get("tp", 1), "--pipeline-model-parallel-size", sizes.get("pp", 1),
+        "--context-parallel-size", sizes.get("cp", 1), "--nproc-per-node", candidate.world_size, "--device", device,
+        "--save", run, "--data-cache-path", run.parent / "cache", *candidate.flags,
+    ]  # fmt: skip
+    command = [sys.executable, "-m", "ascendspeed_core.cli", "pretrain", *arguments, *map(str, flags)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or ["no output"]
+        raise AscendSpeedError(
+            f"training as {candidate.name} failed: {lines[-1].removeprefix('asd-core: error: ')}"
+        )
+    return run
+
+
+def _compare(candidate: Candidate, run: Path, one: Path) -> ParityRow:
+    ours, theirs = read_metrics(run / METRICS), read_metrics(one / METRICS)
+
+    def largest(key: str) -> float:
+        pairs = [(a[key], b[key]) for a, b in zip(ours, theirs, strict=True)]
+        if any((a is None) != (b is None) for a, b in pairs):
+            return float("inf")
+        return max((abs(a - b) / abs(b) for a, b in pairs if b is not None), default=0.0)
+
+    return ParityRow(candidate.name, largest("lm_loss"), largest("grad_norm"), _weights(run, one))
+
+
+def _weights(run: Path, one: Path) -> float:
+    ours, theirs = open_weights(run), open_weights(one)
+    found = 0.0
+    for name in theirs.tensors():
+        a, b = ours.read(name).double(), theirs.read(name).double()
+        found = max(found, float((a - b).abs().max() / b.abs().max()))
+    return found
+
+
+def table(rows: Sequence[ParityRow], tolerance: float) -> list[str]:
+    """Return the rows as aligned lines."""
+    cells: list[Mapping[str, str]] = [
+        {
+            "layout": row.name,
+            "loss": f"{row.loss:.2e}",
+            "gradient norm": f"{row.grad_norm:.2e}",
+            "weights": f"{row.weights:.2e}",
+            "verdict": "equal" if row.within(tolerance) else "DIFFERENT",
+        }
+        for row in rows
+    ]
+    head = {key: key for key in cells[0]}
+    widths = {key: max(len(row[key]) for row in [head, *cells]) for key in head}
+    return ["  ".join(row[key].ljust(widths[key]) for key in head).rstrip() for row in [head, *cells]]

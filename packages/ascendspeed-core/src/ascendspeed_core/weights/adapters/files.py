@@ -1,0 +1,290 @@
+"""Merge a LoRA adapter in peft's format into a model of any kind, as the model is read.
+
+W' = W + scale B A, with scale = alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA (Hu et al., 2021, section 4.1;
+Kalajdzievski, 2023). It is computed in fp32 over fixed runs of rows, so that the result does not depend on how the
+model is cut, and rounded to the model's format once.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ascendspeed_core.config.model import ModelConfig
+from ascendspeed_core.models.families import find_family
+from ascendspeed_core.weights.files.safetensors_files import read_safetensors
+from ascendspeed_core.weights.files.torch_files import TorchFile, stored_tensors
+from ascendspeed_core.weights.huggingface.source import read_json
+from ascendspeed_core.weights.native.source import TOKENIZER, TRACKER, iteration_folder
+from ascendspeed_core.weights.source import CheckpointError, Index, TensorInfo, WeightSource, inside
+from ascendspeed_data.tokenizer import DEFINING_FILES
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+ROWS_AT_ONCE = 256
+TIED_HEAD = "lm_head.weight"
+"""Hugging Face's name of a head that has no weight of its own."""
+
+_MUST_BE: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "use_dora": (False, None),
+    "fan_in_fan_out": (False, None),
+    "lora_bias": (False, None),
+    "layer_replication": (None, []),
+    "alora_invocation_tokens": (None,),
+    "megatron_config": (None,),
+    "target_parameters": (None, []),
+}
+_LORA = re.compile(r"(.+)\.(lora_(?:embedding_)?[AB])(?:\.\w+)?(?:\.weight)?")
+_SAVED = re.compile(r"(.+?)(?:\.modules_to_save|\.base_layer)?(?:\.default)?\.(weight|bias)")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one of our tensors lies in a Hugging Face model.
+
+    Attributes:
+        theirs: name of the tensor there.
+        rows: which of its rows ours are, in our order; `None` when it is ours alone.
+    """
+
+    theirs: str
+    rows: torch.Tensor | None
+
+
+def hugging_face_places(config: ModelConfig) -> dict[str, Place]:
+    """Return where each of our tensors lies in the Hugging Face model."""
+    places = {}
+    for rule in find_family(config.family).weights(config):
+        rows = None
+        if rule.packed is not None:
+            parts = rule.packed.places(config, slice(0, rule.packed.num_rows(config)))
+            rows = torch.cat([torch.arange(part.start, part.stop) for part in parts])
+        places[rule.ours] = Place(rule.theirs, rows)
+    return places
+
+
+@dataclass(frozen=True)
+class Update:
+    """What is added to one tensor of a Hugging Face model.
+
+    Attributes:
+        a: [r, in], or [r, ids] for an embedding.
+        b: [out, r].
+        scale: factor of b @ a.
+        is_embedding: the tensor is [ids, H], and a and b are of its transpose.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
+    is_embedding: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of the tensor that it is added to."""
+        out, into = self.b.shape[0], self.a.shape[1]
+        return (into, out) if self.is_embedding else (out, into)
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """Return rows of the update, whole, in fp32."""
+        left, right = (self.a.T, self.b.T) if self.is_embedding else (self.b, self.a)
+        first = start // ROWS_AT_ONCE * ROWS_AT_ONCE
+        parts = [
+            left[at : at + ROWS_AT_ONCE].float() @ right.float() * self.scale
+            for at in range(first, stop, ROWS_AT_ONCE)
+        ]
+        return torch.cat(parts)[start - first : stop - first]
+
+
+class Adapter:
+    """The content of an adapter folder.
+
+    Args:
+        folder: with `adapter_config.json` and `adapter_model.safetensors` or `.bin`; or the folder of a run that
+            trained one, whose newest checkpoint is taken.
+        content: tensors and config in place of those files, of adapters that come from elsewhere.
+
+    Raises:
+        CheckpointError: it is incomplete, or of a kind that cannot be merged exactly.
+    """
+
+    def __init__(
+        self, folder: Path, content: tuple[dict[str, torch.Tensor], dict[str, Any]] | None = None
+    ) -> None:
+        if content is None and not (folder / CONFIG).is_file() and (folder / TRACKER).is_file():
+            folder = iteration_folder(folder)
+        self.folder = folder
+        tensors, self.config = content or (_read_tensors(folder), read_json(folder / CONFIG))
+        for key, allowed in _MUST_BE.items():
+            if self.config.get(key, allowed[0]) not in allowed:
+                raise CheckpointError(
+                    f"{folder / CONFIG}: {key}={self.config[key]!r} cannot be merged; only {allowed[0]!r} can"
+                )
+        self.updates: dict[str, Update] = {}
+        """By module of the Hugging Face model."""
+        self.saved: dict[str, torch.Tensor] = {}
+        """Tensors that take the place of the model's, by name in the Hugging Face model."""
+        halves: dict[tuple[str, bool], dict[str, torch.Tensor]] = {}
+        for key, tensor in tensors.items():
+            name = key.removeprefix(PREFIX)
+            if ".original_module." in name:
+                # What a trained module was before; peft keeps it in the file when the vocabulary was resized.
+                continue
+            lora, saved = _LORA.fullmatch(name), _SAVED.fullmatch(name)
+            if lora:
+                module, half = lora.group(1), lora.group(2)
+                halves.setdefault((module, "embedding" in half), {})[half[-1]] = tensor
+            elif saved:
+                self.saved[f"{saved.group(1)}.{saved.group(2)}"] = tensor
+            else:
+                raise CheckpointError(f"{folder} holds {key}, which is nothing that LoRA makes")
+        for (module, is_embedding), found in halves.items():
+            if found.keys() != {"A", "B"} or found["A"].shape[0] != found["B"].shape[1]:
+                raise CheckpointError(f"{folder}: the two halves of {module} do not fit; copy it again")
+            rank = found["A"].shape[0]
+            self.updates[module] = Update(found["A"], found["B"], self._scale(module, rank), is_embedding)
+
+    @property
+    def dropout(self) -> float:
+        """Share of an adapter's input that was dropped while it was trained."""
+        return float(self.config.get("lora_dropout") or 0)
+
+    def _scale(self, module: str, rank: int) -> float:
+        alpha = float(self.config.get("lora_alpha", 8))
+        for pattern, value in (self.config.get("alpha_pattern") or {}).items():
+            if re.fullmatch(rf"(.*\.)?({pattern})", module):
+                alpha = float(value)
+        return alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
+
+
+class MergedAdapter:
+    """A model with an adapter in it.
+
+    Args:
+        source: the model, of any kind.
+        adapter: what is merged.
+        only_saved: take only the tensors that replace the model's; what is added to others is left to the caller.
+
+    Raises:
+        CheckpointError: the adapter speaks of tensors that the model does not have.
+    """
+
+    def __init__(self, source: WeightSource, adapter: Adapter, only_saved: bool = False) -> None:
+        self.kind, self.path = source.kind, source.path
+        self.base, self.adapter, self._only_saved = source, adapter, only_saved
+        places = hugging_face_places(source.config)
+        self._places = places
+        known = {place.theirs for place in places.values()}
+        for module in adapter.updates:
+            if f"{module}.weight" not in known:
+                raise CheckpointError(
+                    f"{adapter.folder} changes {module}, which {source.path} ({source.config.family}) does not have"
+                )
+        for name in adapter.saved:
+            if name not in known and not self._is_tied_copy(name):
+                raise CheckpointError(f"{adapter.folder} replaces {name}, which {source.path} does not have")
+        self.config: ModelConfig = self._resized(source.config)
+        self._check_shapes()
+
+    def _is_tied_copy(self, name: str) -> bool:
+        """Whether a replaced head is the replaced embedding, with which this model shares it."""
+        embedding = self.adapter.saved.get(self._places["embedding.weight"].theirs)
+        is_head = name == TIED_HEAD and self.base.config.tie_word_embeddings
+        return is_head and embedding is not None and torch.equal(self.adapter.saved[name], embedding)
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """Folder of the tokenizer: the adapter's own, or its run's, which may have more pieces, or else the model's."""
+        folder = self.adapter.folder
+        for place in (folder, folder.parent / TOKENIZER):
+            if any((place / name).is_file() for name in DEFINING_FILES):
+                return place
+        return self.base.tokenizer
+
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Return every tensor by our name."""
+        return self._infos
+
+    @cached_property
+    def _infos(self) -> dict[str, TensorInfo]:
+        tensors = dict(self.base.tensors())
+        for name, place in self._places.items():
+            saved = self.adapter.saved.get(place.theirs)
+            if saved is not None and place.rows is None:
+                tensors[name] = TensorInfo(tuple(saved.shape), tensors[name].dtype)
+        return tensors
+
+    def read(self, name: str, index: Index = ()) -> torch.Tensor:
+        """Read a tensor or a slice of it."""
+        info, place = self.tensors()[name], self._places[name]
+        index = index or tuple(slice(0, length) for length in info.shape)
+        saved = self.adapter.saved.get(place.theirs)
+        if saved is None:
+            base = self.base.read(name, index)
+        else:
+            base = (saved if place.rows is None else saved[place.rows])[index].to(info.dtype)
+        update = self.adapter.updates.get(place.theirs.removesuffix(".weight"))
+        if update is None or self._only_saved or not place.theirs.endswith(".weight"):
+            return base
+        return (base.float() + self._added(update, place.rows, index)).to(base.dtype)
+
+    def _added(self, update: Update, rows: torch.Tensor | None, index: Index) -> torch.Tensor:
+        if rows is None:
+            return update.rows(index[0].start, index[0].stop)[:, index[1]]
+        wanted = rows[index[0]]
+        first, last = int(wanted.min()), int(wanted.max()) + 1
+        return update.rows(first, last)[wanted - first][:, index[1]]
+
+    def _resized(self, config: ModelConfig) -> ModelConfig:
+        """Return the config with the vocabulary that saved embeddings have."""
+        saved = self.adapter.saved.get(self._places["embedding.weight"].theirs)
+        if saved is None or saved.shape[0] == config.vocab_size:
+            return config
+        head = self._places.get("output_head.weight")
+        if head is not None and head.theirs not in self.adapter.saved:
+            raise CheckpointError(
+                f"{self.adapter.folder} has an embedding of {saved.shape[0]:,} ids but no "
+                f"{head.theirs}; it is incomplete"
+            )
+        return config.model_copy(update={"vocab_size": saved.shape[0]})
+
+    def _check_shapes(self) -> None:
+        from ascendspeed_core.weights.load import parameter_shapes
+
+        shapes = parameter_shapes(self.config)
+        sizes: dict[str, int] = {}
+        for name, place in self._places.items():
+            sizes[place.theirs] = sizes.get(place.theirs, 0) + shapes[name][0]
+        for name, place in self._places.items():
+            expected = (sizes[place.theirs], *shapes[name][1:])
+            update = self.adapter.updates.get(place.theirs.removesuffix(".weight"))
+            saved = self.adapter.saved.get(place.theirs)
+            found = (
+                update.shape if update is not None else tuple(saved.shape) if saved is not None else expected
+            )
+            if place.theirs.endswith(".weight") and found != expected:
+                raise CheckpointError(
+                    f"{self.adapter.folder}: {place.theirs} is changed with shape {list(found)}, the model's is "
+                    f"{list(expected)}; the adapter is of another model"
+                )
+
+
+def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    path = folder / WEIGHTS
+    if path.is_file():
+        tensors = read_safetensors(inside(folder, path.name))
+        return {name: stored.read() for name, stored in tensors.items()}
+    path = folder / "adapter_model.bin"
+    if path.is_file():
+        file = TorchFile(inside(folder, path.name))
+        return {name: stored.read() for name, stored in stored_tensors(file.content)}
+    raise CheckpointError(
+        f"{folder} has neither adapter_model.safetensors nor adapter_model.bin; check --lora-load"
+    )

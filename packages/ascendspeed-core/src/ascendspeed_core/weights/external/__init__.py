@@ -1,0 +1,1 @@
+"""Checkpoints of Megatron-LM, AscendSpeed 2023 and DeepSpeed."""

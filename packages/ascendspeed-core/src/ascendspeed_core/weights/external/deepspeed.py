@@ -1,0 +1,150 @@
+"""Read the DeepSpeed-pipe layout of Bloom: one file for each layer and tensor rank.
+
+    latest                                        "global_step1000"
+    global_step1000/layer_03-model_00-model_states.pt
+
+Layer files are numbered by the pipeline's pseudo layers: 1 is the embedding, layer k is 3 + k, and the final norm is
+4 + L. Names inside are those of one layer. Optimizer states (`zero_pp_rank_*`) are not read.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from ascendspeed_core.config.model import ModelConfig
+from ascendspeed_core.weights.external.megatron_args import beside
+from ascendspeed_core.weights.external.name_maps import StageLayers, ascendspeed_gpt
+from ascendspeed_core.weights.external.sharded_tensors import ShardedTensors, ShardedTensorSource
+from ascendspeed_core.weights.files.file_tensor import StoredTensor
+from ascendspeed_core.weights.files.torch_files import TorchFile, stored_tensors
+from ascendspeed_core.weights.load import parameter_shapes
+from ascendspeed_core.weights.source import CheckpointError, inside
+
+LATEST = "latest"
+_FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
+FIRST_LAYER = 3
+"""Number of the first layer's file."""
+
+
+class DeepSpeedPipeSource(ShardedTensorSource):
+    """The weights of a DeepSpeed-pipe checkpoint of Bloom as one logical model.
+
+    Args:
+        path: the folder with `latest`, or the one with the layer files.
+        config: the architecture, unless its config.json lies beside the files.
+    """
+
+    kind = "deepspeed"
+
+    def __init__(self, path: Path, config: ModelConfig | None = None) -> None:
+        self.path: Path | None = path
+        self.folder = step_folder(path)
+        found = config or beside(self.folder)
+        if found is None:
+            raise CheckpointError(
+                f"{self.folder} does not say what model it is; put the model's config.json into it, or name it with "
+                "--model-config"
+            )
+        self.config: ModelConfig = found
+        files = _open_files(self.folder)
+        self.tp = max(rank for _, rank in files) + 1
+        self._check_files(set(files))
+        states = {place: dict(stored_tensors(file.content)) for place, file in files.items()}
+        self._files = files
+        embedding = states[1, 0].get("word_embeddings.weight")
+        if embedding is None:
+            raise CheckpointError(f"{files[1, 0].path} holds no word_embeddings.weight")
+        self.vocabulary_rows = embedding.info.shape[0] * self.tp
+        shapes = parameter_shapes(self.config)
+        self._placed = ShardedTensors(shapes)
+        self._place(states, shapes)
+        self._placed.check_complete(self.folder, shapes)
+        self._placed.check_replicas(1 << 20)
+
+    def left_behind(self) -> list[str]:
+        """Name what else lies in the folder."""
+        return sorted(path.name for path in self.folder.iterdir() if _FILE.fullmatch(path.name) is None)
+
+    def check(self) -> None:
+        """Read everything once: checksums of all files, and every part that lies in several of them."""
+        for file in self._files.values():
+            file.check()
+        self._placed.check_replicas()
+
+    def _check_files(self, found: set[tuple[int, int]]) -> None:
+        layers = [1, *range(FIRST_LAYER, FIRST_LAYER + self.config.num_layers), self._last]
+        for number, rank in ((n, r) for n in layers for r in range(self.tp)):
+            if (number, rank) not in found:
+                raise CheckpointError(f"{self.folder} lacks {_name(number, rank)}; copy it again")
+        extra = sorted(found - {(n, r) for n in layers for r in range(self.tp)})
+        if extra:
+            raise CheckpointError(
+                f"{self.folder} holds {_name(*extra[0])}, which a model of "
+                f"{self.config.num_layers} layers has no place for"
+            )
+
+    @property
+    def _last(self) -> int:
+        return FIRST_LAYER + self.config.num_layers + 1
+
+    def _place(
+        self, states: dict[tuple[int, int], dict[str, StoredTensor]], shapes: Mapping[str, tuple[int, ...]]
+    ) -> None:
+        stage = StageLayers(range(self.config.num_layers), is_first=True, is_last=True)
+        table = ascendspeed_gpt()
+        for packed in table.of_stage(shapes, self.config, stage, self.vocabulary_rows):
+            number, name = self._file_of(packed.key)
+            for rank in range(self.tp):
+                state = states[number, rank]
+                short = name.removeprefix("final_layernorm.")
+                key = next((key for key in (name, short) if key in state), None)
+                if key is None:
+                    raise CheckpointError(f"{self.folder / _name(number, rank)} lacks {name}; copy it again")
+                where = f"{_name(number, rank)}: {key}"
+                self._placed.add(where, packed.of_rank(rank, self.tp), state.pop(key))
+        for (number, rank), state in states.items():
+            if state:
+                raise CheckpointError(
+                    f"{self.folder / _name(number, rank)} holds {min(state)}, which the model has no place for"
+                )
+
+    def _file_of(self, key: str) -> tuple[int, str]:
+        """Return number of the file and name in it of a tensor of `GPTModel`."""
+        key = key.replace("/", ".").removeprefix("language_model.")
+        match = re.fullmatch(r"encoder\.layers\.(\d+)\.(.*)", key)
+        if match:
+            return FIRST_LAYER + int(match.group(1)), match.group(2)
+        if key.startswith("encoder."):
+            return self._last, key.removeprefix("encoder.")
+        return 1, key.removeprefix("embedding.")
+
+
+def step_folder(path: Path) -> Path:
+    """Return the folder with the layer files: `path`, or the one that `latest` names.
+
+    Raises:
+        CheckpointError: it names nothing that is there, or something outside.
+    """
+    latest = path / LATEST
+    if not latest.is_file():
+        return path
+    name = latest.read_text(encoding="utf-8").strip()
+    folder = path / name
+    if not name or not folder.is_dir() or folder.resolve().parent != path.resolve():
+        raise CheckpointError(f"{latest} names {name!r}, which is no folder in {path}; copy it again")
+    return folder
+
+
+def _open_files(folder: Path) -> dict[tuple[int, int], TorchFile]:
+    found = {}
+    for path in sorted(folder.glob("layer_*")):
+        match = _FILE.fullmatch(path.name)
+        if match:
+            found[int(match.group(1)), int(match.group(2))] = TorchFile(inside(folder, path.name))
+    if (1, 0) not in found:
+        raise CheckpointError(f"{folder} lacks {_name(1, 0)}, which holds the embedding; copy it again")
+    return found
+
+
+def _name(number: int, rank: int) -> str:
+    return f"layer_{number:02d}-model_{rank:02d}-model_states.pt"

@@ -1,0 +1,102 @@
+"""How model-parallel checkpoints spread layers over files; pure arithmetic."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ascendspeed_core.config.parallel import stages
+from ascendspeed_core.weights.external.name_maps import StageLayers
+from ascendspeed_data.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ShardLayout:
+    """Tensor-parallel ranks, pipeline stages, and chunks of each stage.
+
+    Attributes:
+        tp: ranks that share every layer.
+        chunks: for each stage the layers of each of its chunks; one chunk without a virtual pipeline.
+    """
+
+    tp: int
+    chunks: tuple[tuple[range, ...], ...]
+
+    @property
+    def pp(self) -> int:
+        """Pipeline stages."""
+        return len(self.chunks)
+
+    @property
+    def vpp(self) -> int:
+        """Chunks of each stage."""
+        return len(self.chunks[0])
+
+    def stage(self, pp_rank: int, chunk: int) -> StageLayers:
+        """Return what a chunk holds; the embedding is in the first one of all, norm and head in the last."""
+        return StageLayers(
+            self.chunks[pp_rank][chunk],
+            is_first=pp_rank == 0 and chunk == 0,
+            is_last=pp_rank == self.pp - 1 and chunk == self.vpp - 1,
+        )
+
+    def folder(self, tp_rank: int, pp_rank: int) -> str:
+        """Return the name of a rank's folder, as Megatron-LM writes it."""
+        return f"mp_rank_{tp_rank:02d}" + (f"_{pp_rank:03d}" if self.pp > 1 else "")
+
+    def __str__(self) -> str:
+        uneven = len({len(layers) for stage in self.chunks for layers in stage}) > 1
+        sizes = f" ({', '.join(str(sum(map(len, stage))) for stage in self.chunks)} layers)" if uneven else ""
+        return f"tp{self.tp} x pp{self.pp}{sizes}" + (f" x vpp{self.vpp}" if self.vpp > 1 else "")
+
+
+def shard_layout(
+    num_layers: int,
+    tp: int = 1,
+    pp: int = 1,
+    layers_per_chunk: int | None = None,
+    layers_of_stages: Sequence[int] | None = None,
+) -> ShardLayout:
+    """Return the layout of a target.
+
+    Args:
+        num_layers: layers of the model.
+        tp: tensor-parallel ranks.
+        pp: pipeline stages.
+        layers_per_chunk: `--num-layers-per-virtual-pipeline-stage`.
+        layers_of_stages: layers of each stage; by default as equal as can be.
+
+    Raises:
+        ConfigError: the sizes do not fit.
+    """
+    if layers_of_stages is not None:
+        if layers_per_chunk is not None:
+            raise ConfigError(
+                "partition_layers and num_layers_per_virtual_pipeline_stage exclude each other; give one of them"
+            )
+        if len(layers_of_stages) != pp or sum(layers_of_stages) != num_layers or min(layers_of_stages) < 1:
+            raise ConfigError(
+                f"partition_layers={','.join(map(str, layers_of_stages))} must be pipeline_model_parallel_size={pp} "
+                f"numbers from 1 that add up to the model's {num_layers} layers"
+            )
+        return from_counts(tp, [[count] for count in layers_of_stages])
+    if layers_per_chunk is None:
+        return ShardLayout(
+            tp,
+            tuple((stage.layers,) for stage in stages(num_layers, pp, f"pipeline_model_parallel_size={pp}")),
+        )
+    if layers_per_chunk < 1 or pp < 2 or num_layers % (pp * layers_per_chunk):
+        raise ConfigError(
+            f"num_layers_per_virtual_pipeline_stage={layers_per_chunk} times pipeline_model_parallel_size={pp} must "
+            f"divide the model's {num_layers} layers, with 2 stages or more; choose another size"
+        )
+    return from_counts(tp, [[layers_per_chunk] * (num_layers // (pp * layers_per_chunk))] * pp)
+
+
+def from_counts(tp: int, counts: Sequence[Sequence[int]]) -> ShardLayout:
+    """Return the layout whose stages have chunks of these many layers; layers go around all stages chunk by chunk."""
+    found: list[list[range]] = [[] for _ in counts]
+    start = 0
+    for chunk in range(len(counts[0])):
+        for stage, of_stage in enumerate(counts):
+            found[stage].append(range(start, start + of_stage[chunk]))
+            start += of_stage[chunk]
+    return ShardLayout(tp, tuple(tuple(stage) for stage in found))

@@ -1,0 +1,284 @@
+"""What the arguments pickled beside the weights say of the architecture, and whether they fit the weights."""
+
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ascendspeed_core.config.load import validate
+from ascendspeed_core.config.model import ModelConfig, RotaryScaling
+from ascendspeed_core.models.families import family_of_hugging_face
+from ascendspeed_core.weights.external.layout import ShardLayout
+from ascendspeed_core.weights.external.sharded_tensors import Readable
+from ascendspeed_core.weights.external.sidecar import Record
+from ascendspeed_core.weights.files.torch_files import TorchFile
+from ascendspeed_core.weights.huggingface.source import generation_ids, read_json
+from ascendspeed_core.weights.source import CheckpointError
+from ascendspeed_data.command_line import log
+from ascendspeed_data.errors import ConfigError
+
+_MUST_BE: dict[str, tuple[Any, ...]] = {
+    "num_experts": (None, 0),
+    "multi_latent_attention": (False, None),
+    "rotary_percent": (1.0, None),
+    "rotary_interleaved": (False, None),
+    "apply_layernorm_1p": (False, None),
+    "squared_relu": (False, None),
+    "apply_residual_connection_post_layernorm": (False, None),
+}
+"""Arguments that would change the architecture in ways that arguments alone do not tell us enough about."""
+
+_COMPARED = {
+    "num_layers": "num_layers",
+    "hidden_size": "hidden_size",
+    "num_attention_heads": "num_attention_heads",
+    "ffn_hidden_size": "ffn_hidden_size",
+}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the files themselves say.
+
+    Attributes:
+        kind: `ascendspeed` or `megatron`.
+        naming: name of the table.
+        folder: for messages.
+        layout: how layers are spread.
+        first: stored tensors of the first stage.
+        vocabulary_rows: rows of the embedding with filling.
+    """
+
+    kind: str
+    naming: str
+    folder: Path
+    layout: ShardLayout
+    first: Mapping[str, Readable]
+    vocabulary_rows: int
+
+    @property
+    def num_layers(self) -> int:
+        """Layers that are there."""
+        return sum(len(layers) for stage in self.layout.chunks for layers in stage)
+
+    def shape(self, ending: str) -> tuple[int, ...] | None:
+        """Return the shape of the first stage's tensor whose name ends so, if there is one."""
+        return next((found.info.shape for key, found in self.first.items() if key.endswith(ending)), None)
+
+
+def resolve_config(
+    facts: Facts,
+    record: Record | None,
+    arguments: Any,
+    given: ModelConfig | None,
+    vocab_size: int | None,
+    otherwise: Callable[[], ModelConfig | None] = lambda: None,
+) -> ModelConfig:
+    """Return the architecture: from our record, from what was given, from a config.json beside, from the arguments.
+
+    Raises:
+        CheckpointError: nothing says it, or what says it contradicts the weights.
+    """
+    config = record.model if record is not None else given or beside(facts.folder)
+    if config is None and not isinstance(arguments, Namespace):
+        config = otherwise()
+    if config is None and not isinstance(arguments, Namespace):
+        raise CheckpointError(
+            f"{facts.folder} does not say what model it is (no arguments in it); put the model's config.json into it, "
+            "or name it with --model-config"
+        )
+    if config is None:
+        config = config_of_arguments(facts, arguments, vocab_size).model_copy(update=_ids(facts.folder))
+    elif vocab_size is not None and vocab_size != config.vocab_size:
+        config = config.model_copy(update={"vocab_size": vocab_size})
+    if isinstance(arguments, Namespace):
+        for theirs, ours in _COMPARED.items():
+            said, known = getattr(arguments, theirs, None), getattr(config, ours)
+            if isinstance(said, int) and said != known:
+                raise CheckpointError(
+                    f"{facts.folder}: its arguments say {theirs}={said}, the model's config {known}; "
+                    "name the right config or another checkpoint"
+                )
+    if config.num_layers != facts.num_layers:
+        raise CheckpointError(
+            f"{facts.folder} holds {facts.num_layers} layers, the model has {config.num_layers}; files are missing or "
+            "of another checkpoint"
+        )
+    if config.vocab_size > facts.vocabulary_rows:
+        raise CheckpointError(
+            f"{facts.folder}: its embedding has {facts.vocabulary_rows:,} rows, fewer than "
+            f"vocab_size={config.vocab_size:,}"
+        )
+    return config
+
+
+def config_of_arguments(facts: Facts, arguments: Namespace, vocab_size: int | None) -> ModelConfig:
+    """Return the architecture that arguments and tensors tell together.
+
+    Raises:
+        CheckpointError: they leave something open.
+    """
+    for name, allowed in _MUST_BE.items():
+        if getattr(arguments, name, allowed[0]) not in allowed:
+            raise CheckpointError(
+                f"{facts.folder}: its arguments say {name}={getattr(arguments, name)!r}, of which they do not tell "
+                "enough; name the model's config.json with --model-config"
+            )
+    heads = _number(facts, arguments, "num_attention_heads")
+    hidden = _number(facts, arguments, "hidden_size")
+    grouped = getattr(arguments, "group_query_attention", False)
+    is_gpt = facts.naming == "GPT" or (facts.kind == "megatron" and not getattr(arguments, "swiglu", False))
+    position = str(getattr(arguments, "position_embedding_type", "rope"))
+    position = "alibi" if "alibi" in position or (facts.naming == "GPT") else "rotary"
+    window = getattr(arguments, "window_size", None)
+    norm = "layernorm" if facts.shape("input_layernorm.bias") or facts.shape("layer_norm_bias") else "rmsnorm"
+    values: dict[str, Any] = {
+        "vocab_size": vocab_size or _vocab_size(facts, arguments),
+        "hidden_size": hidden,
+        "ffn_hidden_size": _number(facts, arguments, "ffn_hidden_size"),
+        "num_layers": facts.num_layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": getattr(arguments, "num_query_groups", None) if grouped else heads,
+        "head_dim": getattr(arguments, "kv_channels", None) or hidden // heads,
+        "max_position_embeddings": getattr(arguments, "max_position_embeddings", None)
+        or _number(facts, arguments, "seq_length"),
+        "norm_epsilon": getattr(arguments, "norm_epsilon", None)
+        or getattr(arguments, "layernorm_epsilon", 1e-5),
+        "rotary_base": float(getattr(arguments, "rotary_base", None) or 10000.0),
+        "tie_word_embeddings": _is_tied(facts, arguments),
+        "initializer_range": getattr(arguments, "init_method_std", None) or 0.02,
+        "rotary_scaling": _rope_scaling(arguments),
+        "sliding_window": window[0] + 1 if window else None,
+        "norm": norm,
+        "position": position,
+        "mlp": "gelu" if is_gpt else "swiglu",
+        "qkv_bias": any(
+            facts.shape(f"{name}.bias") is not None for name in ("linear_qkv", "query_key_value")
+        ),
+        "output_bias": any(
+            facts.shape(f"{name}.bias") is not None for name in ("linear_proj", "attention.dense")
+        ),
+        "mlp_bias": any(facts.shape(f"{name}.bias") is not None for name in ("linear_fc2", "dense_4h_to_h")),
+        "embedding_norm": facts.shape("word_embeddings.norm.weight") is not None,
+        "qk_norm": facts.shape("q_layernorm.weight") is not None,
+    }
+    values["family"] = _family(values)
+    try:
+        config = validate(ModelConfig, values)
+    except ConfigError as error:
+        raise CheckpointError(f"{facts.folder}: its arguments make no model: {error}") from None
+    log(f"{facts.folder}: architecture taken from its arguments, family {config.family}")
+    return config
+
+
+def llama3_by_factor(factor: float) -> RotaryScaling:
+    """Return what Megatron-LM's `--use-rope-scaling` does: Llama 3.1's scaling, whose other constants are fixed."""
+    return RotaryScaling(
+        kind="llama3",
+        factor=factor,
+        original_max_position_embeddings=8192,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+    )
+
+
+def _rope_scaling(arguments: Namespace) -> RotaryScaling | None:
+    if not getattr(arguments, "use_rope_scaling", False):
+        return None
+    return llama3_by_factor(float(getattr(arguments, "rope_scaling_factor", None) or 8.0))
+
+
+def check_arguments(
+    file: TorchFile, record: Record | None, layout: ShardLayout, tp_rank: int, stage: int
+) -> None:
+    """Make sure that a file is the one of its rank, as far as it tells.
+
+    Raises:
+        CheckpointError: it says another rank, layout or checkpoint.
+    """
+    content = file.content
+    mine = content.get("ascendspeed")
+    if record is not None:
+        expected = {"tensor_rank": tp_rank, "stage": stage, "checkpoint": record.checkpoint}
+        if mine != expected:
+            raise CheckpointError(
+                f"{file.path} is not tensor rank {tp_rank} of stage {stage} of this checkpoint, it says {mine}; "
+                "files were swapped or mixed, copy the folder again"
+            )
+    arguments = content.get("args")
+    if not isinstance(arguments, Namespace):
+        return
+    sizes = {"tensor_model_parallel_size": layout.tp, "pipeline_model_parallel_size": layout.pp}
+    for name, found in sizes.items():
+        said = getattr(arguments, name, found)
+        if said != found:
+            raise CheckpointError(
+                f"{file.path}: its arguments say {name}={said}, but there are files for {found}; files are missing or "
+                "of another checkpoint"
+            )
+    rank, world = getattr(arguments, "rank", None), getattr(arguments, "world_size", None)
+    if mine is None and isinstance(rank, int) and isinstance(world, int) and world % layout.pp == 0:
+        # Megatron-LM counts ranks with the tensor-parallel one fastest and the stage slowest.
+        place = (rank % layout.tp, rank // (world // layout.pp))
+        if place != (tp_rank, stage):
+            raise CheckpointError(
+                f"{file.path} was written by process {rank} of {world}, which is not tensor rank {tp_rank} of stage "
+                f"{stage}; files were swapped, copy the folder again"
+            )
+
+
+def beside(folder: Path) -> ModelConfig | None:
+    """Return the architecture that a config.json in the folder, or in the one above, tells."""
+    for place in (folder, folder.parent):
+        if (place / "config.json").is_file():
+            hf_config = read_json(place / "config.json")
+            log(f"{folder}: architecture taken from {place / 'config.json'}")
+            return family_of_hugging_face(hf_config, str(place / "config.json")).read_config(hf_config)
+    return None
+
+
+def _ids(folder: Path) -> dict[str, Any]:
+    """Return the ids of a generation_config.json beside the weights; arguments do not tell them."""
+    found = {**generation_ids(folder.parent), **generation_ids(folder)}
+    end = found.get("eos_token_id")
+    ids = tuple(end) if isinstance(end, list) else () if end is None else (int(end),)
+    return {"eos_token_ids": ids, "bos_token_id": found.get("bos_token_id")}
+
+
+def _vocab_size(facts: Facts, arguments: Namespace) -> int:
+    said = getattr(arguments, "vocab_size", None)
+    if isinstance(said, int) and 0 < said <= facts.vocabulary_rows:
+        return said
+    raise CheckpointError(
+        f"{facts.folder}: its embedding has {facts.vocabulary_rows:,} rows, of which nothing says how many are "
+        "filling; give --orig-vocab-size, or --model-config with the model's config.json"
+    )
+
+
+def _number(facts: Facts, arguments: Namespace, name: str) -> int:
+    value = getattr(arguments, name, None)
+    if not isinstance(value, int):
+        raise CheckpointError(
+            f"{facts.folder}: its arguments do not say {name}; name the model's config.json with --model-config"
+        )
+    return value
+
+
+def _is_tied(facts: Facts, arguments: Namespace) -> bool:
+    if facts.kind == "megatron":
+        return not getattr(arguments, "untie_embeddings_and_output_weights", False)
+    return facts.naming == "GPT"
+
+
+def _family(values: Mapping[str, Any]) -> str:
+    """Return the family whose Hugging Face folder holds such a model."""
+    if values["mlp"] == "gelu":
+        return "bloom"
+    if values["position"] == "alibi":
+        return "baichuan"
+    if values["qk_norm"]:
+        return "qwen3"
+    if values["qkv_bias"]:
+        return "internlm" if values["output_bias"] else "qwen2"
+    return "llama"

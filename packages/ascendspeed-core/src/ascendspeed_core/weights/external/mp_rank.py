@@ -1,0 +1,234 @@
+"""Read model-parallel checkpoints: one `mp_rank_TT[_PPP]/model_optim_rng.pt` for each tensor rank and stage.
+
+AscendSpeed of 2023 and Megatron-LM share this layout; names and packing differ, see `foreign.tables`:
+
+    latest_checkpointed_iteration.txt        "100" or "release"
+    iter_0000100/ or release/
+        mp_rank_00_000/model_optim_rng.pt    args, iteration, model (or model0, model1, ... with a virtual pipeline)
+        ascendspeed.json                     only where we wrote it, see `foreign.record`
+"""
+
+import re
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ascendspeed_core.config.model import ModelConfig
+from ascendspeed_core.weights.external.detect_format import STATES, recognise_table
+from ascendspeed_core.weights.external.layout import ShardLayout, from_counts
+from ascendspeed_core.weights.external.megatron_args import Facts, check_arguments, resolve_config
+from ascendspeed_core.weights.external.name_maps import ROTARY
+from ascendspeed_core.weights.external.sharded_tensors import ShardedTensors, ShardedTensorSource
+from ascendspeed_core.weights.external.sidecar import read_record
+from ascendspeed_core.weights.files.file_tensor import StoredTensor
+from ascendspeed_core.weights.files.torch_files import TorchFile, stored_tensors
+from ascendspeed_core.weights.load import parameter_shapes
+from ascendspeed_core.weights.native.source import TRACKER
+from ascendspeed_core.weights.source import CheckpointError, Kind, inside
+
+_RANK_FOLDER = re.compile(r"mp_rank_(\d+)(?:_(\d+))?")
+_LAYER = re.compile(r"\blayers\.(\d+)\.")
+SMALL_BYTES = 1 << 20
+"""Tensors up to this size that lie in several files are compared when a checkpoint is opened."""
+
+
+class ShardedSource(ShardedTensorSource):
+    """The weights of a model-parallel checkpoint as one logical model.
+
+    Args:
+        path: the folder with the tracker, or the one with the `mp_rank_*` folders.
+        config: the architecture, where the checkpoint does not say it.
+        vocab_size: rows of the embedding that are not filling, where the checkpoint does not say it.
+        otherwise: asked for the architecture when nothing else says it.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        config: ModelConfig | None = None,
+        vocab_size: int | None = None,
+        otherwise: Callable[[], ModelConfig | None] = lambda: None,
+    ) -> None:
+        self.path: Path | None = path
+        self.folder = iteration_folder(path)
+        self._files = open_grid(self.folder)
+        self.tp, pp = (max(rank[i] for rank in self._files) + 1 for i in (0, 1))
+        self.record = read_record(self.folder)
+        chunks = {rank: chunks_of(file) for rank, file in self._files.items()}
+        counts = [
+            [count_layers(chunk, self._files[0, stage].path) for chunk in chunks[0, stage]]
+            for stage in range(pp)
+        ]
+        self.layout: ShardLayout = from_counts(self.tp, counts)
+        first = dict(stored_tensors(chunks[0, 0][0]))
+        kind, table, self.naming = recognise_table(first, self.folder)
+        self.kind: str = kind
+        content = self._files[0, 0].content
+        self.arguments: Any = content.get("args") if isinstance(content, dict) else None
+        embedding = next(iter(first[key] for key in first if key.endswith("word_embeddings.weight")), None)
+        if embedding is None:
+            raise CheckpointError(f"{self._files[0, 0].path} holds no embedding; it is no first stage")
+        self.vocabulary_rows = embedding.info.shape[0] * self.tp
+        facts = Facts(self.kind, self.naming, self.folder, self.layout, first, self.vocabulary_rows)
+        self.config: ModelConfig = resolve_config(
+            facts, self.record, self.arguments, config, vocab_size, otherwise
+        )
+        shapes = parameter_shapes(self.config)
+        self._shapes = shapes | {ROTARY: (self.config.head_dim // 2,)}
+        self._placed = ShardedTensors(self._shapes)
+        for (tp_rank, stage), file in self._files.items():
+            check_arguments(file, self.record, self.layout, tp_rank, stage)
+            for number, chunk in enumerate(chunks[tp_rank, stage]):
+                self._place(file, dict(stored_tensors(chunk)), table, (tp_rank, stage, number))
+        self._placed.check_complete(self.folder, shapes)
+        self._placed.check_replicas(SMALL_BYTES)
+        self._check_rotary()
+
+    @classmethod
+    def kind_in(cls, folder: Path) -> Kind:
+        """Return `ascendspeed` or `megatron`, by the names of the tensors in one of the files."""
+        file = open_grid(folder)[0, 0]
+        kind: Kind = recognise_table(dict(stored_tensors(chunks_of(file)[0])), folder)[0]
+        return kind
+
+    @cached_property
+    def num_stored(self) -> int:
+        """Stored tensors in all files."""
+        return sum(
+            1 for file in self._files.values() for chunk in chunks_of(file) for _ in stored_tensors(chunk)
+        )
+
+    def left_behind(self) -> list[str]:
+        """Name what else stands in the files and is not weights of the model."""
+        content = self._files[0, 0].content
+        known = {"model", "args", "checkpoint_version", "iteration", "tokens", "ascendspeed"}
+        return sorted(
+            str(key) for key in content if key not in known and not re.fullmatch(r"model\d+", str(key))
+        )
+
+    def check(self) -> None:
+        """Read everything once: checksums of all files, and every part that lies in several of them.
+
+        Raises:
+            CheckpointError: a file is damaged, or two are of different checkpoints.
+        """
+        for file in self._files.values():
+            file.check()
+        self._placed.check_replicas()
+
+    def _place(
+        self, file: TorchFile, stored: dict[str, StoredTensor], table: Any, rank: tuple[int, int, int]
+    ) -> None:
+        tp_rank, stage, chunk = rank
+        layers = self.layout.stage(stage, chunk)
+        for packed in table.of_stage(self._shapes, self.config, layers, self.vocabulary_rows):
+            key = packed.key.replace("/", ".")
+            if key not in stored:
+                if ROTARY in packed.blocks[0].name:
+                    continue
+                raise CheckpointError(f"{file.path} lacks {key}; the copy is incomplete, or of another model")
+            self._placed.add(f"{file.path}: {key}", packed.of_rank(tp_rank, self.tp), stored.pop(key))
+        extra = sorted(key for key in stored if not key.endswith("_extra_state"))
+        if extra:
+            raise CheckpointError(
+                f"{file.path} holds {len(extra)} tensors that the model has no place for, first {extra[0]}; "
+                "they would be lost"
+            )
+
+    def _check_rotary(self) -> None:
+        """Compare stored rotary frequencies with what the config says."""
+        if ROTARY not in set(self._placed.names()):
+            return
+        stored = self._placed.read(ROTARY).double()
+        expected = rotary_frequencies(self.config).double()
+        # Stored in as little as 16 bits, which round by up to 2^-8.
+        if not torch.allclose(stored, expected, rtol=2**-8, atol=2**-14):
+            raise CheckpointError(
+                f"{self.folder}: its rotary frequencies are not those of rotary_base={self.config.rotary_base:g}; "
+                "name the model's config"
+            )
+
+
+def rotary_frequencies(config: ModelConfig) -> torch.Tensor:
+    """Return the rotary frequencies that other systems store: base^(-2i/D)."""
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
+    return (1.0 / config.rotary_base**exponents).float()
+
+
+def iteration_folder(path: Path) -> Path:
+    """Return the folder with the weights: `path`, or the one that its tracker names.
+
+    Raises:
+        CheckpointError: the tracker names nothing that is there, or something outside.
+    """
+    tracker = path / TRACKER
+    if not tracker.is_file():
+        return path
+    text = tracker.read_text(encoding="utf-8").strip()
+    if text != "release" and not text.isdecimal():
+        raise CheckpointError(
+            f"{tracker} says {text!r}, neither an iteration nor release; write which of them to use"
+        )
+    folder = path / (text if text == "release" else f"iter_{int(text):07d}")
+    if not folder.is_dir() or folder.resolve().parent != path.resolve():
+        raise CheckpointError(
+            f"{tracker} names {folder.name}, which is not a folder in {path}; copy it again"
+        )
+    return folder
+
+
+def open_grid(folder: Path) -> dict[tuple[int, int], TorchFile]:
+    """Open all files by tensor rank and stage.
+
+    Raises:
+        CheckpointError: one is missing.
+    """
+    found: dict[tuple[int, int], str] = {}
+    for path in sorted(folder.glob("mp_rank_*")):
+        match = _RANK_FOLDER.fullmatch(path.name)
+        if match and path.is_dir():
+            found[int(match.group(1)), int(match.group(2) or 0)] = path.name
+    if not found:
+        raise CheckpointError(f"{folder} holds no mp_rank_* folders; copy it again")
+    tp, pp = (max(rank[i] for rank in found) + 1 for i in (0, 1))
+    for rank in ((t, p) for p in range(pp) for t in range(tp)):
+        if rank not in found:
+            raise CheckpointError(
+                f"{folder} lacks tensor rank {rank[0]} of stage {rank[1]}, though it has "
+                f"{len(found)} of {tp} x {pp} files; copy it again"
+            )
+    return {
+        rank: TorchFile(inside(folder, f"{found[rank]}/{STATES}"))
+        for rank in ((t, p) for p in range(pp) for t in range(tp))
+    }
+
+
+def chunks_of(file: TorchFile) -> list[Any]:
+    """Return the states of all chunks of a file."""
+    content = file.content
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file.path} holds no dictionary; it is no checkpoint of a model")
+    numbered = sorted(
+        (key for key in content if re.fullmatch(r"model\d+", str(key))), key=lambda key: int(key[5:])
+    )
+    if not numbered and "model" not in content:
+        raise CheckpointError(
+            f"{file.path} holds no 'model'; it holds {', '.join(map(str, content)) or 'nothing'}"
+        )
+    return [content[key] for key in numbered or ["model"]]
+
+
+def count_layers(chunk: Any, path: Path) -> int:
+    """Return how many layers a chunk holds.
+
+    Raises:
+        CheckpointError: one is missing.
+    """
+    numbers = {int(match.group(1)) for key, _ in stored_tensors(chunk) if (match := _LAYER.search(key))}
+    if numbers != set(range(len(numbers))):
+        missing = min(set(range(max(numbers) + 1)) - numbers)
+        raise CheckpointError(f"{path} lacks layer {missing} of its stage; the copy is incomplete")
+    return len(numbers)

@@ -1,0 +1,203 @@
+"""Logical tensors put together from the places where their parts lie."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from ascendspeed_core.config.model import ModelConfig
+from ascendspeed_core.weights.external.name_maps import ROTARY
+from ascendspeed_core.weights.external.packing import Block, Packed
+from ascendspeed_core.weights.source import CheckpointError, Index, TensorInfo
+from ascendspeed_data.tokenizer import DEFINING_FILES
+
+
+class Readable(Protocol):
+    """A stored tensor."""
+
+    @property
+    def info(self) -> TensorInfo:
+        """Shape and format."""
+        ...
+
+    def read(self, index: Index = ()) -> torch.Tensor:
+        """Read a slice."""
+        ...
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a part of a logical tensor lies.
+
+    Attributes:
+        where: file and name, for messages.
+        tensor: the stored tensor.
+        row: its first row there.
+        index: which part of the logical tensor it is.
+    """
+
+    where: str
+    tensor: Readable
+    row: int
+    index: Index
+
+    def read(self, wanted: Index) -> torch.Tensor:
+        """Read what of `wanted` lies here; both are slices of the logical tensor."""
+        starts = (part.start - own.start for part, own in zip(wanted, self.index, strict=True))
+        sizes = (part.stop - part.start for part in wanted)
+        local = [slice(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+        local[0] = slice(local[0].start + self.row, local[0].stop + self.row)
+        return self.tensor.read(tuple(local))
+
+
+class ShardedTensors:
+    """Logical tensors by name, whose parts lie in stored tensors."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self._shapes = shapes
+        self._places: dict[str, list[Place]] = {}
+        self._seen: dict[tuple[str, tuple[tuple[int, int], ...]], Place] = {}
+        self.replicas: list[tuple[str, Place, Place]] = []
+        """Name, first place and a further one of parts that lie in several places."""
+
+    def add(self, where: str, packed: Packed, stored: Readable) -> None:
+        """Take note of a stored tensor.
+
+        Raises:
+            CheckpointError: it has another shape or format than the others of its kind.
+        """
+        if stored.info.shape != packed.shape:
+            raise CheckpointError(
+                f"{where} has shape {list(stored.info.shape)}, the model's is {list(packed.shape)}; "
+                "its arguments and its weights disagree, or it is a file of another checkpoint"
+            )
+        row = 0
+        for block in packed.blocks:
+            if not block.repeats:
+                self._add_block(where, block, row, stored)
+            row += block.rows
+
+    def _add_block(self, where: str, block: Block, row: int, stored: Readable) -> None:
+        place = Place(where, stored, row, block.index)
+        others = self._places.setdefault(block.name, [])
+        if others and others[0].tensor.info.dtype != stored.info.dtype:
+            raise CheckpointError(
+                f"{where} is stored as {_name(stored.info.dtype)}, {others[0].where} of the same tensor as "
+                f"{_name(others[0].tensor.info.dtype)}; one of them is of another checkpoint"
+            )
+        key = (block.name, tuple((part.start, part.stop) for part in block.index))
+        if key in self._seen:
+            self.replicas.append((block.name, self._seen[key], place))
+        else:
+            self._seen[key] = place
+            others.append(place)
+
+    def info(self, name: str) -> TensorInfo:
+        """Return shape and format of a logical tensor."""
+        return TensorInfo(self._shapes[name], self._places[name][0].tensor.info.dtype)
+
+    def names(self) -> Iterator[str]:
+        """Yield the names of all logical tensors that have a place."""
+        yield from self._places
+
+    def check_complete(self, where: object, names: Iterable[str]) -> None:
+        """Raise `CheckpointError` unless every element of these tensors has a place."""
+        for name in names:
+            places = self._places.get(name, [])
+            stored = sum(_size(place.index) for place in places)
+            if stored != _size(tuple(slice(0, length) for length in self._shapes[name])):
+                raise CheckpointError(
+                    f"{where} lacks {'part of ' if places else ''}{name}; the copy is incomplete"
+                )
+
+    def check_replicas(self, max_bytes: int | None = None) -> None:
+        """Compare parts that lie in several places, unless one is larger than `max_bytes`.
+
+        Raises:
+            CheckpointError: two differ.
+        """
+        for name, first, other in self.replicas:
+            if max_bytes is not None and _size(first.index) * first.tensor.info.dtype.itemsize > max_bytes:
+                continue
+            if not torch.equal(first.read(first.index), other.read(other.index)):
+                raise CheckpointError(
+                    f"{name} should be the same in {first.where} and {other.where}, but is not; "
+                    "they are files of different checkpoints"
+                )
+
+    def read(self, name: str, index: Index = ()) -> torch.Tensor:
+        """Read a slice: a view of the file if it lies in one piece, else put together."""
+        shape = self._shapes[name]
+        wanted = index or tuple(slice(0, length) for length in shape)
+        result: torch.Tensor | None = None
+        for place in self._places[name]:
+            overlap = tuple(
+                slice(max(part.start, own.start), min(part.stop, own.stop))
+                for part, own in zip(wanted, place.index, strict=True)
+            )
+            if any(part.start >= part.stop for part in overlap):
+                continue
+            if overlap == tuple(slice(part.start, part.stop) for part in wanted):
+                return place.read(wanted)
+            if result is None:
+                sizes = [part.stop - part.start for part in wanted]
+                result = torch.empty(sizes, dtype=place.tensor.info.dtype)
+            target = tuple(
+                slice(part.start - start.start, part.stop - start.start)
+                for part, start in zip(overlap, wanted, strict=True)
+            )
+            result[target] = place.read(overlap)
+        if result is None:
+            sizes = [max(part.stop - part.start, 0) for part in wanted]
+            return torch.empty(sizes, dtype=self.info(name).dtype)
+        return result
+
+
+class ShardedTensorSource:
+    """What all sources have in common whose tensors lie in places.
+
+    Attributes:
+        path: the folder as the user named it.
+        folder: the one with the files.
+        config: the architecture.
+    """
+
+    path: Path | None
+    folder: Path
+    config: ModelConfig
+    _placed: ShardedTensors
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """Folder of the tokenizer beside the weights, if any."""
+        for folder in (self.folder, self.folder.parent):
+            for place in (folder, folder / "tokenizer"):
+                if any((place / name).is_file() for name in DEFINING_FILES):
+                    return place
+        return None
+
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Return every weight by our name."""
+        return self._infos
+
+    @cached_property
+    def _infos(self) -> dict[str, TensorInfo]:
+        return {name: self._placed.info(name) for name in self._placed.names() if name != ROTARY}
+
+    def read(self, name: str, index: Index = ()) -> torch.Tensor:
+        """Read a slice of a weight."""
+        return self._placed.read(name, index)
+
+
+def _size(index: Index) -> int:
+    size = 1
+    for part in index:
+        size *= part.stop - part.start
+    return size
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,1 @@
+"""Tensors in files: safetensors, torch archives, read by slice and written in a stream."""

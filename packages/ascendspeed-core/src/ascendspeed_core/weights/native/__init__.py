@@ -1,0 +1,1 @@
+"""Checkpoints of this project: torch's distributed checkpoint with a description."""

@@ -1,0 +1,111 @@
+"""Write a native checkpoint of weights alone, slab by slab: memory does not grow with the model."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ascendspeed_core import __version__
+from ascendspeed_core.config.parallel import Layout
+from ascendspeed_core.weights.native.source import DESCRIPTION, FORMAT_VERSION, TRACKER, NativeSource
+from ascendspeed_core.weights.native.write_tensors import TensorFile, WrittenShard, write_metadata
+from ascendspeed_core.weights.source import TensorInfo, WeightSource
+from ascendspeed_core.weights.stream import Counted, OnBytes, slabs, together
+from ascendspeed_data.files import write_durably
+
+
+def write_native(
+    source: WeightSource,
+    folder: Path,
+    dtype: torch.dtype | None,
+    on_bytes: OnBytes = lambda _: None,
+    workers: int = 1,
+    run: NativeSource | None = None,
+) -> None:
+    """Write a run's folder that holds weights at iteration 0; training started from it begins its data anew.
+
+    With the training state of another native checkpoint it is that checkpoint once more, and training goes on.
+
+    Args:
+        source: the weights.
+        folder: an existing folder.
+        dtype: format of the written weights; by default the stored one.
+        on_bytes: told how many bytes were written.
+        workers: files written at once.
+        run: where `source` comes from, to take optimizer and random states along.
+    """
+    iteration = int(run.description["iteration"]) if run is not None else 0
+    place = folder / f"iter_{iteration:07d}"
+    place.mkdir()
+    pieces = write_files(source, place, dtype, on_bytes, workers)
+    if run is not None:
+        pieces += _write_state(run, place, workers)
+    write_metadata(place, pieces)
+    if run is not None:
+        _finish(
+            folder, place, run.description | {"ascendspeed_core": __version__, "torch": torch.__version__}
+        )
+        return
+    description = {
+        "format_version": FORMAT_VERSION,
+        "ascendspeed_core": __version__,
+        "torch": torch.__version__,
+        "iteration": 0,
+        "consumed_samples": 0,
+        "skipped_samples": 0,
+        "optimizer_steps": 0,
+        "data_order": {},
+        "order_digest": "",
+        "layout": asdict(Layout()),
+        "loss_scale": None,
+        "dtype": str(pieces[0].dtype).removeprefix("torch."),
+        "model": source.config.model_dump(mode="json"),
+        "run": {},
+    }
+    _finish(folder, place, description)
+
+
+def _finish(folder: Path, place: Path, description: Mapping[str, Any]) -> None:
+    write_durably(place / DESCRIPTION, json.dumps(description, indent=2) + "\n")
+    write_durably(folder / TRACKER, f"{description['iteration']}\n")
+
+
+def _write_state(run: NativeSource, place: Path, number: int) -> list[WrittenShard]:
+    """Write everything that is no weight into a file of its own."""
+    with TensorFile(place, number) as file:
+        for name in run.stored.names():
+            if not name.startswith("model/"):
+                file.add(name, run.stored.read(name))
+    return file.pieces
+
+
+def write_files(
+    source: WeightSource, place: Path, dtype: torch.dtype | None, on_bytes: OnBytes, workers: int
+) -> list[WrittenShard]:
+    """Write all weights, in as many files as are written at once, each with about as many bytes."""
+    shares: list[list[str]] = [[] for _ in range(workers)]
+    loads = [0] * workers
+    tensors = source.tensors()
+    for name, info in tensors.items():
+        lightest = loads.index(min(loads))
+        shares[lightest].append(name)
+        loads[lightest] += info.num_bytes
+    pieces: list[list[WrittenShard]] = [[] for _ in shares]
+    count = Counted(on_bytes)
+
+    def write(number: int) -> None:
+        with TensorFile(place, number) as file:
+            for name in shares[number]:
+                info = tensors[name]
+                index = tuple(slice(0, length) for length in info.shape)
+                written = TensorInfo(info.shape, dtype or info.dtype)
+                file.add_slabs(f"model/{name}", written, slabs(source, name, index, dtype))
+                count(written.num_bytes)
+        pieces[number] = file.pieces
+
+    together([partial(write, number) for number, share in enumerate(shares) if share], workers)
+    return [piece for share in pieces for piece in share]

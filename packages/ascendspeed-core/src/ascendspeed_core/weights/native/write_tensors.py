@@ -1,0 +1,159 @@
+"""Write tensors in the files of torch's distributed checkpoint (DCP), as many processes and pieces as there are.
+
+Each process writes one file, archives of `torch.save`'s format one after the other; one of them then writes
+`.metadata`, the pickled table of where each piece lies. DCP's own writer wants all tensors of a process at once, and
+knows only cuts that a DTensor can express; what is written here is read by it and by `weights.native.source` alike.
+"""
+
+import json
+import os
+import pickle
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ascendspeed_core.config.sharding import Slice
+from ascendspeed_core.device import HOST
+from ascendspeed_core.weights.files.torch_archive import ALIGNMENT, TorchArchive
+from ascendspeed_core.weights.native.source import CHECKSUMS
+from ascendspeed_core.weights.source import TensorInfo
+from ascendspeed_core.weights.stream import as_bytes, write_all
+from ascendspeed_data.files import write_durably
+
+
+@dataclass(frozen=True)
+class WrittenShard:
+    """Where a piece of a tensor lies.
+
+    Attributes:
+        name: of the tensor.
+        part: which piece it is.
+        dtype: of its numbers.
+        file: name of the file in the folder.
+        start: first byte.
+        length: bytes.
+        checksum: CRC-32 of its numbers' bytes.
+    """
+
+    name: str
+    part: Slice
+    dtype: torch.dtype
+    file: str
+    start: int
+    length: int
+    checksum: int
+
+
+@dataclass(frozen=True)
+class WrittenObject:
+    """Where an object that is no tensor lies."""
+
+    name: str
+    file: str
+    start: int
+    length: int
+
+
+class TensorFile:
+    """The file of one process, written from its start to its end.
+
+    Args:
+        folder: an existing folder.
+        rank: number of the process.
+    """
+
+    def __init__(self, folder: Path, rank: int = 0) -> None:
+        self.pieces: list[WrittenShard] = []
+        self.objects: list[WrittenObject] = []
+        self._path = folder / f"__{rank}_0.distcp"
+        self._file = self._path.open("wb", buffering=0)
+
+    def add(self, name: str, tensor: torch.Tensor, part: Slice | None = None) -> None:
+        """Append a piece, or a whole tensor."""
+        tensor = tensor.detach().to(HOST.torch).contiguous()
+        self.add_slabs(name, TensorInfo(tuple(tensor.shape), tensor.dtype), [tensor], part)
+
+    def add_slabs(
+        self, name: str, info: TensorInfo, slabs: Iterable[torch.Tensor], part: Slice | None = None
+    ) -> None:
+        """Append a piece, or a whole tensor, whose rows come slab by slab.
+
+        Args:
+            name: of the tensor.
+            info: shape and format of the piece.
+            slabs: its bytes in order, contiguous, on the host.
+            part: which piece of the whole tensor it is.
+        """
+        whole = Slice(info.shape, tuple(slice(0, length) for length in info.shape))
+        # Aligned, so that readers can look at the numbers where they lie.
+        write_all(self._file, memoryview(bytes(-self._file.tell() % ALIGNMENT)))
+        start = self._file.tell()
+        with TorchArchive(self._file, info) as archive:
+            archive.begin_tensor(info)
+            for slab in slabs:
+                archive.write(as_bytes(slab))
+        length = self._file.tell() - start
+        (checksum,) = archive.checksums
+        self.pieces.append(
+            WrittenShard(name, part or whole, info.dtype, self._path.name, start, length, checksum)
+        )
+
+    def add_object(self, name: str, serialized: bytes) -> None:
+        """Append an object that is no tensor, as `torch.save` wrote it."""
+        self.objects.append(WrittenObject(name, self._path.name, self._file.tell(), len(serialized)))
+        write_all(self._file, memoryview(serialized))
+
+    def __enter__(self) -> "TensorFile":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Bring the bytes to the disk and close the file."""
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+def write_metadata(
+    folder: Path, pieces: Iterable[WrittenShard], objects: Iterable[WrittenObject] = ()
+) -> None:
+    """Write the table of all pieces of all processes, and their checksums beside it.
+
+    `checksums.json` says by tensor and offset what the bytes add up to: pieces of the same shape that were swapped
+    cannot be told apart otherwise.
+    """
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.metadata import (
+        BytesStorageMetadata,
+        ChunkStorageMetadata,
+        Metadata,
+        MetadataIndex,
+        TensorProperties,
+        TensorStorageMetadata,
+    )
+
+    tensors: dict[str, Any] = {}
+    places = {}
+    checksums: dict[str, dict[str, int]] = {}
+    for piece in pieces:
+        offsets = torch.Size(piece.part.offsets)
+        entry = tensors.setdefault(
+            piece.name,
+            TensorStorageMetadata(
+                properties=TensorProperties(dtype=piece.dtype), size=torch.Size(piece.part.shape), chunks=[]
+            ),
+        )
+        places[MetadataIndex(piece.name, offsets, len(entry.chunks))] = _StorageInfo(
+            piece.file, piece.start, piece.length
+        )
+        entry.chunks.append(ChunkStorageMetadata(offsets, torch.Size(piece.part.sizes)))
+        checksums.setdefault(piece.name, {})[",".join(map(str, piece.part.offsets))] = piece.checksum
+    for stored in objects:
+        tensors[stored.name] = BytesStorageMetadata()
+        places[MetadataIndex(stored.name)] = _StorageInfo(stored.file, stored.start, stored.length)
+    metadata = Metadata(
+        state_dict_metadata=tensors, planner_data={name: (name,) for name in tensors}, storage_data=places
+    )
+    write_durably(folder / CHECKSUMS, json.dumps(checksums) + "\n")
+    write_durably(folder / ".metadata", pickle.dumps(metadata))

@@ -1,0 +1,103 @@
+"""The text of new ids after a prompt, whole or as it grows."""
+
+from collections.abc import Sequence
+
+from ascendspeed_data.tokenizer import Tokenizer
+
+ANCHOR_TOKENS = 16
+"""Ids of a prompt that new ids are decoded after, so that the space before the first is kept."""
+SETTLED_TOKENS = 32
+"""New ids of a growing text that are decoded again at each token, until their text is settled."""
+BYTES_OF_A_CHARACTER = 4
+"""At most, in UTF-8; a token may be one byte."""
+INCOMPLETE_CHARACTER = "\ufffd"
+"""What a tokenizer writes for bytes that are not a whole character yet."""
+
+
+class Detokenizer:
+    """The text of new ids after a prompt.
+
+    Only the last ids of the prompt are decoded with them, for the space before the first: decoding all of it again at
+    every token would cost more than the model does.
+
+    Args:
+        tokenizer: of the model.
+        prompt: ids before.
+        hidden: ids that give no text, those that end it.
+        stop: texts that end it, and are cut off.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, prompt: Sequence[int], hidden: Sequence[int], stop: Sequence[str]
+    ) -> None:
+        self._tokenizer, self._hidden, self._stop = tokenizer, frozenset(hidden), tuple(stop)
+        self._anchor = list(prompt[-ANCHOR_TOKENS:])
+        self._before = tokenizer.decode(self._anchor)
+        self._shown = ""
+        self._settled, self._num_settled = "", 0
+        self._near, self._before_near = self._anchor, self._before
+        longest = max(map(len, self._stop), default=0)
+        self._window = BYTES_OF_A_CHARACTER * longest + ANCHOR_TOKENS
+
+    def of(self, new_ids: Sequence[int]) -> str:
+        """Return the text of ids."""
+        return self._after(self._anchor, self._before, self._kept(new_ids))
+
+    def ends(self, new_ids: Sequence[int]) -> bool:
+        """Tell whether a stop text is there; to be asked after every token, as only the last ones are looked at."""
+        if not self._stop:
+            return False
+        if len(new_ids) <= self._window:
+            text = self.of(new_ids)
+        else:
+            text = self._tokenizer.decode(self._kept(new_ids[-self._window :]))
+        return any(stop in text for stop in self._stop)
+
+    def final(self, new_ids: Sequence[int]) -> str:
+        """Return the text before the first stop text."""
+        return self._cut(self.of(new_ids))
+
+    def grown(self, new_ids: Sequence[int], is_last: bool) -> str:
+        """Return what can be shown now and was not before.
+
+        Held back until it is certain: bytes that are not a whole character yet, and what could be the beginning of a
+        stop text.
+        """
+        text = self._cut(self._so_far(new_ids))
+        if not is_last:
+            text = text.rstrip(INCOMPLETE_CHARACTER)
+            text = text[: len(text) - max((_overlap(text, stop) for stop in self._stop), default=0)]
+            if not text.startswith(self._shown):
+                return ""
+        added = text[len(self._shown) :]
+        self._shown += added
+        return added
+
+    def _so_far(self, new_ids: Sequence[int]) -> str:
+        """Return what `of` does, without decoding all of it again."""
+        fresh = self._kept(new_ids[self._num_settled :])
+        text = self._settled + self._after(self._near, self._before_near, fresh)
+        if len(fresh) > SETTLED_TOKENS and not text.endswith(INCOMPLETE_CHARACTER):
+            self._settled, self._num_settled = text, len(new_ids)
+            self._near = fresh[-ANCHOR_TOKENS:]
+            self._before_near = self._tokenizer.decode(self._near)
+        return text
+
+    def _kept(self, ids: Sequence[int]) -> list[int]:
+        return [token for token in ids if token not in self._hidden]
+
+    def _after(self, anchor: list[int], before: str, ids: list[int]) -> str:
+        whole = self._tokenizer.decode([*anchor, *ids])
+        return whole[len(before) :] if whole.startswith(before) else self._tokenizer.decode(ids)
+
+    def _cut(self, text: str) -> str:
+        found = [place for stop in self._stop if (place := text.find(stop)) >= 0]
+        return text[: min(found)] if found else text
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Return how many characters at the end of `text` begin `stop`."""
+    for length in range(min(len(stop) - 1, len(text)), 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0

@@ -1,0 +1,132 @@
+"""Find what a model is made of: weights of any kind, an adapter, a tokenizer."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ascendspeed_core.build import refuse_spread_int8
+from ascendspeed_core.config.deepspeed import answering_settings, read_deepspeed_config
+from ascendspeed_core.config.parallel import ParallelConfig
+from ascendspeed_core.parallel.mesh import ParallelMesh
+from ascendspeed_core.weights import NativeSource, WeightSource, open_source
+from ascendspeed_core.weights.adapters.external import open_adapter
+from ascendspeed_core.weights.adapters.files import MergedAdapter
+from ascendspeed_core.weights.adapters.lora import AdaptedWeights, loaded_adapters
+from ascendspeed_data.command_line import log
+from ascendspeed_data.errors import AscendSpeedError
+from ascendspeed_data.manifest import check_tokenizer
+from ascendspeed_data.tokenizer import load_tokenizer
+from ascendspeed_infer.config import AdapterConfig, LoadedModelConfig
+from ascendspeed_infer.engines import EngineKind
+from ascendspeed_infer.text_generator import TextGenerator
+
+
+def open_model_source(config: LoadedModelConfig) -> WeightSource:
+    """Open the weights and the adapter that a command was told of."""
+    return with_adapter(open_source(config.source, config.sampling.seed), config.adapter)
+
+
+def with_adapter(source: WeightSource, config: AdapterConfig) -> WeightSource:
+    """Put an adapter into a source: added to the weights, or computed beside them by the layers that it changes."""
+    if config.lora_load is None:
+        return source
+    adapter = open_adapter(config.lora_load, source.config)
+    return MergedAdapter(source, adapter) if config.merge_adapter else loaded_adapters(source, adapter)
+
+
+def check_source(config: LoadedModelConfig, is_own_layout: bool = True) -> None:
+    """Find out before any process starts whether the model is there, fits its flags, and has a tokenizer.
+
+    Args:
+        config: what was asked for.
+        is_own_layout: whether the model is cut by this program, and must let itself be cut so.
+    """
+    source = open_model_source(config)
+    if config.precision.weight_quantization == "int8":
+        refuse_spread_int8(config.parallel.resolved_zero_stage())
+    config.model.check(source.config, str(source.path or config.source.model_config_file))
+    if is_own_layout:
+        config.parallel.check_model(source.config)
+    folder = find_tokenizer(source, config.tokenizer.tokenizer_name_or_path)
+    load_tokenizer(folder, config.tokenizer.tokenizer_type)
+
+
+@contextmanager
+def open_with(kind: EngineKind, config: LoadedModelConfig) -> Iterator[tuple[TextGenerator, WeightSource]]:
+    """Load the model with another engine; what is read here is its description, not its weights."""
+    source = open_model_source(config)
+    dtype = wanted_dtype(config, source)
+    tokenizer = load_tokenizer(find_tokenizer(source, config.tokenizer.tokenizer_name_or_path))
+    with kind.open(config, dtype) as engine:
+        adapter = f", adapter {config.adapter.lora_load}" if config.adapter.lora_load else ""
+        log(f"model: {source.config.num_parameters:,} parameters{adapter}, {dtype}, engine {kind.name}")
+        yield TextGenerator(tokenizer, engine), source
+
+
+def wanted_dtype(config: LoadedModelConfig, source: WeightSource) -> str:
+    """Return the format to compute in: the one asked for, or the one that the weights are stored in."""
+    asked = config.precision.dtype or config.precision.fp16 or config.precision.bf16
+    return config.precision.dtype_name if asked else stored_dtype(source)
+
+
+def stored_dtype(source: WeightSource) -> str:
+    """Return the format that the weights are stored in."""
+    return str(next(iter(source.tensors().values())).dtype).removeprefix("torch.")
+
+
+def find_tokenizer(source: WeightSource, given: Path | None) -> Path:
+    """Return the tokenizer to use: the one given, or the one that came with the checkpoint.
+
+    Raises:
+        AscendSpeedError: there is none, or the one given is not the one the run was trained with.
+    """
+    own = source.tokenizer
+    if given is None and own is None:
+        raise AscendSpeedError(
+            f"{source.path or 'random weights'} came without a tokenizer; give --tokenizer-name-or-path"
+        )
+    if given is None:
+        assert own is not None
+        return own
+    base = source
+    while isinstance(base, MergedAdapter | AdaptedWeights):
+        base = base.base
+    if isinstance(base, NativeSource) and base.data_manifest is not None:
+        check_tokenizer(
+            base.data_manifest, load_tokenizer(given), f"the data that {source.path} was trained on"
+        )
+    elif isinstance(base, NativeSource) and own is not None:
+        trained, wanted = load_tokenizer(own), load_tokenizer(given)
+        if trained.fingerprint != wanted.fingerprint:
+            raise AscendSpeedError(
+                f"tokenizer {given} is not the one that {source.path} was trained with ({own}); leave "
+                "--tokenizer-name-or-path out"
+            )
+    return given
+
+
+def zero_settings(parallel: ParallelConfig, mesh: ParallelMesh, dtype: str) -> dict[str, Any] | None:
+    """Return what DeepSpeed is told of a model whose weights are spread (ZeRO-3); `None` for others.
+
+    Args:
+        parallel: as asked for.
+        mesh: this process's place; the first one says what has no effect.
+        dtype: of the weights.
+    """
+    stage = mesh.layout.zero_stage
+    if stage is None:
+        return None
+    path = parallel.deepspeed_config
+    content = read_deepspeed_config(path) if path is not None else {}
+    idle = sorted(set(content) - {"zero_optimization", "fp16", "bf16"})
+    if idle and mesh.rank == 0:
+        log(f"{path}: no effect without training: {', '.join(idle)}")
+    if stage < 3:
+        if mesh.rank == 0:
+            log(
+                f"zero_stage={stage} cuts what only training has: each of {mesh.layout.dp} data-parallel processes "
+                "holds the whole model, or its tensor-parallel part"
+            )
+        return None
+    return answering_settings(content, stage, dtype)
