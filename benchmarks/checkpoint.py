@@ -18,11 +18,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from ascendspeed_core.build import load_model
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.config.training import OptimizerConfig
+from ascendspeed_core.data.micro_batch import MicroBatch
 from ascendspeed_core.device import Device
 from ascendspeed_core.optim.optimizer import MasterOptimizer
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.training.checkpoint import CheckpointWriter, Progress, load_optimizer
-from ascendspeed_core.training.step import MicroBatch, train_step
+from ascendspeed_core.training.step import train_step
 from ascendspeed_core.weights import InitialWeights, NativeSource
 from support.models import tiny_config
 from support.processes import WorkerPool

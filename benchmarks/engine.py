@@ -20,12 +20,14 @@ from ascendspeed_core.build import load_model
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.config.training import OptimizerConfig
+from ascendspeed_core.data.micro_batch import MicroBatch
 from ascendspeed_core.device import Device
 from ascendspeed_core.models.transformer import Transformer
+from ascendspeed_core.objectives.next_token import loss_sum
 from ascendspeed_core.optim.optimizer import MasterOptimizer
 from ascendspeed_core.parallel.collectives import all_reduce_sum
 from ascendspeed_core.parallel.mesh import ParallelMesh
-from ascendspeed_core.training.step import MicroBatch, loss_sum, train_step
+from ascendspeed_core.training.step import train_step
 from ascendspeed_core.weights import InitialWeights
 from support.models import tiny_config
 from support.processes import WorkerPool

@@ -27,14 +27,14 @@ def serve(name: str, way: str, device: str, dtype: str) -> None:
     """Step whenever a line comes in; say how long it took and what memory was needed so far."""
     import torch
 
-    from ascendspeed_core.build import load_model
+    from ascendspeed_core.build import apply_kernels, load_model
     from ascendspeed_core.config.parallel import Layout
     from ascendspeed_core.config.training import ComputeConfig, OptimizerConfig
+    from ascendspeed_core.data.micro_batch import MicroBatch
     from ascendspeed_core.device import Device
-    from ascendspeed_core.kernels.registry import apply_kernels
     from ascendspeed_core.optim.optimizer import MasterOptimizer
     from ascendspeed_core.parallel.mesh import ParallelMesh
-    from ascendspeed_core.training.step import MicroBatch, train_step
+    from ascendspeed_core.training.step import train_step
     from ascendspeed_core.weights import InitialWeights
     from ascendspeed_core.weights.adapters.lora import drawn_adapters, plan_adapters
 

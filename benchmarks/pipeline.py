@@ -25,9 +25,10 @@ from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.config.training import MICRO_BATCH_EXAMPLES, OptimizerConfig
 from ascendspeed_core.device import Device
 from ascendspeed_core.models.transformer import Transformer, TransformerLayer
+from ascendspeed_core.observability.timeline import draw_timelines
 from ascendspeed_core.optim.optimizer import MasterOptimizer
 from ascendspeed_core.parallel.mesh import ParallelMesh
-from ascendspeed_core.parallel.timeline import Action, Reduction, Timeline, draw_timelines, ideal
+from ascendspeed_core.parallel.timeline import Action, Reduction, Timeline, ideal
 from ascendspeed_core.planner.micro_batches import StageCost, best_sizes
 from ascendspeed_core.planner.profile_pipeline import record_step
 from support.models import tiny_config

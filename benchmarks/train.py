@@ -66,14 +66,14 @@ def flops(case: Case) -> float:
 def our_step(case: Case, device: str, dtype: str) -> Any:
     import torch
 
-    from ascendspeed_core.build import load_model
+    from ascendspeed_core.build import apply_kernels, load_model
     from ascendspeed_core.config.parallel import Layout
     from ascendspeed_core.config.training import ComputeConfig, OptimizerConfig
+    from ascendspeed_core.data.micro_batch import MicroBatch
     from ascendspeed_core.device import Device
-    from ascendspeed_core.kernels.registry import apply_kernels
     from ascendspeed_core.optim.optimizer import MasterOptimizer
     from ascendspeed_core.parallel.mesh import ParallelMesh
-    from ascendspeed_core.training.step import MicroBatch, train_step
+    from ascendspeed_core.training.step import train_step
     from ascendspeed_core.weights import InitialWeights
 
     mesh = ParallelMesh(Device(device), Layout())

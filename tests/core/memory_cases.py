@@ -8,15 +8,17 @@ import torch
 from ascendspeed_core.build import load_model
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.parallel import Layout
+from ascendspeed_core.config.recompute import Mode
 from ascendspeed_core.config.training import OptimizerConfig
+from ascendspeed_core.data.micro_batch import MicroBatch
 from ascendspeed_core.device import Device
 from ascendspeed_core.models.transformer import Transformer
 from ascendspeed_core.optim.optimizer import MasterOptimizer
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.recompute import recomputed
 from ascendspeed_core.planner.fit_memory import LiveBytes, fit_recompute, layers_of, measure_step
-from ascendspeed_core.planner.memory import Mode, has_selective, plans
-from ascendspeed_core.training.step import MicroBatch, train_step
+from ascendspeed_core.planner.memory import has_selective, plans
+from ascendspeed_core.training.step import train_step
 from ascendspeed_core.weights import InitialWeights
 
 Trainee = tuple[Transformer, MasterOptimizer, list[MicroBatch], ParallelMesh]

@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ascendspeed_core.build import load_model
+from ascendspeed_core.build import apply_kernels, load_model
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.config.training import ComputeConfig, DropoutConfig, RecomputeConfig
 from ascendspeed_core.device import Device
-from ascendspeed_core.kernels.registry import KernelContext, apply_kernels
+from ascendspeed_core.kernels.registry import KernelContext
 from ascendspeed_core.models.dropout import AFTER_ATTENTION, AFTER_MLP, Dropout, DropoutMasks, mix
 from ascendspeed_core.models.families import find_family
 from ascendspeed_core.observability.metrics import read_metrics

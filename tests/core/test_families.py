@@ -12,13 +12,13 @@ import torch
 from ascendspeed_core.build import load_model
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.parallel import Layout
+from ascendspeed_core.data.micro_batch import MicroBatch
 from ascendspeed_core.device import Device
 from ascendspeed_core.models.families import find_family
 from ascendspeed_core.models.families.packing import Packed
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.pipeline import forward_through_stages
 from ascendspeed_core.parallel.tensor import gather_logits
-from ascendspeed_core.training.step import MicroBatch
 from ascendspeed_core.weights import HuggingFaceSource, Index, TensorInfo, open_weights
 from ascendspeed_core.weights.huggingface.names import HuggingFaceNames
 from ascendspeed_core.weights.huggingface.write import write_hugging_face

@@ -9,6 +9,7 @@ import torch
 
 from ascendspeed_core.build import load_model
 from ascendspeed_core.config.parallel import Layout
+from ascendspeed_core.config.recompute import Mode
 from ascendspeed_core.config.training import OptimizerConfig
 from ascendspeed_core.data.padded_dataset import TrainingSequence, collate
 from ascendspeed_core.device import Device
@@ -16,7 +17,6 @@ from ascendspeed_core.optim.optimizer import MasterOptimizer
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.planner.fit_memory import full_step, measure_step
 from ascendspeed_core.planner.memory import (
-    Mode,
     PartMemory,
     PipelineAction,
     StageMemory,

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from ascendspeed_core.build import load_model
+from ascendspeed_core.build import apply_kernels, load_model
 from ascendspeed_core.config.compute import ComputeConfig
 from ascendspeed_core.config.parallel import Layout
+from ascendspeed_core.data.micro_batch import MicroBatch
 from ascendspeed_core.data.padded_dataset import (
     PaddedData,
     SequenceOrder,
@@ -21,12 +22,11 @@ from ascendspeed_core.data.padded_dataset import (
 )
 from ascendspeed_core.data.sft_dataset import SFT_DATA, SftSequences
 from ascendspeed_core.device import Device
-from ascendspeed_core.kernels.registry import apply_kernels
 from ascendspeed_core.models.transformer import Transformer
+from ascendspeed_core.objectives.next_token import loss_sum
 from ascendspeed_core.observability.metrics import read_metrics
 from ascendspeed_core.parallel.cross_entropy import cross_entropy
 from ascendspeed_core.parallel.mesh import ParallelMesh
-from ascendspeed_core.training.step import MicroBatch, loss_sum
 from ascendspeed_core.weights import InitialWeights, open_weights
 from ascendspeed_data.dataset import open_dataset
 from ascendspeed_data.errors import DataError

@@ -6,17 +6,17 @@ from typing import Any
 import pytest
 import torch
 
-from ascendspeed_core.build import load_model
+from ascendspeed_core.build import apply_kernels, kernel_context, load_model
 from ascendspeed_core.config.compute import ComputeConfig
 from ascendspeed_core.config.finetune import FinetuneDataConfig
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.config.training import BatchConfig, DataConfig, OptimizerConfig
+from ascendspeed_core.data.micro_batch import MicroBatch
 from ascendspeed_core.device import Device
 from ascendspeed_core.kernels import int8, liger, npu
 from ascendspeed_core.kernels.registry import (
     OPERATORS,
     KernelContext,
-    apply_kernels,
     choose,
     implementations,
     table,
@@ -25,7 +25,7 @@ from ascendspeed_core.kernels.registry import (
 from ascendspeed_core.models.position import alibi_slopes, attention_mask
 from ascendspeed_core.optim.optimizer import MasterOptimizer
 from ascendspeed_core.parallel.mesh import ParallelMesh
-from ascendspeed_core.training.step import MicroBatch, forward_backward
+from ascendspeed_core.training.step import forward_backward
 from ascendspeed_core.weights import InitialWeights
 from ascendspeed_data.errors import AscendSpeedError, ConfigError
 from support import npu_operators
@@ -209,15 +209,16 @@ def test_the_table_says_why() -> None:
 @pytest.mark.parametrize(
     ("operator", "name", "setting", "complaint"),
     [
-        ("rms_norm", "npu", KernelContext(), "rms_norm=npu cannot run here: it needs an NPU, this is cpu; choose auto or "
-         "torch, reference"),
+        ("rms_norm", "npu", KernelContext(), "rms_norm=npu cannot run here: it needs an NPU, this is cpu; choose "
+         "auto or torch, reference"),
         ("swiglu", "liger", KernelContext(), "Liger-Kernel needs a GPU, this is cpu"),
         ("swiglu", "liger", KernelContext(Device("cuda")), "the package liger-kernel is not installed"),
         ("rotary", "npu", KernelContext(Device("npu"), torch.float64), "float32, not float64"),
         ("cross_entropy", "reference", KernelContext(tp=2), "the vocabulary is cut over tp=2 devices"),
         ("cross_entropy", "npu", KernelContext(Device("npu"), micro_batch_tokens=200_001), "a micro-batch has 200001"),
         ("scaled_masked_softmax", "npu", KernelContext(Device("npu"), seq_length=100), "as seq_length, this is 100"),
-        ("scaled_masked_softmax", "npu", KernelContext(Device("npu"), seq_length=64, lengths_vary=True), "lengths vary"),
+        ("scaled_masked_softmax", "npu", KernelContext(Device("npu"), seq_length=64, lengths_vary=True),
+         "lengths vary"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
@@ -255,7 +256,7 @@ def test_flags_of_2023() -> None:
 def test_setting_of_a_run() -> None:
     model = load_model(InitialWeights(tiny_config(position="alibi"), seed=3), CPU, torch.bfloat16)
     batch = BatchConfig(train_iters=1, micro_batch_size=2, optimized_pipeline=True, manual_mbs="1,3")
-    setting = KernelContext.of(model, CPU, 32, batch)
+    setting = kernel_context(model, CPU, 32, batch)
     assert (setting.dtype, setting.has_additive_mask, setting.micro_batch_tokens) == (
         torch.bfloat16,
         True,

@@ -15,7 +15,7 @@ from ascendspeed_core.config.sharding import tensor_slice
 from ascendspeed_core.config.training import DropoutConfig, OptimizerConfig, RecomputeConfig
 from ascendspeed_core.models.dropout import BEFORE_ADAPTER, DropoutMasks
 from ascendspeed_core.models.families import find_family
-from ascendspeed_core.models.lora import HALVES
+from ascendspeed_core.models.linear import HALVES
 from ascendspeed_core.observability.metrics import read_metrics
 from ascendspeed_core.optim.optimizer import MasterOptimizer
 from ascendspeed_core.parallel.dropout import apply_dropout

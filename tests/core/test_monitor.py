@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from ascendspeed_core.build import load_model
+from ascendspeed_core.build import apply_kernels, load_model
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.config.training import ComputeConfig
 from ascendspeed_core.device import Device
-from ascendspeed_core.kernels.registry import apply_kernels
 from ascendspeed_core.models.families import find_family
 from ascendspeed_core.observability.metrics import read_metrics
 from ascendspeed_core.observability.mfu import training_flops_per_token

@@ -10,7 +10,8 @@ from ascendspeed_core.build import load_model
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.device import Device
 from ascendspeed_core.kernels.onednn import has_packed_product, packed
-from ascendspeed_core.models.lora import AdapterPlan, LoraLinear, LowRank, add_adapters
+from ascendspeed_core.models.linear import LoraLinear, LowRank
+from ascendspeed_core.models.lora import AdapterPlan, add_adapters
 from ascendspeed_core.models.onednn_weight import OneDnnWeight, pack_weights
 from ascendspeed_core.models.projections import join_projections
 from ascendspeed_core.models.transformer import Transformer

@@ -18,12 +18,12 @@ from ascendspeed_core.config.parallel import (
 )
 from ascendspeed_core.config.training import MICRO_BATCH_EXAMPLES, BatchConfig, OptimizerConfig
 from ascendspeed_core.device import Device
+from ascendspeed_core.objectives.next_token import masked_sum
 from ascendspeed_core.optim.optimizer import MasterOptimizer
 from ascendspeed_core.parallel import collectives
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.pipeline import run_pipeline
 from ascendspeed_core.parallel.timeline import Recorder
-from ascendspeed_core.training.step import masked_sum
 from ascendspeed_core.weights import InitialWeights
 from ascendspeed_data.errors import ConfigError
 from core.test_layout_equality import HEADER, TITLE, TOLERANCE, differences, one_process

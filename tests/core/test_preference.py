@@ -15,6 +15,7 @@ from ascendspeed_core.config.lora import LoraConfig
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.config.preference import PreferenceConfig
 from ascendspeed_core.config.training import RecomputeConfig
+from ascendspeed_core.data.micro_batch import MicroBatch
 from ascendspeed_core.data.padded_dataset import PaddedData
 from ascendspeed_core.data.preference_dataset import PREFERENCE_DATA as ROWS
 from ascendspeed_core.data.preference_dataset import PreferenceSequences, collate_pairs
@@ -23,7 +24,7 @@ from ascendspeed_core.models.transformer import Transformer
 from ascendspeed_core.objectives.dpo import MEASURES, PreferenceObjective
 from ascendspeed_core.observability.metrics import read_metrics
 from ascendspeed_core.parallel.mesh import ParallelMesh
-from ascendspeed_core.training.step import MicroBatch, forward_backward
+from ascendspeed_core.training.step import forward_backward
 from ascendspeed_core.weights import InitialWeights, open_weights
 from ascendspeed_data.dataset import open_dataset
 from ascendspeed_data.errors import DataError

@@ -7,20 +7,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ascendspeed_core.build import load_model, parameter_slices
+from ascendspeed_core.build import apply_kernels, load_model, parameter_slices
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.parallel import Layout, Stage
 from ascendspeed_core.config.sharding import Slice
 from ascendspeed_core.config.training import ComputeConfig, DropoutConfig, OptimizerConfig, RecomputeConfig
+from ascendspeed_core.data.micro_batch import MicroBatch, count_tokens
 from ascendspeed_core.device import Device
-from ascendspeed_core.kernels.registry import KernelContext, apply_kernels
+from ascendspeed_core.kernels.registry import KernelContext
 from ascendspeed_core.models.transformer import ModelInput
 from ascendspeed_core.optim.optimizer import MasterOptimizer
 from ascendspeed_core.parallel.cross_entropy import cross_entropy
 from ascendspeed_core.parallel.dropout import apply_dropout
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.recompute import apply_recompute
-from ascendspeed_core.training.step import MicroBatch, Objective, count_tokens, forward_backward, train_step
+from ascendspeed_core.training.step import Objective, forward_backward, train_step
 from ascendspeed_core.weights import InitialWeights
 
 SFT_DATA, LENGTH = 16, 24

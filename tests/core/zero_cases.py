@@ -14,6 +14,7 @@ from ascendspeed_core.config.lora import LoraConfig
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.config.training import OptimizerConfig, PretrainConfig, RecomputeConfig
+from ascendspeed_core.data.micro_batch import count_tokens
 from ascendspeed_core.device import Device
 from ascendspeed_core.optim.deepspeed import ZeroEngine
 from ascendspeed_core.optim.engine import Engine
@@ -22,7 +23,7 @@ from ascendspeed_core.parallel.deepspeed import start_deepspeed
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.recompute import apply_recompute
 from ascendspeed_core.planner.fit_memory import LiveBytes
-from ascendspeed_core.training.step import count_tokens, evaluate, forward_backward, train_step
+from ascendspeed_core.training.step import evaluate, forward_backward, train_step
 from ascendspeed_core.training.trainer import Trainer
 from ascendspeed_core.training.validate import plan_run
 from ascendspeed_core.weights import InitialWeights, WeightSource

@@ -1,17 +1,25 @@
 """Make this process's part of a model and fill it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from ascendspeed_core.config.compute import ComputeConfig
 from ascendspeed_core.config.model import ModelConfig, WeightQuantization
 from ascendspeed_core.config.parallel import stages_of_devices
 from ascendspeed_core.config.sharding import Slice, tensor_slice
+from ascendspeed_core.config.training import BatchConfig
 from ascendspeed_core.kernels.int8 import Workspace, refuse_missing_format
+from ascendspeed_core.kernels.registry import Choice, KernelContext, choose
+from ascendspeed_core.models.attention import Attention
 from ascendspeed_core.models.int8 import largest_of_rows, quantize
-from ascendspeed_core.models.lora import HALVES, AdapterPlan, add_adapters, freeze
+from ascendspeed_core.models.linear import HALVES
+from ascendspeed_core.models.lora import AdapterPlan, add_adapters, freeze
+from ascendspeed_core.models.mlp import SwiGLU
+from ascendspeed_core.models.norm import LayerNorm, RMSNorm
 from ascendspeed_core.models.projections import join_projections, make_joined_projections
 from ascendspeed_core.models.transformer import Transformer, empty_transformer, filled_in_turn
 from ascendspeed_core.parallel.collectives import all_reduce_max
@@ -181,3 +189,86 @@ def parameter_slices(model: Transformer, mesh: ParallelMesh) -> dict[str, Slice]
         name: tensor_slice(name, shapes[name], model.config, mesh.layout, mesh.tp_rank)
         for name, _ in model.named_parameters()
     }
+
+
+def apply_kernels(
+    model: Transformer, config: ComputeConfig, setting: KernelContext | None = None
+) -> list[Choice]:
+    """Give the layers of this process the implementations that `config` asks for, in place.
+
+    Args:
+        model: this process's part.
+        config: names, or `auto`.
+        setting: where it runs; by default a CPU with the whole vocabulary.
+
+    Returns:
+        What was chosen, by operator.
+
+    Raises:
+        ConfigError: an operator was named that the model does not have.
+        AscendSpeedError: an implementation was named that cannot run here.
+    """
+    setting = setting or KernelContext()
+    chosen: dict[str, Callable[..., Any]] = {}
+    choices: list[Choice] = []
+    for operator, asked in config.kernel_names().items():
+        reason = _absence(operator, model, choices)
+        if reason is None:
+            implementation, choice = choose(operator, asked, setting)
+            chosen[operator] = implementation.run
+            choices.append(choice)
+        elif asked != "auto":
+            raise ConfigError(f"{operator}={asked} was asked for, but {reason}; leave it out")
+    if "scaled_masked_softmax" in chosen:
+        chosen["attention"] = partial(chosen["attention"], softmax=chosen["scaled_masked_softmax"])
+    model.token_losses = chosen["cross_entropy"]
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.attend = chosen["attention"]
+            module.attend_dropping = chosen["attention"] if setting.drops_attention else None
+            module.rotate = chosen.get("rotary", module.rotate)
+        elif isinstance(module, RMSNorm):
+            module.normalise = chosen["rms_norm"]
+        elif isinstance(module, LayerNorm):
+            module.normalise = chosen["layer_norm"]
+        elif isinstance(module, SwiGLU):
+            module.gated = chosen["swiglu"]
+    return choices
+
+
+def _absence(operator: str, model: Transformer, before: Sequence[Choice]) -> str | None:
+    """Return why a model does not compute an operator; `None` if it does."""
+    described = model.config
+    if operator == "rms_norm" and described.norm != "rmsnorm" and not described.qk_norm:
+        return "the model has no RMSNorm"
+    if operator == "layer_norm" and described.norm != "layernorm":
+        return "the model has no LayerNorm"
+    if operator == "rotary" and described.position != "rotary":
+        return "the model has no rotary embedding"
+    if operator == "swiglu" and described.mlp != "swiglu":
+        return "the model has no SwiGLU"
+    if operator == "scaled_masked_softmax" and before[0].implementation != "reference":
+        return "only --attention reference computes a softmax of its own"
+    return None
+
+
+def kernel_context(
+    model: Transformer,
+    mesh: ParallelMesh,
+    seq_length: int,
+    batch: BatchConfig,
+    lengths_vary: bool = False,
+    drops_attention: bool = False,
+) -> KernelContext:
+    """Return what decides which kernels a training run can use."""
+    largest = max((batch.micro_batch_size, *batch.manual_sizes()))
+    return KernelContext(
+        device=mesh.device,
+        dtype=next(model.parameters()).dtype,
+        tp=mesh.layout.tp,
+        has_additive_mask=model.config.position == "alibi",
+        drops_attention=drops_attention,
+        seq_length=seq_length,
+        lengths_vary=lengths_vary,
+        micro_batch_tokens=largest * seq_length,
+    )

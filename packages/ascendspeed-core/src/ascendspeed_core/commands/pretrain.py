@@ -100,9 +100,10 @@ def describe(plan: "RunPlan") -> None:
         f"model: {model.family}, {model.num_parameters:,} parameters, {model.num_layers} layers, "
         f"hidden {model.hidden_size}, vocabulary {model.vocab_size}, weights: {plan.source.kind}"
     )
+    size = batch.resolve_global_batch_size(plan.layout.dp)
     log(
-        f"layout: {plan.layout}, {plan.config.precision.dtype_name}; batch: {batch.resolve_global_batch_size(plan.layout.dp)} "
-        f"samples of {plan.config.data.seq_length} tokens; iterations {plan.start.iteration} to {batch.train_iters}"
+        f"layout: {plan.layout}, {plan.config.precision.dtype_name}; batch: {size} samples of "
+        f"{plan.config.data.seq_length} tokens; iterations {plan.start.iteration} to {batch.train_iters}"
     )
     if isinstance(plan.source, AdaptedWeights):
         log(trained_share(plan.source, model))

@@ -71,15 +71,14 @@ def load_pipeline(config: TimelineConfig, mesh: Any) -> Any:
     """Return this process's stages, computed as the options say."""
     import torch
 
-    from ascendspeed_core.build import load_model
-    from ascendspeed_core.kernels.registry import KernelContext, apply_kernels
+    from ascendspeed_core.build import apply_kernels, kernel_context, load_model
     from ascendspeed_core.parallel.recompute import apply_recompute
     from ascendspeed_core.weights import open_source
 
     source = open_source(config.source, config.batch.seed)
     dtype = getattr(torch, config.precision.dtype_name)
     model = load_model(source, mesh, dtype, config.compute.mlp_layer_fusion)
-    setting = KernelContext.of(model, mesh, config.drawing.seq_length, config.batch)
+    setting = kernel_context(model, mesh, config.drawing.seq_length, config.batch)
     apply_kernels(model, config.compute, setting)
     apply_recompute(model, config.recompute, mesh.pp_rank)
     return model
@@ -89,9 +88,10 @@ def measure(config: TimelineConfig) -> None:
     """Run the steps on this process with the others; the first one draws its pipeline."""
     from ascendspeed_core.config.training import OptimizerConfig
     from ascendspeed_core.launch import process_group
+    from ascendspeed_core.observability.timeline import draw_timelines
     from ascendspeed_core.optim.optimizer import MasterOptimizer
     from ascendspeed_core.parallel.mesh import ParallelMesh, gather_objects
-    from ascendspeed_core.parallel.timeline import Timeline, draw_timelines, ideal
+    from ascendspeed_core.parallel.timeline import Timeline, ideal
     from ascendspeed_core.planner.profile_pipeline import chosen_sizes, record_step
 
     with process_group(config.launch.device) as (world, device):

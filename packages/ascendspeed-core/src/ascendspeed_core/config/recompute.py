@@ -92,3 +92,7 @@ class RecomputeConfig(Config):
                     f"recomputation_layer_num asks for {count} layers in pipeline stage {stage}, which has {layers}; "
                     f"choose {layers} or less"
                 )
+
+
+Mode = Literal["none", "selective", "full"]
+"""What of a layer is computed again: nothing; everything but matrix products and attention; everything."""

@@ -5,38 +5,7 @@ is not that of the first process builds its own with this module, which is one p
 """
 
 import json
-import os
-import subprocess
 import sys
-from typing import Any
-
-from ascendspeed_data.errors import DataError
-
-
-def build_index_alone(**arguments: Any) -> None:
-    """Start a process that builds the index, and wait for it.
-
-    Args:
-        **arguments: those of `GPTData` but `mesh`.
-
-    Raises:
-        DataError: it failed; the message is its own.
-    """
-    clean = {
-        name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    }
-    wanted = arguments | {"config": arguments["config"].model_dump(mode="json")}
-    done = subprocess.run(
-        [sys.executable, "-m", __name__],
-        input=json.dumps(wanted),
-        env=clean,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or ["no output"]
-        raise DataError(f"the sample index could not be built on this machine: {lines[-1]}")
 
 
 def main() -> None:

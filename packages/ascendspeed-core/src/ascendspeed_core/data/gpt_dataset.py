@@ -5,6 +5,10 @@ data-parallel rank and micro-batch that Megatron-LM's sequential sampler gives i
 """
 
 import hashlib
+import json
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,12 +19,11 @@ import numpy as np
 import torch
 
 from ascendspeed_core.config.training import DataConfig
-from ascendspeed_core.data.build_index import build_index_alone
+from ascendspeed_core.data.micro_batch import MicroBatch
 from ascendspeed_core.data.shared_filesystem import sees_folder_of_first_process
 from ascendspeed_core.launch import announce, world_of_environment
 from ascendspeed_core.megatron import group_for_megatron, megatron
 from ascendspeed_core.parallel.mesh import ParallelMesh
-from ascendspeed_core.training.step import MicroBatch
 from ascendspeed_data.command_line import log
 from ascendspeed_data.dataset import open_dataset, samples_prefix
 from ascendspeed_data.errors import DataError
@@ -292,3 +295,29 @@ def refuse_pickled_indices(cache: Path) -> None:
         except (EOFError, OSError) as error:
             log(f"{path} is damaged ({error}); it is built again")
             path.unlink()
+
+
+def build_index_alone(**arguments: Any) -> None:
+    """Start a process that builds the index, and wait for it.
+
+    Args:
+        **arguments: those of `GPTData` but `mesh`.
+
+    Raises:
+        DataError: it failed; the message is its own.
+    """
+    clean = {
+        name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    }
+    wanted = arguments | {"config": arguments["config"].model_dump(mode="json")}
+    done = subprocess.run(
+        [sys.executable, "-m", "ascendspeed_core.data.build_index"],
+        input=json.dumps(wanted),
+        env=clean,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or ["no output"]
+        raise DataError(f"the sample index could not be built on this machine: {lines[-1]}")

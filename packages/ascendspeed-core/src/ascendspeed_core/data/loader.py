@@ -7,11 +7,11 @@ from ascendspeed_core.config.finetune import FinetuneDataConfig, PaddedDataConfi
 from ascendspeed_core.config.preference import PreferenceDataConfig
 from ascendspeed_core.config.training import DataConfig
 from ascendspeed_core.data.gpt_dataset import GPTData, check_data
+from ascendspeed_core.data.micro_batch import MicroBatch
 from ascendspeed_core.data.padded_dataset import PaddedData, PaddedKind, check_padded_data
 from ascendspeed_core.data.preference_dataset import PREFERENCE_DATA
 from ascendspeed_core.data.sft_dataset import SFT_DATA
 from ascendspeed_core.parallel.mesh import ParallelMesh
-from ascendspeed_core.training.step import MicroBatch
 from ascendspeed_data.manifest import DatasetManifest
 
 

@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 
 from ascendspeed_core.config.finetune import PaddedDataConfig
 from ascendspeed_core.data.gpt_dataset import DIGEST_SAMPLES, SPLITS, numbers_of_rank, refuse_unknown_ids
+from ascendspeed_core.data.micro_batch import MicroBatch
 from ascendspeed_core.launch import announce
 from ascendspeed_core.megatron import megatron
 from ascendspeed_core.parallel.mesh import ParallelMesh
-from ascendspeed_core.training.step import MicroBatch
 from ascendspeed_data.blend import check_same_tokenizer
 from ascendspeed_data.dataset import Dataset
 from ascendspeed_data.encoding import LABELS

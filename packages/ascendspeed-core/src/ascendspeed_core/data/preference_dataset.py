@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ascendspeed_core.data.gpt_dataset import SPLITS
+from ascendspeed_core.data.micro_batch import MicroBatch
 from ascendspeed_core.data.padded_dataset import (
     PaddedKind,
     TrainingSequence,
@@ -20,7 +21,6 @@ from ascendspeed_core.data.padded_dataset import (
     documents_of_split,
     read_sample,
 )
-from ascendspeed_core.training.step import MicroBatch
 from ascendspeed_data.dataset import Dataset, open_dataset
 from ascendspeed_data.errors import DataError
 

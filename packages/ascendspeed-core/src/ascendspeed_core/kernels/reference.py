@@ -7,6 +7,7 @@ size.
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 
 SoftmaxFunction = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
 """An implementation of `scaled_masked_softmax`."""
@@ -84,3 +85,124 @@ def int8_linear(x: torch.Tensor, integers: torch.Tensor, scale: torch.Tensor) ->
     """
     weight = integers.float() * scale.float().unsqueeze(-1)
     return (x.float() @ weight.T).to(x.dtype)
+
+
+AttentionFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+"""An implementation of `causal_attention`."""
+
+
+def causal_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """Scaled dot-product attention in which the last query sees all keys, the one before all but one, and so on.
+
+    Args:
+        q: [B, N, S, D].
+        k: [B, K, T, D] with T >= S.
+        v: [B, K, T, D].
+        mask: of `AttentionInputs`.
+
+    Returns:
+        [B, N, S, D].
+    """
+    heads, groups = q.shape[1], k.shape[1]
+    if q.shape[2] == 1 and heads != groups:
+        # The heads of a group are as many queries of one key-value head: its keys are read once, in one matrix product.
+        of_heads = (
+            mask.unflatten(0, (groups, -1)).squeeze(2) if mask is not None and mask.dim() == 3 else mask
+        )
+        queries = q.unflatten(1, (groups, -1)).squeeze(3)
+        return F.scaled_dot_product_attention(queries, k, v, attn_mask=of_heads).flatten(1, 2).unsqueeze(2)
+    return F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        is_causal=mask is None and q.shape[2] > 1,
+        enable_gqa=heads != groups,
+    )
+
+
+RMSNormFunction = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
+"""An implementation of `rms_norm`."""
+
+
+LayerNormFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
+"""An implementation of `layer_norm`."""
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """Divide the last dimension by its root mean square, and scale: `x / rms(x) * weight`.
+
+    (Zhang and Sennrich, 2019, section 3.) The mean square is taken in fp32 when `x` is narrower, and the result is
+    cast back before it meets the weight, as in Hugging Face's `LlamaRMSNorm`.
+
+    Args:
+        x: [..., H].
+        weight: [H].
+        epsilon: added to the mean square.
+    """
+    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
+    return weight * normed.to(x.dtype)
+
+
+def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """Normalise the last dimension to mean 0 and variance 1, then scale and shift (Ba et al., 2016): torch's own.
+
+    Args:
+        x: [..., H].
+        weight: [H].
+        bias: [H].
+        epsilon: added to the variance.
+    """
+    return F.layer_norm(x, weight.shape, weight, bias, epsilon)
+
+
+GatedFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""An implementation of `silu_gated`."""
+
+
+def silu_gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """`silu(gate) * up`, elementwise."""
+    return F.silu(gate) * up
+
+
+RotaryFunction = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]
+]
+"""An implementation of `rotate_both`."""
+
+
+def rotate_both(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tell queries and keys their positions.
+
+    Args:
+        q: [B, S, N, D].
+        k: [B, S, K, D].
+        cos: of `AttentionInputs`, [B, S, 1, D].
+        sin: likewise.
+    """
+    return rotate(q, cos, sin), rotate(k, cos, sin)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn each pair (i, i + D/2) of [B, S, N, D] by its position's angle."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+LossFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""An implementation of `token_losses`."""
+
+
+def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the negative log-likelihood of each target in nats, [T].
+
+    Args:
+        logits: [T, V], fp32 or float64.
+        targets: ids, [T].
+    """
+    return F.cross_entropy(logits, targets, reduction="none")

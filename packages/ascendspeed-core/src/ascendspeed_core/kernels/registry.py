@@ -2,26 +2,24 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from ascendspeed_core.config.compute import ComputeConfig
-from ascendspeed_core.config.training import BatchConfig
 from ascendspeed_core.device import HOST, Device
 from ascendspeed_core.kernels import liger, npu, reference
 from ascendspeed_core.kernels.adamw import adamw_implementation
+from ascendspeed_core.kernels.reference import (
+    causal_attention,
+    layer_norm,
+    rms_norm,
+    rotate_both,
+    silu_gated,
+    token_losses,
+)
 from ascendspeed_core.kernels.triangle import triangle_attention
-from ascendspeed_core.models.attention import Attention, causal_attention
-from ascendspeed_core.models.lm_head import token_losses
-from ascendspeed_core.models.mlp import SwiGLU, silu_gated
-from ascendspeed_core.models.norm import LayerNorm, RMSNorm, layer_norm, rms_norm
-from ascendspeed_core.models.position import rotate_both
-from ascendspeed_core.models.transformer import Transformer
-from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_data.errors import AscendSpeedError, ConfigError
 
 
@@ -48,29 +46,6 @@ class KernelContext:
     seq_length: int | None = None
     lengths_vary: bool = False
     micro_batch_tokens: int | None = None
-
-    @classmethod
-    def of(
-        cls,
-        model: Transformer,
-        mesh: ParallelMesh,
-        seq_length: int,
-        batch: BatchConfig,
-        lengths_vary: bool = False,
-        drops_attention: bool = False,
-    ) -> "KernelContext":
-        """Return the setting of a training run."""
-        largest = max((batch.micro_batch_size, *batch.manual_sizes()))
-        return cls(
-            device=mesh.device,
-            dtype=next(model.parameters()).dtype,
-            tp=mesh.layout.tp,
-            has_additive_mask=model.config.position == "alibi",
-            drops_attention=drops_attention,
-            seq_length=seq_length,
-            lengths_vary=lengths_vary,
-            micro_batch_tokens=largest * seq_length,
-        )
 
 
 UnsupportedReason = Callable[[KernelContext], str | None]
@@ -270,67 +245,6 @@ def choose(operator: str, asked: str, setting: KernelContext) -> tuple[Implement
     raise ConfigError(
         f"{operator}={asked} does not exist; choose auto or {', '.join(i.name for i in OPERATORS[operator])}"
     )
-
-
-def apply_kernels(
-    model: Transformer, config: ComputeConfig, setting: KernelContext | None = None
-) -> list[Choice]:
-    """Give the layers of this process the implementations that `config` asks for, in place.
-
-    Args:
-        model: this process's part.
-        config: names, or `auto`.
-        setting: where it runs; by default a CPU with the whole vocabulary.
-
-    Returns:
-        What was chosen, by operator.
-
-    Raises:
-        ConfigError: an operator was named that the model does not have.
-        AscendSpeedError: an implementation was named that cannot run here.
-    """
-    setting = setting or KernelContext()
-    chosen: dict[str, Callable[..., Any]] = {}
-    choices: list[Choice] = []
-    for operator, asked in config.kernel_names().items():
-        reason = _absence(operator, model, choices)
-        if reason is None:
-            implementation, choice = choose(operator, asked, setting)
-            chosen[operator] = implementation.run
-            choices.append(choice)
-        elif asked != "auto":
-            raise ConfigError(f"{operator}={asked} was asked for, but {reason}; leave it out")
-    if "scaled_masked_softmax" in chosen:
-        chosen["attention"] = partial(chosen["attention"], softmax=chosen["scaled_masked_softmax"])
-    model.token_losses = chosen["cross_entropy"]
-    for module in model.modules():
-        if isinstance(module, Attention):
-            module.attend = chosen["attention"]
-            module.attend_dropping = chosen["attention"] if setting.drops_attention else None
-            module.rotate = chosen.get("rotary", module.rotate)
-        elif isinstance(module, RMSNorm):
-            module.normalise = chosen["rms_norm"]
-        elif isinstance(module, LayerNorm):
-            module.normalise = chosen["layer_norm"]
-        elif isinstance(module, SwiGLU):
-            module.gated = chosen["swiglu"]
-    return choices
-
-
-def _absence(operator: str, model: Transformer, before: Sequence[Choice]) -> str | None:
-    """Return why a model does not compute an operator; `None` if it does."""
-    described = model.config
-    if operator == "rms_norm" and described.norm != "rmsnorm" and not described.qk_norm:
-        return "the model has no RMSNorm"
-    if operator == "layer_norm" and described.norm != "layernorm":
-        return "the model has no LayerNorm"
-    if operator == "rotary" and described.position != "rotary":
-        return "the model has no rotary embedding"
-    if operator == "swiglu" and described.mlp != "swiglu":
-        return "the model has no SwiGLU"
-    if operator == "scaled_masked_softmax" and before[0].implementation != "reference":
-        return "only --attention reference computes a softmax of its own"
-    return None
 
 
 def update_choice(optimizer: str, setting: KernelContext) -> Choice:

@@ -31,8 +31,8 @@ def triangle_attention(
         q: [B, N, S, D].
         k: [B, K, T, D] with T >= S.
         v: [B, K, T, D].
-        mask: of `AttentionInputs`: `None`, keys seen [S, T], or what is added [N, S, T]; or each by text, [B, 1, S, T] and
-            [B, N, S, T]. Nothing above the diagonal is read.
+        mask: of `AttentionInputs`: `None`, keys seen [S, T], or what is added [N, S, T]; or each by text,
+            [B, 1, S, T] and [B, N, S, T]. Nothing above the diagonal is read.
         block: side of a block, in tokens.
 
     Returns:

@@ -8,18 +8,20 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ascendspeed_core.config.model import ModelConfig
+from ascendspeed_core.kernels.reference import (
+    AttentionFunction,
+    RotaryFunction,
+    causal_attention,
+    rotate_both,
+)
 from ascendspeed_core.models.cache import CachedPass
-from ascendspeed_core.models.lora import apply_linear
+from ascendspeed_core.models.linear import apply_linear
 from ascendspeed_core.models.norm import RMSNorm
-from ascendspeed_core.models.position import AttentionInputs, RotaryFunction, rotate_both
+from ascendspeed_core.models.position import AttentionInputs
 from ascendspeed_core.models.projections import Projections
-
-AttentionFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
-"""An implementation of `causal_attention`."""
 
 AttentionWrapper = Callable[
     [AttentionFunction, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor
@@ -86,35 +88,3 @@ class Attention(nn.Module):
             return self.attend
         assert self.attend_dropping is not None
         return partial(self.attend_dropping, drop=places.draws.weights)
-
-
-def causal_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
-) -> torch.Tensor:
-    """Scaled dot-product attention in which the last query sees all keys, the one before all but one, and so on.
-
-    Args:
-        q: [B, N, S, D].
-        k: [B, K, T, D] with T >= S.
-        v: [B, K, T, D].
-        mask: of `AttentionInputs`.
-
-    Returns:
-        [B, N, S, D].
-    """
-    heads, groups = q.shape[1], k.shape[1]
-    if q.shape[2] == 1 and heads != groups:
-        # The heads of a group are as many queries of one key-value head: its keys are read once, in one matrix product.
-        of_heads = (
-            mask.unflatten(0, (groups, -1)).squeeze(2) if mask is not None and mask.dim() == 3 else mask
-        )
-        queries = q.unflatten(1, (groups, -1)).squeeze(3)
-        return F.scaled_dot_product_attention(queries, k, v, attn_mask=of_heads).flatten(1, 2).unsqueeze(2)
-    return F.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=mask,
-        is_causal=mask is None and q.shape[2] > 1,
-        enable_gqa=heads != groups,
-    )

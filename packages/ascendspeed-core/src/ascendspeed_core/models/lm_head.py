@@ -3,27 +3,12 @@
 Shapes: H hidden size, V vocabulary (V/tp on each device under tensor parallel).
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.models.int8 import Int8Weight
-
-LossFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""An implementation of `token_losses`."""
-
-
-def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return the negative log-likelihood of each target in nats, [T].
-
-    Args:
-        logits: [T, V], fp32 or float64.
-        targets: ids, [T].
-    """
-    return F.cross_entropy(logits, targets, reduction="none")
 
 
 class NormalisedHead(nn.Linear):

@@ -3,24 +3,15 @@
 Shapes: B batch, S sequence, H hidden size, F inner size (F/tp on each device under tensor parallel).
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ascendspeed_core.config.model import ModelConfig
+from ascendspeed_core.kernels.reference import GatedFunction, silu_gated
 from ascendspeed_core.models.dropout import DropoutMasks
-from ascendspeed_core.models.lora import apply_linear
+from ascendspeed_core.models.linear import apply_linear
 from ascendspeed_core.models.projections import Projections
-
-GatedFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""An implementation of `silu_gated`."""
-
-
-def silu_gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """`silu(gate) * up`, elementwise."""
-    return F.silu(gate) * up
 
 
 class SwiGLU(nn.Module):

@@ -10,8 +10,8 @@ from torch import nn
 
 from ascendspeed_core.kernels.onednn import has_packed_product, packed, packed_linear
 from ascendspeed_core.models.inference_weight import InferenceWeight
+from ascendspeed_core.models.linear import HALVES
 from ascendspeed_core.models.lm_head import NormalisedHead
-from ascendspeed_core.models.lora import HALVES
 from ascendspeed_core.models.projections import Projections
 from ascendspeed_core.models.transformer import Transformer
 

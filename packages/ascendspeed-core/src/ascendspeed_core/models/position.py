@@ -5,7 +5,6 @@ size.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -120,7 +119,7 @@ def attention_mask(
     device: torch.device,
     segments: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
-    """Return the mask of `AttentionInputs`: causal, within a window, with ALiBi's `slope * (key - query)` where asked for.
+    """Return the mask of `AttentionInputs`: causal, within a window, with ALiBi's `slope * (key - query)`.
 
     Args:
         queries: S.
@@ -221,29 +220,3 @@ def magnitude_of(scaling: RotaryScaling | None) -> float:
     if scaling.attention_factor is not None:
         return scaling.attention_factor
     return 0.1 * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
-
-
-RotaryFunction = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]
-]
-"""An implementation of `rotate_both`."""
-
-
-def rotate_both(
-    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tell queries and keys their positions.
-
-    Args:
-        q: [B, S, N, D].
-        k: [B, S, K, D].
-        cos: of `AttentionInputs`, [B, S, 1, D].
-        sin: likewise.
-    """
-    return rotate(q, cos, sin), rotate(k, cos, sin)
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn each pair (i, i + D/2) of [B, S, N, D] by its position's angle."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin

@@ -16,7 +16,7 @@ from torch import nn
 
 from ascendspeed_core.models.dropout import DropoutMasks
 from ascendspeed_core.models.int8 import Int8Weight, join
-from ascendspeed_core.models.lora import LoraLinear, apply_linear
+from ascendspeed_core.models.linear import LoraLinear, apply_linear
 
 
 class Projections:

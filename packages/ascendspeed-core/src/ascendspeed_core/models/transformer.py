@@ -12,10 +12,11 @@ from torch import nn
 
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.parallel import Stage
+from ascendspeed_core.kernels.reference import LossFunction, token_losses
 from ascendspeed_core.models.attention import Attention
 from ascendspeed_core.models.cache import CachedPass
 from ascendspeed_core.models.dropout import AFTER_ATTENTION, AFTER_MLP, Dropout, DropoutMasks
-from ascendspeed_core.models.lm_head import LossFunction, make_head, token_losses
+from ascendspeed_core.models.lm_head import make_head
 from ascendspeed_core.models.lora import AdapterPlan
 from ascendspeed_core.models.mlp import make_mlp
 from ascendspeed_core.models.norm import LayerNorm, RMSNorm, make_norm

@@ -22,13 +22,14 @@ import torch
 import torch.nn.functional as F
 
 from ascendspeed_core.config.preference import PreferenceConfig
+from ascendspeed_core.data.micro_batch import MicroBatch
 from ascendspeed_core.models.lora import adapters_off
 from ascendspeed_core.models.transformer import Transformer
+from ascendspeed_core.objectives.next_token import LossOf
 from ascendspeed_core.parallel.collectives import sum_over_group
 from ascendspeed_core.parallel.cross_entropy import cross_entropy
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.pipeline import forward_through_stages
-from ascendspeed_core.training.step import LossOf, MicroBatch
 
 MEASURES = (
     "reward_chosen",

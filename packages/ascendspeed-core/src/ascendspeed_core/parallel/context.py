@@ -16,7 +16,8 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from ascendspeed_core.models.attention import Attention, AttentionFunction
+from ascendspeed_core.kernels.reference import AttentionFunction
+from ascendspeed_core.models.attention import Attention
 from ascendspeed_core.models.transformer import Transformer
 from ascendspeed_core.parallel.collectives import swap_cut
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from ascendspeed_core.config.sharding import rounded_share
-from ascendspeed_core.models.lm_head import LossFunction, token_losses
+from ascendspeed_core.kernels.reference import LossFunction, token_losses
 from ascendspeed_core.parallel.collectives import all_reduce_sum
 
 

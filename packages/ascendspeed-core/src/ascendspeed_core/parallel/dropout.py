@@ -2,7 +2,7 @@
 
 from ascendspeed_core.config.training import DropoutConfig
 from ascendspeed_core.models.dropout import Dropout
-from ascendspeed_core.models.lora import LoraLinear
+from ascendspeed_core.models.linear import LoraLinear
 from ascendspeed_core.models.transformer import Transformer
 from ascendspeed_core.parallel.mesh import ParallelMesh
 

@@ -20,8 +20,8 @@ class ParallelMesh:
         device: the device of this process.
         layout: sizes of the dimensions.
         mesh: torch's mesh with dimensions `pp`, `dp`, `cp` and `tp`, or `None` for a single process.
-        embedding_group: the two processes with first and last stage of this pipeline; `None` in those between, and where one
-            process has both.
+        embedding_group: first and last stage of this pipeline, which share a tied embedding; `None` in those between,
+            and where one process has both.
         replicas: the processes that hold the same weights; `None` when this one is alone with them.
     """
 

@@ -20,10 +20,10 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from ascendspeed_core.config.recompute import Mode
 from ascendspeed_core.config.training import RecomputeConfig
 from ascendspeed_core.kernels.triangle import TRIANGLE_OPERATOR
 from ascendspeed_core.models.transformer import Transformer
-from ascendspeed_core.planner.memory import Mode
 
 aten = torch.ops.aten
 

@@ -28,7 +28,7 @@ from torch import nn
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.config.sharding import ROW_PARALLEL, query_heads, rounded_share, tensor_slice
 from ascendspeed_core.models.dropout import DropoutMasks
-from ascendspeed_core.models.lora import LoraLinear
+from ascendspeed_core.models.linear import LoraLinear
 from ascendspeed_core.models.transformer import Transformer
 from ascendspeed_core.parallel.collectives import (
     copy_to_group,

@@ -17,15 +17,17 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ascendspeed_core.config.parallel import Stage
+from ascendspeed_core.config.recompute import Mode
+from ascendspeed_core.data.micro_batch import MicroBatch
 from ascendspeed_core.device import Device
 from ascendspeed_core.models.transformer import Transformer
+from ascendspeed_core.objectives.next_token import masked_sum
 from ascendspeed_core.optim.optimizer import MasterOptimizer
 from ascendspeed_core.parallel.mesh import ParallelMesh, gather_objects
 from ascendspeed_core.parallel.pipeline import hidden_shape, logits_shape, run_pipeline
 from ascendspeed_core.parallel.recompute import recompute, recomputed
 from ascendspeed_core.parallel.timeline import Recorder
 from ascendspeed_core.planner.memory import (
-    Mode,
     PartMemory,
     PipelineAction,
     StageMemory,
@@ -34,7 +36,6 @@ from ascendspeed_core.planner.memory import (
     least_recompute,
     plans,
 )
-from ascendspeed_core.training.step import MicroBatch, masked_sum
 from ascendspeed_data.errors import ConfigError
 
 GIB = 1 << 30

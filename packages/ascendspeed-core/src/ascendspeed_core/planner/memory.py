@@ -10,10 +10,8 @@ a device's first stage go first: their activations wait the longest.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-Mode = Literal["none", "selective", "full"]
-"""What of a layer is computed again: nothing; everything but matrix products and attention; everything."""
+from ascendspeed_core.config.recompute import Mode
 
 
 @dataclass(frozen=True)

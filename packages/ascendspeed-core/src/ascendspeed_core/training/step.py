@@ -4,65 +4,20 @@ Shapes: B micro-batch size, S sequence length (S/cp under context parallelism), 
 vocabulary.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from math import nan
 from typing import Protocol
 
 import torch
 
-from ascendspeed_core.models.transformer import ModelInput, Transformer
+from ascendspeed_core.data.micro_batch import MicroBatch, count_tokens
+from ascendspeed_core.models.transformer import Transformer
+from ascendspeed_core.objectives.next_token import LossOf, masked_sum
 from ascendspeed_core.optim.engine import Engine
 from ascendspeed_core.optim.loss_scale import LossScale
-from ascendspeed_core.parallel.context import part_of_sequence
-from ascendspeed_core.parallel.cross_entropy import cross_entropy
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.pipeline import forward_through_stages, run_pipeline
-
-LossOf = Callable[[int, torch.Tensor], torch.Tensor]
-"""Number of a micro-batch and its logits, [B, S, V/tp] -> the sum of its losses."""
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """Samples of one forward pass; under context parallelism this process's part of them, S/cp for S.
-
-    Attributes:
-        tokens: ids, [B, S].
-        labels: the id to predict at each place, [B, S].
-        loss_mask: 1 where the loss counts, [B, S].
-        positions: place of each token in its text, [B, S]; `None` counts from 0.
-        segments: number of the text that each token belongs to, [B, S], where rows hold several; see `ModelInput`. Of
-            whole sequences under context parallelism too.
-        samples: number of each sample in the run, [B]; training with dropout needs it.
-    """
-
-    tokens: torch.Tensor
-    labels: torch.Tensor
-    loss_mask: torch.Tensor
-    positions: torch.Tensor | None = None
-    segments: torch.Tensor | None = None
-    samples: torch.Tensor | None = None
-
-    @property
-    def input(self) -> ModelInput:
-        """What the model reads of it."""
-        return ModelInput(self.tokens, self.positions, self.segments, self.samples)
-
-    def to(self, device: torch.device) -> "MicroBatch":
-        """Move to a device."""
-        present = {name: part for name, part in vars(self).items() if part is not None}
-        return MicroBatch(**{name: part.to(device) for name, part in present.items()})
-
-    def part_of_sequence(self, mesh: ParallelMesh) -> "MicroBatch":
-        """Return what a process under context parallelism works on: [B, S] -> [B, S/cp].
-
-        Segments stay whole, as attention sees whole sequences.
-        """
-        whole = ("segments", "samples")
-        cut = {name: part for name, part in vars(self).items() if part is not None and name not in whole}
-        parts = {name: part_of_sequence(x, mesh.layout.cp, mesh.cp_rank) for name, x in cut.items()}
-        return replace(self, **parts)
 
 
 class Objective(Protocol):
@@ -187,27 +142,3 @@ def evaluate(model: Transformer, micro_batches: Sequence[MicroBatch], mesh: Para
         )
         total += masked_sum(model, logits, micro_batch, mesh)
     return float(mesh.sum_over("replicas", total)) / tokens
-
-
-def loss_sum(model: Transformer, micro_batch: MicroBatch, mesh: ParallelMesh) -> torch.Tensor:
-    """Return the loss added up over the tokens that count."""
-    logits = model(
-        micro_batch.tokens, micro_batch.positions, segments=micro_batch.segments, samples=micro_batch.samples
-    )
-    return masked_sum(model, logits, micro_batch, mesh)
-
-
-def masked_sum(
-    model: Transformer, logits: torch.Tensor, micro_batch: MicroBatch, mesh: ParallelMesh
-) -> torch.Tensor:
-    """Return the loss of logits added up over the tokens that count."""
-    losses = cross_entropy(
-        logits, micro_batch.labels, model.config.vocab_size, mesh.group("tp"), model.token_losses
-    )
-    return (losses * micro_batch.loss_mask).sum()
-
-
-def count_tokens(micro_batches: Sequence[MicroBatch], mesh: ParallelMesh) -> int:
-    """Return how many tokens count in the global batch."""
-    count = sum(int(micro_batch.loss_mask.sum()) for micro_batch in micro_batches)
-    return int(mesh.sum_over("replicas", torch.tensor(count, device=mesh.device.torch)))

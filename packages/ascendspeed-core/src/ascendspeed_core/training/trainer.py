@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
-from ascendspeed_core.build import load_model
+from ascendspeed_core.build import apply_kernels, kernel_context, load_model
 from ascendspeed_core.config.preference import DpoConfig
 from ascendspeed_core.config.training import PretrainConfig
 from ascendspeed_core.data.loader import open_run_data
-from ascendspeed_core.kernels.registry import KernelContext, apply_kernels, table, update_choice
+from ascendspeed_core.data.micro_batch import MicroBatch
+from ascendspeed_core.kernels.registry import KernelContext, table, update_choice
 from ascendspeed_core.objectives.dpo import PreferenceObjective
 from ascendspeed_core.objectives.reference import RECORD
 from ascendspeed_core.observability.metrics import PICTURE, MetricsFile, draw_loss
@@ -36,7 +37,7 @@ from ascendspeed_core.training.checkpoint import (
 )
 from ascendspeed_core.training.eval_prompts import SampleWriter
 from ascendspeed_core.training.signals import StoppedError, StopSignal
-from ascendspeed_core.training.step import MicroBatch, StepResult, evaluate, forward_backward, train_step
+from ascendspeed_core.training.step import StepResult, evaluate, forward_backward, train_step
 from ascendspeed_core.training.validate import RunPlan
 from ascendspeed_core.weights import NativeSource
 from ascendspeed_data.command_line import log
@@ -60,7 +61,7 @@ class Trainer:
 
         settings = zero_settings(self.config, plan.model, plan.layout)
         self.model = load_model(plan.source, mesh, dtype, self.config.compute.mlp_layer_fusion, settings)
-        setting = KernelContext.of(
+        setting = kernel_context(
             self.model,
             mesh,
             self.config.data.seq_length,

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from ascendspeed_core.config.model import ModelConfig
-from ascendspeed_core.models.lora import AdapterPlan, LowRank
+from ascendspeed_core.models.linear import LowRank
+from ascendspeed_core.models.lora import AdapterPlan
 from ascendspeed_core.weights.adapters.files import CONFIG, Adapter
 from ascendspeed_core.weights.adapters.write import peft_form
 from ascendspeed_core.weights.external.detect_format import recognise_table

@@ -15,7 +15,8 @@ import torch
 
 from ascendspeed_core.config.lora import LoraConfig
 from ascendspeed_core.config.model import ModelConfig
-from ascendspeed_core.models.lora import AdapterPlan, LowRank
+from ascendspeed_core.models.linear import LowRank
+from ascendspeed_core.models.lora import AdapterPlan
 from ascendspeed_core.weights.adapters.files import Adapter, MergedAdapter, Place, hugging_face_places
 from ascendspeed_core.weights.load import parameter_shapes
 from ascendspeed_core.weights.native.source import NativeSource
