@@ -51,8 +51,6 @@ class WeightRule:
     Attributes:
         ours: parameter name in `Transformer`.
         theirs: tensor name in a Hugging Face folder.
-        axis: dimension that is cut under tensor parallel, or `None` when every device holds all of it. It is
-            stated here for formats that store cut tensors; the engine's plan says the same for modules.
         tied: leave the row out when the head is tied to the embedding.
         when: field of `ModelConfig` without which the model lacks the tensor, for example `qkv_bias`.
         packed: which part of `theirs` ours is, when several of our tensors share it.
@@ -60,7 +58,6 @@ class WeightRule:
 
     ours: str
     theirs: str
-    axis: int | None = None
     tied: bool = False
     when: str | None = None
     packed: Packed | None = None

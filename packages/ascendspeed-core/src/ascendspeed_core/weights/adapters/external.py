@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ascendspeed_core.config.model import ModelConfig
+from ascendspeed_core.config.sharding import sharded_dim
 from ascendspeed_core.models.linear import LowRank
 from ascendspeed_core.models.lora import AdapterPlan
 from ascendspeed_core.weights.adapters.files import CONFIG, Adapter
@@ -23,7 +24,7 @@ from ascendspeed_core.weights.adapters.write import peft_form
 from ascendspeed_core.weights.external.detect_format import recognise_table
 from ascendspeed_core.weights.external.layout import from_counts
 from ascendspeed_core.weights.external.mp_rank import chunks_of, count_layers, iteration_folder, open_grid
-from ascendspeed_core.weights.external.name_maps import EMBEDDING, HEAD, How, Packing, Row, StageLayers, Table
+from ascendspeed_core.weights.external.name_maps import EMBEDDING, HEAD, Packing, Row, StageLayers, Table
 from ascendspeed_core.weights.external.packing import Packed
 from ascendspeed_core.weights.external.sharded_tensors import ShardedTensors
 from ascendspeed_core.weights.files.torch_files import TorchFile, stored_tensors
@@ -96,25 +97,20 @@ def _of_stage(table: Table, packing: Packing, stage: StageLayers) -> Iterator[Pa
     """Yield what a stage may hold; an A once for each of our layers that share it."""
     if stage.is_first:
         first = table.first[0].theirs.removesuffix("weight") + WHOLE_MODULE
-        yield from packing.rows((Row(first, (EMBEDDING,), How.VOCABULARY),), 0, 0)
+        yield from packing.rows((Row(first, (EMBEDDING,)),), 0, 0)
     for place, number in enumerate(stage.layers):
         for row in table.layer:
-            if row.how is How.WHOLE:
+            if sharded_dim(row.ours[0].format(layer=number, kind="weight")) is None:
                 continue
             theirs = row.theirs.removesuffix(".{kind}")
             ours = [name.removesuffix(".{kind}") for name in row.ours]
-            along_input = row.how is How.COLUMNS
-            of_a = How.COLUMNS if along_input else How.WHOLE
-            a = [Row(f"{theirs}.lora_A.default.weight", (f"{name}.lora_A.weight",), of_a) for name in ours]
-            b = Row(
-                f"{theirs}.lora_B.default.weight",
-                tuple(f"{name}.lora_B.weight" for name in ours),
-                How.WHOLE if along_input else row.how,
-            )
+            a = [Row(f"{theirs}.lora_A.default.weight", (f"{name}.lora_A.weight",)) for name in ours]
+            names = tuple(f"{name}.lora_B.weight" for name in ours)
+            b = Row(f"{theirs}.lora_B.default.weight", names, row.by_head)
             yield from packing.rows((*a, b), number, place)
     if stage.is_last:
         head = table.head.removesuffix("weight") + WHOLE_MODULE
-        yield from packing.rows((Row(head, (HEAD,), How.VOCABULARY),), 0, 0)
+        yield from packing.rows((Row(head, (HEAD,)),), 0, 0)
 
 
 def _alpha(file: TorchFile) -> float:

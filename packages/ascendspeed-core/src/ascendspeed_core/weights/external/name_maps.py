@@ -1,4 +1,4 @@
-"""The formats' tables: name in the file, our tensors in it, how they are packed and cut.
+"""The formats' tables: name in the file, and our tensors in it. How they are cut follows from `config.sharding`.
 
 `{layer}` is the layer's number within its pipeline stage in their names, its global number in ours; `{kind}` stands
 for weight and bias. Rows whose tensors a model lacks are left out.
@@ -9,9 +9,9 @@ Sources: AscendSpeed of October 2023 (`llama_model.py`, `gpt_model.py`), ModelLi
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from enum import Enum
 
 from ascendspeed_core.config.model import ModelConfig
+from ascendspeed_core.config.sharding import Partition, sharded_dim, tensor_sharding
 from ascendspeed_core.weights.external.packing import Block, Cut, Packed, interleaved, padded, whole
 
 ROTARY = "rotary.inv_freq"
@@ -21,24 +21,20 @@ HEAD = "output_head.weight"
 EMBEDDING = "embedding.weight"
 
 
-class How(Enum):
-    """Packing of a row's tensors, and how the result is cut over tensor-parallel ranks."""
-
-    WHOLE = "whole on every rank"
-    ROWS = "cut by rows"
-    COLUMNS = "cut by columns; a bias is whole on every rank"
-    HEADS = "for each key-value head its queries, its key, its value; cut by rows"
-    HALVES = "a rank holds its rows of the first above its rows of the second"
-    VOCABULARY = "a row for each id and filling, cut by rows"
-
-
 @dataclass(frozen=True)
 class Row:
-    """One line of a table."""
+    """One line of a table.
+
+    Attributes:
+        theirs: name in the file.
+        ours: tensors that it holds. Of several, a tensor-parallel rank holds its rows of the first above its rows of
+            the second.
+        by_head: it holds for each key-value head its queries, its key, its value instead.
+    """
 
     theirs: str
     ours: tuple[str, ...]
-    how: How = How.WHOLE
+    by_head: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,10 +81,10 @@ class Table:
         if stage.is_last:
             yield from pack.rows(self.last, 0, 0)
             if HEAD in shapes:
-                yield from pack.rows((Row(self.head, (HEAD,), How.VOCABULARY),), 0, 0)
+                yield from pack.rows((Row(self.head, (HEAD,)),), 0, 0)
             elif self.tied_head is None or not stage.is_first:
                 name = self.tied_head or self.head
-                yield from pack.rows((Row(name, (EMBEDDING,), How.VOCABULARY),), 0, 0)
+                yield from pack.rows((Row(name, (EMBEDDING,)),), 0, 0)
 
 
 @dataclass(frozen=True)
@@ -115,18 +111,18 @@ class Packing:
                 names = [name.format(layer=number, kind=kind) for name in row.ours]
                 names = [name for name in names if name in self.shapes]
                 if names:
-                    yield self._pack(row.theirs.format(layer=place, kind=kind), names, row.how, kind)
+                    yield self._pack(row.theirs.format(layer=place, kind=kind), names, row.by_head)
 
-    def _pack(self, key: str, names: list[str], how: How, kind: str) -> Packed:
-        shapes = [self.shapes[name] for name in names]
+    def _pack(self, key: str, names: list[str], by_head: bool) -> Packed:
+        shapes, dim = [self.shapes[name] for name in names], sharded_dim(names[0])
         blocks = tuple(whole(name, shape) for name, shape in zip(names, shapes, strict=True))
-        if how is How.WHOLE or (how is How.COLUMNS and kind == "bias"):
+        if dim is None:
             return Packed(key, (blocks,))
-        if how is How.VOCABULARY:
-            return Packed(key, (padded(names[0], shapes[0], self.vocabulary_rows),), Cut.ROWS)
-        if how is How.COLUMNS:
+        if dim == 1:
             return Packed(key, (blocks,), Cut.COLUMNS)
-        if how is How.HEADS:
+        if tensor_sharding(names[0]).partition is Partition.VOCABULARY:
+            return Packed(key, (padded(names[0], shapes[0], self.vocabulary_rows),), Cut.ROWS)
+        if by_head:
             groups = self.config.num_key_value_heads
             parts = [(name, shape, shape[0] // groups) for name, shape in zip(names, shapes, strict=True)]
             return Packed(key, (interleaved(parts, groups),), Cut.ROWS)
@@ -145,23 +141,23 @@ def ascendspeed_llama(merged_mlp: bool) -> Table:
     """Return AscendSpeed 2023's names for LLaMA-type models; with `--mlp-layer-fusion` gate and up are one tensor."""
     layer = "language_model.layers.{layer}."
     gate_up = (
-        (Row(f"{layer}mlp.proj.{{kind}}", GATE + UP, How.HALVES),)
+        (Row(f"{layer}mlp.proj.{{kind}}", GATE + UP),)
         if merged_mlp
         else (
-            Row(f"{layer}mlp.gate_proj.{{kind}}", GATE, How.ROWS),
-            Row(f"{layer}mlp.up_proj.{{kind}}", UP, How.ROWS),
+            Row(f"{layer}mlp.gate_proj.{{kind}}", GATE),
+            Row(f"{layer}mlp.up_proj.{{kind}}", UP),
         )
     )
     return Table(
-        first=(Row("embedding.word_embeddings.weight", (EMBEDDING,), How.VOCABULARY),),
+        first=(Row("embedding.word_embeddings.weight", (EMBEDDING,)),),
         layer=(
             Row(f"{layer}input_layernorm.{{kind}}", NORM_1),
             Row(f"{layer}attention.rotary_emb.inv_freq", (ROTARY,)),
-            Row(f"{layer}attention.query_key_value.{{kind}}", QKV, How.HEADS),
-            Row(f"{layer}attention.dense.{{kind}}", OUT, How.COLUMNS),
+            Row(f"{layer}attention.query_key_value.{{kind}}", QKV, by_head=True),
+            Row(f"{layer}attention.dense.{{kind}}", OUT),
             Row(f"{layer}post_attention_layernorm.{{kind}}", NORM_2),
             *gate_up,
-            Row(f"{layer}mlp.down_proj.{{kind}}", DOWN, How.COLUMNS),
+            Row(f"{layer}mlp.down_proj.{{kind}}", DOWN),
         ),
         last=(Row("language_model.final_layernorm.{kind}", FINAL_NORM),),
         head="lm_head.lm_head.weight",
@@ -174,16 +170,16 @@ def ascendspeed_gpt() -> Table:
     layer = "language_model/encoder/layers.{layer}."
     return Table(
         first=(
-            Row("language_model/embedding/word_embeddings/weight", (EMBEDDING,), How.VOCABULARY),
+            Row("language_model/embedding/word_embeddings/weight", (EMBEDDING,)),
             Row("language_model/embedding/word_embeddings/norm.{kind}", EMBEDDING_NORM),
         ),
         layer=(
             Row(f"{layer}input_layernorm.{{kind}}", NORM_1),
-            Row(f"{layer}self_attention.query_key_value.{{kind}}", QKV, How.HEADS),
-            Row(f"{layer}self_attention.dense.{{kind}}", OUT, How.COLUMNS),
+            Row(f"{layer}self_attention.query_key_value.{{kind}}", QKV, by_head=True),
+            Row(f"{layer}self_attention.dense.{{kind}}", OUT),
             Row(f"{layer}post_attention_layernorm.{{kind}}", NORM_2),
-            Row(f"{layer}mlp.dense_h_to_4h.{{kind}}", UP, How.ROWS),
-            Row(f"{layer}mlp.dense_4h_to_h.{{kind}}", DOWN, How.COLUMNS),
+            Row(f"{layer}mlp.dense_h_to_4h.{{kind}}", UP),
+            Row(f"{layer}mlp.dense_4h_to_h.{{kind}}", DOWN),
         ),
         last=(Row("language_model/encoder/final_layernorm.{kind}", FINAL_NORM),),
         head="language_model/output_layer/weight",
@@ -196,22 +192,22 @@ def modellink_llama(merged_mlp: bool) -> Table:
     """Return the names of December 2023 for LLaMA-type models, where `dense_h_to_4h` is the up projection."""
     layer = "language_model/encoder/layers.{layer}."
     gate_up = (
-        (Row(f"{layer}mlp.proj.{{kind}}", GATE + UP, How.HALVES),)
+        (Row(f"{layer}mlp.proj.{{kind}}", GATE + UP),)
         if merged_mlp
         else (
-            Row(f"{layer}mlp.gate_proj.{{kind}}", GATE, How.ROWS),
-            Row(f"{layer}mlp.dense_h_to_4h.{{kind}}", UP, How.ROWS),
+            Row(f"{layer}mlp.gate_proj.{{kind}}", GATE),
+            Row(f"{layer}mlp.dense_h_to_4h.{{kind}}", UP),
         )
     )
     return Table(
-        first=(Row("language_model/embedding/word_embeddings/weight", (EMBEDDING,), How.VOCABULARY),),
+        first=(Row("language_model/embedding/word_embeddings/weight", (EMBEDDING,)),),
         layer=(
             Row(f"{layer}input_layernorm.{{kind}}", NORM_1),
-            Row(f"{layer}self_attention.query_key_value.{{kind}}", QKV, How.HEADS),
-            Row(f"{layer}self_attention.dense.{{kind}}", OUT, How.COLUMNS),
+            Row(f"{layer}self_attention.query_key_value.{{kind}}", QKV, by_head=True),
+            Row(f"{layer}self_attention.dense.{{kind}}", OUT),
             Row(f"{layer}post_attention_layernorm.{{kind}}", NORM_2),
             *gate_up,
-            Row(f"{layer}mlp.dense_4h_to_h.{{kind}}", DOWN, How.COLUMNS),
+            Row(f"{layer}mlp.dense_4h_to_h.{{kind}}", DOWN),
         ),
         last=(Row("language_model/encoder/final_layernorm.{kind}", FINAL_NORM),),
         head="language_model/output_layer/weight",
@@ -232,16 +228,16 @@ def megatron(transformer_engine: bool) -> Table:
         else ("input_layernorm.{kind}", "pre_mlp_layernorm.{kind}")
     )
     return Table(
-        first=(Row("embedding.word_embeddings.weight", (EMBEDDING,), How.VOCABULARY),),
+        first=(Row("embedding.word_embeddings.weight", (EMBEDDING,)),),
         layer=(
-            Row(f"{layer}self_attention.linear_proj.{{kind}}", OUT, How.COLUMNS),
+            Row(f"{layer}self_attention.linear_proj.{{kind}}", OUT),
             Row(f"{layer}{norms[0]}", NORM_1),
-            Row(f"{layer}self_attention.linear_qkv.{{kind}}", QKV, How.HEADS),
+            Row(f"{layer}self_attention.linear_qkv.{{kind}}", QKV, by_head=True),
             Row(f"{layer}self_attention.q_layernorm.{{kind}}", (f"{_L}attention.q_norm.{{kind}}",)),
             Row(f"{layer}self_attention.k_layernorm.{{kind}}", (f"{_L}attention.k_norm.{{kind}}",)),
             Row(f"{layer}{norms[1]}", NORM_2),
-            Row(f"{layer}mlp.linear_fc1.{{kind}}", GATE + UP, How.HALVES),
-            Row(f"{layer}mlp.linear_fc2.{{kind}}", DOWN, How.COLUMNS),
+            Row(f"{layer}mlp.linear_fc1.{{kind}}", GATE + UP),
+            Row(f"{layer}mlp.linear_fc2.{{kind}}", DOWN),
         ),
         last=(Row("decoder.final_layernorm.{kind}", FINAL_NORM),),
         head="output_layer.weight",
