@@ -118,12 +118,12 @@ class _Sleep(torch.autograd.Function):
 
 def sleeping_model(mesh: ParallelMesh, cost: LayerCost, ffn_hidden_size: int) -> Transformer:
     """This process's stages, with layers that sleep."""
-    from ascendspeed_core.config.parallel import stages_of_devices
+    from ascendspeed_core.config.parallel import stages_of_ranks
 
     config = tiny_config(
         num_layers=LAYERS_PER_DEVICE * mesh.layout.pp, vocab_size=32, ffn_hidden_size=ffn_hidden_size
     )
-    model = Transformer(config, stages_of_devices(config.num_layers, mesh.layout)[mesh.pp_rank])
+    model = Transformer(config, stages_of_ranks(config.num_layers, mesh.layout)[mesh.pp_rank])
     for number in model.layers:
         model.layers[number] = SleepingLayer(config, cost)
     return model

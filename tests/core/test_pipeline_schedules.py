@@ -14,7 +14,7 @@ from ascendspeed_core.config.parallel import (
     Layout,
     ParallelConfig,
     Stage,
-    stages_of_devices,
+    stages_of_ranks,
 )
 from ascendspeed_core.config.training import MICRO_BATCH_EXAMPLES, BatchConfig, OptimizerConfig
 from ascendspeed_core.device import Device
@@ -166,14 +166,14 @@ def test_a_finished_stage_is_reduced_while_the_other_computes(
 
 
 def test_interleaved_stages_are_dealt_out_in_turn() -> None:
-    held = stages_of_devices(8, Layout(pp=2, schedule="interleaved", layers_per_stage=2))
+    held = stages_of_ranks(8, Layout(pp=2, schedule="interleaved", layers_per_stage=2))
     assert [[list(stage.layers) for stage in own] for own in held] == [[[0, 1], [4, 5]], [[2, 3], [6, 7]]]
     assert held[0][0].is_first
     assert held[1][1].is_last
 
 
 def test_v_schedules_go_down_and_up_again() -> None:
-    held = stages_of_devices(7, Layout(pp=3, schedule="zbv"))
+    held = stages_of_ranks(7, Layout(pp=3, schedule="zbv"))
     assert [[list(stage.layers) for stage in own] for own in held] == [[[0, 1], [6]], [[2], [5]], [[3], [4]]]
     assert held[0][0].is_first
     assert held[0][1].is_last

@@ -9,7 +9,7 @@ from torch import nn
 
 from ascendspeed_core.config.compute import ComputeConfig
 from ascendspeed_core.config.model import ModelConfig, WeightQuantization
-from ascendspeed_core.config.parallel import stages_of_devices
+from ascendspeed_core.config.parallel import stages_of_ranks
 from ascendspeed_core.config.sharding import Slice, tensor_slice
 from ascendspeed_core.config.training import BatchConfig
 from ascendspeed_core.kernels.int8 import Workspace, refuse_missing_format
@@ -66,7 +66,7 @@ def _cut_model(
     config: ModelConfig, mesh: ParallelMesh, dtype: torch.dtype, adapters: AdapterPlan | None
 ) -> Transformer:
     """Return this process's part of the model without storage."""
-    mine = stages_of_devices(config.num_layers, mesh.layout)[mesh.pp_rank]
+    mine = stages_of_ranks(config.num_layers, mesh.layout)[mesh.pp_rank]
     model = empty_transformer(config, dtype, mine)
     if adapters is not None:
         add_adapters(model, adapters)

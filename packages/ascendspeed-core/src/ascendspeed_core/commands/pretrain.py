@@ -134,14 +134,12 @@ def trained_share(source: "AdaptedWeights", model: "ModelConfig") -> str:
 
 def stage_list(layout: Any, num_layers: int) -> str:
     """Return which layers each pipeline device holds; several stages of one device are joined by a plus."""
-    from ascendspeed_core.config.parallel import stages_of_devices
+    from ascendspeed_core.config.parallel import stages_of_ranks
 
     def named(layers: range) -> str:
         return f"{layers.start}-{layers.stop - 1}" if len(layers) > 1 else str(layers.start)
 
-    parts = [
-        "+".join(named(stage.layers) for stage in held) for held in stages_of_devices(num_layers, layout)
-    ]
+    parts = ["+".join(named(stage.layers) for stage in held) for held in stages_of_ranks(num_layers, layout)]
     return "layers " + ", ".join(parts)
 
 

@@ -36,7 +36,7 @@ def timeline(**given: Any) -> None:
 
 def check(config: TimelineConfig, world_size: int) -> None:
     """Raise `AscendSpeedError` when there is nothing to draw, or the layout does not fit."""
-    from ascendspeed_core.config.parallel import stages_of_devices
+    from ascendspeed_core.config.parallel import stages_of_ranks
     from ascendspeed_core.weights import open_source
 
     if config.parallel.pipeline_model_parallel_size == 1:
@@ -45,7 +45,7 @@ def check(config: TimelineConfig, world_size: int) -> None:
     model = open_source(config.source, config.batch.seed).config
     config.parallel.check_model(model)
     config.parallel.check_sequence(config.drawing.seq_length)
-    held = stages_of_devices(model.num_layers, layout)
+    held = stages_of_ranks(model.num_layers, layout)
     config.recompute.check_pipeline(
         layout.schedule, [sum(len(stage.layers) for stage in own) for own in held]
     )

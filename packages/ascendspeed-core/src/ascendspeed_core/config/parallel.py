@@ -1,6 +1,7 @@
 """How one model is spread over devices; pure arithmetic, no torch."""
 
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Literal
 
@@ -208,7 +209,7 @@ class ParallelConfig(Config):
         """Raise `ConfigError` when the model cannot be cut this way."""
         pp = self.pipeline_model_parallel_size
         smallest = self.tensor_model_parallel_size * pp * self.context_parallel_size
-        stages_of_devices(model.num_layers, self.layout(smallest))
+        stages_of_ranks(model.num_layers, self.layout(smallest))
         tp, heads = self.tensor_model_parallel_size, model.num_key_value_heads
         for name in ("num_attention_heads", "ffn_hidden_size"):
             size = getattr(model, name)
@@ -267,19 +268,19 @@ class ParallelConfig(Config):
 
 @dataclass(frozen=True)
 class Layout:
-    """Number of devices along each dimension; tp varies fastest with the rank, then cp, dp, pp, as in Megatron-LM.
+    """Number of ranks along each axis of the mesh, and what else decides where a model's parts are.
 
     Attributes:
-        tp: devices that share every layer.
+        tp: ranks that share every layer.
         pp: stages of layers.
         dp: shares of the batch.
         cp: parts of every sequence.
-        sequence_parallel: the tp devices cut the sequence between layers.
-        sharded_optimizer: the devices that hold the same weights cut the optimizer's state.
+        sequence_parallel: the tp ranks cut the sequence between layers.
+        sharded_optimizer: the ranks that hold the same weights cut the optimizer's state.
         schedule: order of forwards and backwards of the pipeline.
-        layers_per_stage: layers of each stage when devices hold several (virtual pipeline); `None` cuts as evenly as
+        layers_per_stage: layers of each stage when ranks hold several (virtual pipeline); `None` cuts as evenly as
             can be.
-        early_reduction: gradients of a stage are added up over its replicas while other stages of the device still
+        early_reduction: gradients of a stage are summed over its replicas while other stages of the rank still
             compute.
         zero_stage: what DeepSpeed cuts over dp: optimizer state (1), gradients (2), weights (3); `None` without it.
     """
@@ -296,14 +297,72 @@ class Layout:
     zero_stage: int | None = None
 
     @property
+    def axes(self) -> dict[str, int]:
+        """Sizes of the mesh's axes, slowest first: tp varies fastest with the rank, as in Megatron-LM."""
+        return {"pp": self.pp, "dp": self.dp, "cp": self.cp, "tp": self.tp}
+
+    @property
+    def unions(self) -> dict[str, tuple[str, ...]]:
+        """Axes that have a name and a process group together.
+
+        A rank's replicas hold the same weights and sum their gradients.
+        """
+        return {"replicas": ("dp", "cp")}
+
+    def expand(self, *names: str) -> tuple[str, ...]:
+        """Return the axes that some axes and unions consist of, slowest first.
+
+        Raises:
+            ConfigError: no axis or union has that name.
+        """
+        found: set[str] = set()
+        for name in names:
+            if name in self.axes:
+                found.add(name)
+            elif name in self.unions:
+                found |= set(self.expand(*self.unions[name]))
+            else:
+                known = ", ".join((*self.axes, *self.unions))
+                raise ConfigError(f"the mesh has no axis {name}; its axes and their unions are {known}")
+        return tuple(axis for axis in self.axes if axis in found)
+
+    def spanned(self, *names: str) -> tuple[str, ...]:
+        """Return those axes of `expand` that have more than one rank."""
+        return tuple(axis for axis in self.expand(*names) if self.axes[axis] > 1)
+
+    def size(self, *names: str) -> int:
+        """Return how many ranks there are along some axes or unions together."""
+        sizes = self.axes
+        return prod(sizes[axis] for axis in self.expand(*names))
+
+    def index(self, rank: int, *names: str) -> int:
+        """Return the number of a rank among those along some axes or unions together."""
+        index = 0
+        stride = self.world_size
+        axes = self.expand(*names)
+        for axis, size in self.axes.items():
+            stride //= size
+            if axis in axes:
+                index = index * size + rank // stride % size
+        return index
+
+    def groups(self, *names: str) -> list[list[int]]:
+        """Return the ranks of each group along some axes or unions together, in order of their `index`."""
+        others = tuple(axis for axis in self.axes if axis not in self.expand(*names))
+        found: list[list[int]] = [[] for _ in range(self.size(*others))]
+        for rank in range(self.world_size):
+            found[self.index(rank, *others)].append(rank)
+        return found
+
+    @property
     def world_size(self) -> int:
-        """All devices."""
-        return self.tp * self.pp * self.replicas
+        """All ranks."""
+        return prod(self.axes.values())
 
     @property
     def replicas(self) -> int:
-        """Devices that hold the same weights and add up their gradients: dp x cp."""
-        return self.dp * self.cp
+        """Ranks that hold the same weights and sum their gradients: dp x cp."""
+        return self.size("replicas")
 
     def check_micro_batches(self, count: int) -> None:
         """Raise `ConfigError` when the schedule cannot run so many micro-batches per step and device."""
@@ -361,7 +420,7 @@ class Stage:
         return self.index == self.count - 1
 
 
-def stages_of_devices(num_layers: int, layout: Layout) -> list[tuple[Stage, ...]]:
+def stages_of_ranks(num_layers: int, layout: Layout) -> list[tuple[Stage, ...]]:
     """Return by pipeline rank the stages that it holds, first ones first.
 
     One stage a device is the rule. Interleaved schedules deal several out in turn; V schedules two, down and up

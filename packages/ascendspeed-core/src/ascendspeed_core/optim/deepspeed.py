@@ -203,7 +203,7 @@ def _tell_cut(parameter: nn.Parameter, part: Slice, mesh: ParallelMesh) -> None:
     """Tell DeepSpeed whether other devices hold other parts: it counts whole parameters once in the norm."""
     parameter.tensor_model_parallel = part.sizes != part.shape  # type: ignore[attr-defined]
     if part.has_partial_gradient:
-        group = mesh.neighbours(part.tp_replicas)
+        group = mesh.tp_subgroup(part.tp_replicas)
 
         def add_up(gradient: torch.Tensor) -> torch.Tensor:
             total = gradient.clone(memory_format=torch.contiguous_format)

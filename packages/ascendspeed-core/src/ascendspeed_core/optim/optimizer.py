@@ -1,17 +1,15 @@
-"""AdamW or SGD over this process's slices, with fp32 master weights and gradients when the model computes in 16 bits.
+"""AdamW or SGD over this rank's parts, with fp32 master weights and gradients when the model computes in 16 bits.
 
 The update is elementwise, so it runs on plain local tensors whatever the layout; only the gradients' sums and their
-norm need the other processes. State is named by parameter and cut like it: a checkpoint of it is as independent of
-the layout as the weights.
+norm need the other ranks. State is named by parameter and cut like it: a checkpoint of it is as independent of the
+layout as the weights.
 
-Processes that hold the same weights, dp x cp of them, add their gradients up. With a sharded optimizer (ZeRO-1:
-Rajbhandari et al., 2020, section 5.1) each of them updates some rows of every tensor: one reduce-scatter gives it the
-sum of their gradients, one all-gather gives all of them the new weights. That moves the bytes of the replicated
-optimizer's one all-reduce, and divides its state by dp x cp.
+Over which ranks a parameter's gradient is summed says its `Slice`: `replica_axes`, those with other tokens, and
+`has_partial_gradient`, neighbouring tensor-parallel ranks with other shares of its work.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from functools import reduce
 from math import isfinite
 
 import torch
@@ -19,89 +17,65 @@ from torch import nn
 
 from ascendspeed_core.build import parameter_slices
 from ascendspeed_core.config.parallel import Stage
-from ascendspeed_core.config.sharding import Slice, assign_writers, chunk_range
+from ascendspeed_core.config.sharding import Slice, assign_writers
 from ascendspeed_core.config.training import OptimizerConfig
 from ascendspeed_core.models.transformer import ModelInput, Transformer
 from ascendspeed_core.optim.engine import TensorShard
+from ascendspeed_core.optim.gradient_sum import FinishSums, ParameterSlot, Replicas, split
 from ascendspeed_core.optim.update_rule import load_optimizer_state, make_update_rule, optimizer_state_keys
-from ascendspeed_core.parallel.collectives import (
-    Finish,
-    all_gather_rows,
-    all_reduce_sum,
-    start_all_reduce_sum,
-    start_reduce_scatter_sum,
-)
+from ascendspeed_core.parallel.collectives import all_reduce_sum
 from ascendspeed_core.parallel.mesh import ParallelMesh
 
 
-@dataclass
-class _Slot:
-    """One parameter as the optimizer sees it.
-
-    Attributes:
-        name: parameter name.
-        parameter: what the model computes with: this process's part of the tensor.
-        rows: rows of it that this process updates; all of them unless the optimizer is sharded.
-        slice: those rows in the whole tensor.
-        master: those rows in fp32 or float64; shares storage with the parameter if that is as wide.
-        gradient: of the whole part, sum over micro-batches so far; kept only for 16-bit parameters.
-        is_borrowed: another stage owns the parameter; it counts there in the norm.
-    """
-
-    name: str
-    parameter: nn.Parameter
-    rows: slice
-    slice: Slice
-    master: torch.Tensor
-    gradient: torch.Tensor | None = None
-    is_borrowed: bool = False
-
-    @property
-    def counts_in_norm(self) -> bool:
-        """Whether this process is the one of those with the same part whose gradient is counted."""
-        return self.slice.tp_replica == 0 and not self.is_borrowed
-
-    @property
-    def has_copy(self) -> bool:
-        """Whether the master weights are a wider copy."""
-        return self.master.dtype != self.parameter.dtype
-
-
 class MasterOptimizer:
-    """The optimizer of one model on this process.
+    """The optimizer of one model on this rank.
 
     Attributes:
         rule: what turns a gradient into an update; its parameters are the master weights.
         num_steps: updates so far.
     """
 
-    def __init__(self, model: Transformer, config: OptimizerConfig, mesh: ParallelMesh) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        config: OptimizerConfig,
+        mesh: ParallelMesh,
+        slices: Mapping[str, Slice] | None = None,
+    ) -> None:
+        """Make the optimizer.
+
+        Args:
+            model: this rank's part, ready.
+            config: update rule and clipping.
+            mesh: this rank's coordinates.
+            slices: the part of each parameter that this rank holds; by default what the sharding table says.
+        """
         self._mesh, self._model = mesh, model
-        self._started: list[tuple[list[_Slot], Finish]] = []
+        self._started: list[tuple[list[ParameterSlot], FinishSums]] = []
         self._is_tied = model.config.tie_word_embeddings
         self._clip_grad = config.clip_grad
-        self._is_sharded = mesh.layout.sharded_optimizer and mesh.layout.replicas > 1
-        slices = parameter_slices(model, mesh)
-        self._slots = [
-            self._slot(name, p, slices[name]) for name, p in model.named_parameters() if p.requires_grad
-        ]
+        self._slices = parameter_slices(model, mesh) if slices is None else slices
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        axes = {name: mesh.layout.spanned(*self._slices[name].replica_axes) for name in trained}
+        # In the same order on all ranks, since each sums its gradients in turn.
+        self._replicas = {each: Replicas.create(mesh, each) for each in sorted(set(axes.values()))}
+        self._slots = [self._slot(name, p, self._replicas[axes[name]]) for name, p in trained.items()]
         for slot in self._slots:
             slot.is_borrowed = slot.name in model.borrowed
             if slot.has_copy:
-                _accumulate_wide(slot)
+                slot.accumulate_wide()
         matrices = [slot.master for slot in self._slots if slot.parameter.dim() > 1]
         vectors = [slot.master for slot in self._slots if slot.parameter.dim() <= 1]
         self.rule = make_update_rule(config, matrices, vectors, mesh.device)
         self._state_keys = optimizer_state_keys(config)
         self.num_steps = 0
 
-    def _slot(self, name: str, parameter: nn.Parameter, part: Slice) -> _Slot:
-        rows = slice(0, parameter.shape[0])
-        if self._is_sharded:
-            rows = chunk_range(parameter.shape[0], self._mesh.layout.replicas, self._mesh.replica)
+    def _slot(self, name: str, parameter: nn.Parameter, replicas: Replicas) -> ParameterSlot:
+        rows = replicas.rows(parameter)
         mine = parameter.detach()[rows]
         narrow = mine.dtype in (torch.float16, torch.bfloat16)
-        return _Slot(name, parameter, rows, part.rows(rows), mine.float() if narrow else mine)
+        master = mine.float() if narrow else mine
+        return ParameterSlot(name, parameter, rows, self._slices[name].rows(rows), master, replicas)
 
     @property
     def learning_rate(self) -> float:
@@ -151,11 +125,12 @@ class MasterOptimizer:
     @property
     def update_bytes(self) -> int:
         """Most bytes that adding up and applying the gradients takes, the gradients included."""
-        gradients = sum(slot.parameter.numel() * slot.master.itemsize for slot in self._slots)
-        if self._mesh.group("replicas") is None:
-            return gradients
-        # The message that they are copied into.
-        return 2 * gradients
+        total = 0
+        for slot in self._slots:
+            gradient = slot.parameter.numel() * slot.master.itemsize
+            # With replicas also the message that it is copied into.
+            total += gradient if slot.replicas.group is None else 2 * gradient
+        return total
 
     def forward(self, given: ModelInput) -> torch.Tensor:
         """Return the logits of a model without a pipeline: [B, S] -> [B, S, V/tp]."""
@@ -180,15 +155,8 @@ class MasterOptimizer:
         for slot in self._slots:
             if slot.has_copy:
                 slot.parameter[slot.rows].copy_(slot.master)
-        group = self._mesh.group("replicas")
-        if group is None or not self._is_sharded:
-            return
-        shares = [self._rows_of(rank, self._slots) for rank in range(self._mesh.layout.replicas)]
-        parameters = [slot.parameter.detach() for slot in self._slots]
-        mine = _join(parameters, shares[self._mesh.replica], _longest(parameters, shares))
-        for rank, row in enumerate(all_gather_rows(mine, group)):
-            if rank != self._mesh.replica:
-                _split(row, parameters, shares[rank])
+        for replicas, slots in self._by_replicas(self._slots):
+            replicas.publish(slots)
 
     def start_reduction(self, stage: Stage) -> None:
         """Start to add up the gradients of one stage, which are complete; `step` waits for them.
@@ -204,42 +172,34 @@ class MasterOptimizer:
             for p in module.parameters()
         }
         mine = [slot for slot in self._slots if id(slot.parameter) in names - others]
-        if self._mesh.group("replicas") is not None:
-            self._started.append((mine, self._start_sum(mine)))
+        for replicas, slots in self._by_replicas(mine):
+            if replicas.group is not None:
+                self._started.append((slots, replicas.start_sums(slots)))
 
     def finish_reductions(self) -> list[torch.Tensor]:
-        """Return by slot the sum of the gradients over all replicas, of the rows that this process updates.
+        """Return by slot the sum of the gradients over all replicas, of the rows that this rank updates.
 
         Each rank's loss is already divided by the tokens of all ranks.
         """
-        if self._mesh.group("replicas") is None:
-            return [_take_gradient(slot) for slot in self._slots]
         started, self._started = self._started, []
         early = {slot.name for slots, _ in started for slot in slots}
         rest = [slot for slot in self._slots if slot.name not in early]
-        if rest:
-            started.append((rest, self._start_sum(rest)))
+        started += [(slots, replicas.start_sums(slots)) for replicas, slots in self._by_replicas(rest)]
         sums: dict[str, torch.Tensor] = {}
         for slots, finish in started:
-            parts = _views(finish(), [slot.master for slot in slots])
-            sums |= zip((slot.name for slot in slots), parts, strict=True)
+            sums |= zip((slot.name for slot in slots), finish(), strict=True)
         return [sums[slot.name] for slot in self._slots]
 
-    def _start_sum(self, slots: list[_Slot]) -> Finish:
-        """Start one reduction of the gradients of some parameters."""
-        group = self._mesh.group("replicas")
-        assert group is not None
-        if not self._is_sharded:
-            return start_all_reduce_sum(_message(slots, [[slice(None)] * len(slots)])[0], group)
-        shares = [self._rows_of(rank, slots) for rank in range(self._mesh.layout.replicas)]
-        return start_reduce_scatter_sum(_message(slots, shares), group)
-
-    def _rows_of(self, replica: int, slots: list[_Slot]) -> list[slice]:
-        """Return the rows of each parameter that one of the processes with the same weights updates."""
-        return [chunk_range(slot.parameter.shape[0], self._mesh.layout.replicas, replica) for slot in slots]
+    def _by_replicas(self, slots: list[ParameterSlot]) -> list[tuple[Replicas, list[ParameterSlot]]]:
+        """Return parameters by the ranks over which their gradients are summed; almost always there is one group."""
+        found = [
+            (replicas, [slot for slot in slots if slot.replicas is replicas])
+            for replicas in self._replicas.values()
+        ]
+        return [(replicas, group) for replicas, group in found if group]
 
     def _sum_tied(self, gradients: list[torch.Tensor]) -> None:
-        """Add up what first and last stage found for the weight that embedding and head share."""
+        """Sum the gradients of first and last stage for the weight that embedding and head share."""
         if self._mesh.embedding_group is None or not self._is_tied:
             return
         for slot, gradient in zip(self._slots, gradients, strict=True):
@@ -247,66 +207,88 @@ class MasterOptimizer:
                 all_reduce_sum(gradient, self._mesh.embedding_group)
 
     def _sum_copies(self, gradients: list[torch.Tensor]) -> None:
-        """Add up the gradients of a part that several tensor-parallel devices hold, each doing a share of its work."""
-        by_copies: dict[int, list[torch.Tensor]] = {}
+        """Sum the gradients of a part that several tensor-parallel ranks hold, each doing a share of its work."""
+        by_count: dict[int, list[torch.Tensor]] = {}
         for slot, gradient in zip(self._slots, gradients, strict=True):
             if slot.slice.has_partial_gradient:
-                by_copies.setdefault(slot.slice.tp_replicas, []).append(gradient)
-        for copies, shared in sorted(by_copies.items()):
+                by_count.setdefault(slot.slice.tp_replicas, []).append(gradient)
+        for count, shared in sorted(by_count.items()):
             flat = torch.cat([gradient.flatten() for gradient in shared])
-            all_reduce_sum(flat, self._mesh.neighbours(copies))
-            _split(flat, shared, [slice(None)] * len(shared))
+            all_reduce_sum(flat, self._mesh.tp_subgroup(count))
+            split(flat, shared, [slice(None)] * len(shared))
 
-    def _over_model(self, value: torch.Tensor) -> torch.Tensor:
-        """Add a number up over all processes that hold different parts of the gradient."""
-        for dimension in ("tp", "pp", "replicas") if self._is_sharded else ("tp", "pp"):
-            self._mesh.sum_over(dimension, value)
-        return value
+    def _sum_over_model(
+        self,
+        gradients: list[torch.Tensor],
+        measure: Callable[[list[ParameterSlot], list[torch.Tensor]], torch.Tensor],
+    ) -> torch.Tensor:
+        """Sum a measure of the gradient over the whole model, each element counted once; the same on all ranks.
+
+        Args:
+            gradients: by slot.
+            measure: of some of this rank's slots and gradients; what several ranks hold it must count on one of them.
+        """
+        is_sharded = self._mesh.layout.sharded_optimizer
+        of_slot = dict(zip((slot.name for slot in self._slots), gradients, strict=True))
+        measured = []
+        for replicas, slots in self._by_replicas(self._slots):
+            value = measure(slots, [of_slot[slot.name] for slot in slots])
+            for axis in () if is_sharded else replicas.other_axes:
+                self._mesh.sum_over(axis, value)
+            measured.append(value)
+        total = reduce(torch.add, measured)
+        for axes in ("tp", "pp", "replicas") if is_sharded else ("tp", "pp"):
+            self._mesh.sum_over(axes, total)
+        return total
 
     def _overflowed(self, gradients: list[torch.Tensor]) -> bool:
-        """Tell, on all processes alike, whether any gradient of the whole model is infinite or no number."""
-        finite = torch.stack([gradient.isfinite().all() for gradient in gradients]).all()
-        return bool(self._over_model((~finite).to(torch.float32).reshape(1)))
+        """Tell, on all ranks alike, whether any gradient of the whole model is infinite or no number."""
+
+        def overflowed(_: list[ParameterSlot], mine: list[torch.Tensor]) -> torch.Tensor:
+            finite = torch.stack([gradient.isfinite().all() for gradient in mine]).all()
+            return (~finite).to(torch.float32).reshape(1)
+
+        return bool(self._sum_over_model(gradients, overflowed))
 
     def _norm(self, gradients: list[torch.Tensor]) -> float:
-        """Norm over all processes: parts and stages are added up, what several hold is counted once."""
-        counted = [g for g, slot in zip(gradients, self._slots, strict=True) if slot.counts_in_norm]
-        square = torch.nn.utils.get_total_norm(counted).square() if counted else gradients[0].new_zeros(())
-        return float(self._over_model(square).sqrt())
+        """Norm over all ranks: parts and stages are summed, what several ranks hold is counted once."""
+
+        def square(slots: list[ParameterSlot], mine: list[torch.Tensor]) -> torch.Tensor:
+            counted = [g for g, slot in zip(mine, slots, strict=True) if slot.counts_in_norm]
+            return torch.nn.utils.get_total_norm(counted).square() if counted else mine[0].new_zeros(())
+
+        return float(self._sum_over_model(gradients, square).sqrt())
 
     def state(self) -> dict[str, tuple[Slice, torch.Tensor]]:
-        """Return this process's part of the state, under names that no layout changes."""
-        tensors = {}
-        for slot in self._slots:
-            known = {"master": slot.master, **self.rule.state.get(slot.master, {})}
-            for kind in self._kinds(slot):
-                value = known[kind] if kind in known else torch.zeros_like(slot.master)
-                tensors[f"{kind}/{slot.name}"] = (slot.slice, value)
-        return tensors
+        """Return this rank's part of the state, under names that no layout changes."""
+        return {
+            f"{kind}/{slot.name}": (slot.slice, value)
+            for slot in self._slots
+            for kind, value in self._state_of(slot).items()
+        }
+
+    def _state_of(self, slot: ParameterSlot) -> dict[str, torch.Tensor]:
+        """Return what a checkpoint keeps of a parameter; zeros before the first update."""
+        known = {"master": slot.master, **self.rule.state.get(slot.master, {})}
+        return {
+            kind: known[kind] if kind in known else torch.zeros_like(slot.master)
+            for kind in self._kinds(slot)
+        }
 
     def pieces(self) -> list[TensorShard]:
-        """Return this process's share of what a checkpoint holds: a part that several have is written by one."""
-        copies, slices = self._mesh.layout.replicas, parameter_slices(self._model, self._mesh)
+        """Return this rank's share of what a checkpoint holds: a part that several ranks have is written by one."""
         borrowed = tuple(f"/{name}" for name in self._model.borrowed)
-        # Name, part, value, how many devices hold that part, and which of them this one is.
+        # Name, part, value, how many ranks hold that part, and which of them this one is.
         held: list[tuple[str, Slice, torch.Tensor, int, int]] = []
-        for name, parameter in self._model.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            part = slices[name]
-            holder = part.tp_replica * copies + self._mesh.replica
-            held.append((f"model/{name}", part, parameter, part.tp_replicas * copies, holder))
-        for name, (part, value) in self.state().items():
-            replicas, replica = (1, 0) if self._is_sharded else (copies, self._mesh.replica)
-            held.append(
-                (
-                    f"optimizer/{name}",
-                    part,
-                    value,
-                    part.tp_replicas * replicas,
-                    part.tp_replica * replicas + replica,
-                )
-            )
+        for slot in self._slots:
+            part, size, index = self._slices[slot.name], slot.replicas.size, slot.replicas.index
+            holders, holder = part.tp_replicas * size, part.tp_replica * size + index
+            held.append((f"model/{slot.name}", part, slot.parameter, holders, holder))
+        for slot in self._slots:
+            size, index = (1, 0) if slot.replicas.is_sharded else (slot.replicas.size, slot.replicas.index)
+            holders, holder = slot.slice.tp_replicas * size, slot.slice.tp_replica * size + index
+            for kind, value in self._state_of(slot).items():
+                held.append((f"optimizer/{kind}/{slot.name}", slot.slice, value, holders, holder))
         held = [entry for entry in held if not entry[0].endswith(borrowed)]
         writers = assign_writers((name, part, holders) for name, part, _, holders, _ in held)
         return [
@@ -319,7 +301,7 @@ class MasterOptimizer:
         """Return which parts `load_state` wants."""
         return {f"{kind}/{slot.name}": (slot.slice,) for slot in self._slots for kind in self._kinds(slot)}
 
-    def _kinds(self, slot: _Slot) -> tuple[str, ...]:
+    def _kinds(self, slot: ParameterSlot) -> tuple[str, ...]:
         """Return what a checkpoint keeps of a parameter."""
         return (*self._state_keys, "master") if slot.has_copy else self._state_keys
 
@@ -338,74 +320,3 @@ class MasterOptimizer:
                 slot.master.copy_(master)
             memory = {kind: parts[f"{kind}/{slot.name}"] for kind in self._state_keys}
             load_optimizer_state(self.rule, slot.master, memory, num_steps)
-
-
-def _accumulate_wide(slot: _Slot) -> None:
-    """Add each micro-batch's 16-bit gradient into a wide one, so that small contributions are not rounded away."""
-
-    def add(parameter: torch.Tensor) -> None:
-        assert parameter.grad is not None
-        if slot.gradient is None:
-            slot.gradient = parameter.grad.float()
-        else:
-            slot.gradient.add_(parameter.grad)
-        parameter.grad = None
-
-    slot.parameter.register_post_accumulate_grad_hook(add)
-
-
-def _take_gradient(slot: _Slot) -> torch.Tensor:
-    """Take a gradient away from its parameter, so that it is freed when it is done with."""
-    if slot.has_copy:
-        gradient, slot.gradient = slot.gradient, None
-    else:
-        gradient, slot.parameter.grad = slot.parameter.grad, None
-    if gradient is None:
-        return torch.zeros_like(slot.parameter, dtype=slot.master.dtype)
-    return gradient
-
-
-def _message(slots: list[_Slot], shares: list[list[slice]]) -> torch.Tensor:
-    """Put the gradients of some parameters behind one another, a row for each share, with zeros behind shorter ones.
-
-    Each gradient is freed as soon as the message has it.
-    """
-    length = _longest([slot.parameter for slot in slots], shares)
-    message = slots[0].master.new_zeros(len(shares), length)
-    ends = [0] * len(shares)
-    for number, slot in enumerate(slots):
-        gradient = _take_gradient(slot)
-        for share, rows in enumerate(shares):
-            part = gradient[rows[number]]
-            start, ends[share] = ends[share], ends[share] + part.numel()
-            message[share, start : ends[share]].view_as(part).copy_(part)
-    return message
-
-
-def _longest(tensors: list[torch.Tensor], shares: list[list[slice]]) -> int:
-    """Return the most elements that any share holds."""
-    return max(
-        sum(tensor[part].numel() for tensor, part in zip(tensors, rows, strict=True)) for rows in shares
-    )
-
-
-def _join(tensors: list[torch.Tensor], rows: list[slice], length: int) -> torch.Tensor:
-    """Put rows of each tensor behind one another, and zeros up to a length."""
-    flat = torch.cat([tensor[part].flatten() for tensor, part in zip(tensors, rows, strict=True)])
-    return torch.nn.functional.pad(flat, (0, length - flat.numel()))
-
-
-def _views(flat: torch.Tensor, like: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Return the parts of `flat`, in the shapes of other tensors."""
-    used = flat[: sum(tensor.numel() for tensor in like)]
-    parts = used.split([tensor.numel() for tensor in like])
-    return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
-
-
-def _split(flat: torch.Tensor, tensors: list[torch.Tensor], rows: list[slice]) -> None:
-    """Write what `_join` put together into rows of each tensor."""
-    start = 0
-    for tensor, part in zip(tensors, rows, strict=True):
-        target = tensor[part]
-        target.copy_(flat[start : start + target.numel()].view_as(target))
-        start += target.numel()

@@ -68,7 +68,7 @@ class GroupsForDeepSpeed:
         assert mesh.mesh is not None
         self._mesh = mesh
         self._tp = mesh.mesh.get_group("tp")
-        self._same_weights = mesh.replicas or mesh.mesh.get_group("dp")
+        self._same_weights = mesh.group("replicas") or mesh.mesh.get_group("dp")
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
         """Processes with the same weights: other samples, or other parts of a sequence."""

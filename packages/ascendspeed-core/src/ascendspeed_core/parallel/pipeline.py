@@ -27,7 +27,7 @@ from torch.distributed.pipelining import (
     ScheduleZBVZeroBubble,
 )
 
-from ascendspeed_core.config.parallel import Stage, stages_of_devices
+from ascendspeed_core.config.parallel import Stage, stages_of_ranks
 from ascendspeed_core.config.sharding import chunk_range
 from ascendspeed_core.models.cache import CachedPass
 from ascendspeed_core.models.transformer import ModelInput, Transformer
@@ -272,5 +272,5 @@ def forward_through_stages(
 
 def _holders(model: Transformer, mesh: ParallelMesh) -> list[int]:
     """Return by stage the pipeline rank that holds it."""
-    held = stages_of_devices(model.config.num_layers, mesh.layout)
+    held = stages_of_ranks(model.config.num_layers, mesh.layout)
     return [rank for _, rank in sorted((stage.index, rank) for rank, own in enumerate(held) for stage in own)]

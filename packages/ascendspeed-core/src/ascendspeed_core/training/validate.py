@@ -6,7 +6,7 @@ from typing import Any
 
 from ascendspeed_core.config.finetune import FinetuneDataConfig, TuneConfig
 from ascendspeed_core.config.model import ModelConfig
-from ascendspeed_core.config.parallel import Layout, stages_of_devices
+from ascendspeed_core.config.parallel import Layout, stages_of_ranks
 from ascendspeed_core.config.preference import DpoConfig, PreferenceDataConfig
 from ascendspeed_core.config.training import PretrainConfig
 from ascendspeed_core.data.loader import check_run_data
@@ -172,7 +172,7 @@ def _check_pipeline(config: PretrainConfig, layout: Layout, model: ModelConfig) 
     for samples in range(start, size + 1, increment or size):
         layout.check_micro_batches(len(batch.manual_sizes()) or samples // per_micro_step)
     _check_fitted(config, layout)
-    held = stages_of_devices(model.num_layers, layout)
+    held = stages_of_ranks(model.num_layers, layout)
     config.recompute.check_pipeline(
         layout.schedule, [sum(len(stage.layers) for stage in own) for own in held]
     )

@@ -1,0 +1,90 @@
+"""The mesh: axes are data, groups are asked for by their names, and ranks are numbered as Megatron-LM numbers them."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from ascendspeed_core.config.parallel import Layout
+from ascendspeed_core.device import Device
+from ascendspeed_core.parallel.mesh import ParallelMesh
+from ascendspeed_data.errors import ConfigError
+from support.processes import WorkerPool
+
+
+@dataclass(frozen=True)
+class ExpertLayout(Layout):
+    """A layout whose data-parallel ranks are `ep` groups, each of which would hold other experts."""
+
+    ep: int = 1
+
+    @property
+    def axes(self) -> dict[str, int]:
+        return {"pp": self.pp, "edp": self.dp // self.ep, "ep": self.ep, "cp": self.cp, "tp": self.tp}
+
+    @property
+    def unions(self) -> dict[str, tuple[str, ...]]:
+        return {"dp": ("edp", "ep"), "replicas": ("dp", "cp"), "expert_replicas": ("edp", "cp")}
+
+
+def test_ranks_are_numbered_as_in_megatron_lm() -> None:
+    """tp varies fastest, then cp, dp and pp."""
+    layout = Layout(tp=2, cp=3, dp=2, pp=2)
+    numbers = [
+        (pp, dp, cp, tp) for pp in range(2) for dp in range(2) for cp in range(3) for tp in range(2)
+    ]
+    found = [tuple(layout.index(rank, axis) for axis in ("pp", "dp", "cp", "tp")) for rank in range(24)]
+    assert found == numbers
+    assert [layout.index(rank, "replicas") for rank in range(24)] == [dp * 3 + cp for _, dp, cp, _ in numbers]
+
+
+def test_groups_along_axes() -> None:
+    layout = Layout(tp=2, cp=2, dp=2)
+    assert layout.groups("tp") == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert layout.groups("dp", "cp") == layout.groups("replicas") == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    assert layout.groups("dp", "tp") == [[0, 1, 4, 5], [2, 3, 6, 7]]
+    assert layout.size("dp", "cp") == layout.replicas == 4
+    assert layout.spanned("pp", "cp") == ("cp",)
+    with pytest.raises(ConfigError, match="the mesh has no axis ep; its axes and their unions are pp, dp, cp, tp, rep"):
+        layout.size("ep")
+
+
+def test_an_axis_is_added_by_naming_it() -> None:
+    layout = ExpertLayout(dp=4, ep=2, cp=2)
+    assert layout.world_size == 8
+    assert [layout.index(rank, "dp") for rank in range(8)] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert layout.groups("ep") == [[0, 2], [1, 3], [4, 6], [5, 7]]
+    assert layout.groups("expert_replicas") == [[0, 1, 4, 5], [2, 3, 6, 7]]
+
+
+def ranks_of_groups(layout: Layout, asked: list[tuple[str, ...]]) -> list[list[int] | None]:
+    """The ranks in each group that was asked for, and that a sum over it is theirs."""
+    mesh = ParallelMesh.create(Device("cpu"), layout)
+    found: list[list[int] | None] = []
+    for names in asked:
+        group = mesh.group(*names)
+        found.append(dist.get_process_group_ranks(group) if group is not None else None)
+        total = mesh.sum_over(names, torch.tensor(float(mesh.rank)))
+        assert float(total) == sum(found[-1] or [mesh.rank])
+    return found
+
+
+@pytest.mark.parametrize("layout", [Layout(dp=2, cp=2), Layout(tp=2, dp=2), ExpertLayout(dp=4, ep=2)], ids=repr)
+def test_process_groups(workers: WorkerPool, layout: Layout) -> None:
+    asked = [("tp",), ("dp",), ("cp",), ("replicas",), ("dp", "cp")]
+    if isinstance(layout, ExpertLayout):
+        asked += [("ep",), ("edp",), ("expert_replicas",)]
+    for rank, found in enumerate(workers.run(ranks_of_groups, layout.world_size, layout, asked)):
+        for names, ranks in zip(asked, found, strict=True):
+            (wanted,) = (group for group in layout.groups(*names) if rank in group)
+            assert ranks == (wanted if len(wanted) > 1 else None), names
+
+
+def group_without_a_name(layout: Layout) -> None:
+    with pytest.raises(ConfigError, match="the mesh has no group over dp x tp; add them to the unions"):
+        ParallelMesh.create(Device("cpu"), layout).group("tp", "dp")
+
+
+def test_a_group_that_no_union_names(workers: WorkerPool) -> None:
+    workers.run(group_without_a_name, 4, Layout(tp=2, dp=2))
