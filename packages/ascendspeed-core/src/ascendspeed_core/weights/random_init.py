@@ -8,13 +8,13 @@ import torch
 
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.weights.load import parameter_shapes
-from ascendspeed_core.weights.source import Index, TensorInfo
+from ascendspeed_core.weights.source import BaseWeightSource, Index, TensorInfo
 
 OUTPUT_PROJECTIONS = ("attention.o_proj.weight", "mlp.down_proj.weight")
 """Projections that write into the residual stream; drawn narrower (Radford et al., 2019, GPT-2, section 2.3)."""
 
 
-class InitialWeights:
+class InitialWeights(BaseWeightSource):
     """Weights of a model that has not been trained.
 
     Matrices are normal with the config's `initializer_range`, divided by sqrt(2 L) where they write into the
@@ -23,7 +23,6 @@ class InitialWeights:
 
     kind = "random"
     path: Path | None = None
-    tokenizer: Path | None = None
 
     def __init__(self, config: ModelConfig, seed: int) -> None:
         self.config, self.seed = config, seed

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from enum import Enum
 
 from ascendspeed_core.config.model import ModelConfig
-from ascendspeed_core.weights.external.packing import Block, Cut, Packed, interleaved, padded, whole
+from ascendspeed_core.weights.external.packing import Cut, PackedTensor, interleaved, padded, whole
+from ascendspeed_core.weights.shard_layout import PipelineChunk
 
 ROTARY = "rotary.inv_freq"
 """Not a weight: the rotary frequencies, which some formats store beside the weights."""
@@ -22,7 +23,7 @@ EMBEDDING = "embedding.weight"
 
 
 class How(Enum):
-    """Packing of a row's tensors, and how the result is cut over tensor-parallel ranks."""
+    """Packer of a row's tensors, and how the result is cut over tensor-parallel ranks."""
 
     WHOLE = "whole on every rank"
     ROWS = "cut by rows"
@@ -33,7 +34,7 @@ class How(Enum):
 
 
 @dataclass(frozen=True)
-class Row:
+class NameRule:
     """One line of a table."""
 
     theirs: str
@@ -42,7 +43,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Table:
+class NameMap:
     """Names of a format for one kind of model.
 
     Attributes:
@@ -55,20 +56,20 @@ class Table:
         is_nested: a `/` in names separates dictionaries inside one another.
     """
 
-    first: tuple[Row, ...]
-    layer: tuple[Row, ...]
-    last: tuple[Row, ...]
+    first: tuple[NameRule, ...]
+    layer: tuple[NameRule, ...]
+    last: tuple[NameRule, ...]
     head: str
     tied_head: str | None
     is_nested: bool = False
 
-    def of_stage(
+    def of_chunk(
         self,
         shapes: Mapping[str, tuple[int, ...]],
         config: ModelConfig,
-        stage: "StageLayers",
+        stage: PipelineChunk,
         vocabulary_rows: int,
-    ) -> Iterator[Packed]:
+    ) -> Iterator[PackedTensor]:
         """Yield all tensors of one stage or chunk, uncut.
 
         Args:
@@ -77,7 +78,7 @@ class Table:
             stage: which layers, and whether the ends are here.
             vocabulary_rows: rows of embedding and head with filling.
         """
-        pack = Packing(shapes, config, vocabulary_rows)
+        pack = Packer(shapes, config, vocabulary_rows)
         if stage.is_first:
             yield from pack.rows(self.first, 0, 0)
         for place, number in enumerate(stage.layers):
@@ -85,30 +86,21 @@ class Table:
         if stage.is_last:
             yield from pack.rows(self.last, 0, 0)
             if HEAD in shapes:
-                yield from pack.rows((Row(self.head, (HEAD,), How.VOCABULARY),), 0, 0)
+                yield from pack.rows((NameRule(self.head, (HEAD,), How.VOCABULARY),), 0, 0)
             elif self.tied_head is None or not stage.is_first:
                 name = self.tied_head or self.head
-                yield from pack.rows((Row(name, (EMBEDDING,), How.VOCABULARY),), 0, 0)
+                yield from pack.rows((NameRule(name, (EMBEDDING,), How.VOCABULARY),), 0, 0)
 
 
 @dataclass(frozen=True)
-class StageLayers:
-    """What one pipeline stage, or one virtual chunk of it, holds."""
-
-    layers: range
-    is_first: bool
-    is_last: bool
-
-
-@dataclass(frozen=True)
-class Packing:
+class Packer:
     """Makes stored tensors from the rows of a table; rows whose tensors a model lacks give none."""
 
     shapes: Mapping[str, tuple[int, ...]]
     config: ModelConfig
     vocabulary_rows: int
 
-    def rows(self, rows: tuple[Row, ...], number: int, place: int) -> Iterator[Packed]:
+    def rows(self, rows: tuple[NameRule, ...], number: int, place: int) -> Iterator[PackedTensor]:
         """Yield the tensors of some rows, of layer `number` of the model, which is layer `place` of its stage."""
         for row in rows:
             for kind in ("weight", "bias") if "{kind}" in row.theirs else ("",):
@@ -117,20 +109,20 @@ class Packing:
                 if names:
                     yield self._pack(row.theirs.format(layer=place, kind=kind), names, row.how, kind)
 
-    def _pack(self, key: str, names: list[str], how: How, kind: str) -> Packed:
+    def _pack(self, key: str, names: list[str], how: How, kind: str) -> PackedTensor:
         shapes = [self.shapes[name] for name in names]
-        blocks = tuple(whole(name, shape) for name, shape in zip(names, shapes, strict=True))
+        slices = tuple(whole(name, shape) for name, shape in zip(names, shapes, strict=True))
         if how is How.WHOLE or (how is How.COLUMNS and kind == "bias"):
-            return Packed(key, (blocks,))
+            return PackedTensor(key, (slices,))
         if how is How.VOCABULARY:
-            return Packed(key, (padded(names[0], shapes[0], self.vocabulary_rows),), Cut.ROWS)
+            return PackedTensor(key, (padded(names[0], shapes[0], self.vocabulary_rows),), Cut.ROWS)
         if how is How.COLUMNS:
-            return Packed(key, (blocks,), Cut.COLUMNS)
+            return PackedTensor(key, (slices,), Cut.COLUMNS)
         if how is How.HEADS:
             groups = self.config.num_key_value_heads
             parts = [(name, shape, shape[0] // groups) for name, shape in zip(names, shapes, strict=True)]
-            return Packed(key, (interleaved(parts, groups),), Cut.ROWS)
-        return Packed(key, tuple((block,) for block in blocks), Cut.ROWS)
+            return PackedTensor(key, (interleaved(parts, groups),), Cut.ROWS)
+        return PackedTensor(key, tuple((block,) for block in slices), Cut.ROWS)
 
 
 _L = "layers.{layer}."
@@ -141,86 +133,86 @@ NORM_1, NORM_2 = (f"{_L}attention_norm.{{kind}}",), (f"{_L}mlp_norm.{{kind}}",)
 EMBEDDING_NORM, FINAL_NORM = ("embedding_norm.{kind}",), ("final_norm.{kind}",)
 
 
-def ascendspeed_llama(merged_mlp: bool) -> Table:
+def ascendspeed_llama(merged_mlp: bool) -> NameMap:
     """Return AscendSpeed 2023's names for LLaMA-type models; with `--mlp-layer-fusion` gate and up are one tensor."""
     layer = "language_model.layers.{layer}."
     gate_up = (
-        (Row(f"{layer}mlp.proj.{{kind}}", GATE + UP, How.HALVES),)
+        (NameRule(f"{layer}mlp.proj.{{kind}}", GATE + UP, How.HALVES),)
         if merged_mlp
         else (
-            Row(f"{layer}mlp.gate_proj.{{kind}}", GATE, How.ROWS),
-            Row(f"{layer}mlp.up_proj.{{kind}}", UP, How.ROWS),
+            NameRule(f"{layer}mlp.gate_proj.{{kind}}", GATE, How.ROWS),
+            NameRule(f"{layer}mlp.up_proj.{{kind}}", UP, How.ROWS),
         )
     )
-    return Table(
-        first=(Row("embedding.word_embeddings.weight", (EMBEDDING,), How.VOCABULARY),),
+    return NameMap(
+        first=(NameRule("embedding.word_embeddings.weight", (EMBEDDING,), How.VOCABULARY),),
         layer=(
-            Row(f"{layer}input_layernorm.{{kind}}", NORM_1),
-            Row(f"{layer}attention.rotary_emb.inv_freq", (ROTARY,)),
-            Row(f"{layer}attention.query_key_value.{{kind}}", QKV, How.HEADS),
-            Row(f"{layer}attention.dense.{{kind}}", OUT, How.COLUMNS),
-            Row(f"{layer}post_attention_layernorm.{{kind}}", NORM_2),
+            NameRule(f"{layer}input_layernorm.{{kind}}", NORM_1),
+            NameRule(f"{layer}attention.rotary_emb.inv_freq", (ROTARY,)),
+            NameRule(f"{layer}attention.query_key_value.{{kind}}", QKV, How.HEADS),
+            NameRule(f"{layer}attention.dense.{{kind}}", OUT, How.COLUMNS),
+            NameRule(f"{layer}post_attention_layernorm.{{kind}}", NORM_2),
             *gate_up,
-            Row(f"{layer}mlp.down_proj.{{kind}}", DOWN, How.COLUMNS),
+            NameRule(f"{layer}mlp.down_proj.{{kind}}", DOWN, How.COLUMNS),
         ),
-        last=(Row("language_model.final_layernorm.{kind}", FINAL_NORM),),
+        last=(NameRule("language_model.final_layernorm.{kind}", FINAL_NORM),),
         head="lm_head.lm_head.weight",
         tied_head=None,
     )
 
 
-def ascendspeed_gpt() -> Table:
+def ascendspeed_gpt() -> NameMap:
     """Return AscendSpeed 2023's names for `GPTModel` (Bloom): Megatron-LM's of that time, in nested dictionaries."""
     layer = "language_model/encoder/layers.{layer}."
-    return Table(
+    return NameMap(
         first=(
-            Row("language_model/embedding/word_embeddings/weight", (EMBEDDING,), How.VOCABULARY),
-            Row("language_model/embedding/word_embeddings/norm.{kind}", EMBEDDING_NORM),
+            NameRule("language_model/embedding/word_embeddings/weight", (EMBEDDING,), How.VOCABULARY),
+            NameRule("language_model/embedding/word_embeddings/norm.{kind}", EMBEDDING_NORM),
         ),
         layer=(
-            Row(f"{layer}input_layernorm.{{kind}}", NORM_1),
-            Row(f"{layer}self_attention.query_key_value.{{kind}}", QKV, How.HEADS),
-            Row(f"{layer}self_attention.dense.{{kind}}", OUT, How.COLUMNS),
-            Row(f"{layer}post_attention_layernorm.{{kind}}", NORM_2),
-            Row(f"{layer}mlp.dense_h_to_4h.{{kind}}", UP, How.ROWS),
-            Row(f"{layer}mlp.dense_4h_to_h.{{kind}}", DOWN, How.COLUMNS),
+            NameRule(f"{layer}input_layernorm.{{kind}}", NORM_1),
+            NameRule(f"{layer}self_attention.query_key_value.{{kind}}", QKV, How.HEADS),
+            NameRule(f"{layer}self_attention.dense.{{kind}}", OUT, How.COLUMNS),
+            NameRule(f"{layer}post_attention_layernorm.{{kind}}", NORM_2),
+            NameRule(f"{layer}mlp.dense_h_to_4h.{{kind}}", UP, How.ROWS),
+            NameRule(f"{layer}mlp.dense_4h_to_h.{{kind}}", DOWN, How.COLUMNS),
         ),
-        last=(Row("language_model/encoder/final_layernorm.{kind}", FINAL_NORM),),
+        last=(NameRule("language_model/encoder/final_layernorm.{kind}", FINAL_NORM),),
         head="language_model/output_layer/weight",
         tied_head="word_embeddings_for_head/weight",
         is_nested=True,
     )
 
 
-def modellink_llama(merged_mlp: bool) -> Table:
+def modellink_llama(merged_mlp: bool) -> NameMap:
     """Return the names of December 2023 for LLaMA-type models, where `dense_h_to_4h` is the up projection."""
     layer = "language_model/encoder/layers.{layer}."
     gate_up = (
-        (Row(f"{layer}mlp.proj.{{kind}}", GATE + UP, How.HALVES),)
+        (NameRule(f"{layer}mlp.proj.{{kind}}", GATE + UP, How.HALVES),)
         if merged_mlp
         else (
-            Row(f"{layer}mlp.gate_proj.{{kind}}", GATE, How.ROWS),
-            Row(f"{layer}mlp.dense_h_to_4h.{{kind}}", UP, How.ROWS),
+            NameRule(f"{layer}mlp.gate_proj.{{kind}}", GATE, How.ROWS),
+            NameRule(f"{layer}mlp.dense_h_to_4h.{{kind}}", UP, How.ROWS),
         )
     )
-    return Table(
-        first=(Row("language_model/embedding/word_embeddings/weight", (EMBEDDING,), How.VOCABULARY),),
+    return NameMap(
+        first=(NameRule("language_model/embedding/word_embeddings/weight", (EMBEDDING,), How.VOCABULARY),),
         layer=(
-            Row(f"{layer}input_layernorm.{{kind}}", NORM_1),
-            Row(f"{layer}self_attention.query_key_value.{{kind}}", QKV, How.HEADS),
-            Row(f"{layer}self_attention.dense.{{kind}}", OUT, How.COLUMNS),
-            Row(f"{layer}post_attention_layernorm.{{kind}}", NORM_2),
+            NameRule(f"{layer}input_layernorm.{{kind}}", NORM_1),
+            NameRule(f"{layer}self_attention.query_key_value.{{kind}}", QKV, How.HEADS),
+            NameRule(f"{layer}self_attention.dense.{{kind}}", OUT, How.COLUMNS),
+            NameRule(f"{layer}post_attention_layernorm.{{kind}}", NORM_2),
             *gate_up,
-            Row(f"{layer}mlp.dense_4h_to_h.{{kind}}", DOWN, How.COLUMNS),
+            NameRule(f"{layer}mlp.dense_4h_to_h.{{kind}}", DOWN, How.COLUMNS),
         ),
-        last=(Row("language_model/encoder/final_layernorm.{kind}", FINAL_NORM),),
+        last=(NameRule("language_model/encoder/final_layernorm.{kind}", FINAL_NORM),),
         head="language_model/output_layer/weight",
         tied_head=None,
         is_nested=True,
     )
 
 
-def megatron(transformer_engine: bool) -> Table:
+def megatron(transformer_engine: bool) -> NameMap:
     """Return the names of megatron-core's `GPTModel`.
 
     Its Transformer-Engine layers keep the norms in the linear layers that follow them; its own layers do not.
@@ -231,24 +223,19 @@ def megatron(transformer_engine: bool) -> Table:
         if transformer_engine
         else ("input_layernorm.{kind}", "pre_mlp_layernorm.{kind}")
     )
-    return Table(
-        first=(Row("embedding.word_embeddings.weight", (EMBEDDING,), How.VOCABULARY),),
+    return NameMap(
+        first=(NameRule("embedding.word_embeddings.weight", (EMBEDDING,), How.VOCABULARY),),
         layer=(
-            Row(f"{layer}self_attention.linear_proj.{{kind}}", OUT, How.COLUMNS),
-            Row(f"{layer}{norms[0]}", NORM_1),
-            Row(f"{layer}self_attention.linear_qkv.{{kind}}", QKV, How.HEADS),
-            Row(f"{layer}self_attention.q_layernorm.{{kind}}", (f"{_L}attention.q_norm.{{kind}}",)),
-            Row(f"{layer}self_attention.k_layernorm.{{kind}}", (f"{_L}attention.k_norm.{{kind}}",)),
-            Row(f"{layer}{norms[1]}", NORM_2),
-            Row(f"{layer}mlp.linear_fc1.{{kind}}", GATE + UP, How.HALVES),
-            Row(f"{layer}mlp.linear_fc2.{{kind}}", DOWN, How.COLUMNS),
+            NameRule(f"{layer}self_attention.linear_proj.{{kind}}", OUT, How.COLUMNS),
+            NameRule(f"{layer}{norms[0]}", NORM_1),
+            NameRule(f"{layer}self_attention.linear_qkv.{{kind}}", QKV, How.HEADS),
+            NameRule(f"{layer}self_attention.q_layernorm.{{kind}}", (f"{_L}attention.q_norm.{{kind}}",)),
+            NameRule(f"{layer}self_attention.k_layernorm.{{kind}}", (f"{_L}attention.k_norm.{{kind}}",)),
+            NameRule(f"{layer}{norms[1]}", NORM_2),
+            NameRule(f"{layer}mlp.linear_fc1.{{kind}}", GATE + UP, How.HALVES),
+            NameRule(f"{layer}mlp.linear_fc2.{{kind}}", DOWN, How.COLUMNS),
         ),
-        last=(Row("decoder.final_layernorm.{kind}", FINAL_NORM),),
+        last=(NameRule("decoder.final_layernorm.{kind}", FINAL_NORM),),
         head="output_layer.weight",
         tied_head="output_layer.weight",
     )
-
-
-def filling(block: Block) -> bool:
-    """Tell whether a block is filling, which stands for nothing."""
-    return block.repeats > 0

@@ -18,16 +18,21 @@ import torch
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.models.linear import LowRank
 from ascendspeed_core.models.lora import AdapterPlan
-from ascendspeed_core.weights.adapters.files import CONFIG, Adapter
-from ascendspeed_core.weights.adapters.write import peft_form
-from ascendspeed_core.weights.external.detect_format import recognise_table
-from ascendspeed_core.weights.external.layout import from_counts
-from ascendspeed_core.weights.external.mp_rank import chunks_of, count_layers, iteration_folder, open_grid
-from ascendspeed_core.weights.external.name_maps import EMBEDDING, HEAD, How, Packing, Row, StageLayers, Table
-from ascendspeed_core.weights.external.packing import Packed
+from ascendspeed_core.weights.adapters.peft import CONFIG, Adapter
+from ascendspeed_core.weights.adapters.write_peft import peft_form
+from ascendspeed_core.weights.external.detect_format import detect_name_map
+from ascendspeed_core.weights.external.mp_rank import (
+    count_layers,
+    iteration_folder,
+    model_chunks,
+    open_rank_files,
+)
+from ascendspeed_core.weights.external.name_maps import EMBEDDING, HEAD, How, NameMap, NameRule, Packer
+from ascendspeed_core.weights.external.packing import PackedTensor
 from ascendspeed_core.weights.external.sharded_tensors import ShardedTensors
 from ascendspeed_core.weights.files.torch_files import TorchFile, stored_tensors
 from ascendspeed_core.weights.load import parameter_shapes
+from ascendspeed_core.weights.shard_layout import PipelineChunk, from_counts
 from ascendspeed_core.weights.source import CheckpointError
 
 WHOLE_MODULE = "modules_to_save.default.weight"
@@ -54,50 +59,52 @@ def open_adapter(path: Path, model: ModelConfig) -> Adapter:
 
 def _read(folder: Path, model: ModelConfig) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Return the adapter in peft's form."""
-    files = open_grid(folder)
+    files = open_rank_files(folder)
     tp, pp = (max(rank[i] for rank in files) + 1 for i in (0, 1))
-    first = dict(stored_tensors(chunks_of(files[0, 0])[0]))
+    first = dict(stored_tensors(model_chunks(files[0, 0])[0]))
     rank = next((t.info.shape[0] for key, t in first.items() if key.endswith("lora_A.default.weight")), None)
     if rank is None:
         raise CheckpointError(f"{folder} holds no adapter (nothing ends with lora_A.default.weight)")
-    table = recognise_table(first, folder)[1]
+    table = detect_name_map(first, folder)[1]
     shapes = parameter_shapes(model)
     embedding = next((t for key, t in first.items() if key.endswith(f"word_embeddings.{WHOLE_MODULE}")), None)
     rows = embedding.info.shape[0] * tp if embedding else shapes[EMBEDDING][0]
     linear = [name.removesuffix(".weight") for name, shape in shapes.items() if len(shape) == 2]
     everything = AdapterPlan(dict.fromkeys(linear, LowRank(rank, 1.0)), frozenset())
     all_shapes = shapes | everything.shapes(shapes)
-    placed = ShardedTensors(all_shapes)
-    counts = [[count_layers(chunk, files[0, s].path) for chunk in chunks_of(files[0, s])] for s in range(pp)]
-    layout, packing = from_counts(tp, counts), Packing(all_shapes, model, rows)
+    sharded = ShardedTensors(all_shapes)
+    counts = [
+        [count_layers(chunk, files[0, s].path) for chunk in model_chunks(files[0, s])] for s in range(pp)
+    ]
+    layout, packing = from_counts(tp, counts), Packer(all_shapes, model, rows)
     for (tp_rank, stage), file in files.items():
-        for number, chunk in enumerate(chunks_of(file)):
+        for number, chunk in enumerate(model_chunks(file)):
             stored = dict(stored_tensors(chunk))
             used = set()
-            for packed in _of_stage(table, packing, layout.stage(stage, number)):
+            for packed in _of_chunk(table, packing, layout.stage(stage, number)):
                 key = packed.key.replace("/", ".")
                 if key in stored:
-                    placed.add(f"{file.path}: {key}", packed.of_rank(tp_rank, tp), stored[key])
+                    sharded.add(f"{file.path}: {key}", packed.of_rank(tp_rank, tp), stored[key])
                     used.add(key)
             rest = sorted(key for key in stored.keys() - used if not key.endswith(UNUSED))
             if rest:
                 raise CheckpointError(
                     f"{file.path} holds {rest[0]}, which is no part of an adapter of this model"
                 )
-    names = set(placed.names())
-    placed.check_complete(folder, names)
-    placed.check_replicas(SMALL_BYTES)
+    names = set(sharded.names())
+    sharded.check_complete(folder, names)
+    sharded.check_replicas(SMALL_BYTES)
     scale = _alpha(files[0, 0]) / rank
     adapted = {name: LowRank(rank, scale) for name in linear if f"{name}.lora_B.weight" in names}
-    return peft_form(AdapterPlan(adapted, frozenset(names & {EMBEDDING, HEAD})), model, placed.read)
+    return peft_form(AdapterPlan(adapted, frozenset(names & {EMBEDDING, HEAD})), model, sharded.read)
 
 
-def _of_stage(table: Table, packing: Packing, stage: StageLayers) -> Iterator[Packed]:
+def _of_chunk(table: NameMap, packing: Packer, stage: PipelineChunk) -> Iterator[PackedTensor]:
     """Yield what a stage may hold; an A once for each of our layers that share it."""
     if stage.is_first:
         first = table.first[0].theirs.removesuffix("weight") + WHOLE_MODULE
-        yield from packing.rows((Row(first, (EMBEDDING,), How.VOCABULARY),), 0, 0)
-    for place, number in enumerate(stage.layers):
+        yield from packing.rows((NameRule(first, (EMBEDDING,), How.VOCABULARY),), 0, 0)
+    for position, number in enumerate(stage.layers):
         for row in table.layer:
             if row.how is How.WHOLE:
                 continue
@@ -105,16 +112,18 @@ def _of_stage(table: Table, packing: Packing, stage: StageLayers) -> Iterator[Pa
             ours = [name.removesuffix(".{kind}") for name in row.ours]
             along_input = row.how is How.COLUMNS
             of_a = How.COLUMNS if along_input else How.WHOLE
-            a = [Row(f"{theirs}.lora_A.default.weight", (f"{name}.lora_A.weight",), of_a) for name in ours]
-            b = Row(
+            a = [
+                NameRule(f"{theirs}.lora_A.default.weight", (f"{name}.lora_A.weight",), of_a) for name in ours
+            ]
+            b = NameRule(
                 f"{theirs}.lora_B.default.weight",
                 tuple(f"{name}.lora_B.weight" for name in ours),
                 How.WHOLE if along_input else row.how,
             )
-            yield from packing.rows((*a, b), number, place)
+            yield from packing.rows((*a, b), number, position)
     if stage.is_last:
         head = table.head.removesuffix("weight") + WHOLE_MODULE
-        yield from packing.rows((Row(head, (HEAD,), How.VOCABULARY),), 0, 0)
+        yield from packing.rows((NameRule(head, (HEAD,), How.VOCABULARY),), 0, 0)
 
 
 def _alpha(file: TorchFile) -> float:
