@@ -17,7 +17,6 @@ from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.data.micro_batch import MicroBatch
 from ascendspeed_core.device import Device
-from ascendspeed_core.models.families import find_family
 from ascendspeed_core.models.families.packing import Packed
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.pipeline import forward_through_stages
@@ -285,16 +284,3 @@ def test_a_packed_tensor_of_another_size_is_refused(
 def test_the_number_of_parameters_is_the_models(folders: dict[str, tuple[Path, Any]], name: str) -> None:
     folder, model = folders[name]
     assert open_weights(folder).config.num_parameters == sum(p.numel() for p in model.parameters())
-
-
-def test_every_row_of_the_tables_cuts_as_the_engine_does() -> None:
-    """The axis in a weight table is the one that `tensor_slice` cuts."""
-    from ascendspeed_core.config.sharding import tensor_slice
-
-    for reference in REFERENCES.values():
-        family = find_family(reference.family)
-        for rule in family.rules:
-            shape = (8, 8) if rule.ours.endswith("weight") and "norm" not in rule.ours else (8,)
-            part = tensor_slice(rule.ours.format(layer=0), shape, tiny_config(), Layout(tp=2), 0)
-            cut = [axis for axis, (a, b) in enumerate(zip(part.sizes, shape, strict=True)) if a != b]
-            assert cut == ([] if rule.axis is None else [rule.axis]), rule

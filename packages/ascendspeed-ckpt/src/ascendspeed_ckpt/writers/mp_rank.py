@@ -87,7 +87,7 @@ def _write_file(
         for chunk in chunks:
             for packed in chunk:
                 archive.begin_tensor(target.info(packed, stored))
-                for slab in packed_slabs(source, packed.slices, target.dtype):
+                for slab in packed_slabs(source, packed, target.dtype):
                     archive.write(as_bytes(slab))
                     count(slab.nbytes)
     keys = [

@@ -80,7 +80,7 @@ def write_torch_dist(
                 file.add_slabs(
                     name,
                     TensorInfo(part.sizes, info.dtype),
-                    packed_slabs(source, packed.slices, target.dtype),
+                    packed_slabs(source, packed, target.dtype),
                     part,
                 )
                 count(info.num_bytes)

@@ -1,51 +1,159 @@
-"""Which part of each tensor a device holds: one table for layers, optimizer and checkpoints; pure arithmetic.
+"""How each tensor is sharded over ranks: one table for layers, optimizer, loading and checkpoints; no torch.
 
-Column-parallel weights, [out, in], are cut by rows, row-parallel ones by columns, embedding and head by rows of the
-vocabulary; the biases of column-parallel layers are cut like their rows. Everything else is whole on every device.
-Keys and values are cut by heads; with more devices than heads, each head is on several devices. Of an adapter's two
-matrices the one beside the cut is cut like the weight, B by rows or A by columns, and the other is whole.
+`SHARDING` has one row for each kind of module: how its weight is partitioned over the tensor-parallel ranks, and over
+which mesh axes its gradient is summed. Everything else follows: which part a rank holds (`tensor_slice`), where a
+model shares its input and sums its results (`parallel.tensor`), how other systems cut the same tensors
+(`weights.external.name_maps`), and which weights write into the residual stream (`weights.random_init`).
+
+Of an adapter's two matrices the one beside the cut is cut like the weight, B by rows or A by columns; the other is
+whole.
 """
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from enum import Enum
+from types import MappingProxyType
 
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_data.errors import ConfigError
 
-COLUMN_PARALLEL = ("attention.q_proj", "mlp.gate_proj", "mlp.up_proj")
-"""Linear layers of a transformer layer that are cut along their output."""
 
-KEY_VALUE = ("attention.k_proj", "attention.v_proj")
-"""Linear layers that are cut along their output by key-value heads."""
+class Partition(Enum):
+    """How the tensor-parallel ranks divide a module's weight, [out, in] (Shoeybi et al., 2019, section 3)."""
 
-ROW_PARALLEL = ("attention.o_proj", "mlp.down_proj")
-"""Linear layers that are cut along their input; their results are added up."""
+    COLUMN_PARALLEL = "column-parallel"
+    """Weight and bias by rows: each rank computes its share of the output from the whole input."""
 
-OF_EVERY_HEAD = ("attention.q_norm", "attention.k_norm")
-"""Norms inside the cut: whole on every device, but each sees only its own heads."""
+    KEY_VALUE_HEADS = "key-value heads"
+    """Column-parallel by key-value heads; with more ranks than heads, several ranks hold the same head."""
 
-VOCABULARY = ("embedding", "output_head")
-"""Tensors with a row for each id; the last devices may hold fewer."""
+    ROW_PARALLEL = "row-parallel"
+    """Weight by columns: partial outputs are summed over the ranks, and the bias, which is whole, is added once."""
+
+    VOCABULARY = "vocabulary"
+    """By rows, one for each token id; the last ranks may hold fewer."""
+
+    REPLICATED = "replicated"
+    """Whole on every rank, and outside the partitioned blocks: every rank computes the same."""
+
+    REPLICATED_INSIDE = "replicated inside a block"
+    """Whole on every rank, but inside a partitioned block: each rank sees its own heads only, so that its gradient is
+    partial. Norms of queries and keys; the down-projections of multi-head latent attention would be too."""
+
+
+@dataclass(frozen=True)
+class ModuleSharding:
+    """One row of the table.
+
+    Attributes:
+        partition: over the tensor-parallel ranks.
+        replica_axes: mesh axes whose ranks hold the same part and compute other tokens: gradients are summed, and a
+            sharded optimizer's state is cut, over them.
+    """
+
+    partition: Partition
+    replica_axes: tuple[str, ...] = ("dp", "cp")
+
+
+SHARDING: Mapping[str, ModuleSharding] = MappingProxyType(
+    {
+        "embedding": ModuleSharding(Partition.VOCABULARY),
+        "embedding_norm": ModuleSharding(Partition.REPLICATED),
+        "rotary": ModuleSharding(Partition.REPLICATED),
+        "attention_norm": ModuleSharding(Partition.REPLICATED),
+        "attention.q_proj": ModuleSharding(Partition.COLUMN_PARALLEL),
+        "attention.k_proj": ModuleSharding(Partition.KEY_VALUE_HEADS),
+        "attention.v_proj": ModuleSharding(Partition.KEY_VALUE_HEADS),
+        "attention.q_norm": ModuleSharding(Partition.REPLICATED_INSIDE),
+        "attention.k_norm": ModuleSharding(Partition.REPLICATED_INSIDE),
+        "attention.o_proj": ModuleSharding(Partition.ROW_PARALLEL),
+        "mlp_norm": ModuleSharding(Partition.REPLICATED),
+        "mlp.gate_proj": ModuleSharding(Partition.COLUMN_PARALLEL),
+        "mlp.up_proj": ModuleSharding(Partition.COLUMN_PARALLEL),
+        "mlp.down_proj": ModuleSharding(Partition.ROW_PARALLEL),
+        "final_norm": ModuleSharding(Partition.REPLICATED),
+        "output_head": ModuleSharding(Partition.VOCABULARY),
+    }
+)
+"""By module, within its layer if it is in one, how it is sharded. `{expert}` would stand for an expert's number."""
+
+_ADAPTER_HALVES = ("lora_A", "lora_B")
+
+
+def module_sharding(module: str, sharding: Mapping[str, ModuleSharding] = SHARDING) -> ModuleSharding | None:
+    """Return the row of a module; `None` for what holds no parameters of its own, such as a whole layer.
+
+    Args:
+        module: its name in the model: `layers.17.attention.q_proj`.
+        sharding: the table.
+    """
+    within_layer = re.sub(r"^layers\.[^.]+\.", "", module)
+    return sharding.get(re.sub(r"\.\d+(?=\.|$)", ".{expert}", within_layer))
+
+
+def tensor_sharding(name: str, sharding: Mapping[str, ModuleSharding] = SHARDING) -> ModuleSharding:
+    """Return the row of the module that a tensor belongs to; for an adapter's matrix the one of its linear layer.
+
+    Args:
+        name: of the parameter: `layers.17.attention.q_proj.weight`.
+        sharding: the table.
+
+    Raises:
+        ConfigError: no row names the module.
+    """
+    module, _, _ = _parts_of(name)
+    row = module_sharding(module, sharding)
+    if row is None:
+        raise ConfigError(
+            f"{name} has no row in the sharding table; add its module to SHARDING in config/sharding.py"
+        )
+    return row
+
+
+def sharded_dim(name: str, sharding: Mapping[str, ModuleSharding] = SHARDING) -> int | None:
+    """Return the dimension of a tensor that tensor parallelism cuts; `None` if every rank holds all of it."""
+    _, half, kind = _parts_of(name)
+    partition = tensor_sharding(name, sharding).partition
+    if partition is Partition.ROW_PARALLEL:
+        return 1 if kind == "weight" and half != "lora_B" else None
+    if partition in (Partition.COLUMN_PARALLEL, Partition.KEY_VALUE_HEADS, Partition.VOCABULARY):
+        return 0 if half != "lora_A" else None
+    return None
+
+
+def is_output_projection(name: str) -> bool:
+    """Whether a tensor is the weight of a projection that writes into the residual stream."""
+    return tensor_sharding(name).partition is Partition.ROW_PARALLEL and name.endswith(".weight")
+
+
+def _parts_of(name: str) -> tuple[str, str, str]:
+    """Return the module that a parameter belongs to, which half of an adapter it is, if any, and what it is of it."""
+    module, _, kind = name.rpartition(".")
+    layer, _, half = module.rpartition(".")
+    return (layer, half, kind) if half in _ADAPTER_HALVES else (module, "", kind)
 
 
 @dataclass(frozen=True)
 class Slice:
-    """A device's part of one tensor.
+    """The part of one tensor that a rank holds.
 
     Attributes:
         shape: of the whole tensor.
         index: the part along each dimension.
-        copies: how many neighbouring devices of the tensor-parallel group hold this very part.
-        copy: which of them this device is, from 0.
-        has_partial_gradient: each of them sees a share of the work only, so that their gradients must be added up.
+        tp_replicas: how many neighbouring tensor-parallel ranks hold this same part.
+        tp_replica: which of them this rank is, from 0.
+        has_partial_gradient: each of them computes a share of the gradient, so that theirs must be summed.
+        replica_axes: mesh axes over which the gradient is summed, see `ModuleSharding`.
     """
 
     shape: tuple[int, ...]
     index: tuple[slice, ...]
-    copies: int = 1
-    copy: int = 0
+    tp_replicas: int = 1
+    tp_replica: int = 0
     has_partial_gradient: bool = False
+    replica_axes: tuple[str, ...] = ("dp", "cp")
 
     @property
     def offsets(self) -> tuple[int, ...]:
@@ -62,14 +170,19 @@ class Slice:
         first = slice(self.index[0].start + rows.start, self.index[0].start + rows.stop)
         return replace(self, index=(first, *self.index[1:]))
 
-    def elements(self, start: int, stop: int) -> tuple["Slice", ...]:
-        """Return this part's elements `start` to `stop`, counted row by row, as boxes: rows cut, whole, and cut."""
+    def flat_range(self, start: int, stop: int) -> tuple["Slice", ...]:
+        """Return elements `start` to `stop` of this part, counted row by row, as up to three boxes.
+
+        The boxes are the end of a row, whole rows, and the beginning of a row.
+        """
         first, *inner = self.index
         width = 1
         for part in inner:
             width *= part.stop - part.start
         if len(inner) > 1:
-            raise ValueError(f"elements of a tensor of {len(self.shape)} dimensions make no few boxes")
+            raise ValueError(
+                f"a range of elements is not made of boxes in {len(self.shape)} dimensions; give 1 or 2"
+            )
         boxes = []
         while start < stop:
             row, column = divmod(start, width)
@@ -86,73 +199,71 @@ class Slice:
 
 
 def tensor_slice(
-    name: str, shape: tuple[int, ...], config: ModelConfig, layout: Layout, tp_rank: int
+    name: str,
+    shape: tuple[int, ...],
+    config: ModelConfig,
+    layout: Layout,
+    tp_rank: int,
+    sharding: Mapping[str, ModuleSharding] = SHARDING,
 ) -> Slice:
-    """Return the part of one tensor that a device holds.
+    """Return the part of one tensor that a rank holds.
 
     Args:
         name: of the parameter, for example `layers.17.attention.q_proj.weight`.
         shape: of the whole parameter.
         config: the model.
-        layout: of all devices.
-        tp_rank: which of the tensor-parallel devices.
+        layout: of all ranks.
+        tp_rank: which of the tensor-parallel ranks.
+        sharding: the table.
 
     Raises:
-        ConfigError: the devices do not divide what is cut; nothing is left over silently.
+        ConfigError: the ranks do not divide what is cut, or no row names the module.
     """
-    tp = layout.tp
-    module, _, kind = name.rpartition(".")
-    everything = tuple(slice(0, length) for length in shape)
-    layer, _, half = module.rpartition(".")
-    if half in ("lora_A", "lora_B"):
-        is_cut_along_input = layer.endswith(ROW_PARALLEL)
-        if is_cut_along_input != (half == "lora_A"):
-            # The half that no device cuts meets only the device's own share of the other.
-            return Slice(shape, everything, tp, tp_rank, has_partial_gradient=tp > 1)
-        module = layer
-    if module in VOCABULARY:
-        return Slice(shape, (rounded_share(shape[0], tp, tp_rank), *everything[1:]))
-    if module.endswith(COLUMN_PARALLEL):
-        return Slice(shape, (_share(name, shape[0], tp, tp_rank), *everything[1:]))
-    if module.endswith(KEY_VALUE):
-        copies = max(tp // config.num_key_value_heads, 1)
-        rows = _share(name, shape[0], tp // copies, tp_rank // copies)
-        return Slice(
-            shape, (rows, *everything[1:]), copies, tp_rank % copies, has_partial_gradient=copies > 1
-        )
-    if module.endswith(ROW_PARALLEL) and kind == "weight":
-        return Slice(shape, (everything[0], _share(name, shape[1], tp, tp_rank)))
-    if module.endswith(OF_EVERY_HEAD):
-        return Slice(shape, everything, tp, tp_rank, has_partial_gradient=tp > 1)
-    return Slice(shape, everything, tp, tp_rank, has_partial_gradient=layout.sequence_parallel)
+    tp, row, dim = layout.tp, tensor_sharding(name, sharding), sharded_dim(name, sharding)
+    index = [slice(0, length) for length in shape]
+    if dim is None:
+        # The half of an adapter that is not cut meets only the rank's own share of the other half.
+        is_adapter = bool(_parts_of(name)[1]) and row.partition is not Partition.REPLICATED
+        is_inside = is_adapter or row.partition is Partition.REPLICATED_INSIDE
+        is_partial = layout.sequence_parallel or (tp > 1 and is_inside)
+        return Slice(shape, tuple(index), tp, tp_rank, is_partial, row.replica_axes)
+    replicas = 1
+    if row.partition is Partition.VOCABULARY:
+        index[dim] = chunk_range(shape[dim], tp, tp_rank)
+    else:
+        if row.partition is Partition.KEY_VALUE_HEADS:
+            replicas = max(tp // config.num_key_value_heads, 1)
+        index[dim] = _equal_share(name, shape[dim], tp // replicas, tp_rank // replicas)
+    return Slice(shape, tuple(index), replicas, tp_rank % replicas, replicas > 1, row.replica_axes)
 
 
 def query_heads(config: ModelConfig, tp: int, tp_rank: int) -> range:
-    """Return which query heads a device holds."""
-    mine = _share("num_attention_heads", config.num_attention_heads, tp, tp_rank)
+    """Return which query heads a rank holds."""
+    mine = _equal_share("num_attention_heads", config.num_attention_heads, tp, tp_rank)
     return range(mine.start, mine.stop)
 
 
-def rounded_share(length: int, parts: int, part: int) -> slice:
-    """Cut a length into shares that are rounded up; the last ones may be shorter or empty."""
+def chunk_range(length: int, parts: int, part: int) -> slice:
+    """Return one chunk of a length as `torch.chunk` cuts it: rounded up, the last ones shorter or empty."""
     share = -(-length // parts)
     return slice(min(part * share, length), min((part + 1) * share, length))
 
 
 def assign_writers(parts: Iterable[tuple[str, Slice, int]]) -> dict[str, int]:
-    """Choose for each tensor which of the devices that hold the same part writes it, so that all write alike.
+    """Choose for each tensor which of the ranks that hold the same part writes it, so that all write about as much.
 
     Args:
-        parts: name, part, and number of devices that hold it; the same names in the same order on all of them.
+        parts: name, part, and number of ranks that hold it; the same names in the same order on all of them.
 
     Returns:
-        By name the number of the device among its holders.
+        By name the number of the rank among its holders.
     """
-    written: dict[int, list[int]] = {}
+    written: dict[tuple[tuple[str, ...], int], list[int]] = {}
     writers = {}
     for name, part, holders in parts:
-        # Sizes of whole tensors, since parts may differ from device to device.
-        load = written.setdefault(holders, [0] * holders)
+        # Sizes of whole tensors, since parts may differ from rank to rank. Tensors with other replicas are counted by
+        # themselves: not all ranks that share one of them need hold the other.
+        load = written.setdefault((part.replica_axes, holders), [0] * holders)
         writers[name] = load.index(min(load))
         size = 1
         for length in part.shape:
@@ -161,10 +272,10 @@ def assign_writers(parts: Iterable[tuple[str, Slice, int]]) -> dict[str, int]:
     return writers
 
 
-def _share(name: str, length: int, parts: int, part: int) -> slice:
+def _equal_share(name: str, length: int, parts: int, part: int) -> slice:
     if length % parts:
         raise ConfigError(
-            f"{name} has {length} rows or columns to cut, which {parts} devices do not divide; "
+            f"{name} has {length} rows or columns to cut, which {parts} ranks do not divide; "
             "choose a tensor_model_parallel_size that does"
         )
     share = length // parts

@@ -52,7 +52,7 @@ class _Fragment:
     @property
     def boxes(self) -> tuple[Slice, ...]:
         """The elements as parts of the whole tensor."""
-        return self.part.elements(self.start, self.start + self.weight.numel())
+        return self.part.flat_range(self.start, self.start + self.weight.numel())
 
     def within(self, long: torch.Tensor) -> torch.Tensor:
         """Return the elements of a tensor that is laid out like `flat`."""
@@ -135,7 +135,7 @@ class ZeroEngine:
         """Return this process's elements of weights, master weights and optimizer state."""
         found: list[TensorShard] = []
         for fragment in self._fragments:
-            if fragment.part.copy:
+            if fragment.part.tp_replica:
                 # The same tensor is on all tensor-parallel devices; the first writes it.
                 continue
             values = {f"model/{fragment.name}": fragment.weight}
@@ -203,7 +203,7 @@ def _tell_cut(parameter: nn.Parameter, part: Slice, mesh: ParallelMesh) -> None:
     """Tell DeepSpeed whether other devices hold other parts: it counts whole parameters once in the norm."""
     parameter.tensor_model_parallel = part.sizes != part.shape  # type: ignore[attr-defined]
     if part.has_partial_gradient:
-        group = mesh.neighbours(part.copies)
+        group = mesh.neighbours(part.tp_replicas)
 
         def add_up(gradient: torch.Tensor) -> torch.Tensor:
             total = gradient.clone(memory_format=torch.contiguous_format)

@@ -19,7 +19,7 @@ from torch import nn
 
 from ascendspeed_core.build import parameter_slices
 from ascendspeed_core.config.parallel import Stage
-from ascendspeed_core.config.sharding import Slice, assign_writers, rounded_share
+from ascendspeed_core.config.sharding import Slice, assign_writers, chunk_range
 from ascendspeed_core.config.training import OptimizerConfig
 from ascendspeed_core.models.transformer import ModelInput, Transformer
 from ascendspeed_core.optim.engine import TensorShard
@@ -59,7 +59,7 @@ class _Slot:
     @property
     def counts_in_norm(self) -> bool:
         """Whether this process is the one of those with the same part whose gradient is counted."""
-        return self.slice.copy == 0 and not self.is_borrowed
+        return self.slice.tp_replica == 0 and not self.is_borrowed
 
     @property
     def has_copy(self) -> bool:
@@ -98,7 +98,7 @@ class MasterOptimizer:
     def _slot(self, name: str, parameter: nn.Parameter, part: Slice) -> _Slot:
         rows = slice(0, parameter.shape[0])
         if self._is_sharded:
-            rows = rounded_share(parameter.shape[0], self._mesh.layout.replicas, self._mesh.replica)
+            rows = chunk_range(parameter.shape[0], self._mesh.layout.replicas, self._mesh.replica)
         mine = parameter.detach()[rows]
         narrow = mine.dtype in (torch.float16, torch.bfloat16)
         return _Slot(name, parameter, rows, part.rows(rows), mine.float() if narrow else mine)
@@ -236,7 +236,7 @@ class MasterOptimizer:
 
     def _rows_of(self, replica: int, slots: list[_Slot]) -> list[slice]:
         """Return the rows of each parameter that one of the processes with the same weights updates."""
-        return [rounded_share(slot.parameter.shape[0], self._mesh.layout.replicas, replica) for slot in slots]
+        return [chunk_range(slot.parameter.shape[0], self._mesh.layout.replicas, replica) for slot in slots]
 
     def _sum_tied(self, gradients: list[torch.Tensor]) -> None:
         """Add up what first and last stage found for the weight that embedding and head share."""
@@ -251,7 +251,7 @@ class MasterOptimizer:
         by_copies: dict[int, list[torch.Tensor]] = {}
         for slot, gradient in zip(self._slots, gradients, strict=True):
             if slot.slice.has_partial_gradient:
-                by_copies.setdefault(slot.slice.copies, []).append(gradient)
+                by_copies.setdefault(slot.slice.tp_replicas, []).append(gradient)
         for copies, shared in sorted(by_copies.items()):
             flat = torch.cat([gradient.flatten() for gradient in shared])
             all_reduce_sum(flat, self._mesh.neighbours(copies))
@@ -294,12 +294,18 @@ class MasterOptimizer:
             if not parameter.requires_grad:
                 continue
             part = slices[name]
-            holder = part.copy * copies + self._mesh.replica
-            held.append((f"model/{name}", part, parameter, part.copies * copies, holder))
+            holder = part.tp_replica * copies + self._mesh.replica
+            held.append((f"model/{name}", part, parameter, part.tp_replicas * copies, holder))
         for name, (part, value) in self.state().items():
             replicas, replica = (1, 0) if self._is_sharded else (copies, self._mesh.replica)
             held.append(
-                (f"optimizer/{name}", part, value, part.copies * replicas, part.copy * replicas + replica)
+                (
+                    f"optimizer/{name}",
+                    part,
+                    value,
+                    part.tp_replicas * replicas,
+                    part.tp_replica * replicas + replica,
+                )
             )
         held = [entry for entry in held if not entry[0].endswith(borrowed)]
         writers = assign_writers((name, part, holders) for name, part, _, holders, _ in held)

@@ -1,8 +1,8 @@
-"""Cross entropy over a vocabulary that is cut over devices (Shoeybi et al., 2019, Megatron-LM, section 3).
+"""Cross entropy over a vocabulary that is cut over ranks (Shoeybi et al., 2019, Megatron-LM, section 3).
 
-Only three numbers per token cross devices: the largest logit, the sum of exponentials, the target's logit.
+Only three numbers per token cross ranks: the largest logit, the sum of exponentials, the target's logit.
 
-Shapes: `...` batch and sequence, V vocabulary, V/tp this device's part.
+Shapes: `...` batch and sequence, V vocabulary, V/tp this rank's part.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ascendspeed_core.config.sharding import rounded_share
+from ascendspeed_core.config.sharding import chunk_range
 from ascendspeed_core.kernels.reference import LossFunction, token_losses
 from ascendspeed_core.parallel.collectives import all_reduce_sum
 
@@ -25,10 +25,10 @@ def cross_entropy(
     """Return the loss of each token, in fp32 (float64 for float64 logits).
 
     Args:
-        logits: this device's part of the vocabulary, [..., V/tp].
+        logits: this rank's part of the vocabulary, [..., V/tp].
         targets: ids in the whole vocabulary, [...].
         vocab_size: V.
-        group: the devices that share the vocabulary, or `None` when it is whole here.
+        group: the ranks that share the vocabulary, or `None` when it is whole here.
         whole: what computes it when the vocabulary is whole.
 
     Returns:
@@ -48,7 +48,7 @@ class _VocabularyParallelCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, logits: torch.Tensor, targets: torch.Tensor, vocab_size: int, group: dist.ProcessGroup
     ) -> torch.Tensor:
-        mine = rounded_share(vocab_size, dist.get_world_size(group), dist.get_rank(group))
+        mine = chunk_range(vocab_size, dist.get_world_size(group), dist.get_rank(group))
         here = (targets >= mine.start) & (targets < mine.stop)
         local_targets = torch.where(here, targets - mine.start, 0).unsqueeze(-1)
 

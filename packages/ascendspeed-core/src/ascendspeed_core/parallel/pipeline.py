@@ -28,7 +28,7 @@ from torch.distributed.pipelining import (
 )
 
 from ascendspeed_core.config.parallel import Stage, stages_of_devices
-from ascendspeed_core.config.sharding import rounded_share
+from ascendspeed_core.config.sharding import chunk_range
 from ascendspeed_core.models.cache import CachedPass
 from ascendspeed_core.models.transformer import ModelInput, Transformer
 from ascendspeed_core.parallel.mesh import ParallelMesh
@@ -210,7 +210,7 @@ def hidden_shape(tokens: torch.Tensor, model: Transformer, mesh: ParallelMesh) -
 
 def logits_shape(tokens: torch.Tensor, model: Transformer, mesh: ParallelMesh) -> tuple[int, int, int]:
     """Return the shape of this device's logits for tokens, [B, S]."""
-    mine = rounded_share(model.config.vocab_size, mesh.layout.tp, mesh.tp_rank)
+    mine = chunk_range(model.config.vocab_size, mesh.layout.tp, mesh.tp_rank)
     return tokens.shape[0], tokens.shape[1], mine.stop - mine.start
 
 

@@ -1,17 +1,17 @@
-"""Tensor and sequence parallelism: every layer cut over devices, applied to a plain model from outside.
+"""Tensor and sequence parallelism: every layer partitioned over ranks, applied to a plain model from outside.
 
-Attention and MLP each are a column-parallel cut followed by a row-parallel one; between them no device needs another
-(Shoeybi et al., 2019, Megatron-LM, section 3). One all-reduce ends each half of a layer; going back, one all-reduce
-adds up the gradient of its input. Embedding and head are cut along the vocabulary, which need not divide evenly.
+Attention and MLP each are column-parallel layers followed by a row-parallel one; between them no rank needs another
+(Shoeybi et al., 2019, Megatron-LM, section 3). One all-reduce ends each block; going back, one all-reduce sums the
+gradient of its input. Embedding and head are cut along the vocabulary, which need not divide evenly. Which module is
+which says the table in `config.sharding`.
 
-With sequence parallelism what stands between the halves, norms and residuals, is cut along the sequence
-(Korthikanti et al., 2022, section 4.2.2): an all-gather opens each half and a reduce-scatter ends it, which together
-move as many bytes as the all-reduce. Weights outside the cuts, those of the norms, then see a part of the sequence
-only; the optimizer adds their gradients up.
+With sequence parallelism what stands between the blocks, norms and residuals, is cut along the sequence
+(Korthikanti et al., 2022, section 4.2.2): an all-gather opens each block and a reduce-scatter ends it, which together
+move as many bytes as the all-reduce. Weights outside the blocks, those of the norms, then see a part of the sequence
+only; the optimizer sums their gradients.
 
-Parameters are plain tensors of this device's part, see `config.sharding`. DTensor's dispatch costs about 0.2 ms for
-each operation, several times more than the operation in small models, and it has no cut that copies a head to some
-devices.
+Parameters are plain tensors of this rank's part. DTensor's dispatch costs about 0.2 ms for each operation, several
+times more than the operation in small models, and it has no placement that replicates a head on some ranks only.
 
 Shapes: B batch, S sequence, H hidden size, V vocabulary.
 """
@@ -26,7 +26,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from ascendspeed_core.config.parallel import Layout
-from ascendspeed_core.config.sharding import ROW_PARALLEL, query_heads, rounded_share, tensor_slice
+from ascendspeed_core.config.sharding import (
+    Partition,
+    chunk_range,
+    module_sharding,
+    query_heads,
+    tensor_slice,
+)
 from ascendspeed_core.models.dropout import DropoutMasks
 from ascendspeed_core.models.linear import LoraLinear
 from ascendspeed_core.models.transformer import Transformer
@@ -37,18 +43,15 @@ from ascendspeed_core.parallel.collectives import (
     sum_over_group_scattering_sequence,
 )
 
-ENTRANCES = ("attention", "mlp")
-"""Modules of a layer whose input is the same everywhere and whose inside is cut."""
-
 
 @dataclass(frozen=True)
 class _Border:
-    """How hidden states enter and leave what is cut.
+    """How hidden states enter and leave a partitioned block.
 
     Attributes:
-        group: the tensor-parallel devices.
-        enter: whole hidden states from what stands between cut modules.
-        leave: what stands between them from partial sums.
+        group: the tensor-parallel ranks.
+        enter: whole hidden states from those between blocks.
+        leave: hidden states between blocks from partial sums.
     """
 
     group: dist.ProcessGroup
@@ -57,15 +60,15 @@ class _Border:
 
 
 def apply_tensor_parallel(model: Transformer, group: dist.ProcessGroup, layout: Layout) -> None:
-    """Cut `model` over the devices of `group`, in place.
+    """Partition `model` over the ranks of `group`, in place.
 
-    `model(tokens)` then gives this device's logits, [B, S, V/tp]. With sequence parallelism hidden states between
+    `model(tokens)` then gives this rank's logits, [B, S, V/tp]. With sequence parallelism hidden states between
     layers, and so between pipeline stages, are [B, S/tp, H].
 
     Args:
         model: on the meta device or filled; sizes must fit, see `ParallelConfig.check_model`.
-        group: devices that share each layer.
-        layout: of all devices.
+        group: ranks that share each layer.
+        layout: of all ranks.
     """
     if layout.sequence_parallel:
         border = _Border(
@@ -75,34 +78,41 @@ def apply_tensor_parallel(model: Transformer, group: dist.ProcessGroup, layout: 
         )
     else:
         border = _Border(group, partial(copy_to_group, group=group), partial(sum_over_group, group=group))
-    _cut_parameters(model, layout, dist.get_rank(group))
+    _shard_parameters(model, layout, dist.get_rank(group))
     model.positions.heads = query_heads(model.config, layout.tp, dist.get_rank(group))
-    for layer in model.layers.values():
-        for name in ROW_PARALLEL:
-            _sum_results(layer.get_submodule(name), border)
-        for name in ENTRANCES:
-            _share_input(layer.get_submodule(name), border)
-    if model.embedding is not None:
-        _look_up_in_parts(model.embedding, model.config.vocab_size, border)
-    if model.output_head is not None:
-        _share_input(model.output_head, border)
+    blocks: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        sharding = module_sharding(name)
+        partition = sharding.partition if sharding is not None else None
+        if partition in (Partition.COLUMN_PARALLEL, Partition.KEY_VALUE_HEADS):
+            block = name.rpartition(".")[0]
+            blocks[block] = model.get_submodule(block)
+        elif partition is Partition.ROW_PARALLEL:
+            _sum_results(module, border)
+        elif partition is Partition.VOCABULARY and isinstance(module, nn.Embedding):
+            _look_up_in_parts(module, model.config.vocab_size, border)
+        elif partition is Partition.VOCABULARY:
+            _share_input(module, border)
+    for block_module in blocks.values():
+        # Column-parallel layers of a block read the same input, so it is shared, and its gradient summed, once.
+        _share_input(block_module, border)
 
 
 def gather_logits(logits: torch.Tensor, vocab_size: int, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """Put the parts of the vocabulary together: [..., V/tp] -> [..., V] on every device. No gradient flows."""
+    """Put the parts of the vocabulary together: [..., V/tp] -> [..., V] on every rank. No gradient flows."""
     if group is None:
         return logits
     tp, rank = dist.get_world_size(group), dist.get_rank(group)
     share = -(-vocab_size // tp)
     padded = logits.new_zeros((*logits.shape[:-1], share))
-    mine = rounded_share(vocab_size, tp, rank)
+    mine = chunk_range(vocab_size, tp, rank)
     padded[..., : mine.stop - mine.start] = logits
     parts = [torch.empty_like(padded) for _ in range(tp)]
     dist.all_gather(parts, padded, group=group)
     return torch.cat(parts, dim=-1)[..., :vocab_size]
 
 
-def _cut_parameters(model: Transformer, layout: Layout, tp_rank: int) -> None:
+def _shard_parameters(model: Transformer, layout: Layout, tp_rank: int) -> None:
     for name, whole in list(model.named_parameters()):
         part = tensor_slice(name, tuple(whole.shape), model.config, layout, tp_rank)
         if part.sizes != part.shape:
@@ -117,12 +127,12 @@ def _cut_parameters(model: Transformer, layout: Layout, tp_rank: int) -> None:
 
 
 def _share_input(module: nn.Module, border: _Border) -> None:
-    """Give a cut module whole hidden states; the gradient of its first argument is added up over devices."""
+    """Give a block whole hidden states; the gradient of its first argument is summed over the ranks."""
     module.register_forward_pre_hook(lambda _, args: (border.enter(args[0]), *args[1:]))
 
 
 def _sum_results(linear: nn.Module, border: _Border) -> None:
-    """Add up what a row-parallel layer gives: [..., in/tp] -> [..., out]; a bias is whole, and added once."""
+    """Sum the partial outputs of a row-parallel layer, [..., in/tp] -> [..., out]; the bias is added once."""
     assert isinstance(linear, nn.Linear)
 
     def forward(x: torch.Tensor, draws: DropoutMasks | None = None) -> torch.Tensor:
@@ -134,8 +144,8 @@ def _sum_results(linear: nn.Module, border: _Border) -> None:
 
 
 def _look_up_in_parts(embedding: nn.Embedding, vocab_size: int, border: _Border) -> None:
-    """Look each id up where its row is: [B, S] -> [B, S, H]."""
-    mine = rounded_share(vocab_size, dist.get_world_size(border.group), dist.get_rank(border.group))
+    """Look each id up on the rank that holds its row: [B, S] -> [B, S, H]."""
+    mine = chunk_range(vocab_size, dist.get_world_size(border.group), dist.get_rank(border.group))
 
     def forward(ids: torch.Tensor) -> torch.Tensor:
         elsewhere = (ids < mine.start) | (ids >= mine.stop)

@@ -7,18 +7,16 @@ from pathlib import Path
 import torch
 
 from ascendspeed_core.config.model import ModelConfig
+from ascendspeed_core.config.sharding import is_output_projection
 from ascendspeed_core.weights.load import parameter_shapes
 from ascendspeed_core.weights.source import BaseWeightSource, Index, TensorInfo
-
-OUTPUT_PROJECTIONS = ("attention.o_proj.weight", "mlp.down_proj.weight")
-"""Projections that write into the residual stream; drawn narrower (Radford et al., 2019, GPT-2, section 2.3)."""
 
 
 class InitialWeights(BaseWeightSource):
     """Weights of a model that has not been trained.
 
     Matrices are normal with the config's `initializer_range`, divided by sqrt(2 L) where they write into the
-    residual stream; norm weights are 1, biases 0. All are drawn in fp32.
+    residual stream (Radford et al., 2019, GPT-2, section 2.3); norm weights are 1, biases 0. All are drawn in fp32.
     """
 
     kind = "random"
@@ -53,7 +51,7 @@ class InitialWeights(BaseWeightSource):
     def _draw(self, name: str) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed_of(self.seed, name))
         spread = self.config.initializer_range
-        if name.endswith(OUTPUT_PROJECTIONS):
+        if is_output_projection(name):
             spread /= (2 * self.config.num_layers) ** 0.5
         return torch.empty(self._shapes[name]).normal_(0.0, spread, generator=generator)
 

@@ -29,7 +29,6 @@ PACKED_RULES = tuple(
     WeightRule(
         f"layers.{{layer}}.attention.{name}_proj.weight",
         "model.layers.{layer}.self_attn.W_pack.weight",
-        axis=0,
         packed=Packed(part, "stacked"),
     )
     for part, name in enumerate(("q", "k", "v"))

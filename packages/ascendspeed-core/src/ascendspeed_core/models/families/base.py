@@ -70,8 +70,6 @@ class WeightRule:
     Attributes:
         ours: parameter name in `Transformer`.
         theirs: tensor name in a Hugging Face folder.
-        axis: dimension that is cut under tensor parallel, or `None` when every device holds all of it. It is
-            stated here for formats that store cut tensors; the engine's plan says the same for modules.
         tied: leave the row out when the head is tied to the embedding.
         when: field of `ModelConfig` without which the model lacks the tensor, for example `qkv_bias`; or a function
             of config and indices, for tensors that only some layers have.
@@ -81,7 +79,6 @@ class WeightRule:
 
     ours: str
     theirs: str
-    axis: int | None = None
     tied: bool = False
     when: str | Condition | None = None
     packed: RowPacking | None = None

@@ -17,28 +17,27 @@ def _norm(ours: str, theirs: str) -> tuple[WeightRule, ...]:
 
 
 RULES = (
-    WeightRule("embedding.weight", "transformer.word_embeddings.weight", axis=0),
+    WeightRule("embedding.weight", "transformer.word_embeddings.weight"),
     *_norm("embedding_norm", "transformer.word_embeddings_layernorm"),
     *_norm("layers.{layer}.attention_norm", f"{_LAYER}.input_layernorm"),
     *(
         WeightRule(
             f"layers.{{layer}}.attention.{name}_proj.{kind}",
             f"{_LAYER}.self_attention.query_key_value.{kind}",
-            axis=0,
             packed=Packed(part, "by_head"),
         )
         for kind in ("weight", "bias")
         for part, name in enumerate(("q", "k", "v"))
     ),
-    WeightRule("layers.{layer}.attention.o_proj.weight", f"{_LAYER}.self_attention.dense.weight", axis=1),
+    WeightRule("layers.{layer}.attention.o_proj.weight", f"{_LAYER}.self_attention.dense.weight"),
     WeightRule("layers.{layer}.attention.o_proj.bias", f"{_LAYER}.self_attention.dense.bias"),
     *_norm("layers.{layer}.mlp_norm", f"{_LAYER}.post_attention_layernorm"),
-    WeightRule("layers.{layer}.mlp.up_proj.weight", f"{_LAYER}.mlp.dense_h_to_4h.weight", axis=0),
-    WeightRule("layers.{layer}.mlp.up_proj.bias", f"{_LAYER}.mlp.dense_h_to_4h.bias", axis=0),
-    WeightRule("layers.{layer}.mlp.down_proj.weight", f"{_LAYER}.mlp.dense_4h_to_h.weight", axis=1),
+    WeightRule("layers.{layer}.mlp.up_proj.weight", f"{_LAYER}.mlp.dense_h_to_4h.weight"),
+    WeightRule("layers.{layer}.mlp.up_proj.bias", f"{_LAYER}.mlp.dense_h_to_4h.bias"),
+    WeightRule("layers.{layer}.mlp.down_proj.weight", f"{_LAYER}.mlp.dense_4h_to_h.weight"),
     WeightRule("layers.{layer}.mlp.down_proj.bias", f"{_LAYER}.mlp.dense_4h_to_h.bias"),
     *_norm("final_norm", "transformer.ln_f"),
-    WeightRule("output_head.weight", "lm_head.weight", axis=0, tied=True),
+    WeightRule("output_head.weight", "lm_head.weight", tied=True),
 )
 
 

@@ -8,13 +8,12 @@ from ascendspeed_core.models.families.config_rules import EndIds, Heads, Rotary,
 
 _LAYER = "model.layers.{layer}"
 
-EMBEDDING_RULES = (WeightRule("embedding.weight", "model.embed_tokens.weight", axis=0),)
+EMBEDDING_RULES = (WeightRule("embedding.weight", "model.embed_tokens.weight"),)
 
 QUERY_KEY_VALUE_RULES = tuple(
     WeightRule(
         f"layers.{{layer}}.attention.{name}_proj.{kind}",
         f"{_LAYER}.self_attn.{name}_proj.{kind}",
-        axis=0,
         when="qkv_bias" if kind == "bias" else None,
     )
     for kind in ("weight", "bias")
@@ -25,20 +24,20 @@ LAYER_RULES = (
     WeightRule("layers.{layer}.attention_norm.weight", f"{_LAYER}.input_layernorm.weight"),
     WeightRule("layers.{layer}.attention.q_norm.weight", f"{_LAYER}.self_attn.q_norm.weight", when="qk_norm"),
     WeightRule("layers.{layer}.attention.k_norm.weight", f"{_LAYER}.self_attn.k_norm.weight", when="qk_norm"),
-    WeightRule("layers.{layer}.attention.o_proj.weight", f"{_LAYER}.self_attn.o_proj.weight", axis=1),
+    WeightRule("layers.{layer}.attention.o_proj.weight", f"{_LAYER}.self_attn.o_proj.weight"),
     WeightRule("layers.{layer}.attention.o_proj.bias", f"{_LAYER}.self_attn.o_proj.bias", when="output_bias"),
     WeightRule("layers.{layer}.mlp_norm.weight", f"{_LAYER}.post_attention_layernorm.weight"),
-    WeightRule("layers.{layer}.mlp.gate_proj.weight", f"{_LAYER}.mlp.gate_proj.weight", axis=0),
-    WeightRule("layers.{layer}.mlp.gate_proj.bias", f"{_LAYER}.mlp.gate_proj.bias", axis=0, when="mlp_bias"),
-    WeightRule("layers.{layer}.mlp.up_proj.weight", f"{_LAYER}.mlp.up_proj.weight", axis=0),
-    WeightRule("layers.{layer}.mlp.up_proj.bias", f"{_LAYER}.mlp.up_proj.bias", axis=0, when="mlp_bias"),
-    WeightRule("layers.{layer}.mlp.down_proj.weight", f"{_LAYER}.mlp.down_proj.weight", axis=1),
+    WeightRule("layers.{layer}.mlp.gate_proj.weight", f"{_LAYER}.mlp.gate_proj.weight"),
+    WeightRule("layers.{layer}.mlp.gate_proj.bias", f"{_LAYER}.mlp.gate_proj.bias", when="mlp_bias"),
+    WeightRule("layers.{layer}.mlp.up_proj.weight", f"{_LAYER}.mlp.up_proj.weight"),
+    WeightRule("layers.{layer}.mlp.up_proj.bias", f"{_LAYER}.mlp.up_proj.bias", when="mlp_bias"),
+    WeightRule("layers.{layer}.mlp.down_proj.weight", f"{_LAYER}.mlp.down_proj.weight"),
     WeightRule("layers.{layer}.mlp.down_proj.bias", f"{_LAYER}.mlp.down_proj.bias", when="mlp_bias"),
 )
 
 HEAD_RULES = (
     WeightRule("final_norm.weight", "model.norm.weight"),
-    WeightRule("output_head.weight", "lm_head.weight", axis=0, tied=True),
+    WeightRule("output_head.weight", "lm_head.weight", tied=True),
 )
 
 RULES = EMBEDDING_RULES + QUERY_KEY_VALUE_RULES + LAYER_RULES + HEAD_RULES

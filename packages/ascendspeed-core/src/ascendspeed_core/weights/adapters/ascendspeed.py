@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ascendspeed_core.config.model import ModelConfig
+from ascendspeed_core.config.sharding import sharded_dim
 from ascendspeed_core.models.linear import LowRank
 from ascendspeed_core.models.lora import AdapterPlan
 from ascendspeed_core.weights.adapters.peft import CONFIG, Adapter
@@ -27,7 +28,7 @@ from ascendspeed_core.weights.external.mp_rank import (
     model_chunks,
     open_rank_files,
 )
-from ascendspeed_core.weights.external.name_maps import EMBEDDING, HEAD, How, NameMap, NameRule, Packer
+from ascendspeed_core.weights.external.name_maps import EMBEDDING, HEAD, NameMap, NameRule, Packer
 from ascendspeed_core.weights.external.packing import PackedTensor
 from ascendspeed_core.weights.external.sharded_tensors import ShardedTensors
 from ascendspeed_core.weights.files.torch_files import TorchFile, stored_tensors
@@ -42,14 +43,14 @@ SMALL_BYTES = 1 << 20
 
 
 def open_adapter(path: Path, model: ModelConfig) -> Adapter:
-    """Open an adapter, whatever wrote it: peft, a run of ours, or AscendSpeed of 2023.
+    """Open an adapter of any kind: of peft, of a training run, or of AscendSpeed 2023.
 
     Args:
         path: its folder.
-        model: what it is for.
+        model: architecture of the model that it belongs to.
 
     Raises:
-        CheckpointError: nothing there, damaged, or of another model.
+        CheckpointError: there is no adapter, or it is damaged or of another model.
     """
     if (path / CONFIG).is_file():
         return Adapter(path)
@@ -65,7 +66,7 @@ def _read(folder: Path, model: ModelConfig) -> tuple[dict[str, torch.Tensor], di
     rank = next((t.info.shape[0] for key, t in first.items() if key.endswith("lora_A.default.weight")), None)
     if rank is None:
         raise CheckpointError(f"{folder} holds no adapter (nothing ends with lora_A.default.weight)")
-    table = detect_name_map(first, folder)[1]
+    name_map = detect_name_map(first, folder)[1]
     shapes = parameter_shapes(model)
     embedding = next((t for key, t in first.items() if key.endswith(f"word_embeddings.{WHOLE_MODULE}")), None)
     rows = embedding.info.shape[0] * tp if embedding else shapes[EMBEDDING][0]
@@ -76,12 +77,12 @@ def _read(folder: Path, model: ModelConfig) -> tuple[dict[str, torch.Tensor], di
     counts = [
         [count_layers(chunk, files[0, s].path) for chunk in model_chunks(files[0, s])] for s in range(pp)
     ]
-    layout, packing = from_counts(tp, counts), Packer(all_shapes, model, rows)
+    layout, packer = from_counts(tp, counts), Packer(all_shapes, model, rows)
     for (tp_rank, stage), file in files.items():
         for number, chunk in enumerate(model_chunks(file)):
             stored = dict(stored_tensors(chunk))
             used = set()
-            for packed in _of_chunk(table, packing, layout.stage(stage, number)):
+            for packed in _of_chunk(name_map, packer, layout.stage(stage, number)):
                 key = packed.key.replace("/", ".")
                 if key in stored:
                     sharded.add(f"{file.path}: {key}", packed.of_rank(tp_rank, tp), stored[key])
@@ -99,31 +100,24 @@ def _read(folder: Path, model: ModelConfig) -> tuple[dict[str, torch.Tensor], di
     return peft_form(AdapterPlan(adapted, frozenset(names & {EMBEDDING, HEAD})), model, sharded.read)
 
 
-def _of_chunk(table: NameMap, packing: Packer, stage: PipelineChunk) -> Iterator[PackedTensor]:
-    """Yield what a stage may hold; an A once for each of our layers that share it."""
-    if stage.is_first:
-        first = table.first[0].theirs.removesuffix("weight") + WHOLE_MODULE
-        yield from packing.rows((NameRule(first, (EMBEDDING,), How.VOCABULARY),), 0, 0)
-    for position, number in enumerate(stage.layers):
-        for row in table.layer:
-            if row.how is How.WHOLE:
+def _of_chunk(name_map: NameMap, packer: Packer, chunk: PipelineChunk) -> Iterator[PackedTensor]:
+    """Yield the tensors that a chunk may hold; a shared A once for each of our layers that use it."""
+    if chunk.is_first:
+        first = name_map.first[0].theirs.removesuffix("weight") + WHOLE_MODULE
+        yield from packer.pack((NameRule(first, (EMBEDDING,)),))
+    for position, number in enumerate(chunk.layers):
+        for rule in name_map.layer:
+            if sharded_dim(rule.ours[0].format(layer=number, kind="weight")) is None:
                 continue
-            theirs = row.theirs.removesuffix(".{kind}")
-            ours = [name.removesuffix(".{kind}") for name in row.ours]
-            along_input = row.how is How.COLUMNS
-            of_a = How.COLUMNS if along_input else How.WHOLE
-            a = [
-                NameRule(f"{theirs}.lora_A.default.weight", (f"{name}.lora_A.weight",), of_a) for name in ours
-            ]
-            b = NameRule(
-                f"{theirs}.lora_B.default.weight",
-                tuple(f"{name}.lora_B.weight" for name in ours),
-                How.WHOLE if along_input else row.how,
-            )
-            yield from packing.rows((*a, b), number, position)
-    if stage.is_last:
-        head = table.head.removesuffix("weight") + WHOLE_MODULE
-        yield from packing.rows((NameRule(head, (HEAD,), How.VOCABULARY),), 0, 0)
+            theirs = rule.theirs.removesuffix(".{kind}")
+            ours = [name.removesuffix(".{kind}") for name in rule.ours]
+            a = [NameRule(f"{theirs}.lora_A.default.weight", (f"{name}.lora_A.weight",)) for name in ours]
+            names = tuple(f"{name}.lora_B.weight" for name in ours)
+            b = NameRule(f"{theirs}.lora_B.default.weight", names, rule.by_head)
+            yield from packer.pack((*a, b), number, position)
+    if chunk.is_last:
+        head = name_map.head.removesuffix("weight") + WHOLE_MODULE
+        yield from packer.pack((NameRule(head, (HEAD,)),))
 
 
 def _alpha(file: TorchFile) -> float:

@@ -10,7 +10,7 @@ import torch
 
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.weights.external.name_maps import ROTARY
-from ascendspeed_core.weights.external.packing import PackedSlice, PackedTensor
+from ascendspeed_core.weights.external.packing import PackedTensor
 from ascendspeed_core.weights.source import BaseWeightSource, CheckpointError, Index, TensorInfo
 from ascendspeed_data.tokenizer import DEFINING_FILES
 
@@ -35,22 +35,33 @@ class TensorShard:
     Attributes:
         where: file and name, for messages.
         tensor: the stored tensor.
-        row: its first row there.
+        row: its first row there; in a fused tensor, within its matrix.
         index: which part of the logical tensor it is.
+        position: of its matrix in the leading dimensions of a fused tensor.
+        depth: how many leading dimensions of the logical tensor the matrix lacks.
+        is_swapped: the matrix is stored transposed.
     """
 
     where: str
     tensor: LazyTensor
     row: int
     index: Index
+    position: tuple[int, ...] = ()
+    depth: int = 0
+    is_swapped: bool = False
 
     def read(self, wanted: Index) -> torch.Tensor:
-        """Read what of `wanted` lies here; both are slices of the logical tensor."""
-        starts = (part.start - own.start for part, own in zip(wanted, self.index, strict=True))
-        sizes = (part.stop - part.start for part in wanted)
-        local = [slice(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+        """Read a slice of the logical tensor that lies within this shard."""
+        pairs = list(zip(wanted, self.index, strict=True))[self.depth :]
+        local = [slice(part.start - own.start, part.stop - own.start) for part, own in pairs]
         local[0] = slice(local[0].start + self.row, local[0].stop + self.row)
-        return self.tensor.read(tuple(local))
+        if not (self.position or self.depth or self.is_swapped):
+            return self.tensor.read(tuple(local))
+        if self.is_swapped:
+            local.reverse()
+        found = self.tensor.read((*(slice(at, at + 1) for at in self.position), *local))
+        found = found.reshape(found.shape[len(self.position) :])
+        return (found.T if self.is_swapped else found).reshape([part.stop - part.start for part in wanted])
 
 
 class ShardedTensors:
@@ -75,22 +86,33 @@ class ShardedTensors:
                 "its arguments and its weights disagree, or it is a file of another checkpoint"
             )
         row = 0
-        for block in packed.slices:
-            if not block.repeats:
-                self._add_block(where, block, row, stored)
-            row += block.rows
+        for piece in packed.slices:
+            if not piece.repeats:
+                position = packed.position(row) if packed.leading else ()
+                first_row = row % packed.matrix_rows if packed.leading else row
+                shard = TensorShard(
+                    where,
+                    stored,
+                    first_row,
+                    piece.logical_index,
+                    position,
+                    len(piece.stack),
+                    packed.is_swapped,
+                )
+                self._add_shard(piece.name, shard)
+            row += piece.rows
 
-    def _add_block(self, where: str, block: PackedSlice, row: int, stored: LazyTensor) -> None:
-        shard = TensorShard(where, stored, row, block.index)
-        others = self._shards.setdefault(block.name, [])
+    def _add_shard(self, name: str, shard: TensorShard) -> None:
+        where, stored = shard.where, shard.tensor
+        others = self._shards.setdefault(name, [])
         if others and others[0].tensor.info.dtype != stored.info.dtype:
             raise CheckpointError(
                 f"{where} is stored as {_name(stored.info.dtype)}, {others[0].where} of the same tensor as "
                 f"{_name(others[0].tensor.info.dtype)}; one of them is of another checkpoint"
             )
-        key = (block.name, tuple((part.start, part.stop) for part in block.index))
+        key = (name, tuple((part.start, part.stop) for part in shard.index))
         if key in self._seen:
-            self.replicas.append((block.name, self._seen[key], shard))
+            self.replicas.append((name, self._seen[key], shard))
         else:
             self._seen[key] = shard
             others.append(shard)
