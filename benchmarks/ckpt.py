@@ -93,7 +93,7 @@ def watched_memory(found: dict[str, Any]) -> Iterator[None]:
 
 
 def child_make(target: str, num_layers: str) -> dict[str, Any]:
-    from ascendspeed_core.weights.huggingface.write import write_hugging_face
+    from ascendspeed_ckpt.writers.huggingface import write_hugging_face
 
     Path(target).mkdir()
     write_hugging_face(MadeWeights(shape(int(num_layers))), Path(target), None, 5_000_000_000, workers=2)
@@ -102,10 +102,10 @@ def child_make(target: str, num_layers: str) -> dict[str, Any]:
 
 def child_convert(source: str, target: str, to: str) -> dict[str, Any]:
     began = time.perf_counter()
-    from ascendspeed_ckpt.convert import Conversion, convert
+    from ascendspeed_ckpt import Conversion, convert
+    from ascendspeed_ckpt.writers.write_plan import WritePlan
     from ascendspeed_core.weights import open_weights
-    from ascendspeed_core.weights.external.layout import shard_layout
-    from ascendspeed_core.weights.external.write_plan import WritePlan
+    from ascendspeed_core.weights.shard_layout import shard_layout
 
     found: dict[str, Any] = {"imports": time.perf_counter() - began}
     with watched_memory(found):

@@ -177,7 +177,7 @@ def other_config(folder: Path) -> None:
 BAD: dict[str, tuple[Any, str]] = {
     "weights cut short": (break_weights, "cannot be read"),
     "a tensor too few": (drop_tensor, "lacks 1 tensors, first model.layers.2.mlp.up_proj.weight"),
-    "a tensor too many": (add_tensor, "holds 1 tensors that llama has no place for, first model.layers.9.extra"),
+    "a tensor too many": (add_tensor, "holds 1 tensors that llama does not have, first model.layers.9.extra"),
     "a path that leads out": (lead_out, "outside the folder; refused"),
     "code among the weights": (code_in_weights, "which no checkpoint needs; refused, nothing of it was run"),
     "another architecture": (lambda f: (f / "config.json").write_text("{}"), "architectures=[] is not supported"),
@@ -209,7 +209,7 @@ def test_shapes_that_do_not_fit_the_config(hugging_face: Path, tmp_path: Path) -
 
 def test_bad_flags(hugging_face: Path, tmp_path: Path) -> None:
     assert (
-        "max_shard_size='lots' is no size"
+        "max_shard_size='lots' is not a size"
         in convert(hugging_face, tmp_path / "x", "--max-shard-size", "lots").complaint
     )
     assert convert(hugging_face, tmp_path / "x", "--to", "ggml").status == 2

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 import torch
 
+from ascendspeed_ckpt import Conversion, convert
 from ascendspeed_ckpt.config import TargetKind
-from ascendspeed_ckpt.convert import Conversion, convert
+from ascendspeed_ckpt.writers.write_plan import WritePlan
 from ascendspeed_core.weights import InitialWeights, open_weights
-from ascendspeed_core.weights.external.layout import shard_layout
-from ascendspeed_core.weights.external.write_plan import WritePlan
+from ascendspeed_core.weights.shard_layout import shard_layout
 from ascendspeed_core.weights.source import CheckpointError
 from support.commands import call
 from support.models import save_hugging_face, tiny_config
@@ -193,7 +193,11 @@ BAD: dict[str, tuple[str, Callable[[Path], None], str]] = {
         "is damaged or no file of torch.save (torch 1.6 or later)",
     ),
     "swapped ranks": ("ascendspeed", swapped_ranks, "is not tensor rank 0 of stage 0 of this checkpoint"),
-    "an extra key": ("megatron", extra_key, "no place for, first decoder.layers.0.adapter.weight"),
+    "an extra key": (
+        "megatron",
+        extra_key,
+        "that the model does not have, first decoder.layers.0.adapter.weight",
+    ),
     "a key too few": ("megatron", lacking_key, "lacks decoder.layers.0.mlp.linear_fc2.weight"),
     "another format in one rank": ("megatron", wrong_dtype, "is stored as float32, "),
     "another shape": ("megatron", wrong_shape, "has shape [32, 23], the model's is [32, 24]"),
@@ -279,7 +283,7 @@ def test_inert_objects_of_other_programs(tmp_path: Path, monkeypatch: pytest.Mon
     """Enumerations and random states of packages that are not here stay what they are: names and values."""
     import numpy as np
 
-    from ascendspeed_core.weights.files.torch_files import StandIn, TorchFile
+    from ascendspeed_core.weights.files.torch_files import InertObject, TorchFile
 
     module: Any = types.ModuleType("ascendspeed.enums")
     module.Kind = Enum("Kind", {"A": 1}, module="ascendspeed.enums")
@@ -288,7 +292,7 @@ def test_inert_objects_of_other_programs(tmp_path: Path, monkeypatch: pytest.Mon
     content = {"args": Namespace(kind=module.Kind.A), "np_rng_state": np.random.get_state()}
     torch.save(content, tmp_path / "x.pt")
     found = TorchFile(tmp_path / "x.pt").content
-    assert isinstance(found["args"].kind, StandIn)
+    assert isinstance(found["args"].kind, InertObject)
     assert type(found["args"].kind).__name__ == "Kind"
     assert found["np_rng_state"][0] == "MT19937"
 

@@ -9,16 +9,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ascendspeed_ckpt import Conversion, convert
 from ascendspeed_ckpt.config import TargetKind
-from ascendspeed_ckpt.convert import Conversion, convert
+from ascendspeed_ckpt.writers.write_plan import ExternalKind, WritePlan
 from ascendspeed_core.build import load_model
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.device import Device
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.weights import WeightSource, open_weights
-from ascendspeed_core.weights.external.layout import shard_layout
-from ascendspeed_core.weights.external.write_plan import ExternalKind, WritePlan
+from ascendspeed_core.weights.shard_layout import shard_layout
 from ascendspeed_core.weights.source import CheckpointError
 from core.test_checkpoints import read, write
 from support.ascendspeed_2023 import read_llama
@@ -113,7 +113,7 @@ def test_another_layout_is_the_same_command_and_gives_what_a_direct_conversion_g
     again = call("asd-ckpt", "convert", "--load", tmp_path / "tp4", "--save", tmp_path / "again", *flags)
     direct = call("asd-ckpt", "convert", "--load", model, "--save", tmp_path / "direct", *flags)
     assert (again.status, direct.status) == (0, 0), again.stderr + direct.stderr
-    assert "vocabulary: 130 ids, filled up to 256 rows" in again.stderr
+    assert "vocabulary: 130 ids, padded to 256 rows" in again.stderr
     for path in sorted((tmp_path / "direct" / "release").glob("mp_rank_*/*.pt")):
         want = torch.load(path, weights_only=False)["model"]
         got = torch.load(tmp_path / "again" / path.relative_to(tmp_path / "direct"), weights_only=False)[
@@ -280,8 +280,8 @@ def test_optimizer_state_moves_between_native_checkpoints(workers: WorkerPool, t
     done = call(
         "asd-ckpt", "convert", "--load", tmp_path / "run", "--save", tmp_path / "hf", "--to", "huggingface"
     )
-    assert "left behind: optimizer" in done.stderr
-    assert "left behind: rng" in done.stderr
+    assert "not converted: optimizer" in done.stderr
+    assert "not converted: rng" in done.stderr
 
 
 REFUSED: dict[str, tuple[dict[str, Any], ExternalKind, str]] = {
@@ -312,7 +312,7 @@ def test_flags_that_contradict(model: Path, tmp_path: Path) -> None:
     x = tmp_path / "x"
     two_stages = ["--to", "megatron", "--pipeline-model-parallel-size", 2]
     for flags, status, complaint in (
-        (["--to", "native", "--tensor-model-parallel-size", 2], 2, "means nothing for --to native"),
+        (["--to", "native", "--tensor-model-parallel-size", 2], 2, "does not apply to --to native"),
         (["--deepspeed"], 2, "DeepSpeed's layout is read, not written"),
         (["--to", "ascendspeed", "--tensor-model-parallel-size", 3], 1, "does not divide"),
         ([*two_stages, "--partition-layers", "3,2"], 2, "add up to the model's 4"),
@@ -322,7 +322,7 @@ def test_flags_that_contradict(model: Path, tmp_path: Path) -> None:
         (["--bias"], 1, "has no biases"),
         (["--pse"], 1, "has no ALiBi"),
         (["--from", "megatron"], 1, "holds no mp_rank_"),
-        (["--merge-mlp", "--to", "megatron"], 2, "is of --to ascendspeed"),
+        (["--merge-mlp", "--to", "megatron"], 2, "applies to --to ascendspeed"),
         (["--src-tensor-model-parallel-size", 2], 1, "contradicts"),
     ):  # fmt: skip
         done = call("asd-ckpt", "convert", "--input-model-dir", model, "--output-model-dir", x, *flags)

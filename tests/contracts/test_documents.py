@@ -34,7 +34,7 @@ def inputs(
     """The files that documents speak of: corpus.jsonl, its dataset, model.json, run/, model-hf/, adapter/."""
     from peft import LoraConfig, get_peft_model
 
-    from ascendspeed_ckpt.convert import Conversion, convert
+    from ascendspeed_ckpt import Conversion, convert
     from ascendspeed_core.models.families import find_family
 
     folder = tmp_path_factory.mktemp("documents")

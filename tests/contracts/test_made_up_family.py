@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ascendspeed_ckpt.writers.huggingface import write_hugging_face
 from ascendspeed_core.build import load_model
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.device import Device
@@ -19,7 +20,6 @@ from ascendspeed_core.models.families import known_families
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.tensor import gather_logits
 from ascendspeed_core.weights import open_weights
-from ascendspeed_core.weights.huggingface.write import write_hugging_face
 from ascendspeed_data.errors import AscendSpeedError
 from support.baichuan import rotary
 from support.commands import call

@@ -338,7 +338,7 @@ def test_trackers_that_lead_nowhere(checkpoint: Path, tmp_path: Path) -> None:
 def test_folders_that_are_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="does not exist; check --load"):
         open_weights(tmp_path / "none")
-    with pytest.raises(CheckpointError, match="is no checkpoint that is recognised"):
+    with pytest.raises(CheckpointError, match="is not a checkpoint of a known kind"):
         open_weights(tmp_path)
 
 

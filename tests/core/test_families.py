@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from ascendspeed_ckpt.writers.huggingface import write_hugging_face
+from ascendspeed_ckpt.writers.huggingface_view import HuggingFaceView
+from ascendspeed_ckpt.writers.native import write_native
 from ascendspeed_core.build import load_model
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.parallel import Layout
@@ -19,10 +22,7 @@ from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.pipeline import forward_through_stages
 from ascendspeed_core.parallel.tensor import gather_logits
 from ascendspeed_core.weights import HuggingFaceSource, Index, TensorInfo, open_weights
-from ascendspeed_core.weights.huggingface.names import HuggingFaceNames
-from ascendspeed_core.weights.huggingface.write import write_hugging_face
 from ascendspeed_core.weights.load import parameter_shapes
-from ascendspeed_core.weights.native.write import write_native
 from ascendspeed_core.weights.source import CheckpointError
 from core.training_cases import first_gradients
 from support.families import REFERENCES, logits_of
@@ -99,7 +99,7 @@ def largest_differences(
         for name, gradient in ranks[number * layout.tp * layout.dp][1].items():
             gradients[name] = gradients[name] + gradient if name in gradients else gradient
     assert gradients.keys() == parameter_shapes(config).keys()
-    got = HuggingFaceNames(Tensors(config, gradients))
+    got = HuggingFaceView(Tensors(config, gradients))
     assert got.tensors().keys() == want.keys()
     assert min(float(gradient.abs().max()) for gradient in want.values()) > 1e-4
     return (
@@ -171,7 +171,7 @@ def test_weights_and_config_survive_the_round_trip(
         back = open_weights(tmp_path / part)
         assert isinstance(back, HuggingFaceSource)
         assert back.config == source.config
-        names = HuggingFaceNames(back)
+        names = HuggingFaceView(back)
         assert names.tensors().keys() == want.keys()
         for their_name, tensor in want.items():
             assert torch.equal(names.read(their_name), tensor)

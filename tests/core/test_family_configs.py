@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from ascendspeed_ckpt.writers.huggingface import write_hugging_face
 from ascendspeed_core.models.families import FAMILIES, family_of_hugging_face, find_family
 from ascendspeed_core.weights import open_weights
-from ascendspeed_core.weights.huggingface.write import write_hugging_face
 from ascendspeed_data.errors import AscendSpeedError
 from support.commands import call, run_command
 from support.models import save_hugging_face, tiny_config

@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ascendspeed_ckpt.writers.huggingface import write_hugging_face
+from ascendspeed_ckpt.writers.native import write_native
 from ascendspeed_core.build import load_model
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.device import Device
@@ -18,8 +20,6 @@ from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.weights import InitialWeights, open_weights, stored
 from ascendspeed_core.weights.files.file_tensor import StoredFile, StoredTensor
 from ascendspeed_core.weights.files.safetensors_files import read_safetensors
-from ascendspeed_core.weights.huggingface.write import write_hugging_face
-from ascendspeed_core.weights.native.write import write_native
 from ascendspeed_core.weights.source import CheckpointError, TensorInfo
 from support.models import tiny_config
 from support.processes import WorkerPool

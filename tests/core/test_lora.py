@@ -20,14 +20,14 @@ from ascendspeed_core.observability.metrics import read_metrics
 from ascendspeed_core.optim.optimizer import MasterOptimizer
 from ascendspeed_core.parallel.dropout import apply_dropout
 from ascendspeed_core.weights import InitialWeights, open_weights
-from ascendspeed_core.weights.adapters.files import Adapter, MergedAdapter
 from ascendspeed_core.weights.adapters.lora import (
     AdaptedWeights,
     drawn_adapters,
     loaded_adapters,
     plan_adapters,
 )
-from ascendspeed_core.weights.adapters.write import peft_form
+from ascendspeed_core.weights.adapters.peft import Adapter, MergedAdapter
+from ascendspeed_core.weights.adapters.write_peft import peft_form
 from ascendspeed_data.errors import AscendSpeedError
 from core.finetune_cases import data_config, tune, used_adapters
 from core.test_instruction_data import ALONE, config, distances, finetune

@@ -11,12 +11,18 @@ app = build_app(
     "Convert, inspect and verify checkpoints.",
     __version__,
     [
-        Command("convert", f"{COMMANDS}.convert:convert_command", "Convert a checkpoint to another kind."),
-        Command("inspect", f"{COMMANDS}.show:inspect_command", "Say what a checkpoint is."),
+        Command(
+            "convert",
+            f"{COMMANDS}.convert:convert_command",
+            "Convert a checkpoint to another kind or layout.",
+        ),
+        Command("inspect", f"{COMMANDS}.inspect:inspect_command", "Describe a checkpoint."),
         Command(
             "merge-lora", f"{COMMANDS}.merge_lora:merge_lora_command", "Merge a LoRA adapter into a model."
         ),
-        Command("verify", f"{COMMANDS}.show:verify_command", "Prove two checkpoints the same model."),
+        Command(
+            "verify", f"{COMMANDS}.verify:verify_command", "Check that two checkpoints hold the same model."
+        ),
     ],
 )
 

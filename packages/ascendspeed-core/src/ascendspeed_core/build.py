@@ -26,7 +26,6 @@ from ascendspeed_core.parallel.collectives import all_reduce_max
 from ascendspeed_core.parallel.context import apply_context_parallel
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.tensor import apply_tensor_parallel
-from ascendspeed_core.weights.adapters.lora import AdaptedWeights
 from ascendspeed_core.weights.load import check_weights, copy_weight, load_weights, shapes_of
 from ascendspeed_core.weights.source import WeightSource
 from ascendspeed_data.errors import ConfigError
@@ -102,7 +101,7 @@ def load_model(
     """
     if weight_quantization == "int8":
         return load_int8_model(source, mesh, dtype, joined_projections)
-    adapters = source.adapters if isinstance(source, AdaptedWeights) else None
+    adapters = source.adapters
     if mesh.layout.zero_stage == 3:
         from ascendspeed_core.parallel.deepspeed import partition_weights
 
@@ -142,9 +141,7 @@ def load_int8_model(
     """
     refuse_missing_format(dtype, mesh.device)
     refuse_spread_int8(mesh.layout.zero_stage)
-    model = _cut_model(
-        source.config, mesh, dtype, source.adapters if isinstance(source, AdaptedWeights) else None
-    )
+    model = _cut_model(source.config, mesh, dtype, source.adapters)
     slices = parameter_slices(model, mesh)
     check_weights(model, source, slices)
     names, workspace = {module: name for name, module in model.named_modules()}, Workspace()

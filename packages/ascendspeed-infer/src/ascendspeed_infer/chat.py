@@ -2,14 +2,11 @@
 
 from collections.abc import Callable, Iterator
 
-from ascendspeed_core.weights import NativeSource, WeightSource
-from ascendspeed_core.weights.adapters.files import MergedAdapter
-from ascendspeed_core.weights.adapters.lora import AdaptedWeights
-from ascendspeed_core.weights.native.source import DATA_MANIFEST
+from ascendspeed_core.weights import WeightSource
 from ascendspeed_data.chat_template import Message
 from ascendspeed_data.command_line import log
 from ascendspeed_data.errors import AscendSpeedError, ConfigError
-from ascendspeed_data.manifest import DatasetManifest, read_manifest
+from ascendspeed_data.manifest import DatasetManifest
 from ascendspeed_data.prompting import NAMES, PromptLayout, layout_named, recorded_layout
 from ascendspeed_data.tokenizer import Tokenizer
 from ascendspeed_infer.config import AnswerConfig
@@ -116,7 +113,7 @@ def choose_layout(
     Raises:
         AscendSpeedError: nothing says how a conversation is laid out.
     """
-    manifest = _manifest_of(source)
+    manifest = source.data_manifest
     is_recorded = manifest is not None and manifest.kind != "text"
     if asked is not None:
         layout = layout_named(asked, tokenizer)
@@ -150,17 +147,6 @@ def _recorded(manifest: DatasetManifest | None, tokenizer: Tokenizer, is_strict:
         if is_strict:
             raise
         return None
-
-
-def _manifest_of(source: WeightSource) -> DatasetManifest | None:
-    """Return what is recorded of the training data, of the adapter's before the model's."""
-    if isinstance(source, AdaptedWeights):
-        return _manifest_of(source.base)
-    if isinstance(source, MergedAdapter):
-        folder = source.adapter.folder
-        found = [path for place in (folder, folder.parent) if (path := place / DATA_MANIFEST).is_file()]
-        return read_manifest(found[0]) if found else _manifest_of(source.base)
-    return source.data_manifest if isinstance(source, NativeSource) else None
 
 
 def converse(

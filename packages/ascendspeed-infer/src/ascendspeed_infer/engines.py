@@ -198,11 +198,11 @@ def hugging_face_folder(config: LoadedModelConfig, name: str) -> Path:
     Raises:
         ConfigError: it is of another kind.
     """
-    from ascendspeed_core.weights.detect import kind_of
+    from ascendspeed_core.weights.detect import detect_kind
 
     path = config.source.load
     assert path is not None
-    kind = kind_of(path)
+    kind = detect_kind(path)
     if kind != "huggingface":
         raise ConfigError(
             f"engine={name} reads Hugging Face folders, {path} is of kind {kind}; convert it: asd-ckpt convert "

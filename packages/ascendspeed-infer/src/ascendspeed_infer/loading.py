@@ -9,10 +9,10 @@ from ascendspeed_core.build import refuse_spread_int8
 from ascendspeed_core.config.deepspeed import answering_settings, read_deepspeed_config
 from ascendspeed_core.config.parallel import ParallelConfig
 from ascendspeed_core.parallel.mesh import ParallelMesh
-from ascendspeed_core.weights import NativeSource, WeightSource, open_source
-from ascendspeed_core.weights.adapters.external import open_adapter
-from ascendspeed_core.weights.adapters.files import MergedAdapter
-from ascendspeed_core.weights.adapters.lora import AdaptedWeights, loaded_adapters
+from ascendspeed_core.weights import WeightSource, open_source, stored_source
+from ascendspeed_core.weights.adapters.ascendspeed import open_adapter
+from ascendspeed_core.weights.adapters.lora import loaded_adapters
+from ascendspeed_core.weights.adapters.peft import MergedAdapter
 from ascendspeed_data.command_line import log
 from ascendspeed_data.errors import AscendSpeedError
 from ascendspeed_data.manifest import check_tokenizer
@@ -89,14 +89,12 @@ def find_tokenizer(source: WeightSource, given: Path | None) -> Path:
     if given is None:
         assert own is not None
         return own
-    base = source
-    while isinstance(base, MergedAdapter | AdaptedWeights):
-        base = base.base
-    if isinstance(base, NativeSource) and base.data_manifest is not None:
+    base = stored_source(source)
+    if base.data_manifest is not None:
         check_tokenizer(
             base.data_manifest, load_tokenizer(given), f"the data that {source.path} was trained on"
         )
-    elif isinstance(base, NativeSource) and own is not None:
+    elif base.kind == "native" and own is not None:
         trained, wanted = load_tokenizer(own), load_tokenizer(given)
         if trained.fingerprint != wanted.fingerprint:
             raise AscendSpeedError(

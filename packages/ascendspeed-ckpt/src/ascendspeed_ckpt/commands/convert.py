@@ -5,25 +5,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ascendspeed_ckpt.config import FOREIGN, ConvertOptions, OutputOptions, TargetKind
+from ascendspeed_ckpt.config import EXTERNAL_KINDS, ConvertOptions, OutputOptions, TargetKind
 from ascendspeed_core.config.load import load_config
 from ascendspeed_data.command_line import log
 from ascendspeed_data.command_line.options import options_from
 from ascendspeed_data.errors import AscendSpeedError, ConfigError
 
 if TYPE_CHECKING:
-    from ascendspeed_ckpt.convert import Conversion, Verdict
+    from ascendspeed_ckpt.conversion import Conversion, Verdict
     from ascendspeed_core.weights import WeightSource
 
 
 @options_from(ConvertOptions)
 def convert_command(
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print what would be done, write nothing.")
+        bool, typer.Option("--dry-run", help="Print what would be done, and write nothing.")
     ] = False,
     **given: Any,
 ) -> None:
-    """Convert a checkpoint, streaming, and prove the result equal before it gets its name."""
+    """Convert a checkpoint to another kind or layout, and prove the result equal before the folder gets its name."""
     options = load_config(ConvertOptions, None, given)
     max_shard_bytes = parse_size(options.output.max_shard_size)
     from ascendspeed_core.device import HOST, prepare_torch
@@ -34,24 +34,19 @@ def convert_command(
 
 
 def open_input(options: ConvertOptions) -> "WeightSource":
-    """Open what is to be converted, with what was said of it, and what is to change on the way."""
-    from ascendspeed_ckpt.sizes import check_description, config_of_type
-    from ascendspeed_ckpt.sources import ResizedVocabulary
-    from ascendspeed_core.models.families import family_of_hugging_face
+    """Open the input as the options describe it, with the changes that they ask for."""
+    from ascendspeed_ckpt.model_sizes import check_description, config_of_type
+    from ascendspeed_ckpt.resize_vocab import ResizedVocabulary
     from ascendspeed_core.weights import open_weights
-    from ascendspeed_core.weights.huggingface.source import read_json
+    from ascendspeed_core.weights.huggingface.config import read_model_config
     from ascendspeed_data.tokenizer import load_tokenizer
 
     given = options.input
-    config = None
-    if given.model_config_file is not None:
-        hf_config = read_json(given.model_config_file)
-        config = family_of_hugging_face(hf_config, str(given.model_config_file)).read_config(hf_config)
+    config = read_model_config(given.model_config_file) if given.model_config_file is not None else None
     source = open_weights(
         given.input_model_dir, given.from_kind, config, given.orig_vocab_size, lambda: config_of_type(given)
     )
-    layout = getattr(source, "layout", None)
-    check_description(given, source.config, (layout.tp, layout.pp) if layout is not None else None)
+    check_description(given, source.config, source.layout)
     change = options.change
     if change.resize_vocab_to is not None:
         size = load_tokenizer(change.resize_vocab_to).vocab_size
@@ -63,10 +58,10 @@ def open_input(options: ConvertOptions) -> "WeightSource":
 
 
 def plan(options: ConvertOptions, source: "WeightSource", max_shard_bytes: int) -> "Conversion":
-    """Return what is to be done."""
+    """Return the conversion that the options describe."""
     import torch
 
-    from ascendspeed_ckpt.convert import Conversion
+    from ascendspeed_ckpt.conversion import Conversion
 
     output, work = options.output, options.work
     to = output.to or default_target(options, source)
@@ -79,7 +74,9 @@ def plan(options: ConvertOptions, source: "WeightSource", max_shard_bytes: int) 
         tokenizer=output.tokenizer_name_or_path,
         max_shard_bytes=max_shard_bytes,
         pickled=output.weights_format == "bin",
-        foreign=foreign_target(output, to, source.config.num_layers, dtype) if to in FOREIGN else None,
+        write_plan=make_write_plan(output, to, source.config.num_layers, dtype)
+        if to in EXTERNAL_KINDS
+        else None,
         verify_logits=work.verify_logits,
         workers=work.workers,
         overwrite=work.overwrite,
@@ -87,16 +84,16 @@ def plan(options: ConvertOptions, source: "WeightSource", max_shard_bytes: int) 
 
 
 def default_target(options: ConvertOptions, source: "WeightSource") -> TargetKind:
-    """Return what is written unless told: another layout of the same kind, AscendSpeed's, or the other of our two."""
+    """Return the kind to write when `--to` is not given."""
     if options.output.has_layout:
         return "megatron" if source.kind == "megatron" else "ascendspeed"
     return "native" if source.kind == "huggingface" else "huggingface"
 
 
-def foreign_target(output: OutputOptions, to: TargetKind, num_layers: int, dtype: Any) -> Any:
-    """Return layout and naming of a target of another system."""
-    from ascendspeed_core.weights.external.layout import shard_layout
-    from ascendspeed_core.weights.external.write_plan import WritePlan
+def make_write_plan(output: OutputOptions, to: TargetKind, num_layers: int, dtype: Any) -> Any:
+    """Return layout and names of an external checkpoint."""
+    from ascendspeed_ckpt.writers.write_plan import WritePlan
+    from ascendspeed_core.weights.shard_layout import shard_layout
 
     layout = shard_layout(
         num_layers,
@@ -116,8 +113,8 @@ def foreign_target(output: OutputOptions, to: TargetKind, num_layers: int, dtype
 
 
 def run(conversion: "Conversion", dry_run: bool) -> None:
-    """Say what is done, do it, and say what was proved."""
-    from ascendspeed_ckpt.convert import convert, left_behind, memory_bytes, total_bytes
+    """Log what will be done, do it, and print what was proved."""
+    from ascendspeed_ckpt.conversion import convert, memory_bytes, not_converted, total_bytes
     from ascendspeed_core.weights import WeightSource
 
     source = conversion.source
@@ -125,20 +122,21 @@ def run(conversion: "Conversion", dry_run: bool) -> None:
     opened: WeightSource = source
     dtypes = sorted({str(info.dtype).removeprefix("torch.") for info in opened.tensors().values()})
     kept = str(conversion.dtype).removeprefix("torch.") if conversion.dtype else ", ".join(dtypes)
-    log(
-        f"read: {opened.kind} {opened.path}{_layout(opened)}, {len(opened.tensors())} tensors, {', '.join(dtypes)}"
-    )
-    cut = f", {conversion.foreign.layout}" if conversion.foreign else ""
-    total = total_bytes(opened, conversion.dtype, conversion.foreign)
+    layout = f" ({opened.layout})" if opened.layout is not None else ""
+    log(f"read: {opened.kind} {opened.path}{layout}, {len(opened.tensors())} tensors, {', '.join(dtypes)}")
+    cut = f", {conversion.write_plan.layout}" if conversion.write_plan else ""
+    total = total_bytes(opened, conversion.dtype, conversion.write_plan)
     log(f"write: {conversion.to} {conversion.target}{cut}, {total:,} bytes, {kept}")
-    if conversion.foreign is not None:
-        rows = conversion.foreign.vocabulary_rows(opened.config)
-        conversion.foreign.table(opened.config)
+    if conversion.write_plan is not None:
+        rows = conversion.write_plan.vocabulary_rows(opened.config)
+        conversion.write_plan.name_map(opened.config)
         log(
-            f"vocabulary: {opened.config.vocab_size:,} ids, filled up to {rows:,} rows by repeating the last one"
+            f"vocabulary: {opened.config.vocab_size:,} ids, padded to {rows:,} rows by repeating the last one"
         )
-    for what in left_behind(opened, conversion):
-        log(f"left behind: {what}, for which {conversion.to} has no place or which belongs to the old layout")
+    for what in not_converted(opened, conversion):
+        log(
+            f"not converted: {what}, which a {conversion.to} checkpoint cannot hold, or which fits the old layout only"
+        )
     workers = conversion.num_workers
     log(
         f"memory: at most {memory_bytes(opened, workers):,} bytes of tensors at once, {workers} files at once"
@@ -175,10 +173,5 @@ def parse_size(text: str) -> int:
     except ValueError:
         size = 0
     if size < 1:
-        raise ConfigError(f"max_shard_size={text!r} is no size; write for example 500MB or 5GB")
+        raise ConfigError(f"max_shard_size={text!r} is not a size; write for example 500MB or 5GB")
     return size
-
-
-def _layout(source: "WeightSource") -> str:
-    layout = getattr(source, "layout", None)
-    return f" ({layout})" if layout is not None else ""

@@ -16,22 +16,24 @@ def merge_lora_command(
     lora_load: Annotated[
         Path,
         typer.Option(
-            "--lora-load", "--adapter", help="Folder of the adapter: peft's, a run's, or one of 2023."
+            "--lora-load",
+            "--adapter",
+            help="Folder of the adapter: in peft's format, of a training run, or of AscendSpeed 2023.",
         ),
     ],
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print what would be done, write nothing.")
+        bool, typer.Option("--dry-run", help="Print what would be done, and write nothing.")
     ] = False,
     **given: Any,
 ) -> None:
-    """Merge a LoRA adapter into a checkpoint of any kind, and write any kind; the layout does not change the result."""
+    """Merge a LoRA adapter into a checkpoint of any kind, and write the result as any kind."""
     options = load_config(ConvertOptions, None, given)
     max_shard_bytes = parse_size(options.output.max_shard_size)
     from ascendspeed_core.device import HOST, prepare_torch
 
     prepare_torch(HOST.kind)
-    from ascendspeed_core.weights.adapters.external import open_adapter
-    from ascendspeed_core.weights.adapters.files import MergedAdapter
+    from ascendspeed_core.weights.adapters.ascendspeed import open_adapter
+    from ascendspeed_core.weights.adapters.peft import MergedAdapter
 
     base = open_input(options)
     merged = MergedAdapter(base, open_adapter(lora_load, base.config))

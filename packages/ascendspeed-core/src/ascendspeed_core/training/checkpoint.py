@@ -31,7 +31,8 @@ from ascendspeed_core.optim.loss_scale import LossScale
 from ascendspeed_core.optim.update_rule import optimizer_state_keys
 from ascendspeed_core.parallel.mesh import ParallelMesh, gather_objects
 from ascendspeed_core.weights.adapters.lora import description_of, plan_of
-from ascendspeed_core.weights.adapters.write import write_adapter
+from ascendspeed_core.weights.adapters.write_peft import write_adapter
+from ascendspeed_core.weights.native.distributed_files import TensorFile, WrittenShard, write_metadata
 from ascendspeed_core.weights.native.source import (
     DESCRIPTION,
     FORMAT_VERSION,
@@ -39,7 +40,6 @@ from ascendspeed_core.weights.native.source import (
     TRACKER,
     NativeSource,
 )
-from ascendspeed_core.weights.native.write_tensors import TensorFile, WrittenShard, write_metadata
 from ascendspeed_core.weights.source import CheckpointError
 from ascendspeed_data.command_line import log
 from ascendspeed_data.files import INCOMPLETE, write_durably

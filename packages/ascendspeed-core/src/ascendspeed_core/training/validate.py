@@ -18,7 +18,7 @@ from ascendspeed_core.optim.schedule import samples_of_run, with_iterations
 from ascendspeed_core.training.checkpoint import Progress, check_optimizer, load_progress, saved_iterations
 from ascendspeed_core.training.eval_prompts import SamplesPlan, plan_samples
 from ascendspeed_core.weights import NativeSource, WeightSource, open_source, open_weights
-from ascendspeed_core.weights.adapters.external import open_adapter
+from ascendspeed_core.weights.adapters.ascendspeed import open_adapter
 from ascendspeed_core.weights.adapters.lora import (
     AdaptedWeights,
     drawn_adapters,

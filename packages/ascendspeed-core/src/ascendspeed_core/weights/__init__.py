@@ -5,9 +5,10 @@ from ascendspeed_core.weights.huggingface.source import HuggingFaceSource
 from ascendspeed_core.weights.load import load_weights
 from ascendspeed_core.weights.native.source import NativeSource
 from ascendspeed_core.weights.random_init import InitialWeights
-from ascendspeed_core.weights.source import Index, TensorInfo, WeightSource
+from ascendspeed_core.weights.source import BaseWeightSource, Index, TensorInfo, WeightSource, stored_source
 
 __all__ = [
+    "BaseWeightSource",
     "HuggingFaceSource",
     "Index",
     "InitialWeights",
@@ -17,4 +18,5 @@ __all__ = [
     "load_weights",
     "open_source",
     "open_weights",
+    "stored_source",
 ]

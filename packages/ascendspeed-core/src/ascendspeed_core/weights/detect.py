@@ -1,4 +1,4 @@
-"""Recognise what a path holds."""
+"""Detect what kind of checkpoint a path holds, and open it."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,19 +6,19 @@ from typing import get_args
 
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.source import ModelSourceConfig
-from ascendspeed_core.models.families import family_of_hugging_face
 from ascendspeed_core.weights.external.deepspeed import LATEST, DeepSpeedPipeSource
-from ascendspeed_core.weights.external.mp_rank import ShardedSource
-from ascendspeed_core.weights.external.mp_rank import iteration_folder as foreign_folder
+from ascendspeed_core.weights.external.mp_rank import MpRankSource
+from ascendspeed_core.weights.external.mp_rank import iteration_folder as external_iteration_folder
 from ascendspeed_core.weights.external.torch_dist import BACKEND, TorchDistSource
-from ascendspeed_core.weights.huggingface.source import HuggingFaceSource, read_json
+from ascendspeed_core.weights.huggingface.config import read_model_config
+from ascendspeed_core.weights.huggingface.source import HuggingFaceSource
 from ascendspeed_core.weights.native.source import DESCRIPTION, TRACKER, NativeSource
 from ascendspeed_core.weights.random_init import InitialWeights
 from ascendspeed_core.weights.source import CheckpointError, Kind, WeightSource
 from ascendspeed_data.errors import ConfigError, did_you_mean
 from ascendspeed_data.files import INCOMPLETE
 
-RECOGNISED = {
+KNOWN_KINDS = {
     "native": f"a run's folder with {TRACKER}, or an iter_* folder with {DESCRIPTION}",
     "huggingface": "a folder with config.json and model.safetensors or pytorch_model.bin",
     "ascendspeed, megatron": "a folder with mp_rank_* folders, or with a tracker that names one",
@@ -27,44 +27,48 @@ RECOGNISED = {
 }
 
 
-def kind_of(path: Path) -> Kind:
-    """Return the kind of checkpoint at `path`; only names of files are looked at, but for `mp_rank_*` folders.
+def detect_kind(path: Path) -> Kind:
+    """Return the kind of checkpoint at `path`, from names of files alone, except for `mp_rank_*` folders.
 
     Raises:
-        CheckpointError: the path does not exist, or is nothing that is recognised.
+        CheckpointError: the path does not exist, or holds no checkpoint of a known kind.
     """
     if not path.exists():
         raise CheckpointError(f"checkpoint {path} does not exist; check --load")
     if path.name.endswith(INCOMPLETE):
-        raise CheckpointError(f"{path} was not completed; use an earlier checkpoint of {path.parent}")
+        raise CheckpointError(f"{path} was never completed; use an earlier checkpoint of {path.parent}")
     if (path / DESCRIPTION).is_file():
         return "native"
     if (path / TRACKER).is_file():
-        return _kind_of_run(path)
+        return _detect_kind_of_run(path)
     if (path / BACKEND).is_file():
         return "torch_dist"
     if any(path.glob("mp_rank_*")):
-        return ShardedSource.kind_in(path)
+        return MpRankSource.kind_in(path)
     if (path / LATEST).is_file() or any(path.glob("layer_*-model_*-model_states.pt")):
         return "deepspeed"
     if (path / "config.json").is_file():
         return "huggingface"
-    known = "; ".join(f"{kind}: {what}" for kind, what in RECOGNISED.items())
-    raise CheckpointError(f"{path} is no checkpoint that is recognised ({known})")
+    known = "; ".join(f"{kind}: {what}" for kind, what in KNOWN_KINDS.items())
+    raise CheckpointError(f"{path} is not a checkpoint of a known kind ({known}); check --load")
 
 
 def open_source(source: ModelSourceConfig, seed: int) -> WeightSource:
-    """Open what a command was told to start from: a checkpoint, or random weights of a config.
+    """Open the checkpoint that a command starts from, or random weights of its config.
+
+    Args:
+        source: the options `--load` and `--model-config`.
+        seed: of random weights.
 
     Raises:
-        CheckpointError: nothing there, not recognised, incomplete, or of an unsupported architecture.
+        CheckpointError: there is no checkpoint, or it is of no known kind, incomplete or of an unsupported
+            architecture.
     """
     if source.load is not None:
         return open_weights(source.load)
     path = source.model_config_file
     assert path is not None
-    hf_config = read_json(path)
-    return InitialWeights(family_of_hugging_face(hf_config, str(path)).read_config(hf_config), seed)
+    return InitialWeights(read_model_config(path), seed)
 
 
 def open_weights(
@@ -72,26 +76,27 @@ def open_weights(
     kind: Kind | None = None,
     config: ModelConfig | None = None,
     vocab_size: int | None = None,
-    otherwise: Callable[[], ModelConfig | None] = lambda: None,
+    fallback_config: Callable[[], ModelConfig | None] = lambda: None,
 ) -> WeightSource:
-    """Open the checkpoint at `path`, whatever kind it is; weights are read later, by slice.
+    """Open the checkpoint at `path`, of any kind; weights are read later, by slice.
 
     Args:
         path: folder of the checkpoint.
-        kind: what it is, where it is not to be recognised.
-        config: the architecture, for checkpoints of other systems that do not say it.
-        vocab_size: rows of the embedding that are not filling, for those that do not say it.
-        otherwise: asked for the architecture when nothing else says it.
+        kind: its kind; by default it is detected.
+        config: the architecture, for external checkpoints that do not include it.
+        vocab_size: vocabulary size without padding, for external checkpoints that do not record it.
+        fallback_config: called for the architecture when neither the checkpoint nor `config` gives it.
 
     Raises:
         ConfigError: an unknown kind.
-        CheckpointError: nothing there, not recognised, incomplete, or of an unsupported architecture.
+        CheckpointError: there is no checkpoint, or it is of no known kind, incomplete or of an unsupported
+            architecture.
     """
     if kind is not None and kind not in get_args(Kind):
         raise ConfigError(
             f"from={kind} is unknown; known: {', '.join(get_args(Kind))}{did_you_mean(kind, get_args(Kind))}"
         )
-    found = kind_of(path) if kind is None else kind
+    found = detect_kind(path) if kind is None else kind
     if found == "native":
         return NativeSource(path)
     if found == "huggingface":
@@ -100,19 +105,19 @@ def open_weights(
         return TorchDistSource(path, config, vocab_size)
     if found == "deepspeed":
         return DeepSpeedPipeSource(path, config)
-    source = ShardedSource(path, config, vocab_size, otherwise)
+    source = MpRankSource(path, config, vocab_size, fallback_config)
     if source.kind != found:
-        raise CheckpointError(f"{path} is of kind {source.kind}, not {found}; leave --from out")
+        raise CheckpointError(f"{path} is a checkpoint of kind {source.kind}, not {found}; leave --from out")
     return source
 
 
-def _kind_of_run(path: Path) -> Kind:
-    """Tell apart the kinds that have a tracker."""
+def _detect_kind_of_run(path: Path) -> Kind:
+    """Return the kind of a folder with a tracker."""
     text = (path / TRACKER).read_text(encoding="utf-8").strip()
     if text == "release":
-        return kind_of(foreign_folder(path))
+        return detect_kind(external_iteration_folder(path))
     if text.isdecimal():
         folder = path / f"iter_{int(text):07d}"
         if (folder / BACKEND).is_file() or any(folder.glob("mp_rank_*")):
-            return kind_of(foreign_folder(path))
+            return detect_kind(external_iteration_folder(path))
     return "native"

@@ -1,4 +1,4 @@
-"""Put a source's weights into a model, each process reading only the slices that it holds."""
+"""Load weights into a model; each rank reads only the slices that it holds."""
 
 from collections.abc import Mapping
 
@@ -12,10 +12,10 @@ from ascendspeed_core.weights.stream import slabs
 
 
 def load_weights(model: Transformer, source: WeightSource, slices: Mapping[str, Slice]) -> None:
-    """Copy the weights of `source` into `model`, whole, cut, or one stage; formats are converted.
+    """Copy weights into a model, which may be whole, cut, or one stage; dtypes are converted.
 
     Args:
-        model: with storage.
+        model: with allocated parameters.
         source: the weights.
         slices: which part of each parameter the model holds.
 
@@ -37,7 +37,7 @@ def check_weights(model: Transformer, source: WeightSource, slices: Mapping[str,
     where = source.path or source.kind
     beyond = set(have) - slices.keys()
     for name in sorted(beyond - shapes_of(model).keys() if beyond else ()):
-        raise CheckpointError(f"{where} holds {name}, which the model has no place for")
+        raise CheckpointError(f"{where} holds {name}, which the model does not have")
     for name, _ in model.named_parameters():
         if name not in have:
             raise CheckpointError(f"{where} lacks {name}; it is another architecture or an incomplete copy")
@@ -50,7 +50,7 @@ def check_weights(model: Transformer, source: WeightSource, slices: Mapping[str,
 
 @torch.no_grad()
 def copy_weight(parameter: torch.Tensor, source: WeightSource, name: str, part: Slice) -> None:
-    """Copy a part of one weight, a slab of rows after the other; formats are converted."""
+    """Copy a part of one weight, slab by slab; dtypes are converted."""
     start = 0
     for slab in slabs(source, name, part.index):
         parameter[start : start + len(slab)].copy_(slab)
@@ -58,12 +58,12 @@ def copy_weight(parameter: torch.Tensor, source: WeightSource, name: str, part: 
 
 
 def shapes_of(model: Transformer) -> dict[str, tuple[int, ...]]:
-    """Return name and shape of every parameter of the whole model that `model` is a part of, adapters too."""
+    """Return shape by name of every parameter of the whole model that `model` is a part of, adapters included."""
     shapes = parameter_shapes(model.config)
     return shapes if model.adapters is None else shapes | model.adapters.shapes(shapes)
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Return name and shape of every parameter of the whole model."""
+    """Return shape by name of every parameter of the whole model."""
     model = empty_transformer(config, torch.float32)
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}

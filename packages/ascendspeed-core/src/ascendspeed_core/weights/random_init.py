@@ -9,10 +9,10 @@ import torch
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.sharding import is_output_projection
 from ascendspeed_core.weights.load import parameter_shapes
-from ascendspeed_core.weights.source import Index, TensorInfo
+from ascendspeed_core.weights.source import BaseWeightSource, Index, TensorInfo
 
 
-class InitialWeights:
+class InitialWeights(BaseWeightSource):
     """Weights of a model that has not been trained.
 
     Matrices are normal with the config's `initializer_range`, divided by sqrt(2 L) where they write into the
@@ -21,7 +21,6 @@ class InitialWeights:
 
     kind = "random"
     path: Path | None = None
-    tokenizer: Path | None = None
 
     def __init__(self, config: ModelConfig, seed: int) -> None:
         self.config, self.seed = config, seed

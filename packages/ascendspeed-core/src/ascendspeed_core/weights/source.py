@@ -1,17 +1,20 @@
-"""The one door through which weights come in."""
+"""`WeightSource`: the one interface through which weights are read, whatever holds them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
 from ascendspeed_core.config.model import ModelConfig
+from ascendspeed_core.models.lora import AdapterPlan
+from ascendspeed_core.weights.shard_layout import ShardLayout
 from ascendspeed_data.errors import AscendSpeedError
+from ascendspeed_data.manifest import DatasetManifest
 
 Kind = Literal["native", "huggingface", "ascendspeed", "megatron", "torch_dist", "deepspeed"]
-"""Kinds of checkpoints."""
+"""Kinds of checkpoints that are read."""
 
 Index = tuple[slice, ...]
 """One slice with start and stop per dimension; an empty tuple is the whole tensor."""
@@ -23,7 +26,7 @@ class CheckpointError(AscendSpeedError):
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What is known of a tensor before it is read."""
+    """Shape and dtype of a tensor, known before it is read."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -38,31 +41,108 @@ class TensorInfo:
 
 
 class WeightSource(Protocol):
-    """Something that holds all weights of one logical model, uncut, under our names.
+    """All weights of one logical model, whole, under this project's parameter names.
+
+    Implementations inherit the defaults of `BaseWeightSource`.
 
     Attributes:
         kind: what it is, such as `huggingface`, `native` or `random`.
         path: the folder as the user named it, for messages; `None` when there is none.
         config: the architecture.
-        tokenizer: folder of the tokenizer that came with the weights, if any.
     """
 
     kind: str
     path: Path | None
     config: ModelConfig
 
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Return shape and dtype of every tensor by parameter name."""
+        ...
+
+    def read(self, name: str, index: Index = ()) -> torch.Tensor:
+        """Read a tensor or a slice of it, on the CPU, in the dtype that it is stored in."""
+        ...
+
     @property
     def tokenizer(self) -> Path | None:
         """Folder of the tokenizer that came with the weights, if any."""
         ...
 
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        """Return every tensor by our parameter name."""
+    @property
+    def data_manifest(self) -> DatasetManifest | None:
+        """Manifest of the data that the weights were trained on, if it came with them."""
         ...
 
-    def read(self, name: str, index: Index = ()) -> torch.Tensor:
-        """Read a tensor or a slice of it, on the CPU, in the format that it is stored in."""
+    @property
+    def base(self) -> "WeightSource | None":
+        """The source that this one changes as it is read; `None` for a checkpoint itself."""
         ...
+
+    @property
+    def adapters(self) -> AdapterPlan | None:
+        """Which LoRA adapters the weights include, if any."""
+        ...
+
+    @property
+    def layout(self) -> ShardLayout | None:
+        """How the files are split over tensor-parallel ranks and pipeline stages; `None` when they are not."""
+        ...
+
+    def other_contents(self) -> list[str]:
+        """Name what is stored beside the weights of the model, such as `optimizer`."""
+        ...
+
+    def details(self) -> dict[str, Any]:
+        """Return what this kind of checkpoint says of itself beyond weights and architecture, as JSON values."""
+        ...
+
+    def check(self) -> bool:
+        """Read everything once and compare it with the stored checksums.
+
+        Returns:
+            Whether there are checksums to compare with.
+
+        Raises:
+            CheckpointError: something is damaged, or files of different checkpoints were mixed.
+        """
+        ...
+
+
+class BaseWeightSource:
+    """What holds for a source unless it says otherwise."""
+
+    base: WeightSource | None = None
+    adapters: AdapterPlan | None = None
+    layout: ShardLayout | None = None
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """Return `None`: no tokenizer came along."""
+        return None
+
+    @property
+    def data_manifest(self) -> DatasetManifest | None:
+        """Return the manifest of the source underneath, if there is one."""
+        return self.base.data_manifest if self.base is not None else None
+
+    def other_contents(self) -> list[str]:
+        """Return nothing: only weights are stored."""
+        return []
+
+    def details(self) -> dict[str, Any]:
+        """Return nothing."""
+        return {}
+
+    def check(self) -> bool:
+        """Return `False`: there are no checksums."""
+        return False
+
+
+def stored_source(source: WeightSource) -> WeightSource:
+    """Return the checkpoint itself, without the changes that are made as it is read."""
+    while source.base is not None:
+        source = source.base
+    return source
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -87,7 +167,7 @@ def inside(folder: Path, name: str) -> Path:
 
 def _lies_in(folder: Path, path: Path) -> bool:
     """Tell whether a file really lies in a folder, or in the blobs of the hub's cache that the folder belongs to."""
-    place, real = folder.resolve(), path.resolve()
-    if real.is_relative_to(place):
+    root, real = folder.resolve(), path.resolve()
+    if real.is_relative_to(root):
         return True
-    return place.parent.name == "snapshots" and real.is_relative_to(place.parents[1] / "blobs")
+    return root.parent.name == "snapshots" and real.is_relative_to(root.parents[1] / "blobs")

@@ -1,8 +1,6 @@
-"""Tensors as slabs of bytes: what a writer takes at once, so that memory does not grow with the model."""
+"""Read tensors slab by slab, a few rows at a time, so that memory does not grow with the model."""
 
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 import torch
@@ -12,11 +10,8 @@ from ascendspeed_core.weights.source import CheckpointError, Index, TensorInfo
 SLAB_BYTES = 1 << 21
 """Most bytes of a tensor that are in memory at once, unless one row is larger."""
 
-OnBytes = Callable[[int], None]
-"""Told how many bytes were written."""
 
-
-class Readable(Protocol):
+class SliceReader(Protocol):
     """Tensors by name, readable by slice."""
 
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -29,7 +24,7 @@ class Readable(Protocol):
 
 
 def slabs(
-    source: Readable, name: str, index: Index, dtype: torch.dtype | None = None
+    source: SliceReader, name: str, index: Index, dtype: torch.dtype | None = None
 ) -> Iterator[torch.Tensor]:
     """Yield part of a tensor as contiguous runs of its rows, in another format if asked for.
 
@@ -88,40 +83,3 @@ def write_all(file: object, data: memoryview) -> None:
     written = 0
     while written < len(data):
         written += file.write(data[written:])  # type: ignore[attr-defined]
-
-
-def together(tasks: Sequence[Callable[[], None]], workers: int) -> None:
-    """Do tasks on several threads; the first error ends all and is raised.
-
-    Reading, copying, checksums and writing leave Python's lock, so that threads are enough.
-    """
-    if workers <= 1 or len(tasks) <= 1:
-        for task in tasks:
-            task()
-        return
-    stop = threading.Event()
-
-    def guarded(task: Callable[[], None]) -> None:
-        if stop.is_set():
-            return
-        try:
-            task()
-        except BaseException:
-            stop.set()
-            raise
-
-    with ThreadPoolExecutor(workers) as pool:
-        for done in [pool.submit(guarded, task) for task in tasks]:
-            done.result()
-
-
-class Counted:
-    """A count that several threads add to."""
-
-    def __init__(self, on_bytes: OnBytes) -> None:
-        self._on_bytes, self._lock = on_bytes, threading.Lock()
-
-    def __call__(self, amount: int) -> None:
-        """Add to the count."""
-        with self._lock:
-            self._on_bytes(amount)

@@ -1,7 +1,7 @@
 """Families of models: tables that map them to and from Hugging Face folders."""
 
-from ascendspeed_core.models.families.base import ConfigRule, Family, WeightRule
-from ascendspeed_core.models.families.packing import Packed
+from ascendspeed_core.models.families.base import ConfigRule, Family, TensorMapping, WeightRule
+from ascendspeed_core.models.families.packing import EqualParts, Packed
 from ascendspeed_core.models.families.registry import (
     FAMILIES,
     family_of_hugging_face,
@@ -12,8 +12,10 @@ from ascendspeed_core.models.families.registry import (
 __all__ = [
     "FAMILIES",
     "ConfigRule",
+    "EqualParts",
     "Family",
     "Packed",
+    "TensorMapping",
     "WeightRule",
     "family_of_hugging_face",
     "find_family",

@@ -1,13 +1,15 @@
 """What a family is: names, a table that reads and writes its Hugging Face config, and a table of weights."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+import itertools
+import string
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ascendspeed_core.config.load import validate
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.launch import announce
-from ascendspeed_core.models.families.packing import Packed
+from ascendspeed_core.models.families.packing import RowPacking
 from ascendspeed_data.errors import AscendSpeedError
 
 IGNORED_HF_KEYS = frozenset(
@@ -44,29 +46,103 @@ IGNORED_HF_KEYS = frozenset(
 """Keys of a config.json that speak of files, training tools or transformers itself, not of the model."""
 
 
+Condition = Callable[[ModelConfig, Mapping[str, int]], bool]
+"""Tells by a model's config, and the value of each index by name, whether the model has a tensor."""
+
+
+def count_layers(config: ModelConfig) -> int:
+    """Return how many values the index `{layer}` has."""
+    return config.num_layers
+
+
 @dataclass(frozen=True)
 class WeightRule:
-    """One row of a weight table; `{layer}` in both names stands for the layer's number.
+    """One row of a weight table: our tensors of a name pattern, and the tensors of a Hugging Face folder with theirs.
+
+    Names in braces are indices, which count from 0 (`Family.indices`). `{layer}` in both names is the layer's number.
+    An index that only `ours` has is a leading dimension of their tensor, which is fused:
+
+        WeightRule("layers.{layer}.mlp.experts.{expert}.down_proj.weight",      # [H, F] each
+                   "model.layers.{layer}.mlp.experts.down_proj")                # [experts, H, F]
+
+    An index that only `theirs` has is a leading dimension of our tensor.
 
     Attributes:
         ours: parameter name in `Transformer`.
         theirs: tensor name in a Hugging Face folder.
         tied: leave the row out when the head is tied to the embedding.
-        when: field of `ModelConfig` without which the model lacks the tensor, for example `qkv_bias`.
-        packed: which part of `theirs` ours is, when several of our tensors share it.
+        when: field of `ModelConfig` without which the model lacks the tensor, for example `qkv_bias`; or a function
+            of config and indices, for tensors that only some layers have.
+        packed: which rows of `theirs` are ours, when several of our tensors share it.
+        transposed: their matrix is stored as [in, out], ours as [out, in]. `packed` speaks of rows of ours.
     """
 
     ours: str
     theirs: str
     tied: bool = False
-    when: str | None = None
-    packed: Packed | None = None
+    when: str | Condition | None = None
+    packed: RowPacking | None = None
+    transposed: bool = False
 
-    def belongs_to(self, config: ModelConfig) -> bool:
-        """Tell whether a model has the tensor."""
+    def belongs_to(self, config: ModelConfig, indices: Mapping[str, int]) -> bool:
+        """Tell whether a model has the tensor with these indices."""
         if self.tied and config.tie_word_embeddings:
             return False
-        return self.when is None or bool(getattr(config, self.when))
+        if isinstance(self.when, str):
+            return bool(getattr(config, self.when))
+        return self.when is None or self.when(config, indices)
+
+    def expand(self, config: ModelConfig, ranges: Mapping[str, range]) -> Iterator["TensorMapping"]:
+        """Yield one mapping for each combination of indices that the names have."""
+        in_ours, in_theirs = index_names(self.ours), index_names(self.theirs)
+        names = list(dict.fromkeys(in_ours + in_theirs))
+        for values in itertools.product(*(ranges[name] for name in names)):
+            indices = dict(zip(names, values, strict=True))
+            if self.belongs_to(config, indices):
+                yield TensorMapping(
+                    self.ours.format(**indices),
+                    self.theirs.format(**indices),
+                    tuple(indices[name] for name in in_theirs if name not in in_ours),
+                    tuple(indices[name] for name in in_ours if name not in in_theirs),
+                    self.packed,
+                    self.transposed,
+                )
+
+
+@dataclass(frozen=True)
+class TensorMapping:
+    """One of our tensors, or a member of it, and the tensor of a Hugging Face folder that holds it.
+
+    Attributes:
+        ours: parameter name in `Transformer`.
+        theirs: tensor name in a Hugging Face folder.
+        our_position: position in the leading dimensions of our tensor; empty when it is the whole tensor.
+        their_position: position in the leading dimensions of their tensor; empty when it is not fused.
+        packed: which rows of theirs are ours; `None` for all.
+        transposed: their matrix is the transpose of ours.
+    """
+
+    ours: str
+    theirs: str
+    our_position: tuple[int, ...] = ()
+    their_position: tuple[int, ...] = ()
+    packed: RowPacking | None = None
+    transposed: bool = False
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether both tensors are the same, or differ in `packed` only."""
+        return not (self.our_position or self.their_position or self.transposed)
+
+
+def index_names(pattern: str) -> tuple[str, ...]:
+    """Return the names in braces of a name pattern, in order."""
+    return tuple(field for _, field, _, _ in string.Formatter().parse(pattern) if field)
+
+
+def leading_shape(positions: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
+    """Return the leading dimensions that these positions fill."""
+    return tuple(max(along) + 1 for along in zip(*positions, strict=True))
 
 
 class ConfigRule(Protocol):
@@ -106,6 +182,7 @@ class Family:
         unused: keys of the config.json that change nothing of what the model computes.
         prefix: of tensor names, absent in folders of the model without its head.
         sizes: Hugging Face configs of published models, by name.
+        indices: how many values each index in the names of `rules` has; by default `{layer}` alone.
     """
 
     name: str
@@ -118,6 +195,9 @@ class Family:
     unused: tuple[str, ...] = ()
     prefix: str = ""
     sizes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    indices: Mapping[str, Callable[[ModelConfig], int]] = field(
+        default_factory=lambda: {"layer": count_layers}
+    )
 
     def read_config(self, hf: Mapping[str, Any]) -> ModelConfig:
         """Return the model that a Hugging Face `config.json` describes.
@@ -160,12 +240,12 @@ class Family:
             raise AscendSpeedError(f"a config.json of {self.name} cannot say {said}; choose another family")
         return hf | {"use_cache": True}
 
-    def weights(self, config: ModelConfig) -> Iterator[WeightRule]:
-        """Yield the table with layer numbers filled in: every tensor of the model, once."""
+    def weights(self, config: ModelConfig) -> Iterator[TensorMapping]:
+        """Yield the table with all indices filled in: every tensor of the model, once."""
+        ranges = self.index_ranges(config)
         for rule in self.rules:
-            if not rule.belongs_to(config):
-                continue
-            for layer in range(config.num_layers) if "{layer}" in rule.ours else (0,):
-                yield replace(
-                    rule, ours=rule.ours.format(layer=layer), theirs=rule.theirs.format(layer=layer)
-                )
+            yield from rule.expand(config, ranges)
+
+    def index_ranges(self, config: ModelConfig) -> dict[str, range]:
+        """Return the values of each index of the weight table by its name."""
+        return {name: range(count(config)) for name, count in self.indices.items()}

@@ -1,18 +1,69 @@
-"""Tensors of a Hugging Face folder that hold several of ours, rows of one behind rows of another; pure arithmetic."""
+"""Tensors of a Hugging Face folder that hold the rows of several of our tensors; pure arithmetic."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from ascendspeed_core.config.model import ModelConfig
 
-QUERY_KEY_VALUE = 3
-"""Tensors that a packed projection holds: part 0 queries, 1 keys, 2 values."""
+
+@dataclass(frozen=True)
+class RowRun:
+    """Consecutive rows of one part in a packed tensor.
+
+    Attributes:
+        part: which of the packed tensors the rows belong to.
+        start: first of them in our tensor.
+        rows: how many.
+        offset: first of them in the packed tensor.
+    """
+
+    part: int
+    start: int
+    rows: int
+    offset: int
+
+
+class RowPacking(ABC):
+    """Which rows of a packed tensor are ours.
+
+    `packed_rows` is always the number of rows of the packed tensor.
+
+    Attributes:
+        part: which of the packed tensors ours is.
+    """
+
+    part: int
+
+    @abstractmethod
+    def runs(self, config: ModelConfig, packed_rows: int) -> Iterator[RowRun]:
+        """Yield the rows of all parts from the first row of the packed tensor to the last."""
+
+    def num_rows(self, config: ModelConfig, packed_rows: int) -> int:
+        """Return how many rows our tensor has."""
+        return sum(run.rows for run in self.runs(config, packed_rows) if run.part == self.part)
+
+    def packed_slices(self, config: ModelConfig, packed_rows: int, rows: slice) -> Iterator[slice]:
+        """Yield which rows of the packed tensor hold these rows of ours, in our order."""
+        for run in self.runs(config, packed_rows):
+            first, last = max(rows.start, run.start), min(rows.stop, run.start + run.rows)
+            if run.part == self.part and first < last:
+                yield slice(run.offset + first - run.start, run.offset + last - run.start)
+
+    def unpacked_slices(
+        self, config: ModelConfig, packed_rows: int, rows: slice
+    ) -> Iterator[tuple[int, slice]]:
+        """Yield part and rows of that part for these rows of the packed tensor, in its order."""
+        for run in self.runs(config, packed_rows):
+            first, last = max(rows.start, run.offset), min(rows.stop, run.offset + run.rows)
+            if first < last:
+                yield run.part, slice(run.start + first - run.offset, run.start + last - run.offset)
 
 
 @dataclass(frozen=True)
-class Packed:
-    """Which part of a packed query-key-value projection one of our tensors is.
+class Packed(RowPacking):
+    """Our tensor is one part of a packed query-key-value projection.
 
     Attributes:
         part: 0 queries, 1 keys, 2 values.
@@ -23,48 +74,32 @@ class Packed:
     part: int
     order: Literal["stacked", "by_head"]
 
-    def blocks(self, config: ModelConfig) -> Iterator["Block"]:
-        """Yield the rows of the packed tensor, whatever part they belong to, from first to last."""
+    def runs(self, config: ModelConfig, packed_rows: int) -> Iterator[RowRun]:
+        """Yield the rows of all parts; their sizes follow from the heads, whatever `packed_rows` is."""
         queries, keys = config.num_attention_heads, config.num_key_value_heads
         groups = keys if self.order == "by_head" else 1
         size, offset = config.head_dim, 0
         for group in range(groups):
             for part, heads in enumerate((queries // groups, keys // groups, keys // groups)):
                 rows = heads * size
-                yield Block(part, group * rows, rows, offset)
+                yield RowRun(part, group * rows, rows, offset)
                 offset += rows
-
-    def num_rows(self, config: ModelConfig) -> int:
-        """Return how many rows our tensor has."""
-        return sum(block.rows for block in self.blocks(config) if block.part == self.part)
-
-    def places(self, config: ModelConfig, rows: slice) -> Iterator[slice]:
-        """Yield where rows of our tensor lie in the packed one, in order."""
-        for block in self.blocks(config):
-            first, last = max(rows.start, block.start), min(rows.stop, block.start + block.rows)
-            if block.part == self.part and first < last:
-                yield slice(block.offset + first - block.start, block.offset + last - block.start)
-
-    def contents(self, config: ModelConfig, rows: slice) -> Iterator[tuple[int, slice]]:
-        """Yield of which part, and which rows of it, rows of the packed tensor consist, in order."""
-        for block in self.blocks(config):
-            first, last = max(rows.start, block.offset), min(rows.stop, block.offset + block.rows)
-            if first < last:
-                yield block.part, slice(block.start + first - block.offset, block.start + last - block.offset)
 
 
 @dataclass(frozen=True)
-class Block:
-    """Rows of one part that lie together.
+class EqualParts(RowPacking):
+    """Our tensor is one of several of equal size, stacked by rows, such as gate above up in `gate_up_proj`.
 
     Attributes:
-        part: whose rows.
-        start: first of them in our tensor.
-        rows: how many.
-        offset: first of them in the packed tensor.
+        part: 0 for the first.
+        count: how many there are.
     """
 
     part: int
-    start: int
-    rows: int
-    offset: int
+    count: int = 2
+
+    def runs(self, config: ModelConfig, packed_rows: int) -> Iterator[RowRun]:
+        """Yield the rows of all parts."""
+        rows = packed_rows // self.count
+        for part in range(self.count):
+            yield RowRun(part, 0, rows, part * rows)

@@ -17,11 +17,16 @@ from ascendspeed_core.config.lora import LoraConfig
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.models.linear import LowRank
 from ascendspeed_core.models.lora import AdapterPlan
-from ascendspeed_core.weights.adapters.files import Adapter, MergedAdapter, Place, hugging_face_places
+from ascendspeed_core.weights.adapters.peft import (
+    Adapter,
+    HuggingFaceTensor,
+    MergedAdapter,
+    hugging_face_tensors,
+)
 from ascendspeed_core.weights.load import parameter_shapes
 from ascendspeed_core.weights.native.source import NativeSource
 from ascendspeed_core.weights.random_init import seed_of
-from ascendspeed_core.weights.source import CheckpointError, Index, TensorInfo, WeightSource
+from ascendspeed_core.weights.source import BaseWeightSource, CheckpointError, Index, TensorInfo, WeightSource
 from ascendspeed_data.errors import AscendSpeedError, did_you_mean
 
 QUERY_KEY_VALUE = ("q_proj", "k_proj", "v_proj")
@@ -55,7 +60,7 @@ def plan_adapters(config: LoraConfig, model: ModelConfig, where: str) -> Adapter
     Raises:
         AscendSpeedError: a name means nothing in this model, or something that cannot have an adapter.
     """
-    places, shapes = hugging_face_places(model), parameter_shapes(model)
+    hf_tensors, shapes = hugging_face_tensors(model), parameter_shapes(model)
     linear = [
         name.removesuffix(".weight")
         for name, shape in shapes.items()
@@ -68,7 +73,7 @@ def plan_adapters(config: LoraConfig, model: ModelConfig, where: str) -> Adapter
     for word in config.lora_target_modules:
         found = [name for name in linear if name != "output_head"]
         if word != ALL_LINEAR:
-            found = _meant(word, linear, places, "lora_target_modules", where)
+            found = _meant(word, linear, hf_tensors, "lora_target_modules", where)
         layers |= dict.fromkeys(found, LowRank(config.lora_r, scale, config.lora_dropout))
     if "output_head" in layers and (model.normalised_head or model.tie_word_embeddings):
         why = "is divided by the lengths of its rows" if model.normalised_head else "is that of the embedding"
@@ -81,14 +86,14 @@ def plan_adapters(config: LoraConfig, model: ModelConfig, where: str) -> Adapter
     if model.tie_word_embeddings:
         modules.append("output_head")
     for word in config.lora_modules_to_save:
-        for module in _meant(word, modules, places, "lora_modules_to_save", where):
+        for module in _meant(word, modules, hf_tensors, "lora_modules_to_save", where):
             owner = "embedding" if module == "output_head" and model.tie_word_embeddings else module
             trained |= {name for name in shapes if name.rpartition(".")[0] == owner}
-    packed = sorted(name for name in trained if places[name].rows is not None)
+    packed = sorted(name for name in trained if hf_tensors[name].rows is not None)
     if packed:
         raise AscendSpeedError(
-            f"lora_modules_to_save: {packed[0]} is a part of {places[packed[0]].theirs} in Hugging Face's code, so it "
-            "cannot be saved alone; give it an adapter instead"
+            f"lora_modules_to_save: {packed[0]} is a part of {hf_tensors[packed[0]].name} in Hugging Face's code, so "
+            "it cannot be saved alone; give it an adapter instead"
         )
     both = sorted(name for name in trained if name.removesuffix(".weight") in layers)
     if both:
@@ -99,15 +104,15 @@ def plan_adapters(config: LoraConfig, model: ModelConfig, where: str) -> Adapter
 
 
 def _meant(
-    word: str, modules: Sequence[str], places: Mapping[str, Place], option: str, where: str
+    word: str, modules: Sequence[str], hf_tensors: Mapping[str, HuggingFaceTensor], option: str, where: str
 ) -> list[str]:
     """Return the modules that a name means: ours, Hugging Face's last word, or that of 2023."""
 
     def names(module: str) -> set[str]:
         ours = module.rpartition(".")[2]
         found = {ours, *(name for name, meant in NAMES_2023.items() if ours in meant)}
-        place = places.get(f"{module}.weight")
-        return found | ({place.theirs.split(".")[-2]} if place else set())
+        hf = hf_tensors.get(f"{module}.weight")
+        return found | ({hf.name.split(".")[-2]} if hf else set())
 
     found = [module for module in modules if word in names(module)]
     if not found:
@@ -118,8 +123,8 @@ def _meant(
     return found
 
 
-class AdaptedWeights:
-    """The weights of a base, and further tensors that are its adapters or take the place of its own.
+class AdaptedWeights(BaseWeightSource):
+    """The weights of a base, and further tensors that are its adapters or replace its own.
 
     Args:
         base: the model.
@@ -138,7 +143,9 @@ class AdaptedWeights:
         read: Callable[[str, Index], torch.Tensor],
     ) -> None:
         self.kind, self.path = base.kind, base.path
-        self.base, self.adapters, self.config = base, adapters, config
+        self.base: WeightSource = base
+        self.adapters: AdapterPlan = adapters
+        self.config = config
         self._more, self._read = infos, read
 
     @property
@@ -184,26 +191,26 @@ def loaded_adapters(base: WeightSource, adapter: Adapter) -> AdaptedWeights:
         CheckpointError: it does not fit the model, or changes something that can only be merged.
     """
     whole = MergedAdapter(base, adapter, only_saved=True)
-    places = hugging_face_places(whole.config)
+    hf_tensors = hugging_face_tensors(whole.config)
     tensors: dict[str, torch.Tensor] = {}
     layers: dict[str, LowRank] = {}
-    for name, place in places.items():
-        update = adapter.updates.get(place.theirs.removesuffix(".weight"))
+    for name, hf in hf_tensors.items():
+        update = adapter.updates.get(hf.name.removesuffix(".weight"))
         if update is None or not name.endswith(".weight"):
             continue
         layer = name.removesuffix(".weight")
         if update.is_embedding or (layer == "output_head" and whole.config.normalised_head):
             raise CheckpointError(
-                f"{adapter.folder} changes {place.theirs}, which is no plain linear layer; merge the adapter"
+                f"{adapter.folder} changes {hf.name}, which is no plain linear layer; merge the adapter"
             )
         layers[layer] = LowRank(update.a.shape[0], update.scale, adapter.dropout)
         tensors[f"{layer}.lora_A.weight"] = update.a
-        tensors[f"{layer}.lora_B.weight"] = update.b if place.rows is None else update.b[place.rows]
-    trained = {name for name, place in places.items() if place.theirs in adapter.saved}
-    packed = sorted(name for name in trained if places[name].rows is not None)
+        tensors[f"{layer}.lora_B.weight"] = update.b if hf.rows is None else update.b[hf.rows]
+    trained = {name for name, hf in hf_tensors.items() if hf.name in adapter.saved}
+    packed = sorted(name for name in trained if hf_tensors[name].rows is not None)
     if packed:
         raise CheckpointError(
-            f"{adapter.folder} replaces {places[packed[0]].theirs} as a whole, which packs several tensors; "
+            f"{adapter.folder} replaces {hf_tensors[packed[0]].name} as a whole, which packs several tensors; "
             "merge the adapter"
         )
     infos = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}

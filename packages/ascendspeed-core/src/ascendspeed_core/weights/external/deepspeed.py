@@ -12,12 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ascendspeed_core.config.model import ModelConfig
-from ascendspeed_core.weights.external.megatron_args import beside
-from ascendspeed_core.weights.external.name_maps import StageLayers, ascendspeed_gpt
-from ascendspeed_core.weights.external.sharded_tensors import ShardedTensors, ShardedTensorSource
+from ascendspeed_core.weights.external.megatron_args import config_beside
+from ascendspeed_core.weights.external.name_maps import ascendspeed_gpt
+from ascendspeed_core.weights.external.sharded_tensors import ExternalSource, ShardedTensors
 from ascendspeed_core.weights.files.file_tensor import StoredTensor
 from ascendspeed_core.weights.files.torch_files import TorchFile, stored_tensors
 from ascendspeed_core.weights.load import parameter_shapes
+from ascendspeed_core.weights.shard_layout import PipelineChunk
 from ascendspeed_core.weights.source import CheckpointError, inside
 
 LATEST = "latest"
@@ -26,7 +27,7 @@ FIRST_LAYER = 3
 """Number of the first layer's file."""
 
 
-class DeepSpeedPipeSource(ShardedTensorSource):
+class DeepSpeedPipeSource(ExternalSource):
     """The weights of a DeepSpeed-pipe checkpoint of Bloom as one logical model.
 
     Args:
@@ -39,7 +40,7 @@ class DeepSpeedPipeSource(ShardedTensorSource):
     def __init__(self, path: Path, config: ModelConfig | None = None) -> None:
         self.path: Path | None = path
         self.folder = step_folder(path)
-        found = config or beside(self.folder)
+        found = config or config_beside(self.folder)
         if found is None:
             raise CheckpointError(
                 f"{self.folder} does not say what model it is; put the model's config.json into it, or name it with "
@@ -56,20 +57,21 @@ class DeepSpeedPipeSource(ShardedTensorSource):
             raise CheckpointError(f"{files[1, 0].path} holds no word_embeddings.weight")
         self.vocabulary_rows = embedding.info.shape[0] * self.tp
         shapes = parameter_shapes(self.config)
-        self._placed = ShardedTensors(shapes)
+        self._sharded = ShardedTensors(shapes)
         self._place(states, shapes)
-        self._placed.check_complete(self.folder, shapes)
-        self._placed.check_replicas(1 << 20)
+        self._sharded.check_complete(self.folder, shapes)
+        self._sharded.check_replicas(1 << 20)
 
-    def left_behind(self) -> list[str]:
-        """Name what else lies in the folder."""
+    def other_contents(self) -> list[str]:
+        """Name the other files of the folder."""
         return sorted(path.name for path in self.folder.iterdir() if _FILE.fullmatch(path.name) is None)
 
-    def check(self) -> None:
+    def check(self) -> bool:
         """Read everything once: checksums of all files, and every part that lies in several of them."""
         for file in self._files.values():
             file.check()
-        self._placed.check_replicas()
+        self._sharded.check_replicas()
+        return True
 
     def _check_files(self, found: set[tuple[int, int]]) -> None:
         layers = [1, *range(FIRST_LAYER, FIRST_LAYER + self.config.num_layers), self._last]
@@ -80,7 +82,7 @@ class DeepSpeedPipeSource(ShardedTensorSource):
         if extra:
             raise CheckpointError(
                 f"{self.folder} holds {_name(*extra[0])}, which a model of "
-                f"{self.config.num_layers} layers has no place for"
+                f"{self.config.num_layers} layers does not have"
             )
 
     @property
@@ -90,9 +92,9 @@ class DeepSpeedPipeSource(ShardedTensorSource):
     def _place(
         self, states: dict[tuple[int, int], dict[str, StoredTensor]], shapes: Mapping[str, tuple[int, ...]]
     ) -> None:
-        stage = StageLayers(range(self.config.num_layers), is_first=True, is_last=True)
+        stage = PipelineChunk(range(self.config.num_layers), is_first=True, is_last=True)
         table = ascendspeed_gpt()
-        for packed in table.of_stage(shapes, self.config, stage, self.vocabulary_rows):
+        for packed in table.of_chunk(shapes, self.config, stage, self.vocabulary_rows):
             number, name = self._file_of(packed.key)
             for rank in range(self.tp):
                 state = states[number, rank]
@@ -101,11 +103,11 @@ class DeepSpeedPipeSource(ShardedTensorSource):
                 if key is None:
                     raise CheckpointError(f"{self.folder / _name(number, rank)} lacks {name}; copy it again")
                 where = f"{_name(number, rank)}: {key}"
-                self._placed.add(where, packed.of_rank(rank, self.tp), state.pop(key))
+                self._sharded.add(where, packed.of_rank(rank, self.tp), state.pop(key))
         for (number, rank), state in states.items():
             if state:
                 raise CheckpointError(
-                    f"{self.folder / _name(number, rank)} holds {min(state)}, which the model has no place for"
+                    f"{self.folder / _name(number, rank)} holds {min(state)}, which the model does not have"
                 )
 
     def _file_of(self, key: str) -> tuple[int, str]:

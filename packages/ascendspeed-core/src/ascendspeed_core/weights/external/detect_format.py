@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ascendspeed_core.weights.external.name_maps import (
-    Table,
+    NameMap,
     ascendspeed_gpt,
     ascendspeed_llama,
     megatron,
@@ -16,7 +16,7 @@ STATES = "model_optim_rng.pt"
 """Name of every rank's file."""
 
 
-def recognise_table(names: Iterable[str], folder: Path) -> tuple[Kind, Table, str]:
+def detect_name_map(names: Iterable[str], folder: Path) -> tuple[Kind, NameMap, str]:
     """Return kind of checkpoint, table and name of the naming, by the tensors of the first stage.
 
     Raises:

@@ -8,12 +8,11 @@ from typing import Any
 
 from ascendspeed_core.config.load import validate
 from ascendspeed_core.config.model import ModelConfig, RotaryScaling
-from ascendspeed_core.models.families import family_of_hugging_face
-from ascendspeed_core.weights.external.layout import ShardLayout
-from ascendspeed_core.weights.external.sharded_tensors import Readable
-from ascendspeed_core.weights.external.sidecar import Record
+from ascendspeed_core.weights.external.sharded_tensors import LazyTensor
+from ascendspeed_core.weights.external.sidecar import Sidecar
 from ascendspeed_core.weights.files.torch_files import TorchFile
-from ascendspeed_core.weights.huggingface.source import generation_ids, read_json
+from ascendspeed_core.weights.huggingface.config import generation_ids, read_model_config
+from ascendspeed_core.weights.shard_layout import ShardLayout
 from ascendspeed_core.weights.source import CheckpointError
 from ascendspeed_data.command_line import log
 from ascendspeed_data.errors import ConfigError
@@ -38,7 +37,7 @@ _COMPARED = {
 
 
 @dataclass(frozen=True)
-class Facts:
+class CheckpointFacts:
     """What the files themselves say.
 
     Attributes:
@@ -54,7 +53,7 @@ class Facts:
     naming: str
     folder: Path
     layout: ShardLayout
-    first: Mapping[str, Readable]
+    first: Mapping[str, LazyTensor]
     vocabulary_rows: int
 
     @property
@@ -68,21 +67,21 @@ class Facts:
 
 
 def resolve_config(
-    facts: Facts,
-    record: Record | None,
+    facts: CheckpointFacts,
+    sidecar: Sidecar | None,
     arguments: Any,
     given: ModelConfig | None,
     vocab_size: int | None,
-    otherwise: Callable[[], ModelConfig | None] = lambda: None,
+    fallback_config: Callable[[], ModelConfig | None] = lambda: None,
 ) -> ModelConfig:
-    """Return the architecture: from our record, from what was given, from a config.json beside, from the arguments.
+    """Return the architecture: from our sidecar, from what was given, from a config.json beside, from the arguments.
 
     Raises:
         CheckpointError: nothing says it, or what says it contradicts the weights.
     """
-    config = record.model if record is not None else given or beside(facts.folder)
+    config = sidecar.model if sidecar is not None else given or config_beside(facts.folder)
     if config is None and not isinstance(arguments, Namespace):
-        config = otherwise()
+        config = fallback_config()
     if config is None and not isinstance(arguments, Namespace):
         raise CheckpointError(
             f"{facts.folder} does not say what model it is (no arguments in it); put the model's config.json into it, "
@@ -113,7 +112,7 @@ def resolve_config(
     return config
 
 
-def config_of_arguments(facts: Facts, arguments: Namespace, vocab_size: int | None) -> ModelConfig:
+def config_of_arguments(facts: CheckpointFacts, arguments: Namespace, vocab_size: int | None) -> ModelConfig:
     """Return the architecture that arguments and tensors tell together.
 
     Raises:
@@ -190,7 +189,7 @@ def _rope_scaling(arguments: Namespace) -> RotaryScaling | None:
 
 
 def check_arguments(
-    file: TorchFile, record: Record | None, layout: ShardLayout, tp_rank: int, stage: int
+    file: TorchFile, sidecar: Sidecar | None, layout: ShardLayout, tp_rank: int, stage: int
 ) -> None:
     """Make sure that a file is the one of its rank, as far as it tells.
 
@@ -199,8 +198,8 @@ def check_arguments(
     """
     content = file.content
     mine = content.get("ascendspeed")
-    if record is not None:
-        expected = {"tensor_rank": tp_rank, "stage": stage, "checkpoint": record.checkpoint}
+    if sidecar is not None:
+        expected = {"tensor_rank": tp_rank, "stage": stage, "checkpoint": sidecar.checkpoint}
         if mine != expected:
             raise CheckpointError(
                 f"{file.path} is not tensor rank {tp_rank} of stage {stage} of this checkpoint, it says {mine}; "
@@ -228,13 +227,12 @@ def check_arguments(
             )
 
 
-def beside(folder: Path) -> ModelConfig | None:
-    """Return the architecture that a config.json in the folder, or in the one above, tells."""
-    for place in (folder, folder.parent):
-        if (place / "config.json").is_file():
-            hf_config = read_json(place / "config.json")
-            log(f"{folder}: architecture taken from {place / 'config.json'}")
-            return family_of_hugging_face(hf_config, str(place / "config.json")).read_config(hf_config)
+def config_beside(folder: Path) -> ModelConfig | None:
+    """Return the architecture from a config.json in the folder, or in its parent, if there is one."""
+    for path in (folder / "config.json", folder.parent / "config.json"):
+        if path.is_file():
+            log(f"{folder}: architecture taken from {path}")
+            return read_model_config(path)
     return None
 
 
@@ -246,7 +244,7 @@ def _ids(folder: Path) -> dict[str, Any]:
     return {"eos_token_ids": ids, "bos_token_id": found.get("bos_token_id")}
 
 
-def _vocab_size(facts: Facts, arguments: Namespace) -> int:
+def _vocab_size(facts: CheckpointFacts, arguments: Namespace) -> int:
     said = getattr(arguments, "vocab_size", None)
     if isinstance(said, int) and 0 < said <= facts.vocabulary_rows:
         return said
@@ -256,7 +254,7 @@ def _vocab_size(facts: Facts, arguments: Namespace) -> int:
     )
 
 
-def _number(facts: Facts, arguments: Namespace, name: str) -> int:
+def _number(facts: CheckpointFacts, arguments: Namespace, name: str) -> int:
     value = getattr(arguments, name, None)
     if not isinstance(value, int):
         raise CheckpointError(
@@ -265,7 +263,7 @@ def _number(facts: Facts, arguments: Namespace, name: str) -> int:
     return value
 
 
-def _is_tied(facts: Facts, arguments: Namespace) -> bool:
+def _is_tied(facts: CheckpointFacts, arguments: Namespace) -> bool:
     if facts.kind == "megatron":
         return not getattr(arguments, "untie_embeddings_and_output_weights", False)
     return facts.naming == "GPT"

@@ -17,16 +17,16 @@ from typing import Any
 import torch
 
 from ascendspeed_core.config.model import ModelConfig
-from ascendspeed_core.weights.external.detect_format import STATES, recognise_table
-from ascendspeed_core.weights.external.layout import ShardLayout, from_counts
-from ascendspeed_core.weights.external.megatron_args import Facts, check_arguments, resolve_config
+from ascendspeed_core.weights.external.detect_format import STATES, detect_name_map
+from ascendspeed_core.weights.external.megatron_args import CheckpointFacts, check_arguments, resolve_config
 from ascendspeed_core.weights.external.name_maps import ROTARY
-from ascendspeed_core.weights.external.sharded_tensors import ShardedTensors, ShardedTensorSource
-from ascendspeed_core.weights.external.sidecar import read_record
+from ascendspeed_core.weights.external.sharded_tensors import ExternalSource, ShardedTensors
+from ascendspeed_core.weights.external.sidecar import read_sidecar, written_by
 from ascendspeed_core.weights.files.file_tensor import StoredTensor
 from ascendspeed_core.weights.files.torch_files import TorchFile, stored_tensors
 from ascendspeed_core.weights.load import parameter_shapes
 from ascendspeed_core.weights.native.source import TRACKER
+from ascendspeed_core.weights.shard_layout import ShardLayout, from_counts
 from ascendspeed_core.weights.source import CheckpointError, Kind, inside
 
 _RANK_FOLDER = re.compile(r"mp_rank_(\d+)(?:_(\d+))?")
@@ -35,14 +35,14 @@ SMALL_BYTES = 1 << 20
 """Tensors up to this size that lie in several files are compared when a checkpoint is opened."""
 
 
-class ShardedSource(ShardedTensorSource):
+class MpRankSource(ExternalSource):
     """The weights of a model-parallel checkpoint as one logical model.
 
     Args:
         path: the folder with the tracker, or the one with the `mp_rank_*` folders.
         config: the architecture, where the checkpoint does not say it.
         vocab_size: rows of the embedding that are not filling, where the checkpoint does not say it.
-        otherwise: asked for the architecture when nothing else says it.
+        fallback_config: asked for the architecture when nothing else says it.
     """
 
     def __init__(
@@ -50,21 +50,21 @@ class ShardedSource(ShardedTensorSource):
         path: Path,
         config: ModelConfig | None = None,
         vocab_size: int | None = None,
-        otherwise: Callable[[], ModelConfig | None] = lambda: None,
+        fallback_config: Callable[[], ModelConfig | None] = lambda: None,
     ) -> None:
         self.path: Path | None = path
         self.folder = iteration_folder(path)
-        self._files = open_grid(self.folder)
+        self._files = open_rank_files(self.folder)
         self.tp, pp = (max(rank[i] for rank in self._files) + 1 for i in (0, 1))
-        self.record = read_record(self.folder)
-        chunks = {rank: chunks_of(file) for rank, file in self._files.items()}
+        self.sidecar = read_sidecar(self.folder)
+        chunks = {rank: model_chunks(file) for rank, file in self._files.items()}
         counts = [
             [count_layers(chunk, self._files[0, stage].path) for chunk in chunks[0, stage]]
             for stage in range(pp)
         ]
         self.layout: ShardLayout = from_counts(self.tp, counts)
         first = dict(stored_tensors(chunks[0, 0][0]))
-        kind, table, self.naming = recognise_table(first, self.folder)
+        kind, table, self.naming = detect_name_map(first, self.folder)
         self.kind: str = kind
         content = self._files[0, 0].content
         self.arguments: Any = content.get("args") if isinstance(content, dict) else None
@@ -72,44 +72,44 @@ class ShardedSource(ShardedTensorSource):
         if embedding is None:
             raise CheckpointError(f"{self._files[0, 0].path} holds no embedding; it is no first stage")
         self.vocabulary_rows = embedding.info.shape[0] * self.tp
-        facts = Facts(self.kind, self.naming, self.folder, self.layout, first, self.vocabulary_rows)
+        facts = CheckpointFacts(self.kind, self.naming, self.folder, self.layout, first, self.vocabulary_rows)
         self.config: ModelConfig = resolve_config(
-            facts, self.record, self.arguments, config, vocab_size, otherwise
+            facts, self.sidecar, self.arguments, config, vocab_size, fallback_config
         )
         shapes = parameter_shapes(self.config)
         self._shapes = shapes | {ROTARY: (self.config.head_dim // 2,)}
-        self._placed = ShardedTensors(self._shapes)
+        self._sharded = ShardedTensors(self._shapes)
         for (tp_rank, stage), file in self._files.items():
-            check_arguments(file, self.record, self.layout, tp_rank, stage)
+            check_arguments(file, self.sidecar, self.layout, tp_rank, stage)
             for number, chunk in enumerate(chunks[tp_rank, stage]):
                 self._place(file, dict(stored_tensors(chunk)), table, (tp_rank, stage, number))
-        self._placed.check_complete(self.folder, shapes)
-        self._placed.check_replicas(SMALL_BYTES)
+        self._sharded.check_complete(self.folder, shapes)
+        self._sharded.check_replicas(SMALL_BYTES)
         self._check_rotary()
 
     @classmethod
     def kind_in(cls, folder: Path) -> Kind:
         """Return `ascendspeed` or `megatron`, by the names of the tensors in one of the files."""
-        file = open_grid(folder)[0, 0]
-        kind: Kind = recognise_table(dict(stored_tensors(chunks_of(file)[0])), folder)[0]
+        file = open_rank_files(folder)[0, 0]
+        kind: Kind = detect_name_map(dict(stored_tensors(model_chunks(file)[0])), folder)[0]
         return kind
 
     @cached_property
     def num_stored(self) -> int:
         """Stored tensors in all files."""
         return sum(
-            1 for file in self._files.values() for chunk in chunks_of(file) for _ in stored_tensors(chunk)
+            1 for file in self._files.values() for chunk in model_chunks(file) for _ in stored_tensors(chunk)
         )
 
-    def left_behind(self) -> list[str]:
-        """Name what else stands in the files and is not weights of the model."""
+    def other_contents(self) -> list[str]:
+        """Name what is stored in the files beside the weights of the model."""
         content = self._files[0, 0].content
         known = {"model", "args", "checkpoint_version", "iteration", "tokens", "ascendspeed"}
         return sorted(
             str(key) for key in content if key not in known and not re.fullmatch(r"model\d+", str(key))
         )
 
-    def check(self) -> None:
+    def check(self) -> bool:
         """Read everything once: checksums of all files, and every part that lies in several of them.
 
         Raises:
@@ -117,32 +117,37 @@ class ShardedSource(ShardedTensorSource):
         """
         for file in self._files.values():
             file.check()
-        self._placed.check_replicas()
+        self._sharded.check_replicas()
+        return True
+
+    def details(self) -> dict[str, Any]:
+        """Return layout, rows of the embedding with padding, and who wrote the checkpoint."""
+        return super().details() | {"written by": written_by(self.sidecar)}
 
     def _place(
         self, file: TorchFile, stored: dict[str, StoredTensor], table: Any, rank: tuple[int, int, int]
     ) -> None:
         tp_rank, stage, chunk = rank
         layers = self.layout.stage(stage, chunk)
-        for packed in table.of_stage(self._shapes, self.config, layers, self.vocabulary_rows):
+        for packed in table.of_chunk(self._shapes, self.config, layers, self.vocabulary_rows):
             key = packed.key.replace("/", ".")
             if key not in stored:
-                if ROTARY in packed.blocks[0].name:
+                if ROTARY in packed.slices[0].name:
                     continue
                 raise CheckpointError(f"{file.path} lacks {key}; the copy is incomplete, or of another model")
-            self._placed.add(f"{file.path}: {key}", packed.of_rank(tp_rank, self.tp), stored.pop(key))
+            self._sharded.add(f"{file.path}: {key}", packed.of_rank(tp_rank, self.tp), stored.pop(key))
         extra = sorted(key for key in stored if not key.endswith("_extra_state"))
         if extra:
             raise CheckpointError(
-                f"{file.path} holds {len(extra)} tensors that the model has no place for, first {extra[0]}; "
+                f"{file.path} holds {len(extra)} tensors that the model does not have, first {extra[0]}; "
                 "they would be lost"
             )
 
     def _check_rotary(self) -> None:
         """Compare stored rotary frequencies with what the config says."""
-        if ROTARY not in set(self._placed.names()):
+        if ROTARY not in set(self._sharded.names()):
             return
-        stored = self._placed.read(ROTARY).double()
+        stored = self._sharded.read(ROTARY).double()
         expected = rotary_frequencies(self.config).double()
         # Stored in as little as 16 bits, which round by up to 2^-8.
         if not torch.allclose(stored, expected, rtol=2**-8, atol=2**-14):
@@ -180,7 +185,7 @@ def iteration_folder(path: Path) -> Path:
     return folder
 
 
-def open_grid(folder: Path) -> dict[tuple[int, int], TorchFile]:
+def open_rank_files(folder: Path) -> dict[tuple[int, int], TorchFile]:
     """Open all files by tensor rank and stage.
 
     Raises:
@@ -206,7 +211,7 @@ def open_grid(folder: Path) -> dict[tuple[int, int], TorchFile]:
     }
 
 
-def chunks_of(file: TorchFile) -> list[Any]:
+def model_chunks(file: TorchFile) -> list[Any]:
     """Return the states of all chunks of a file."""
     content = file.content
     if not isinstance(content, dict):

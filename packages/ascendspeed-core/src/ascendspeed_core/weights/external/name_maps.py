@@ -1,18 +1,30 @@
-"""The formats' tables: name in the file, and our tensors in it. How they are cut follows from `config.sharding`.
+"""Name maps: for each external format its tensor names, and our tensors in each.
 
-`{layer}` is the layer's number within its pipeline stage in their names, its global number in ours; `{kind}` stands
-for weight and bias. Rows whose tensors a model lacks are left out.
+How tensors are cut over tensor-parallel ranks follows from `config.sharding`.
+
+Names in braces are indices. `{layer}` is a global number in our names, and the number within its pipeline stage in
+theirs; `{kind}` stands for weight and bias. A model may have further ones, such as `{expert}`, which count alike. An
+index that only our names have is a leading dimension of their tensor, which is fused:
+
+    NameRule("decoder.layers.{layer}.mlp.experts.linear_fc2.weight",            # [experts, H, F]
+             ("layers.{layer}.mlp.experts.{expert}.down_proj.weight",))         # [H, F] each
+
+An index that only their names have is a leading dimension of our tensor. Rules whose tensors a model lacks are left
+out.
 
 Sources: AscendSpeed of October 2023 (`llama_model.py`, `gpt_model.py`), ModelLink of December 2023, megatron-core 0.16
 (`GPTModel` with its Transformer-Engine layers, and with its own).
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from ascendspeed_core.config.model import ModelConfig
-from ascendspeed_core.config.sharding import Partition, sharded_dim, tensor_sharding
-from ascendspeed_core.weights.external.packing import Block, Cut, Packed, interleaved, padded, whole
+from ascendspeed_core.config.sharding import SHARDING, ModuleSharding, Partition, sharded_dim, tensor_sharding
+from ascendspeed_core.models.families.base import index_names
+from ascendspeed_core.weights.external.packing import Cut, PackedTensor, interleaved, padded, whole
+from ascendspeed_core.weights.shard_layout import PipelineChunk
 
 ROTARY = "rotary.inv_freq"
 """Not a weight: the rotary frequencies, which some formats store beside the weights."""
@@ -22,23 +34,25 @@ EMBEDDING = "embedding.weight"
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line of a table.
+class NameRule:
+    """One line of a name map.
 
     Attributes:
         theirs: name in the file.
         ours: tensors that it holds. Of several, a tensor-parallel rank holds its rows of the first above its rows of
             the second.
         by_head: it holds for each key-value head its queries, its key, its value instead.
+        transposed: its matrices are stored as [in, out], ours as [out, in].
     """
 
     theirs: str
     ours: tuple[str, ...]
     by_head: bool = False
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
-class Table:
+class NameMap:
     """Names of a format for one kind of model.
 
     Attributes:
@@ -48,85 +62,121 @@ class Table:
         head: name of the head's weight in the last stage.
         tied_head: name of the copy of the embedding that a last stage holds for a tied head, if it is not the first
             stage too; `None` when the format has no tied heads and always stores one.
-        is_nested: a `/` in names separates dictionaries inside one another.
+        is_nested: a `/` in names separates nested dictionaries.
     """
 
-    first: tuple[Row, ...]
-    layer: tuple[Row, ...]
-    last: tuple[Row, ...]
+    first: tuple[NameRule, ...]
+    layer: tuple[NameRule, ...]
+    last: tuple[NameRule, ...]
     head: str
     tied_head: str | None
     is_nested: bool = False
 
-    def of_stage(
+    def of_chunk(
         self,
         shapes: Mapping[str, tuple[int, ...]],
         config: ModelConfig,
-        stage: "StageLayers",
+        chunk: PipelineChunk,
         vocabulary_rows: int,
-    ) -> Iterator[Packed]:
-        """Yield all tensors of one stage or chunk, uncut.
+        indices: Mapping[str, range] | None = None,
+        sharding: Mapping[str, ModuleSharding] = SHARDING,
+    ) -> Iterator[PackedTensor]:
+        """Yield all tensors of one pipeline stage or chunk, before they are cut over tensor-parallel ranks.
 
         Args:
-            shapes: of all logical tensors.
+            shapes: of all logical tensors, by name.
             config: the model.
-            stage: which layers, and whether the ends are here.
-            vocabulary_rows: rows of embedding and head with filling.
+            chunk: which layers it holds, and whether the embedding and the head are among them.
+            vocabulary_rows: rows of embedding and head with padding.
+            indices: values of the indices besides `{layer}` and `{kind}`, by name.
+            sharding: how each module is cut.
         """
-        pack = Packing(shapes, config, vocabulary_rows)
-        if stage.is_first:
-            yield from pack.rows(self.first, 0, 0)
-        for place, number in enumerate(stage.layers):
-            yield from pack.rows(self.layer, number, place)
-        if stage.is_last:
-            yield from pack.rows(self.last, 0, 0)
+        packer = Packer(shapes, config, vocabulary_rows, indices or {}, sharding)
+        if chunk.is_first:
+            yield from packer.pack(self.first)
+        for position, number in enumerate(chunk.layers):
+            yield from packer.pack(self.layer, number, position)
+        if chunk.is_last:
+            yield from packer.pack(self.last)
             if HEAD in shapes:
-                yield from pack.rows((Row(self.head, (HEAD,)),), 0, 0)
-            elif self.tied_head is None or not stage.is_first:
-                name = self.tied_head or self.head
-                yield from pack.rows((Row(name, (EMBEDDING,)),), 0, 0)
+                yield from packer.pack((NameRule(self.head, (HEAD,)),))
+            elif self.tied_head is None or not chunk.is_first:
+                yield from packer.pack((NameRule(self.tied_head or self.head, (EMBEDDING,)),))
 
 
 @dataclass(frozen=True)
-class StageLayers:
-    """What one pipeline stage, or one virtual chunk of it, holds."""
+class Packer:
+    """Describes stored tensors by the rules of a name map; rules whose tensors a model lacks give none.
 
-    layers: range
-    is_first: bool
-    is_last: bool
-
-
-@dataclass(frozen=True)
-class Packing:
-    """Makes stored tensors from the rows of a table; rows whose tensors a model lacks give none."""
+    Attributes:
+        shapes: of all logical tensors, by name.
+        config: the model.
+        vocabulary_rows: rows of embedding and head with padding.
+        indices: values of the indices besides `{layer}` and `{kind}`, by name.
+        sharding: how each module is cut.
+    """
 
     shapes: Mapping[str, tuple[int, ...]]
     config: ModelConfig
     vocabulary_rows: int
+    indices: Mapping[str, range] = field(default_factory=dict)
+    sharding: Mapping[str, ModuleSharding] = field(default_factory=lambda: SHARDING)
 
-    def rows(self, rows: tuple[Row, ...], number: int, place: int) -> Iterator[Packed]:
-        """Yield the tensors of some rows, of layer `number` of the model, which is layer `place` of its stage."""
-        for row in rows:
-            for kind in ("weight", "bias") if "{kind}" in row.theirs else ("",):
-                names = [name.format(layer=number, kind=kind) for name in row.ours]
-                names = [name for name in names if name in self.shapes]
-                if names:
-                    yield self._pack(row.theirs.format(layer=place, kind=kind), names, row.by_head)
+    def pack(self, rules: Sequence[NameRule], layer: int = 0, position: int = 0) -> Iterator[PackedTensor]:
+        """Yield the stored tensors of some rules.
 
-    def _pack(self, key: str, names: list[str], by_head: bool) -> Packed:
-        shapes, dim = [self.shapes[name] for name in names], sharded_dim(names[0])
-        blocks = tuple(whole(name, shape) for name, shape in zip(names, shapes, strict=True))
+        Args:
+            rules: of the name map.
+            layer: global number of the layer.
+            position: number of the layer within its stage.
+        """
+        for rule in rules:
+            in_theirs, in_ours = _further_indices(rule.theirs), _further_indices(rule.ours[0])
+            fused = [name for name in in_ours if name not in in_theirs]
+            ranges = [self.indices.get(name, range(0)) for name in in_theirs]
+            leading = tuple(len(self.indices.get(name, ())) for name in fused)
+            for kind in ("weight", "bias") if "{kind}" in rule.theirs else ("",):
+                for values in itertools.product(*map(enumerate, ranges)):
+                    key = {name: at for name, (at, _) in zip(in_theirs, values, strict=True)}
+                    known = {name: value for name, (_, value) in zip(in_theirs, values, strict=True)}
+                    stack = tuple(value for name, value in known.items() if name not in in_ours)
+                    names = self._names(rule, {**known, "layer": layer, "kind": kind}, fused)
+                    if names:
+                        theirs = rule.theirs.format(**key, layer=position, kind=kind)
+                        packed = self._pack(theirs, names, stack, rule.by_head)
+                        yield replace(packed, leading=leading, transposed=rule.transposed)
+
+    def _names(self, rule: NameRule, indices: Mapping[str, object], fused: Sequence[str]) -> list[str]:
+        """Return our tensors in a stored one, in order; those that the model lacks are left out."""
+        names = [
+            name.format(**indices, **dict(zip(fused, values, strict=True)))
+            for values in itertools.product(*(self.indices.get(name, ()) for name in fused))
+            for name in rule.ours
+        ]
+        return [name for name in names if name in self.shapes]
+
+    def _pack(self, key: str, names: list[str], stack: tuple[int, ...], by_head: bool) -> PackedTensor:
+        shapes, dim = (
+            [self.shapes[name][len(stack) :] for name in names],
+            sharded_dim(names[0], self.sharding),
+        )
+        slices = tuple(whole(name, shape, stack) for name, shape in zip(names, shapes, strict=True))
         if dim is None:
-            return Packed(key, (blocks,))
+            return PackedTensor(key, (slices,))
         if dim == 1:
-            return Packed(key, (blocks,), Cut.COLUMNS)
-        if tensor_sharding(names[0]).partition is Partition.VOCABULARY:
-            return Packed(key, (padded(names[0], shapes[0], self.vocabulary_rows),), Cut.ROWS)
+            return PackedTensor(key, (slices,), Cut.COLUMNS)
+        if tensor_sharding(names[0], self.sharding).partition is Partition.VOCABULARY:
+            return PackedTensor(key, (padded(names[0], shapes[0], self.vocabulary_rows),), Cut.ROWS)
         if by_head:
             groups = self.config.num_key_value_heads
             parts = [(name, shape, shape[0] // groups) for name, shape in zip(names, shapes, strict=True)]
-            return Packed(key, (interleaved(parts, groups),), Cut.ROWS)
-        return Packed(key, tuple((block,) for block in blocks), Cut.ROWS)
+            return PackedTensor(key, (interleaved(parts, groups),), Cut.ROWS)
+        return PackedTensor(key, tuple((piece,) for piece in slices), Cut.ROWS)
+
+
+def _further_indices(pattern: str) -> tuple[str, ...]:
+    """Return the indices of a name pattern besides the layer's number and the kind."""
+    return tuple(name for name in index_names(pattern) if name not in ("layer", "kind"))
 
 
 _L = "layers.{layer}."
@@ -137,86 +187,86 @@ NORM_1, NORM_2 = (f"{_L}attention_norm.{{kind}}",), (f"{_L}mlp_norm.{{kind}}",)
 EMBEDDING_NORM, FINAL_NORM = ("embedding_norm.{kind}",), ("final_norm.{kind}",)
 
 
-def ascendspeed_llama(merged_mlp: bool) -> Table:
+def ascendspeed_llama(merged_mlp: bool) -> NameMap:
     """Return AscendSpeed 2023's names for LLaMA-type models; with `--mlp-layer-fusion` gate and up are one tensor."""
     layer = "language_model.layers.{layer}."
     gate_up = (
-        (Row(f"{layer}mlp.proj.{{kind}}", GATE + UP),)
+        (NameRule(f"{layer}mlp.proj.{{kind}}", GATE + UP),)
         if merged_mlp
         else (
-            Row(f"{layer}mlp.gate_proj.{{kind}}", GATE),
-            Row(f"{layer}mlp.up_proj.{{kind}}", UP),
+            NameRule(f"{layer}mlp.gate_proj.{{kind}}", GATE),
+            NameRule(f"{layer}mlp.up_proj.{{kind}}", UP),
         )
     )
-    return Table(
-        first=(Row("embedding.word_embeddings.weight", (EMBEDDING,)),),
+    return NameMap(
+        first=(NameRule("embedding.word_embeddings.weight", (EMBEDDING,)),),
         layer=(
-            Row(f"{layer}input_layernorm.{{kind}}", NORM_1),
-            Row(f"{layer}attention.rotary_emb.inv_freq", (ROTARY,)),
-            Row(f"{layer}attention.query_key_value.{{kind}}", QKV, by_head=True),
-            Row(f"{layer}attention.dense.{{kind}}", OUT),
-            Row(f"{layer}post_attention_layernorm.{{kind}}", NORM_2),
+            NameRule(f"{layer}input_layernorm.{{kind}}", NORM_1),
+            NameRule(f"{layer}attention.rotary_emb.inv_freq", (ROTARY,)),
+            NameRule(f"{layer}attention.query_key_value.{{kind}}", QKV, by_head=True),
+            NameRule(f"{layer}attention.dense.{{kind}}", OUT),
+            NameRule(f"{layer}post_attention_layernorm.{{kind}}", NORM_2),
             *gate_up,
-            Row(f"{layer}mlp.down_proj.{{kind}}", DOWN),
+            NameRule(f"{layer}mlp.down_proj.{{kind}}", DOWN),
         ),
-        last=(Row("language_model.final_layernorm.{kind}", FINAL_NORM),),
+        last=(NameRule("language_model.final_layernorm.{kind}", FINAL_NORM),),
         head="lm_head.lm_head.weight",
         tied_head=None,
     )
 
 
-def ascendspeed_gpt() -> Table:
+def ascendspeed_gpt() -> NameMap:
     """Return AscendSpeed 2023's names for `GPTModel` (Bloom): Megatron-LM's of that time, in nested dictionaries."""
     layer = "language_model/encoder/layers.{layer}."
-    return Table(
+    return NameMap(
         first=(
-            Row("language_model/embedding/word_embeddings/weight", (EMBEDDING,)),
-            Row("language_model/embedding/word_embeddings/norm.{kind}", EMBEDDING_NORM),
+            NameRule("language_model/embedding/word_embeddings/weight", (EMBEDDING,)),
+            NameRule("language_model/embedding/word_embeddings/norm.{kind}", EMBEDDING_NORM),
         ),
         layer=(
-            Row(f"{layer}input_layernorm.{{kind}}", NORM_1),
-            Row(f"{layer}self_attention.query_key_value.{{kind}}", QKV, by_head=True),
-            Row(f"{layer}self_attention.dense.{{kind}}", OUT),
-            Row(f"{layer}post_attention_layernorm.{{kind}}", NORM_2),
-            Row(f"{layer}mlp.dense_h_to_4h.{{kind}}", UP),
-            Row(f"{layer}mlp.dense_4h_to_h.{{kind}}", DOWN),
+            NameRule(f"{layer}input_layernorm.{{kind}}", NORM_1),
+            NameRule(f"{layer}self_attention.query_key_value.{{kind}}", QKV, by_head=True),
+            NameRule(f"{layer}self_attention.dense.{{kind}}", OUT),
+            NameRule(f"{layer}post_attention_layernorm.{{kind}}", NORM_2),
+            NameRule(f"{layer}mlp.dense_h_to_4h.{{kind}}", UP),
+            NameRule(f"{layer}mlp.dense_4h_to_h.{{kind}}", DOWN),
         ),
-        last=(Row("language_model/encoder/final_layernorm.{kind}", FINAL_NORM),),
+        last=(NameRule("language_model/encoder/final_layernorm.{kind}", FINAL_NORM),),
         head="language_model/output_layer/weight",
         tied_head="word_embeddings_for_head/weight",
         is_nested=True,
     )
 
 
-def modellink_llama(merged_mlp: bool) -> Table:
+def modellink_llama(merged_mlp: bool) -> NameMap:
     """Return the names of December 2023 for LLaMA-type models, where `dense_h_to_4h` is the up projection."""
     layer = "language_model/encoder/layers.{layer}."
     gate_up = (
-        (Row(f"{layer}mlp.proj.{{kind}}", GATE + UP),)
+        (NameRule(f"{layer}mlp.proj.{{kind}}", GATE + UP),)
         if merged_mlp
         else (
-            Row(f"{layer}mlp.gate_proj.{{kind}}", GATE),
-            Row(f"{layer}mlp.dense_h_to_4h.{{kind}}", UP),
+            NameRule(f"{layer}mlp.gate_proj.{{kind}}", GATE),
+            NameRule(f"{layer}mlp.dense_h_to_4h.{{kind}}", UP),
         )
     )
-    return Table(
-        first=(Row("language_model/embedding/word_embeddings/weight", (EMBEDDING,)),),
+    return NameMap(
+        first=(NameRule("language_model/embedding/word_embeddings/weight", (EMBEDDING,)),),
         layer=(
-            Row(f"{layer}input_layernorm.{{kind}}", NORM_1),
-            Row(f"{layer}self_attention.query_key_value.{{kind}}", QKV, by_head=True),
-            Row(f"{layer}self_attention.dense.{{kind}}", OUT),
-            Row(f"{layer}post_attention_layernorm.{{kind}}", NORM_2),
+            NameRule(f"{layer}input_layernorm.{{kind}}", NORM_1),
+            NameRule(f"{layer}self_attention.query_key_value.{{kind}}", QKV, by_head=True),
+            NameRule(f"{layer}self_attention.dense.{{kind}}", OUT),
+            NameRule(f"{layer}post_attention_layernorm.{{kind}}", NORM_2),
             *gate_up,
-            Row(f"{layer}mlp.dense_4h_to_h.{{kind}}", DOWN),
+            NameRule(f"{layer}mlp.dense_4h_to_h.{{kind}}", DOWN),
         ),
-        last=(Row("language_model/encoder/final_layernorm.{kind}", FINAL_NORM),),
+        last=(NameRule("language_model/encoder/final_layernorm.{kind}", FINAL_NORM),),
         head="language_model/output_layer/weight",
         tied_head=None,
         is_nested=True,
     )
 
 
-def megatron(transformer_engine: bool) -> Table:
+def megatron(transformer_engine: bool) -> NameMap:
     """Return the names of megatron-core's `GPTModel`.
 
     Its Transformer-Engine layers keep the norms in the linear layers that follow them; its own layers do not.
@@ -227,24 +277,19 @@ def megatron(transformer_engine: bool) -> Table:
         if transformer_engine
         else ("input_layernorm.{kind}", "pre_mlp_layernorm.{kind}")
     )
-    return Table(
-        first=(Row("embedding.word_embeddings.weight", (EMBEDDING,)),),
+    return NameMap(
+        first=(NameRule("embedding.word_embeddings.weight", (EMBEDDING,)),),
         layer=(
-            Row(f"{layer}self_attention.linear_proj.{{kind}}", OUT),
-            Row(f"{layer}{norms[0]}", NORM_1),
-            Row(f"{layer}self_attention.linear_qkv.{{kind}}", QKV, by_head=True),
-            Row(f"{layer}self_attention.q_layernorm.{{kind}}", (f"{_L}attention.q_norm.{{kind}}",)),
-            Row(f"{layer}self_attention.k_layernorm.{{kind}}", (f"{_L}attention.k_norm.{{kind}}",)),
-            Row(f"{layer}{norms[1]}", NORM_2),
-            Row(f"{layer}mlp.linear_fc1.{{kind}}", GATE + UP),
-            Row(f"{layer}mlp.linear_fc2.{{kind}}", DOWN),
+            NameRule(f"{layer}self_attention.linear_proj.{{kind}}", OUT),
+            NameRule(f"{layer}{norms[0]}", NORM_1),
+            NameRule(f"{layer}self_attention.linear_qkv.{{kind}}", QKV, by_head=True),
+            NameRule(f"{layer}self_attention.q_layernorm.{{kind}}", (f"{_L}attention.q_norm.{{kind}}",)),
+            NameRule(f"{layer}self_attention.k_layernorm.{{kind}}", (f"{_L}attention.k_norm.{{kind}}",)),
+            NameRule(f"{layer}{norms[1]}", NORM_2),
+            NameRule(f"{layer}mlp.linear_fc1.{{kind}}", GATE + UP),
+            NameRule(f"{layer}mlp.linear_fc2.{{kind}}", DOWN),
         ),
-        last=(Row("decoder.final_layernorm.{kind}", FINAL_NORM),),
+        last=(NameRule("decoder.final_layernorm.{kind}", FINAL_NORM),),
         head="output_layer.weight",
         tied_head="output_layer.weight",
     )
-
-
-def filling(block: Block) -> bool:
-    """Tell whether a block is filling, which stands for nothing."""
-    return block.repeats > 0

@@ -1,21 +1,21 @@
-"""Logical tensors put together from the places where their parts lie."""
+"""Logical tensors put together from shards, which may lie in several files."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.weights.external.name_maps import ROTARY
-from ascendspeed_core.weights.external.packing import Block, Packed
-from ascendspeed_core.weights.source import CheckpointError, Index, TensorInfo
+from ascendspeed_core.weights.external.packing import PackedTensor
+from ascendspeed_core.weights.source import BaseWeightSource, CheckpointError, Index, TensorInfo
 from ascendspeed_data.tokenizer import DEFINING_FILES
 
 
-class Readable(Protocol):
+class LazyTensor(Protocol):
     """A stored tensor."""
 
     @property
@@ -29,42 +29,53 @@ class Readable(Protocol):
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a part of a logical tensor lies.
+class TensorShard:
+    """A part of a logical tensor, inside a stored tensor.
 
     Attributes:
         where: file and name, for messages.
         tensor: the stored tensor.
-        row: its first row there.
+        row: its first row there; in a fused tensor, within its matrix.
         index: which part of the logical tensor it is.
+        position: of its matrix in the leading dimensions of a fused tensor.
+        depth: how many leading dimensions of the logical tensor the matrix lacks.
+        is_swapped: the matrix is stored transposed.
     """
 
     where: str
-    tensor: Readable
+    tensor: LazyTensor
     row: int
     index: Index
+    position: tuple[int, ...] = ()
+    depth: int = 0
+    is_swapped: bool = False
 
     def read(self, wanted: Index) -> torch.Tensor:
-        """Read what of `wanted` lies here; both are slices of the logical tensor."""
-        starts = (part.start - own.start for part, own in zip(wanted, self.index, strict=True))
-        sizes = (part.stop - part.start for part in wanted)
-        local = [slice(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+        """Read a slice of the logical tensor that lies within this shard."""
+        pairs = list(zip(wanted, self.index, strict=True))[self.depth :]
+        local = [slice(part.start - own.start, part.stop - own.start) for part, own in pairs]
         local[0] = slice(local[0].start + self.row, local[0].stop + self.row)
-        return self.tensor.read(tuple(local))
+        if not (self.position or self.depth or self.is_swapped):
+            return self.tensor.read(tuple(local))
+        if self.is_swapped:
+            local.reverse()
+        found = self.tensor.read((*(slice(at, at + 1) for at in self.position), *local))
+        found = found.reshape(found.shape[len(self.position) :])
+        return (found.T if self.is_swapped else found).reshape([part.stop - part.start for part in wanted])
 
 
 class ShardedTensors:
-    """Logical tensors by name, whose parts lie in stored tensors."""
+    """Logical tensors by name, whose shards lie in stored tensors."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self._shapes = shapes
-        self._places: dict[str, list[Place]] = {}
-        self._seen: dict[tuple[str, tuple[tuple[int, int], ...]], Place] = {}
-        self.replicas: list[tuple[str, Place, Place]] = []
-        """Name, first place and a further one of parts that lie in several places."""
+        self._shards: dict[str, list[TensorShard]] = {}
+        self._seen: dict[tuple[str, tuple[tuple[int, int], ...]], TensorShard] = {}
+        self.replicas: list[tuple[str, TensorShard, TensorShard]] = []
+        """Name of a tensor, its first shard, and another shard that holds the same part."""
 
-    def add(self, where: str, packed: Packed, stored: Readable) -> None:
-        """Take note of a stored tensor.
+    def add(self, where: str, packed: PackedTensor, stored: LazyTensor) -> None:
+        """Add a stored tensor.
 
         Raises:
             CheckpointError: it has another shape or format than the others of its kind.
@@ -75,46 +86,57 @@ class ShardedTensors:
                 "its arguments and its weights disagree, or it is a file of another checkpoint"
             )
         row = 0
-        for block in packed.blocks:
-            if not block.repeats:
-                self._add_block(where, block, row, stored)
-            row += block.rows
+        for piece in packed.slices:
+            if not piece.repeats:
+                position = packed.position(row) if packed.leading else ()
+                first_row = row % packed.matrix_rows if packed.leading else row
+                shard = TensorShard(
+                    where,
+                    stored,
+                    first_row,
+                    piece.logical_index,
+                    position,
+                    len(piece.stack),
+                    packed.is_swapped,
+                )
+                self._add_shard(piece.name, shard)
+            row += piece.rows
 
-    def _add_block(self, where: str, block: Block, row: int, stored: Readable) -> None:
-        place = Place(where, stored, row, block.index)
-        others = self._places.setdefault(block.name, [])
+    def _add_shard(self, name: str, shard: TensorShard) -> None:
+        where, stored = shard.where, shard.tensor
+        others = self._shards.setdefault(name, [])
         if others and others[0].tensor.info.dtype != stored.info.dtype:
             raise CheckpointError(
                 f"{where} is stored as {_name(stored.info.dtype)}, {others[0].where} of the same tensor as "
                 f"{_name(others[0].tensor.info.dtype)}; one of them is of another checkpoint"
             )
-        key = (block.name, tuple((part.start, part.stop) for part in block.index))
+        key = (name, tuple((part.start, part.stop) for part in shard.index))
         if key in self._seen:
-            self.replicas.append((block.name, self._seen[key], place))
+            self.replicas.append((name, self._seen[key], shard))
         else:
-            self._seen[key] = place
-            others.append(place)
+            self._seen[key] = shard
+            others.append(shard)
 
     def info(self, name: str) -> TensorInfo:
         """Return shape and format of a logical tensor."""
-        return TensorInfo(self._shapes[name], self._places[name][0].tensor.info.dtype)
+        return TensorInfo(self._shapes[name], self._shards[name][0].tensor.info.dtype)
 
     def names(self) -> Iterator[str]:
-        """Yield the names of all logical tensors that have a place."""
-        yield from self._places
+        """Yield the names of all logical tensors of which a shard was added."""
+        yield from self._shards
 
     def check_complete(self, where: object, names: Iterable[str]) -> None:
-        """Raise `CheckpointError` unless every element of these tensors has a place."""
+        """Raise `CheckpointError` unless the shards hold every element of these tensors."""
         for name in names:
-            places = self._places.get(name, [])
-            stored = sum(_size(place.index) for place in places)
+            shards = self._shards.get(name, [])
+            stored = sum(_size(shard.index) for shard in shards)
             if stored != _size(tuple(slice(0, length) for length in self._shapes[name])):
                 raise CheckpointError(
-                    f"{where} lacks {'part of ' if places else ''}{name}; the copy is incomplete"
+                    f"{where} lacks {'part of ' if shards else ''}{name}; the copy is incomplete"
                 )
 
     def check_replicas(self, max_bytes: int | None = None) -> None:
-        """Compare parts that lie in several places, unless one is larger than `max_bytes`.
+        """Compare shards that hold the same part, except those larger than `max_bytes`.
 
         Raises:
             CheckpointError: two differ.
@@ -133,50 +155,52 @@ class ShardedTensors:
         shape = self._shapes[name]
         wanted = index or tuple(slice(0, length) for length in shape)
         result: torch.Tensor | None = None
-        for place in self._places[name]:
+        for shard in self._shards[name]:
             overlap = tuple(
                 slice(max(part.start, own.start), min(part.stop, own.stop))
-                for part, own in zip(wanted, place.index, strict=True)
+                for part, own in zip(wanted, shard.index, strict=True)
             )
             if any(part.start >= part.stop for part in overlap):
                 continue
             if overlap == tuple(slice(part.start, part.stop) for part in wanted):
-                return place.read(wanted)
+                return shard.read(wanted)
             if result is None:
                 sizes = [part.stop - part.start for part in wanted]
-                result = torch.empty(sizes, dtype=place.tensor.info.dtype)
+                result = torch.empty(sizes, dtype=shard.tensor.info.dtype)
             target = tuple(
                 slice(part.start - start.start, part.stop - start.start)
                 for part, start in zip(overlap, wanted, strict=True)
             )
-            result[target] = place.read(overlap)
+            result[target] = shard.read(overlap)
         if result is None:
             sizes = [max(part.stop - part.start, 0) for part in wanted]
             return torch.empty(sizes, dtype=self.info(name).dtype)
         return result
 
 
-class ShardedTensorSource:
-    """What all sources have in common whose tensors lie in places.
+class ExternalSource(BaseWeightSource):
+    """What the sources of external checkpoints have in common.
 
     Attributes:
         path: the folder as the user named it.
         folder: the one with the files.
         config: the architecture.
+        vocabulary_rows: rows of the embedding with padding.
     """
 
     path: Path | None
     folder: Path
     config: ModelConfig
-    _placed: ShardedTensors
+    vocabulary_rows: int
+    _sharded: ShardedTensors
 
     @property
     def tokenizer(self) -> Path | None:
         """Folder of the tokenizer beside the weights, if any."""
         for folder in (self.folder, self.folder.parent):
-            for place in (folder, folder / "tokenizer"):
-                if any((place / name).is_file() for name in DEFINING_FILES):
-                    return place
+            for candidate in (folder, folder / "tokenizer"):
+                if any((candidate / name).is_file() for name in DEFINING_FILES):
+                    return candidate
         return None
 
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -185,11 +209,16 @@ class ShardedTensorSource:
 
     @cached_property
     def _infos(self) -> dict[str, TensorInfo]:
-        return {name: self._placed.info(name) for name in self._placed.names() if name != ROTARY}
+        return {name: self._sharded.info(name) for name in self._sharded.names() if name != ROTARY}
 
     def read(self, name: str, index: Index = ()) -> torch.Tensor:
         """Read a slice of a weight."""
-        return self._placed.read(name, index)
+        return self._sharded.read(name, index)
+
+    def details(self) -> dict[str, Any]:
+        """Return the layout of the files, and the rows of the embedding with padding."""
+        layout = {} if self.layout is None else {"layout": str(self.layout)}
+        return layout | {"vocabulary_rows": self.vocabulary_rows}
 
 
 def _size(index: Index) -> int:

@@ -35,7 +35,7 @@ STORAGE_DTYPES = {
 }
 """Names under which pickles speak of storages."""
 
-FOREIGN_PACKAGES = (
+INERT_PACKAGES = (
     "ascendspeed",
     "megatron",
     "deepspeed",
@@ -44,12 +44,12 @@ FOREIGN_PACKAGES = (
     "transformer_engine",
     "numpy",
 )
-"""Packages whose objects stand beside weights (arguments, random states): kept as inert `StandIn`s."""
+"""Packages whose objects stand beside weights (arguments, random states): kept as inert `InertObject`s."""
 
 _LOCAL_HEADER_BYTES = 30
 
 
-class StandIn:
+class InertObject:
     """An object of a package that is not asked: its class's name and what it was made of, nothing more."""
 
     arguments: tuple[Any, ...] = ()
@@ -91,7 +91,7 @@ class TorchFile:
         try:
             self._file = StoredFile(path)
             with path.open("rb") as file:
-                part = _Part(file, start, length if length is not None else self._file.size - start)
+                part = _FileWindow(file, start, length if length is not None else self._file.size - start)
                 with zipfile.ZipFile(part) as archive:
                     self._records = {info.filename.partition("/")[2]: info for info in archive.infolist()}
                     if "data.pkl" not in self._records:
@@ -209,7 +209,7 @@ class _Unpickler(pickle.Unpickler):
             ("__builtin__", "getattr"): self._member,
             ("_codecs", "encode"): _encode,
             ("torch", "Size"): tuple,
-            ("torch", "device"): StandIn,
+            ("torch", "device"): InertObject,
             ("torch._utils", "_rebuild_tensor_v2"): lambda storage, offset, shape, stride, *_: stored(
                 storage.key, storage.dtype, storage.numel, offset, shape, stride
             ),
@@ -223,13 +223,13 @@ class _Unpickler(pickle.Unpickler):
         """Return the stand-in of an allowed class, or refuse."""
         if (module, name) in self._allowed:
             return self._allowed[module, name]
-        if module.partition(".")[0] in FOREIGN_PACKAGES:
-            return type(name.rpartition(".")[2], (StandIn,), {})
+        if module.partition(".")[0] in INERT_PACKAGES:
+            return type(name.rpartition(".")[2], (InertObject,), {})
         raise self._refusal(f"{module}.{name}")
 
-    def _member(self, owner: Any, name: Any) -> StandIn:
+    def _member(self, owner: Any, name: Any) -> InertObject:
         """Members of enumerations are pickled as attributes of their class."""
-        if not (isinstance(owner, type) and issubclass(owner, StandIn)):
+        if not (isinstance(owner, type) and issubclass(owner, InertObject)):
             raise self._refusal(f"attribute {name} of {owner!r}")
         return owner(name)
 
@@ -251,7 +251,7 @@ def _encode(text: str, encoding: str = "latin1") -> bytes:
     return text.encode("latin1" if encoding == "latin1" else "utf-8")
 
 
-class _Part:
+class _FileWindow:
     """Part of a file that looks like a file; for `zipfile`, which reads only."""
 
     def __init__(self, file: Any, start: int, length: int) -> None:
@@ -279,7 +279,7 @@ class _Part:
         return data
 
 
-def _data_start(file: _Part, info: zipfile.ZipInfo) -> int:
+def _data_start(file: _FileWindow, info: zipfile.ZipInfo) -> int:
     """Return where a record's data begins: behind its local header, whose name and extra field vary in length."""
     file.seek(info.header_offset)
     header = file.read(_LOCAL_HEADER_BYTES)

@@ -1,23 +1,24 @@
 """Read a Hugging Face folder by slices: safetensors, one or several files with an index, or `.bin`."""
 
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from ascendspeed_core.models.families import Family, WeightRule, family_of_hugging_face
+from ascendspeed_core.models.families import Family, TensorMapping, family_of_hugging_face
+from ascendspeed_core.models.families.base import leading_shape
 from ascendspeed_core.weights.files.file_tensor import StoredTensor
+from ascendspeed_core.weights.files.json_file import read_json
 from ascendspeed_core.weights.files.safetensors_files import SAFETENSORS_DTYPES, read_safetensors
 from ascendspeed_core.weights.files.torch_files import TorchFile, stored_tensors
-from ascendspeed_core.weights.source import CheckpointError, Index, TensorInfo, inside
+from ascendspeed_core.weights.huggingface.config import generation_ids
+from ascendspeed_core.weights.source import BaseWeightSource, CheckpointError, Index, TensorInfo, inside
 from ascendspeed_data.tokenizer import DEFINING_FILES
 
 
-class HuggingFaceSource:
+class HuggingFaceSource(BaseWeightSource):
     """All weights of a Hugging Face folder under our names; nothing is read until it is asked for."""
 
     kind = "huggingface"
@@ -28,8 +29,9 @@ class HuggingFaceSource:
         self.hf_config = read_json(path / "config.json")
         self.family: Family = family_of_hugging_face(self.hf_config, str(path / "config.json"))
         self.config = self.family.read_config(self.hf_config | generation_ids(path))
-        self._files: dict[Path, dict[str, StoredTensor]] = {}
-        self._rules = self._rules_of_this_folder()
+        self._opened: dict[Path, dict[str, StoredTensor]] = {}
+        self._mappings = self._mappings_of_this_folder()
+        self._leading_shapes = self._leading_shapes_of_fused()
         self._check_names()
 
     @property
@@ -43,34 +45,77 @@ class HuggingFaceSource:
 
     @cached_property
     def _infos(self) -> dict[str, TensorInfo]:
-        return {ours: self._info_of(rule) for ours, rule in self._rules.items()}
+        return {ours: self._info_of(mappings) for ours, mappings in self._mappings.items()}
 
     def read(self, name: str, index: Index = ()) -> torch.Tensor:
         """Read a slice; only its bytes leave the disk."""
-        rule = self._rules[name]
-        if rule.packed is None:
-            return self._read(rule.theirs, index)
-        rows = index[0] if index else slice(0, rule.packed.num_rows(self.config))
-        places = list(rule.packed.places(self.config, rows))
-        if not places:
-            return self._read(rule.theirs, (slice(0, 0), *index[1:]))
-        columns = index[1:] or tuple(slice(0, length) for length in self._info(rule.theirs).shape[1:])
-        pieces = [self._read(rule.theirs, (place, *columns)) for place in places]
+        mappings = self._mappings[name]
+        depth = len(mappings[0].our_position)
+        if depth == 0:
+            return self._read_member(mappings[0], index)
+        index = index or tuple(slice(0, length) for length in self._infos[name].shape)
+        stack, inner = index[:depth], index[depth:]
+        members = [
+            self._read_member(mapping, inner)
+            for mapping in mappings
+            if all(part.start <= at < part.stop for at, part in zip(mapping.our_position, stack, strict=True))
+        ]
+        sizes = [part.stop - part.start for part in index]
+        if not members:
+            return torch.empty(sizes, dtype=self._infos[name].dtype)
+        return torch.stack(members).reshape(sizes)
+
+    def _read_member(self, mapping: TensorMapping, index: Index) -> torch.Tensor:
+        """Read a slice of the tensor, or of the member of a stack, that a mapping is about."""
+        packed, theirs = mapping.packed, mapping.theirs
+        if packed is None and mapping.is_plain:
+            return self._read(theirs, index)
+        shape = self._matrix_shape(mapping)
+        if not index:
+            rows = shape[0] if packed is None else packed.num_rows(self.config, shape[0])
+            index = tuple(slice(0, length) for length in (rows, *shape[1:]))
+        row_slices = [index[0]] if packed is None else packed.packed_slices(self.config, shape[0], index[0])
+        pieces = [self._read_matrix(mapping, (rows, *index[1:])) for rows in row_slices]
+        if not pieces:
+            return self._read_matrix(mapping, (slice(0, 0), *index[1:]))
         return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
 
-    def _read(self, theirs: str, index: Index) -> torch.Tensor:
-        return self._open(self._places[theirs])[theirs].read(index)
+    def _read_matrix(self, mapping: TensorMapping, index: Index) -> torch.Tensor:
+        """Read a slice of one matrix of their tensor, given and returned in our orientation."""
+        position = tuple(slice(at, at + 1) for at in mapping.their_position)
+        is_swapped = mapping.transposed and len(index) == 2
+        found = self._read(mapping.theirs, (*position, *(reversed(index) if is_swapped else index)))
+        found = found.reshape(found.shape[len(position) :])
+        return found.T if is_swapped else found
 
-    def _rules_of_this_folder(self) -> dict[str, WeightRule]:
+    def _matrix_shape(self, mapping: TensorMapping) -> tuple[int, ...]:
+        """Shape of one matrix of their tensor in our orientation, whatever is packed in it."""
+        shape = self._info(mapping.theirs).shape[len(mapping.their_position) :]
+        return shape[::-1] if mapping.transposed and len(shape) == 2 else shape
+
+    def _read(self, theirs: str, index: Index) -> torch.Tensor:
+        return self._open(self._file_of_tensor[theirs])[theirs].read(index)
+
+    def _mappings_of_this_folder(self) -> dict[str, list[TensorMapping]]:
         """The family's table by our names; a folder of a model without its head leaves the prefix out."""
         prefix = self.family.prefix
-        rules = {rule.ours: rule for rule in self.family.weights(self.config)}
-        if not prefix or any(name.startswith(prefix) for name in self._places):
-            return rules
-        return {ours: replace(rule, theirs=rule.theirs.removeprefix(prefix)) for ours, rule in rules.items()}
+        has_prefix = not prefix or any(name.startswith(prefix) for name in self._file_of_tensor)
+        found: dict[str, list[TensorMapping]] = {}
+        for mapping in self.family.weights(self.config):
+            theirs = mapping.theirs if has_prefix else mapping.theirs.removeprefix(prefix)
+            found.setdefault(mapping.ours, []).append(replace(mapping, theirs=theirs))
+        return found
+
+    def _leading_shapes_of_fused(self) -> dict[str, tuple[int, ...]]:
+        """Leading dimensions that the family's table gives their fused tensors."""
+        positions: dict[str, list[tuple[int, ...]]] = {}
+        for mapping in (mapping for mappings in self._mappings.values() for mapping in mappings):
+            if mapping.their_position:
+                positions.setdefault(mapping.theirs, []).append(mapping.their_position)
+        return {theirs: leading_shape(found) for theirs, found in positions.items()}
 
     @cached_property
-    def _places(self) -> dict[str, Path]:
+    def _file_of_tensor(self) -> dict[str, Path]:
         """File of each tensor."""
         for index_name in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
             if (self._folder / index_name).is_file():
@@ -86,13 +131,13 @@ class HuggingFaceSource:
         )
 
     def _open(self, path: Path) -> dict[str, StoredTensor]:
-        if path not in self._files:
+        if path not in self._opened:
             read = read_safetensors if path.suffix == ".safetensors" else _read_pickled
-            self._files[path] = read(path)
-        return self._files[path]
+            self._opened[path] = read(path)
+        return self._opened[path]
 
     def _info(self, theirs: str) -> TensorInfo:
-        file = self._places[theirs]
+        file = self._file_of_tensor[theirs]
         stored = self._open(file).get(theirs)
         if stored is None:
             raise CheckpointError(f"{file} lacks {theirs}, though the index of {self._folder} names it there")
@@ -102,29 +147,46 @@ class HuggingFaceSource:
             )
         return stored.info
 
-    def _info_of(self, rule: WeightRule) -> TensorInfo:
-        """What is known of one of our tensors."""
-        info = self._info(rule.theirs)
-        if rule.packed is None:
-            return info
-        packed = sum(block.rows for block in rule.packed.blocks(self.config))
-        if info.shape[0] != packed:
+    def _info_of(self, mappings: Sequence[TensorMapping]) -> TensorInfo:
+        """Return shape and dtype of one of our tensors."""
+        members = [self._info_of_member(mapping) for mapping in mappings]
+        if len(set(members)) > 1:
             raise CheckpointError(
-                f"{self._folder}: {rule.theirs} has {info.shape[0]} rows, the config makes it {packed}; its config and "
-                "its weights disagree"
+                f"{self._folder}: {mappings[0].theirs} and others of {mappings[0].ours} have different shapes or "
+                "dtypes; copy the folder again"
             )
-        return TensorInfo((rule.packed.num_rows(self.config), *info.shape[1:]), info.dtype)
+        stack = leading_shape(mapping.our_position for mapping in mappings)
+        return TensorInfo((*stack, *members[0].shape), members[0].dtype)
+
+    def _info_of_member(self, mapping: TensorMapping) -> TensorInfo:
+        info, packed, theirs = self._info(mapping.theirs), mapping.packed, mapping.theirs
+        leading = self._leading_shapes.get(theirs, ())
+        if info.shape[: len(leading)] != leading:
+            raise CheckpointError(
+                f"{self._folder}: {theirs} has shape {list(info.shape)}, the config makes it begin with "
+                f"{list(leading)}; its config and its weights disagree"
+            )
+        shape = self._matrix_shape(mapping)
+        if packed is None:
+            return TensorInfo(shape, info.dtype)
+        expected = sum(run.rows for run in packed.runs(self.config, shape[0]))
+        if shape[0] != expected:
+            raise CheckpointError(
+                f"{self._folder}: {theirs} has {shape[0]} rows, the config makes it {expected}; its config and its "
+                "weights disagree"
+            )
+        return TensorInfo((packed.num_rows(self.config, shape[0]), *shape[1:]), info.dtype)
 
     def _check_names(self) -> None:
         """Every tensor of the model is there, and none that we would drop."""
-        wanted = {rule.theirs for rule in self._rules.values()}
-        missing = sorted(wanted - set(self._places))
+        wanted = {mapping.theirs for mappings in self._mappings.values() for mapping in mappings}
+        missing = sorted(wanted - set(self._file_of_tensor))
         if missing:
             raise CheckpointError(f"{self._folder} lacks {len(missing)} tensors, first {missing[0]}")
-        extra = sorted(name for name in set(self._places) - wanted if not self._derived(name))
+        extra = sorted(name for name in set(self._file_of_tensor) - wanted if not self._derived(name))
         if extra:
             raise CheckpointError(
-                f"{self._folder} holds {len(extra)} tensors that {self.family.name} has no place for, first {extra[0]}"
+                f"{self._folder} holds {len(extra)} tensors that {self.family.name} does not have, first {extra[0]}"
             )
 
     def _derived(self, name: str) -> bool:
@@ -148,25 +210,3 @@ def _read_pickled(path: Path) -> dict[str, StoredTensor]:
         other = min(str(key) for key in content if key not in found)
         raise CheckpointError(f"{path} holds {other}, which is no tensor")
     return found
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object, or raise `CheckpointError` naming the file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds no JSON object")
-    return value
-
-
-def generation_ids(folder: Path) -> dict[str, Any]:
-    """Ids that end a generation stand in generation_config.json when there is one."""
-    path = folder / "generation_config.json"
-    if not path.is_file():
-        return {}
-    values = read_json(path)
-    return {key: values[key] for key in ("bos_token_id", "eos_token_id") if values.get(key) is not None}

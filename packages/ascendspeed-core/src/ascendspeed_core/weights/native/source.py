@@ -25,9 +25,9 @@ import torch
 from ascendspeed_core.config.load import validate
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.weights.files.file_tensor import StoredTensor
-from ascendspeed_core.weights.files.torch_files import FOREIGN_PACKAGES, StandIn, TorchFile
-from ascendspeed_core.weights.huggingface.source import read_json
-from ascendspeed_core.weights.source import CheckpointError, Index, TensorInfo, inside
+from ascendspeed_core.weights.files.json_file import read_json
+from ascendspeed_core.weights.files.torch_files import INERT_PACKAGES, InertObject, TorchFile
+from ascendspeed_core.weights.source import BaseWeightSource, CheckpointError, Index, TensorInfo, inside
 from ascendspeed_data.errors import ConfigError
 from ascendspeed_data.manifest import DatasetManifest, read_manifest
 
@@ -73,8 +73,8 @@ class _MetadataUnpickler(pickle.Unpickler):
     """Unpickle DCP's `.metadata` and nothing else: any other class is refused by name."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if module.partition(".")[0] in FOREIGN_PACKAGES:
-            return type(name.rpartition(".")[2], (StandIn,), {})
+        if module.partition(".")[0] in INERT_PACKAGES:
+            return type(name.rpartition(".")[2], (InertObject,), {})
         if (module, name) not in _ALLOWED:
             raise CheckpointError(
                 f"its .metadata asks for {module}.{name}, which no checkpoint needs; refused"
@@ -180,7 +180,7 @@ class DistributedTensors:
         return content
 
 
-class NativeSource:
+class NativeSource(BaseWeightSource):
     """The weights of a native checkpoint, and what else stands in it.
 
     Args:
@@ -227,10 +227,7 @@ class NativeSource:
     @property
     def data_manifest(self) -> DatasetManifest | None:
         """Manifest of the data that the run was trained on, if it had one."""
-        for folder in (self.folder, self.folder.parent):
-            if (folder / DATA_MANIFEST).is_file():
-                return read_manifest(folder / DATA_MANIFEST)
-        return None
+        return find_data_manifest(self.folder)
 
     def tensors(self) -> Mapping[str, TensorInfo]:
         """Return every weight by its name."""
@@ -249,9 +246,26 @@ class NativeSource:
         """Read a slice of a weight."""
         return self.stored.read(f"model/{name}", index)
 
-    def check(self) -> None:
+    def other_contents(self) -> list[str]:
+        """Name the kinds of state that are stored beside the weights: `optimizer`, `rng`, ..."""
+        return sorted({name.partition("/")[0] for name in self.stored.names()} - {"model"})
+
+    def details(self) -> dict[str, Any]:
+        """Return the iteration, and the layout of the run that wrote the checkpoint."""
+        return {"iteration": self.description["iteration"], "layout": self.description["layout"]}
+
+    def check(self) -> bool:
         """Read everything once and compare the checksums."""
         self.stored.check()
+        return True
+
+
+def find_data_manifest(folder: Path) -> DatasetManifest | None:
+    """Return the manifest of the training data beside a checkpoint, or in the folder of its run, if there is one."""
+    for candidate in (folder, folder.parent):
+        if (candidate / DATA_MANIFEST).is_file():
+            return read_manifest(candidate / DATA_MANIFEST)
+    return None
 
 
 def iteration_folder(path: Path) -> Path:

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
+from ascendspeed_ckpt.threads import ByteCounter, OnBytes, run_in_threads
 from ascendspeed_core import __version__
 from ascendspeed_core.config.parallel import Layout
+from ascendspeed_core.weights.native.distributed_files import TensorFile, WrittenShard, write_metadata
 from ascendspeed_core.weights.native.source import DESCRIPTION, FORMAT_VERSION, TRACKER, NativeSource
-from ascendspeed_core.weights.native.write_tensors import TensorFile, WrittenShard, write_metadata
 from ascendspeed_core.weights.source import TensorInfo, WeightSource
-from ascendspeed_core.weights.stream import Counted, OnBytes, slabs, together
+from ascendspeed_core.weights.stream import slabs
 from ascendspeed_data.files import write_durably
 
 
@@ -95,7 +96,7 @@ def write_files(
         shares[lightest].append(name)
         loads[lightest] += info.num_bytes
     pieces: list[list[WrittenShard]] = [[] for _ in shares]
-    count = Counted(on_bytes)
+    count = ByteCounter(on_bytes)
 
     def write(number: int) -> None:
         with TensorFile(place, number) as file:
@@ -107,5 +108,5 @@ def write_files(
                 count(written.num_bytes)
         pieces[number] = file.pieces
 
-    together([partial(write, number) for number, share in enumerate(shares) if share], workers)
+    run_in_threads([partial(write, number) for number, share in enumerate(shares) if share], workers)
     return [piece for share in pieces for piece in share]

@@ -4,8 +4,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ascendspeed_core.config.parallel import stages
-from ascendspeed_core.weights.external.name_maps import StageLayers
 from ascendspeed_data.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class PipelineChunk:
+    """What one pipeline stage, or one chunk of it under a virtual pipeline, holds.
+
+    Attributes:
+        layers: global numbers of its layers.
+        is_first: the embedding is here.
+        is_last: the final norm and the head are here.
+    """
+
+    layers: range
+    is_first: bool
+    is_last: bool
 
 
 @dataclass(frozen=True)
@@ -30,9 +44,9 @@ class ShardLayout:
         """Chunks of each stage."""
         return len(self.chunks[0])
 
-    def stage(self, pp_rank: int, chunk: int) -> StageLayers:
+    def stage(self, pp_rank: int, chunk: int) -> PipelineChunk:
         """Return what a chunk holds; the embedding is in the first one of all, norm and head in the last."""
-        return StageLayers(
+        return PipelineChunk(
             self.chunks[pp_rank][chunk],
             is_first=pp_rank == 0 and chunk == 0,
             is_last=pp_rank == self.pp - 1 and chunk == self.vpp - 1,

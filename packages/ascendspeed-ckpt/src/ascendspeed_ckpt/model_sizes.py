@@ -5,6 +5,7 @@ from types import MappingProxyType
 
 from ascendspeed_ckpt.config import InputOptions
 from ascendspeed_core.config.model import ModelConfig
+from ascendspeed_core.weights.shard_layout import ShardLayout
 from ascendspeed_data.command_line import log
 from ascendspeed_data.errors import AscendSpeedError, ConfigError, did_you_mean
 
@@ -67,13 +68,13 @@ def config_of_type(options: InputOptions) -> ModelConfig | None:
     return config
 
 
-def check_description(options: InputOptions, config: ModelConfig, layout: tuple[int, int] | None) -> None:
+def check_description(options: InputOptions, config: ModelConfig, layout: ShardLayout | None) -> None:
     """Compare the flags that describe an input with the input.
 
     Args:
         options: the flags.
         config: what the input is.
-        layout: its tensor-parallel ranks and stages, if it is cut.
+        layout: its tensor- and pipeline-parallel layout, if it has one.
 
     Raises:
         AscendSpeedError: one contradicts it.
@@ -94,7 +95,8 @@ def check_description(options: InputOptions, config: ModelConfig, layout: tuple[
     if options.pse and config.position != "alibi":
         raise AscendSpeedError(f"pse=true contradicts {where}, which has no ALiBi positions; leave --pse out")
     said = (options.src_tensor_model_parallel_size, options.src_pipeline_model_parallel_size)
-    for name, value, real in zip(("tensor", "pipeline"), said, layout or (1, 1), strict=True):
+    found_layout = (layout.tp, layout.pp) if layout is not None else (1, 1)
+    for name, value, real in zip(("tensor", "pipeline"), said, found_layout, strict=True):
         if value is not None and value != real:
             raise AscendSpeedError(
                 f"src_{name}_model_parallel_size={value} contradicts {where}, which has {real}; leave it out"

@@ -13,13 +13,13 @@ import torch
 
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.models.lora import AdapterPlan
-from ascendspeed_core.weights.adapters.files import (
+from ascendspeed_core.weights.adapters.peft import (
     CONFIG,
     PREFIX,
     TIED_HEAD,
     WEIGHTS,
-    Place,
-    hugging_face_places,
+    HuggingFaceTensor,
+    hugging_face_tensors,
 )
 from ascendspeed_core.weights.load import parameter_shapes
 from ascendspeed_core.weights.native.source import DistributedTensors
@@ -65,20 +65,20 @@ def peft_form(
         model: the architecture.
         read: gives a trained tensor by our name.
     """
-    places = hugging_face_places(model)
+    hf_tensors = hugging_face_tensors(model)
     by_module: dict[str, list[str]] = {}
     for layer in plan.layers:
-        theirs = places[f"{layer}.weight"].theirs.removesuffix(".weight")
+        theirs = hf_tensors[f"{layer}.weight"].name.removesuffix(".weight")
         by_module.setdefault(theirs, []).append(layer)
     tensors: dict[str, torch.Tensor] = {}
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     for theirs, layers in by_module.items():
-        a, b, scale = _joined(layers, theirs, plan, places, model, read)
+        a, b, scale = _joined(layers, theirs, plan, hf_tensors, model, read)
         tensors[f"{PREFIX}{theirs}.lora_A.weight"], tensors[f"{PREFIX}{theirs}.lora_B.weight"] = a, b
         ranks[theirs], alphas[theirs] = a.shape[0], scale * a.shape[0]
     for name in sorted(plan.trained):
-        tensors[PREFIX + places[name].theirs] = read(name)
+        tensors[PREFIX + hf_tensors[name].name] = read(name)
         if name == "embedding.weight" and model.tie_word_embeddings:
             # peft keeps a copy of each module that it trains, so that a tied head must be among them.
             tensors[PREFIX + TIED_HEAD] = read(name)
@@ -90,7 +90,7 @@ def peft_form(
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": max(low_rank.dropout for low_rank in plan.layers.values()),
-        "target_modules": _targets(list(by_module), places),
+        "target_modules": _targets(list(by_module), hf_tensors),
         "modules_to_save": sorted(set(saved)) or None,
         "rank_pattern": {_pattern(name): own for name, own in ranks.items() if own != rank},
         "alpha_pattern": {_pattern(name): own for name, own in alphas.items() if own != alpha},
@@ -107,18 +107,18 @@ def _joined(
     layers: list[str],
     theirs: str,
     plan: AdapterPlan,
-    places: dict[str, Place],
+    hf_tensors: dict[str, HuggingFaceTensor],
     model: ModelConfig,
     read: Read,
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Return A, B and scale of one of their modules."""
     scale = plan.layers[layers[0]].scale
     halves = [(read(f"{layer}.lora_A.weight"), read(f"{layer}.lora_B.weight")) for layer in layers]
-    rows = [places[f"{layer}.weight"].rows for layer in layers]
+    rows = [hf_tensors[f"{layer}.weight"].rows for layer in layers]
     if rows[0] is None:
         return *halves[0], scale
     shapes = parameter_shapes(model)
-    height = sum(shapes[name][0] for name, place in places.items() if place.theirs == f"{theirs}.weight")
+    height = sum(shapes[name][0] for name, hf in hf_tensors.items() if hf.name == f"{theirs}.weight")
     b = halves[0][1].new_zeros(height, sum(a.shape[0] for a, _ in halves))
     column = 0
     for layer, (a, part), own in zip(layers, halves, rows, strict=True):
@@ -129,9 +129,9 @@ def _joined(
     return torch.cat([a for a, _ in halves]), b, scale
 
 
-def _targets(modules: list[str], places: dict[str, Place]) -> list[str]:
+def _targets(modules: list[str], hf_tensors: dict[str, HuggingFaceTensor]) -> list[str]:
     """Return short names where every layer of that name is meant, whole names elsewhere."""
-    everything = {place.theirs.removesuffix(".weight") for place in places.values()}
+    everything = {hf.name.removesuffix(".weight") for hf in hf_tensors.values()}
     targets = set()
     for module in modules:
         word = module.rpartition(".")[2]

@@ -17,11 +17,20 @@ import torch
 
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.models.families import find_family
+from ascendspeed_core.weights.files.json_file import read_json
 from ascendspeed_core.weights.files.safetensors_files import read_safetensors
 from ascendspeed_core.weights.files.torch_files import TorchFile, stored_tensors
-from ascendspeed_core.weights.huggingface.source import read_json
-from ascendspeed_core.weights.native.source import TOKENIZER, TRACKER, iteration_folder
-from ascendspeed_core.weights.source import CheckpointError, Index, TensorInfo, WeightSource, inside
+from ascendspeed_core.weights.load import parameter_shapes
+from ascendspeed_core.weights.native.source import TOKENIZER, TRACKER, find_data_manifest, iteration_folder
+from ascendspeed_core.weights.source import (
+    BaseWeightSource,
+    CheckpointError,
+    Index,
+    TensorInfo,
+    WeightSource,
+    inside,
+)
+from ascendspeed_data.manifest import DatasetManifest
 from ascendspeed_data.tokenizer import DEFINING_FILES
 
 CONFIG = "adapter_config.json"
@@ -46,28 +55,39 @@ _SAVED = re.compile(r"(.+?)(?:\.modules_to_save|\.base_layer)?(?:\.default)?\.(w
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where one of our tensors lies in a Hugging Face model.
+class HuggingFaceTensor:
+    """The tensor of a Hugging Face model that holds one of our tensors.
 
     Attributes:
-        theirs: name of the tensor there.
-        rows: which of its rows ours are, in our order; `None` when it is ours alone.
+        name: of the tensor there.
+        rows: which of its rows are ours, in our order; `None` when it holds our tensor alone.
     """
 
-    theirs: str
+    name: str
     rows: torch.Tensor | None
 
 
-def hugging_face_places(config: ModelConfig) -> dict[str, Place]:
-    """Return where each of our tensors lies in the Hugging Face model."""
-    places = {}
-    for rule in find_family(config.family).weights(config):
+def hugging_face_tensors(config: ModelConfig) -> dict[str, HuggingFaceTensor]:
+    """Return by our name the tensor of the Hugging Face model that holds it.
+
+    Tensors that are fused or transposed there are left out; adapters change whole linear layers.
+    """
+    mappings = [one for one in find_family(config.family).weights(config) if one.is_plain]
+    packed_rows: dict[str, int] = {}
+    if any(mapping.packed is not None for mapping in mappings):
+        shapes = parameter_shapes(config)
+        for mapping in mappings:
+            packed_rows[mapping.theirs] = packed_rows.get(mapping.theirs, 0) + shapes[mapping.ours][0]
+    found = {}
+    for mapping in mappings:
         rows = None
-        if rule.packed is not None:
-            parts = rule.packed.places(config, slice(0, rule.packed.num_rows(config)))
+        if mapping.packed is not None:
+            total = packed_rows[mapping.theirs]
+            every_row = slice(0, mapping.packed.num_rows(config, total))
+            parts = mapping.packed.packed_slices(config, total, every_row)
             rows = torch.cat([torch.arange(part.start, part.stop) for part in parts])
-        places[rule.ours] = Place(rule.theirs, rows)
-    return places
+        found[mapping.ours] = HuggingFaceTensor(mapping.theirs, rows)
+    return found
 
 
 @dataclass(frozen=True)
@@ -130,7 +150,7 @@ class Adapter:
         self.updates: dict[str, Update] = {}
         """By module of the Hugging Face model."""
         self.saved: dict[str, torch.Tensor] = {}
-        """Tensors that take the place of the model's, by name in the Hugging Face model."""
+        """Tensors that replace the model's, by name in the Hugging Face model."""
         halves: dict[tuple[str, bool], dict[str, torch.Tensor]] = {}
         for key, tensor in tensors.items():
             name = key.removeprefix(PREFIX)
@@ -164,7 +184,7 @@ class Adapter:
         return alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
 
 
-class MergedAdapter:
+class MergedAdapter(BaseWeightSource):
     """A model with an adapter in it.
 
     Args:
@@ -178,10 +198,11 @@ class MergedAdapter:
 
     def __init__(self, source: WeightSource, adapter: Adapter, only_saved: bool = False) -> None:
         self.kind, self.path = source.kind, source.path
-        self.base, self.adapter, self._only_saved = source, adapter, only_saved
-        places = hugging_face_places(source.config)
-        self._places = places
-        known = {place.theirs for place in places.values()}
+        self.base: WeightSource = source
+        self.adapter, self._only_saved = adapter, only_saved
+        hf_tensors = hugging_face_tensors(source.config)
+        self._hf_tensors = hf_tensors
+        known = {hf.name for hf in hf_tensors.values()}
         for module in adapter.updates:
             if f"{module}.weight" not in known:
                 raise CheckpointError(
@@ -195,7 +216,7 @@ class MergedAdapter:
 
     def _is_tied_copy(self, name: str) -> bool:
         """Whether a replaced head is the replaced embedding, with which this model shares it."""
-        embedding = self.adapter.saved.get(self._places["embedding.weight"].theirs)
+        embedding = self.adapter.saved.get(self._hf_tensors["embedding.weight"].name)
         is_head = name == TIED_HEAD and self.base.config.tie_word_embeddings
         return is_head and embedding is not None and torch.equal(self.adapter.saved[name], embedding)
 
@@ -203,10 +224,15 @@ class MergedAdapter:
     def tokenizer(self) -> Path | None:
         """Folder of the tokenizer: the adapter's own, or its run's, which may have more pieces, or else the model's."""
         folder = self.adapter.folder
-        for place in (folder, folder.parent / TOKENIZER):
-            if any((place / name).is_file() for name in DEFINING_FILES):
-                return place
+        for candidate in (folder, folder.parent / TOKENIZER):
+            if any((candidate / name).is_file() for name in DEFINING_FILES):
+                return candidate
         return self.base.tokenizer
+
+    @property
+    def data_manifest(self) -> DatasetManifest | None:
+        """Manifest of the data that the adapter was trained on, or else the model."""
+        return find_data_manifest(self.adapter.folder) or self.base.data_manifest
 
     def tensors(self) -> Mapping[str, TensorInfo]:
         """Return every tensor by our name."""
@@ -215,25 +241,27 @@ class MergedAdapter:
     @cached_property
     def _infos(self) -> dict[str, TensorInfo]:
         tensors = dict(self.base.tensors())
-        for name, place in self._places.items():
-            saved = self.adapter.saved.get(place.theirs)
-            if saved is not None and place.rows is None:
+        for name, hf in self._hf_tensors.items():
+            saved = self.adapter.saved.get(hf.name)
+            if saved is not None and hf.rows is None:
                 tensors[name] = TensorInfo(tuple(saved.shape), tensors[name].dtype)
         return tensors
 
     def read(self, name: str, index: Index = ()) -> torch.Tensor:
         """Read a tensor or a slice of it."""
-        info, place = self.tensors()[name], self._places[name]
+        info, hf = self.tensors()[name], self._hf_tensors.get(name)
+        if hf is None:
+            return self.base.read(name, index)
         index = index or tuple(slice(0, length) for length in info.shape)
-        saved = self.adapter.saved.get(place.theirs)
+        saved = self.adapter.saved.get(hf.name)
         if saved is None:
             base = self.base.read(name, index)
         else:
-            base = (saved if place.rows is None else saved[place.rows])[index].to(info.dtype)
-        update = self.adapter.updates.get(place.theirs.removesuffix(".weight"))
-        if update is None or self._only_saved or not place.theirs.endswith(".weight"):
+            base = (saved if hf.rows is None else saved[hf.rows])[index].to(info.dtype)
+        update = self.adapter.updates.get(hf.name.removesuffix(".weight"))
+        if update is None or self._only_saved or not hf.name.endswith(".weight"):
             return base
-        return (base.float() + self._added(update, place.rows, index)).to(base.dtype)
+        return (base.float() + self._added(update, hf.rows, index)).to(base.dtype)
 
     def _added(self, update: Update, rows: torch.Tensor | None, index: Index) -> torch.Tensor:
         if rows is None:
@@ -244,34 +272,32 @@ class MergedAdapter:
 
     def _resized(self, config: ModelConfig) -> ModelConfig:
         """Return the config with the vocabulary that saved embeddings have."""
-        saved = self.adapter.saved.get(self._places["embedding.weight"].theirs)
+        saved = self.adapter.saved.get(self._hf_tensors["embedding.weight"].name)
         if saved is None or saved.shape[0] == config.vocab_size:
             return config
-        head = self._places.get("output_head.weight")
-        if head is not None and head.theirs not in self.adapter.saved:
+        head = self._hf_tensors.get("output_head.weight")
+        if head is not None and head.name not in self.adapter.saved:
             raise CheckpointError(
                 f"{self.adapter.folder} has an embedding of {saved.shape[0]:,} ids but no "
-                f"{head.theirs}; it is incomplete"
+                f"{head.name}; it is incomplete"
             )
         return config.model_copy(update={"vocab_size": saved.shape[0]})
 
     def _check_shapes(self) -> None:
-        from ascendspeed_core.weights.load import parameter_shapes
-
         shapes = parameter_shapes(self.config)
         sizes: dict[str, int] = {}
-        for name, place in self._places.items():
-            sizes[place.theirs] = sizes.get(place.theirs, 0) + shapes[name][0]
-        for name, place in self._places.items():
-            expected = (sizes[place.theirs], *shapes[name][1:])
-            update = self.adapter.updates.get(place.theirs.removesuffix(".weight"))
-            saved = self.adapter.saved.get(place.theirs)
+        for name, hf in self._hf_tensors.items():
+            sizes[hf.name] = sizes.get(hf.name, 0) + shapes[name][0]
+        for name, hf in self._hf_tensors.items():
+            expected = (sizes[hf.name], *shapes[name][1:])
+            update = self.adapter.updates.get(hf.name.removesuffix(".weight"))
+            saved = self.adapter.saved.get(hf.name)
             found = (
                 update.shape if update is not None else tuple(saved.shape) if saved is not None else expected
             )
-            if place.theirs.endswith(".weight") and found != expected:
+            if hf.name.endswith(".weight") and found != expected:
                 raise CheckpointError(
-                    f"{self.adapter.folder}: {place.theirs} is changed with shape {list(found)}, the model's is "
+                    f"{self.adapter.folder}: {hf.name} is changed with shape {list(found)}, the model's is "
                     f"{list(expected)}; the adapter is of another model"
                 )
 

@@ -1,4 +1,4 @@
-"""Convert a checkpoint to another kind, and prove the result before it gets its name."""
+"""Convert a checkpoint to another kind, and prove the result equal before the folder gets its final name."""
 
 import os
 import shutil
@@ -10,17 +10,14 @@ from typing import Any
 
 import torch
 
-from ascendspeed_ckpt.compare import Comparison, compare
-from ascendspeed_ckpt.config import SHARDED, TargetKind
-from ascendspeed_ckpt.sources import ResizedVocabulary
-from ascendspeed_core.weights import NativeSource, WeightSource, open_weights
-from ascendspeed_core.weights.adapters.files import MergedAdapter
-from ascendspeed_core.weights.detect import kind_of
-from ascendspeed_core.weights.external.torch_dist import write_torch_dist
-from ascendspeed_core.weights.external.write_mp_rank import write_sharded
-from ascendspeed_core.weights.external.write_plan import WritePlan
-from ascendspeed_core.weights.huggingface.write import write_hugging_face
-from ascendspeed_core.weights.native.write import write_native
+from ascendspeed_ckpt.comparison import Comparison, compare
+from ascendspeed_ckpt.config import MP_RANK_KINDS, TargetKind
+from ascendspeed_ckpt.writers.huggingface import write_hugging_face
+from ascendspeed_ckpt.writers.mp_rank import write_mp_rank
+from ascendspeed_ckpt.writers.native import write_native
+from ascendspeed_ckpt.writers.torch_dist import write_torch_dist
+from ascendspeed_ckpt.writers.write_plan import WritePlan
+from ascendspeed_core.weights import NativeSource, WeightSource, open_weights, stored_source
 from ascendspeed_core.weights.stream import SLAB_BYTES
 from ascendspeed_data.command_line import Progress, log
 from ascendspeed_data.errors import AscendSpeedError
@@ -37,19 +34,19 @@ GENERATION = "generation_config.json"
 
 @dataclass(frozen=True)
 class Conversion:
-    """What to convert.
+    """One conversion.
 
     Attributes:
-        source: checkpoint to read, of any kind that is recognised, or one that is open.
+        source: checkpoint to read, of any kind; a folder, or an open source.
         target: folder to write.
         to: kind of the target.
-        dtype: format of the written weights, or `None` for the stored one.
-        tokenizer: folder whose tokenizer goes along, or `None` for the one that came with the source.
-        max_shard_bytes: weights in one file of a Hugging Face folder.
-        pickled: `.bin` files instead of safetensors in a Hugging Face folder.
-        foreign: layout and naming of a target of another system.
-        verify_logits: run both models on the CPU; `None` does so below a billion parameters.
-        workers: files written at once; `None` is one per core.
+        dtype: dtype of the written weights; `None` keeps the stored one.
+        tokenizer: folder of the tokenizer to copy; `None` copies the one of the source.
+        max_shard_bytes: largest weight file of a Hugging Face folder.
+        pickled: write `.bin` files instead of safetensors into a Hugging Face folder.
+        write_plan: layout and names of an external checkpoint.
+        verify_logits: compare the logits of both models on the CPU; `None` does so below a billion parameters.
+        workers: files written at once; `None` is one per core, at most 8.
         overwrite: replace a target that exists.
     """
 
@@ -60,7 +57,7 @@ class Conversion:
     tokenizer: Path | None = None
     max_shard_bytes: int = 5_000_000_000
     pickled: bool = False
-    foreign: WritePlan | None = None
+    write_plan: WritePlan | None = None
     verify_logits: bool | None = None
     workers: int | None = None
     overwrite: bool = False
@@ -73,17 +70,17 @@ class Conversion:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a conversion proved.
+    """What a conversion did and proved.
 
     Attributes:
-        num_tensors: tensors of the logical model, each read once and written once.
-        num_bytes: bytes of tensors written, with copies and filling.
-        seconds: from the first read to the rename, with flushing to the disk; checks left out.
-        flush_seconds: of these, bringing the bytes to the disk.
-        check_seconds: checksums of the source, comparison of all tensors, logits.
-        comparison: every tensor read back and compared with the source after the change of format.
+        num_tensors: tensors of the model; each was read once and written once.
+        num_bytes: bytes of tensors written, with copies and padding.
+        seconds: from the first read until all bytes are on the disk, without checks.
+        flush_seconds: the part of `seconds` that flushing to the disk took.
+        check_seconds: checksums, comparison of all tensors, and logits.
+        comparison: result of reading every written tensor back and comparing it with the source, as converted.
         checked: what else was proved, in words.
-        left_behind: what the source holds and the target does not.
+        not_converted: what the source holds and the target does not.
     """
 
     num_tensors: int
@@ -93,11 +90,17 @@ class Verdict:
     check_seconds: float
     comparison: Comparison
     checked: tuple[str, ...]
-    left_behind: tuple[str, ...]
+    not_converted: tuple[str, ...]
 
 
 def convert(conversion: Conversion) -> Verdict:
-    """Write the target under a temporary name, prove it equal to the source, and rename it.
+    """Convert a checkpoint: write it under a temporary name, prove it equal to the source, and rename it.
+
+    Args:
+        conversion: what to convert, and how.
+
+    Returns:
+        What was proved.
 
     Raises:
         AscendSpeedError: the source cannot be read, the target exists, or the result is not equal.
@@ -106,7 +109,7 @@ def convert(conversion: Conversion) -> Verdict:
     if isinstance(source, Path):
         source = open_weights(source)
     target = conversion.target
-    _check_places(conversion, source)
+    _check_folders(conversion, source)
     scratch = target.with_name(f"{target.name}{INCOMPLETE}")
     lock = target.with_name(f"{target.name}.lock")
     with output_lock(lock, f"--output-model-dir {target}"):
@@ -115,9 +118,9 @@ def convert(conversion: Conversion) -> Verdict:
         scratch.mkdir(parents=True)
         started = time.perf_counter()
         num_bytes = _write(conversion, source, scratch)
-        _carry_texts(conversion, source, scratch)
+        _copy_texts(conversion, source, scratch)
         written = time.perf_counter()
-        _to_disk(scratch)
+        _flush(scratch)
         flushed = time.perf_counter()
         comparison, checked = _verify(conversion, source, scratch)
         check_seconds = time.perf_counter() - flushed
@@ -130,17 +133,17 @@ def convert(conversion: Conversion) -> Verdict:
         check_seconds,
         comparison,
         checked,
-        tuple(left_behind(source, conversion)),
+        tuple(not_converted(source, conversion)),
     )
 
 
-def total_bytes(source: WeightSource, dtype: torch.dtype | None, foreign: WritePlan | None = None) -> int:
-    """Return the bytes of all tensors that are written; formats of other systems hold copies and filling."""
+def total_bytes(source: WeightSource, dtype: torch.dtype | None, write_plan: WritePlan | None = None) -> int:
+    """Return the bytes of all tensors that are written; external formats hold copies and padding."""
     stored = source.tensors()
-    if foreign is not None and foreign.kind in SHARDED:
+    if write_plan is not None and write_plan.kind in MP_RANK_KINDS:
         return sum(
-            foreign.info(packed, stored).num_bytes
-            for _, chunks in foreign.plan(source)
+            write_plan.info(packed, stored).num_bytes
+            for _, chunks in write_plan.plan(source)
             for chunk in chunks
             for packed in chunk
         )
@@ -155,27 +158,9 @@ def memory_bytes(source: WeightSource, workers: int) -> int:
     return workers * 3 * max(SLAB_BYTES, *rows)
 
 
-def left_behind(source: WeightSource, conversion: Conversion) -> list[str]:
-    """Name what the source holds beside the weights and the target has no place for."""
-    stored = as_stored(source)
-    if isinstance(stored, NativeSource):
-        if _moves_training_state(source, conversion):
-            return []
-        return sorted({name.partition("/")[0] for name in stored.stored.names()} - {"model"})
-    named: list[str] = getattr(stored, "left_behind", list)()
-    return named
-
-
-def as_stored(source: WeightSource) -> WeightSource:
-    """Return the checkpoint itself, without the changes that are made on the way."""
-    while isinstance(source, MergedAdapter | ResizedVocabulary):
-        source = source.base
-    return source
-
-
-def other_kind(source: Path) -> TargetKind:
-    """Return what a checkpoint is converted to unless told otherwise."""
-    return "native" if kind_of(source) == "huggingface" else "huggingface"
+def not_converted(source: WeightSource, conversion: Conversion) -> list[str]:
+    """Name what the source holds beside the weights and the target will not hold."""
+    return [] if _moves_training_state(source, conversion) else stored_source(source).other_contents()
 
 
 def _moves_training_state(source: WeightSource, conversion: Conversion) -> bool:
@@ -183,31 +168,35 @@ def _moves_training_state(source: WeightSource, conversion: Conversion) -> bool:
     return isinstance(source, NativeSource) and conversion.to == "native" and conversion.dtype is None
 
 
-def _check_places(conversion: Conversion, source: WeightSource) -> None:
+def _check_folders(conversion: Conversion, source: WeightSource) -> None:
     target = conversion.target
     if target.exists() and not conversion.overwrite:
         raise AscendSpeedError(
             f"output_model_dir={target} exists; give --overwrite to replace it, or another folder"
         )
     if source.path is not None:
-        place, real = source.path.resolve(), target.resolve()
-        if real == place or real in place.parents or place in real.parents:
+        read, written = source.path.resolve(), target.resolve()
+        if read == written or written in read.parents or read in written.parents:
             raise AscendSpeedError(
-                f"output_model_dir={target} and the input {source.path} lie in one another; choose another folder"
+                f"output_model_dir={target} and the input {source.path} lie inside each other; choose another folder"
             )
 
 
 def _check_space(conversion: Conversion, source: WeightSource) -> None:
     parent = next(folder for folder in conversion.target.resolve().parents if folder.is_dir())
-    needed, free = total_bytes(source, conversion.dtype, conversion.foreign), shutil.disk_usage(parent).free
+    needed, free = (
+        total_bytes(source, conversion.dtype, conversion.write_plan),
+        shutil.disk_usage(parent).free,
+    )
     if needed > free:
         raise AscendSpeedError(
-            f"{parent} has {free:,} bytes free, {conversion.target} needs {needed:,}; make room or choose another disk"
+            f"{parent} has {free:,} bytes free, but {conversion.target} needs {needed:,}; free some space or "
+            "choose another disk"
         )
 
 
 def _write(conversion: Conversion, source: WeightSource, folder: Path) -> int:
-    total = total_bytes(source, conversion.dtype, conversion.foreign)
+    total = total_bytes(source, conversion.dtype, conversion.write_plan)
     workers = conversion.num_workers
     with Progress("writing", total, "bytes") as bar:
         on_bytes: Callable[[int], None] = bar.advance
@@ -225,44 +214,40 @@ def _write(conversion: Conversion, source: WeightSource, folder: Path) -> int:
             state = source if _moves_training_state(source, conversion) else None
             write_native(source, folder, conversion.dtype, on_bytes, workers, state)  # type: ignore[arg-type]
         else:
-            assert conversion.foreign is not None
-            write: Any = write_sharded if conversion.to in SHARDED else write_torch_dist
-            write(source, folder, conversion.foreign, workers, on_bytes)
+            assert conversion.write_plan is not None
+            write: Any = write_mp_rank if conversion.to in MP_RANK_KINDS else write_torch_dist
+            write(source, folder, conversion.write_plan, workers, on_bytes)
     return total
 
 
-def _carry_texts(conversion: Conversion, source: WeightSource, folder: Path) -> None:
-    """Carry along tokenizer and generation config."""
+def _copy_texts(conversion: Conversion, source: WeightSource, folder: Path) -> None:
+    """Copy tokenizer and generation config."""
     tokenizer = conversion.tokenizer or source.tokenizer
-    place = folder if conversion.to == "huggingface" else folder / "tokenizer"
+    to = folder if conversion.to == "huggingface" else folder / "tokenizer"
     if tokenizer is None:
-        log(f"{source.path} came without a tokenizer and none was given: {conversion.target} has none")
-    elif not copy_tokenizer(tokenizer, place):
-        raise AscendSpeedError(
-            f"tokenizer {tokenizer} holds no tokenizer file; check --tokenizer-name-or-path"
-        )
+        log(f"no tokenizer: {source.path} has none, and --tokenizer-name-or-path names none")
+    elif not copy_tokenizer(tokenizer, to):
+        raise AscendSpeedError(f"{tokenizer} holds no tokenizer file; check --tokenizer-name-or-path")
     if source.path is not None and (source.path / GENERATION).is_file():
         shutil.copyfile(source.path / GENERATION, folder / GENERATION)
 
 
 def _verify(conversion: Conversion, source: WeightSource, folder: Path) -> tuple[Comparison, tuple[str, ...]]:
-    """Prove source and target sound and equal.
+    """Prove that both checkpoints are undamaged and equal.
 
     Raises:
         AscendSpeedError: they are not.
     """
     checked = []
     written = open_weights(folder, conversion.to)
-    for what, opened in (("input", as_stored(source)), ("output", written)):
-        check: Callable[[], None] | None = getattr(opened, "check", None)
-        if check is not None:
-            check()
+    for what, opened in (("input", stored_source(source)), ("output", written)):
+        if opened.check():
             checked.append(f"checksums of the {what} are right")
     comparison = compare(source, written, conversion.dtype, workers=conversion.num_workers)
     if not comparison.equal:
         raise AscendSpeedError(
             f"the written checkpoint differs from {source.path}: {comparison.summary()}; {conversion.target} was "
-            "not made, report this with both"
+            "not written; report this, with both checkpoints"
         )
     wanted = conversion.verify_logits
     if wanted is None:
@@ -276,7 +261,7 @@ def _verify(conversion: Conversion, source: WeightSource, folder: Path) -> tuple
         if exact and not difference <= LOGITS_TOLERANCE * max(largest, 1.0):
             raise AscendSpeedError(
                 f"{who} computes other logits from the written checkpoint (difference {difference:.2e}, largest "
-                f"logit {largest:.2f}); {conversion.target} was not made"
+                f"logit {largest:.2f}); {conversion.target} was not written"
             )
         checked.append(
             f"logits: largest difference between ours on the input and {who} on the output {difference:.2e} "
@@ -285,7 +270,7 @@ def _verify(conversion: Conversion, source: WeightSource, folder: Path) -> tuple
     return comparison, tuple(checked)
 
 
-def _to_disk(folder: Path) -> None:
+def _flush(folder: Path) -> None:
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             with path.open("rb") as file:
@@ -293,7 +278,7 @@ def _to_disk(folder: Path) -> None:
 
 
 def _rename(scratch: Path, target: Path) -> None:
-    """Put a complete folder in its place; what was there is there until the new one is."""
+    """Give a complete folder its final name; an older one stays until then."""
     old = target.with_name(f"{target.name}.replaced{INCOMPLETE}")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():

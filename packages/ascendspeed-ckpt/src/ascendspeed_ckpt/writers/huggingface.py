@@ -14,20 +14,14 @@ from typing import Any
 
 import torch
 
+from ascendspeed_ckpt.threads import ByteCounter, OnBytes, run_in_threads
+from ascendspeed_ckpt.writers.huggingface_view import HuggingFaceView
 from ascendspeed_core.models.families import find_family
 from ascendspeed_core.models.families.config_rules import written_end_ids
 from ascendspeed_core.weights.files.safetensors_files import SAFETENSORS_DTYPES
 from ascendspeed_core.weights.files.torch_archive import TorchArchive
-from ascendspeed_core.weights.huggingface.names import HuggingFaceNames
 from ascendspeed_core.weights.source import TensorInfo, WeightSource
-from ascendspeed_core.weights.stream import (
-    Counted,
-    OnBytes,
-    as_bytes,
-    slabs,
-    together,
-    write_all,
-)
+from ascendspeed_core.weights.stream import as_bytes, slabs, write_all
 
 RUN_BYTES = 256 << 20
 """About as many bytes of a safetensors file are written by one worker while others write the rest."""
@@ -63,10 +57,10 @@ def write_hugging_face(
         workers: files, or parts of them, written at once.
         pickled: `pytorch_model*.bin` instead of safetensors, for old programs.
     """
-    weights = HuggingFaceNames(source)
+    weights = HuggingFaceView(source)
     shards = plan_shards(weights, dtype, max_shard_bytes)
     names = shard_names(len(shards), pickled)
-    count = Counted(on_bytes)
+    count = ByteCounter(on_bytes)
     tasks: list[Callable[[], None]] = []
     for name, shard in zip(names, shards, strict=True):
         if pickled:
@@ -77,7 +71,7 @@ def write_hugging_face(
                 partial(_write_run, weights, folder / name, run, start + offset, count)
                 for offset, run in _runs(shard)
             ]
-    together(tasks, workers)
+    run_in_threads(tasks, workers)
     if len(shards) > 1:
         weight_map = {p.theirs: name for name, shard in zip(names, shards, strict=True) for p in shard}
         total = sum(planned.info.num_bytes for shard in shards for planned in shard)
@@ -96,7 +90,7 @@ def write_hugging_face(
 
 
 def plan_shards(
-    weights: HuggingFaceNames, dtype: torch.dtype | None, max_shard_bytes: int
+    weights: HuggingFaceView, dtype: torch.dtype | None, max_shard_bytes: int
 ) -> list[list[_Planned]]:
     """Return which tensors go into which file, in the order of the family's table."""
     shards: list[list[_Planned]] = [[]]
@@ -120,7 +114,7 @@ def shard_names(count: int, pickled: bool = False) -> list[str]:
 
 
 def _write_pickled(
-    weights: HuggingFaceNames, path: Path, shard: Sequence[_Planned], on_bytes: OnBytes
+    weights: HuggingFaceView, path: Path, shard: Sequence[_Planned], on_bytes: OnBytes
 ) -> None:
     content = {planned.theirs: planned.info for planned in shard}
     with path.open("wb", buffering=0) as file, TorchArchive(file, content) as archive:
@@ -131,7 +125,7 @@ def _write_pickled(
                 on_bytes(slab.nbytes)
 
 
-def _slabs_of(weights: HuggingFaceNames, planned: _Planned) -> Iterator[torch.Tensor]:
+def _slabs_of(weights: HuggingFaceView, planned: _Planned) -> Iterator[torch.Tensor]:
     index = tuple(slice(0, length) for length in planned.info.shape)
     return slabs(weights, planned.theirs, index, planned.info.dtype)
 
@@ -172,7 +166,7 @@ def _runs(shard: Sequence[_Planned]) -> Iterator[tuple[int, list[_Planned]]]:
 
 
 def _write_run(
-    weights: HuggingFaceNames, path: Path, run: Sequence[_Planned], start: int, on_bytes: OnBytes
+    weights: HuggingFaceView, path: Path, run: Sequence[_Planned], start: int, on_bytes: OnBytes
 ) -> None:
     """Write tensors that lie behind one another into a file that has its header."""
     with path.open("r+b", buffering=0) as file:

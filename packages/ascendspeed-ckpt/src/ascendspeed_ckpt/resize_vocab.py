@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 
 from ascendspeed_core.config.model import ModelConfig
-from ascendspeed_core.weights import Index, TensorInfo, WeightSource
+from ascendspeed_core.weights import BaseWeightSource, Index, TensorInfo, WeightSource
 from ascendspeed_core.weights.stream import slabs
 
 VOCABULARY = ("embedding.weight", "output_head.weight")
 
 
-class ResizedVocabulary:
+class ResizedVocabulary(BaseWeightSource):
     """A model with more or fewer ids.
 
     Rows of ids that are new are the mean of all old rows, computed in float64: a new token begins as the average token
@@ -27,7 +27,8 @@ class ResizedVocabulary:
 
     def __init__(self, source: WeightSource, vocab_size: int, tokenizer: Path | None = None) -> None:
         self.kind, self.path = source.kind, source.path
-        self.base, self._tokenizer = source, tokenizer
+        self.base: WeightSource = source
+        self._tokenizer = tokenizer
         self._old = source.config.vocab_size
         self.config: ModelConfig = source.config.model_copy(update={"vocab_size": vocab_size})
 

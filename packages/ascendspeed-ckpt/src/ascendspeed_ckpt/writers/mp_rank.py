@@ -1,36 +1,35 @@
 """Write model-parallel checkpoints of other systems, several files at once, each from its start to its end."""
 
 import uuid
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from ascendspeed_ckpt.threads import ByteCounter, OnBytes, run_in_threads
+from ascendspeed_ckpt.writers.megatron_args import megatron_args
+from ascendspeed_ckpt.writers.packed_slabs import packed_slabs
+from ascendspeed_ckpt.writers.sidecar import write_sidecar
+from ascendspeed_ckpt.writers.write_plan import WritePlan
 from ascendspeed_core.weights.external.detect_format import STATES
-from ascendspeed_core.weights.external.mp_rank import rotary_frequencies
-from ascendspeed_core.weights.external.name_maps import ROTARY
-from ascendspeed_core.weights.external.packing import Block, Packed
-from ascendspeed_core.weights.external.sidecar import Record
-from ascendspeed_core.weights.external.write_plan import WritePlan, arguments
+from ascendspeed_core.weights.external.packing import PackedTensor
+from ascendspeed_core.weights.external.sidecar import Sidecar
 from ascendspeed_core.weights.files.torch_archive import TorchArchive
 from ascendspeed_core.weights.native.source import TRACKER
 from ascendspeed_core.weights.source import WeightSource
-from ascendspeed_core.weights.stream import SLAB_BYTES, Counted, OnBytes, as_bytes, as_format, slabs, together
+from ascendspeed_core.weights.stream import as_bytes
 from ascendspeed_data.files import write_durably
 
 RELEASE = "release"
 """Folder and tracker entry of weights without a training state, in Megatron-LM's words."""
 
 
-def write_sharded(
+def write_mp_rank(
     source: WeightSource,
     folder: Path,
     target: WritePlan,
     workers: int = 1,
     on_bytes: OnBytes = lambda _: None,
 ) -> None:
-    """Write `release/mp_rank_*/model_optim_rng.pt`, the tracker, and our record.
+    """Write `release/mp_rank_*/model_optim_rng.pt`, the tracker, and the sidecar.
 
     Args:
         source: the weights.
@@ -42,43 +41,24 @@ def write_sharded(
     place = folder / RELEASE
     checkpoint = uuid.uuid4().hex
     checksums: dict[str, dict[str, int]] = {}
-    count = Counted(on_bytes)
+    count = ByteCounter(on_bytes)
 
-    def task(rank: tuple[int, int], chunks: list[list[Packed]]) -> None:
+    def task(rank: tuple[int, int], chunks: list[list[PackedTensor]]) -> None:
         path = place / target.layout.folder(*rank) / STATES
         path.parent.mkdir(parents=True)
         checksums[f"{path.parent.name}/{STATES}"] = _write_file(
             source, path, target, rank, chunks, checkpoint, count
         )
 
-    together([lambda r=rank, c=chunks: task(r, c) for rank, chunks in target.plan(source)], workers)  # type: ignore[misc]
+    run_in_threads([lambda r=rank, c=chunks: task(r, c) for rank, chunks in target.plan(source)], workers)  # type: ignore[misc]
     rows = target.vocabulary_rows(source.config)
-    Record(
-        target.kind, source.config, rows, str(target.layout), checkpoint, dict(sorted(checksums.items()))
-    ).write(place)
+    write_sidecar(
+        Sidecar(
+            target.kind, source.config, rows, str(target.layout), checkpoint, dict(sorted(checksums.items()))
+        ),
+        place,
+    )
     write_durably(folder / TRACKER, f"{RELEASE}\n")
-
-
-def block_slabs(source: WeightSource, block: Block, dtype: torch.dtype | None) -> Iterator[torch.Tensor]:
-    """Yield the rows of a block as contiguous slabs."""
-    if block.name == ROTARY:
-        yield rotary_frequencies(source.config)
-    elif block.repeats:
-        row = as_format(source.read(block.name, block.index), dtype, block.name)
-        at_once = max(SLAB_BYTES // max(row.nbytes, 1), 1)
-        for start in range(0, block.repeats, at_once):
-            rows = min(at_once, block.repeats - start)
-            yield row.expand(rows, *row.shape[1:]).contiguous()
-    else:
-        yield from slabs(source, block.name, block.index, dtype)
-
-
-def packed_slabs(
-    source: WeightSource, blocks: Iterable[Block], dtype: torch.dtype | None
-) -> Iterator[torch.Tensor]:
-    """Yield a stored tensor from its first row to its last."""
-    for block in blocks:
-        yield from block_slabs(source, block, dtype)
 
 
 def _write_file(
@@ -86,9 +66,9 @@ def _write_file(
     path: Path,
     target: WritePlan,
     rank: tuple[int, int],
-    chunks: list[list[Packed]],
+    chunks: list[list[PackedTensor]],
     checkpoint: str,
-    count: Counted,
+    count: ByteCounter,
 ) -> dict[str, int]:
     """Write one file, and return the checksums of its tensors by name."""
     stored = source.tensors()
@@ -96,7 +76,7 @@ def _write_file(
     names = ["model"] if len(states) == 1 else [f"model{number}" for number in range(len(states))]
     dtype = next(iter(states[0].values())).dtype
     content = {
-        "args": arguments(target, source.config, target.dtype or dtype),
+        "args": megatron_args(target, source.config, target.dtype or dtype),
         "checkpoint_version": 3.0,
         "iteration": 0,
         "tokens": 0,
@@ -107,7 +87,7 @@ def _write_file(
         for chunk in chunks:
             for packed in chunk:
                 archive.begin_tensor(target.info(packed, stored))
-                for slab in packed_slabs(source, packed.blocks, target.dtype):
+                for slab in packed_slabs(source, packed, target.dtype):
                     archive.write(as_bytes(slab))
                     count(slab.nbytes)
     keys = [

@@ -7,8 +7,9 @@ from functools import partial
 
 import torch
 
+from ascendspeed_ckpt.threads import run_in_threads
 from ascendspeed_core.weights import Index, TensorInfo, WeightSource
-from ascendspeed_core.weights.stream import SLAB_BYTES, as_format, together
+from ascendspeed_core.weights.stream import SLAB_BYTES, as_format
 from ascendspeed_data.command_line import Progress
 
 SHOWN = 3
@@ -80,7 +81,7 @@ def compare(
                     differences[name] = finding
                 bar.advance(have[name].num_bytes)
 
-        together([partial(one, name) for name in both], workers)
+        run_in_threads([partial(one, name) for name in both], workers)
     found.num_different = len(differences)
     found.findings += [differences[name] for name in both if name in differences]
     return found

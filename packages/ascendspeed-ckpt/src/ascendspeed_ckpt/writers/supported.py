@@ -1,0 +1,47 @@
+"""Which models each external program computes as this project does; others are not written for it."""
+
+from ascendspeed_core.config.model import ModelConfig, RotaryScaling
+from ascendspeed_core.weights.external.megatron_args import llama3_by_factor
+from ascendspeed_core.weights.source import CheckpointError
+
+
+def llama3_scaling(config: ModelConfig) -> RotaryScaling | None:
+    """Return the rope scaling that Megatron-LM means by a factor: Llama 3.1's, with its constants."""
+    if config.rotary_scaling is None:
+        return None
+    return llama3_by_factor(config.rotary_scaling.factor)
+
+
+def check_supported(kind: str, config: ModelConfig) -> None:
+    """Raise `CheckpointError` when the format's own program would compute another thing with these weights."""
+    is_gpt = config.mlp == "gelu"
+    biases = {config.qkv_bias, config.output_bias, config.mlp_bias}
+    if kind == "ascendspeed":
+        wanted = {
+            "norms of queries and keys": config.qk_norm,
+            "rope scaling": config.rotary_scaling is not None,
+            "sliding window": config.sliding_window is not None,
+            "normalised head": config.normalised_head,
+            "LLaMA with LayerNorm": not is_gpt and config.norm != "rmsnorm",
+            "LLaMA with a norm behind the embedding": not is_gpt and config.embedding_norm,
+            "LLaMA with biases in the MLP": not is_gpt and config.mlp_bias,
+            "bias on queries, keys and values without one on the output": config.qkv_bias
+            != config.output_bias,
+            "GPT with an MLP of this kind and rotary positions": is_gpt and config.position == "rotary",
+            "GPT without LayerNorm and biases": is_gpt and (config.norm == "rmsnorm" or biases != {True}),
+        }
+    else:
+        wanted = {
+            "ALiBi": config.position == "alibi",
+            "norm behind the embedding": config.embedding_norm,
+            "normalised head": config.normalised_head,
+            "rope scaling but Llama 3's": config.rotary_scaling not in (None, llama3_scaling(config)),
+            "bias on attention's output without one in the MLP": config.output_bias != config.mlp_bias,
+        }
+    lacks = [what for what, is_wanted in wanted.items() if is_wanted]
+    if lacks:
+        program = "AscendSpeed of 2023" if kind == "ascendspeed" else "megatron-core's GPTModel"
+        raise CheckpointError(
+            f"--to {kind}: {program} has no {' and no '.join(lacks)}, it would compute another model from these "
+            "weights; choose --to native or --to huggingface"
+        )

@@ -1,0 +1,91 @@
+"""What is to be written: layout, names, packing, filling; and whether the format can hold the model."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from ascendspeed_ckpt.writers.supported import check_supported
+from ascendspeed_core.config.model import ModelConfig
+from ascendspeed_core.weights.external.name_maps import (
+    ROTARY,
+    NameMap,
+    ascendspeed_gpt,
+    ascendspeed_llama,
+    megatron,
+)
+from ascendspeed_core.weights.external.packing import PackedTensor
+from ascendspeed_core.weights.load import parameter_shapes
+from ascendspeed_core.weights.shard_layout import ShardLayout
+from ascendspeed_core.weights.source import CheckpointError, TensorInfo, WeightSource
+
+ExternalKind = Literal["ascendspeed", "megatron", "torch_dist"]
+
+
+@dataclass(frozen=True)
+class WritePlan:
+    """How a foreign checkpoint is to look.
+
+    Attributes:
+        kind: the format.
+        layout: files and what layers they hold; `torch_dist` has one logical model whatever the layout.
+        dtype: format of the weights; `None` for the stored one.
+        vocabulary_multiple: rows of embedding and head become a multiple of this times tp.
+        merged_mlp: AscendSpeed's `--mlp-layer-fusion`, gate and up in one tensor.
+        transformer_engine: Megatron-LM's names with Transformer-Engine layers, which is its default.
+    """
+
+    kind: ExternalKind
+    layout: ShardLayout
+    dtype: torch.dtype | None = None
+    vocabulary_multiple: int = 128
+    merged_mlp: bool = False
+    transformer_engine: bool = True
+
+    def vocabulary_rows(self, config: ModelConfig) -> int:
+        """Return the rows of embedding and head with filling, by Megatron-LM's rule."""
+        multiple = self.vocabulary_multiple * self.layout.tp
+        return -(-config.vocab_size // multiple) * multiple
+
+    def name_map(self, config: ModelConfig) -> NameMap:
+        """Return the names.
+
+        Raises:
+            CheckpointError: the format cannot hold something that the model has.
+        """
+        check_supported(self.kind, config)
+        if self.kind == "ascendspeed" and config.num_key_value_heads % self.layout.tp:
+            raise CheckpointError(
+                f"tensor_model_parallel_size={self.layout.tp} does not divide num_key_value_heads="
+                f"{config.num_key_value_heads}, and AscendSpeed of 2023 does not copy heads; choose a divisor"
+            )
+        if self.kind != "ascendspeed":
+            return megatron(self.transformer_engine or self.kind == "torch_dist")
+        return ascendspeed_gpt() if config.mlp == "gelu" else ascendspeed_llama(self.merged_mlp)
+
+    def plan(self, source: WeightSource) -> Iterator[tuple[tuple[int, int], list[list[PackedTensor]]]]:
+        """Yield tensor rank and stage of each file, and the tensors of each of its chunks, cut."""
+        config = source.config
+        shapes = parameter_shapes(config)
+        if config.position == "rotary":
+            shapes = shapes | {ROTARY: (config.head_dim // 2,)}
+        name_map, rows = self.name_map(config), self.vocabulary_rows(config)
+        layout = self.layout
+        for stage in range(layout.pp):
+            whole = [
+                list(name_map.of_chunk(shapes, config, layout.stage(stage, chunk), rows))
+                for chunk in range(layout.vpp)
+            ]
+            for rank in range(layout.tp):
+                yield (
+                    (rank, stage),
+                    [[packed.of_rank(rank, layout.tp) for packed in chunk] for chunk in whole],
+                )
+
+    def info(self, packed: PackedTensor, stored: Mapping[str, TensorInfo]) -> TensorInfo:
+        """Return shape and format of a tensor to be written."""
+        name = packed.slices[0].name
+        if name == ROTARY:
+            return TensorInfo(packed.shape, torch.float32)
+        return TensorInfo(packed.shape, self.dtype or stored[name].dtype)

@@ -1,0 +1,28 @@
+"""Read the configs of a Hugging Face folder: `config.json` and `generation_config.json`."""
+
+from pathlib import Path
+from typing import Any
+
+from ascendspeed_core.config.model import ModelConfig
+from ascendspeed_core.models.families import family_of_hugging_face
+from ascendspeed_core.weights.files.json_file import read_json
+
+
+def read_model_config(path: Path) -> ModelConfig:
+    """Return the architecture that a `config.json` describes.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+        AscendSpeedError: no family supports the architecture, or an option of it.
+    """
+    hf_config = read_json(path)
+    return family_of_hugging_face(hf_config, str(path)).read_config(hf_config)
+
+
+def generation_ids(folder: Path) -> dict[str, Any]:
+    """Return the ids that begin and end a text, from `generation_config.json` where there is one."""
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return {}
+    values = read_json(path)
+    return {key: values[key] for key in ("bos_token_id", "eos_token_id") if values.get(key) is not None}
