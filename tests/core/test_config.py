@@ -23,8 +23,10 @@ data_path = ["corpus"]
 seq_length = 64
 
 [batch]
-train_iters = 100
 micro_batch_size = 2
+
+[training]
+train_iters = 100
 
 [optimizer]
 lr = 1e-3
@@ -41,7 +43,7 @@ def recipe(tmp_path: Path) -> Path:
 def test_flags_win_over_the_recipe(recipe: Path) -> None:
     config = load_config(PretrainConfig, recipe, {"lr": 5e-4, "min_lr": 1e-5, "seq_length": 128})
     assert (config.optimizer.lr, config.optimizer.min_lr, config.data.seq_length) == (5e-4, 1e-5, 128)
-    assert (config.batch.train_iters, config.batch.micro_batch_size) == (100, 2)
+    assert (config.training.train_iters, config.batch.micro_batch_size) == (100, 2)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +80,7 @@ def test_what_is_wrong_in_a_recipe(recipe: Path, line: str, complaint: str) -> N
         ({"data_path": ("0.3", "a", "0.7")}, "neither one prefix nor pairs"),
         ({"data_path": ("-1", "a", "0.7", "b")}, "neither one prefix nor pairs"),
         ({"split": "1,2"}, "is not three numbers"),
-        ({"rampup_batch_size": (1, 2)}, "is not START INCREMENT SFT_DATA"),
+        ({"rampup_batch_size": (1, 2)}, "is not START INCREMENT SAMPLES"),
         ({"auto_resume": True}, "needs --save DIR"),
         ({"lr_warmup_iters": 3, "lr_warmup_fraction": 0.1}, "give one"),
     ],

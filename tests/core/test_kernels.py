@@ -255,7 +255,7 @@ def test_flags_of_2023() -> None:
 
 def test_setting_of_a_run() -> None:
     model = load_model(InitialWeights(tiny_config(position="alibi"), seed=3), CPU, torch.bfloat16)
-    batch = BatchConfig(train_iters=1, micro_batch_size=2, optimized_pipeline=True, manual_mbs="1,3")
+    batch = BatchConfig(micro_batch_size=2, optimized_pipeline=True, manual_mbs="1,3")
     setting = kernel_context(model, CPU, 32, batch)
     assert (setting.dtype, setting.has_additive_mask, setting.micro_batch_tokens) == (
         torch.bfloat16,

@@ -237,7 +237,6 @@ def test_numbers_of_micro_batches(layout: Layout, count: int, complaint: str) ->
 def test_sizes_of_the_2023_examples() -> None:
     assert [(len(sizes), sum(sizes)) for sizes in MICRO_BATCH_EXAMPLES.values()] == [(16, 64), (24, 96)]
     batch = BatchConfig(
-        train_iters=1,
         global_batch_size=128,
         micro_batch_size=4,
         optimized_pipeline=True,
@@ -266,4 +265,4 @@ def test_sizes_of_the_2023_examples() -> None:
 )
 def test_sizes_that_make_no_sense(options: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
-        BatchConfig(train_iters=1, **options)
+        BatchConfig(**options)

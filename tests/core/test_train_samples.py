@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ascendspeed_core.config.training import BatchConfig
+from ascendspeed_core.config.training import BatchConfig, TrainingConfig
 from ascendspeed_core.observability.metrics import read_metrics
 from ascendspeed_core.optim.schedule import samples_of_run, with_iterations
 from ascendspeed_data.errors import ConfigError
@@ -34,24 +34,24 @@ def iterations_of_megatron_lm(train_samples: int, rampup: tuple[int, ...], size:
 @pytest.mark.parametrize("rampup", [(), (4, 4, 30), (8, 4, 57)])
 @pytest.mark.parametrize("dp", [1, 2])
 def test_steps_are_those_of_megatron_lm(train_samples: int, rampup: tuple[int, ...], dp: int) -> None:
-    batch = BatchConfig(train_samples=train_samples, global_batch_size=16, rampup_batch_size=rampup)
-    made = with_iterations(batch, dp)
+    batch = BatchConfig(global_batch_size=16, rampup_batch_size=rampup)
+    made = with_iterations(TrainingConfig(train_samples=train_samples), batch, dp)
     assert made.train_iters == iterations_of_megatron_lm(train_samples, rampup, 16, dp)
-    assert train_samples - 16 < samples_of_run(made, dp) <= train_samples
+    assert train_samples - 16 < samples_of_run(made, batch, dp) <= train_samples
 
 
 def test_a_run_that_ends_within_the_ramp_up_takes_no_more_than_it_was_given() -> None:
     """Megatron-LM goes on to the end of the ramp-up."""
-    batch = BatchConfig(train_samples=20, global_batch_size=16, rampup_batch_size=(4, 4, 300))
-    made = with_iterations(batch, 1)
-    assert (made.train_iters, samples_of_run(made, 1)) == (5, 20)
+    batch = BatchConfig(global_batch_size=16, rampup_batch_size=(4, 4, 300))
+    made = with_iterations(TrainingConfig(train_samples=20), batch, 1)
+    assert (made.train_iters, samples_of_run(made, batch, 1)) == (5, 20)
 
 
 def test_less_than_a_step_is_refused() -> None:
     with pytest.raises(
         ConfigError, match="train_samples=3 does not fill the first step of 16 samples; give 16"
     ):
-        with_iterations(BatchConfig(train_samples=3, global_batch_size=16), 1)
+        with_iterations(TrainingConfig(train_samples=3), BatchConfig(global_batch_size=16), 1)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from typing import Any
 from ascendspeed_core.commands.pretrain import DryRun, Recipe, run_training
 from ascendspeed_core.config.load import load_config
 from ascendspeed_core.config.preference import DpoConfig
+from ascendspeed_core.launch import announce
 from ascendspeed_data.command_line.options import options_from
 
 
@@ -16,4 +17,4 @@ def dpo(config: Recipe = None, dry_run: DryRun = False, **given: Any) -> None:
     are taken, unless it lies in --save: then the run goes on, as with --auto-resume, with the reference that it began
     with. Layouts, precision, recompute and what --save holds are those of `asd-core pretrain`.
     """
-    run_training(load_config(DpoConfig, config, given), dry_run)
+    run_training(load_config(DpoConfig, config, given, announce), dry_run)

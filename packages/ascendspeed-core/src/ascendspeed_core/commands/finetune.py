@@ -5,6 +5,7 @@ from typing import Any
 from ascendspeed_core.commands.pretrain import DryRun, Recipe, run_training
 from ascendspeed_core.config.finetune import FinetuneConfig
 from ascendspeed_core.config.load import load_config
+from ascendspeed_core.launch import announce
 from ascendspeed_data.command_line.options import options_from
 
 
@@ -15,4 +16,4 @@ def finetune(config: Recipe = None, dry_run: DryRun = False, **given: Any) -> No
     Of --load only the weights are taken, unless it lies in --save: then the run goes on, as with --auto-resume.
     Layouts, precision, recompute and what --save holds are those of `asd-core pretrain`.
     """
-    run_training(load_config(FinetuneConfig, config, given), dry_run)
+    run_training(load_config(FinetuneConfig, config, given, announce), dry_run)

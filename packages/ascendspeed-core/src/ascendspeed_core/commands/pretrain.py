@@ -9,6 +9,7 @@ import typer
 
 from ascendspeed_core.config.load import load_config
 from ascendspeed_core.config.training import PretrainConfig
+from ascendspeed_core.launch import announce
 from ascendspeed_data.command_line import log
 from ascendspeed_data.command_line.options import options_from
 
@@ -29,7 +30,7 @@ def pretrain(config: Recipe = None, dry_run: DryRun = False, **given: Any) -> No
     Give --nproc-per-node N to use N devices of this machine, or start the command under torchrun. What --save
     holds afterwards: checkpoints that any layout can load, metrics.jsonl, loss.png.
     """
-    run_training(load_config(PretrainConfig, config, given), dry_run)
+    run_training(load_config(PretrainConfig, config, given, announce), dry_run)
 
 
 def run_training(run: PretrainConfig, dry_run: bool) -> None:
@@ -61,7 +62,7 @@ def train(plan: "RunPlan") -> None:
     from ascendspeed_core.training.trainer import Trainer
     from ascendspeed_data.lock import output_lock
 
-    save = plan.config.start.save
+    save = plan.config.checkpoint.save
     # The watchdog tells more than a collective that gives up; where both watch, it comes first.
     patience = 600.0 + plan.config.monitor.hang_timeout_seconds
     alone = plan.layout.zero_stage is not None
@@ -103,7 +104,7 @@ def describe(plan: "RunPlan") -> None:
     size = batch.resolve_global_batch_size(plan.layout.dp)
     log(
         f"layout: {plan.layout}, {plan.config.precision.dtype_name}; batch: {size} samples of "
-        f"{plan.config.data.seq_length} tokens; iterations {plan.start.iteration} to {batch.train_iters}"
+        f"{plan.config.data.seq_length} tokens; iterations {plan.start.iteration} to {plan.config.training.train_iters}"
     )
     if isinstance(plan.source, AdaptedWeights):
         log(trained_share(plan.source, model))

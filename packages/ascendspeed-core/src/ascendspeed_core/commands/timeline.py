@@ -42,7 +42,7 @@ def check(config: TimelineConfig, world_size: int) -> None:
     if config.parallel.pipeline_model_parallel_size == 1:
         raise ConfigError("a timeline shows a pipeline; give --pipeline-model-parallel-size 2 or more")
     layout = config.parallel.layout(world_size)
-    model = open_source(config.source, config.batch.seed).config
+    model = open_source(config.source, config.training.seed).config
     config.parallel.check_model(model)
     config.parallel.check_sequence(config.drawing.seq_length)
     held = stages_of_ranks(model.num_layers, layout)
@@ -75,7 +75,7 @@ def load_pipeline(config: TimelineConfig, mesh: Any) -> Any:
     from ascendspeed_core.parallel.recompute import apply_recompute
     from ascendspeed_core.weights import open_source
 
-    source = open_source(config.source, config.batch.seed)
+    source = open_source(config.source, config.training.seed)
     dtype = getattr(torch, config.precision.dtype_name)
     model = load_model(source, mesh, dtype, config.compute.mlp_layer_fusion)
     setting = kernel_context(model, mesh, config.drawing.seq_length, config.batch)

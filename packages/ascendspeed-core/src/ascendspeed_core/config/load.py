@@ -1,30 +1,38 @@
 """Make a config from a TOML recipe and the flags that were given; flags win."""
 
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from ascendspeed_core.config.migrate import FORMAT_VERSION, VERSION_KEY, describe_moves, migrate_config
+from ascendspeed_data.command_line import log
 from ascendspeed_data.errors import ConfigError, did_you_mean
 
 Model = TypeVar("Model", bound=BaseModel)
 
 
-def load_config(config: type[Model], recipe: Path | None, given: dict[str, Any]) -> Model:
+def load_config(
+    config: type[Model], recipe: Path | None, given: dict[str, Any], say: Callable[[str], None] = log
+) -> Model:
     """Return `config` made of a recipe's sections, overridden by flags.
+
+    A recipe of release 0.1.0 is read too, with a line that says how to rewrite it.
 
     Args:
         config: a config whose fields are sections (configs) themselves.
         recipe: TOML file with those sections, or `None`.
         given: flags by field name; the names of all sections' fields are distinct.
+        say: called with the line about an old recipe.
 
     Raises:
         ConfigError: an unreadable recipe, an unknown section or key, a value outside its range.
     """
     sections = {name: _section(field.annotation) for name, field in config.model_fields.items()}
     merged: dict[str, dict[str, Any]] = {name: {} for name in sections}
-    for section, values in (_read_toml(recipe) if recipe else {}).items():
+    for section, values in (_read_recipe(recipe, say) if recipe else {}).items():
         if section not in sections:
             raise ConfigError(f"{recipe}: unknown section [{section}]{did_you_mean(section, sections)}")
         for key, value in values.items() if isinstance(values, dict) else [(section, values)]:
@@ -56,6 +64,17 @@ def _section(annotation: Any) -> type[BaseModel]:
     assert isinstance(annotation, type)
     assert issubclass(annotation, BaseModel)
     return annotation
+
+
+def _read_recipe(recipe: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    """Return the sections of a recipe, in those of today."""
+    sections, moves = migrate_config(_read_toml(recipe), str(recipe))
+    if moves:
+        say(
+            f"{recipe}: read as a recipe of release 0.1.0; to bring it up to date, move {describe_moves(moves)}, and "
+            f"begin it with {VERSION_KEY} = {FORMAT_VERSION}"
+        )
+    return sections
 
 
 def _read_toml(recipe: Path) -> dict[str, Any]:

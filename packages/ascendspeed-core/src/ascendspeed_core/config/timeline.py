@@ -10,9 +10,12 @@ from ascendspeed_core.config.source import ModelSourceConfig
 from ascendspeed_core.config.training import (
     BatchConfig,
     ComputeConfig,
+    EvaluationConfig,
     LaunchConfig,
+    LoggingConfig,
     PrecisionConfig,
     RecomputeConfig,
+    TrainingConfig,
 )
 
 
@@ -24,13 +27,16 @@ class DrawingConfig(Config):
 
 
 class TimelineConfig(Config):
-    """Everything `asd-core timeline` takes."""
+    """Everything `asd-core timeline` takes; of `training`, `evaluation` and `logging` it uses the seed alone."""
 
     source: ModelSourceConfig
     drawing: DrawingConfig
     parallel: ParallelConfig = ParallelConfig()
     precision: PrecisionConfig = PrecisionConfig()
-    batch: BatchConfig
+    batch: BatchConfig = BatchConfig()
+    training: TrainingConfig
     recompute: RecomputeConfig = RecomputeConfig()
     compute: ComputeConfig = ComputeConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    logging: LoggingConfig = LoggingConfig()
     launch: LaunchConfig = LaunchConfig()

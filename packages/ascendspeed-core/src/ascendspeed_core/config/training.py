@@ -1,7 +1,7 @@
 """Options of a training run: what is trained, on which data, how, and where results go."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -81,7 +81,21 @@ class LossScaleConfig(Config):
 
 
 class StartConfig(ModelSourceConfig):
-    """Where the weights come from, and where results go."""
+    """Where a run starts: its weights, and what else it takes from a checkpoint."""
+
+    finetune: bool = Field(
+        False, description="Take only the weights of --load: iteration, optimizer and data order start anew."
+    )
+    auto_resume: bool = Field(
+        False,
+        description="Go on from the newest checkpoint in --save; without one, start as the other options say.",
+    )
+    load_optim: bool = Field(True, description="Take the optimizer's state from --load.")
+    load_rng: bool = Field(True, description="Take the random state from --load.")
+
+
+class CheckpointConfig(Config):
+    """Where the results of a run go, and which checkpoints are kept."""
 
     save: Path | None = Field(None, description="Folder of the run: checkpoints, metrics.jsonl, loss.png.")
     save_interval: int | None = Field(
@@ -97,20 +111,6 @@ class StartConfig(ModelSourceConfig):
     save_retain_interval: int | None = Field(
         None, ge=1, description="Checkpoints whose iteration is a multiple of this are never removed."
     )
-    finetune: bool = Field(
-        False, description="Take only the weights of --load: iteration, optimizer and data order start anew."
-    )
-    auto_resume: bool = Field(
-        False, description="Go on from the newest checkpoint in --save if there is one, else start as told."
-    )
-    load_optim: bool = Field(True, description="Take the optimizer's state from --load.")
-    load_rng: bool = Field(True, description="Take the random state from --load.")
-
-    @model_validator(mode="after")
-    def _resume_needs_save(self) -> "StartConfig":
-        if self.auto_resume and self.save is None:
-            raise ValueError("auto_resume=true needs --save DIR, where the checkpoints are")
-        return self
 
 
 class DataConfig(Config):
@@ -168,14 +168,14 @@ MICRO_BATCH_EXAMPLES = {
 
 
 class BatchConfig(Config):
-    """How many samples make a step, and how many steps a run."""
+    """How many samples make a step, and how they are split into micro-batches."""
 
-    micro_batch_size: int = Field(1, ge=1, description="Samples in one forward pass of one device.")
+    micro_batch_size: int = Field(1, ge=1, description="Samples of one forward pass on one rank.")
     global_batch_size: int | None = Field(
-        None, ge=1, description="Samples of one step over all devices. [default: one micro-batch per device]"
+        None, ge=1, description="Samples of one step over all ranks. [default: one micro-batch per rank]"
     )
     rampup_batch_size: tuple[int, ...] = Field(
-        (), description="START INCREMENT SAMPLES: grow the global batch from START over so many samples."
+        (), description="START INCREMENT SAMPLES: grow the global batch from START over this many samples."
     )
     optimized_pipeline: bool = Field(
         False,
@@ -183,44 +183,9 @@ class BatchConfig(Config):
     )
     manual_mbs: str | None = Field(
         None,
-        description="Sizes of one device's micro-batches in order, 1,2,3,3,2,1, or example-config-1 (pp 4, 64 "
+        description="Sizes of one rank's micro-batches in order, 1,2,3,3,2,1, or example-config-1 (pp 4, 64 "
         "samples), example-config-2 (pp 8, 96 samples), or auto: measured, none above --micro-batch-size.",
     )
-    train_iters: int = Field(
-        0,
-        ge=0,
-        description="Steps of the whole run; 0: as many as --train-samples fills.",
-        validate_default=True,
-    )
-    train_samples: int | None = Field(
-        None,
-        ge=1,
-        description="Samples of the whole run, in place of --train-iters; a step that they do not fill is "
-        "left out.",
-    )
-    exit_interval: int | None = Field(
-        None,
-        ge=1,
-        description="Save and stop when the iteration is a multiple of this; the run can go on later.",
-    )
-    eval_interval: int = Field(
-        1000, ge=1, description="Steps between two measurements of the validation loss."
-    )
-    eval_iters: int = Field(0, ge=0, description="Batches of one measurement; 0 measures none.")
-    log_interval: int = Field(10, ge=1, description="Steps between two lines on the terminal.")
-    seed: int = Field(1234, description="Seed of random weights and of the order of samples.")
-
-    @model_validator(mode="after")
-    def _one_length(self) -> "BatchConfig":
-        if not self.train_iters and self.train_samples is None:
-            raise ValueError(
-                "train_iters=0 or missing, and no train_samples; give --train-iters or --train-samples"
-            )
-        if self.train_iters and self.train_samples is not None:
-            raise ValueError(
-                f"train_iters={self.train_iters} and train_samples={self.train_samples} were both given; give one"
-            )
-        return self
 
     @model_validator(mode="after")
     def _rampup_is_three(self) -> "BatchConfig":
@@ -287,6 +252,54 @@ class BatchConfig(Config):
                 f"{sum(manual) * dp}, not global_batch_size={size}; change one of them"
             )
         return size
+
+
+class TrainingConfig(Config):
+    """How long the run is, and the seed of its random numbers."""
+
+    train_iters: int = Field(
+        0,
+        ge=0,
+        description="Steps of the whole run; 0: as many as --train-samples fills.",
+        validate_default=True,
+    )
+    train_samples: int | None = Field(
+        None,
+        ge=1,
+        description="Samples of the whole run, in place of --train-iters; a step that they do not fill is "
+        "left out.",
+    )
+    exit_interval: int | None = Field(
+        None,
+        ge=1,
+        description="Save and stop when the iteration is a multiple of this; the run can go on later.",
+    )
+    seed: int = Field(1234, description="Seed of random weights and of the order of samples.")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "TrainingConfig":
+        if not self.train_iters and self.train_samples is None:
+            raise ValueError(
+                "train_iters=0 or missing, and no train_samples; give --train-iters or --train-samples"
+            )
+        if self.train_iters and self.train_samples is not None:
+            raise ValueError(
+                f"train_iters={self.train_iters} and train_samples={self.train_samples} were both given; give one"
+            )
+        return self
+
+
+class EvaluationConfig(Config):
+    """When the loss of held-out data is measured."""
+
+    eval_interval: int = Field(1000, ge=1, description="Steps between two evaluations of the held-out data.")
+    eval_iters: int = Field(0, ge=0, description="Batches of one evaluation; 0 evaluates nothing.")
+
+
+class LoggingConfig(Config):
+    """What a run prints."""
+
+    log_interval: int = Field(10, ge=1, description="Steps between two lines on the terminal.")
 
 
 class OptimizerConfig(Config):
@@ -377,16 +390,26 @@ class PretrainConfig(Config):
     """Everything `asd-core pretrain` takes; the sections of a TOML recipe."""
 
     start: StartConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
     model: ArchitectureFlags = ArchitectureFlags()
     parallel: ParallelConfig = ParallelConfig()
     precision: PrecisionConfig = PrecisionConfig()
     compute: ComputeConfig = ComputeConfig()
     loss_scaling: LossScaleConfig = LossScaleConfig()
     data: DataConfig
-    batch: BatchConfig
+    batch: BatchConfig = BatchConfig()
+    training: TrainingConfig
     recompute: RecomputeConfig = RecomputeConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     dropout: DropoutConfig = DropoutConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    eval_prompts: EvalPromptsConfig = EvalPromptsConfig()
+    logging: LoggingConfig = LoggingConfig()
     monitor: MonitorConfig = MonitorConfig()
-    samples: EvalPromptsConfig = EvalPromptsConfig()
     launch: LaunchConfig = LaunchConfig()
+
+    @model_validator(mode="after")
+    def _resume_needs_save(self) -> Self:
+        if self.start.auto_resume and self.checkpoint.save is None:
+            raise ValueError("auto_resume=true needs --save DIR, where the checkpoints are")
+        return self

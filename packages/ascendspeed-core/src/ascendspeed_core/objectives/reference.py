@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ascendspeed_core.config.migrate import migrate_config
 from ascendspeed_core.config.preference import DpoConfig
 from ascendspeed_core.weights import NativeSource, WeightSource, open_weights
 from ascendspeed_core.weights.adapters.lora import AdaptedWeights
@@ -50,7 +51,8 @@ def open_reference(config: DpoConfig, source: WeightSource, checkpoint: NativeSo
     """
     known: Mapping[str, Any] | None = None
     if checkpoint is not None:
-        known = checkpoint.description["run"].get(RECORD)
+        run, _ = migrate_config(checkpoint.description["run"], str(checkpoint.folder))
+        known = run.get(RECORD)
         if known is None:
             raise AscendSpeedError(
                 f"{checkpoint.folder} was not written by preference tuning, and names no reference; give another --save"

@@ -25,17 +25,17 @@ def check_monitor(config: PretrainConfig, world_size: int) -> None:
         AscendSpeedError: TensorBoard is not installed.
     """
     monitor = config.monitor
-    if monitor.profile_steps and config.start.save is None:
+    if monitor.profile_steps and config.checkpoint.save is None:
         raise ConfigError("profile_steps needs --save DIR, where the trace goes")
     missing = [rank for rank in monitor.profile_ranks if not 0 <= rank < world_size]
     if monitor.profile_steps and missing:
         raise ConfigError(
             f"profile_ranks={missing[0]} is none of the {world_size} processes; choose from 0 to {world_size - 1}"
         )
-    if monitor.profile_steps and monitor.profile_steps[1] > config.batch.train_iters:
+    if monitor.profile_steps and monitor.profile_steps[1] > config.training.train_iters:
         raise ConfigError(
             f"profile_steps={monitor.profile_steps[0]} {monitor.profile_steps[1]} ends after the last iteration, "
-            f"{config.batch.train_iters}; choose earlier ones"
+            f"{config.training.train_iters}; choose earlier ones"
         )
     if monitor.tensorboard_dir is not None and importlib.util.find_spec("tensorboard") is None:
         raise AscendSpeedError(
@@ -64,7 +64,7 @@ class Monitor:
         say: Callable[[str], None],
     ) -> None:
         self._config, self._mesh, self._say = config.monitor, mesh, say
-        self._folder = config.start.save
+        self._folder = config.checkpoint.save
         self._flops_per_token = training_flops_per_token(model.config, config.data.seq_length)
         self._peak_flops = self._peak(config.precision.dtype_name)
         self._profiler: Any = None

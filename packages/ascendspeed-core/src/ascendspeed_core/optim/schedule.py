@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ascendspeed_core.config.training import BatchConfig, OptimizerConfig
+from ascendspeed_core.config.training import BatchConfig, OptimizerConfig, TrainingConfig
 from ascendspeed_core.megatron import megatron
 from ascendspeed_core.optim.engine import Engine
 from ascendspeed_data.errors import ConfigError
@@ -12,19 +12,25 @@ class Schedule:
     """What changes with the number of samples consumed.
 
     Args:
-        optimizer: its learning rate and weight decay are set.
-        optimizer_config: highest and lowest rate, warm-up, decay.
-        batch: batch sizes, ramp-up, length of the run.
+        engine: its learning rate and weight decay are set.
+        optimizer: highest and lowest rate, warm-up, decay.
+        batch: batch sizes, ramp-up.
+        training: length of the run.
         dp: data-parallel ranks.
     """
 
     def __init__(
-        self, optimizer: Engine, optimizer_config: OptimizerConfig, batch: BatchConfig, dp: int
+        self,
+        engine: Engine,
+        optimizer: OptimizerConfig,
+        batch: BatchConfig,
+        training: TrainingConfig,
+        dp: int,
     ) -> None:
         self.global_batch_size = batch.resolve_global_batch_size(dp)
         self.consumed_samples = self.skipped_samples = 0
         self._calculator = _micro_batch_calculator(batch, self.global_batch_size, dp)
-        self._rate = _rate_scheduler(optimizer, optimizer_config, batch, self.global_batch_size)
+        self._rate = _rate_scheduler(engine, optimizer, training, self.global_batch_size)
 
     @property
     def num_micro_batches(self) -> int:
@@ -44,42 +50,43 @@ class Schedule:
         self._calculator.update(self.consumed_samples, consistency_check=False)
 
 
-def with_iterations(batch: BatchConfig, dp: int) -> BatchConfig:
-    """Return `batch` with the steps that `train_samples` fills, as Megatron-LM counts them; as it is without.
+def with_iterations(training: TrainingConfig, batch: BatchConfig, dp: int) -> TrainingConfig:
+    """Return `training` with the steps that `train_samples` fills, as Megatron-LM counts them; as it is without.
 
     Raises:
         ConfigError: the samples do not fill one step.
     """
-    if batch.train_samples is None:
-        return batch
+    if training.train_samples is None:
+        return training
     size = batch.resolve_global_batch_size(dp)
     consumed = iterations = 0
     if batch.rampup_batch_size:
         calculator = _micro_batch_calculator(batch, size, dp)
         while consumed <= batch.rampup_batch_size[2]:
             step = int(calculator.get_current_running_global_batch_size())
-            if consumed + step > batch.train_samples:
+            if consumed + step > training.train_samples:
                 break
             consumed, iterations = consumed + step, iterations + 1
             calculator.update(consumed, consistency_check=False)
     if consumed == 0 or consumed > batch.rampup_batch_size[2]:
-        iterations += (batch.train_samples - consumed) // size
+        iterations += (training.train_samples - consumed) // size
     if iterations == 0:
         first = batch.rampup_batch_size[0] if batch.rampup_batch_size else size
         raise ConfigError(
-            f"train_samples={batch.train_samples} does not fill the first step of {first} samples; give {first} or more"
+            f"train_samples={training.train_samples} does not fill the first step of {first} samples; give "
+            f"{first} or more"
         )
-    return batch.model_copy(update={"train_iters": iterations})
+    return training.model_copy(update={"train_iters": iterations})
 
 
-def samples_of_run(batch: BatchConfig, dp: int) -> int:
+def samples_of_run(training: TrainingConfig, batch: BatchConfig, dp: int) -> int:
     """Return how many samples all steps of a run consume, ramp-up included."""
     size = batch.resolve_global_batch_size(dp)
     if not batch.rampup_batch_size:
-        return batch.train_iters * size
+        return training.train_iters * size
     calculator = _micro_batch_calculator(batch, size, dp)
     consumed = 0
-    for _ in range(batch.train_iters):
+    for _ in range(training.train_iters):
         consumed += int(calculator.get_current_running_global_batch_size())
         calculator.update(consumed, consistency_check=False)
     return consumed
@@ -95,19 +102,19 @@ def _micro_batch_calculator(batch: BatchConfig, global_batch_size: int, dp: int)
 
 
 def _rate_scheduler(
-    optimizer: Engine, config: OptimizerConfig, batch: BatchConfig, global_batch_size: int
+    engine: Engine, config: OptimizerConfig, training: TrainingConfig, global_batch_size: int
 ) -> Any:
-    if batch.train_samples is not None:
-        decay_samples = config.lr_decay_samples or batch.train_samples
+    if training.train_samples is not None:
+        decay_samples = config.lr_decay_samples or training.train_samples
         warmup_samples = config.lr_warmup_samples
     else:
-        decay_samples = (config.lr_decay_iters or batch.train_iters) * global_batch_size
+        decay_samples = (config.lr_decay_iters or training.train_iters) * global_batch_size
         warmup_samples = config.lr_warmup_iters * global_batch_size
     warmup_samples = min(warmup_samples, decay_samples - 1)
     if config.lr_warmup_fraction is not None:
         warmup_samples = int(config.lr_warmup_fraction * decay_samples)
     return megatron("optimizer_param_scheduler").OptimizerParamScheduler(
-        optimizer.rule,
+        engine.rule,
         init_lr=0.0,
         max_lr=config.lr,
         min_lr=config.min_lr,

@@ -21,6 +21,8 @@ import torch
 import torch.distributed as dist
 
 from ascendspeed_core import __version__
+from ascendspeed_core.config.migrate import FORMAT_VERSION as CONFIG_FORMAT_VERSION
+from ascendspeed_core.config.migrate import VERSION_KEY, migrate_config
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.training import OptimizerConfig
 from ascendspeed_core.data.shared_filesystem import sees_folder_of_first_process
@@ -161,7 +163,7 @@ class CheckpointWriter:
             "loss_scale": loss_scale.state() if loss_scale else None,
             "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
             "model": model.config.model_dump(mode="json"),
-            "run": dict(run_config),
+            "run": {VERSION_KEY: CONFIG_FORMAT_VERSION, **run_config},
         }
         if model.adapters is not None:
             description["adapters"] = description_of(model.adapters, self._base)
@@ -283,9 +285,8 @@ def check_optimizer(source: NativeSource, config: OptimizerConfig) -> None:
     held = sorted({name.split("/")[1] for name in source.stored.names() if name.startswith("optimizer/")})
     lacking = [kind for kind in wanted if kind not in held]
     if lacking:
-        written_by = (
-            source.description.get("run", {}).get("optimizer", {}).get("optimizer", "another optimizer")
-        )
+        run, _ = migrate_config(source.description.get("run", {}), str(source.folder / DESCRIPTION))
+        written_by = run.get("optimizer", {}).get("optimizer", "another optimizer")
         raise CheckpointError(
             f"{source.folder} lacks the {' and '.join(lacking)} of --optimizer {config.optimizer}, it was written by "
             f"{written_by} and holds {', '.join(held) or 'no state'}; give the same --optimizer, or --no-load-optim to "

@@ -56,7 +56,7 @@ class Trainer:
         self.plan, self.mesh = plan, mesh
         self.config: PretrainConfig = plan.config
         dtype: torch.dtype = getattr(torch, self.config.precision.dtype_name)
-        torch.manual_seed(self.config.batch.seed + mesh.rank)
+        torch.manual_seed(self.config.training.seed + mesh.rank)
         self.writer = self._writer()
 
         settings = zero_settings(self.config, plan.model, plan.layout)
@@ -74,14 +74,16 @@ class Trainer:
         self.objective = self._objective(dtype, setting)
         self.optimizer = make_engine(self.model, self.config, mesh, settings)
         self.sizes = self.config.batch.manual_sizes() or self._found_sizes()
-        apply_dropout(self.model, self.config.dropout, self.config.batch.seed, mesh)
+        apply_dropout(self.model, self.config.dropout, self.config.training.seed, mesh)
         for line in table([*kernels, update_choice(self.config.optimizer.optimizer, setting)]):
             self._say(line)
         self.loss_scale = LossScale.create(self.config.loss_scaling, is_fp16=dtype == torch.float16)
-        self.schedule = Schedule(self.optimizer, self.config.optimizer, self.config.batch, mesh.layout.dp)
+        self.schedule = Schedule(
+            self.optimizer, self.config.optimizer, self.config.batch, self.config.training, mesh.layout.dp
+        )
         self.data = open_run_data(
             self.config.data,
-            self.config.batch.seed,
+            self.config.training.seed,
             plan.num_samples,
             plan.model.vocab_size,
             plan.manifest,
@@ -93,7 +95,7 @@ class Trainer:
         self.iteration = plan.start.iteration
         self.samples = None
         if plan.samples is not None:
-            folder = self.config.start.save
+            folder = self.config.checkpoint.save
             self.samples = SampleWriter(plan.samples, self.model, mesh, folder, self.iteration)
         if plan.checkpoint is not None and plan.resumes:
             self._resume(plan.checkpoint)
@@ -111,14 +113,14 @@ class Trainer:
         return PreferenceObjective(self.model, model, config.preference, self.mesh)
 
     def _writer(self) -> CheckpointWriter | None:
-        start = self.config.start
-        if start.save is None:
+        kept = self.config.checkpoint
+        if kept.save is None:
             return None
         return CheckpointWriter(
-            start.save,
+            kept.save,
             self.mesh,
-            Retention(start.keep_checkpoints, start.save_retain_interval),
-            start.async_save,
+            Retention(kept.keep_checkpoints, kept.save_retain_interval),
+            kept.async_save,
             on_saved=lambda saved: log(f"saved {saved}"),
             base=self.plan.source.path,
         )
@@ -204,7 +206,7 @@ class Trainer:
     def _train(self) -> list[dict[str, Any]]:
         writer = self.writer
         if writer is None:
-            while self.iteration < self.config.batch.train_iters and not self._is_exit():
+            while self.iteration < self.config.training.train_iters and not self._is_exit():
                 self._iterate()
             self._say_exit()
             return []
@@ -221,12 +223,12 @@ class Trainer:
     def _train_and_save(
         self, writer: CheckpointWriter, metrics: MetricsFile | None, stop_signal: StopSignal
     ) -> None:
-        batch, interval = self.config.batch, self.config.start.save_interval
-        while self.iteration < batch.train_iters:
+        training, interval = self.config.training, self.config.checkpoint.save_interval
+        while self.iteration < training.train_iters:
             record = self._iterate()
             if metrics:
                 metrics.write(record)
-            last = self.iteration == batch.train_iters
+            last = self.iteration == training.train_iters
             with self.monitor.watching(self.iteration, "after the step"):
                 stop = stop_signal.is_asked()
             if last or stop or self._is_exit() or (interval and self.iteration % interval == 0):
@@ -234,7 +236,7 @@ class Trainer:
             if stop and not last:
                 writer.wait()
                 raise StoppedError(
-                    f"stopped by SIGTERM at iteration {self.iteration} of {batch.train_iters}, which was saved; "
+                    f"stopped by SIGTERM at iteration {self.iteration} of {training.train_iters}, which was saved; "
                     "--auto-resume goes on from there"
                 )
             if self._is_exit():
@@ -243,7 +245,7 @@ class Trainer:
 
     def _is_exit(self) -> bool:
         """Whether `exit_interval` ends the run here."""
-        interval = self.config.batch.exit_interval
+        interval = self.config.training.exit_interval
         return (
             interval is not None
             and self.iteration > self.plan.start.iteration
@@ -251,14 +253,14 @@ class Trainer:
         )
 
     def _say_exit(self) -> None:
-        if self.iteration < self.config.batch.train_iters:
+        if self.iteration < self.config.training.train_iters:
             self._say(
-                f"stopping at iteration {self.iteration} of {self.config.batch.train_iters} (--exit-interval)"
+                f"stopping at iteration {self.iteration} of {self.config.training.train_iters} (--exit-interval)"
             )
 
     def _iterate(self) -> dict[str, Any]:
         """Do one step and return its record."""
-        batch, schedule = self.config.batch, self.schedule
+        config, batch, schedule = self.config, self.config.batch, self.schedule
         started = time.perf_counter()
         rate, samples = self.optimizer.learning_rate, schedule.step_samples
         sizes = self.sizes or (batch.micro_batch_size,) * schedule.num_micro_batches
@@ -295,7 +297,7 @@ class Trainer:
             record["skipped"] = result.is_skipped
         if self.samples is not None and self.iteration % self.samples.plan.interval == 0:
             record["samples"] = self.samples.write(self.iteration)
-        if batch.eval_iters and self.iteration % batch.eval_interval == 0:
+        if config.evaluation.eval_iters and self.iteration % config.evaluation.eval_interval == 0:
             with self.monitor.watching(self.iteration, "validation"):
                 record |= self._validation()
         if result.is_empty:
@@ -303,19 +305,22 @@ class Trainer:
                 f"iteration {self.iteration}: no token of its batch counts in the loss, all are masked; the step was "
                 "skipped"
             )
-        elif self.iteration % batch.log_interval == 0 or self.iteration in (1, batch.train_iters):
+        elif self.iteration % config.logging.log_interval == 0 or self.iteration in (
+            1,
+            config.training.train_iters,
+        ):
             self._report(record)
         self.monitor.write(record)
         return record
 
     def _validation(self) -> dict[str, float | None]:
         """Measure on the samples that belong to this iteration, so that a resumed run measures the same."""
-        batch = self.config.batch
+        batch, evaluation = self.config.batch, self.config.evaluation
         size = self.schedule.global_batch_size
-        measured = (self.iteration // batch.eval_interval - 1) * batch.eval_iters * size
+        measured = (self.iteration // evaluation.eval_interval - 1) * evaluation.eval_iters * size
         per_batch = size // (batch.micro_batch_size * self.mesh.layout.dp)
         micro_batches = self.data.validation_batches(
-            measured, (batch.micro_batch_size,) * (batch.eval_iters * per_batch)
+            measured, (batch.micro_batch_size,) * (evaluation.eval_iters * per_batch)
         )
         if self.objective is None:
             found = {"loss": evaluate(self.model, micro_batches, self.mesh)}
@@ -370,7 +375,7 @@ class Trainer:
             draw_loss(metrics.records, picture, self.plan.unigram_entropy_nats, self.plan.loss_unit)
 
     def _report(self, record: dict[str, Any]) -> None:
-        left = (self.config.batch.train_iters - self.iteration) * record["step_seconds"]
+        left = (self.config.training.train_iters - self.iteration) * record["step_seconds"]
         validation = ""
         if "validation_loss" in record:
             measured = record["validation_loss"]
@@ -384,7 +389,7 @@ class Trainer:
         speed = f"{record['tokens_per_second']:,.0f} tokens/s"
         speed += f" | MFU {record['mfu']:.1%}" if "mfu" in record else ""
         self._say(
-            f"iteration {self.iteration}/{self.config.batch.train_iters} | loss {loss}{validation} | {norm}{scale}"
+            f"iteration {self.iteration}/{self.config.training.train_iters} | loss {loss}{validation} | {norm}{scale}"
             f" | lr {record['learning_rate']:.2e} | {speed} | {left:,.0f} s left"
         )
 

@@ -92,8 +92,9 @@ def plan_run(config: PretrainConfig, world_size: int) -> RunPlan:
         config.batch.resolve_global_batch_size(layout.dp)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    config.optimizer.check_unit(in_samples=config.batch.train_samples is not None)
-    config = config.model_copy(update={"batch": with_iterations(config.batch, layout.dp)})
+    config.optimizer.check_unit(in_samples=config.training.train_samples is not None)
+    training = with_iterations(config.training, config.batch, layout.dp)
+    config = config.model_copy(update={"training": training})
     check_monitor(config, world_size)
     source, checkpoint = _open_source(config)
     where = str(source.path or config.start.model_config_file)
@@ -112,17 +113,18 @@ def plan_run(config: PretrainConfig, world_size: int) -> RunPlan:
     if isinstance(config, DpoConfig):
         reference = open_reference(config, source, checkpoint if start.iteration > 0 else None)
     tokenizer = config.data.tokenizer_name_or_path or source.tokenizer
-    prompts = plan_samples(config.samples, source.config, layout, tokenizer)
+    prompts = plan_samples(config.eval_prompts, source.config, layout, tokenizer)
     return RunPlan(config, layout, source, start, checkpoint, samples, manifest, reference, prompts)
 
 
 def _open_source(config: PretrainConfig) -> tuple[WeightSource, NativeSource | None]:
     """Return the weights, and the native checkpoint that they or their adapters come from."""
     start = config.start
-    found = start.save if start.auto_resume and start.save and (start.save / TRACKER).is_file() else None
+    save = config.checkpoint.save
+    found = save if start.auto_resume and save and (save / TRACKER).is_file() else None
     if isinstance(config, TuneConfig) and config.lora.is_on:
         return _open_adapted(config, found)
-    source = open_weights(found) if found else open_source(start, config.batch.seed)
+    source = open_weights(found) if found else open_source(start, config.training.seed)
     return source, source if isinstance(source, NativeSource) else None
 
 
@@ -138,7 +140,7 @@ def _open_adapted(config: TuneConfig, found: Path | None) -> tuple[AdaptedWeight
 
 
 def _find_adapted(config: TuneConfig, found: Path | None) -> tuple[AdaptedWeights, NativeSource | None]:
-    base = open_source(config.start, config.batch.seed)
+    base = open_source(config.start, config.training.seed)
     lora = config.lora
     load = found or lora.lora_load
     if load is not None and ((load / TRACKER).is_file() or (load / DESCRIPTION).is_file()):
@@ -153,7 +155,7 @@ def _find_adapted(config: TuneConfig, found: Path | None) -> tuple[AdaptedWeight
     if load is not None:
         return loaded_adapters(base, open_adapter(load, base.config)), None
     where = str(base.path or config.start.model_config_file)
-    return drawn_adapters(base, plan_adapters(lora, base.config, where), config.batch.seed), None
+    return drawn_adapters(base, plan_adapters(lora, base.config, where), config.training.seed), None
 
 
 def _check_pipeline(config: PretrainConfig, layout: Layout, model: ModelConfig) -> None:
@@ -219,9 +221,10 @@ def _check_vocabulary(config: PretrainConfig, source: WeightSource, manifest: Da
 
 
 def _num_samples(config: PretrainConfig, dp: int) -> tuple[int, int, int]:
-    batch = config.batch
-    measurements = batch.train_iters // batch.eval_interval + 1 if batch.eval_iters else 0
-    return samples_of_run(batch, dp), measurements * batch.eval_iters * batch.resolve_global_batch_size(dp), 0
+    batch, evaluation = config.batch, config.evaluation
+    evaluations = config.training.train_iters // evaluation.eval_interval + 1
+    held_out = evaluations * evaluation.eval_iters * batch.resolve_global_batch_size(dp)
+    return samples_of_run(config.training, batch, dp), held_out, 0
 
 
 def _data_order(config: PretrainConfig) -> dict[str, Any]:
@@ -230,7 +233,7 @@ def _data_order(config: PretrainConfig) -> dict[str, Any]:
         "data": [Path(part).name for part in config.data.data_path],
         "split": config.data.split,
         "seq_length": config.data.seq_length,
-        "seed": config.batch.seed,
+        "seed": config.training.seed,
     }
     if isinstance(config.data, FinetuneDataConfig) and config.data.is_instruction_dataset:
         order["is_instruction_dataset"] = True
@@ -264,7 +267,7 @@ def _start(config: PretrainConfig, source: NativeSource | None, data_order: dict
 
 def _is_of_run(config: PretrainConfig, source: NativeSource | None) -> bool:
     """Whether it is a checkpoint in the folder that the run saves to."""
-    folder = config.start.save
+    folder = config.checkpoint.save
     return (
         folder is not None
         and source is not None
@@ -273,7 +276,7 @@ def _is_of_run(config: PretrainConfig, source: NativeSource | None) -> bool:
 
 
 def _check_save_folder(config: PretrainConfig, source: NativeSource | None, start: Progress) -> None:
-    folder = config.start.save
+    folder = config.checkpoint.save
     if folder is None:
         announce("save: no --save given; nothing of this run will be kept")
         return
