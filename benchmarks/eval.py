@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from ascendspeed_eval.model import GenerateRequest, LoglikelihoodRequest
 from ascendspeed_eval.runner import prepare
 from ascendspeed_eval.tasks.registry import find_protocol, find_task
+from ascendspeed_infer.config import ScoringConfig
 from ascendspeed_infer.eval_backend import ServedModel
 from ascendspeed_infer.language_model import LanguageModel
 from support.lm_eval_tasks import harness_model
@@ -87,7 +88,7 @@ def compare(name: str, folder: Path, subsets: tuple[str, ...], limit: int) -> No
     model = LanguageModel.from_pretrained(folder, device="cpu")
     seconds, mine, own_batch = float("inf"), [], 0
     for size in OUR_BATCH_SIZES:
-        ours = ServedModel(model, "made", "", {"micro_batch_size": size, "seq_length": None})
+        ours = ServedModel(model, "made", "", ScoringConfig(micro_batch_size=size))
         call = ours.generate if generates else ours.loglikelihood
         call(requests[:4])
         took, answers = timed(lambda call=call: call(requests))

@@ -28,9 +28,9 @@ from ascendspeed_core.models.onednn_weight import pack_weights
 from ascendspeed_core.models.transformer import Transformer
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.weights import open_weights
-from ascendspeed_infer.engine.batch_invariant import Tiles
-from ascendspeed_infer.engine.runner import check_batch_invariance
-from ascendspeed_infer.generation import GenerationSettings, generate_ids, generate_together, never
+from ascendspeed_infer.engine.llm_engine import LLMEngine
+from ascendspeed_infer.engine.sequence import GenerationSettings
+from ascendspeed_infer.generation import generate_batch, generate_ids
 
 LARGE = "large"
 SIZES = {
@@ -80,11 +80,11 @@ def best(rounds: int, *works: Callable[[], object]) -> list[float]:
     return [min(times) for times in zip(*measured, strict=True)]
 
 
-def loaded_ours(folder: Path, dtype: str) -> tuple[Transformer, ParallelMesh]:
+def loaded_ours(folder: Path, dtype: str) -> LLMEngine:
     mesh = ParallelMesh.create(Device("cpu"), Layout())
     model = load_model(open_weights(folder), mesh, getattr(torch, dtype), joined_projections=True).eval()
     pack_weights(model)
-    return model, mesh
+    return LLMEngine(model, mesh)
 
 
 def loaded_theirs(folder: Path, dtype: str) -> Any:
@@ -122,8 +122,8 @@ def products(model: Transformer) -> Callable[[], None]:
     return run
 
 
-def ours_alone(model: Transformer, mesh: ParallelMesh, prompt: Ids, new: int) -> Callable[[], object]:
-    return lambda: generate_ids(model, mesh, prompt, GenerationSettings(new))
+def ours_alone(engine: LLMEngine, prompt: Ids, new: int) -> Callable[[], object]:
+    return lambda: generate_ids(engine, prompt, GenerationSettings(new))
 
 
 def theirs_alone(model: Any, prompt: Ids, new: int, **options: Any) -> Callable[[], object]:
@@ -135,10 +135,10 @@ def theirs_alone(model: Any, prompt: Ids, new: int, **options: Any) -> Callable[
 
 
 def ours_together(
-    model: Transformer, mesh: ParallelMesh, prompts: list[Ids], new: list[int], tiles: Tiles | None
+    engine: LLMEngine, prompts: list[Ids], new: list[int], batch_invariant: bool = False
 ) -> Callable[[], object]:
     settings = [GenerationSettings(one) for one in new]
-    return lambda: generate_together(model, mesh, prompts, settings, [never] * len(prompts), tiles=tiles)
+    return lambda: generate_batch(engine, prompts, settings, batch_invariant=batch_invariant)
 
 
 def theirs_together(model: Any, prompts: list[Ids], new: list[int]) -> Callable[[], object]:
@@ -155,17 +155,16 @@ def row(name: str, value: str, *against: str) -> None:
     print(f"{name:44s} {value:>14s}  {'  '.join(against)}", flush=True)
 
 
-def measure_alone(
-    model: Transformer, mesh: ParallelMesh, theirs: Any, tiles: Tiles | None, rounds: int, speed: float
-) -> None:
-    """One text, batch-invariant too if there are tiles."""
+def measure_alone(engine: LLMEngine, theirs: Any, with_invariant: bool, rounds: int, speed: float) -> None:
+    """One text, batch-invariant too if that is wanted."""
+    model = engine.model
     prompt = random.Random(0).choices(range(3, VOCAB), k=PROMPT_TOKENS)
-    first, their_first = best(rounds, ours_alone(model, mesh, prompt, 1), theirs_alone(theirs, prompt, 1))
+    first, their_first = best(rounds, ours_alone(engine, prompt, 1), theirs_alone(theirs, prompt, 1))
     row(f"first token after {PROMPT_TOKENS}", f"{first:.3f} s", f"{their_first / first:.2f} x transformers")
     new = NEW_TOKENS + 1
     whole, their_whole, static, product = best(
         rounds,
-        ours_alone(model, mesh, prompt, new),
+        ours_alone(engine, prompt, new),
         theirs_alone(theirs, prompt, new),
         theirs_alone(theirs, prompt, new, cache_implementation="static", disable_compile=True),
         products(model),
@@ -179,12 +178,12 @@ def measure_alone(
         f"{(static - their_first) / (whole - first):.2f} x with a static cache;",
         f"{read / speed / step:.0%} of the bandwidth limit, {product / step:.0%} of the matrix-vector limit",
     )
-    if tiles is not None:
-        (invariant,) = best(rounds, ours_together(model, mesh, [prompt], [new], tiles))
+    if with_invariant:
+        (invariant,) = best(rounds, ours_together(engine, [prompt], [new], True))
         row("  batch-invariant", "", f"whole generation takes {invariant / whole:.2f} x the time")
 
 
-def measure_together(model: Transformer, mesh: ParallelMesh, theirs: Any, tiles: Tiles, rounds: int) -> None:
+def measure_together(engine: LLMEngine, theirs: Any, rounds: int) -> None:
     draw = random.Random(1)
     prompts = [draw.choices(range(3, VOCAB), k=draw.randint(8, 2 * PROMPT_TOKENS)) for _ in range(BATCH)]
     for name, new in (
@@ -193,8 +192,8 @@ def measure_together(model: Transformer, mesh: ParallelMesh, theirs: Any, tiles:
     ):
         whole, invariant, their_whole = best(
             rounds,
-            ours_together(model, mesh, prompts, new, None),
-            ours_together(model, mesh, prompts, new, tiles),
+            ours_together(engine, prompts, new),
+            ours_together(engine, prompts, new, True),
             theirs_together(theirs, prompts, new),
         )
         row(
@@ -211,14 +210,14 @@ def measure(size: str, dtype: str, rounds: int, speed: float) -> None:
         folder = Path(name)
         save_model(size, dtype, folder)
         gc.collect()
-        model, mesh = loaded_ours(folder, dtype)
+        engine = loaded_ours(folder, dtype)
         theirs = loaded_theirs(folder, dtype)
         if size == LARGE:
-            measure_alone(model, mesh, theirs, None, rounds, speed)
+            measure_alone(engine, theirs, False, rounds, speed)
         else:
-            tiles = check_batch_invariance(model, mesh)
-            measure_alone(model, mesh, theirs, tiles, rounds, speed)
-            measure_together(model, mesh, theirs, tiles, rounds)
+            engine.check_batch_invariance()
+            measure_alone(engine, theirs, True, rounds, speed)
+            measure_together(engine, theirs, rounds)
 
 
 def main() -> None:

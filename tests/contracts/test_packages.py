@@ -160,14 +160,14 @@ def test_examples_of_backends_fit_the_protocol() -> None:
     from dataclasses import fields
 
     from ascendspeed_eval import model as shapes
-    from ascendspeed_infer import evaluation, scoring
+    from ascendspeed_infer import eval_backend, scoring
 
     for ours, theirs in (
-        (evaluation.Option, shapes.BackendOption),
-        (evaluation.Description, shapes.ModelDescription),
-        (evaluation.Text, shapes.GenerateResult),
+        (eval_backend.BackendOption, shapes.BackendOption),
+        (eval_backend.ModelDescription, shapes.ModelDescription),
+        (eval_backend.GenerateResult, shapes.GenerateResult),
         (scoring.Score, shapes.LoglikelihoodResult),
     ):
         assert [field.name for field in fields(ours)] == [field.name for field in fields(theirs)]
     for method in ("claims", "launch", "open", "name", "summary", "options"):
-        assert hasattr(evaluation.backend, method)
+        assert hasattr(eval_backend.backend, method)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ascendspeed_infer.eval_backend import share_out
+from ascendspeed_infer.eval_backend import split_by_work
 from support.commands import command_line, environment, run_command
 from support.models import save_hugging_face, tiny_config
 
@@ -95,7 +95,7 @@ def test_requests_are_shared_out() -> None:
         + [("c" * 10, n) for n in range(4)]
     )
     for parts in (1, 2, 3, 5):
-        shares = share_out(requests, parts)
+        shares = split_by_work(requests, parts)
         assert sorted(number for share in shares for number in share) == list(range(12))
         for share in shares:
             # Requests of one context are never torn apart: each share has all four or none.
@@ -103,4 +103,4 @@ def test_requests_are_shared_out() -> None:
                 sum(requests[n][0] == text for n in share) in (0, 4)
                 for text in ("a" * 10, "b" * 40, "c" * 10)
             )
-    assert share_out([], 2) == [[], []]
+    assert split_by_work([], 2) == [[], []]

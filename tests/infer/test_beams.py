@@ -14,9 +14,11 @@ from ascendspeed_core.device import Device
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.weights import open_weights
 from ascendspeed_data.errors import ConfigError
-from ascendspeed_infer.beams import Beams, BeamSettings
-from ascendspeed_infer.generation import GenerationSettings, search_beams
-from ascendspeed_infer.sampling import Sampling
+from ascendspeed_infer.beams import BeamHypotheses, BeamSettings
+from ascendspeed_infer.engine.llm_engine import LLMEngine
+from ascendspeed_infer.engine.sequence import GenerationSettings
+from ascendspeed_infer.generation import search_beams
+from ascendspeed_infer.sampling import SamplingParams
 from support.families import REFERENCES, logits_of
 from support.processes import WorkerPool
 from support.shared_data import STORIES, needs_shared_data
@@ -66,11 +68,11 @@ def ours(
     mesh = ParallelMesh.create(Device("cpu"), layout)
     model = load_model(open_weights(Path(folder)), mesh, dtype).eval()
     of_draws = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
-    sampling = Sampling(seed=seed, **{key: value for key, value in options.items() if key in of_draws})
+    sampling = SamplingParams(seed=seed, **{key: value for key, value in options.items() if key in of_draws})
     of_beams = ("num_beams", "length_penalty", "early_stopping", "num_return_sequences")
     beams = BeamSettings(**{key: value for key, value in options.items() if key in of_beams})
-    settings = GenerationSettings(NEW, sampling, tuple(options["eos_token_id"]), with_log_probs=True)
-    found = search_beams(model, mesh, prompt, settings, beams)
+    settings = GenerationSettings(NEW, sampling, tuple(options["eos_token_id"]), return_log_probs=True)
+    found = search_beams(LLMEngine(model, mesh), prompt, settings, beams)
     for text in found:
         assert text.log_probs is not None
         assert len(text.log_probs) == len(text.token_ids)
@@ -148,7 +150,9 @@ def test_trained_model(num_beams: int) -> None:
 def test_all_texts_are_looked_at() -> None:
     """With as many beams as there are texts the search is exhaustive: the best of all is found."""
     steps = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]]).log()
-    beams = Beams(BeamSettings(9, num_return_sequences=9), Sampling(), [0], 2, (), lambda _: False)
+    beams = BeamHypotheses(
+        BeamSettings(9, num_return_sequences=9), SamplingParams(), [0], 2, (), lambda _: False
+    )
     for row in steps:
         beams.advance(row.expand(9, 3))
     found = {beam.ids: beam.score for beam in beams.best()}
@@ -158,7 +162,7 @@ def test_all_texts_are_looked_at() -> None:
 
 
 def test_a_stop_text_ends_a_beam() -> None:
-    beams = Beams(BeamSettings(2), Sampling(), [0], 5, (), lambda ids: ids[-1] == 1)
+    beams = BeamHypotheses(BeamSettings(2), SamplingParams(), [0], 5, (), lambda ids: ids[-1] == 1)
     beams.advance(torch.tensor([[0.1, 0.6, 0.3]]).log().expand(2, 3))
     assert [(beam.ids, beam.ended) for beam in beams.finished] == [((1,), True)]
     assert (1,) not in [beam.ids for beam in beams.running]

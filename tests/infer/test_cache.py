@@ -15,8 +15,10 @@ from ascendspeed_core.parallel.pipeline import forward_through_stages
 from ascendspeed_core.parallel.tensor import gather_logits
 from ascendspeed_core.weights import open_weights
 from ascendspeed_data.errors import AscendSpeedError
-from ascendspeed_infer.engine.runner import ModelRunner, Work
-from ascendspeed_infer.generation import GenerationSettings, generate_ids, generate_together
+from ascendspeed_infer.engine.llm_engine import LLMEngine
+from ascendspeed_infer.engine.model_runner import ModelRunner, ScheduledChunk
+from ascendspeed_infer.engine.sequence import GenerationSettings
+from ascendspeed_infer.generation import generate_batch, generate_ids
 from support.families import REFERENCES
 from support.processes import WorkerPool
 
@@ -38,7 +40,7 @@ def decoded_and_whole(
     for count in parts:
         # In company: the same pass reads as much of another text, before or behind.
         works = [
-            Work(SequenceChunk(its, start, count), ids[start : start + count], count)
+            ScheduledChunk(SequenceChunk(its, start, count), ids[start : start + count], count)
             for its, ids in ((room, text), (others, other))
         ]
         place = start % 2
@@ -55,9 +57,9 @@ def together_and_alone(folder: str, layout: Layout) -> tuple[list[tuple[int, ...
     draw = torch.Generator().manual_seed(3)
     prompts = [torch.randint(0, 125, (length,), generator=draw).tolist() for length in (3, 14, 9, 1)]
     settings = [GenerationSettings(max_new_tokens) for max_new_tokens in (9, 4, 9, 7)]
-    never = [lambda _: False] * len(prompts)
-    together = generate_together(model, mesh, prompts, settings, never)
-    alone = [generate_ids(model, mesh, ids, own) for ids, own in zip(prompts, settings, strict=True)]
+    engine = LLMEngine(model, mesh)
+    together = generate_batch(engine, prompts, settings)
+    alone = [generate_ids(engine, ids, own) for ids, own in zip(prompts, settings, strict=True)]
     return [one.token_ids for one in together], [one.token_ids for one in alone]
 
 
@@ -99,16 +101,20 @@ def in_company_and_alone(
     parts = [(17, 1), (3, 1), (0, 5), (9, 1), (4, 3), (0, 1), (2, 3)]
     texts = [torch.randint(0, 125, (start + count,), generator=draw).tolist() for start, count in parts]
 
-    def works(runner: ModelRunner) -> list[Work]:
+    def works(runner: ModelRunner) -> list[ScheduledChunk]:
         rooms = [runner.cache.reserve(LENGTH) for _ in parts]
         pieces = [
             SequenceChunk(room, start, count) for room, (start, count) in zip(rooms, parts, strict=True)
         ]
         both = list(zip(pieces, texts, strict=True))
         runner.run(
-            [Work(SequenceChunk(one.room, 0, one.start), ids[: one.start]) for one, ids in both if one.start]
+            [
+                ScheduledChunk(SequenceChunk(one.room, 0, one.start), ids[: one.start])
+                for one, ids in both
+                if one.start
+            ]
         )
-        return [Work(one, ids[one.start :], one.count) for one, ids in both]
+        return [ScheduledChunk(one, ids[one.start :], one.count) for one, ids in both]
 
     capacity = 2 * LENGTH * len(parts)
     runner = ModelRunner(model, mesh, capacity)

@@ -80,7 +80,7 @@ def test_answers_are_those_of_generate(model: LanguageModel, template: str, opti
     messages: list[dict[str, str]] = []
     for number, (text, answer) in enumerate(zip(TURNS, found, strict=False)):
         messages.append({"role": "user", "content": text})
-        ends = (*model.end_ids(), *layout.end_ids)
+        ends = (*model.eos_token_ids(), *layout.end_ids)
         (want,) = model.generate(
             layout.ids(messages),
             max_new_tokens=6,
@@ -114,7 +114,10 @@ def test_what_the_model_is_told_first(model: LanguageModel) -> None:
     chat = Chat(model, layout, AnswerConfig(**SHORT), system="Be kind.")
     (answer,) = answers(chat, "the")
     ids = layout.ids([{"role": "system", "content": "Be kind."}, {"role": "user", "content": "the"}])
-    assert model.generate(ids, **SHORT, eos_token_ids=(*model.end_ids(), *layout.end_ids))[0].text == answer
+    assert (
+        model.generate(ids, **SHORT, eos_token_ids=(*model.eos_token_ids(), *layout.end_ids))[0].text
+        == answer
+    )
     with pytest.raises(AscendSpeedError, match="no place for a system message"):
         Chat(model, layout_named("instruction", model.tokenizer), AnswerConfig(), system="Be kind.")
 

@@ -14,10 +14,10 @@ from ascendspeed_data.errors import ConfigError
 from ascendspeed_data.tokenizer import load_tokenizer
 from ascendspeed_infer.chat import ANSWER
 from ascendspeed_infer.config import GenerateConfig, SamplingConfig
-from ascendspeed_infer.engine.sequences import GenerationSettings
-from ascendspeed_infer.engines import FOR_EVERY_ENGINE, OWN, TextEngine, find_engine
+from ascendspeed_infer.engine.sequence import GenerationSettings
+from ascendspeed_infer.engines import COMMON_OPTIONS, NATIVE, TextEngine, find_engine
 from ascendspeed_infer.language_model import LanguageModel
-from ascendspeed_infer.sampling import Sampling
+from ascendspeed_infer.sampling import SamplingParams
 from ascendspeed_infer.text_generator import TextGenerator
 from ascendspeed_infer.transformers_engine import TransformersEngine, load_transformers
 from ascendspeed_infer.vllm_engine import VllmEngine, log_probs_of, model_arguments, sampling_arguments
@@ -100,7 +100,7 @@ def test_a_chat_with_another_engine(folder: Path) -> None:
             "asd-infer", "chat", "--load", folder, "--device", "cpu", "--max-new-tokens", 8, "--chat-template",
             "plain", "--engine", engine, stdin="the year\nit was\n",
         )
-        for engine in (OWN, "transformers")
+        for engine in (NATIVE, "transformers")
     ]  # fmt: skip
     assert said[1].status == 0, said[1].stderr
     assert said[0].stdout == said[1].stdout
@@ -125,9 +125,9 @@ def test_a_stream_is_the_whole_text_and_may_be_left(theirs: TextGenerator) -> No
 
 
 REFUSED: dict[str, tuple[list[object], int, str]] = {
-    "beams": (["--num-beams", 2], 2, "engine=transformers does not know num_beams=2"),
-    "batches": (["--batch-size", 2], 2, "does not know batch_size=2"),
-    "invariance": (["--batch-invariant"], 2, "does not know batch_invariant=True"),
+    "beams": (["--num-beams", 2], 2, "engine=transformers does not support num_beams=2"),
+    "batches": (["--batch-size", 2], 2, "does not support batch_size=2"),
+    "invariance": (["--batch-invariant"], 2, "does not support batch_invariant=True"),
     "a layout": (["--tensor-model-parallel-size", 2], 2, "tensor_model_parallel_size=2 is no option of engine=tr"),
     "ZeRO": (["--zero-stage", 3], 2, "zero_stage=3 is no option of engine=transformers"),
     "int8": (["--weight-quantization", "int8"], 2, "weight_quantization=int8 is no option of engine=transformers"),
@@ -171,13 +171,13 @@ ENGINE_ARGS = frozenset(
 
 
 def test_how_texts_are_continued_in_words_of_vllm() -> None:
-    greedy = sampling_arguments(GenerationSettings(7, eos_ids=(2, 9)))
+    greedy = sampling_arguments(GenerationSettings(7, eos_token_ids=(2, 9)))
     assert greedy == {
         "max_tokens": 7, "temperature": 0.0, "repetition_penalty": 1.0, "stop": [], "stop_token_ids": [2, 9],
         "ignore_eos": True, "detokenize": False, "logprobs": None,
     }  # fmt: skip
     drawn = sampling_arguments(
-        GenerationSettings(7, Sampling(True, 0.5, 30, 0.9, 4, 1.2), (), ("\n",), with_log_probs=True)
+        GenerationSettings(7, SamplingParams(True, 0.5, 30, 0.9, 4, 1.2), (), ("\n",), return_log_probs=True)
     )
     changed = {
         "temperature": 0.5, "top_k": 30, "top_p": 0.9, "seed": 4, "repetition_penalty": 1.2, "stop": ["\n"],
@@ -186,7 +186,7 @@ def test_how_texts_are_continued_in_words_of_vllm() -> None:
     assert drawn == greedy | changed
     assert drawn.keys() <= SAMPLING_PARAMS
     with pytest.raises(ConfigError, match=r"temperature=0\.01 to 2\.0, not 3"):
-        sampling_arguments(GenerationSettings(7, Sampling(True, 3.0)))
+        sampling_arguments(GenerationSettings(7, SamplingParams(True, 3.0)))
 
 
 def test_a_model_in_words_of_vllm(tmp_path: Path) -> None:
@@ -216,8 +216,8 @@ def test_log_probabilities_of_vllm() -> None:
 @pytest.mark.parametrize("engine", [TransformersEngine, VllmEngine])
 def test_every_option_of_sampling_is_known_or_refused(engine: type[TextEngine]) -> None:
     """None is forgotten: an engine names what exists, and not what is done for it."""
-    assert engine.knows <= SamplingConfig.model_fields.keys() - FOR_EVERY_ENGINE
-    assert SamplingConfig.model_fields.keys() >= FOR_EVERY_ENGINE
+    assert engine.supported_options <= SamplingConfig.model_fields.keys() - COMMON_OPTIONS
+    assert SamplingConfig.model_fields.keys() >= COMMON_OPTIONS
 
 
 def test_the_engine_of_the_guide(folder: Path, tmp_path: Path) -> None:
@@ -240,7 +240,7 @@ def test_the_engine_of_the_guide(folder: Path, tmp_path: Path) -> None:
     assert answer["token_ids"] == (answer["prompt_token_ids"] * 5)[:5]
     done = run_command(*command, "--do-sample", PYTHONPATH=path)
     assert (done.status, done.stdout) == (2, "")
-    assert "engine=parrot does not know do_sample=True" in done.complaint
+    assert "engine=parrot does not support do_sample=True" in done.complaint
     said = run_command(
         "asd-infer",
         "chat",
@@ -257,8 +257,8 @@ def test_the_engine_of_the_guide(folder: Path, tmp_path: Path) -> None:
 
 def test_a_model_has_the_own_engine(folder: Path) -> None:
     engine: TextEngine = LanguageModel.from_pretrained(folder, device="cpu").engine
-    assert engine.name == OWN
-    assert engine.knows == SamplingConfig.model_fields.keys()
+    assert engine.name == NATIVE
+    assert engine.supported_options == SamplingConfig.model_fields.keys()
     with pytest.raises(
         ConfigError, match="engine=none is not installed; known are ascendspeed, transformers, vllm"
     ):

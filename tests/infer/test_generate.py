@@ -12,7 +12,7 @@ from ascendspeed_core.config.parallel import ParallelConfig
 from ascendspeed_data.errors import AscendSpeedError, ConfigError
 from ascendspeed_data.tokenizer import load_tokenizer
 from ascendspeed_infer.language_model import LanguageModel
-from ascendspeed_infer.sampling import Sampling, choose_token, keep_top_k, keep_top_p
+from ascendspeed_infer.sampling import SamplingParams, keep_top_k, keep_top_p, sample_token
 from support.commands import call, run_command
 from support.models import save_hugging_face, tiny_config
 
@@ -118,8 +118,8 @@ def test_prompts_as_json_lines(folder: Path, tmp_path: Path) -> None:
         ('{"text": "the"}', "stdin, line 2 holds no prompt; give a text"),
         ('{"prompt": "the", "prompt_token_ids": [5]}', "stdin, line 2 holds no prompt"),
         ("[1.5]", "stdin, line 2 holds no prompt"),
-        ('{"prompt": "the", "seed": "x"}', "stdin, line 2: seed='x' is no whole number"),
-        ('{"prompt": "the", "text": "x"}', "prompt 2: text is a name of the answer's"),
+        ('{"prompt": "the", "seed": "x"}', "stdin, line 2: seed='x' is not a whole number"),
+        ('{"prompt": "the", "text": "x"}', "prompt 2: text is a field of the answer"),
         ("{", "stdin, line 2 is not JSON"),
     ],
 )
@@ -197,11 +197,11 @@ def test_top_p_keeps_what_transformers_keeps(p: float) -> None:
 
 def test_draws_follow_the_distribution() -> None:
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
-    sampling = Sampling(do_sample=True, temperature=0.7, seed=5)
+    sampling = SamplingParams(do_sample=True, temperature=0.7, seed=5)
     generator = sampling.generator()
     counts = torch.zeros(4)
     for _ in range(20_000):
-        counts[choose_token(logits, sampling, sampling.noise(generator, 4)).token_id] += 1
+        counts[sample_token(logits, sampling, sampling.noise(generator, 4)).token_id] += 1
     # 20,000 draws: one standard deviation is at most 0.0035.
     assert torch.allclose(counts / 20_000, (logits / 0.7).softmax(-1), atol=0.014)
 

@@ -11,10 +11,8 @@ from ascendspeed_core.config.parallel import ParallelConfig
 from ascendspeed_core.models.int8 import Int8Weight, weights_nbytes
 from ascendspeed_data.errors import ConfigError
 from ascendspeed_eval.model import LoglikelihoodRequest
-from ascendspeed_infer.engine.runner import check_batch_invariance
 from ascendspeed_infer.eval_backend import backend
 from ascendspeed_infer.language_model import LanguageModel
-from ascendspeed_infer.scoring import loglikelihood_of_ids
 from infer.test_adapters import make_adapter
 from support.commands import call, run_command
 from support.models import save_hugging_face, tiny_config
@@ -53,7 +51,7 @@ def test_what_a_trained_model_loses(dtype: str, report: ReportTables) -> None:
     losses = {}
     for quantization in ("none", "int8"):
         model = load(STORIES, quantization, dtype=dtype)
-        (score,) = loglikelihood_of_ids(model.model, model.mesh, [(ids[:1], ids[1:])])
+        (score,) = model.loglikelihood_of_ids([(ids[:1], ids[1:])])
         losses[quantization] = -score.logprob / (len(ids) - 1)
     assert losses["none"] == pytest.approx(
         expected["plain_text_mean_nll"], abs=1e-5 if dtype == "float32" else 1e-2
@@ -98,7 +96,7 @@ def test_batch_invariant(folder: Path, dtype: str) -> None:
     model = load(folder / "hf", dtype=dtype)
     held = [one for one in model.model.parameters() if isinstance(one, Int8Weight)]
     assert len(held) == 4 * 7 + 1
-    assert check_batch_invariance(model.model, model.mesh) == model.tiles()
+    model.check_batch_invariance()
     options: dict[str, Any] = {"max_new_tokens": 10, "batch_invariant": True, "return_log_probs": True}
     together = model.generate(PROMPTS, **options)
     assert together == [model.generate(prompt, **options)[0] for prompt in PROMPTS]

@@ -14,9 +14,9 @@ from ascendspeed_data.tokenizer import load_tokenizer
 from ascendspeed_infer.config import SamplingConfig
 from ascendspeed_infer.detokenizer import Detokenizer
 from ascendspeed_infer.language_model import LanguageModel
-from ascendspeed_infer.legacy_options import TODAY, WITHOUT_EFFECT
+from ascendspeed_infer.legacy_options import IGNORED_OPTIONS, RENAMED_OPTIONS
 from ascendspeed_infer.requests import GenerateOptions
-from ascendspeed_infer.sampling import Sampling, choose_token
+from ascendspeed_infer.sampling import SamplingParams, sample_token
 from support.corpus import make_chat_tokenizer
 from support.models import save_hugging_face, tiny_config
 from support.processes import WorkerPool
@@ -72,7 +72,7 @@ def test_a_seed_for_each_prompt(model: LanguageModel) -> None:
 
 
 def several(folder: str, tp: int, pp: int) -> list[tuple[int, ...]]:
-    """DropoutMasks of several prompts in one batch."""
+    """Draws of several prompts in one batch."""
     parallel = ParallelConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
     model = LanguageModel.from_pretrained(folder, device="cpu", parallel=parallel)
     found = model.generate(PROMPTS, max_new_tokens=20, do_sample=True, top_p=0.95, seed=5, ignore_eos=True)
@@ -95,28 +95,32 @@ def test_draws_depend_on_the_seed_alone(
 
 
 def test_a_close_draw_is_known_as_such() -> None:
-    """The lead is by how much a logit must grow for another token to win: a little more, and it does."""
+    """The margin is by how much a logit must grow for another token to win: a little more, and it does."""
     logits = torch.randn(50, generator=torch.Generator().manual_seed(1))
-    for sampling in (Sampling(), Sampling(do_sample=True, temperature=0.7), Sampling(repetition_penalty=1.5)):
+    for sampling in (
+        SamplingParams(),
+        SamplingParams(do_sample=True, temperature=0.7),
+        SamplingParams(repetition_penalty=1.5),
+    ):
         noise = sampling.noise(torch.Generator().manual_seed(2), 50)
-        choice = choose_token(logits, sampling, noise, [3, 4])
+        choice = sample_token(logits, sampling, noise, [3, 4])
         for other in range(50):
             if other != choice.token_id:
                 more = logits.clone()
-                more[other] += choice.lead * 0.999
-                assert choose_token(more, sampling, noise, [3, 4]).token_id == choice.token_id
+                more[other] += choice.margin * 0.999
+                assert sample_token(more, sampling, noise, [3, 4]).token_id == choice.token_id
         if sampling.repetition_penalty == 1:
-            grown = (logits + choice.lead * 1.001 * (torch.arange(50) != choice.token_id)).float()
-            assert choose_token(grown, sampling, noise).token_id != choice.token_id
+            grown = (logits + choice.margin * 1.001 * (torch.arange(50) != choice.token_id)).float()
+            assert sample_token(grown, sampling, noise).token_id != choice.token_id
 
 
 def test_draws_are_those_of_multinomial() -> None:
     chances = torch.randn(1000, generator=torch.Generator().manual_seed(3)).softmax(-1)
     for seed in range(50):
-        sampling = Sampling(do_sample=True, seed=seed)
+        sampling = SamplingParams(do_sample=True, seed=seed)
         noise = sampling.noise(sampling.generator(), 1000)
         want = torch.multinomial(chances, 1, generator=torch.Generator().manual_seed(seed))
-        assert choose_token(chances.log(), sampling, noise).token_id == int(want)
+        assert sample_token(chances.log(), sampling, noise).token_id == int(want)
 
 
 def test_several_completions_of_a_prompt(model: LanguageModel) -> None:
@@ -194,12 +198,12 @@ def test_incomplete_characters_and_stops_are_held_back(model: LanguageModel) -> 
     snow = model.tokenizer.encode("☃", add_special_tokens=False)[-3:]
     ids = [*model.tokenizer.encode("it", add_special_tokens=False), *snow]
     text = Detokenizer(model.tokenizer, prompt, (), ())
-    shown = [text.grown(ids[: end + 1], end == len(ids) - 1) for end in range(len(ids))]
+    shown = [text.next_text(ids[: end + 1], end == len(ids) - 1) for end in range(len(ids))]
     assert shown[-3:] == ["", "", "☃"]
-    assert "".join(shown) == text.of(ids)
+    assert "".join(shown) == text.decode(ids)
     stops = Detokenizer(model.tokenizer, prompt, (), ("it☃☃",))
-    assert "".join(stops.grown(ids[: end + 1], False) for end in range(len(ids))).strip() == ""
-    assert stops.grown(ids, True).strip() == "it☃"
+    assert "".join(stops.next_text(ids[: end + 1], False) for end in range(len(ids))).strip() == ""
+    assert stops.next_text(ids, True).strip() == "it☃"
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "byte level"])
@@ -212,20 +216,22 @@ def test_long_texts_grow_as_they_are(model: LanguageModel, tmp_path: Path, kind:
     for seed in range(8):
         draw = random.Random(seed)
         ids = [draw.randrange(3, tokenizer.vocab_size) for _ in range(300)]
-        prompt, hidden = ids[:20], ids[20:22]
-        text = Detokenizer(tokenizer, prompt, hidden, ())
+        prompt, skipped = ids[:20], ids[20:22]
+        text = Detokenizer(tokenizer, prompt, skipped, ())
         new = ids[22:]
-        shown = [text.grown(new[: end + 1], end == len(new) - 1) for end in range(len(new))]
-        whole = text.of(new)
+        shown = [text.next_text(new[: end + 1], end == len(new) - 1) for end in range(len(new))]
+        whole = text.decode(new)
         assert "".join(shown) == whole
         assert sum(map(bool, shown)) > 100
         # A stop text is found as soon as it is there, wherever it begins.
         start = draw.randrange(len(whole) - 6)
         stop = whole[start : start + 5]
         if "\ufffd" not in stop:
-            stops = Detokenizer(tokenizer, prompt, hidden, (stop,))
-            first = next(end for end in range(len(new)) if stop in text.of(new[: end + 1]))
-            assert [stops.ends(new[: end + 1]) for end in range(first + 1)] == [False] * first + [True]
+            stops = Detokenizer(tokenizer, prompt, skipped, (stop,))
+            first = next(end for end in range(len(new)) if stop in text.decode(new[: end + 1]))
+            assert [stops.has_stop_string(new[: end + 1]) for end in range(first + 1)] == [False] * first + [
+                True
+            ]
 
 
 def test_of_several_stops_the_first_in_the_text_counts(model: LanguageModel) -> None:
@@ -233,7 +239,7 @@ def test_of_several_stops_the_first_in_the_text_counts(model: LanguageModel) -> 
     early, late = free.text[5:8], free.text[10:13]
     text = Detokenizer(model.tokenizer, free.prompt_token_ids, (), (late, early))
     want = free.text[: min(free.text.find(early), free.text.find(late))]
-    assert text.final(free.token_ids) == want
+    assert text.final_text(free.token_ids) == want
 
 
 def test_names_of_2023(model: LanguageModel, capsys: pytest.CaptureFixture[str]) -> None:
@@ -252,7 +258,7 @@ def test_names_of_2023(model: LanguageModel, capsys: pytest.CaptureFixture[str])
 
 def test_types_name_every_option() -> None:
     named = set(get_type_hints(GenerateOptions))
-    assert named == set(SamplingConfig.model_fields) | set(TODAY) | set(WITHOUT_EFFECT)
+    assert named == set(SamplingConfig.model_fields) | set(RENAMED_OPTIONS) | set(IGNORED_OPTIONS)
 
 
 def test_what_has_no_effect_is_said(model: LanguageModel, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,9 +14,11 @@ from ascendspeed_core.device import Device
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_data.errors import AscendSpeedError
 from ascendspeed_data.tokenizer import load_tokenizer
-from ascendspeed_infer.engine.runner import check_batch_invariance
+from ascendspeed_infer.engine.llm_engine import LLMEngine
+from ascendspeed_infer.engine.model_runner import check_batch_invariance
+from ascendspeed_infer.generation import score
 from ascendspeed_infer.language_model import LanguageModel
-from ascendspeed_infer.scoring import encode_pair, loglikelihood_of_ids
+from ascendspeed_infer.scoring import encode_pair, inputs_of_ids
 from support.corpus import make_texts
 from support.models import save_hugging_face, tiny_config
 from support.processes import WorkerPool
@@ -118,13 +120,13 @@ def scored_in_company(layout: Layout, dtype: torch.dtype) -> tuple[list[float], 
         generator = torch.Generator().manual_seed(len(name) + 17 * mesh.tp_rank * ("norm" not in name))
         parameter.data.normal_(float(parameter.dim() == 1), 0.08, generator=generator)
     check_batch_invariance(model, mesh)
-    pairs = made_pairs(40)
-    alone = [loglikelihood_of_ids(model, mesh, [pair])[0].logprob for pair in pairs]
-    together = [score.logprob for score in loglikelihood_of_ids(model, mesh, pairs)]
+    engine, pairs = LLMEngine(model, mesh), made_pairs(40)
+    alone = [score(engine, inputs_of_ids([pair]))[0].logprob for pair in pairs]
+    together = [one.logprob for one in score(engine, inputs_of_ids(pairs))]
     order = random.Random(4).sample(range(len(pairs)), len(pairs))
     others = [([5, 6, 7], [8]), *(pairs[number] for number in order), ([9] * 50, [4])]
-    mixed = loglikelihood_of_ids(model, mesh, others)[1:-1]
-    by_number = {number: score.logprob for number, score in zip(order, mixed, strict=True)}
+    mixed = score(engine, inputs_of_ids(others))[1:-1]
+    by_number = {number: one.logprob for number, one in zip(order, mixed, strict=True)}
     return alone, together, [by_number[number] for number in range(len(pairs))]
 
 
@@ -139,4 +141,4 @@ def test_company_changes_no_bit(workers: WorkerPool, layout: Layout, dtype: torc
 def test_pairs_of_ids_with_nothing_in_them(folder: Path) -> None:
     model = LanguageModel.from_pretrained(folder, device="cpu")
     with pytest.raises(AscendSpeedError, match="0 ids of context and 1 of continuation"):
-        loglikelihood_of_ids(model.model, model.mesh, [([], [4])])
+        model.loglikelihood_of_ids([([], [4])])

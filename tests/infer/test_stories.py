@@ -11,7 +11,9 @@ from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.device import Device
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.weights import open_weights
-from ascendspeed_infer.generation import GenerationSettings, generate_ids, generate_together
+from ascendspeed_infer.engine.llm_engine import LLMEngine
+from ascendspeed_infer.engine.sequence import GenerationSettings
+from ascendspeed_infer.generation import generate_batch, generate_ids
 from support.processes import WorkerPool
 from support.shared_data import STORIES, needs_shared_data
 
@@ -25,10 +27,9 @@ def alone_and_together(
     """Prompt and greedy ids of each prompt by itself, and of all in one batch."""
     mesh = ParallelMesh.create(Device("cpu"), layout)
     model = load_model(open_weights(Path(folder)), mesh, torch.float32).eval()
-    settings = GenerationSettings(new)
-    alone = [generate_ids(model, mesh, ids, settings) for ids in prompts]
-    never = [lambda _: False] * len(prompts)
-    together = generate_together(model, mesh, prompts, [settings] * len(prompts), never)
+    engine, settings = LLMEngine(model, mesh), GenerationSettings(new)
+    alone = [generate_ids(engine, ids, settings) for ids in prompts]
+    together = generate_batch(engine, prompts, [settings] * len(prompts))
     first, second = (
         [[*ids, *one.token_ids] for ids, one in zip(prompts, texts, strict=True)]
         for texts in (alone, together)

@@ -15,10 +15,10 @@ from typing import Literal
 import torch
 
 from ascendspeed_data.errors import ConfigError
-from ascendspeed_infer.sampling import Sampling, keep_top_k, keep_top_p, penalise_repetition
+from ascendspeed_infer.sampling import SamplingParams, apply_repetition_penalty, keep_top_k, keep_top_p
 
-UNLIKELY = -1.0e9
-"""Score of a place that holds no beam."""
+IMPOSSIBLE_SCORE = -1.0e9
+"""Score of a candidate that is none."""
 
 EarlyStopping = bool | Literal["never"]
 
@@ -58,7 +58,7 @@ class Beam:
         ids: the new ones.
         log_probs: of each id by the model itself.
         score: sum of log-probabilities after the rules; of a finished text divided by its length's power.
-        ended: by an end id or a stop text, not by the limit.
+        ended: by an end id or a stop string, not by the limit.
     """
 
     ids: tuple[int, ...] = ()
@@ -67,32 +67,33 @@ class Beam:
     ended: bool = False
 
 
-class Beams:
-    """The running and the finished texts of one prompt.
+class BeamHypotheses:
+    """The running and the finished beams of one prompt.
 
     Args:
         settings: how beams are kept.
         sampling: rules of the log-probabilities; whether candidates are drawn.
         prompt: ids that the repetition penalty counts too.
         max_new_tokens: longest text.
-        eos_ids: ids that end a text.
-        ends: told new ids, says whether a stop text is there.
+        eos_token_ids: ids that end a text.
+        stop_check: gets the new ids and returns whether a stop string is there.
     """
 
     def __init__(
         self,
         settings: BeamSettings,
-        sampling: Sampling,
+        sampling: SamplingParams,
         prompt: Sequence[int],
         max_new_tokens: int,
-        eos_ids: Sequence[int],
-        ends: Callable[[Sequence[int]], bool],
+        eos_token_ids: Sequence[int],
+        stop_check: Callable[[Sequence[int]], bool],
     ) -> None:
         self._settings, self._sampling, self._prompt = settings, sampling, tuple(prompt)
-        self._max_new_tokens, self._eos_ids, self._ends = max_new_tokens, tuple(eos_ids), ends
+        self._max_new_tokens, self._eos_token_ids = max_new_tokens, tuple(eos_token_ids)
+        self._stop_check = stop_check
         self._generator = sampling.generator()
         # All begin alike: only the first counts, or each would find the same best continuations.
-        others = [Beam(score=UNLIKELY)] * (settings.num_beams - 1)
+        others = [Beam(score=IMPOSSIBLE_SCORE)] * (settings.num_beams - 1)
         self.running: list[Beam] = [Beam(), *others]
         self.finished: list[Beam] = []
         self.done = False
@@ -107,10 +108,12 @@ class Beams:
             For each new running beam the number of the one that it continues, [B].
         """
         raw = logits.float().cpu().log_softmax(dim=-1)
-        ruled = torch.stack([self._rule(row, beam) for row, beam in zip(raw, self.running, strict=True)])
-        scores = ruled + torch.tensor([beam.score for beam in self.running])[:, None]
-        values, places = self._candidates(scores.flatten())
-        parents, tokens = places // raw.shape[-1], places % raw.shape[-1]
+        processed = torch.stack(
+            [self._process_log_probs(row, beam) for row, beam in zip(raw, self.running, strict=True)]
+        )
+        scores = processed + torch.tensor([beam.score for beam in self.running])[:, None]
+        values, indices = self._candidates(scores.flatten())
+        parents, tokens = indices // raw.shape[-1], indices % raw.shape[-1]
         candidates = [
             self._continued(parent, token, float(raw[parent, token]), value)
             for parent, token, value in zip(parents.tolist(), tokens.tolist(), values.tolist(), strict=True)
@@ -119,7 +122,7 @@ class Beams:
         is_over = [beam.ended or length == self._max_new_tokens for beam in candidates]
         first = slice(0, self._settings.num_beams)
         self._finish([b for b, over in zip(candidates[first], is_over[first], strict=True) if over])
-        running = values + UNLIKELY * torch.tensor(is_over)
+        running = values + IMPOSSIBLE_SCORE * torch.tensor(is_over)
         best = running.topk(self._settings.num_beams).indices.tolist()
         self.running = [candidates[number] for number in best]
         is_open = len(self.finished) < self._settings.num_beams or self._settings.early_stopping is not True
@@ -130,43 +133,47 @@ class Beams:
         """Return the texts that were asked for, the best first."""
         return self.finished[: self._settings.num_return_sequences]
 
-    def _rule(self, log_probs: torch.Tensor, beam: Beam) -> torch.Tensor:
+    def _process_log_probs(self, log_probs: torch.Tensor, beam: Beam) -> torch.Tensor:
         sampling = self._sampling
-        ruled = penalise_repetition(log_probs, (*self._prompt, *beam.ids), sampling.repetition_penalty)
+        processed = apply_repetition_penalty(
+            log_probs, (*self._prompt, *beam.ids), sampling.repetition_penalty
+        )
         if sampling.do_sample:
-            ruled = ruled / sampling.temperature
+            processed = processed / sampling.temperature
         # Enough for every beam to go on even if its best candidates end it.
-        at_least = 1 + max(len(self._eos_ids), 1)
-        return keep_top_p(keep_top_k(ruled, sampling.top_k, at_least), sampling.top_p, at_least)
+        at_least = 1 + max(len(self._eos_token_ids), 1)
+        return keep_top_p(keep_top_k(processed, sampling.top_k, at_least), sampling.top_p, at_least)
 
     def _candidates(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return score and place of the candidates: the best, or drawn ones in the order of the draw."""
-        count = max(2, 1 + len(self._eos_ids)) * self._settings.num_beams
+        """Return score and flat index of the candidates: the best, or drawn ones in the order of the draw."""
+        count = max(2, 1 + len(self._eos_token_ids)) * self._settings.num_beams
         if not self._sampling.do_sample:
-            values, places = scores.topk(min(count, len(scores)))
-            return values, places
+            values, indices = scores.topk(min(count, len(scores)))
+            return values, indices
         chances = scores.softmax(dim=-1)
         possible = int((chances > 0).sum())
-        places = torch.multinomial(chances, min(count, possible), generator=self._generator)
+        indices = torch.multinomial(chances, min(count, possible), generator=self._generator)
         if possible < count:
             # As few as the filters left: the rest is filled with what cannot be.
             rest = (
                 scores.masked_fill(chances > 0, -torch.inf).topk(min(count, len(scores)) - possible).indices
             )
-            places = torch.cat([places, rest])
-        return scores[places], places
+            indices = torch.cat([indices, rest])
+        return scores[indices], indices
 
     def _continued(self, parent: int, token: int, log_prob: float, score: float) -> Beam:
         beam = self.running[parent]
         ids = (*beam.ids, token)
-        return Beam(ids, (*beam.log_probs, log_prob), score, token in self._eos_ids or self._ends(ids))
+        return Beam(
+            ids, (*beam.log_probs, log_prob), score, token in self._eos_token_ids or self._stop_check(ids)
+        )
 
     def _finish(self, ended: list[Beam]) -> None:
         power = self._settings.length_penalty
         scored = [
             Beam(beam.ids, beam.log_probs, beam.score / len(beam.ids) ** power, beam.ended)
             for beam in ended
-            if beam.score > UNLIKELY / 2
+            if beam.score > IMPOSSIBLE_SCORE / 2
         ]
         ranked = sorted([*self.finished, *scored], key=lambda beam: -beam.score)
         self.finished = ranked[: self._settings.num_beams]

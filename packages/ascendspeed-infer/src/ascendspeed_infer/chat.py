@@ -1,4 +1,4 @@
-"""A conversation with a model, whose history is kept within what the model can read."""
+"""A conversation with a model, whose history is kept within the model's context."""
 
 from collections.abc import Callable, Iterator
 
@@ -22,10 +22,10 @@ class Chat:
     """One conversation.
 
     Args:
-        model: answers.
+        model: generates the answers.
         layout: how messages become a prompt.
         sampling: how answers are generated; `max_new_tokens` is the longest answer.
-        system: what the model is told before the first message.
+        system: the system message before the first turn.
     """
 
     def __init__(
@@ -40,11 +40,11 @@ class Chat:
         self.messages: list[Message] = []
         self.left_out_turns = 0
         """Turns at the beginning that no longer fit."""
-        self._answers = 0
-        self._memory = model.engine.new_memory()
-        self._limit = model.engine.limit_tokens
+        self._num_answers = 0
+        self._session = model.engine.new_session()
+        self._limit = model.engine.max_model_len
         self._reserved = min(sampling.max_new_tokens, self._limit // 2)
-        # A layout that cannot take the system message says so before the first question.
+        # A layout that cannot take the system message says so before the first message.
         layout.ids([*self._system, {"role": "user", "content": "Hello"}])
 
     def clear(self) -> None:
@@ -52,40 +52,40 @@ class Chat:
         self.messages, self.left_out_turns = [], 0
 
     def say(self, text: str) -> Iterator[StreamedText]:
-        """Answer a message, piece by piece; the whole answer joins the history at the end.
+        """Answer a message, token by token; the whole answer joins the history at the end.
 
         The oldest turns are left out when the history leaves no room for an answer of `max_new_tokens`, or of half of
-        what the model can read if that is less.
+        the model's context if that is less.
 
         Raises:
             AscendSpeedError: the message alone is too long.
         """
-        asked: Message = {"role": "user", "content": text}
-        ids, kept = self._fitting([*self.messages, asked])
+        message: Message = {"role": "user", "content": text}
+        ids, kept = self._fit_history([*self.messages, message])
         self.left_out_turns += (len(self.messages) + 1 - len(kept)) // 2
         self.messages = kept[:-1]
-        options = self._sampling.in_effect()
+        options = self._sampling.effective_options()
         stop = (*self._sampling.stop, *self.layout.stop)
-        ends = (*(self._sampling.eos_token_ids or self.model.end_ids()), *self.layout.end_ids)
+        eos_token_ids = self._sampling.eos_token_ids or self.model.eos_token_ids()
         options |= {
             "max_new_tokens": min(self._sampling.max_new_tokens, self._limit - len(ids)),
-            "seed": self._sampling.seed + self._answers,
+            "seed": self._sampling.seed + self._num_answers,
             "stop": stop,
         }
         if not self._sampling.ignore_eos:
-            options["eos_token_ids"] = tuple(dict.fromkeys(ends)) or None
-        self._answers += 1
+            options["eos_token_ids"] = tuple(dict.fromkeys((*eos_token_ids, *self.layout.end_ids))) or None
+        self._num_answers += 1
         answer = ""
         try:
-            for piece in self.model.stream(ids, memory=self._memory, **options):
-                answer += piece.text
-                yield piece
+            for token in self.model.stream(ids, session=self._session, **options):
+                answer += token.text
+                yield token
         finally:
             # An answer that was interrupted counts as far as it got.
-            self.messages = [*self.messages, asked, {"role": "assistant", "content": answer.strip()}]
+            self.messages = [*self.messages, message, {"role": "assistant", "content": answer.strip()}]
 
-    def _fitting(self, messages: list[Message]) -> tuple[list[int], list[Message]]:
-        """Leave out the oldest turns until there is room for an answer."""
+    def _fit_history(self, messages: list[Message]) -> tuple[list[int], list[Message]]:
+        """Leave out the oldest turns until an answer fits."""
         while True:
             ids = self.layout.ids([*self._system, *messages])
             if len(ids) + self._reserved <= self._limit:
@@ -100,23 +100,23 @@ class Chat:
 
 
 def choose_layout(
-    source: WeightSource, tokenizer: Tokenizer, asked: str | None, say: Callable[[str], None] = log
+    source: WeightSource, tokenizer: Tokenizer, template: str | None, say: Callable[[str], None] = log
 ) -> PromptLayout:
     """Return the layout of conversations: the one recorded with the checkpoint, or else the tokenizer's own.
 
     Args:
         source: of the model.
         tokenizer: of the model.
-        asked: name or file of another one, which gives a warning if one is recorded.
+        template: name or file of another one, which gives a warning if one is recorded.
         say: where lines for the user go.
 
     Raises:
-        AscendSpeedError: nothing says how a conversation is laid out.
+        AscendSpeedError: neither the checkpoint nor the tokenizer has a template.
     """
     manifest = source.data_manifest
     is_recorded = manifest is not None and manifest.kind != "text"
-    if asked is not None:
-        layout = layout_named(asked, tokenizer)
+    if template is not None:
+        layout = layout_named(template, tokenizer)
         recorded = _recorded(manifest, tokenizer, is_strict=False) if is_recorded else None
         probe: list[Message] = [{"role": "user", "content": "Hello"}]
         if is_recorded and (recorded is None or recorded.ids(probe) != layout.ids(probe)):
@@ -158,8 +158,8 @@ def converse(
 
     Args:
         chat: the conversation.
-        read: asks the user, and gives the line, the same on every process; `None` at the end of the input.
-        write: shows a piece of text to the user.
+        read: shows a prompt and returns the user's line; `None` at the end of the input.
+        write: shows text to the user.
     """
     write(f"Quit with {', '.join(QUIT)}; begin a new conversation with {' or '.join(CLEAR)}.\n")
     while True:
@@ -179,9 +179,9 @@ def _answer(chat: Chat, text: str, write: Callable[[str], None]) -> None:
     try:
         write(ANSWER)
         last = None
-        for piece in chat.say(text):
-            write(piece.text)
-            last = piece
+        for token in chat.say(text):
+            write(token.text)
+            last = token
         write("\n")
         if last is not None and last.finish_reason == "length":
             write("[The answer reached its limit and was cut off.]\n")
@@ -191,6 +191,6 @@ def _answer(chat: Chat, text: str, write: Callable[[str], None]) -> None:
         write(f"\n[{error}]\n")
     if chat.left_out_turns > before:
         write(
-            f"[The conversation is longer than the model can read: its first {chat.left_out_turns} turns are left "
+            f"[The conversation is longer than the model's context: its first {chat.left_out_turns} turns are left "
             "out.]\n"
         )

@@ -33,18 +33,18 @@ class TokenizerConfig(Config):
 class AnswerConfig(Config):
     """How one text is continued, token by token."""
 
-    max_new_tokens: int = Field(512, ge=1, description="Tokens to generate, unless the text ends before.")
-    do_sample: bool = Field(False, description="Draw tokens; otherwise the likeliest is taken.")
+    max_new_tokens: int = Field(512, ge=1, description="Most tokens to generate.")
+    do_sample: bool = Field(False, description="Draw tokens at random; without it the likeliest is taken.")
     temperature: float = Field(1.0, gt=0, description="Flattens (above 1) or sharpens the distribution.")
     top_k: int = Field(0, ge=0, description="Draw only from the k likeliest tokens; 0 is all.")
     top_p: float = Field(
         1.0, gt=0, le=1, description="Draw only from the smallest set with this probability."
     )
     repetition_penalty: float = Field(
-        1.0, gt=0, description="Above 1 makes tokens that the text has, prompt included, less likely."
+        1.0, gt=0, description="Above 1 makes tokens that already occur in prompt or text less likely."
     )
     seed: int = Field(1234, description="Seed of the draws of each prompt, and of random weights.")
-    stop: tuple[str, ...] = Field((), description="Texts that end a completion; they are cut off.")
+    stop: tuple[str, ...] = Field((), description="Strings that end a completion; they are cut off.")
     eos_token_ids: tuple[int, ...] | None = Field(
         None,
         description="Ids that end a completion. [default: the model's]",
@@ -58,17 +58,19 @@ class AnswerConfig(Config):
         return (value,) if isinstance(value, str | int) else value
 
     @model_validator(mode="after")
-    def _ends_make_sense(self) -> Self:
+    def _check_ends(self) -> Self:
         if any(not stop for stop in self.stop):
             raise ValueError("stop holds an empty text, which would end every completion; leave it out")
         if self.ignore_eos and self.eos_token_ids:
             raise ValueError("ignore_eos and eos_token_ids contradict each other; give one")
         return self
 
-    def without_effect(self) -> list[str]:
-        """Say which options were given that change nothing, and what would make them count."""
+    def ineffective_options(self) -> list[str]:
+        """Say which given options change nothing, and what would make them count."""
         idle = (
-            [] if self.do_sample else [name for name in self._only_drawn() if name in self.model_fields_set]
+            []
+            if self.do_sample
+            else [name for name in self._sampling_options() if name in self.model_fields_set]
         )
         return [
             f"{name} has no effect without do_sample"
@@ -76,41 +78,43 @@ class AnswerConfig(Config):
             if name != "temperature" or self.temperature != 1
         ]
 
-    def in_effect(self) -> dict[str, Any]:
+    def effective_options(self) -> dict[str, Any]:
         """Return the options that were given, without those that change nothing."""
         given = self.model_dump(exclude_unset=True)
         return {
-            name: value for name, value in given.items() if self.do_sample or name not in self._only_drawn()
+            name: value
+            for name, value in given.items()
+            if self.do_sample or name not in self._sampling_options()
         }
 
-    def _only_drawn(self) -> tuple[str, ...]:
+    def _sampling_options(self) -> tuple[str, ...]:
         return ("temperature", "top_k", "top_p")
 
 
 class SamplingConfig(AnswerConfig):
     """How texts are continued; every field is an option of `LanguageModel.generate` too."""
 
-    max_new_tokens: int = Field(128, ge=1, description="Tokens to generate, unless the text ends before.")
+    max_new_tokens: int = Field(128, ge=1, description="Most tokens to generate.")
     max_length: int | None = Field(
         None, ge=2, description="Tokens of prompt and continuation together, in place of --max-new-tokens."
     )
-    num_beams: int = Field(1, ge=1, description="Continue so many texts side by side (beam search).")
+    num_beams: int = Field(1, ge=1, description="Number of beams; above 1 is beam search.")
     length_penalty: float = Field(
         1.0, description="Scores of beams are divided by length to this power; above 0 prefers long texts."
     )
     early_stopping: bool | Literal["never"] = Field(
         False,
-        description="End a beam search when --num-beams texts are finished (true), when the best running one is worse "
-        "than they are (false), or when it could not become better (never).",
+        description="When beam search ends: once --num-beams texts are finished (true), when the best running beam is "
+        "worse than all of them (false), or when it could not become better (never).",
     )
     num_return_sequences: int = Field(
         1,
         ge=1,
-        description="Completions of each prompt: the best beams, or draws with seeds that follow --seed.",
+        description="Completions per prompt: the best beams, or draws with the seeds that follow --seed.",
     )
     return_log_probs: bool = Field(
         False,
-        description="Give the natural logarithm of each new token's probability.",
+        description="Return the natural logarithm of each new token's probability.",
         json_schema_extra={"off": ""},
     )
     echo: bool = Field(
@@ -118,12 +122,12 @@ class SamplingConfig(AnswerConfig):
         description="Begin the text with the prompt.",
         json_schema_extra=spellings("--include-input", off=""),
     )
-    detokenize: bool = Field(True, description="Give text, not ids alone.")
-    batch_size: int = Field(8, ge=1, description="Prompts computed at once.")
+    detokenize: bool = Field(True, description="Return text, not only ids.")
+    batch_size: int = Field(8, ge=1, description="Sequences computed at once.")
     batch_invariant: bool = Field(
         False,
-        description="Give each completion the same bit for bit whatever is computed with it, by passes of fixed "
-        "shapes; slower. Otherwise company can change which of two nearly equally likely tokens is taken.",
+        description="Give each completion the same bit for bit whatever else is computed with it. Slower. Without it, "
+        "other prompts can change which of two nearly equally likely tokens is taken.",
         json_schema_extra={"off": ""},
     )
 
@@ -143,9 +147,9 @@ class SamplingConfig(AnswerConfig):
             )
         return self
 
-    def without_effect(self) -> list[str]:
-        """Say which options were given that change nothing, and what would make them count."""
-        lines = super().without_effect()
+    def ineffective_options(self) -> list[str]:
+        """Say which given options change nothing, and what would make them count."""
+        lines = super().ineffective_options()
         if self.num_beams == 1:
             beams = ("length_penalty", "early_stopping")
             lines += [
@@ -153,13 +157,13 @@ class SamplingConfig(AnswerConfig):
             ]
         return lines
 
-    def _only_drawn(self) -> tuple[str, ...]:
+    def _sampling_options(self) -> tuple[str, ...]:
         """Leave out the filters of a beam search, which choose among its scores."""
-        return super()._only_drawn() if self.num_beams == 1 else ("temperature",)
+        return super()._sampling_options() if self.num_beams == 1 else ("temperature",)
 
 
 class LayoutConfig(Config):
-    """How a model that answers is cut."""
+    """How a model is distributed over devices for inference."""
 
     tensor_model_parallel_size: int = Field(1, ge=1, description="Devices that share every layer (tp).")
     pipeline_model_parallel_size: int = Field(
@@ -167,12 +171,12 @@ class LayoutConfig(Config):
     )
     zero_stage: Literal[1, 2, 3] | None = Field(
         None,
-        description="Answer under DeepSpeed: with 3 each data-parallel process keeps a share of the weights, and all "
-        "compute together; 1 and 2 cut what only training has.",
+        description="Run under DeepSpeed: with 3 each data-parallel process keeps a share of the weights, and all "
+        "compute together; 1 and 2 only cut what training has.",
     )
     deepspeed: bool = Field(
         False,
-        description="Answer under DeepSpeed, as --deepspeed_config or --zero-stage says.",
+        description="Run under DeepSpeed, as --deepspeed_config or --zero-stage says.",
         json_schema_extra={"off": ""},
     )
     deepspeed_config: Path | None = Field(
@@ -205,12 +209,12 @@ def check_parallel(parallel: ParallelConfig) -> None:
     for name in type(parallel).model_fields:
         if getattr(parallel, name) != getattr(plain, name):
             raise ConfigError(
-                f"{name}={getattr(parallel, name)} is for training; a model that answers has no use for it"
+                f"{name}={getattr(parallel, name)} is for training and has no use in inference; leave it out"
             )
 
 
 def inference_layout(parallel: ParallelConfig, world_size: int) -> Layout:
-    """Return the layout of a model that only answers; every process must hold a part of it, unless ZeRO was asked for.
+    """Return the layout of inference; every process must hold a part of the model, unless ZeRO was asked for.
 
     Raises:
         ConfigError: some processes would only repeat what others compute.
@@ -226,11 +230,11 @@ def inference_layout(parallel: ParallelConfig, world_size: int) -> Layout:
 
 
 def refuse_context_parallel(parallel: ParallelConfig) -> None:
-    """Raise `ConfigError` when sequences are to be cut: new tokens come one at a time."""
+    """Raise `ConfigError` when sequences are to be cut, as decoding computes one token at a time."""
     if parallel.context_parallel_size > 1:
         raise ConfigError(
-            f"context_parallel_size={parallel.context_parallel_size} cuts the sequences of training; to answer, cut "
-            "the layers: --tensor-model-parallel-size, --pipeline-model-parallel-size"
+            f"context_parallel_size={parallel.context_parallel_size} cuts the sequences of training; for inference "
+            "cut the layers: --tensor-model-parallel-size, --pipeline-model-parallel-size"
         )
 
 
@@ -254,15 +258,16 @@ class AdapterConfig(Config):
 
 
 class EngineConfig(Config):
-    """What computes the answers."""
+    """Which engine generates."""
 
     engine: str = Field(
-        "ascendspeed", description="What continues ids: ascendspeed, transformers, vllm, or an installed one."
+        "ascendspeed",
+        description="Engine that generates: ascendspeed, transformers, vllm, or an installed one.",
     )
 
 
 class LoadedModelConfig(Config):
-    """What every command that answers takes."""
+    """What every command of inference takes."""
 
     source: ModelSourceConfig
     engine: EngineConfig = EngineConfig()
@@ -276,7 +281,7 @@ class LoadedModelConfig(Config):
 
     @property
     def parallel(self) -> ParallelConfig:
-        """The layout as models are cut by it."""
+        """The layout as the model is cut by it."""
         return validate(ParallelConfig, self.layout.model_dump())
 
 
@@ -284,6 +289,26 @@ class GenerateConfig(LoadedModelConfig):
     """Everything `asd-infer generate` takes."""
 
     sampling: SamplingConfig = SamplingConfig()
+
+
+class ScoringConfig(Config):
+    """How a benchmark's requests are computed."""
+
+    micro_batch_size: int = Field(
+        8, ge=1, description="Prompts continued at once; does not change the result."
+    )
+    seq_length: int | None = Field(
+        None,
+        ge=1,
+        description="Longest prompt and answer in tokens; what is beyond it is cut off and counted. [default: the "
+        "protocol's, at most the model's]",
+    )
+
+
+class EvalConfig(LoadedModelConfig):
+    """What this package adds to `asd-eval run`."""
+
+    scoring: ScoringConfig = ScoringConfig()
 
 
 class ConversationConfig(Config):
@@ -294,7 +319,7 @@ class ConversationConfig(Config):
         description="tokenizer, instruction, baichuan2, plain, or a Jinja file. [default: what the checkpoint was "
         "trained with, or else the tokenizer's own]",
     )
-    system: str | None = Field(None, description="What the model is told before the first message.")
+    system: str | None = Field(None, description="System message before the first turn.")
 
 
 class ChatConfig(LoadedModelConfig):

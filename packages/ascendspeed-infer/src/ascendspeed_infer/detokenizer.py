@@ -8,7 +8,7 @@ ANCHOR_TOKENS = 16
 """Ids of a prompt that new ids are decoded after, so that the space before the first is kept."""
 SETTLED_TOKENS = 32
 """New ids of a growing text that are decoded again at each token, until their text is settled."""
-BYTES_OF_A_CHARACTER = 4
+MAX_BYTES_PER_CHARACTER = 4
 """At most, in UTF-8; a token may be one byte."""
 INCOMPLETE_CHARACTER = "\ufffd"
 """What a tokenizer writes for bytes that are not a whole character yet."""
@@ -23,45 +23,45 @@ class Detokenizer:
     Args:
         tokenizer: of the model.
         prompt: ids before.
-        hidden: ids that give no text, those that end it.
-        stop: texts that end it, and are cut off.
+        skipped: ids that give no text, those that end it.
+        stop: strings that end it, and are cut off.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, prompt: Sequence[int], hidden: Sequence[int], stop: Sequence[str]
+        self, tokenizer: Tokenizer, prompt: Sequence[int], skipped: Sequence[int], stop: Sequence[str]
     ) -> None:
-        self._tokenizer, self._hidden, self._stop = tokenizer, frozenset(hidden), tuple(stop)
+        self._tokenizer, self._skipped, self._stop = tokenizer, frozenset(skipped), tuple(stop)
         self._anchor = list(prompt[-ANCHOR_TOKENS:])
         self._before = tokenizer.decode(self._anchor)
         self._shown = ""
         self._settled, self._num_settled = "", 0
-        self._near, self._before_near = self._anchor, self._before
+        self._recent, self._before_recent = self._anchor, self._before
         longest = max(map(len, self._stop), default=0)
-        self._window = BYTES_OF_A_CHARACTER * longest + ANCHOR_TOKENS
+        self._window = MAX_BYTES_PER_CHARACTER * longest + ANCHOR_TOKENS
 
-    def of(self, new_ids: Sequence[int]) -> str:
+    def decode(self, new_ids: Sequence[int]) -> str:
         """Return the text of ids."""
         return self._after(self._anchor, self._before, self._kept(new_ids))
 
-    def ends(self, new_ids: Sequence[int]) -> bool:
-        """Tell whether a stop text is there; to be asked after every token, as only the last ones are looked at."""
+    def has_stop_string(self, new_ids: Sequence[int]) -> bool:
+        """Return whether a stop string is there; call it after every token, as it looks at the last ones only."""
         if not self._stop:
             return False
         if len(new_ids) <= self._window:
-            text = self.of(new_ids)
+            text = self.decode(new_ids)
         else:
             text = self._tokenizer.decode(self._kept(new_ids[-self._window :]))
         return any(stop in text for stop in self._stop)
 
-    def final(self, new_ids: Sequence[int]) -> str:
-        """Return the text before the first stop text."""
-        return self._cut(self.of(new_ids))
+    def final_text(self, new_ids: Sequence[int]) -> str:
+        """Return the text before the first stop string."""
+        return self._cut(self.decode(new_ids))
 
-    def grown(self, new_ids: Sequence[int], is_last: bool) -> str:
+    def next_text(self, new_ids: Sequence[int], is_last: bool) -> str:
         """Return what can be shown now and was not before.
 
         Held back until it is certain: bytes that are not a whole character yet, and what could be the beginning of a
-        stop text.
+        stop string.
         """
         text = self._cut(self._so_far(new_ids))
         if not is_last:
@@ -74,24 +74,24 @@ class Detokenizer:
         return added
 
     def _so_far(self, new_ids: Sequence[int]) -> str:
-        """Return what `of` does, without decoding all of it again."""
+        """Return what `decode` does, without decoding all of it again."""
         fresh = self._kept(new_ids[self._num_settled :])
-        text = self._settled + self._after(self._near, self._before_near, fresh)
+        text = self._settled + self._after(self._recent, self._before_recent, fresh)
         if len(fresh) > SETTLED_TOKENS and not text.endswith(INCOMPLETE_CHARACTER):
             self._settled, self._num_settled = text, len(new_ids)
-            self._near = fresh[-ANCHOR_TOKENS:]
-            self._before_near = self._tokenizer.decode(self._near)
+            self._recent = fresh[-ANCHOR_TOKENS:]
+            self._before_recent = self._tokenizer.decode(self._recent)
         return text
 
     def _kept(self, ids: Sequence[int]) -> list[int]:
-        return [token for token in ids if token not in self._hidden]
+        return [token for token in ids if token not in self._skipped]
 
     def _after(self, anchor: list[int], before: str, ids: list[int]) -> str:
         whole = self._tokenizer.decode([*anchor, *ids])
         return whole[len(before) :] if whole.startswith(before) else self._tokenizer.decode(ids)
 
     def _cut(self, text: str) -> str:
-        found = [place for stop in self._stop if (place := text.find(stop)) >= 0]
+        found = [start for stop in self._stop if (start := text.find(stop)) >= 0]
         return text[: min(found)] if found else text
 
 

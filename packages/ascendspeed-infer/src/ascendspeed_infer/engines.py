@@ -1,7 +1,7 @@
-"""What continues ids: the own engine, or another program's, by one small interface.
+"""What continues ids: this project's engine or another program's, behind one small interface.
 
-`TextGenerator` does all that concerns text (tokenizer, templates, stop texts, seeds of several completions) and hands
-an engine ids. An installed package offers an engine under the entry-point group `ascendspeed_infer.engines`, and
+`TextGenerator` does all that concerns text (tokenizer, templates, stop strings, seeds of several completions) and
+hands an engine ids. An installed package offers an engine under the entry-point group `ascendspeed_infer.engines`, and
 `--engine NAME` chooses it. Importing this module imports no torch.
 """
 
@@ -17,14 +17,13 @@ from ascendspeed_infer.config import LoadedModelConfig, SamplingConfig
 
 if TYPE_CHECKING:
     from ascendspeed_infer.beams import BeamSettings
-    from ascendspeed_infer.engine.sequences import Ends, Generated, GenerationSettings
-    from ascendspeed_infer.generation import Step
+    from ascendspeed_infer.engine.sequence import CompletionOutput, GenerationSettings, StopCheck, TokenOutput
 
 ENTRY_POINTS = "ascendspeed_infer.engines"
-OWN = "ascendspeed"
-"""The name of the own engine."""
+NATIVE = "ascendspeed"
+"""The name of this project's engine."""
 
-FOR_EVERY_ENGINE = frozenset(
+COMMON_OPTIONS = frozenset(
     (
         "max_new_tokens",
         "max_length",
@@ -39,8 +38,8 @@ FOR_EVERY_ENGINE = frozenset(
 )
 """Options of `SamplingConfig` that are in every request, or are done with its text."""
 
-FOR_ALL_PARTS = ("engine", "model", "tokenizer", "sampling", "conversation")
-"""Parts of the config of a command that are not the engine's: checked, or done with text."""
+ENGINE_INDEPENDENT_SECTIONS = ("engine", "model", "tokenizer", "sampling", "conversation")
+"""Sections of a command's config that do not concern the engine: checked, or done with text."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +48,15 @@ class TokenRequest:
 
     Attributes:
         prompt_ids: at least one id.
-        settings: length, sampling with its seed, end ids, stop texts.
-        ends: told all new ids after each, says whether a stop text is there; for engines that know no texts.
+        settings: length, sampling with its seed, end ids, stop strings.
+        stop_check: gets the new ids after each token and returns whether a stop string is there; for engines that know
+            no text.
         beams: of a beam search.
     """
 
     prompt_ids: tuple[int, ...]
     settings: "GenerationSettings"
-    ends: "Ends"
+    stop_check: "StopCheck"
     beams: "BeamSettings | None" = None
 
 
@@ -65,17 +65,17 @@ class TextEngine(Protocol):
 
     Attributes:
         name: as `--engine` takes it.
-        knows: fields of `SamplingConfig`, besides those of `FOR_EVERY_ENGINE`, that it obeys; others are refused.
-        limit_tokens: the longest text, prompt and new tokens together.
+        supported_options: fields of `SamplingConfig` that it obeys besides `COMMON_OPTIONS`; others are refused.
+        max_model_len: the longest text, prompt and new tokens together.
         vocab_size: ids are below.
-        end_ids: ids that end a text; empty leaves it to the tokenizer.
+        eos_token_ids: ids that end a text; empty leaves it to the tokenizer.
     """
 
     name: str
-    knows: frozenset[str]
+    supported_options: frozenset[str]
 
     @property
-    def limit_tokens(self) -> int:
+    def max_model_len(self) -> int:
         """See above."""
         ...
 
@@ -85,47 +85,47 @@ class TextEngine(Protocol):
         ...
 
     @property
-    def end_ids(self) -> tuple[int, ...]:
+    def eos_token_ids(self) -> tuple[int, ...]:
         """See above."""
         ...
 
-    def complete(
+    def generate(
         self, requests: Sequence[TokenRequest], config: SamplingConfig
-    ) -> Iterator[list["Generated"]]:
-        """Continue requests, and give what was found for each, in their order, as soon as it is ready.
+    ) -> Iterator[list["CompletionOutput"]]:
+        """Continue requests, and yield what was found for each, in their order, as soon as it is ready.
 
         Args:
             requests: each by its own settings.
-            config: what is the same for all: of `knows` for instance `batch_size`.
+            config: what is the same for all, `batch_size` for instance.
 
         Returns:
-            One text for each request; of a beam search the best ones. An end id is among the new ids, and so are
-            those of a stop text.
+            One completion of each request; of a beam search the best ones. An end id is among the new ids, and so are
+            those of a stop string.
         """
         ...
 
-    def stream(self, request: TokenRequest, config: SamplingConfig, memory: Any) -> Iterator["Step"]:
+    def stream(self, request: TokenRequest, config: SamplingConfig, session: Any) -> Iterator["TokenOutput"]:
         """Continue one request token by token; the caller may stop before the end.
 
         Args:
             request: without beams.
-            config: as for `complete`.
-            memory: of `new_memory`, or `None`.
+            config: as for `generate`.
+            session: of `new_session`, or `None`.
         """
         ...
 
-    def new_memory(self) -> Any:
-        """Return what `stream` may keep of a text for the next one of a chat; `None` where nothing is to be kept."""
+    def new_session(self) -> Any:
+        """Return what lets `stream` reuse the history of a chat; `None` where nothing is kept."""
         ...
 
 
 class EngineKind(Protocol):
-    """What an entry point offers: it opens an engine for the model that a command was told of.
+    """What an entry point offers: it opens an engine for the model that a command names.
 
     Attributes:
         name: as `--engine` takes it.
-        options: fields of `LoadedModelConfig`'s parts on source, adapter, layout, precision and devices that it obeys,
-            besides `load`; others are refused.
+        options: fields of `LoadedModelConfig`'s sections on source, adapter, layout, precision and devices that it
+            obeys, besides `load`; others are refused.
     """
 
     name: str
@@ -135,7 +135,7 @@ class EngineKind(Protocol):
         """Load the model.
 
         Args:
-            config: what was asked for.
+            config: the options.
             dtype: format to compute in.
 
         Raises:
@@ -153,7 +153,7 @@ def find_engine(name: str) -> EngineKind:
     """
     points = {point.name: point for point in metadata.entry_points(group=ENTRY_POINTS)}
     if name not in points:
-        known = (OWN, *sorted(points))
+        known = (NATIVE, *sorted(points))
         raise ConfigError(
             f"engine={name} is not installed; known are {', '.join(known)}{did_you_mean(name, known)}"
         )
@@ -170,7 +170,9 @@ def check_options(config: LoadedModelConfig, kind: EngineKind) -> None:
     Raises:
         ConfigError: an option that was given is not among its own.
     """
-    parts = [getattr(config, name) for name in type(config).model_fields if name not in FOR_ALL_PARTS]
+    parts = [
+        getattr(config, name) for name in type(config).model_fields if name not in ENGINE_INDEPENDENT_SECTIONS
+    ]
     for part in parts:
         for name in sorted(part.model_fields_set - kind.options - {"load"}):
             value = getattr(part, name)
@@ -178,17 +180,17 @@ def check_options(config: LoadedModelConfig, kind: EngineKind) -> None:
                 raise ConfigError(f"{name}={value} is no option of engine={kind.name}; leave it out")
 
 
-def check_sampling(config: SamplingConfig, name: str, knows: frozenset[str]) -> None:
+def check_sampling(config: SamplingConfig, name: str, supported: frozenset[str]) -> None:
     """Refuse options of sampling that an engine would not obey.
 
     Raises:
-        ConfigError: an option that was given is not among those that it knows.
+        ConfigError: an option that was given is not among those that it supports.
     """
-    for field in sorted(config.model_fields_set - knows - FOR_EVERY_ENGINE):
+    for field in sorted(config.model_fields_set - supported - COMMON_OPTIONS):
         value = getattr(config, field)
         if value != type(config).model_fields[field].default:
             raise ConfigError(
-                f"engine={name} does not know {field}={value}; leave it out, or use engine={OWN}"
+                f"engine={name} does not support {field}={value}; leave it out, or use engine={NATIVE}"
             )
 
 

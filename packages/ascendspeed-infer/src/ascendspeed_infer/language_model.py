@@ -1,7 +1,8 @@
-"""A model, its tokenizer and its place among processes, as one object."""
+"""A model, its tokenizer and this rank's position in the layout, as one object."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,42 +19,48 @@ from ascendspeed_core.models.onednn_weight import pack_weights
 from ascendspeed_core.models.transformer import Transformer
 from ascendspeed_core.parallel.deepspeed import answer_from_shares
 from ascendspeed_core.parallel.mesh import ParallelMesh
-from ascendspeed_core.parallel.pipeline import forward_through_stages
-from ascendspeed_core.parallel.tensor import gather_logits
 from ascendspeed_core.weights import WeightSource, open_source
 from ascendspeed_data.errors import AscendSpeedError
 from ascendspeed_data.tokenizer import Tokenizer, load_tokenizer
-from ascendspeed_infer.broadcast import from_first
 from ascendspeed_infer.config import AdapterConfig, check_parallel, inference_layout
-from ascendspeed_infer.engine.batch_invariant import Tiles
-from ascendspeed_infer.generation import (
-    Generated,
-    GenerationSettings,
-    check_length,
-    generate_together,
-)
+from ascendspeed_infer.engine.llm_engine import LLMEngine, check_length
+from ascendspeed_infer.engine.scoring_request import Score
+from ascendspeed_infer.engine.sequence import GenerationSettings
+from ascendspeed_infer.generation import generate_batch, score
 from ascendspeed_infer.loading import find_tokenizer, stored_dtype, with_adapter, zero_settings
 from ascendspeed_infer.native_engine import NativeEngine
 from ascendspeed_infer.requests import Completion, GenerationRequest
-from ascendspeed_infer.sampling import Sampling
-from ascendspeed_infer.scoring import Pair, Score, loglikelihood
-from ascendspeed_infer.text_generator import TextGenerator, Value
+from ascendspeed_infer.sampling import SamplingParams
+from ascendspeed_infer.scoring import TextPair, inputs_of_ids, inputs_of_texts
+from ascendspeed_infer.text_generator import TextGenerator
 
 
 class LanguageModel(TextGenerator):
-    """Generate and score with one model; under tensor parallelism every process holds its part and calls alike."""
+    """Generate and score with one model.
+
+    Under a layout of several ranks each holds its part. Either all make the same calls and get the same, or the others
+    follow the first: `lead_or_follow`.
+    """
 
     engine: NativeEngine
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, mesh: ParallelMesh) -> None:
         super().__init__(tokenizer, NativeEngine(model.eval(), mesh))
         self.model, self.mesh = model, mesh
-        self.is_first = mesh.rank == 0
+        self.is_main_process = mesh.rank == 0
         self._deepspeed: Any = None
 
-    def from_first(self, make: Callable[[], Value]) -> Value:
-        """Return what `make` gives on the first process, on every process."""
-        return from_first(self.mesh, make)
+    @property
+    def llm_engine(self) -> LLMEngine:
+        """The loop that all requests of the model run on."""
+        return self.engine.llm_engine
+
+    @contextmanager
+    def lead_or_follow(self, each_replica: bool = False) -> Iterator[bool]:
+        """Let rank 0 make all calls and the other ranks follow; see `LLMEngine.lead_or_follow`."""
+        with self.llm_engine.lead_or_follow(each_replica) as leads:
+            self.is_main_process = leads and self.mesh.rank == 0
+            yield leads
 
     @classmethod
     def from_pretrained(
@@ -117,8 +124,8 @@ class LanguageModel(TextGenerator):
     ) -> "LanguageModel":
         """Load the weights of a source; see `from_pretrained`.
 
-        With `data_parallel`, processes that the layout leaves over hold the model again, and the caller shares work
-        out; under ZeRO-3 they hold it together, and all do all of it.
+        With `data_parallel`, ranks that the layout leaves over hold the model again, and the caller shares work out;
+        under ZeRO-3 they hold it together, and all do all of it.
         """
         folder = find_tokenizer(source, Path(tokenizer) if tokenizer is not None else None)
         parallel = parallel or ParallelConfig()
@@ -146,21 +153,7 @@ class LanguageModel(TextGenerator):
             loaded._deepspeed = answer_from_shares(model, mesh, settings)
         return loaded
 
-    def _in_batches(
-        self,
-        asked: Sequence[tuple[Sequence[int], GenerationSettings]],
-        batch_size: int,
-        tiles: Tiles | None,
-    ) -> list[Generated]:
-        # The longest first, so that none is left to be computed alone at the end.
-        order = sorted(range(len(asked)), key=lambda number: -len(asked[number][0]))
-        prompts, settings = zip(*(asked[number] for number in order), strict=True)
-        ends = [self._new_text(*asked[number]).ends for number in order]
-        generated = generate_together(self.model, self.mesh, prompts, settings, ends, batch_size, tiles)
-        found = dict(zip(order, generated, strict=True))
-        return [found[number] for number in range(len(asked))]
-
-    def generate_together(
+    def generate_batch(
         self,
         requests: Sequence[GenerationRequest],
         batch_size: int,
@@ -173,49 +166,74 @@ class LanguageModel(TextGenerator):
             requests: prompts and how each is continued.
             batch_size: texts computed at once.
             max_tokens: prompt and new tokens together.
-            batch_invariant: each the same bit for bit whatever the company.
+            batch_invariant: give each the same bit for bit whatever is computed with it.
 
         Raises:
             AscendSpeedError: a request for more new tokens than fit.
         """
-        limit = min(max_tokens, self.model.config.max_position_embeddings)
-        encoded = []
+        limit = min(max_tokens, self.llm_engine.max_model_len)
+        prompts = []
         for one in requests:
             check_length(1, one.max_new_tokens, limit)
-            encoded.append(self.tokenizer.encode(one.prompt)[-(limit - one.max_new_tokens) :])
+            prompts.append(self.tokenizer.encode(one.prompt)[-(limit - one.max_new_tokens) :])
         settings = [
             GenerationSettings(
                 one.max_new_tokens,
-                Sampling(one.temperature > 0, one.temperature or 1.0, seed=one.seed),
-                self.end_ids(),
+                SamplingParams(one.temperature > 0, one.temperature or 1.0, seed=one.seed),
+                self.eos_token_ids(),
                 tuple(one.stop),
             )
             for one in requests
         ]
-        tiles = self.tiles() if batch_invariant else None
-        found = self._in_batches(list(zip(encoded, settings, strict=True)), batch_size, tiles)
+        if batch_invariant:
+            self.check_batch_invariance()
+        # The longest first, so that none is left to be computed alone at the end.
+        order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
+        outputs = generate_batch(
+            self.llm_engine,
+            [prompts[number] for number in order],
+            [settings[number] for number in order],
+            [self._new_detokenizer(prompts[number], settings[number]).has_stop_string for number in order],
+            batch_size,
+            batch_invariant,
+        )
+        by_number = dict(zip(order, outputs, strict=True))
         return [
-            self._completion(one.prompt, ids, own, generated)
-            for one, ids, own, generated in zip(requests, encoded, settings, found, strict=True)
+            self._completion(one.prompt, ids, own, by_number[number])
+            for number, (one, ids, own) in enumerate(zip(requests, prompts, settings, strict=True))
         ]
 
-    def tiles(self) -> Tiles:
-        """Return the shapes of batch-invariant passes, tried once; see `check_batch_invariance`."""
-        return self.engine.tiles()
+    def check_batch_invariance(self) -> None:
+        """Try once whether batch-invariant passes are that on this machine; see `LLMEngine`."""
+        self.llm_engine.check_batch_invariance()
 
     def loglikelihood(
         self,
-        pairs: Sequence[tuple[str, str] | Pair],
+        pairs: Sequence[tuple[str, str] | TextPair],
         max_tokens: int | None = None,
     ) -> list[Score]:
-        """Score continuations after their contexts; see `scoring.loglikelihood`."""
-        limit = min(max_tokens or math.inf, self.model.config.max_position_embeddings)
-        scored = [pair if isinstance(pair, Pair) else Pair(*pair) for pair in pairs]
-        return loglikelihood(self.model, self.mesh, self.tokenizer, scored, int(limit))
+        """Score continuations after their contexts.
 
-    @torch.no_grad()
+        Args:
+            pairs: each a context and its continuation.
+            max_tokens: longest input, by default the model's; longer ones lose the beginning of their context, which is
+                counted.
+
+        Raises:
+            AscendSpeedError: a continuation alone is longer than `max_tokens`, or has nothing before it.
+        """
+        limit = min(max_tokens or math.inf, self.llm_engine.max_model_len)
+        texts = [pair if isinstance(pair, TextPair) else TextPair(*pair) for pair in pairs]
+        return score(self.llm_engine, inputs_of_texts(self.tokenizer, texts, int(limit)))
+
+    def loglikelihood_of_ids(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Score]:
+        """Score ids after ids.
+
+        Raises:
+            AscendSpeedError: a context or a continuation is empty.
+        """
+        return score(self.llm_engine, inputs_of_ids(pairs))
+
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
-        """Return the logits of the next token at every place of one text: [S, V]."""
-        tokens = torch.tensor([list(ids)], device=self.mesh.device.torch)
-        logits = forward_through_stages(self.model, self.mesh, tokens)
-        return gather_logits(logits[0], self.model.config.vocab_size, self.mesh.group("tp"))
+        """Return the logits of the next token at every position of one text, [S, V]."""
+        return self.llm_engine.forward(ids)

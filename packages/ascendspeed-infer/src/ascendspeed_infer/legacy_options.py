@@ -1,4 +1,4 @@
-"""Options of `model.generate` in 2023, under today's names."""
+"""Options of `model.generate` in 2023, under their names of today."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,22 +6,22 @@ from typing import Any
 from ascendspeed_data.command_line import log
 from ascendspeed_data.errors import ConfigError
 
-TODAY = {
+RENAMED_OPTIONS = {
     "include_input": "echo",
     "return_output_log_probs": "return_log_probs",
     "eos_token_id": "eos_token_ids",
 }
-"""Names of 2023, and what they are called now."""
+"""Names of 2023, and the options of today that they stand for."""
 
-WITHOUT_EFFECT = {
+IGNORED_OPTIONS = {
     "recompute": "keys and values are always kept",
     "bos_token_id": "the tokenizer's own setting decides what begins a text",
     "pad_token_id": "texts of unequal length are batched without padding ids",
 }
-"""What was asked for in 2023 and is not a choice today."""
+"""Options of 2023 that are no choice today, and why."""
 
 
-def todays_options(given: Mapping[str, Any]) -> dict[str, Any]:
+def rename_legacy_options(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return options under their names of today; those without effect are dropped with a line on stderr.
 
     Raises:
@@ -33,10 +33,10 @@ def todays_options(given: Mapping[str, Any]) -> dict[str, Any]:
         )
     options = {}
     for name, value in given.items():
-        if name in WITHOUT_EFFECT:
-            log(f"{name} has no effect: {WITHOUT_EFFECT[name]}")
+        if name in IGNORED_OPTIONS:
+            log(f"{name} has no effect: {IGNORED_OPTIONS[name]}")
         elif name != "tokenizer":
-            today = TODAY.get(name, name)
+            today = RENAMED_OPTIONS.get(name, name)
             if today in options:
                 raise ConfigError(f"{name} and {today} are the same option; give one")
             options[today] = value

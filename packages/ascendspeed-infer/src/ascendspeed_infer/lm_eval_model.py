@@ -5,7 +5,7 @@
 
     lm_eval.simple_evaluate(AscendSpeedLM("run"), tasks=["arc_easy"])
 
-Under several processes (`torchrun`, tensor and pipeline parallel) all make the same calls.
+Under several ranks (`torchrun`, tensor and pipeline parallel) all make the same calls.
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from ascendspeed_infer.language_model import LanguageModel
 from ascendspeed_infer.requests import GenerationRequest
-from ascendspeed_infer.scoring import Pair, loglikelihood_of_ids
+from ascendspeed_infer.scoring import TextPair
 
 DEFAULT_NEW_TOKENS = 256
 GENERATION_BATCH_SIZE = 8
@@ -44,12 +44,12 @@ class AscendSpeedLM(LM):
             model if isinstance(model, LanguageModel) else LanguageModel.from_pretrained(model, **options)
         )
         self._batch_size = int(batch_size)
-        limit = self.model.model.config.max_position_embeddings
+        limit = self.model.llm_engine.max_model_len
         self.max_length = min(max_length or limit, limit)
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
         """Score continuations."""
-        pairs = [Pair(*request.args) for request in requests]
+        pairs = [TextPair(*request.args) for request in requests]
         scores = self.model.loglikelihood(pairs, self.max_length)
         return [(score.logprob, score.is_greedy) for score in scores]
 
@@ -65,18 +65,18 @@ class AscendSpeedLM(LM):
                     "the tokenizer has neither a begin nor an end of text; a text has no first context"
                 )
             windows = map(make_disjoint_window, get_rolling_token_windows(ids, start, self.max_length, 1))
-            scores = loglikelihood_of_ids(self.model.model, self.model.mesh, list(windows))
+            scores = self.model.loglikelihood_of_ids(list(windows))
             found.append(sum(score.logprob for score in scores))
         return found
 
     def generate_until(self, requests: list[Any]) -> list[str]:
         """Continue prompts."""
-        asked = []
+        generation_requests = []
         for request in requests:
             prompt, settings = request.args
             until = settings.get("until") or []
             drawn = bool(settings.get("do_sample"))
-            asked.append(
+            generation_requests.append(
                 GenerationRequest(
                     prompt,
                     int(settings.get("max_gen_toks", DEFAULT_NEW_TOKENS)),
@@ -84,5 +84,7 @@ class AscendSpeedLM(LM):
                     float(settings.get("temperature") or 0.0) if drawn else 0.0,
                 )
             )
-        done = self.model.generate_together(asked, self._batch_size, self.max_length, batch_invariant=True)
-        return [one.text for one in done]
+        completions = self.model.generate_batch(
+            generation_requests, self._batch_size, self.max_length, batch_invariant=True
+        )
+        return [completion.text for completion in completions]

@@ -23,7 +23,7 @@ from ascendspeed_infer.text_generator import TextGenerator
 
 
 def open_model_source(config: LoadedModelConfig) -> WeightSource:
-    """Open the weights and the adapter that a command was told of."""
+    """Open the weights and the adapter that a command names."""
     return with_adapter(open_source(config.source, config.sampling.seed), config.adapter)
 
 
@@ -39,8 +39,8 @@ def check_source(config: LoadedModelConfig, is_own_layout: bool = True) -> None:
     """Find out before any process starts whether the model is there, fits its flags, and has a tokenizer.
 
     Args:
-        config: what was asked for.
-        is_own_layout: whether the model is cut by this program, and must let itself be cut so.
+        config: the options.
+        is_own_layout: whether this program distributes the model, which must then fit the layout.
     """
     source = open_model_source(config)
     if config.precision.weight_quantization == "int8":
@@ -54,7 +54,7 @@ def check_source(config: LoadedModelConfig, is_own_layout: bool = True) -> None:
 
 @contextmanager
 def open_with(kind: EngineKind, config: LoadedModelConfig) -> Iterator[tuple[TextGenerator, WeightSource]]:
-    """Load the model with another engine; what is read here is its description, not its weights."""
+    """Load the model with another engine; only its description is read here, not its weights."""
     source = open_model_source(config)
     dtype = wanted_dtype(config, source)
     tokenizer = load_tokenizer(find_tokenizer(source, config.tokenizer.tokenizer_name_or_path))
@@ -105,11 +105,11 @@ def find_tokenizer(source: WeightSource, given: Path | None) -> Path:
 
 
 def zero_settings(parallel: ParallelConfig, mesh: ParallelMesh, dtype: str) -> dict[str, Any] | None:
-    """Return what DeepSpeed is told of a model whose weights are spread (ZeRO-3); `None` for others.
+    """Return DeepSpeed's settings for a model whose weights are spread (ZeRO-3); `None` for others.
 
     Args:
-        parallel: as asked for.
-        mesh: this process's place; the first one says what has no effect.
+        parallel: the options.
+        mesh: the layout and this rank's position in it; rank 0 logs what has no effect.
         dtype: of the weights.
     """
     stage = mesh.layout.zero_stage

@@ -1,78 +1,77 @@
-"""The own engine behind the interface of `engines`."""
+"""This project's engine behind the interface of `engines`."""
 
 from collections.abc import Iterator, Sequence
 
 from ascendspeed_core.models.transformer import Transformer
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_infer.config import SamplingConfig
-from ascendspeed_infer.engine.batch_invariant import Tiles
-from ascendspeed_infer.engine.runner import check_batch_invariance
-from ascendspeed_infer.engine.sequences import BeamSearch, Generated, Text
-from ascendspeed_infer.engines import OWN, TokenRequest
-from ascendspeed_infer.generation import ChatMemory, Step, complete_in_order, stream_ids
+from ascendspeed_infer.engine.llm_engine import LLMEngine
+from ascendspeed_infer.engine.sequence import (
+    BeamSearchRequest,
+    CompletionOutput,
+    Request,
+    SamplingRequest,
+    TokenOutput,
+)
+from ascendspeed_infer.engines import NATIVE, TokenRequest
+from ascendspeed_infer.generation import complete_in_order, stream_tokens
 
 
 class NativeEngine:
-    """Continues ids with a model of `load_model`; under a layout of several processes all call alike."""
+    """Continues ids with a model of `load_model`, on one long-lived engine.
 
-    name = OWN
-    knows = frozenset(SamplingConfig.model_fields)
+    Attributes:
+        llm_engine: the loop that all requests of the model run on.
+    """
+
+    name = NATIVE
+    supported_options = frozenset(SamplingConfig.model_fields)
 
     def __init__(self, model: Transformer, mesh: ParallelMesh) -> None:
-        self._model, self._mesh = model, mesh
-        self._tiles: Tiles | None = None
+        self.llm_engine = LLMEngine(model, mesh)
 
     @property
-    def limit_tokens(self) -> int:
+    def max_model_len(self) -> int:
         """The longest text."""
-        return self._model.config.max_position_embeddings
+        return self.llm_engine.max_model_len
 
     @property
     def vocab_size(self) -> int:
         """Ids are below."""
-        return self._model.config.vocab_size
+        return self.llm_engine.model.config.vocab_size
 
     @property
-    def end_ids(self) -> tuple[int, ...]:
+    def eos_token_ids(self) -> tuple[int, ...]:
         """Ids that end a text, of the model's config."""
-        return self._model.config.eos_token_ids
+        return self.llm_engine.model.config.eos_token_ids
 
-    def complete(self, requests: Sequence[TokenRequest], config: SamplingConfig) -> Iterator[list[Generated]]:
+    def generate(
+        self, requests: Sequence[TokenRequest], config: SamplingConfig
+    ) -> Iterator[list[CompletionOutput]]:
         """Continue requests side by side; see `TextEngine`."""
-        max_rows = max(config.batch_size, config.num_beams)
-        texts = [_continued(request) for request in requests]
-        for text in complete_in_order(self._model, self._mesh, texts, max_rows, self._tiles_of(config)):
-            yield text.generated() if isinstance(text, BeamSearch) else [text.generated()]
+        batch_size = max(config.batch_size, config.num_beams)
+        new = [_new_request(request) for request in requests]
+        self._check(config)
+        for finished in complete_in_order(self.llm_engine, new, batch_size, config.batch_invariant):
+            yield finished.outputs()
 
     def stream(
-        self, request: TokenRequest, config: SamplingConfig, memory: ChatMemory | None
-    ) -> Iterator[Step]:
+        self, request: TokenRequest, config: SamplingConfig, session: str | None
+    ) -> Iterator[TokenOutput]:
         """Continue one request; see `TextEngine`."""
-        return stream_ids(
-            self._model,
-            self._mesh,
-            request.prompt_ids,
-            request.settings,
-            request.ends,
-            memory,
-            self._tiles_of(config),
-        )
+        self._check(config)
+        return stream_tokens(self.llm_engine, _new_request(request), config.batch_invariant, session)
 
-    def new_memory(self) -> ChatMemory:
-        """Return memory for keys and values of a chat."""
-        return ChatMemory(self._model, self._mesh)
+    def new_session(self) -> str:
+        """Return the salt of a chat, whose turns share the keys and values of its history."""
+        return self.llm_engine.unique_name("session")
 
-    def tiles(self) -> Tiles:
-        """Return the shapes of batch-invariant passes, tried once; see `check_batch_invariance`."""
-        if self._tiles is None:
-            self._tiles = check_batch_invariance(self._model, self._mesh)
-        return self._tiles
-
-    def _tiles_of(self, config: SamplingConfig) -> Tiles | None:
-        return self.tiles() if config.batch_invariant else None
+    def _check(self, config: SamplingConfig) -> None:
+        if config.batch_invariant:
+            self.llm_engine.check_batch_invariance()
 
 
-def _continued(request: TokenRequest) -> Text | BeamSearch:
+def _new_request(request: TokenRequest) -> Request:
     if request.beams is None:
-        return Text(request.prompt_ids, request.settings, request.ends)
-    return BeamSearch(request.prompt_ids, request.settings, request.beams, request.ends)
+        return SamplingRequest(request.prompt_ids, request.settings, request.stop_check)
+    return BeamSearchRequest(request.prompt_ids, request.settings, request.beams, request.stop_check)

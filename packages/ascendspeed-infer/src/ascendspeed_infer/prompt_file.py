@@ -17,16 +17,16 @@ class PromptRecord:
 
     Attributes:
         prompt: text or ids.
-        seed: of its draws, if it has one of its own.
-        beside: what else its line holds; goes into the answer's.
+        seed: seed of its draws, if its line has one.
+        extra_fields: what else its line holds; it goes into the line of the answer.
     """
 
     prompt: str | list[int]
     seed: int | None = None
-    beside: Mapping[str, Any] = field(default_factory=dict)
+    extra_fields: Mapping[str, Any] = field(default_factory=dict)
 
 
-def text_of(file: Path) -> str:
+def read_prompt_file(file: Path) -> str:
     """Return the text of a file of prompts."""
     if not file.is_file():
         raise AscendSpeedError(f"prompt_file={file} does not exist; check --prompt-file")
@@ -36,7 +36,7 @@ def text_of(file: Path) -> str:
         raise DataError(f"prompt_file={file} is not UTF-8: {error}") from None
 
 
-def asked_in(text: str, format_: Format, where: str) -> list[PromptRecord]:
+def read_prompts(text: str, format_: Format, where: str) -> list[PromptRecord]:
     """Return the prompts in lines of text; empty lines of JSON are left out.
 
     Raises:
@@ -47,32 +47,32 @@ def asked_in(text: str, format_: Format, where: str) -> list[PromptRecord]:
     lines = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
     if format_ == "jsonl":
         numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-        asked = [_asked_in_json(line, f"{where}, line {number}") for number, line in numbered]
+        records = [_read_json_line(line, f"{where}, line {number}") for number, line in numbered]
     else:
-        asked = [PromptRecord(line) for line in lines]
-    if not asked:
+        records = [PromptRecord(line) for line in lines]
+    if not records:
         raise ConfigError(
             f"no prompt given ({where} is empty); give --prompt TEXT, --prompt-file FILE, or lines on stdin"
         )
-    return asked
+    return records
 
 
-def _asked_in_json(line: str, where: str) -> PromptRecord:
+def _read_json_line(line: str, where: str) -> PromptRecord:
     try:
         value = json.loads(line)
     except json.JSONDecodeError as error:
         raise DataError(f"{where} is not JSON: {error}") from None
-    beside = value if isinstance(value, dict) else {"prompt": value}
-    prompts = [beside[name] for name in ("prompt", "prompt_token_ids") if name in beside]
+    fields = value if isinstance(value, dict) else {"prompt": value}
+    prompts = [fields[name] for name in ("prompt", "prompt_token_ids") if name in fields]
     if len(prompts) != 1 or not _is_prompt(prompts[0]):
         raise DataError(
             f"{where} holds no prompt; give a text, a list of ids, or an object with prompt or prompt_token_ids"
         )
-    seed = beside.get("seed")
+    seed = fields.get("seed")
     if seed is not None and type(seed) is not int:
-        raise DataError(f"{where}: seed={seed!r} is no whole number")
-    rest = {name: one for name, one in beside.items() if name not in ("prompt", "prompt_token_ids", "seed")}
-    return PromptRecord(prompts[0], seed, rest)
+        raise DataError(f"{where}: seed={seed!r} is not a whole number")
+    extra = {name: one for name, one in fields.items() if name not in ("prompt", "prompt_token_ids", "seed")}
+    return PromptRecord(prompts[0], seed, extra)
 
 
 def _is_prompt(value: Any) -> bool:

@@ -1,14 +1,14 @@
-"""What a model is asked to continue, and what it answers."""
+"""Prompts and options of generation, and its results."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
 from ascendspeed_infer.beams import EarlyStopping
-from ascendspeed_infer.engine.sequences import FinishReason
+from ascendspeed_infer.engine.sequence import FinishReason
 
 Prompts = str | Sequence[int] | Sequence[str | Sequence[int]]
-"""One text, the ids of one, or several of either."""
+"""A text, its ids, or several of either."""
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Completion:
 
     Attributes:
         prompt: as given; of ids their text.
-        text: what follows it, without end ids and stop texts; after the prompt if `echo` was given.
+        text: what follows it, without end ids and stop strings; after the prompt if `echo` was given.
         token_ids: the new ids.
         finish_reason: `stop` when the text ended by itself, `length` when the limit was reached.
         prompt_token_ids: ids of the prompt.
@@ -41,7 +41,7 @@ class StreamedText:
     """What one more token added to a text.
 
     Attributes:
-        text: the new characters; empty while a character is incomplete or could begin a stop text.
+        text: the new characters; empty while a character is incomplete or could begin a stop string.
         token_id: the token.
         log_prob: of it, if `return_log_probs` was given.
         finish_reason: with the last token.
@@ -59,10 +59,10 @@ class GenerationRequest:
 
     Attributes:
         prompt: text.
-        max_new_tokens: at most so many.
-        stop: texts that end it.
+        max_new_tokens: most new tokens.
+        stop: strings that end it.
         temperature: 0 takes the likeliest token; otherwise tokens are drawn.
-        seed: of the draws.
+        seed: seed of the draws.
     """
 
     prompt: str
@@ -75,7 +75,7 @@ class GenerationRequest:
 class GenerateOptions(TypedDict, total=False):
     """Options of `LanguageModel.generate`: the fields of `SamplingConfig`, where each is explained with its default.
 
-    The last six are names of 2023; see `options_2023`.
+    The last six are names of 2023; see `legacy_options`.
     """
 
     max_new_tokens: int

@@ -1,9 +1,9 @@
-"""Choose the next token from its logits.
+"""Sample the next token from its logits.
 
-The rules come in transformers' order: repetition penalty, temperature, top-k, top-p. A draw is a race: each token's
-probability is divided by an exponential number of its own and the largest quotient wins, which is how
-`torch.multinomial` draws. The numbers depend on the seed alone, so the lead of the winner tells whether another order
-of sums, in a batch or under another layout, could change the draw.
+Logits are processed in transformers' order: repetition penalty, temperature, top-k, top-p. A draw is a race: each
+token's probability is divided by an exponential number of its own and the largest quotient wins, which is how
+`torch.multinomial` draws. The numbers depend on the seed alone, so the margin of the winner tells whether another
+order of sums, in a batch or under another layout, could change the draw.
 
 Shapes: V vocabulary, B beams.
 """
@@ -17,7 +17,7 @@ from ascendspeed_data.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
     """How a token is chosen.
 
     Attributes:
@@ -60,54 +60,56 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """A chosen token.
+class SampledToken:
+    """The next token.
 
     Attributes:
         token_id: the token.
         log_prob: natural logarithm of the probability that the model itself gives it, before any rule; `None` when
             it was not asked for.
-        lead: by how much logits must change before another token is chosen.
+        margin: by how much logits must change before another token is chosen.
     """
 
     token_id: int
     log_prob: float | None
-    lead: float
+    margin: float
 
 
-def choose_token(
+def sample_token(
     logits: torch.Tensor,
-    sampling: Sampling,
+    sampling: SamplingParams,
     noise: torch.Tensor | None = None,
     ids: Sequence[int] = (),
-    with_log_prob: bool = False,
-) -> Choice:
-    """Choose the next token.
+    return_log_prob: bool = False,
+) -> SampledToken:
+    """Sample the next token.
 
     Args:
         logits: [V], the same on every process, so that all choose alike.
-        sampling: how.
-        noise: of `Sampling.noise`, when drawing.
+        sampling: the parameters.
+        noise: of `SamplingParams.noise`, when drawing.
         ids: the text so far, prompt included.
-        with_log_prob: whether its log-probability is wanted.
+        return_log_prob: whether its log-probability is wanted.
     """
-    scores = penalise_repetition(logits, ids, sampling.repetition_penalty)
+    scores = apply_repetition_penalty(logits, ids, sampling.repetition_penalty)
     if noise is None:
-        best, places = scores.topk(2)
-        lead = float(best[0]) - float(best[1])
+        best, indices = scores.topk(2)
+        margin = float(best[0]) - float(best[1])
     else:
         scores = scores.double().cpu() / sampling.temperature
         scores = keep_top_p(keep_top_k(scores, sampling.top_k), sampling.top_p)
-        best, places = (scores.float().softmax(dim=-1) / noise).topk(2)
-        lead = float(best[0].log() - best[1].log()) * sampling.temperature
-    token = int(places[0])
-    wide = logits.double().cpu() if with_log_prob else logits
-    log_prob = float(wide[token] - wide.logsumexp(dim=-1)) if with_log_prob else None
-    return Choice(token, log_prob, lead / max(sampling.repetition_penalty, 1 / sampling.repetition_penalty))
+        best, indices = (scores.float().softmax(dim=-1) / noise).topk(2)
+        margin = float(best[0].log() - best[1].log()) * sampling.temperature
+    token = int(indices[0])
+    wide = logits.double().cpu() if return_log_prob else logits
+    log_prob = float(wide[token] - wide.logsumexp(dim=-1)) if return_log_prob else None
+    return SampledToken(
+        token, log_prob, margin / max(sampling.repetition_penalty, 1 / sampling.repetition_penalty)
+    )
 
 
-def penalise_repetition(scores: torch.Tensor, ids: Sequence[int], penalty: float) -> torch.Tensor:
-    """Make tokens that a text has less likely (Keskar et al., 2019, CTRL, section 4.1); [V] -> [V]."""
+def apply_repetition_penalty(scores: torch.Tensor, ids: Sequence[int], penalty: float) -> torch.Tensor:
+    """Make tokens that a text already has less likely (Keskar et al., 2019, CTRL, section 4.1); [V] -> [V]."""
     if penalty == 1 or not ids:
         return scores
     seen = torch.tensor(sorted(set(ids)), device=scores.device)
@@ -128,7 +130,7 @@ def keep_top_p(scores: torch.Tensor, p: float, at_least: int = 1) -> torch.Tenso
     if p >= 1:
         return scores
     ordered, order = scores.sort(descending=True)
-    chances = ordered.softmax(dim=-1)
-    is_out = chances.cumsum(dim=-1) - chances >= p
-    is_out[:at_least] = False
-    return scores.masked_fill(torch.zeros_like(is_out).scatter(0, order, is_out), -torch.inf)
+    probabilities = ordered.softmax(dim=-1)
+    is_dropped = probabilities.cumsum(dim=-1) - probabilities >= p
+    is_dropped[:at_least] = False
+    return scores.masked_fill(torch.zeros_like(is_dropped).scatter(0, order, is_dropped), -torch.inf)

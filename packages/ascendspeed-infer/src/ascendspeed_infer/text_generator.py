@@ -1,8 +1,8 @@
 """Continue texts with an engine: encode, check, ask for ids, decode."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Literal, TypeVar, Unpack, cast, overload
+from typing import Any, Literal, Unpack, cast, overload
 
 from ascendspeed_core.config.load import validate
 from ascendspeed_data.command_line import log
@@ -11,13 +11,12 @@ from ascendspeed_data.tokenizer import Tokenizer
 from ascendspeed_infer.beams import BeamSettings
 from ascendspeed_infer.config import SamplingConfig
 from ascendspeed_infer.detokenizer import Detokenizer
+from ascendspeed_infer.engine.llm_engine import check_length
+from ascendspeed_infer.engine.sequence import CompletionOutput, GenerationSettings
 from ascendspeed_infer.engines import TextEngine, TokenRequest, check_sampling
-from ascendspeed_infer.generation import Generated, GenerationSettings, check_length
-from ascendspeed_infer.legacy_options import todays_options
+from ascendspeed_infer.legacy_options import rename_legacy_options
 from ascendspeed_infer.requests import Completion, GenerateOptions, Prompts, StreamedText
-from ascendspeed_infer.sampling import Sampling
-
-Value = TypeVar("Value")
+from ascendspeed_infer.sampling import SamplingParams
 
 
 class TextGenerator:
@@ -28,15 +27,11 @@ class TextGenerator:
         engine: continues ids.
     """
 
-    is_first = True
-    """Whether this process speaks to the user; an engine that starts processes of its own is one process here."""
+    is_main_process = True
+    """Whether this process logs; an engine that starts processes of its own is one process here."""
 
     def __init__(self, tokenizer: Tokenizer, engine: TextEngine) -> None:
         self.tokenizer, self.engine = tokenizer, engine
-
-    def from_first(self, make: Callable[[], Value]) -> Value:
-        """Return what `make` gives on the first process, on every process."""
-        return make()
 
     @overload
     def generate(
@@ -61,12 +56,12 @@ class TextGenerator:
         seeds: Sequence[int] | None = None,
         **options: Unpack[GenerateOptions],
     ) -> list[Completion] | Iterator[StreamedText]:
-        """Continue each prompt; under a layout of several processes all call alike and get the same.
+        """Continue each prompt; under a layout of several ranks all call alike and get the same.
 
         Args:
             prompts: one text or several, or their ids.
-            stream: give the text as it grows, token by token; for one prompt.
-            seeds: of each prompt its own, in place of `seed`.
+            stream: yield the text as it grows, token by token; for one prompt.
+            seeds: one for each prompt, in place of `seed`.
             options: the fields of `config.SamplingConfig`, each explained there, with its default.
 
         Returns:
@@ -84,19 +79,26 @@ class TextGenerator:
         return self.stream(prompts, **options)
 
     def stream(
-        self, prompt: Prompts, *, memory: Any = None, **options: Unpack[GenerateOptions]
+        self, prompt: Prompts, *, session: Any = None, **options: Unpack[GenerateOptions]
     ) -> Iterator[StreamedText]:
-        """Continue one prompt, and give what each token adds; what begins like the text before is in `memory`."""
+        """Continue one prompt and yield what each token adds.
+
+        Args:
+            prompt: a text or its ids.
+            session: of the engine's `new_session`: what earlier prompts of it have in common with this one need not be
+                computed again.
+            options: as for `generate`.
+        """
         config = self._checked(options)
         encoded = self._encoded(prompt)
         if len(encoded) != 1 or config.num_beams > 1 or config.num_return_sequences > 1:
             raise ConfigError("stream gives one text as it grows; give one prompt, and no beams")
-        return self._stream(encoded[0], self._settings(config, encoded[0], config.seed), config, memory)
+        return self._stream(encoded[0], self._settings(config, encoded[0], config.seed), config, session)
 
     def completions(
         self, prompts: Prompts, *, seeds: Sequence[int] | None = None, **options: Unpack[GenerateOptions]
     ) -> Iterator[list[Completion]]:
-        """Continue each prompt as `generate` does; give the completions of each once it and those before it are ready.
+        """Continue each prompt as `generate` does; yield the completions of each once it and those before it are ready.
 
         Options and prompts are checked before anything is computed.
         """
@@ -104,12 +106,12 @@ class TextGenerator:
         encoded = self._encoded(prompts)
         if seeds is not None and len(seeds) != len(encoded):
             raise ConfigError(f"{len(seeds)} seeds were given for {len(encoded)} prompts; give one for each")
-        own = [
+        settings = [
             self._settings(config, ids, config.seed if seeds is None else seeds[number])
             for number, ids in enumerate(encoded)
         ]
         texts = _texts([prompts] if isinstance(prompts, str) else list(prompts), encoded)
-        return self._completions(texts, encoded, own, config)
+        return self._completions(texts, encoded, settings, config)
 
     def _completions(
         self,
@@ -119,11 +121,11 @@ class TextGenerator:
         config: SamplingConfig,
     ) -> Iterator[list[Completion]]:
         requests = [self._requests(*one, config) for one in zip(encoded, settings, strict=True)]
-        complete = self.engine.complete([request for several in requests for request in several], config)
+        finished = self.engine.generate([request for several in requests for request in several], config)
         for text, ids, own, several in zip(texts, encoded, settings, requests, strict=True):
             prompt = self.tokenizer.decode(ids) if text is None else text
-            found = [one for _ in several for one in next(complete)]
-            if len(found) < config.num_return_sequences and self.is_first:
+            found = [one for _ in several for one in next(finished)]
+            if len(found) < config.num_return_sequences and self.is_main_process:
                 log(
                     f"only {len(found)} of {config.num_return_sequences} texts were found: the filters leave no more"
                 )
@@ -133,29 +135,29 @@ class TextGenerator:
         self, ids: Sequence[int], settings: GenerationSettings, config: SamplingConfig
     ) -> list[TokenRequest]:
         """Return what the engine continues for one prompt; several draws have seeds that follow."""
-        prompt, ends = tuple(ids), self._new_text(ids, settings).ends
+        prompt, stop_check = tuple(ids), self._new_detokenizer(ids, settings).has_stop_string
         if config.num_beams > 1:
             beams = BeamSettings(
                 config.num_beams, config.length_penalty, config.early_stopping, config.num_return_sequences
             )
-            return [TokenRequest(prompt, settings, ends, beams)]
+            return [TokenRequest(prompt, settings, stop_check, beams)]
         sampling = settings.sampling
         seeds = range(sampling.seed, sampling.seed + config.num_return_sequences)
         return [
-            TokenRequest(prompt, replace(settings, sampling=replace(sampling, seed=seed)), ends)
+            TokenRequest(prompt, replace(settings, sampling=replace(sampling, seed=seed)), stop_check)
             for seed in seeds
         ]
 
     def _checked(self, options: GenerateOptions) -> SamplingConfig:
-        given = todays_options(options)
+        given = rename_legacy_options(options)
         for name in given.keys() - SamplingConfig.model_fields.keys():
             raise ConfigError(
                 f"generate has no option {name}{did_you_mean(name, SamplingConfig.model_fields)}"
             )
         config = validate(SamplingConfig, given)
-        check_sampling(config, self.engine.name, self.engine.knows)
-        if self.is_first:
-            for line in config.without_effect():
+        check_sampling(config, self.engine.name, self.engine.supported_options)
+        if self.is_main_process:
+            for line in config.ineffective_options():
                 log(line)
         return config
 
@@ -180,10 +182,10 @@ class TextGenerator:
                 f"the prompt has {len(ids)} tokens, which leaves none of max_length={config.max_length}; "
                 "shorten the prompt, or give max_new_tokens"
             )
-        room = config.max_new_tokens if config.max_length is None else config.max_length - len(ids)
-        check_length(len(ids), room, self.engine.limit_tokens)
-        eos_ids = () if config.ignore_eos else self.end_ids()
-        sampling = Sampling(
+        max_new_tokens = config.max_new_tokens if config.max_length is None else config.max_length - len(ids)
+        check_length(len(ids), max_new_tokens, self.engine.max_model_len)
+        eos_token_ids = () if config.ignore_eos else self.eos_token_ids()
+        sampling = SamplingParams(
             config.do_sample,
             config.temperature,
             config.top_k,
@@ -192,7 +194,11 @@ class TextGenerator:
             config.repetition_penalty,
         )
         return GenerationSettings(
-            room, sampling, config.eos_token_ids or eos_ids, config.stop, config.return_log_probs
+            max_new_tokens,
+            sampling,
+            config.eos_token_ids or eos_token_ids,
+            config.stop,
+            config.return_log_probs,
         )
 
     def _stream(
@@ -200,46 +206,47 @@ class TextGenerator:
         ids: Sequence[int],
         settings: GenerationSettings,
         config: SamplingConfig,
-        memory: Any,
+        session: Any,
     ) -> Iterator[StreamedText]:
-        text, new_ids = self._new_text(ids, settings), []
-        before = self.tokenizer.decode(ids) if config.echo and config.detokenize else ""
-        request = TokenRequest(tuple(ids), settings, text.ends)
-        for step in self.engine.stream(request, config, memory):
-            new_ids.append(step.token_id)
-            added = text.grown(new_ids, step.finish_reason is not None) if config.detokenize else ""
-            yield StreamedText(before + added, step.token_id, step.log_prob, step.finish_reason)
-            before = ""
+        detokenizer, new_ids = self._new_detokenizer(ids, settings), []
+        echoed = self.tokenizer.decode(ids) if config.echo and config.detokenize else ""
+        request = TokenRequest(tuple(ids), settings, detokenizer.has_stop_string)
+        for token in self.engine.stream(request, config, session):
+            new_ids.append(token.token_id)
+            is_last = token.finish_reason is not None
+            added = detokenizer.next_text(new_ids, is_last) if config.detokenize else ""
+            yield StreamedText(echoed + added, token.token_id, token.log_prob, token.finish_reason)
+            echoed = ""
 
-    def _new_text(self, ids: Sequence[int], settings: GenerationSettings) -> Detokenizer:
-        return Detokenizer(self.tokenizer, ids, settings.eos_ids, settings.stop)
+    def _new_detokenizer(self, ids: Sequence[int], settings: GenerationSettings) -> Detokenizer:
+        return Detokenizer(self.tokenizer, ids, settings.eos_token_ids, settings.stop)
 
     def _completion(
         self,
         prompt: str,
         ids: Sequence[int],
         settings: GenerationSettings,
-        generated: Generated,
+        output: CompletionOutput,
         config: SamplingConfig | None = None,
     ) -> Completion:
         text = ""
         if config is None or config.detokenize:
-            text = self._new_text(ids, settings).final(generated.token_ids)
+            text = self._new_detokenizer(ids, settings).final_text(output.token_ids)
             text = prompt + text if config is not None and config.echo else text
         return Completion(
             prompt,
             text,
-            generated.token_ids,
-            generated.finish_reason,
+            output.token_ids,
+            output.finish_reason,
             tuple(ids),
-            generated.log_probs,
-            generated.score,
+            output.log_probs,
+            output.score,
         )
 
-    def end_ids(self) -> tuple[int, ...]:
+    def eos_token_ids(self) -> tuple[int, ...]:
         """Return the ids that end a text: those of the model's config, or else the tokenizer's."""
-        eos_ids = self.engine.end_ids or (self.tokenizer.eos_id,)
-        return tuple(token for token in eos_ids if token is not None)
+        eos_token_ids = self.engine.eos_token_ids or (self.tokenizer.eos_id,)
+        return tuple(token for token in eos_token_ids if token is not None)
 
 
 def _texts(prompts: Sequence[Any], encoded: Sequence[Sequence[int]]) -> list[str | None]:

@@ -15,8 +15,8 @@ def continue_texts(
     """Continue prompts greedily; see `ascendspeed_core.training.eval_prompts.ContinueTexts`."""
     was_training = model.training
     try:
-        generator = LanguageModel(model, load_tokenizer(tokenizer), mesh)
-        completions = generator.generate(list(prompts), max_new_tokens=max_new_tokens)
+        language_model = LanguageModel(model, load_tokenizer(tokenizer), mesh)
+        completions = language_model.generate(list(prompts), max_new_tokens=max_new_tokens)
     finally:
         model.train(was_training)
     return [completion.text for completion in completions]

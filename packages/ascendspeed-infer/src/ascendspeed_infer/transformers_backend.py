@@ -7,35 +7,35 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ascendspeed_infer.eval_backend import Description, Option, Text
+from ascendspeed_infer.eval_backend import BackendOption, GenerateResult, ModelDescription
 from ascendspeed_infer.transformers_engine import TransformersEngine, load_transformers
 
 if TYPE_CHECKING:
     from ascendspeed_data.tokenizer import Tokenizer
 
 OPTIONS = (
-    Option("transformers_model", str, "Hugging Face folder or name of a causal model."),
-    Option("transformers_dtype", str, "Format to compute in. [default: as stored]"),
-    Option("transformers_device", str, "Where it runs, in torch's words. [default: cpu]"),
+    BackendOption("transformers_model", str, "Hugging Face folder or name of a causal model."),
+    BackendOption("transformers_dtype", str, "Format to compute in. [default: as stored]"),
+    BackendOption("transformers_device", str, "Where it runs, in torch's words. [default: cpu]"),
 )
 
 
 class TransformersModel:
-    """Score and generate one text after the other: slow and plain, which makes it a reference."""
+    """Score and generate text by text: slow and simple, which makes it a reference."""
 
     def __init__(self, model: Any, tokenizer: "Tokenizer", name: str) -> None:
         self._model, self._tokenizer, self._name = model, tokenizer, name
         self._engine = TransformersEngine(model)
-        self._limit = self._engine.limit_tokens
+        self._limit = self._engine.max_model_len
 
-    def describe(self) -> Description:
+    def describe(self) -> ModelDescription:
         """Say which model this is."""
         details = {
             "backend": "transformers",
             "dtype": str(self._model.dtype).removeprefix("torch."),
             "tokenizer": self._tokenizer.fingerprint,
         }
-        return Description(self._name, self._model.num_parameters(), None, details)
+        return ModelDescription(self._name, self._model.num_parameters(), None, details)
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
         """Score continuations."""
@@ -58,30 +58,30 @@ class TransformersModel:
             scores.append(Score(float(chosen), bool((logits.argmax(-1) == targets).all()), cut))
         return scores
 
-    def generate(self, requests: Sequence[Any]) -> list[Text]:
+    def generate(self, requests: Sequence[Any]) -> list[GenerateResult]:
         """Continue prompts."""
         return [self._continue(request) for request in requests]
 
-    def _continue(self, request: Any) -> Text:
+    def _continue(self, request: Any) -> GenerateResult:
         from ascendspeed_infer.config import SamplingConfig
         from ascendspeed_infer.detokenizer import Detokenizer
-        from ascendspeed_infer.engine.sequences import GenerationSettings
+        from ascendspeed_infer.engine.sequence import GenerationSettings
         from ascendspeed_infer.engines import TokenRequest
-        from ascendspeed_infer.sampling import Sampling
+        from ascendspeed_infer.sampling import SamplingParams
 
         ids = self._tokenizer.encode(request.prompt)
         cut = max(len(ids) - (self._limit - request.max_new_tokens), 0)
-        stated = self._engine.end_ids or (self._tokenizer.eos_id,)
+        eos_token_ids = self._engine.eos_token_ids or (self._tokenizer.eos_id,)
         settings = GenerationSettings(
             request.max_new_tokens,
-            Sampling(request.temperature > 0, request.temperature or 1.0, seed=request.seed),
-            tuple(token for token in stated if token is not None),
+            SamplingParams(request.temperature > 0, request.temperature or 1.0, seed=request.seed),
+            tuple(token for token in eos_token_ids if token is not None),
             tuple(request.stop),
         )
-        text = Detokenizer(self._tokenizer, ids[cut:], settings.eos_ids, settings.stop)
-        asked = TokenRequest(tuple(ids[cut:]), settings, text.ends)
-        ((found,),) = self._engine.complete([asked], SamplingConfig())
-        return Text(text.final(found.token_ids), found.finish_reason, cut)
+        detokenizer = Detokenizer(self._tokenizer, ids[cut:], settings.eos_token_ids, settings.stop)
+        token_request = TokenRequest(tuple(ids[cut:]), settings, detokenizer.has_stop_string)
+        ((output,),) = self._engine.generate([token_request], SamplingConfig())
+        return GenerateResult(detokenizer.final_text(output.token_ids), output.finish_reason, cut)
 
 
 class TransformersBackend:
@@ -89,7 +89,7 @@ class TransformersBackend:
 
     name = "transformers"
     summary = "any causal model of transformers"
-    options: Sequence[Option] = OPTIONS
+    options: Sequence[BackendOption] = OPTIONS
 
     def claims(self, options: Mapping[str, Any]) -> bool:
         """Wanted when such a model is named."""

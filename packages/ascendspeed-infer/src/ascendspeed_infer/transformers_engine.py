@@ -16,8 +16,7 @@ from ascendspeed_infer.config import LoadedModelConfig, SamplingConfig
 from ascendspeed_infer.engines import TokenRequest, adapter_folder, hugging_face_folder
 
 if TYPE_CHECKING:
-    from ascendspeed_infer.engine.sequences import Generated
-    from ascendspeed_infer.generation import Step
+    from ascendspeed_infer.engine.sequence import CompletionOutput, TokenOutput
 
 OnToken = Callable[[int], bool]
 """Told each new id, says whether to stop."""
@@ -47,7 +46,7 @@ def load_transformers(folder: str, dtype: str, device: Any) -> Any:
     return model.to(device).eval()
 
 
-UNSTATED_LIMIT = 2048
+DEFAULT_MAX_MODEL_LEN = 2048
 """Tokens of a text for a model whose config states no `max_position_embeddings`, as those of Bloom do not."""
 
 
@@ -59,78 +58,78 @@ class TransformersEngine:
     """
 
     name = "transformers"
-    knows = frozenset(
+    supported_options = frozenset(
         ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "return_log_probs")
     )
 
     def __init__(self, model: Any) -> None:
         self._model = model
         stated = getattr(model.generation_config, "eos_token_id", None)
-        self.end_ids: tuple[int, ...] = (
+        self.eos_token_ids: tuple[int, ...] = (
             () if stated is None else (stated,) if isinstance(stated, int) else tuple(stated)
         )
         self.vocab_size = int(model.config.vocab_size)
         limit = getattr(model.config, "max_position_embeddings", None)
         if limit is None:
             log(
-                f"the model's config states no longest text; engine=transformers takes {UNSTATED_LIMIT} tokens"
+                f"the model's config states no longest text; engine=transformers takes {DEFAULT_MAX_MODEL_LEN} tokens"
             )
-        self.limit_tokens = int(limit or UNSTATED_LIMIT)
+        self.max_model_len = int(limit or DEFAULT_MAX_MODEL_LEN)
 
-    def complete(
+    def generate(
         self, requests: Sequence[TokenRequest], config: SamplingConfig
-    ) -> Iterator[list["Generated"]]:
+    ) -> Iterator[list["CompletionOutput"]]:
         """Continue one request after the other; see `TextEngine`."""
         for request in requests:
             yield [self._generate(request, lambda token: False)]
 
-    def stream(self, request: TokenRequest, config: SamplingConfig, memory: Any) -> Iterator["Step"]:
+    def stream(self, request: TokenRequest, config: SamplingConfig, session: Any) -> Iterator["TokenOutput"]:
         """Continue one request on a thread, and give each id once the next is there; see `TextEngine`.
 
         Raises:
             ConfigError: log-probabilities are wanted, which transformers gives at the end only.
         """
-        from ascendspeed_infer.generation import Step
+        from ascendspeed_infer.engine.sequence import TokenOutput
 
-        if request.settings.with_log_probs:
+        if request.settings.return_log_probs:
             raise ConfigError("engine=transformers gives log-probabilities at the end only; leave stream out")
-        news: queue.Queue[int | BaseException | Generated] = queue.Queue()
-        is_over = threading.Event()
+        results: queue.Queue[int | BaseException | CompletionOutput] = queue.Queue()
+        is_stopped = threading.Event()
 
         def on_token(token: int) -> bool:
-            news.put(token)
-            return is_over.is_set()
+            results.put(token)
+            return is_stopped.is_set()
 
         def work() -> None:
             try:
-                news.put(self._generate(request, on_token))
+                results.put(self._generate(request, on_token))
             except BaseException as error:  # noqa: BLE001 - raised where the texts are read
-                news.put(error)
+                results.put(error)
 
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
         try:
             latest: int | None = None
-            while isinstance(piece := news.get(), int):
+            while isinstance(result := results.get(), int):
                 if latest is not None:
-                    yield Step(latest, None, None)
-                latest = piece
-            if isinstance(piece, BaseException):
-                raise piece
+                    yield TokenOutput(latest, None, None)
+                latest = result
+            if isinstance(result, BaseException):
+                raise result
             assert latest is not None
-            yield Step(latest, None, piece.finish_reason)
+            yield TokenOutput(latest, None, result.finish_reason)
         finally:
-            is_over.set()
+            is_stopped.set()
             thread.join()
 
-    def new_memory(self) -> None:
+    def new_session(self) -> None:
         """Keep nothing: each prompt is read whole."""
 
-    def _generate(self, request: TokenRequest, on_token: OnToken) -> "Generated":
+    def _generate(self, request: TokenRequest, on_token: OnToken) -> "CompletionOutput":
         import torch
         from transformers import GenerationConfig, StoppingCriteriaList
 
-        from ascendspeed_infer.engine.sequences import Generated
+        from ascendspeed_infer.engine.sequence import CompletionOutput
 
         settings, prompt = request.settings, list(request.prompt_ids)
         sampling = settings.sampling
@@ -144,7 +143,7 @@ class TransformersEngine:
 
         def criterion(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
             new = ids[0, len(prompt) :].tolist()
-            stops = on_token(new[-1]) | request.ends(new)
+            stops = on_token(new[-1]) | request.stop_check(new)
             return torch.tensor([stops], device=ids.device)
 
         tokens = torch.tensor([prompt], device=self._model.device)
@@ -155,19 +154,19 @@ class TransformersEngine:
             max_new_tokens=settings.max_new_tokens,
             do_sample=sampling.do_sample,
             repetition_penalty=sampling.repetition_penalty,
-            eos_token_id=list(settings.eos_ids) or None,
+            eos_token_id=list(settings.eos_token_ids) or None,
             stopping_criteria=StoppingCriteriaList([criterion]),
             return_dict_in_generate=True,
-            output_logits=settings.with_log_probs,
+            output_logits=settings.return_log_probs,
             **drawing,
         )
         new = tuple(int(token) for token in out.sequences[0, len(prompt) :])
-        has_ended = new[-1] in settings.eos_ids or request.ends(new)
+        has_ended = new[-1] in settings.eos_token_ids or request.stop_check(new)
         log_probs = None
-        if settings.with_log_probs:
+        if settings.return_log_probs:
             rows = torch.cat(out.logits).double().log_softmax(-1)
             log_probs = tuple(float(row[token]) for row, token in zip(rows, new, strict=True))
-        return Generated(new, "stop" if has_ended else "length", log_probs)
+        return CompletionOutput(new, "stop" if has_ended else "length", log_probs)
 
 
 class TransformersKind:

@@ -17,8 +17,7 @@ from ascendspeed_infer.config import LoadedModelConfig, SamplingConfig
 from ascendspeed_infer.engines import TokenRequest, adapter_folder, hugging_face_folder
 
 if TYPE_CHECKING:
-    from ascendspeed_infer.engine.sequences import Generated, GenerationSettings
-    from ascendspeed_infer.generation import Step
+    from ascendspeed_infer.engine.sequence import CompletionOutput, GenerationSettings, TokenOutput
 
 TEMPERATURES = (0.01, 2.0)
 """vLLM raises lower ones to the first without asking, and refuses higher ones than the second."""
@@ -51,12 +50,12 @@ def model_arguments(
         "logprobs_mode": "raw_logprobs",
     }
     if lora_rank is not None:
-        room = [rank for rank in LORA_RANKS if rank >= lora_rank]
-        if not room:
+        ranks = [rank for rank in LORA_RANKS if rank >= lora_rank]
+        if not ranks:
             raise ConfigError(
                 f"engine=vllm takes adapters of rank {LORA_RANKS[-1]} at most, this one has {lora_rank}"
             )
-        arguments |= {"enable_lora": True, "max_lora_rank": room[0]}
+        arguments |= {"enable_lora": True, "max_lora_rank": ranks[0]}
     return arguments
 
 
@@ -73,12 +72,12 @@ def sampling_arguments(settings: "GenerationSettings") -> dict[str, Any]:
         "repetition_penalty": sampling.repetition_penalty,
         "stop": list(settings.stop),
         # Its own end ids would be added to ours.
-        "stop_token_ids": list(settings.eos_ids),
+        "stop_token_ids": list(settings.eos_token_ids),
         "ignore_eos": True,
         # Stop texts are looked for in its own text; ours is made of the ids.
         "detokenize": bool(settings.stop),
         # 0 further tokens beside the chosen one.
-        "logprobs": 0 if settings.with_log_probs else None,
+        "logprobs": 0 if settings.return_log_probs else None,
     }
     if sampling.do_sample:
         low, high = TEMPERATURES
@@ -113,23 +112,23 @@ class VllmEngine:
     """
 
     name = "vllm"
-    knows = frozenset(
+    supported_options = frozenset(
         ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "return_log_probs")
     )
 
     def __init__(
-        self, vllm: Any, llm: Any, limits: tuple[int, int], end_ids: tuple[int, ...], adapter: Any
+        self, vllm: Any, llm: Any, limits: tuple[int, int], eos_token_ids: tuple[int, ...], adapter: Any
     ) -> None:
         self._vllm, self._llm, self._adapter = vllm, llm, adapter
-        self.limit_tokens, self.vocab_size = limits
-        self.end_ids = end_ids
+        self.max_model_len, self.vocab_size = limits
+        self.eos_token_ids = eos_token_ids
         self._streamed = 0
 
-    def complete(
+    def generate(
         self, requests: Sequence[TokenRequest], config: SamplingConfig
-    ) -> Iterator[list["Generated"]]:
+    ) -> Iterator[list["CompletionOutput"]]:
         """Continue all requests together, as vLLM batches them; see `TextEngine`."""
-        from ascendspeed_infer.engine.sequences import Generated
+        from ascendspeed_infer.engine.sequence import CompletionOutput
 
         outputs = self._llm.generate(
             [self._prompt(request) for request in requests],
@@ -140,34 +139,34 @@ class VllmEngine:
         for output in outputs:
             (text,) = output.outputs
             ids = tuple(int(token) for token in text.token_ids)
-            yield [Generated(ids, _reason(text.finish_reason), log_probs_of(ids, text.logprobs))]
+            yield [CompletionOutput(ids, _reason(text.finish_reason), log_probs_of(ids, text.logprobs))]
 
-    def stream(self, request: TokenRequest, config: SamplingConfig, memory: Any) -> Iterator["Step"]:
+    def stream(self, request: TokenRequest, config: SamplingConfig, session: Any) -> Iterator["TokenOutput"]:
         """Continue one request step by step; see `TextEngine`."""
-        from ascendspeed_infer.generation import Step
+        from ascendspeed_infer.engine.sequence import TokenOutput
 
         engine, self._streamed = self._llm.llm_engine, self._streamed + 1
-        number, count = f"stream-{self._streamed}", 0
+        name, count = f"stream-{self._streamed}", 0
         params = self._vllm.SamplingParams(**sampling_arguments(request.settings))
-        engine.add_request(number, self._prompt(request), params, lora_request=self._adapter)
+        engine.add_request(name, self._prompt(request), params, lora_request=self._adapter)
         try:
             while engine.has_unfinished_requests():
                 for output in engine.step():
                     (text,) = output.outputs
                     ids = list(text.token_ids)
                     log_probs = log_probs_of(ids, text.logprobs) or (None,) * len(ids)
-                    for place in range(count, len(ids)):
-                        is_last = output.finished and place == len(ids) - 1
-                        yield Step(
-                            ids[place], log_probs[place], _reason(text.finish_reason) if is_last else None
+                    for number in range(count, len(ids)):
+                        is_last = output.finished and number == len(ids) - 1
+                        yield TokenOutput(
+                            ids[number], log_probs[number], _reason(text.finish_reason) if is_last else None
                         )
                     count = len(ids)
         finally:
             if engine.has_unfinished_requests():
-                engine.abort_request([number])
+                engine.abort_request([name])
 
-    def new_memory(self) -> None:
-        """Leave it to vLLM, which keeps beginnings of texts by itself."""
+    def new_session(self) -> None:
+        """Leave it to vLLM, which has a prefix cache of its own."""
 
     def _prompt(self, request: TokenRequest) -> Any:
         return self._vllm.TokensPrompt(prompt_token_ids=list(request.prompt_ids))

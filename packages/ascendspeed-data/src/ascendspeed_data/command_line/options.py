@@ -97,18 +97,34 @@ def _option_type(field: FieldInfo) -> Any:
 
 
 def _option(name: str, field: FieldInfo, section: str) -> Any:
-    flag = "--" + name.replace("_", "-")
+    spellings = ["--" + name.replace("_", "-"), *further_flags(field)]
     extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
-    more = extra.get("flags", [])
-    spellings = [flag, *(str(spelling) for spelling in (more if isinstance(more, list) else []))]
-    bare = _bare(field.annotation)
-    if bare is bool:
+    if _bare(field.annotation) is bool:
         off = extra.get("off", "--no-" + name.replace("_", "-"))
         spellings = [
             f"{spelling}/{off}" if i == 0 and off else spelling for i, spelling in enumerate(spellings)
         ]
-    help_text = " ".join(part for part in (field.description or "", _rule(field), _default(field)) if part)
-    return typer.Option(*spellings, help=help_text, show_default=False, rich_help_panel=section)
+    return typer.Option(*spellings, help=option_help(field), show_default=False, rich_help_panel=section)
+
+
+def further_flags(field: FieldInfo) -> list[str]:
+    """Return the flags of a field besides that of its name."""
+    extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+    flags = extra.get("flags", [])
+    return [str(flag) for flag in flags] if isinstance(flags, list) else []
+
+
+def option_help(field: FieldInfo) -> str:
+    """Return what `--help` says of a field: its description, its range and its default."""
+    return " ".join(part for part in (field.description or "", _rule(field), _default(field)) if part)
+
+
+def plain_type(field: FieldInfo) -> type:
+    """Return `bool`, `int` or `float` for a field of such values, and `str` for any other."""
+    bare = _bare(field.annotation)
+    if get_origin(bare) is Literal:
+        bare = type(get_args(bare)[0])
+    return bare if bare in (bool, int, float) else str
 
 
 def _rule(field: FieldInfo) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 from ascendspeed_core.config.load import load_config
 from ascendspeed_data.command_line import log
 from ascendspeed_data.command_line.options import options_from
-from ascendspeed_infer.commands.generate import on_every_process, opened_model
+from ascendspeed_infer.commands.generate import launched_ranks, opened_model
 from ascendspeed_infer.config import ChatConfig
 
 
@@ -18,28 +18,23 @@ def chat(**given: Any) -> None:
     q, quit or exit ends; clear or new begins a new conversation; Ctrl-C stops an answer.
     """
     config = load_config(ChatConfig, None, given)
-    with on_every_process(config, sys.argv[1:]) as is_here:
-        if is_here:
+    with launched_ranks(config, sys.argv[1:]) as is_rank:
+        if is_rank:
             run(config)
 
 
 def run(config: ChatConfig) -> None:
-    """Talk; every process computes, the first one reads and prints."""
+    """Talk; the first rank reads and prints, the others follow it."""
     from ascendspeed_infer.chat import Chat, choose_layout, converse
 
-    with opened_model(config) as (model, source):
-        is_first = model.is_first
-        layout = choose_layout(
-            source, model.tokenizer, config.conversation.chat_template, log if is_first else _say_nothing
-        )
-        for line in config.sampling.without_effect() if is_first else []:
+    with opened_model(config) as opened:
+        if opened is None:
+            return
+        model, source = opened
+        layout = choose_layout(source, model.tokenizer, config.conversation.chat_template)
+        for line in config.sampling.ineffective_options():
             log(line)
-        talk = Chat(model, layout, config.sampling, config.conversation.system)
-        converse(
-            talk,
-            lambda prompt: model.from_first(lambda: read_line(prompt)),
-            _write if is_first else _say_nothing,
-        )
+        converse(Chat(model, layout, config.sampling, config.conversation.system), read_line, _write)
 
 
 def read_line(prompt: str) -> str | None:
@@ -58,7 +53,3 @@ def read_line(prompt: str) -> str | None:
 
 def _write(text: str) -> None:
     print(text, end="", flush=True)
-
-
-def _say_nothing(text: str) -> None:
-    pass

@@ -17,8 +17,8 @@ from ascendspeed_data.command_line.options import options_from
 from ascendspeed_data.command_line.progress import Progress
 from ascendspeed_data.errors import ConfigError, DataError
 from ascendspeed_infer.config import GenerateConfig, LoadedModelConfig, inference_layout
-from ascendspeed_infer.engines import OWN, check_options, find_engine
-from ascendspeed_infer.prompt_file import Format, PromptRecord, asked_in, text_of
+from ascendspeed_infer.engines import NATIVE, check_options, find_engine
+from ascendspeed_infer.prompt_file import Format, PromptRecord, read_prompt_file, read_prompts
 
 if TYPE_CHECKING:
     from ascendspeed_core.weights import WeightSource
@@ -47,7 +47,7 @@ def generate(
 ) -> None:
     """Continue texts with the model of any checkpoint.
 
-    The continuations go to stdout, one after the other; everything else goes to stderr.
+    Completions go to stdout in the order of the prompts; everything else goes to stderr.
     """
     config = load_config(GenerateConfig, None, given)
     if not config.sampling.detokenize and not as_json:
@@ -58,20 +58,20 @@ def generate(
         raise ConfigError("--prompt takes texts; give JSON lines by --prompt-file or on stdin")
     is_jsonl = prompt_file is not None and prompt_file.suffix == ".jsonl"
     format_ = prompt_format or ("jsonl" if is_jsonl else "text")
-    asked = [PromptRecord(text) for text in prompt] if prompt else None
+    records = [PromptRecord(text) for text in prompt] if prompt else None
     if prompt_file is not None:
-        asked = asked_in(text_of(prompt_file), format_, str(prompt_file))
-    with on_every_process(config, sys.argv[1:]) as is_here:
-        if is_here:
-            run(config, asked, format_, as_json)
+        records = read_prompts(read_prompt_file(prompt_file), format_, str(prompt_file))
+    with launched_ranks(config, sys.argv[1:]) as is_rank:
+        if is_rank:
+            run(config, records, format_, as_json)
 
 
 @contextmanager
-def on_every_process(config: LoadedModelConfig, arguments: Sequence[str]) -> Iterator[bool]:
-    """Check what can be checked without a process group, and start the processes if there are to be several.
+def launched_ranks(config: LoadedModelConfig, arguments: Sequence[str]) -> Iterator[bool]:
+    """Check what can be checked without a process group, and start the ranks if there are to be several.
 
     Yields:
-        Whether this process takes part; the launcher itself does not.
+        Whether this process is a rank; the launcher is not.
     """
     from ascendspeed_core.launch import is_worker, launch, planned_world_size, worker_errors
 
@@ -79,7 +79,7 @@ def on_every_process(config: LoadedModelConfig, arguments: Sequence[str]) -> Ite
     with worker_errors():
         from ascendspeed_core.device import prepare_torch
 
-        is_own = config.engine.engine == OWN
+        is_own = config.engine.engine == NATIVE
         if is_own:
             inference_layout(config.parallel, world_size)
         prepare_torch(config.launch.device)
@@ -100,14 +100,14 @@ def on_every_process(config: LoadedModelConfig, arguments: Sequence[str]) -> Ite
 
 
 @contextmanager
-def opened_model(config: LoadedModelConfig) -> Iterator[tuple["TextGenerator", "WeightSource"]]:
-    """Load the model with the engine that was asked for; under the own one on this process, with the others."""
+def opened_model(config: LoadedModelConfig) -> Iterator[tuple["TextGenerator", "WeightSource"] | None]:
+    """Load the model with the engine that was asked for; `None` on ranks that have followed the first one."""
     from ascendspeed_core.launch import process_group
     from ascendspeed_core.models.int8 import weights_nbytes
     from ascendspeed_infer.language_model import LanguageModel
     from ascendspeed_infer.loading import open_model_source, open_with, wanted_dtype
 
-    if config.engine.engine != OWN:
+    if config.engine.engine != NATIVE:
         with open_with(find_engine(config.engine.engine), config) as opened:
             yield opened
         return
@@ -126,49 +126,51 @@ def opened_model(config: LoadedModelConfig) -> Iterator[tuple["TextGenerator", "
             held = f"{weights_nbytes(model.model) / 1e6:,.1f} MB of weights on this device"
             integers = " with int8 matrices" if quantization == "int8" else ""
             log(f"model: {size}{adapter}, {dtype}{integers}, {held}, {model.mesh.layout}")
-        yield model, source
+        with model.lead_or_follow() as leads:
+            yield (model, source) if leads else None
 
 
-def run(config: GenerateConfig, asked: list[PromptRecord] | None, format_: Format, as_json: bool) -> None:
-    """Generate on this process, with the others if there are any; the first one reads stdin and prints."""
-    with opened_model(config) as (model, _):
-        is_first = model.is_first
-        if asked is None:
-            asked = model.from_first(lambda: asked_in(sys.stdin.read(), format_, "stdin"))
+def run(config: GenerateConfig, records: list[PromptRecord] | None, format_: Format, as_json: bool) -> None:
+    """Generate; the first rank reads stdin and prints, the others follow it."""
+    with opened_model(config) as opened:
+        if opened is None:
+            return
+        model, _ = opened
+        if records is None:
+            records = read_prompts(sys.stdin.read(), format_, "stdin")
         if as_json:
-            check_names(asked)
+            check_names(records)
         each, seed = config.sampling.num_return_sequences, config.sampling.seed
         completions = model.completions(
-            [one.prompt for one in asked],
-            seeds=[seed if one.seed is None else one.seed for one in asked],
+            [one.prompt for one in records],
+            seeds=[seed if one.seed is None else one.seed for one in records],
             **config.sampling.model_dump(exclude_unset=True),
         )
         started, count = time.perf_counter(), 0
-        with Progress("generating", each * len(asked), "completions", quiet=not is_first) as progress:
-            for one, several in zip(asked, completions, strict=True):
+        with Progress("generating", each * len(records), "completions") as progress:
+            for one, several in zip(records, completions, strict=True):
                 count += sum(len(completion.token_ids) for completion in several)
-                for completion in several if is_first else ():
+                for completion in several:
                     print(_json_of(completion, one) if as_json else completion.text, flush=True)
                 progress.advance(each)
-        if is_first:
-            seconds = time.perf_counter() - started
-            log(f"{count} tokens in {seconds:.2f} s, {count / seconds:.1f} tokens/s")
+        seconds = time.perf_counter() - started
+        log(f"{count} tokens in {seconds:.2f} s, {count / seconds:.1f} tokens/s")
 
 
-def check_names(asked: Sequence[PromptRecord]) -> None:
-    """Refuse what a line holds beside its prompt under a name of the answer's."""
+def check_names(records: Sequence[PromptRecord]) -> None:
+    """Refuse a field of a prompt's line that has the name of a field of the answer."""
     from ascendspeed_infer.requests import Completion
 
     names = {field.name for field in fields(Completion)}
-    for number, one in enumerate(asked, 1):
-        taken = sorted(names & one.beside.keys())
+    for number, one in enumerate(records, 1):
+        taken = sorted(names & one.extra_fields.keys())
         if taken:
             raise DataError(
-                f"prompt {number}: {taken[0]} is a name of the answer's; rename it, or leave --json out"
+                f"prompt {number}: {taken[0]} is a field of the answer; rename it, or leave --json out"
             )
 
 
-def _json_of(completion: "Completion", asked: PromptRecord) -> str:
+def _json_of(completion: "Completion", record: PromptRecord) -> str:
     """Return a completion as JSON, with what its prompt's line held, without what was not asked for."""
-    answer = {**asked.beside, **asdict(completion)}
+    answer = {**record.extra_fields, **asdict(completion)}
     return json.dumps({name: one for name, one in answer.items() if one is not None}, ensure_ascii=False)

@@ -1,313 +1,353 @@
 """Continuous batching: requests enter and leave between passes, under a limit of memory.
 
-    engine = Engine(ModelRunner(model, mesh, capacity_tokens=4096))
-    text = Text(prompt_ids, GenerationSettings(max_new_tokens=64))
-    engine.submit(text)
-    while engine.is_busy:
-        for advanced in engine.step():
-            ...
-    text.generated()
+A request enters when the longest that it can become fits into the key-value cache beside those that run, in the order
+of arrival: so memory never runs out half-way, and no request waits for ever. A prompt with the prefix of a sequence in
+the cache copies its keys and values; those of finished sequences are kept until their memory is needed.
 
-A request enters when the longest that it can become fits beside those that are there, in the order of submission: so
-nothing runs out of memory half-way, and none waits for ever. One too large for the whole cache is refused at once.
-Texts that begin like one whose keys and values are there copy them; those of complete texts are kept until their
-memory is needed.
-
-Every process of a layout makes the same calls in the same order. What is computed next depends on the requests alone,
-so all processes agree without asking each other.
+The scheduler knows no model: it says what the next pass runs, and takes the logits. What it decides depends on the
+requests alone, so ranks that make the same calls agree without asking each other.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
 from ascendspeed_core.models.cache import CacheSlot, SequenceChunk, blocks_of
-from ascendspeed_data.errors import AscendSpeedError
-from ascendspeed_infer.engine.runner import ModelRunner, Work
-from ascendspeed_infer.engine.sequences import Continuation, NextToken
+from ascendspeed_infer.engine.batch_invariant import PassShapes
+from ascendspeed_infer.engine.model_runner import ScheduledChunk
+from ascendspeed_infer.engine.prefix_cache import CachedSequence, find_longest_prefix
+from ascendspeed_infer.engine.scoring_request import ScoringRequest
+from ascendspeed_infer.engine.sequence import NextToken, Request
 
-PROMPT_TOKENS_PER_STEP = 512
-"""Prompts are read in pieces, so that texts which are being continued do not wait for a long one."""
-
-SHORTEST_PREFIX_TOKENS = 16
-"""A shorter beginning is computed again, not copied."""
+PREFILL_TOKENS_PER_STEP = 512
+"""Long prompts are read in chunks, so that texts which are being continued do not wait for them."""
 
 
-@dataclass(eq=False)
-class _Row:
-    """One text.
-
-    Attributes:
-        room: of it.
-        ids: prompt and new ones.
-        num_prompt: how many of them are the prompt's.
-        stored: how many of them have keys and values.
-    """
-
-    room: CacheSlot
-    ids: list[int]
-    num_prompt: int
-    stored: int = 0
+class SlotCache(Protocol):
+    """Slots of a key-value cache; see `ascendspeed_core.models.cache.KeyValueCache`."""
 
     @property
-    def prefix(self) -> list[int]:
-        """What another text could share: the prompt, even while it is being read, or all that is stored."""
-        return self.ids[: max(self.stored, self.num_prompt)]
+    def num_blocks(self) -> int:
+        """All blocks."""
+        ...
+
+    @property
+    def free_blocks(self) -> int:
+        """Blocks that no slot holds."""
+        ...
+
+    def reserve(self, tokens: int) -> CacheSlot:
+        """Reserve a slot."""
+        ...
+
+    def release(self, slot: CacheSlot) -> None:
+        """Give a slot back."""
+        ...
+
+    def copy(self, source: CacheSlot, target: CacheSlot, start: int, end: int) -> None:
+        """Copy keys and values of tokens `start` to `end`."""
+        ...
 
 
 @dataclass(eq=False)
-class _Entry:
-    """A request that has been admitted."""
+class ScheduledRequest:
+    """A request in the scheduler.
 
-    request: Continuation
-    rows: list[_Row]
-    spare: list[CacheSlot] = field(default_factory=list)
+    Attributes:
+        request_id: its name.
+        request: what is continued or scored.
+        batch_invariant: run it in passes of fixed shape.
+        cache_salt: only requests with the same salt share prefixes.
+        sequences: in the cache, once it runs.
+        spare_slots: slots of the cache for further sequences.
+        num_reported: tokens that `step` has reported.
+    """
+
+    request_id: str
+    request: Request | ScoringRequest
+    batch_invariant: bool = False
+    cache_salt: str | None = None
+    sequences: list[CachedSequence] = field(default_factory=list)
+    spare_slots: list[CacheSlot] = field(default_factory=list)
+    num_reported: int = 0
+
+    @property
+    def num_seqs(self) -> int:
+        """Most sequences at once."""
+        return 1 if isinstance(self.request, ScoringRequest) else self.request.max_num_seqs
+
+    @property
+    def slot_tokens(self) -> int:
+        """Tokens of each slot."""
+        if isinstance(self.request, ScoringRequest):
+            return self.request.max_tokens
+        return len(self.request.prompt_ids) + self.request.max_new_tokens
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the cache for the longest that it can become."""
+        return self.num_seqs * blocks_of(self.slot_tokens)
 
 
-class Engine:
-    """Continue any number of requests with one model.
+@dataclass(frozen=True)
+class SchedulerOutput:
+    """What a pass runs.
+
+    Attributes:
+        chunks: in order.
+        sequences: of each chunk the sequence; `None` for those of scoring requests.
+        ready: requests that get logits, and which chunks are theirs.
+    """
+
+    chunks: list[ScheduledChunk]
+    sequences: list[CachedSequence | None]
+    ready: list[tuple[ScheduledRequest, slice]]
+
+
+class Scheduler:
+    """Decide what each pass runs.
 
     Args:
-        runner: the model, and the cache that all share.
-        max_rows: texts computed in one pass at most.
-        prompt_tokens_per_step: of prompts, read in one pass at most.
-        keeps_beginnings: keep keys and values of complete texts for those that begin alike, while there is memory.
+        cache: that all sequences share.
+        shapes: of batch-invariant passes.
+        max_num_seqs: most sequences in one pass; `None` leaves it to the cache.
+        prefill_tokens_per_step: about the most tokens of prompts in one pass.
+        enable_prefix_caching: keep keys and values of finished sequences while there is memory.
     """
 
     def __init__(
         self,
-        runner: ModelRunner,
-        max_rows: int = 64,
-        prompt_tokens_per_step: int = PROMPT_TOKENS_PER_STEP,
-        keeps_beginnings: bool = True,
+        cache: SlotCache,
+        shapes: PassShapes,
+        max_num_seqs: int | None = None,
+        prefill_tokens_per_step: int = PREFILL_TOKENS_PER_STEP,
+        enable_prefix_caching: bool = True,
     ) -> None:
-        self._runner, self._cache = runner, runner.cache
-        self._max_rows = max_rows
-        # A chunk is never cut: with less than one nothing would ever be read.
-        shortest = runner.tiles.chunk_tokens if runner.tiles is not None else 1
-        self._prompt_tokens = max(prompt_tokens_per_step, shortest)
-        self._keeps_beginnings = keeps_beginnings
-        self._waiting: list[Continuation] = []
-        self._active: list[_Entry] = []
-        self._kept: list[_Row] = []
+        self._cache, self._shapes = cache, shapes
+        self.max_num_seqs = max_num_seqs
+        self._prefill_tokens = prefill_tokens_per_step
+        self._enable_prefix_caching = enable_prefix_caching
+        self.waiting: list[ScheduledRequest] = []
+        self.running: list[ScheduledRequest] = []
+        self._finished: list[CachedSequence] = []
+        """Kept for their prefixes, the least recently used first."""
         self.reused_tokens = 0
-        """Of prompts, whose keys and values were copied instead of computed."""
+        """Tokens of prompts whose keys and values were copied, not computed."""
 
-    @property
-    def is_busy(self) -> bool:
-        """Whether any request is not complete."""
-        return bool(self._waiting or self._active)
+    def add(self, request: ScheduledRequest) -> None:
+        """Let a request wait for its turn."""
+        self.waiting.append(request)
 
-    @property
-    def num_blocks(self) -> int:
-        """Blocks of the cache."""
-        return self._cache.num_blocks
-
-    @property
-    def free_blocks(self) -> int:
-        """Blocks of the cache that hold nothing; those of beginnings that are kept count as used."""
-        return self._cache.free_blocks
-
-    def submit(self, request: Continuation) -> None:
-        """Let a request wait for its turn.
-
-        Raises:
-            AscendSpeedError: no prompt, longer than the model takes, or more than the whole cache holds.
-        """
-        prompt, new = len(request.prompt_ids), request.max_new_tokens
-        check_length(prompt, new, self._runner.model.config.max_position_embeddings)
-        if request.max_rows > self._max_rows:
-            raise AscendSpeedError(
-                f"the request continues {request.max_rows} texts side by side, more than max_rows={self._max_rows} of "
-                "the engine; ask for fewer beams"
-            )
-        if self._blocks_of(request) > self.num_blocks:
-            raise AscendSpeedError(
-                f"{request.max_rows} x {prompt + new} tokens of prompt and continuation need "
-                f"{self._blocks_of(request)} blocks of the key-value cache, which has {self.num_blocks}; shorten the "
-                "prompt, ask for fewer tokens, or make the cache larger"
-            )
-        self._waiting.append(request)
-
-    def cancel(self, request: Continuation) -> bool:
-        """Drop a request and free its memory; return whether it was there. What it has so far stays in it."""
-        if request in self._waiting:
-            self._waiting.remove(request)
-            return True
-        entry = next((entry for entry in self._active if entry.request is request), None)
-        if entry is not None:
-            self._leave(entry, keep=False)
-        return entry is not None
+    def abort(self, request_id: str) -> bool:
+        """Drop a request and free its memory; return whether it was there."""
+        for scheduled in self.waiting:
+            if scheduled.request_id == request_id:
+                self.waiting.remove(scheduled)
+                return True
+        for scheduled in self.running:
+            if scheduled.request_id == request_id:
+                self._leave(scheduled, keep=False)
+                return True
+        return False
 
     def clear_prefix_cache(self) -> None:
-        """Free the memory of texts that are complete."""
-        for row in self._kept:
-            self._cache.release(row.room)
-        self._kept.clear()
+        """Free the memory of finished sequences."""
+        for sequence in self._finished:
+            self._cache.release(sequence.slot)
+        self._finished.clear()
 
-    def run(self) -> None:
-        """Go on until every request is complete."""
-        while self.is_busy:
-            self.step()
+    def reset_cache(self) -> None:
+        """Forget what the cache holds, because it is replaced by an empty one; nothing may run."""
+        assert not self.running
+        self._finished.clear()
 
-    def step(self) -> list[Continuation]:
-        """Admit what fits, run one pass, and let each request choose its next tokens.
+    def reset(self) -> None:
+        """Forget all requests and what the cache holds."""
+        self.waiting.clear()
+        self.running.clear()
+        self.reset_cache()
+
+    def schedule(self) -> SchedulerOutput | None:
+        """Admit what fits and return what the next pass runs; `None` when there is nothing to do."""
+        self._admit()
+        chunks: list[ScheduledChunk] = []
+        sequences: list[CachedSequence | None] = []
+        ready: list[tuple[ScheduledRequest, slice]] = []
+        budget = self._prefill_tokens
+        for scheduled in self.running:
+            first = len(chunks)
+            if isinstance(scheduled.request, ScoringRequest):
+                chunks += scheduled.request.next_chunks()
+                sequences += [None] * (len(chunks) - first)
+                ready.append((scheduled, slice(first, len(chunks))))
+                continue
+            for sequence in scheduled.sequences:
+                for chunk in self._chunks(sequence, budget):
+                    chunks.append(chunk)
+                    sequences.append(sequence)
+                    budget -= 0 if chunk.is_decode else len(chunk.token_ids)
+            if len(chunks) > first and chunks[-1].num_logits:
+                ready.append((scheduled, slice(first, len(chunks))))
+        return SchedulerOutput(chunks, sequences, ready) if chunks else None
+
+    def update(
+        self, output: SchedulerOutput, logits: Sequence[torch.Tensor]
+    ) -> list[tuple[ScheduledRequest, Exception | None]]:
+        """Give requests the logits of a pass.
+
+        An error of one request ends that request, and no other.
+
+        Args:
+            output: what the pass ran.
+            logits: of each chunk.
 
         Returns:
-            The requests that were told logits.
+            The requests that got logits, each with the error that ended it, if any.
         """
-        self._admit()
-        works: list[Work] = []
-        read: list[_Row] = []
-        told: list[tuple[_Entry, slice]] = []
-        budget = self._prompt_tokens
-        for entry in self._active:
-            first = len(works)
-            for row in entry.rows:
-                for work in self._works(row, budget):
-                    works.append(work)
-                    read.append(row)
-                    budget -= 0 if work.is_decoding else len(work.ids)
-            if len(works) > first and works[-1].read:
-                told.append((entry, slice(first, len(works))))
-        if not works:
-            return []
-        logits = self._runner.run(works)
-        for row, work in zip(read, works, strict=True):
-            row.stored += len(work.ids)
-        return [entry.request for entry, mine in told if self._advance(entry, logits[mine])]
+        for sequence, chunk in zip(output.sequences, output.chunks, strict=True):
+            if sequence is not None:
+                sequence.num_computed_tokens = chunk.chunk.end
+        advanced: list[tuple[ScheduledRequest, Exception | None]] = []
+        for scheduled, own in output.ready:
+            try:
+                self._advance(scheduled, logits[own])
+                advanced.append((scheduled, None))
+            except Exception as error:  # noqa: BLE001 - reported to who asked, and no other's matter
+                self._leave(scheduled, keep=False)
+                advanced.append((scheduled, error))
+        return advanced
 
-    def _works(self, row: _Row, budget: int) -> list[Work]:
-        """Cut what a text has to be read into pieces, of a prompt about `budget` tokens."""
-        end, is_decoding = len(row.ids), row.stored >= row.num_prompt
-        tiles = self._runner.tiles
-        if is_decoding:
+    def _chunks(self, sequence: CachedSequence, budget: int) -> list[ScheduledChunk]:
+        """Cut what is to be read of a sequence into chunks, of a prompt about `budget` tokens."""
+        end = len(sequence.token_ids)
+        # The last token is read again if an interrupt came between its pass and the choice of the next one.
+        start = min(sequence.num_computed_tokens, end - 1)
+        is_decode = start >= sequence.num_prompt_tokens
+        if is_decode:
             ends = [end]
-        elif tiles is None:
-            ends = [min(end, row.stored + budget)] if budget else []
+        elif sequence.batch_invariant:
+            # A chunk is never cut: with less than one of budget nothing would ever be read.
+            if budget == self._prefill_tokens:
+                budget = max(budget, self._shapes.chunk_tokens)
+            ends = [one for one in self._shapes.chunk_ends(start, end) if one - start <= budget]
         else:
-            ends = [place for place in tiles.cut(row.stored, end) if place - row.stored <= budget]
-        works, start = [], row.stored
-        for place in ends:
-            piece = SequenceChunk(row.room, start, place - start)
-            works.append(Work(piece, row.ids[start:place], int(place == end), is_decoding))
-            start = place
-        return works
+            ends = [min(end, start + budget)] if budget > 0 else []
+        chunks = []
+        for one in ends:
+            chunks.append(
+                ScheduledChunk(
+                    SequenceChunk(sequence.slot, start, one - start),
+                    sequence.token_ids[start:one],
+                    int(one == end),
+                    is_decode,
+                    sequence.batch_invariant,
+                )
+            )
+            start = one
+        return chunks
 
-    def _advance(self, entry: _Entry, logits: Sequence[torch.Tensor]) -> bool:
-        """Let a request choose; return whether it is still there to be told."""
-        if entry not in self._active:
-            return False
-        try:
-            following = entry.request.advance(torch.cat(list(logits)) if len(logits) > 1 else logits[0])
-        except BaseException:
-            self.cancel(entry.request)
-            raise
-        if entry not in self._active:
-            return True
+    def _advance(self, scheduled: ScheduledRequest, logits: Sequence[torch.Tensor]) -> None:
+        request = scheduled.request
+        if isinstance(request, ScoringRequest):
+            request.advance(logits)
+            if request.is_finished:
+                self._leave(scheduled, keep=False)
+            return
+        following = request.advance(torch.cat(list(logits)) if len(logits) > 1 else logits[0])
         if following:
-            self._continue(entry, following)
+            self._continue(scheduled, following)
         else:
-            self._leave(entry, keep=self._keeps_beginnings)
-        return True
+            self._leave(scheduled, keep=self._enable_prefix_caching)
 
     def _admit(self) -> None:
         """Let requests enter while the longest that they can become fits."""
-        while self._waiting:
-            request = self._waiting[0]
-            rows = sum(entry.request.max_rows for entry in self._active) + request.max_rows
-            if rows > self._max_rows:
+        while self.waiting:
+            scheduled = self.waiting[0]
+            num_seqs = sum(one.num_seqs for one in self.running) + scheduled.num_seqs
+            if self.max_num_seqs is not None and num_seqs > self.max_num_seqs:
                 return
-            kept_blocks = sum(row.room.num_blocks for row in self._kept)
-            if self._blocks_of(request) > self.free_blocks + kept_blocks:
+            kept_blocks = sum(sequence.slot.num_blocks for sequence in self._finished)
+            if scheduled.num_blocks > self._cache.free_blocks + kept_blocks:
                 return
-            source, common = self._longest_beginning(request.prompt_ids)
-            if source is not None and source.stored < common:
-                # It is being read just now; no need to read it twice.
+            if isinstance(scheduled.request, ScoringRequest):
+                self._free_blocks_for(scheduled)
+                slot = self._cache.reserve(scheduled.slot_tokens)
+                scheduled.request.start(slot)
+                scheduled.spare_slots = [slot]
+            elif not self._admit_prompt(scheduled, scheduled.request.prompt_ids):
                 return
-            if source in self._kept:
-                self._kept.remove(source)
-                self._kept.append(source)
-            while self._blocks_of(request) > self.free_blocks:
-                dropped = self._kept.pop(0)
-                self._cache.release(dropped.room)
-                source = None if dropped is source else source
-            self._waiting.pop(0)
-            length = len(request.prompt_ids) + request.max_new_tokens
-            room, *spare = [self._cache.reserve(length) for _ in range(request.max_rows)]
-            row = _Row(room, list(request.prompt_ids), len(request.prompt_ids))
-            if source is not None:
-                self._cache.copy(source.room, room, 0, common)
-                row.stored = common
-                self.reused_tokens += common
-            self._active.append(_Entry(request, [row], spare))
+            self.waiting.pop(0)
+            self.running.append(scheduled)
 
-    def _longest_beginning(self, prompt: Sequence[int]) -> tuple[_Row | None, int]:
-        """Return the text with which a prompt has most ids in common, and how many; its last id is never one."""
-        source, most = None, SHORTEST_PREFIX_TOKENS - 1
-        wanted, tiles = list(prompt[:-1]), self._runner.tiles
-        for row in (*self._kept, *(row for entry in self._active for row in entry.rows)):
-            if tiles is None:
-                common = common_prefix(row.prefix, wanted)
-            else:
-                # What was decoded was computed in another shape.
-                common = tiles.reusable(common_prefix(row.ids[: row.num_prompt], wanted))
-            if common > most:
-                source, most = row, common
-        return source, most
-
-    def _continue(self, entry: _Entry, following: Sequence[NextToken]) -> None:
-        """Let each row go on from its parent: the first child in its parent's room, others in a free one."""
-        living = {one.parent for one in following}
-        dead = [row.room for number, row in enumerate(entry.rows) if number not in living]
-        free, heirs, rows = [*entry.spare, *dead], set[int](), []
-        for one in following:
-            parent = entry.rows[one.parent]
-            room = parent.room
-            if one.parent in heirs:
-                room = free.pop()
-                # Rows that lived have the prompt in common.
-                start = parent.num_prompt if room in dead else 0
-                self._cache.copy(parent.room, room, start, parent.stored)
-            heirs.add(one.parent)
-            rows.append(_Row(room, [*parent.ids, one.token_id], parent.num_prompt, parent.stored))
-        entry.rows, entry.spare = rows, free
-
-    def _leave(self, entry: _Entry, keep: bool) -> None:
-        self._active.remove(entry)
-        first, *others = entry.rows
-        for room in (*entry.spare, *(row.room for row in others)):
-            self._cache.release(room)
-        if keep:
-            self._kept.append(first)
-        else:
-            self._cache.release(first.room)
-
-    def _blocks_of(self, request: Continuation) -> int:
-        return request.max_rows * blocks_of(len(request.prompt_ids) + request.max_new_tokens)
-
-
-def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
-    """Return how many ids two texts have in common at their beginning."""
-    low, high = 0, min(len(first), len(second))
-    while low < high:
-        # Comparing slices is far faster than comparing ids one by one.
-        middle = (low + high + 1) // 2
-        if first[low:middle] == second[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
-
-
-def check_length(prompt_tokens: int, new_tokens: int, limit: int) -> None:
-    """Raise `AscendSpeedError` unless prompt and new tokens fit the model."""
-    if prompt_tokens == 0:
-        raise AscendSpeedError("the prompt has no token and the tokenizer adds none; give a text to continue")
-    if prompt_tokens + new_tokens > limit:
-        raise AscendSpeedError(
-            f"the prompt has {prompt_tokens} tokens; with max_new_tokens={new_tokens} that is more than "
-            f"max_position_embeddings={limit} of the model; shorten the prompt or ask for "
-            f"{max(limit - prompt_tokens, 0)} tokens"
+    def _admit_prompt(self, scheduled: ScheduledRequest, prompt_ids: Sequence[int]) -> bool:
+        """Reserve slots for a prompt and copy what is computed of it; return whether it may enter now."""
+        shapes = self._shapes if scheduled.batch_invariant else None
+        in_cache = (*self._finished, *(one for running in self.running for one in running.sequences))
+        source, common = find_longest_prefix(in_cache, prompt_ids, scheduled.cache_salt, shapes)
+        if source is not None and source.num_computed_tokens < common:
+            # It is being read just now; no need to read it twice.
+            return False
+        if source in self._finished:
+            self._finished.remove(source)
+            self._finished.append(source)
+        if self._free_blocks_for(scheduled, source):
+            source = None
+        slot, *scheduled.spare_slots = [
+            self._cache.reserve(scheduled.slot_tokens) for _ in range(scheduled.num_seqs)
+        ]
+        sequence = CachedSequence(
+            slot, list(prompt_ids), len(prompt_ids), scheduled.cache_salt, scheduled.batch_invariant
         )
+        if source is not None:
+            self._cache.copy(source.slot, slot, 0, common)
+            sequence.num_computed_tokens = common
+            self.reused_tokens += common
+        scheduled.sequences = [sequence]
+        return True
+
+    def _free_blocks_for(self, scheduled: ScheduledRequest, source: CachedSequence | None = None) -> bool:
+        """Drop finished sequences until a request fits; return whether `source` was dropped."""
+        is_dropped = False
+        while scheduled.num_blocks > self._cache.free_blocks:
+            dropped = self._finished.pop(0)
+            self._cache.release(dropped.slot)
+            is_dropped = is_dropped or dropped is source
+        return is_dropped
+
+    def _continue(self, scheduled: ScheduledRequest, following: Sequence[NextToken]) -> None:
+        """Let each sequence go on from its parent: the first child in its parent's slot, others in a free one."""
+        living = {one.parent for one in following}
+        dead = [one.slot for number, one in enumerate(scheduled.sequences) if number not in living]
+        free, continued, sequences = [*scheduled.spare_slots, *dead], set[int](), []
+        for one in following:
+            parent = scheduled.sequences[one.parent]
+            slot = parent.slot
+            if one.parent in continued:
+                slot = free.pop()
+                # Sequences that lived have the prompt in common.
+                start = parent.num_prompt_tokens if slot in dead else 0
+                self._cache.copy(parent.slot, slot, start, parent.num_computed_tokens)
+            continued.add(one.parent)
+            sequences.append(
+                CachedSequence(
+                    slot,
+                    [*parent.token_ids, one.token_id],
+                    parent.num_prompt_tokens,
+                    parent.cache_salt,
+                    parent.batch_invariant,
+                    parent.num_computed_tokens,
+                )
+            )
+        scheduled.sequences, scheduled.spare_slots = sequences, free
+
+    def _leave(self, scheduled: ScheduledRequest, keep: bool) -> None:
+        self.running.remove(scheduled)
+        for slot in scheduled.spare_slots:
+            self._cache.release(slot)
+        kept = scheduled.sequences[:1] if keep else []
+        for sequence in scheduled.sequences[len(kept) :]:
+            self._cache.release(sequence.slot)
+        self._finished += kept
+        scheduled.sequences, scheduled.spare_slots = [], []

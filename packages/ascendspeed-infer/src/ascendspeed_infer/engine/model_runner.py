@@ -1,0 +1,188 @@
+"""Run chunks of sequences through the model, with the cached keys and values of what came before.
+
+`prefill` and `decode_tokens` are all that decoding needs:
+
+    runner = ModelRunner(model, mesh, cache_tokens=64)
+    slot = runner.cache.reserve(64)
+    logits = prefill(runner, slot, ids)
+    logits = decode_one_token(runner, slot, int(logits.argmax()), len(ids))
+
+All ranks of a layout call alike and get the same logits, bit for bit. This file is the only one of the package that
+calls the model.
+
+Shapes: M tokens of a pass, P positions whose logits are wanted, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ascendspeed_core.models.cache import CachedPass, CacheSlot, KeyValueCache, SequenceChunk
+from ascendspeed_core.models.transformer import Transformer
+from ascendspeed_core.parallel.mesh import ParallelMesh
+from ascendspeed_core.parallel.pipeline import forward_through_stages
+from ascendspeed_core.parallel.tensor import gather_logits
+from ascendspeed_data.errors import AscendSpeedError
+from ascendspeed_infer.engine.batch_invariant import (
+    check_order_of_sums,
+    pack,
+    pass_shapes_for,
+    rows_are_alike,
+)
+
+
+@dataclass(frozen=True)
+class ScheduledChunk:
+    """Tokens of one sequence that a pass runs.
+
+    Attributes:
+        chunk: where their keys and values go.
+        token_ids: the tokens.
+        num_logits: how many of the last positions have logits that are wanted.
+        is_decode: whether it continues a text, one token at a time; otherwise it is part of a prompt.
+        batch_invariant: run it in a pass of fixed shape.
+    """
+
+    chunk: SequenceChunk
+    token_ids: Sequence[int]
+    num_logits: int = 0
+    is_decode: bool = False
+    batch_invariant: bool = False
+
+
+class ModelRunner:
+    """A model, and the key-value cache of the sequences that it reads.
+
+    Args:
+        model: this rank's part.
+        mesh: the layout and this rank's position in it.
+        cache_tokens: capacity of the cache, for all sequences together.
+    """
+
+    def __init__(self, model: Transformer, mesh: ParallelMesh, cache_tokens: int = 0) -> None:
+        self.model, self.mesh = model, mesh
+        self.shapes = pass_shapes_for(model, mesh)
+        self.cache = make_cache(model, mesh, cache_tokens)
+
+    @torch.no_grad()
+    def run(self, chunks: Sequence[ScheduledChunk]) -> list[torch.Tensor]:
+        """Run chunks, in one pass and in further ones of fixed shape; return the logits that each wants, [P, V]."""
+        plain = [number for number, one in enumerate(chunks) if not one.batch_invariant]
+        if len(plain) == len(chunks):
+            return self._run_pass(chunks)
+        found: dict[int, torch.Tensor] = {}
+        if plain:
+            found |= zip(plain, self._run_pass([chunks[number] for number in plain]), strict=True)
+        for is_decode in (True, False):
+            size = self.shapes.num_tokens(is_decode)
+            fixed = [
+                number
+                for number, one in enumerate(chunks)
+                if one.batch_invariant and one.is_decode == is_decode
+            ]
+            for batch in pack(fixed, lambda number: len(chunks[number].token_ids), size):
+                found |= zip(
+                    batch, self._run_fixed_pass([chunks[number] for number in batch], size), strict=True
+                )
+        return [found[number] for number in range(len(chunks))]
+
+    @torch.no_grad()
+    def forward(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """Return the logits at every position of one text without the cache, [S, V]."""
+        tokens = torch.tensor([list(token_ids)], device=self.mesh.device.torch)
+        logits = forward_through_stages(self.model, self.mesh, tokens)
+        return gather_logits(logits[0], self.model.config.vocab_size, self.mesh.group("tp"))
+
+    def _run_fixed_pass(self, chunks: Sequence[ScheduledChunk], size: int) -> list[torch.Tensor]:
+        """Run chunks in one pass of `size` tokens, the rest of it padding, with logits everywhere."""
+        ids = [token for one in chunks for token in one.token_ids]
+        cached = CachedPass(self.cache, [one.chunk for one in chunks], size)
+        logits = self._forward([*ids, *[0] * (size - len(ids))], cached, None)
+        counts = [len(one.token_ids) for one in chunks]
+        *parts, _ = logits.split([*counts, size - len(ids)])
+        return [part[len(part) - one.num_logits :] for part, one in zip(parts, chunks, strict=True)]
+
+    def _run_pass(self, chunks: Sequence[ScheduledChunk]) -> list[torch.Tensor]:
+        """Run chunks in one pass, with logits where they are wanted."""
+        tokens = [token for one in chunks for token in one.token_ids]
+        cached = CachedPass(self.cache, [one.chunk for one in chunks])
+        positions: list[int] = []
+        end = 0
+        for one in chunks:
+            end += len(one.token_ids)
+            positions += range(end - one.num_logits, end)
+        # When no logits are wanted the head still runs once, for the stages that wait for its logits.
+        read_at = None
+        if len(positions) < len(tokens):
+            read_at = torch.tensor([positions or [0]], device=self.mesh.device.torch)
+        logits = self._forward(tokens, cached, read_at)
+        return list(logits[: len(positions)].split([one.num_logits for one in chunks]))
+
+    def _forward(
+        self, tokens: Sequence[int], cached: CachedPass, read_at: torch.Tensor | None
+    ) -> torch.Tensor:
+        ids = torch.tensor([tokens], device=self.mesh.device.torch)
+        local = forward_through_stages(self.model, self.mesh, ids, cached, read_at)
+        return gather_logits(local[0], self.model.config.vocab_size, self.mesh.group("tp"))
+
+
+def check_batch_invariance(model: Transformer, mesh: ParallelMesh) -> None:
+    """Try whether the rows of each fixed shape are added up alike on this machine; all ranks call together.
+
+    Raises:
+        AscendSpeedError: they are not.
+        ConfigError: a layout whose sums depend on the position in the batch.
+    """
+    check_order_of_sums(mesh)
+    runner = ModelRunner(model, mesh, 1)
+    slot = runner.cache.reserve(1)
+    for is_decode in (True, False):
+        size = runner.shapes.num_tokens(is_decode)
+        # One text of a single token, once in every row.
+        chunks = [ScheduledChunk(SequenceChunk(slot, 0, 1), [0], 1, is_decode, True)] * size
+        if not rows_are_alike(torch.cat(runner.run(chunks))):
+            raise AscendSpeedError(
+                f"batch_invariant: a product of {size} rows adds up in an order that depends on the row, on this "
+                "device with this version of torch; try another number of threads (OMP_NUM_THREADS), or go without"
+            )
+
+
+def prefill(runner: ModelRunner, slot: CacheSlot, ids: Sequence[int], start: int = 0) -> torch.Tensor:
+    """Read `ids` from position `start` of a text on, and return the logits of the token that follows, [V]."""
+    (logits,) = runner.run([ScheduledChunk(SequenceChunk(slot, start, len(ids)), ids, 1)])
+    return logits[0]
+
+
+def decode_one_token(runner: ModelRunner, slot: CacheSlot, token: int, position: int) -> torch.Tensor:
+    """Read one more token of a text and return the logits of the one that follows, [V]."""
+    return decode_tokens(runner, [slot], [token], [position])[0]
+
+
+def decode_tokens(
+    runner: ModelRunner, slots: Sequence[CacheSlot], tokens: Sequence[int], positions: Sequence[int]
+) -> torch.Tensor:
+    """Read one more token of each text and return the logits of those that follow, [texts, V]."""
+    chunks = [
+        ScheduledChunk(SequenceChunk(slot, position, 1), [token], 1, is_decode=True)
+        for slot, token, position in zip(slots, tokens, positions, strict=True)
+    ]
+    return torch.cat(runner.run(chunks))
+
+
+def make_cache(model: Transformer, mesh: ParallelMesh, cache_tokens: int) -> KeyValueCache:
+    """Return an empty cache for this rank's layers and heads."""
+    return KeyValueCache(
+        num_layers=len(model.layers),
+        num_key_value_heads=num_cached_heads(model, mesh),
+        capacity_tokens=cache_tokens,
+        head_dim=model.config.head_dim,
+        dtype=next(model.parameters()).dtype,
+        device=mesh.device.torch,
+        window=model.config.sliding_window,
+    )
+
+
+def num_cached_heads(model: Transformer, mesh: ParallelMesh) -> int:
+    """Return the key-value heads of this rank; with more devices than heads each has one."""
+    return max(model.config.num_key_value_heads // mesh.layout.tp, 1)
