@@ -1,7 +1,12 @@
 """Sessions of the project: `python -m nox -s NAME`, each in its own virtual environment."""
 
+import os
+import re
+import shutil
 import subprocess
 import sys
+import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 
 import nox
@@ -25,22 +30,13 @@ TEST_TOOLS = (
     "scipy",
     "tensorboard",
 )
+DOCS_TOOLS = ("mkdocs-material", "mkdocstrings[python]", "ruff")
+NEEDS = {"core": "data", "ckpt": "core", "infer": "core"}
+"""By package the one other package of this repository that it names in its dependencies."""
 
 nox.options.sessions = ["tests"]
 nox.options.reuse_existing_virtualenvs = True
 nox.options.default_venv_backend = "venv"
-
-
-def package(name: str) -> str:
-    return str(ROOT / "packages" / f"ascendspeed-{name}")
-
-
-def install(session: nox.Session, *extra: str) -> None:
-    """Install all five packages editable, with the tested versions of everything else."""
-    # First alone: asked for together with others, pip may resolve torch to a build with CUDA.
-    session.install("-c", str(CONSTRAINTS), "torch==2.13.0")
-    packages = [argument for name in PACKAGES for argument in ("-e", package(name))]
-    session.install("-c", str(CONSTRAINTS), *packages, *extra)
 
 
 @nox.session
@@ -68,10 +64,11 @@ def nightly(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Style and formatting."""
-    session.install("-c", str(CONSTRAINTS), "ruff")
+    """Style, formatting and spelling."""
+    session.install("-c", str(CONSTRAINTS), "ruff", "codespell")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
+    session.run("codespell")
 
 
 @nox.session
@@ -82,46 +79,32 @@ def types(session: nox.Session) -> None:
 
 
 @nox.session
+def docs(session: nox.Session) -> None:
+    """The documentation site, into site/; a dead link, a dead anchor or a wrong docstring is an error."""
+    session.install("-c", str(CONSTRAINTS), *DOCS_TOOLS)
+    # The theme warns of a later mkdocs, which `--strict` would take for an error of ours.
+    session.run("mkdocs", "build", "--strict", *session.posargs, env={"NO_MKDOCS_2_WARNING": "1"})
+
+
+@nox.session
 def build(session: nox.Session) -> None:
     """Wheels of all packages into dist/; name packages after `--` to build fewer."""
-    session.install("build")
-    for name in session.posargs or PACKAGES:
-        session.run(
-            "python", "-m", "build", "--wheel", "--outdir", str(ROOT / "dist"), package(name), silent=True
-        )
+    build_wheels(session, session.posargs or PACKAGES, ROOT / "dist")
 
 
-@nox.session(venv_backend="none")
+@nox.session
 def isolated(session: nox.Session) -> None:
-    """Each wheel alone in a fresh environment; name packages after `--` to try fewer."""
+    """Each wheel in an environment that holds only what it declares; name packages after `--` to try fewer."""
+    folder = Path(session.create_tmp()) / "isolated"
+    shutil.rmtree(folder, ignore_errors=True)
+    build_wheels(session, PACKAGES, folder / "wheels")
+    made: set[str] = set()
     for name in session.posargs or PACKAGES:
-        folder = Path(session.create_tmp()) / f"isolated-{name}"
-        python = folder / "bin" / "python"
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
-        pip = [str(python), "-m", "pip", "install", "--quiet", "-c", str(CONSTRAINTS)]
-        wheels = folder / "wheels"
-        for needed in wheels_for(name):
-            session.run(
-                str(python), "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(wheels), package(needed),
-                external=True,
-            )  # fmt: skip
-        if "core" in wheels_for(name):
-            session.run(*pip, "torch==2.13.0", external=True)
-        session.run(*pip, *map(str, wheels.glob("*.whl")), external=True)
-        session.run(str(folder / "bin" / f"asd-{name}"), "--version", external=True)
-        session.run(str(folder / "bin" / f"asd-{name}"), "--help", external=True, silent=True)
+        make_isolated(session, name, folder, made)
+        python = folder / name / "bin" / "python"
+        session.run(str(python.with_name(f"asd-{name}")), "--version", external=True)
+        session.run(str(python.with_name(f"asd-{name}")), "--help", external=True, silent=True)
         session.run(str(python), str(ROOT / "scripts" / "check_isolated.py"), name, external=True)
-
-
-def wheels_for(name: str) -> tuple[str, ...]:
-    """The package and the other packages of this repository that it needs."""
-    return {
-        "data": ("data",),
-        "core": ("data", "core"),
-        "ckpt": ("data", "core", "ckpt"),
-        "infer": ("data", "core", "infer"),
-        "eval": ("eval",),
-    }[name]
 
 
 @nox.session
@@ -130,3 +113,99 @@ def bench(session: nox.Session) -> None:
     install(session, *TEST_TOOLS)
     for script in session.posargs or sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py")):
         session.run("python", str(ROOT / "benchmarks" / f"{script}.py"))
+
+
+def install(session: nox.Session, *extra: str) -> None:
+    """Install all five packages editable, with the tested versions of everything else.
+
+    What the packages depend on (torch above all) is installed once and shared by the sessions.
+    """
+    pins = versions(session)
+    shared = Path(session.cache_dir) / f"dependencies-{sys.version_info.major}.{sys.version_info.minor}"
+    if not (shared / "bin" / "python").exists():
+        make_environment(shared)
+    pip = ("python", "-m", "pip", "--python", str(shared / "bin" / "python"), "install", *pins)
+    # torch alone first: asked for together with others, pip may resolve it to a build with CUDA.
+    session.run(*pip, pinned("torch", pins), silent=True)
+    session.run(*pip, *dependencies(), silent=True)
+    borrow(Path(session.virtualenv.location), shared)
+    packages = [argument for name in PACKAGES for argument in ("-e", package(name))]
+    session.install(*pins, *packages, *extra)
+
+
+def versions(session: nox.Session) -> tuple[str, ...]:
+    """Arguments that make pip take the versions of constraints.txt, or those that TEST_VERSIONS names instead."""
+    other = os.environ.get("TEST_VERSIONS", "").split()
+    if not other:
+        return ("--no-compile", "-c", str(CONSTRAINTS))
+    names = {name_of(requirement) for requirement in other}
+    lines = [line for line in CONSTRAINTS.read_text().splitlines() if name_of(line) not in names]
+    path = Path(session.create_tmp()) / "constraints.txt"
+    path.write_text("\n".join([*lines, *other]) + "\n")
+    return ("--no-compile", "-c", str(path))
+
+
+def pinned(name: str, pins: tuple[str, ...]) -> str:
+    """The line of the constraints that pins a package."""
+    return next(line for line in Path(pins[-1]).read_text().splitlines() if name_of(line) == name)
+
+
+def name_of(requirement: str) -> str:
+    return re.split(r"[<>=~!;\[ ]", requirement)[0].lower().replace("_", "-")
+
+
+def dependencies() -> list[str]:
+    """What the five packages depend on, each other left out."""
+    found: set[str] = set()
+    for name in PACKAGES:
+        project = tomllib.loads((Path(package(name)) / "pyproject.toml").read_text())["project"]
+        found |= {item for item in project["dependencies"] if not item.startswith("ascendspeed-")}
+    return sorted(found)
+
+
+def package(name: str) -> str:
+    return str(ROOT / "packages" / f"ascendspeed-{name}")
+
+
+def build_wheels(session: nox.Session, names: Iterable[str], folder: Path) -> None:
+    """Build wheels with one environment for all."""
+    session.install("-c", str(CONSTRAINTS), "hatchling")
+    session.run(
+        "python", "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-cache-dir",
+        "-w", str(folder), *map(package, names),
+    )  # fmt: skip
+
+
+def make_isolated(session: nox.Session, name: str, folder: Path, made: set[str]) -> None:
+    """Make an environment with a package's wheel and what it declares, nothing else.
+
+    A package that needs another of ours borrows that one's environment, which holds nothing but a part of what it
+    declares itself. So torch is installed once for three packages.
+    """
+    if name in made:
+        return
+    environment = folder / name
+    make_environment(environment)
+    if name in NEEDS:
+        make_isolated(session, NEEDS[name], folder, made)
+        borrow(environment, folder / NEEDS[name])
+    pip = ("python", "-m", "pip", "--python", str(environment / "bin" / "python"))
+    options = ("--quiet", "--no-compile", "-c", str(CONSTRAINTS))
+    if name == "core":
+        session.run(*pip, "install", *options, pinned("torch", options))
+    session.run(*pip, "install", *options, *map(str, (folder / "wheels").glob(f"ascendspeed_{name}-*.whl")))
+    session.run(*pip, "check")
+    made.add(name)
+
+
+def make_environment(folder: Path) -> None:
+    """Make an empty environment, without pip: that of the session installs into it."""
+    subprocess.run([sys.executable, "-m", "venv", "--clear", "--without-pip", str(folder)], check=True)
+
+
+def borrow(borrower: Path, lender: Path) -> None:
+    """Let one environment import, after its own packages, those of another and what that one borrows."""
+    (own,) = borrower.glob("lib/python3*/site-packages")
+    (other,) = lender.glob("lib/python3*/site-packages")
+    lines = [str(other), *(path.read_text().strip() for path in other.glob("borrowed.pth"))]
+    (own / "borrowed.pth").write_text("\n".join(lines) + "\n")

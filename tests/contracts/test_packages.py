@@ -78,7 +78,7 @@ def test_every_package_is_complete(name: str) -> None:
         assert (folder / file).is_file(), file
     version = re.search(r'__version__ = "(.+)"', (folder / f"src/ascendspeed_{name}/__init__.py").read_text())
     assert version
-    assert f"## {version[1]}" in (folder / "CHANGELOG.md").read_text()
+    assert f"## [{version[1]}] - " in (folder / "CHANGELOG.md").read_text()
 
 
 @pytest.mark.parametrize("name", ["data", "eval"])
