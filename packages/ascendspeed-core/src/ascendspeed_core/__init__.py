@@ -77,7 +77,39 @@ _MODULE_OF = {
 }
 """By public name the module that defines it."""
 
-__all__ = [*_MODULE_OF]
+__all__ = [
+    "Device",
+    "DpoConfig",
+    "FinetuneConfig",
+    "InitialWeights",
+    "Layout",
+    "MasterOptimizer",
+    "MicroBatch",
+    "ModelConfig",
+    "ModelInput",
+    "ModelSourceConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "ParallelMesh",
+    "PretrainConfig",
+    "RunPlan",
+    "StepResult",
+    "Trainer",
+    "Transformer",
+    "WeightSource",
+    "apply_kernels",
+    "build_model",
+    "choose_device",
+    "evaluate",
+    "known_families",
+    "load_config",
+    "load_model",
+    "open_source",
+    "open_weights",
+    "plan_run",
+    "process_group",
+    "train_step",
+]
 
 
 def __dir__() -> list[str]:
