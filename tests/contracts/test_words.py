@@ -36,7 +36,9 @@ def test_gone_words_are_found_in_names(tmp_path: Path, file: str, text: str, fou
 def test_gone_phrases_are_found_across_lines(tmp_path: Path) -> None:
     path = tmp_path / "packages" / "one" / "src" / "ascendspeed_core" / "a.py"
     path.parent.mkdir(parents=True)
-    path.write_text('"""A process\nis\n    told."""\n# takes so\n# many steps\nretold = "untold"\n')
+    path.write_text(
+        '"""A process\nis\n    told."""\n# takes so\n# many steps\nretold = "untold; cannot be told apart"\n'
+    )
     (tmp_path / "README.md").write_text("Models that answer.")
     got = [(hit.line, hit.found) for hit in gone_phrases(tmp_path)]
     assert got == [(2, "is told"), (4, "so # many"), (1, "Models that answer")]

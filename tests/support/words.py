@@ -61,7 +61,7 @@ FILES_BY_PACKAGE = {
 """File names without `.py`."""
 
 PHRASES = {
-    r"(?:is|are|was|were|be|been|being) told": "say what gives it: takes, knows, receives, gets",
+    r"(?:is|are|was|were|be|been|being) told(?! apart)": "say what gives it: takes, knows, receives, gets",
     r"so many": "say of what: N, that many, the number of",
     r"one behind the other|behind one another": "one after another, concatenated",
     r"(?:models?|weights?) that answers?": "a model for inference, inference weights",
