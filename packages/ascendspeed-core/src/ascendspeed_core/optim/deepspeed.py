@@ -32,7 +32,7 @@ from ascendspeed_data.errors import ConfigError
 
 @dataclass(frozen=True)
 class _Fragment:
-    """The elements of one parameter that this process updates.
+    """The elements of one parameter that this rank updates.
 
     Attributes:
         name: of the parameter.
@@ -61,12 +61,12 @@ class _Fragment:
 
 
 class ZeroEngine:
-    """One model under DeepSpeed on this process; see `optim.engine.Engine`.
+    """One model under DeepSpeed on this rank; see `optim.engine.Engine`.
 
     Args:
-        model: this process's part; for ZeRO-3 spread, see `parallel.deepspeed.partition_weights`.
+        model: this rank's part; for ZeRO-3 spread, see `parallel.deepspeed.partition_weights`.
         config: of the optimizer.
-        mesh: this process's place.
+        mesh: this rank's coordinates.
         settings: config of `deepspeed.initialize`.
     """
 
@@ -116,7 +116,7 @@ class ZeroEngine:
         """Add the gradient of a micro-batch; DeepSpeed reduces it, at once or after the last one."""
         self._zero.loss_scale = scale
         self._engine.set_gradient_accumulation_boundary(is_last)
-        # DeepSpeed takes the mean over the processes with the same weights; the losses are shares of a sum.
+        # DeepSpeed takes the mean over the ranks with the same weights; the losses are shares of a sum.
         self._engine.backward(loss * self._mesh.layout.replicas)
 
     def start_reduction(self, stage: Stage) -> None:
@@ -134,7 +134,7 @@ class ZeroEngine:
         return inf if norm < 0 else norm
 
     def pieces(self) -> list[TensorShard]:
-        """Return this process's elements of weights, master weights and optimizer state."""
+        """Return this rank's elements of weights, master weights and optimizer state."""
         found: list[TensorShard] = []
         for fragment in self._fragments:
             if fragment.part.tp_replica:
@@ -180,7 +180,7 @@ class ZeroEngine:
         return state
 
     def _fragment(self, name: str, parameter: nn.Parameter) -> _Fragment | None:
-        """Look up which elements of a parameter are this process's; `None` when it has none of them."""
+        """Look up which elements of a parameter are this rank's; `None` when it has none of them."""
         part = self._slices[name]
         if self._mesh.layout.zero_stage == 3:
             group, offset, length = self._zero.grad_position[self._zero.get_param_id(parameter)]
