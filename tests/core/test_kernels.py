@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ascendspeed_core.build import apply_kernels, kernel_context, load_model
-from ascendspeed_core.config.compute import ComputeConfig
+from ascendspeed_core.config.compute import KERNELS, ComputeConfig
 from ascendspeed_core.config.finetune import FinetuneDataConfig
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.config.training import BatchConfig, DataConfig, OptimizerConfig
@@ -197,11 +197,11 @@ def test_the_table_says_why() -> None:
         [*apply_kernels(model, ComputeConfig(triangle_attn=True), setting), update_choice("adam", setting)]
     )
     assert rows == [
-        "kernel: attention      triangle  asked for; by blocks, none above the diagonal",
+        "kernel: attention      triangle  asked for; by blocks, leaving out those above the diagonal",
         "kernel: rms_norm       npu       torch_npu's fused operator",
-        "kernel: rotary         npu       torch_npu's fused operator: npu_rotary_mul",
+        "kernel: rotary         npu       torch_npu's fused operator npu_rotary_mul",
         "kernel: swiglu         npu       torch_npu's fused operator",
-        "kernel: cross_entropy  torch     torch's own; not npu: the vocabulary is cut over tp=2 devices",
+        "kernel: cross_entropy  torch     torch's cross_entropy; not npu: the vocabulary is cut over tp=2 ranks",
         "kernel: adamw          npu       adam: npu_apply_adam_w, tensor by tensor in place",
     ]
 
@@ -214,7 +214,7 @@ def test_the_table_says_why() -> None:
         ("swiglu", "liger", KernelContext(), "Liger-Kernel needs a GPU, this is cpu"),
         ("swiglu", "liger", KernelContext(Device("cuda")), "the package liger-kernel is not installed"),
         ("rotary", "npu", KernelContext(Device("npu"), torch.float64), "float32, not float64"),
-        ("cross_entropy", "reference", KernelContext(tp=2), "the vocabulary is cut over tp=2 devices"),
+        ("cross_entropy", "reference", KernelContext(tp=2), "the vocabulary is cut over tp=2 ranks"),
         ("cross_entropy", "npu", KernelContext(Device("npu"), micro_batch_tokens=200_001), "a micro-batch has 200001"),
         ("scaled_masked_softmax", "npu", KernelContext(Device("npu"), seq_length=100), "as seq_length, this is 100"),
         ("scaled_masked_softmax", "npu", KernelContext(Device("npu"), seq_length=64, lengths_vary=True),
@@ -239,9 +239,36 @@ def test_an_operator_that_the_model_lacks() -> None:
 
 
 def test_choices_of_the_options_are_those_of_the_table() -> None:
+    assert OPERATORS.keys() == KERNELS.keys() == ComputeConfig().kernel_names().keys()
     for operator, known in OPERATORS.items():
-        offered = ComputeConfig.model_fields[operator].annotation.__args__  # type: ignore[union-attr]
-        assert offered == ("auto", *(implementation.name for implementation in known))
+        field = ComputeConfig.model_fields[operator]
+        names = [implementation.name for implementation in known]
+        assert field.annotation.__args__ == ("auto", *names)  # type: ignore[union-attr]
+        assert all(
+            f" {name}: {kernel.description};" in str(field.description)
+            for name, kernel in KERNELS[operator].items()
+        )
+
+
+def test_help_says_what_auto_takes() -> None:
+    said = {
+        name: str(ComputeConfig.model_fields[name].description).rpartition("auto: ")[2] for name in KERNELS
+    }
+    assert said == {
+        "attention": "npu on an NPU, sdpa elsewhere.",
+        "scaled_masked_softmax": "npu on an NPU, reference elsewhere.",
+        "rms_norm": "npu on an NPU, torch on CUDA, reference on a CPU.",
+        "layer_norm": "torch.",
+        "rotary": "npu on an NPU, liger (if not installed: reference) on CUDA, reference on a CPU.",
+        "swiglu": "npu on an NPU, liger (if not installed: reference) on CUDA, reference on a CPU.",
+        "cross_entropy": "npu on an NPU, torch elsewhere.",
+    }
+    # The rule itself, where nothing stands in the way.
+    for kind in ("cpu", "cuda"):
+        setting = KernelContext(Device(kind), torch.float32, micro_batch_tokens=128)
+        for operator in ("attention", "rms_norm", "layer_norm", "cross_entropy"):
+            taken = choose(operator, "auto", setting)[0].name
+            assert f"{taken} on CUDA" in said[operator] or taken in said[operator].rpartition(",")[2]
 
 
 def test_flags_of_2023() -> None:

@@ -1,7 +1,5 @@
 """The mesh: axes are data, groups are asked for by their names, and ranks are numbered as Megatron-LM numbers them."""
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,30 +8,14 @@ from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.device import Device
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_data.errors import ConfigError
+from core.expert_layout import ExpertLayout
 from support.processes import WorkerPool
-
-
-@dataclass(frozen=True)
-class ExpertLayout(Layout):
-    """A layout whose data-parallel ranks are `ep` groups, each of which would hold other experts."""
-
-    ep: int = 1
-
-    @property
-    def axes(self) -> dict[str, int]:
-        return {"pp": self.pp, "edp": self.dp // self.ep, "ep": self.ep, "cp": self.cp, "tp": self.tp}
-
-    @property
-    def unions(self) -> dict[str, tuple[str, ...]]:
-        return {"dp": ("edp", "ep"), "replicas": ("dp", "cp"), "expert_replicas": ("edp", "cp")}
 
 
 def test_ranks_are_numbered_as_in_megatron_lm() -> None:
     """tp varies fastest, then cp, dp and pp."""
     layout = Layout(tp=2, cp=3, dp=2, pp=2)
-    numbers = [
-        (pp, dp, cp, tp) for pp in range(2) for dp in range(2) for cp in range(3) for tp in range(2)
-    ]
+    numbers = [(pp, dp, cp, tp) for pp in range(2) for dp in range(2) for cp in range(3) for tp in range(2)]
     found = [tuple(layout.index(rank, axis) for axis in ("pp", "dp", "cp", "tp")) for rank in range(24)]
     assert found == numbers
     assert [layout.index(rank, "replicas") for rank in range(24)] == [dp * 3 + cp for _, dp, cp, _ in numbers]
@@ -46,7 +28,9 @@ def test_groups_along_axes() -> None:
     assert layout.groups("dp", "tp") == [[0, 1, 4, 5], [2, 3, 6, 7]]
     assert layout.size("dp", "cp") == layout.replicas == 4
     assert layout.spanned("pp", "cp") == ("cp",)
-    with pytest.raises(ConfigError, match="the mesh has no axis ep; its axes and their unions are pp, dp, cp, tp, rep"):
+    with pytest.raises(
+        ConfigError, match="the mesh has no axis ep; its axes and their unions are pp, dp, cp, tp, rep"
+    ):
         layout.size("ep")
 
 
@@ -70,7 +54,9 @@ def ranks_of_groups(layout: Layout, asked: list[tuple[str, ...]]) -> list[list[i
     return found
 
 
-@pytest.mark.parametrize("layout", [Layout(dp=2, cp=2), Layout(tp=2, dp=2), ExpertLayout(dp=4, ep=2)], ids=repr)
+@pytest.mark.parametrize(
+    "layout", [Layout(dp=2, cp=2), Layout(tp=2, dp=2), ExpertLayout(dp=4, ep=2)], ids=str
+)
 def test_process_groups(workers: WorkerPool, layout: Layout) -> None:
     asked = [("tp",), ("dp",), ("cp",), ("replicas",), ("dp", "cp")]
     if isinstance(layout, ExpertLayout):

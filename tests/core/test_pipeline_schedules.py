@@ -186,7 +186,7 @@ def test_v_schedules_go_down_and_up_again() -> None:
             {"num_layers_per_virtual_pipeline_stage": 3},
             "3 times pipeline_model_parallel_size=2 does not divide num_layers=4; choose 1, 2",
         ),
-        ({"num_layers_per_virtual_pipeline_stage": 2}, "gives each of 2 devices one stage only"),
+        ({"num_layers_per_virtual_pipeline_stage": 2}, "gives each of 2 ranks one stage only"),
     ],
 )
 def test_layers_that_do_not_fit(options: dict[str, int], complaint: str) -> None:

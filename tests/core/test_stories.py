@@ -92,5 +92,5 @@ def test_answers_equal_the_published_ones(
 
 def test_eight_devices_are_refused_because_172_is_not_divisible() -> None:
     config = open_weights(STORIES).config
-    with pytest.raises(ConfigError, match="172 rows or columns to cut, which 8 devices do not divide"):
+    with pytest.raises(ConfigError, match="172 rows or columns to cut, which 8 ranks do not divide"):
         tensor_slice("layers.0.mlp.gate_proj.weight", (172, 64), config, Layout(tp=8), 0)

@@ -1,10 +1,108 @@
-"""Options of how operators are computed; what they compute stays the same. Imports no torch."""
+"""Which kernels there are, and options of how a model is computed; what is computed stays the same. No torch."""
 
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
 from ascendspeed_core.config.base import Config
+
+EVERYWHERE = ("cpu", "cuda", "npu")
+"""All kinds of devices."""
+
+_FUSED_NPU = "torch_npu's fused operator"
+_DEVICES = {"npu": "an NPU", "cuda": "CUDA", "cpu": "a CPU"}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One implementation of an operator; `kernels.registry` attaches the function.
+
+    Attributes:
+        description: what it is, in a few words: for the help of the option, and the table that a run prints.
+        auto_on: kinds of devices on which `auto` takes it, if it is the first of the operator that can run.
+        is_optional: it needs a package that may not be installed.
+    """
+
+    description: str
+    auto_on: tuple[str, ...] = ()
+    is_optional: bool = False
+
+
+_LIGER_ASKED = Kernel("Liger-Kernel", is_optional=True)
+_LIGER = Kernel("Liger-Kernel", ("cuda",), is_optional=True)
+_NPU = Kernel(_FUSED_NPU, ("npu",))
+_PLAIN = Kernel("plain torch", EVERYWHERE)
+
+KERNELS: Mapping[str, Mapping[str, Kernel]] = MappingProxyType(
+    {
+        "attention": {
+            "npu": Kernel(f"{_FUSED_NPU} npu_fusion_attention", ("npu",)),
+            "sdpa": Kernel("torch's scaled_dot_product_attention, fused where it can be", EVERYWHERE),
+            "triangle": Kernel("by blocks, leaving out those above the diagonal"),
+            "reference": Kernel("plain torch, all scores in memory", EVERYWHERE),
+        },
+        "scaled_masked_softmax": {"npu": _NPU, "reference": _PLAIN},
+        "rms_norm": {
+            "npu": _NPU,
+            "liger": _LIGER_ASKED,
+            "torch": Kernel("torch's fused rms_norm", ("cuda",)),
+            "reference": _PLAIN,
+        },
+        "layer_norm": {
+            "liger": _LIGER_ASKED,
+            "torch": Kernel("torch's layer_norm, fused on every device", EVERYWHERE),
+            "reference": Kernel("plain torch"),
+        },
+        "rotary": {
+            "npu": Kernel(f"{_FUSED_NPU} npu_rotary_mul", ("npu",)),
+            "liger": _LIGER,
+            "reference": _PLAIN,
+        },
+        "swiglu": {"npu": _NPU, "liger": _LIGER, "reference": _PLAIN},
+        "cross_entropy": {
+            "npu": _NPU,
+            "liger": _LIGER_ASKED,
+            "torch": Kernel("torch's cross_entropy", EVERYWHERE),
+            "reference": Kernel("plain torch"),
+        },
+    }
+)
+"""By operator its implementations, by the name under which each is asked for; `auto` tries them in this order."""
+
+if TYPE_CHECKING:
+    from typing import Annotated as KernelName
+else:
+
+    class KernelName:
+        """`KernelName[str, operator]` is the type of the operator's option: `auto` or a name of `KERNELS`."""
+
+        def __class_getitem__(cls, item: tuple[type, str]) -> Any:
+            """Return the literal type of the names."""
+            return Literal[("auto", *KERNELS[item[1]])]
+
+
+def _kernel(operator: str, what: str) -> Any:
+    """Return the field of an operator's option; its help says what each name stands for, and what `auto` takes."""
+    kernels = KERNELS[operator]
+    names = "; ".join(f"{name}: {kernel.description}" for name, kernel in kernels.items())
+    return Field("auto", description=f"{what}. {names}; auto: {_auto_rule(kernels)}.")
+
+
+def _auto_rule(kernels: Mapping[str, Kernel]) -> str:
+    """Say what `auto` takes: `npu on an NPU, torch elsewhere`."""
+    taken = {}
+    for device in _DEVICES:
+        meant = [name for name, kernel in kernels.items() if device in kernel.auto_on]
+        is_certain = not kernels[meant[0]].is_optional
+        taken[device] = meant[0] if is_certain else f"{meant[0]} (if not installed: {meant[1]})"
+    if len(set(taken.values())) == 1:
+        return taken["cpu"]
+    if taken["cuda"] == taken["cpu"]:
+        return f"{taken['npu']} on an NPU, {taken['cpu']} elsewhere"
+    return ", ".join(f"{name} on {_DEVICES[device]}" for device, name in taken.items())
 
 
 class ComputeConfig(Config):
@@ -15,31 +113,19 @@ class ComputeConfig(Config):
         description="One matrix product for gate and up, and one for queries, keys and values; checkpoints are as "
         "without.",
     )
-    attention: Literal["auto", "npu", "sdpa", "triangle", "reference"] = Field(
-        "auto",
-        description="npu: torch_npu's fused one; sdpa: torch's scaled_dot_product_attention; triangle: by blocks, none "
-        "above the diagonal; reference: all scores in memory; auto: npu on an NPU, sdpa elsewhere.",
-    )
+    attention: KernelName[str, "attention"] = _kernel("attention", "Causal attention")
     triangle_attn: bool = Field(
         False, description="Short for --attention triangle.", json_schema_extra={"off": ""}
     )
-    scaled_masked_softmax: Literal["auto", "npu", "reference"] = Field(
-        "auto", description="The softmax of --attention reference."
+    scaled_masked_softmax: KernelName[str, "scaled_masked_softmax"] = _kernel(
+        "scaled_masked_softmax", "The softmax of --attention reference"
     )
-    rms_norm: Literal["auto", "npu", "liger", "torch", "reference"] = Field(
-        "auto", description="RMSNorm; auto: npu on an NPU, torch on CUDA, reference on a CPU."
-    )
-    layer_norm: Literal["auto", "liger", "torch", "reference"] = Field(
-        "auto", description="LayerNorm; auto: torch."
-    )
-    rotary: Literal["auto", "npu", "liger", "reference"] = Field(
-        "auto", description="Rotary embedding; auto: the first of these that runs on the device."
-    )
-    swiglu: Literal["auto", "npu", "liger", "reference"] = Field(
-        "auto", description="silu(gate) * up; auto: the first of these that runs on the device."
-    )
-    cross_entropy: Literal["auto", "npu", "liger", "torch", "reference"] = Field(
-        "auto", description="Loss of a whole vocabulary; auto: npu on an NPU, torch elsewhere."
+    rms_norm: KernelName[str, "rms_norm"] = _kernel("rms_norm", "RMSNorm")
+    layer_norm: KernelName[str, "layer_norm"] = _kernel("layer_norm", "LayerNorm")
+    rotary: KernelName[str, "rotary"] = _kernel("rotary", "Rotary position embedding")
+    swiglu: KernelName[str, "swiglu"] = _kernel("swiglu", "silu(gate) * up")
+    cross_entropy: KernelName[str, "cross_entropy"] = _kernel(
+        "cross_entropy", "Loss of a vocabulary that is not cut over ranks"
     )
 
     use_flash_attn: bool = Field(
@@ -80,5 +166,4 @@ class ComputeConfig(Config):
 
     def kernel_names(self) -> dict[str, str]:
         """Return what was asked for, by operator."""
-        others = ("scaled_masked_softmax", "rms_norm", "layer_norm", "rotary", "swiglu", "cross_entropy")
-        return {"attention": self.attention_name} | {name: getattr(self, name) for name in others}
+        return {name: getattr(self, name) for name in KERNELS} | {"attention": self.attention_name}

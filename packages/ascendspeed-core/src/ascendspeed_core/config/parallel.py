@@ -1,4 +1,4 @@
-"""How one model is spread over devices; pure arithmetic, no torch."""
+"""How one model is spread over ranks; pure arithmetic, no torch."""
 
 from dataclasses import dataclass
 from math import prod
@@ -15,77 +15,84 @@ from ascendspeed_data.errors import ConfigError
 PipelineSchedule = Literal["1f1b", "gpipe", "looped-bfs", "interleaved", "interleaved-zb", "zbv", "dualpipev"]
 """Orders of forwards and backwards:
 
-- `1f1b`: one stage a device, one forward and one backward in turn (Narayanan et al., 2021, PipeDream-Flush).
+- `1f1b`: one stage for each rank, one forward and one backward in turn (Narayanan et al., 2021, PipeDream-Flush).
 - `gpipe`: all forwards, then all backwards (Huang et al., 2019).
-- `looped-bfs`: several stages a device, each for all micro-batches in turn (Lamy-Poirier, 2022, breadth-first).
-- `interleaved`: several stages a device, dealt out in turn (Narayanan et al., 2021, Megatron-LM, section 2.2).
+- `looped-bfs`: several stages for each rank, each runs all micro-batches in turn (Lamy-Poirier, 2022, breadth-first).
+- `interleaved`: several stages for each rank, dealt out in turn (Narayanan et al., 2021, Megatron-LM, section 2.2).
 - `interleaved-zb`: the same, with the gradients of the weights moved into the bubble (Qi et al., 2023, ZB1P).
-- `zbv`, `dualpipev`: two stages a device, down and up again like a V (Qi et al., 2024; DeepSeek-AI, 2025).
+- `zbv`, `dualpipev`: two stages for each rank, down and up again like a V (Qi et al., 2024; DeepSeek-AI, 2025).
 """
 
 V_SCHEDULES = ("zbv", "dualpipev")
-"""The first device holds the first and the last stage."""
+"""The first rank holds the first and the last stage."""
 
 INTERLEAVED_SCHEDULES = ("interleaved", "interleaved-zb", "looped-bfs")
-"""Several stages a device, dealt out in turn."""
+"""Several stages for each rank, dealt out in turn."""
 
 SPLIT_BACKWARD_SCHEDULES = ("interleaved-zb", "zbv", "dualpipev")
-"""Gradients of inputs first and of weights later: autograd goes through a layer twice."""
+"""Schedules that compute the gradients of inputs first and those of weights later: autograd runs twice."""
 
 FOLD_SCHEDULES = {"aiao": "looped-bfs", "fifo": "interleaved"}
-"""What the fold modes of the 2023 system are called today."""
+"""Schedules that the fold modes of AscendSpeed 2023 stand for."""
 
 
 class ParallelConfig(Config):
-    """Sizes of the parallel dimensions; what is left of the devices is data parallel."""
+    """Sizes of the parallel dimensions; the remaining processes are data parallel."""
 
-    tensor_model_parallel_size: int = Field(1, ge=1, description="Devices that share every layer (tp).")
+    tensor_model_parallel_size: int = Field(
+        1,
+        ge=1,
+        description="Tensor parallelism (tp): processes, each on its own device, that split every layer.",
+    )
     pipeline_model_parallel_size: int = Field(
-        1, ge=1, description="Stages that the layers are cut into (pp); they need not be equally long."
+        1,
+        ge=1,
+        description="Pipeline parallelism (pp): stages that the layers are split into; they need not be equally long.",
     )
     context_parallel_size: int = Field(
         1,
         ge=1,
-        description="Devices that share every sequence (cp): each has a part of its tokens, and in attention a part "
-        "of its heads.",
+        description="Context parallelism (cp): processes that split every sequence; each computes a part of its "
+        "tokens, and in attention a part of its heads.",
     )
     sequence_parallel: bool = Field(
         False,
-        description="Cut the sequence too, where layers are not cut: less memory for activations. Needs tp > 1.",
+        description="Split activations of norms and residuals along the sequence: less memory. Needs tp > 1.",
     )
     use_distributed_optimizer: bool = Field(
         False,
-        description="Cut optimizer state and master weights over the devices that hold the same weights, dp x cp "
+        description="Shard optimizer state and master weights over the processes with the same weights, dp x cp "
         "(ZeRO-1).",
     )
     zero_stage: Literal[1, 2, 3] | None = Field(
         None,
-        description="Train under DeepSpeed: cut over the data-parallel devices the optimizer's state (1), the "
-        "gradients too (2), the weights too (3). Needs ascendspeed-core[deepspeed].",
+        description="Train with DeepSpeed, which shards over the data-parallel processes the optimizer's state (1), "
+        "also the gradients (2), also the weights (3). Needs ascendspeed-core[deepspeed].",
     )
     deepspeed: bool = Field(
         False,
-        description="Train under DeepSpeed, as --deepspeed_config or --zero-stage says.",
+        description="Train with DeepSpeed, configured by --deepspeed_config or --zero-stage.",
         json_schema_extra={"off": ""},
     )
     deepspeed_config: Path | None = Field(
         None,
-        description='DeepSpeed\'s JSON; what the run says too must be equal there, or "auto".',
+        description='DeepSpeed\'s JSON file. Values set in both places must match, or be "auto" in the file.',
         json_schema_extra=spellings("--deepspeed_config"),
     )
     num_layers_per_virtual_pipeline_stage: int | None = Field(
         None,
         ge=1,
-        description="Give each device several stages of so many layers, in turn: a smaller bubble, more messages.",
+        description="Layers of each stage, if each process is to hold several stages: a smaller bubble, more messages.",
     )
     pipeline_schedule: PipelineSchedule | None = Field(
         None,
-        description="Order of forwards and backwards. [default: 1f1b; interleaved with several stages a device]",
+        description="Order of forward and backward passes. [default: 1f1b; interleaved if processes hold several "
+        "stages]",
     )
     foldx_mode: Literal["aiao", "fifo"] | None = Field(
         None,
-        description="Add up the gradients of a stage over the data-parallel devices while the device's other stages "
-        "still compute: aiao runs looped-bfs, fifo interleaved. Needs several stages a device.",
+        description="Sum a stage's gradients over the data-parallel processes while other stages still compute: aiao "
+        "runs looped-bfs, fifo runs interleaved. Needs --num-layers-per-virtual-pipeline-stage.",
         json_schema_extra=spellings("--fold-mode"),
     )
 
@@ -111,7 +118,7 @@ class ParallelConfig(Config):
             )
         if schedule in INTERLEAVED_SCHEDULES and not several:
             raise ValueError(
-                f"pipeline_schedule={schedule} needs several stages a device; give "
+                f"pipeline_schedule={schedule} needs several stages for each rank; give "
                 "--num-layers-per-virtual-pipeline-stage N"
             )
         return self
@@ -138,7 +145,7 @@ class ParallelConfig(Config):
         if self.sequence_parallel:
             raise ValueError(
                 f"{asked} with sequence_parallel=true: the norms' gradients would have to be added up over the "
-                "tensor-parallel devices before DeepSpeed cuts them; leave one of them out"
+                "tensor-parallel ranks before DeepSpeed cuts them; leave one of them out"
             )
         if self.use_distributed_optimizer:
             raise ValueError(
@@ -159,10 +166,10 @@ class ParallelConfig(Config):
         )
 
     def layout(self, world_size: int) -> "Layout":
-        """Return the layout on `world_size` devices.
+        """Return the layout of `world_size` processes.
 
         Raises:
-            ConfigError: tp times pp does not divide the number of devices, or a flag needs more of them.
+            ConfigError: tp times pp does not divide the number of processes, or a flag needs more of them.
             AscendSpeedError: DeepSpeed's JSON cannot be read.
         """
         tp, pp = self.tensor_model_parallel_size, self.pipeline_model_parallel_size
@@ -183,7 +190,7 @@ class ParallelConfig(Config):
             )
         if self.sequence_parallel and tp == 1:
             raise ConfigError(
-                "sequence_parallel=true cuts the sequence over the tensor-parallel devices, of which there is one; "
+                "sequence_parallel=true splits the sequence over the tensor-parallel ranks, of which there is one; "
                 "give --tensor-model-parallel-size 2 or more, or leave it out"
             )
         return Layout(
@@ -225,13 +232,13 @@ class ParallelConfig(Config):
         self._check_heads_of_context(model)
         if tp > heads and self.resolved_zero_stage():
             raise ConfigError(
-                f"tensor_model_parallel_size={tp} puts each of num_key_value_heads={heads} on several devices, whose "
+                f"tensor_model_parallel_size={tp} puts each of num_key_value_heads={heads} on several ranks, whose "
                 "gradients DeepSpeed does not add up; "
                 f"choose {', '.join(str(n) for n in divisors(heads))} with ZeRO"
             )
 
     def _check_heads_of_context(self, model: ModelConfig) -> None:
-        """Attention gives each device of cp some of the heads that tensor parallelism left to them all."""
+        """Check that the ranks of cp can share the heads that tensor parallelism leaves to them."""
         tp, cp = self.tensor_model_parallel_size, self.context_parallel_size
         queries, keys = model.num_attention_heads // tp, max(model.num_key_value_heads // tp, 1)
         if queries % cp == 0 and (keys % cp == 0 or cp % keys == 0):
@@ -365,19 +372,19 @@ class Layout:
         return self.size("replicas")
 
     def check_micro_batches(self, count: int) -> None:
-        """Raise `ConfigError` when the schedule cannot run so many micro-batches per step and device."""
+        """Raise `ConfigError` when the schedule cannot run this number of micro-batches per step and rank."""
         if self.schedule in ("interleaved", "interleaved-zb"):
             rounds = max(count // self.pp, 1)
             if count % rounds:
                 raise ConfigError(
-                    f"{count} micro-batches per step and device do not fill rounds of equal length on "
-                    f"pipeline_model_parallel_size={self.pp} devices, which pipeline_schedule={self.schedule} needs; "
+                    f"{count} micro-batches per step and rank do not fill rounds of equal length on "
+                    f"pipeline_model_parallel_size={self.pp} ranks, which pipeline_schedule={self.schedule} needs; "
                     f"choose sizes that give {count // self.pp * self.pp or 1} or {-(-count // self.pp) * self.pp}"
                 )
         if self.schedule == "dualpipev" and count < 2 * self.pp:
             raise ConfigError(
                 f"pipeline_schedule=dualpipev needs a micro-batch for each of its {2 * self.pp} stages, not "
-                f"{count} per step and device; choose sizes that give more, or another schedule"
+                f"{count} per step and rank; choose sizes that give more, or another schedule"
             )
 
     def __str__(self) -> str:
@@ -423,15 +430,15 @@ class Stage:
 def stages_of_ranks(num_layers: int, layout: Layout) -> list[tuple[Stage, ...]]:
     """Return by pipeline rank the stages that it holds, first ones first.
 
-    One stage a device is the rule. Interleaved schedules deal several out in turn; V schedules two, down and up
-    again, so that the first device has the first and the last.
+    One stage for each rank is the rule. Interleaved schedules deal several out in turn; V schedules two, down and up
+    again, so that the first rank has the first and the last.
 
     Raises:
         ConfigError: the layers cannot be cut like that.
     """
     pp, per_stage = layout.pp, layout.layers_per_stage
     if layout.schedule in V_SCHEDULES:
-        cut = stages(num_layers, 2 * pp, f"two stages for each of pipeline_model_parallel_size={pp} devices")
+        cut = stages(num_layers, 2 * pp, f"two stages for each of pipeline_model_parallel_size={pp} ranks")
         return [(cut[rank], cut[-1 - rank]) for rank in range(pp)]
     if per_stage is None:
         cut = stages(num_layers, pp, f"pipeline_model_parallel_size={pp}")
@@ -445,7 +452,7 @@ def stages_of_ranks(num_layers: int, layout: Layout) -> list[tuple[Stage, ...]]:
         )
     if num_layers == pp * per_stage:
         raise ConfigError(
-            f"num_layers_per_virtual_pipeline_stage={per_stage} gives each of {pp} devices one stage only; choose "
+            f"num_layers_per_virtual_pipeline_stage={per_stage} gives each of {pp} ranks one stage only; choose "
             "fewer layers, or leave it out"
         )
     cut = stages(num_layers, num_layers // per_stage, "the virtual pipeline")
@@ -458,7 +465,7 @@ def stages(num_layers: int, count: int, asked_by: str) -> list[Stage]:
     Args:
         num_layers: of the model.
         count: of stages.
-        asked_by: what wants so many, for the message.
+        asked_by: what asks for that number, for the message.
 
     Raises:
         ConfigError: a stage would be without a layer.

@@ -1,6 +1,6 @@
 """Which implementation of an operator a run uses: chosen once, by name or by `auto`, and said in a table."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ascendspeed_core.config.compute import KERNELS
 from ascendspeed_core.device import HOST, Device
 from ascendspeed_core.kernels import liger, npu, reference
 from ascendspeed_core.kernels.adamw import adamw_implementation
@@ -30,7 +31,7 @@ class KernelContext:
     Attributes:
         device: of the model.
         dtype: of its weights.
-        tp: devices that share the vocabulary.
+        tp: ranks that share the vocabulary.
         has_additive_mask: scores get something added, as ALiBi does.
         drops_attention: attention's weights are dropped from.
         seq_length: tokens of a sample, the most if lengths vary.
@@ -59,7 +60,7 @@ class Implementation:
     Attributes:
         name: by which it is asked for.
         run: the function; all implementations of an operator take and give the same.
-        what: what it is, for the table.
+        what: what it is, for the table that a run prints.
         auto_on: kinds of devices on which `auto` takes it.
         obstacle: why it cannot run.
     """
@@ -67,8 +68,8 @@ class Implementation:
     name: str
     run: Callable[..., Any]
     what: str
-    auto_on: Sequence[str] = ()
-    obstacle: UnsupportedReason = lambda _: None
+    auto_on: Sequence[str]
+    obstacle: UnsupportedReason
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,6 @@ class Choice:
     operator: str
     implementation: str
     reason: str
-
-
-EVERYWHERE = ("cpu", "cuda", "npu")
 
 
 def _holds_weights(setting: KernelContext) -> str | None:
@@ -129,7 +127,7 @@ def _losses_fit(setting: KernelContext) -> str | None:
 
 def _whole_vocabulary(setting: KernelContext) -> str | None:
     if setting.tp > 1:
-        return f"the vocabulary is cut over tp={setting.tp} devices"
+        return f"the vocabulary is cut over tp={setting.tp} ranks"
     return None
 
 
@@ -142,71 +140,69 @@ def _torch_rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> to
     return F.rms_norm(x, weight.shape, weight, epsilon)
 
 
-FUSED_NPU = "torch_npu's fused operator"
-PLAIN = "plain torch"
+Attached = tuple[Callable[..., Any], UnsupportedReason]
+"""A function, and why it cannot run in a setting."""
+
+
+def _attach(operator: str, functions: Mapping[str, Attached]) -> tuple[Implementation, ...]:
+    """Join an operator's row of `KERNELS` with the functions, which must be of the same names."""
+    kernels = KERNELS[operator]
+    if functions.keys() != kernels.keys():
+        raise AssertionError(
+            f"{operator}: the kernels are {', '.join(kernels)}, the functions {', '.join(functions)}"
+        )
+    return tuple(
+        Implementation(name, functions[name][0], kernel.description, kernel.auto_on, functions[name][1])
+        for name, kernel in kernels.items()
+    )
+
+
+def _anywhere(_: KernelContext) -> None:
+    return None
+
+
+_FUNCTIONS: Mapping[str, Mapping[str, Attached]] = {
+    "attention": {
+        "npu": (npu.npu_attention, _first(_needs_npu, _holds_weights)),
+        "sdpa": (causal_attention, _holds_weights),
+        "triangle": (triangle_attention, _holds_weights),
+        "reference": (reference.reference_attention, _anywhere),
+    },
+    "scaled_masked_softmax": {
+        "npu": (npu.npu_softmax, _first(_needs_npu, _softmax_fits)),
+        "reference": (reference.scaled_masked_softmax, _anywhere),
+    },
+    "rms_norm": {
+        "npu": (npu.npu_rms_norm, _needs_npu),
+        "liger": (liger.liger_rms_norm, _needs_liger),
+        "torch": (_torch_rms_norm, _anywhere),
+        "reference": (rms_norm, _anywhere),
+    },
+    "layer_norm": {
+        "liger": (liger.liger_layer_norm, _needs_liger),
+        "torch": (layer_norm, _anywhere),
+        "reference": (reference.plain_layer_norm, _anywhere),
+    },
+    "rotary": {
+        "npu": (npu.npu_rotate, _needs_npu),
+        "liger": (liger.liger_rotate, _needs_liger),
+        "reference": (rotate_both, _anywhere),
+    },
+    "swiglu": {
+        "npu": (npu.npu_gated, _needs_npu),
+        "liger": (liger.liger_gated, _needs_liger),
+        "reference": (silu_gated, _anywhere),
+    },
+    "cross_entropy": {
+        "npu": (npu.npu_token_losses, _first(_whole_vocabulary, _needs_npu, _losses_fit)),
+        "liger": (liger.liger_token_losses, _first(_whole_vocabulary, _needs_liger)),
+        "torch": (token_losses, _anywhere),
+        "reference": (reference.plain_token_losses, _whole_vocabulary),
+    },
+}
 
 OPERATORS: dict[str, tuple[Implementation, ...]] = {
-    "attention": (
-        Implementation(
-            "npu",
-            npu.npu_attention,
-            f"{FUSED_NPU}: npu_fusion_attention",
-            ("npu",),
-            _first(_needs_npu, _holds_weights),
-        ),
-        Implementation(
-            "sdpa",
-            causal_attention,
-            "torch's own, which takes the device's fused one",
-            EVERYWHERE,
-            _holds_weights,
-        ),
-        Implementation(
-            "triangle", triangle_attention, "by blocks, none above the diagonal", (), _holds_weights
-        ),
-        Implementation(
-            "reference", reference.reference_attention, "plain torch, all scores in memory", EVERYWHERE
-        ),
-    ),
-    "scaled_masked_softmax": (
-        Implementation("npu", npu.npu_softmax, FUSED_NPU, ("npu",), _first(_needs_npu, _softmax_fits)),
-        Implementation("reference", reference.scaled_masked_softmax, PLAIN, EVERYWHERE),
-    ),
-    "rms_norm": (
-        Implementation("npu", npu.npu_rms_norm, FUSED_NPU, ("npu",), _needs_npu),
-        Implementation("liger", liger.liger_rms_norm, "Liger-Kernel", (), _needs_liger),
-        Implementation("torch", _torch_rms_norm, "torch's fused one", ("cuda",)),
-        Implementation("reference", rms_norm, PLAIN, EVERYWHERE),
-    ),
-    "layer_norm": (
-        Implementation("liger", liger.liger_layer_norm, "Liger-Kernel", (), _needs_liger),
-        Implementation("torch", layer_norm, "torch's own, which is fused on every device", EVERYWHERE),
-        Implementation("reference", reference.plain_layer_norm, PLAIN),
-    ),
-    "rotary": (
-        Implementation("npu", npu.npu_rotate, f"{FUSED_NPU}: npu_rotary_mul", ("npu",), _needs_npu),
-        Implementation("liger", liger.liger_rotate, "Liger-Kernel", ("cuda",), _needs_liger),
-        Implementation("reference", rotate_both, PLAIN, EVERYWHERE),
-    ),
-    "swiglu": (
-        Implementation("npu", npu.npu_gated, FUSED_NPU, ("npu",), _needs_npu),
-        Implementation("liger", liger.liger_gated, "Liger-Kernel", ("cuda",), _needs_liger),
-        Implementation("reference", silu_gated, PLAIN, EVERYWHERE),
-    ),
-    "cross_entropy": (
-        Implementation(
-            "npu",
-            npu.npu_token_losses,
-            FUSED_NPU,
-            ("npu",),
-            _first(_whole_vocabulary, _needs_npu, _losses_fit),
-        ),
-        Implementation(
-            "liger", liger.liger_token_losses, "Liger-Kernel", (), _first(_whole_vocabulary, _needs_liger)
-        ),
-        Implementation("torch", token_losses, "torch's own", EVERYWHERE),
-        Implementation("reference", reference.plain_token_losses, PLAIN, (), _whole_vocabulary),
-    ),
+    operator: _attach(operator, _FUNCTIONS[operator]) for operator in KERNELS
 }
 """Implementations of each operator; `auto` takes the first that is meant for the device and can run."""
 

@@ -1,7 +1,7 @@
 """Training under DeepSpeed: ZeRO stages 1, 2 and 3 (Rajbhandari et al., 2020).
 
-DeepSpeed holds fp32 master weights and the optimizer's memory in long flat tensors, of which each data-parallel
-process has an equal range. Where a parameter lies in them is looked up once; a checkpoint then holds them by the
+DeepSpeed holds fp32 master weights and the optimizer's memory in long flat tensors, of which each data-parallel rank
+has an equal range. Where a parameter lies in them is looked up once; a checkpoint then holds them by the
 parameter's name, in the run's own format, so that any layout, with or without DeepSpeed, can go on from it.
 """
 
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ascendspeed_core.build import parameter_slices
-from ascendspeed_core.config.parallel import Stage
+from ascendspeed_core.config.parallel import Layout, Stage
 from ascendspeed_core.config.sharding import Slice
 from ascendspeed_core.config.training import OptimizerConfig
 from ascendspeed_core.models.transformer import ModelInput, Transformer
@@ -27,15 +27,16 @@ from ascendspeed_core.parallel.deepspeed import (
     start_deepspeed,
 )
 from ascendspeed_core.parallel.mesh import ParallelMesh
+from ascendspeed_data.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class _Fragment:
-    """The elements of one parameter that this process updates.
+    """The elements of one parameter that this rank updates.
 
     Attributes:
         name: of the parameter.
-        part: this process's tensor-parallel part of it.
+        part: this rank's tensor-parallel part of it.
         start: first element of that part, counted row by row.
         weight: the elements in the model's format, flat.
         flat: the long tensor of master weights that they lie in.
@@ -60,12 +61,12 @@ class _Fragment:
 
 
 class ZeroEngine:
-    """One model under DeepSpeed on this process; see `optim.engine.Engine`.
+    """One model under DeepSpeed on this rank; see `optim.engine.Engine`.
 
     Args:
-        model: this process's part; for ZeRO-3 spread, see `parallel.deepspeed.partition_weights`.
+        model: this rank's part; for ZeRO-3 spread, see `parallel.deepspeed.partition_weights`.
         config: of the optimizer.
-        mesh: this process's place.
+        mesh: this rank's coordinates.
         settings: config of `deepspeed.initialize`.
     """
 
@@ -76,6 +77,7 @@ class ZeroEngine:
         refuse_missing_format(next(model.parameters()).dtype, mesh.device)
         self._mesh = mesh
         self._slices = parameter_slices(model, mesh)
+        refuse_other_replicas(self._slices, mesh.layout)
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         for name, parameter in trained.items():
             _tell_cut(parameter, self._slices[name], mesh)
@@ -114,7 +116,7 @@ class ZeroEngine:
         """Add the gradient of a micro-batch; DeepSpeed reduces it, at once or after the last one."""
         self._zero.loss_scale = scale
         self._engine.set_gradient_accumulation_boundary(is_last)
-        # DeepSpeed takes the mean over the processes with the same weights; the losses are shares of a sum.
+        # DeepSpeed takes the mean over the ranks with the same weights; the losses are shares of a sum.
         self._engine.backward(loss * self._mesh.layout.replicas)
 
     def start_reduction(self, stage: Stage) -> None:
@@ -132,11 +134,11 @@ class ZeroEngine:
         return inf if norm < 0 else norm
 
     def pieces(self) -> list[TensorShard]:
-        """Return this process's elements of weights, master weights and optimizer state."""
+        """Return this rank's elements of weights, master weights and optimizer state."""
         found: list[TensorShard] = []
         for fragment in self._fragments:
             if fragment.part.tp_replica:
-                # The same tensor is on all tensor-parallel devices; the first writes it.
+                # The same tensor is on all tensor-parallel ranks; the first writes it.
                 continue
             values = {f"model/{fragment.name}": fragment.weight}
             values |= {f"optimizer/{kind}/{fragment.name}": v for kind, v in self._state_of(fragment).items()}
@@ -178,7 +180,7 @@ class ZeroEngine:
         return state
 
     def _fragment(self, name: str, parameter: nn.Parameter) -> _Fragment | None:
-        """Look up which elements of a parameter are this process's; `None` when it has none of them."""
+        """Look up which elements of a parameter are this rank's; `None` when it has none of them."""
         part = self._slices[name]
         if self._mesh.layout.zero_stage == 3:
             group, offset, length = self._zero.grad_position[self._zero.get_param_id(parameter)]
@@ -199,8 +201,20 @@ class ZeroEngine:
         return _Fragment(name, part, start, weight, flat, mapping.hp_fragment_address.start)
 
 
+def refuse_other_replicas(slices: Mapping[str, Slice], layout: Layout) -> None:
+    """Raise `ConfigError` for a parameter whose gradient is not summed over all ranks of dp x cp, as DeepSpeed does."""
+    summed = layout.spanned("replicas")
+    for name, part in slices.items():
+        axes = layout.spanned(*part.replica_axes)
+        if axes != summed:
+            raise ConfigError(
+                f"{name} sums its gradient over {' x '.join(axes) or 'no other rank'}, but DeepSpeed sums all "
+                f"of them over {' x '.join(summed)}; leave --zero-stage and --deepspeed out"
+            )
+
+
 def _tell_cut(parameter: nn.Parameter, part: Slice, mesh: ParallelMesh) -> None:
-    """Tell DeepSpeed whether other devices hold other parts: it counts whole parameters once in the norm."""
+    """Tell DeepSpeed whether other ranks hold other parts: it counts whole parameters once in the norm."""
     parameter.tensor_model_parallel = part.sizes != part.shape  # type: ignore[attr-defined]
     if part.has_partial_gradient:
         group = mesh.tp_subgroup(part.tp_replicas)
