@@ -154,7 +154,7 @@ def test_checkpoints_of_others_are_read_by_what_they_say(model: Path, tmp_path: 
         content = torch.load(path, weights_only=False)
         content["args"] = {"padded_vocab_size": 256}
         torch.save(content, path)
-    with pytest.raises(CheckpointError, match=r"does not say what model it is .*--model-config"):
+    with pytest.raises(CheckpointError, match=r"does not include its architecture .*--model-config"):
         open_weights(there)
     done = call("asd-ckpt", "verify", there, model, "--model-config", model / "config.json")
     assert done.status == 0, done.stderr
@@ -174,7 +174,7 @@ def test_filling_of_unknown_size_is_asked_for(model: Path, tmp_path: Path) -> No
     torch.save(content, path)
     done = call("asd-ckpt", "convert", "--load", there, "--save", tmp_path / "x")
     assert done.status == 1
-    assert "256 rows, of which nothing says how many are filling; give --orig-vocab-size" in done.complaint
+    assert "256 rows, but nothing says how many of them are padding; give --orig-vocab-size" in done.complaint
     done = call("asd-ckpt", "convert", "--load", there, "--save", tmp_path / "x", "--orig-vocab-size", 130)
     assert done.status == 0, done.stderr
     assert digests(tmp_path / "x") == digests(model)
