@@ -112,10 +112,10 @@ def child_convert(source: str, target: str, to: str) -> dict[str, Any]:
         began = time.perf_counter()
         opened = open_weights(Path(source))
         opening = time.perf_counter() - began
-        foreign = None
+        write_plan = None
         if to == "ascendspeed":
-            foreign = WritePlan("ascendspeed", shard_layout(opened.config.num_layers, tp=4, pp=2))
-        verdict = convert(Conversion(opened, Path(target), to, foreign=foreign, verify_logits=False))  # type: ignore[arg-type]
+            write_plan = WritePlan("ascendspeed", shard_layout(opened.config.num_layers, tp=4, pp=2))
+        verdict = convert(Conversion(opened, Path(target), to, write_plan=write_plan, verify_logits=False))  # type: ignore[arg-type]
     return found | {
         "written": opening + verdict.seconds - verdict.flush_seconds,
         "on disk": opening + verdict.seconds,

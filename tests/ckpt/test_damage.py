@@ -47,7 +47,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         target = None
         if kind != "native":
             target = WritePlan(kind, shard_layout(4, tp=2, pp=2))  # type: ignore[arg-type]
-        convert(Conversion(source, folder / kind, kind, foreign=target, verify_logits=False, workers=2))
+        convert(Conversion(source, folder / kind, kind, write_plan=target, verify_logits=False, workers=2))
     return {kind: folder / kind for kind in (*kinds, "huggingface")}
 
 

@@ -203,7 +203,7 @@ class CheckpointWriter:
             with TensorFile(scratch, self._mesh.rank) as file:
                 for name, part, tensor in tensors:
                     file.add(name, tensor, part)
-            pieces.extend(file.pieces)
+            pieces.extend(file.shards)
 
         def complete(everything: list[list[WrittenShard]]) -> None:
             write_metadata(scratch, [piece for of_rank in everything for piece in of_rank])

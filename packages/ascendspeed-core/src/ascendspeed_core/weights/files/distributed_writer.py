@@ -66,7 +66,7 @@ class TensorFile:
     """
 
     def __init__(self, folder: Path, rank: int = 0) -> None:
-        self.pieces: list[WrittenShard] = []
+        self.shards: list[WrittenShard] = []
         self.objects: list[WrittenObject] = []
         self._path = folder / f"__{rank}_0.distcp"
         self._file = self._path.open("wb", buffering=0)
@@ -97,7 +97,7 @@ class TensorFile:
                 archive.write(as_bytes(slab))
         length = self._file.tell() - start
         (checksum,) = archive.checksums
-        self.pieces.append(
+        self.shards.append(
             WrittenShard(name, part or whole, info.dtype, self._path.name, start, length, checksum)
         )
 
@@ -116,7 +116,7 @@ class TensorFile:
 
 
 def write_metadata(
-    folder: Path, pieces: Iterable[WrittenShard], objects: Iterable[WrittenObject] = ()
+    folder: Path, shards: Iterable[WrittenShard], objects: Iterable[WrittenObject] = ()
 ) -> None:
     """Write the table of all shards of all ranks, and their checksums beside it.
 
@@ -136,19 +136,19 @@ def write_metadata(
     tensors: dict[str, Any] = {}
     storage = {}
     checksums: dict[str, dict[str, int]] = {}
-    for piece in pieces:
-        offsets = torch.Size(piece.part.offsets)
+    for shard in shards:
+        offsets = torch.Size(shard.part.offsets)
         entry = tensors.setdefault(
-            piece.name,
+            shard.name,
             TensorStorageMetadata(
-                properties=TensorProperties(dtype=piece.dtype), size=torch.Size(piece.part.shape), chunks=[]
+                properties=TensorProperties(dtype=shard.dtype), size=torch.Size(shard.part.shape), chunks=[]
             ),
         )
-        storage[MetadataIndex(piece.name, offsets, len(entry.chunks))] = _StorageInfo(
-            piece.file, piece.start, piece.length
+        storage[MetadataIndex(shard.name, offsets, len(entry.chunks))] = _StorageInfo(
+            shard.file, shard.start, shard.length
         )
-        entry.chunks.append(ChunkStorageMetadata(offsets, torch.Size(piece.part.sizes)))
-        checksums.setdefault(piece.name, {})[",".join(map(str, piece.part.offsets))] = piece.checksum
+        entry.chunks.append(ChunkStorageMetadata(offsets, torch.Size(shard.part.sizes)))
+        checksums.setdefault(shard.name, {})[",".join(map(str, shard.part.offsets))] = shard.checksum
     for stored in objects:
         tensors[stored.name] = BytesStorageMetadata()
         storage[MetadataIndex(stored.name)] = _StorageInfo(stored.file, stored.start, stored.length)
