@@ -26,7 +26,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from ascendspeed_core.config.model import ModelConfig
-from ascendspeed_core.weights import Index, TensorInfo
+from ascendspeed_core.weights import BaseWeightSource, Index, TensorInfo
 from ascendspeed_core.weights.load import parameter_shapes
 from support.models import tiny_config
 from support.tables import ReportTables
@@ -48,10 +48,10 @@ def shape(num_layers: int) -> ModelConfig:
     )  # fmt: skip
 
 
-class MadeWeights:
+class MadeWeights(BaseWeightSource):
     """Weights that cost nothing to make: one block of random numbers, everywhere from another start."""
 
-    kind, path, tokenizer = "made", None, None
+    kind, path = "made", None
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
@@ -112,10 +112,10 @@ def child_convert(source: str, target: str, to: str) -> dict[str, Any]:
         began = time.perf_counter()
         opened = open_weights(Path(source))
         opening = time.perf_counter() - began
-        foreign = None
+        write_plan = None
         if to == "ascendspeed":
-            foreign = WritePlan("ascendspeed", shard_layout(opened.config.num_layers, tp=4, pp=2))
-        verdict = convert(Conversion(opened, Path(target), to, foreign=foreign, verify_logits=False))  # type: ignore[arg-type]
+            write_plan = WritePlan("ascendspeed", shard_layout(opened.config.num_layers, tp=4, pp=2))
+        verdict = convert(Conversion(opened, Path(target), to, write_plan=write_plan, verify_logits=False))  # type: ignore[arg-type]
     return found | {
         "written": opening + verdict.seconds - verdict.flush_seconds,
         "on disk": opening + verdict.seconds,

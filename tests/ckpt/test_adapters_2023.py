@@ -77,7 +77,7 @@ def test_merged(tmp_path: Path, name: str, merged_mlp: bool) -> None:
     config = tiny_config(vocab_size=130, num_key_value_heads=8)
     save_hugging_face(config, tmp_path / "hf")
     target = WritePlan("ascendspeed", shard_layout(config.num_layers, **LAYOUTS[name]), merged_mlp=merged_mlp)
-    convert(Conversion(tmp_path / "hf", tmp_path / "base", "ascendspeed", foreign=target))
+    convert(Conversion(tmp_path / "hf", tmp_path / "base", "ascendspeed", write_plan=target))
     adapt(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
     base, want = open_weights(tmp_path / "hf"), open_weights(tmp_path / "merged", config=config)
     adapter = open_adapter(tmp_path / "adapter", base.config)
@@ -95,7 +95,7 @@ def test_a_command_merges_it_and_bad_files_are_refused(tmp_path: Path) -> None:
     config = tiny_config(vocab_size=130, num_key_value_heads=8)
     save_hugging_face(config, tmp_path / "hf")
     target = WritePlan("ascendspeed", shard_layout(config.num_layers, tp=2))
-    convert(Conversion(tmp_path / "hf", tmp_path / "base", "ascendspeed", foreign=target))
+    convert(Conversion(tmp_path / "hf", tmp_path / "base", "ascendspeed", write_plan=target))
     adapt(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
 
     def merge(save: str) -> Any:

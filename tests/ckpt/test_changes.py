@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from ascendspeed_core.weights import open_weights
 from ascendspeed_core.weights.adapters.peft import Adapter, MergedAdapter
 from ascendspeed_core.weights.source import CheckpointError
-from ckpt.test_formats import digests, foreign, to
+from ckpt.test_formats import digests, external, to
 from support.commands import Finished, call
 from support.families import REFERENCES
 from support.models import save_hugging_face, tiny_config
@@ -89,7 +89,7 @@ def test_how_the_base_is_kept_and_cut_does_not_matter(base: Path, tmp_path: Path
     assert merge(kept, tmp_path / "adapter", tmp_path / "merged").status == 0
     want = digests(tmp_path / "merged")
     for kind, layout in (("ascendspeed", {"tp": 4}), ("megatron", {"tp": 2, "pp": 2}), ("torch_dist", {})):
-        target = foreign(kind, CONFIG, **layout)
+        target = external(kind, CONFIG, **layout)
         cut = to(kept, tmp_path / kind, target.kind, target)
         done = merge(cut, tmp_path / "adapter", tmp_path / f"from {kind}")
         assert done.status == 0, done.stderr

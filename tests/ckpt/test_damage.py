@@ -47,7 +47,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         target = None
         if kind != "native":
             target = WritePlan(kind, shard_layout(4, tp=2, pp=2))  # type: ignore[arg-type]
-        convert(Conversion(source, folder / kind, kind, foreign=target, verify_logits=False, workers=2))
+        convert(Conversion(source, folder / kind, kind, write_plan=target, verify_logits=False, workers=2))
     return {kind: folder / kind for kind in (*kinds, "huggingface")}
 
 
@@ -333,5 +333,5 @@ def test_a_disk_that_is_full(made: dict[str, Path], tmp_path: Path, monkeypatch:
 def test_a_folder_within_the_input_is_refused(made: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(made["native"], tmp_path / "run")
     done = call("asd-ckpt", "convert", "--load", tmp_path / "run", "--save", tmp_path / "run" / "hf")
-    assert "lie in one another" in done.complaint
+    assert "lie inside each other" in done.complaint
     assert json.loads((tmp_path / "run/iter_0000000/checkpoint.json").read_text())["iteration"] == 0

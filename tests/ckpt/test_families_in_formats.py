@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from ascendspeed_core.weights import open_weights
 from ascendspeed_core.weights.source import CheckpointError
-from ckpt.test_formats import NAMES, digests, foreign, to
+from ckpt.test_formats import NAMES, digests, external, to
 from support.families import REFERENCES
 
 REFUSED = {
@@ -42,7 +42,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def there_and_back(hf: Path, folder: Path, name: str, family: str, layout: dict[str, int]) -> None:
     config = open_weights(hf).config
-    target = foreign(name, config, **layout)
+    target = external(name, config, **layout)
     native = to(hf, folder / "native", "native")
     refusal = REFUSED.get(family, {}).get("ascendspeed" if target.kind == "ascendspeed" else "megatron")
     if refusal is not None:
@@ -75,7 +75,7 @@ def test_blooms_files_are_those_of_2023(folders: dict[str, Path], tmp_path: Path
     """Nested dictionaries; the packed projection of Hugging Face's Bloom, cut by rows, as it stands."""
     config = open_weights(folders["Bloom"]).config
     there = to(
-        folders["Bloom"], tmp_path / "there", "ascendspeed", foreign("ascendspeed", config, tp=2, pp=2)
+        folders["Bloom"], tmp_path / "there", "ascendspeed", external("ascendspeed", config, tp=2, pp=2)
     )
     want = load_file(folders["Bloom"] / "model.safetensors")
     files: dict[tuple[int, int], Any] = {
@@ -146,7 +146,7 @@ def test_names_of_december_2023_are_read(folders: dict[str, Path], tmp_path: Pat
     """Megatron's names for LLaMA, where `dense_h_to_4h` is the up projection."""
     hf = folders["LLaMA 2 70B"]
     config = open_weights(hf).config
-    there = to(hf, tmp_path / "there", "ascendspeed", foreign("ascendspeed", config, tp=2))
+    there = to(hf, tmp_path / "there", "ascendspeed", external("ascendspeed", config, tp=2))
     (there / "release" / "ascendspeed.json").unlink()
     (there / "release" / "config.json").write_bytes((hf / "config.json").read_bytes())
     for path in there.glob("release/mp_rank_*/*.pt"):

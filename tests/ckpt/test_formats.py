@@ -47,13 +47,13 @@ NAMES: dict[str, tuple[ExternalKind, dict[str, Any]]] = {
 }
 
 
-def foreign(name: str, config: ModelConfig, **layout: Any) -> WritePlan:
+def external(name: str, config: ModelConfig, **layout: Any) -> WritePlan:
     kind, naming = NAMES[name]
     return WritePlan(kind, shard_layout(config.num_layers, **layout), **naming)
 
 
 def to(source: Path | WeightSource, target: Path, kind: TargetKind, layout: WritePlan | None = None) -> Path:
-    convert(Conversion(source, target, kind, foreign=layout, verify_logits=False))
+    convert(Conversion(source, target, kind, write_plan=layout, verify_logits=False))
     return target
 
 
@@ -76,7 +76,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_there_and_back(model: Path, tmp_path: Path, name: str, layout: str) -> None:
-    target = foreign(name, CONFIG, **LAYOUTS[layout])
+    target = external(name, CONFIG, **LAYOUTS[layout])
     native = to(model, tmp_path / "native", "native")
     there = to(native, tmp_path / "there", target.kind, target)
     back = to(there, tmp_path / "back", "huggingface")
@@ -93,7 +93,7 @@ def test_an_independent_reader_of_2023_finds_the_weights(
     model: Path, tmp_path: Path, layout: str, merged: bool
 ) -> None:
     name = "ascendspeed, merged mlp" if merged else "ascendspeed"
-    target = foreign(name, CONFIG, **LAYOUTS[layout])
+    target = external(name, CONFIG, **LAYOUTS[layout])
     to(model, tmp_path / "there", "ascendspeed", target)
     found = read_llama(
         tmp_path / "there", CONFIG.num_attention_heads, CONFIG.num_key_value_heads, CONFIG.vocab_size
@@ -129,8 +129,8 @@ def test_another_layout_is_the_same_command_and_gives_what_a_direct_conversion_g
     assert call("asd-ckpt", "verify", tmp_path / "again", tmp_path / "tp4").status == 0
 
 
-def test_filling_repeats_the_last_row_and_is_recorded(model: Path, tmp_path: Path) -> None:
-    to(model, tmp_path / "there", "ascendspeed", foreign("ascendspeed", CONFIG))
+def test_padding_repeats_the_last_row_and_is_recorded(model: Path, tmp_path: Path) -> None:
+    to(model, tmp_path / "there", "ascendspeed", external("ascendspeed", CONFIG))
     (path,) = (tmp_path / "there").glob("release/mp_rank_00/*.pt")
     stored = torch.load(path, weights_only=False)
     rows = stored["model"]["embedding.word_embeddings.weight"]
@@ -143,7 +143,7 @@ def test_filling_repeats_the_last_row_and_is_recorded(model: Path, tmp_path: Pat
 
 def test_checkpoints_of_others_are_read_by_what_they_say(model: Path, tmp_path: Path) -> None:
     """Without our record: arguments, then a config, then a size by name; each says the same model."""
-    there = to(model, tmp_path / "there", "ascendspeed", foreign("ascendspeed", CONFIG, tp=2))
+    there = to(model, tmp_path / "there", "ascendspeed", external("ascendspeed", CONFIG, tp=2))
     (there / "release" / "ascendspeed.json").unlink()
     for path in there.glob("release/mp_rank_*/*.pt"):
         content = torch.load(path, weights_only=False)
@@ -154,7 +154,7 @@ def test_checkpoints_of_others_are_read_by_what_they_say(model: Path, tmp_path: 
         content = torch.load(path, weights_only=False)
         content["args"] = {"padded_vocab_size": 256}
         torch.save(content, path)
-    with pytest.raises(CheckpointError, match=r"does not say what model it is .*--model-config"):
+    with pytest.raises(CheckpointError, match=r"does not include its architecture .*--model-config"):
         open_weights(there)
     done = call("asd-ckpt", "verify", there, model, "--model-config", model / "config.json")
     assert done.status == 0, done.stderr
@@ -165,8 +165,8 @@ def test_checkpoints_of_others_are_read_by_what_they_say(model: Path, tmp_path: 
     assert open_weights(there).config == open_weights(model).config
 
 
-def test_filling_of_unknown_size_is_asked_for(model: Path, tmp_path: Path) -> None:
-    there = to(model, tmp_path / "there", "megatron", foreign("megatron", CONFIG))
+def test_padding_of_unknown_size_is_asked_for(model: Path, tmp_path: Path) -> None:
+    there = to(model, tmp_path / "there", "megatron", external("megatron", CONFIG))
     (there / "release" / "ascendspeed.json").unlink()
     (path,) = there.glob("release/mp_rank_00/*.pt")
     content = torch.load(path, weights_only=False)
@@ -174,7 +174,7 @@ def test_filling_of_unknown_size_is_asked_for(model: Path, tmp_path: Path) -> No
     torch.save(content, path)
     done = call("asd-ckpt", "convert", "--load", there, "--save", tmp_path / "x")
     assert done.status == 1
-    assert "256 rows, of which nothing says how many are filling; give --orig-vocab-size" in done.complaint
+    assert "256 rows, but nothing says how many of them are padding; give --orig-vocab-size" in done.complaint
     done = call("asd-ckpt", "convert", "--load", there, "--save", tmp_path / "x", "--orig-vocab-size", 130)
     assert done.status == 0, done.stderr
     assert digests(tmp_path / "x") == digests(model)
@@ -184,7 +184,7 @@ def test_a_tied_head(tmp_path: Path) -> None:
     config = tiny_config(vocab_size=130, tie_word_embeddings=True)
     save_hugging_face(config, tmp_path / "hf")
     for name in NAMES:
-        target = foreign(name, config, pp=2)
+        target = external(name, config, pp=2)
         there = to(tmp_path / "hf", tmp_path / name, target.kind, target)
         back = to(there, tmp_path / f"{name} back", "huggingface")
         assert digests(back) == digests(tmp_path / "hf")
@@ -214,9 +214,9 @@ def test_old_pickled_files_both_ways(model: Path, tmp_path: Path) -> None:
 
 
 def test_every_kind_trains_under_any_layout(model: Path, tmp_path: Path, workers: WorkerPool) -> None:
-    """What a process reads of a foreign checkpoint is what it reads of the Hugging Face folder."""
+    """What a process reads of an external checkpoint is what it reads of the Hugging Face folder."""
     there = {
-        name: to(model, tmp_path / name, NAMES[name][0], foreign(name, CONFIG, tp=2, pp=2)) for name in NAMES
+        name: to(model, tmp_path / name, NAMES[name][0], external(name, CONFIG, tp=2, pp=2)) for name in NAMES
     }
     layout = Layout(tp=2, pp=2)
     want = workers.run(digests_of_slices, 4, str(model), layout)
@@ -231,7 +231,7 @@ def test_commands_start_from_any_kind(tmp_path: Path, tokenizer_folder: Path, da
     for name in ("hf", "ascendspeed", "megatron", "torch_dist"):
         load = tmp_path / name
         if name != "hf":
-            target = foreign(name, config, tp=2, pp=2)
+            target = external(name, config, tp=2, pp=2)
             to(tmp_path / "hf", load, target.kind, target)
         prompt = ["--prompt", "the year", "--max-new-tokens", 8, "--device", "cpu"]
         said = call("asd-infer", "generate", "--load", load, *prompt)
@@ -337,7 +337,7 @@ def test_stories_through_every_format_and_back(tmp_path: Path, report: ReportTab
     want, before = digests(STORIES), STORIES
     stages: list[tuple[str, TargetKind, WritePlan | None]] = [("native", "native", None)]
     for name in NAMES:
-        target = foreign(name, config, tp=2, pp=2)
+        target = external(name, config, tp=2, pp=2)
         stages += [(name, target.kind, target), (f"{name} back", "huggingface", None)]
     for name, kind, layout in stages:
         before = to(before, tmp_path / name, kind, layout)

@@ -61,7 +61,7 @@ def folder(config: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Pat
         "tokens": tokens().tolist(),
     }
     for name, target in layouts.items():
-        convert(Conversion(source, folder / name, target.kind, foreign=target, verify_logits=False))
+        convert(Conversion(source, folder / name, target.kind, write_plan=target, verify_logits=False))
         job[name] = str(folder / name / "release")
     (folder / "job.json").write_text(json.dumps(job))
     command = [

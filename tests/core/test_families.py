@@ -21,7 +21,7 @@ from ascendspeed_core.models.families.packing import Packed
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.pipeline import forward_through_stages
 from ascendspeed_core.parallel.tensor import gather_logits
-from ascendspeed_core.weights import HuggingFaceSource, Index, TensorInfo, open_weights
+from ascendspeed_core.weights import BaseWeightSource, HuggingFaceSource, Index, TensorInfo, open_weights
 from ascendspeed_core.weights.load import parameter_shapes
 from ascendspeed_core.weights.source import CheckpointError
 from core.training_cases import first_gradients
@@ -38,14 +38,13 @@ LAYOUTS = [Layout(), Layout(tp=2), Layout(pp=2), Layout(tp=2, pp=2, sequence_par
 
 
 @dataclass(frozen=True)
-class Tensors:
+class Tensors(BaseWeightSource):
     """Weights or gradients under our names, as a source."""
 
     config: ModelConfig
     by_name: Mapping[str, torch.Tensor]
     kind = "test"
     path: Path | None = None
-    tokenizer: Path | None = None
 
     def tensors(self) -> Mapping[str, TensorInfo]:
         return {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in self.by_name.items()}
@@ -242,14 +241,14 @@ def test_any_slice_of_a_packed_tensor_is_that_slice(order: Any, key_value_heads:
     packed = torch.cat([part.view(groups, -1) for part in parts], dim=1).flatten()
     for part, tensor in enumerate(parts):
         rule = Packed(part, order)
-        assert rule.num_rows(config) == len(tensor)
+        assert rule.num_rows(config, len(packed)) == len(tensor)
         for start in range(len(tensor)):
             for stop in range(start, len(tensor) + 1):
-                found = [packed[place] for place in rule.places(config, slice(start, stop))]
+                found = [packed[rows] for rows in rule.packed_slices(config, len(packed), slice(start, stop))]
                 assert torch.equal(torch.cat([*found, tensor[:0]]), tensor[start:stop])
     for start in range(len(packed)):
         for stop in range(start, len(packed) + 1):
-            contents = Packed(0, order).contents(config, slice(start, stop))
+            contents = Packed(0, order).unpacked_slices(config, len(packed), slice(start, stop))
             found = [parts[part][rows] for part, rows in contents]
             assert torch.equal(torch.cat([*found, packed[:0]]), packed[start:stop])
 
@@ -261,7 +260,7 @@ def test_bloom_without_its_head_has_shorter_names(
     folder, model = folders["Bloom"]
     model.transformer.save_pretrained(tmp_path)
     source, whole = open_weights(tmp_path), open_weights(folder)
-    assert not any(name.startswith("transformer.") for name in source._places)  # type: ignore[union-attr]
+    assert not any(name.startswith("transformer.") for name in source._file_of_tensor)  # type: ignore[union-attr]
     assert source.tensors() == whole.tensors()
     assert all(torch.equal(source.read(name), whole.read(name)) for name in whole.tensors())
 

@@ -17,7 +17,8 @@ from ascendspeed_core.build import load_model
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.device import Device
 from ascendspeed_core.parallel.mesh import ParallelMesh
-from ascendspeed_core.weights import InitialWeights, open_weights, stored
+from ascendspeed_core.weights import InitialWeights, open_weights
+from ascendspeed_core.weights.files import file_tensor
 from ascendspeed_core.weights.files.file_tensor import StoredFile, StoredTensor
 from ascendspeed_core.weights.files.safetensors_files import read_safetensors
 from ascendspeed_core.weights.source import CheckpointError, TensorInfo
@@ -91,8 +92,8 @@ def test_any_slice_of_any_stride(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, limits: tuple[int, int]
 ) -> None:
     """Whatever is read at once and along."""
-    monkeypatch.setattr(stored, "BUFFER_BYTES", limits[0])
-    monkeypatch.setattr(stored, "WORTH_A_CALL_BYTES", limits[1])
+    monkeypatch.setattr(file_tensor, "BUFFER_BYTES", limits[0])
+    monkeypatch.setattr(file_tensor, "WORTH_A_CALL_BYTES", limits[1])
     whole = torch.arange(7 * 5 * 6, dtype=torch.float32).view(7, 5, 6)
     (tmp_path / "file").write_bytes(b"xyz" + whole.numpy().tobytes())
     view = STRIDES[kind](whole)

@@ -49,12 +49,12 @@ def compare(
     tolerance: float = 0.0,
     workers: int = 1,
 ) -> Comparison:
-    """Read both slab by slab.
+    """Compare two checkpoints, slab by slab.
 
     Args:
         a: one checkpoint.
         b: the other.
-        dtype: bring `a` to this format first, as a conversion did.
+        dtype: convert `a` to this dtype first, as a conversion did.
         tolerance: largest accepted absolute difference of an element.
         workers: tensors compared at once.
     """
@@ -105,7 +105,7 @@ def _difference(
         if first.dtype == second.dtype and torch.equal(_bits(first), _bits(second)):
             continue
         difference = (first.double() - second.double()).abs().nan_to_num(nan=float("inf"))
-        # Not-a-number at the same place in both is no difference.
+        # NaN at the same position in both is no difference.
         difference = difference.masked_fill(first.isnan() & second.isnan(), 0.0)
         here = float(difference.max()) if difference.numel() else 0.0
         if here > largest or not where:

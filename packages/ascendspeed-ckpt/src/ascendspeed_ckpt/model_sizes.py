@@ -1,4 +1,4 @@
-"""The sizes that the 2023 scripts name, and the flags that describe an input."""
+"""The model sizes that the 2023 scripts name, and checks of the flags that describe an input."""
 
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -62,7 +62,7 @@ def config_of_type(options: InputOptions) -> ModelConfig | None:
         eos_token_ids=(2,),
     )
     log(
-        f"--type {options.type}: where the input does not say otherwise it is LLaMA with {config.vocab_size:,} ids, "
+        f"--type {options.type}: unless the input says otherwise, it is LLaMA with {config.vocab_size:,} ids, "
         "norm_epsilon=1e-5 as AscendSpeed of 2023 computed, and 2,048 positions; --model-config says more"
     )
     return config

@@ -1,4 +1,4 @@
-"""Sources that change a model on its way: a resized vocabulary, a merged adapter."""
+"""Resize the vocabulary of a model as it is read."""
 
 from collections.abc import Mapping
 from functools import cached_property
@@ -14,7 +14,7 @@ VOCABULARY = ("embedding.weight", "output_head.weight")
 
 
 class ResizedVocabulary(BaseWeightSource):
-    """A model with more or fewer ids.
+    """A model with a larger or smaller vocabulary.
 
     Rows of ids that are new are the mean of all old rows, computed in float64: a new token begins as the average token
     does, so that its logit is the average logit and the loss of old texts hardly moves (Hewitt, 2021).

@@ -51,9 +51,9 @@ def write_hugging_face(
     Args:
         source: the weights.
         folder: where; files of the same names are replaced.
-        dtype: format of the written weights; by default the stored one.
+        dtype: of the written weights; by default the stored one.
         max_shard_bytes: weights in one file, unless a single tensor is larger.
-        on_bytes: told how many bytes were written.
+        on_bytes: called with the number of bytes just written.
         workers: files, or parts of them, written at once.
         pickled: `pytorch_model*.bin` instead of safetensors, for old programs.
     """
@@ -92,7 +92,7 @@ def write_hugging_face(
 def plan_shards(
     weights: HuggingFaceView, dtype: torch.dtype | None, max_shard_bytes: int
 ) -> list[list[_Planned]]:
-    """Return which tensors go into which file, in the order of the family's table."""
+    """Return which tensors go into which file, in the order of the family's weight table."""
     shards: list[list[_Planned]] = [[]]
     size = 0
     for theirs, stored in weights.tensors().items():
@@ -168,7 +168,7 @@ def _runs(shard: Sequence[_Planned]) -> Iterator[tuple[int, list[_Planned]]]:
 def _write_run(
     weights: HuggingFaceView, path: Path, run: Sequence[_Planned], start: int, on_bytes: OnBytes
 ) -> None:
-    """Write tensors that lie behind one another into a file that has its header."""
+    """Write consecutive tensors into a file that has its header already."""
     with path.open("r+b", buffering=0) as file:
         file.seek(start)
         for planned in run:

@@ -1,4 +1,4 @@
-"""Write model-parallel checkpoints of other systems, several files at once, each from its start to its end."""
+"""Write model-parallel checkpoints of AscendSpeed 2023 and Megatron-LM, several files at once."""
 
 import uuid
 from pathlib import Path
@@ -25,7 +25,7 @@ RELEASE = "release"
 def write_mp_rank(
     source: WeightSource,
     folder: Path,
-    target: WritePlan,
+    plan: WritePlan,
     workers: int = 1,
     on_bytes: OnBytes = lambda _: None,
 ) -> None:
@@ -34,29 +34,29 @@ def write_mp_rank(
     Args:
         source: the weights.
         folder: an existing folder.
-        target: how it is to look.
+        plan: layout and names.
         workers: files written at once.
-        on_bytes: told how many bytes were written.
+        on_bytes: called with the number of bytes just written.
     """
-    place = folder / RELEASE
+    release = folder / RELEASE
     checkpoint = uuid.uuid4().hex
     checksums: dict[str, dict[str, int]] = {}
     count = ByteCounter(on_bytes)
 
     def task(rank: tuple[int, int], chunks: list[list[PackedTensor]]) -> None:
-        path = place / target.layout.folder(*rank) / STATES
+        path = release / plan.layout.folder(*rank) / STATES
         path.parent.mkdir(parents=True)
         checksums[f"{path.parent.name}/{STATES}"] = _write_file(
-            source, path, target, rank, chunks, checkpoint, count
+            source, path, plan, rank, chunks, checkpoint, count
         )
 
-    run_in_threads([lambda r=rank, c=chunks: task(r, c) for rank, chunks in target.plan(source)], workers)  # type: ignore[misc]
-    rows = target.vocabulary_rows(source.config)
+    run_in_threads([lambda r=rank, c=chunks: task(r, c) for rank, chunks in plan.plan(source)], workers)  # type: ignore[misc]
+    rows = plan.vocabulary_rows(source.config)
     write_sidecar(
         Sidecar(
-            target.kind, source.config, rows, str(target.layout), checkpoint, dict(sorted(checksums.items()))
+            plan.kind, source.config, rows, str(plan.layout), checkpoint, dict(sorted(checksums.items()))
         ),
-        place,
+        release,
     )
     write_durably(folder / TRACKER, f"{RELEASE}\n")
 
@@ -64,7 +64,7 @@ def write_mp_rank(
 def _write_file(
     source: WeightSource,
     path: Path,
-    target: WritePlan,
+    plan: WritePlan,
     rank: tuple[int, int],
     chunks: list[list[PackedTensor]],
     checkpoint: str,
@@ -72,11 +72,11 @@ def _write_file(
 ) -> dict[str, int]:
     """Write one file, and return the checksums of its tensors by name."""
     stored = source.tensors()
-    states = [{packed.key: target.info(packed, stored) for packed in chunk} for chunk in chunks]
+    states = [{packed.key: plan.info(packed, stored) for packed in chunk} for chunk in chunks]
     names = ["model"] if len(states) == 1 else [f"model{number}" for number in range(len(states))]
     dtype = next(iter(states[0].values())).dtype
     content = {
-        "args": megatron_args(target, source.config, target.dtype or dtype),
+        "args": megatron_args(plan, source.config, plan.dtype or dtype),
         "checkpoint_version": 3.0,
         "iteration": 0,
         "tokens": 0,
@@ -86,8 +86,8 @@ def _write_file(
     with path.open("wb", buffering=0) as file, TorchArchive(file, content) as archive:
         for chunk in chunks:
             for packed in chunk:
-                archive.begin_tensor(target.info(packed, stored))
-                for slab in packed_slabs(source, packed, target.dtype):
+                archive.begin_tensor(plan.info(packed, stored))
+                for slab in packed_slabs(source, packed, plan.dtype):
                     archive.write(as_bytes(slab))
                     count(slab.nbytes)
     keys = [

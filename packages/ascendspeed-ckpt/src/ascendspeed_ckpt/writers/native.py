@@ -12,7 +12,7 @@ import torch
 from ascendspeed_ckpt.threads import ByteCounter, OnBytes, run_in_threads
 from ascendspeed_core import __version__
 from ascendspeed_core.config.parallel import Layout
-from ascendspeed_core.weights.native.distributed_files import TensorFile, WrittenShard, write_metadata
+from ascendspeed_core.weights.files.distributed_writer import TensorFile, WrittenShard, write_metadata
 from ascendspeed_core.weights.native.source import DESCRIPTION, FORMAT_VERSION, TRACKER, NativeSource
 from ascendspeed_core.weights.source import TensorInfo, WeightSource
 from ascendspeed_core.weights.stream import slabs
@@ -27,28 +27,30 @@ def write_native(
     workers: int = 1,
     run: NativeSource | None = None,
 ) -> None:
-    """Write a run's folder that holds weights at iteration 0; training started from it begins its data anew.
+    """Write a run's folder with the weights at iteration 0, from which training starts with fresh data.
 
-    With the training state of another native checkpoint it is that checkpoint once more, and training goes on.
+    With the training state of another native checkpoint it is a copy of that checkpoint, and training resumes.
 
     Args:
         source: the weights.
         folder: an existing folder.
-        dtype: format of the written weights; by default the stored one.
-        on_bytes: told how many bytes were written.
+        dtype: of the written weights; by default the stored one.
+        on_bytes: called with the number of bytes just written.
         workers: files written at once.
-        run: where `source` comes from, to take optimizer and random states along.
+        run: the checkpoint that `source` reads, to copy its optimizer and random states.
     """
     iteration = int(run.description["iteration"]) if run is not None else 0
-    place = folder / f"iter_{iteration:07d}"
-    place.mkdir()
-    pieces = write_files(source, place, dtype, on_bytes, workers)
+    checkpoint = folder / f"iter_{iteration:07d}"
+    checkpoint.mkdir()
+    shards = write_files(source, checkpoint, dtype, on_bytes, workers)
     if run is not None:
-        pieces += _write_state(run, place, workers)
-    write_metadata(place, pieces)
+        shards += _write_state(run, checkpoint, workers)
+    write_metadata(checkpoint, shards)
     if run is not None:
         _finish(
-            folder, place, run.description | {"ascendspeed_core": __version__, "torch": torch.__version__}
+            folder,
+            checkpoint,
+            run.description | {"ascendspeed_core": __version__, "torch": torch.__version__},
         )
         return
     description = {
@@ -63,31 +65,31 @@ def write_native(
         "order_digest": "",
         "layout": asdict(Layout()),
         "loss_scale": None,
-        "dtype": str(pieces[0].dtype).removeprefix("torch."),
+        "dtype": str(shards[0].dtype).removeprefix("torch."),
         "model": source.config.model_dump(mode="json"),
         "run": {},
     }
-    _finish(folder, place, description)
+    _finish(folder, checkpoint, description)
 
 
-def _finish(folder: Path, place: Path, description: Mapping[str, Any]) -> None:
-    write_durably(place / DESCRIPTION, json.dumps(description, indent=2) + "\n")
+def _finish(folder: Path, checkpoint: Path, description: Mapping[str, Any]) -> None:
+    write_durably(checkpoint / DESCRIPTION, json.dumps(description, indent=2) + "\n")
     write_durably(folder / TRACKER, f"{description['iteration']}\n")
 
 
-def _write_state(run: NativeSource, place: Path, number: int) -> list[WrittenShard]:
-    """Write everything that is no weight into a file of its own."""
-    with TensorFile(place, number) as file:
+def _write_state(run: NativeSource, checkpoint: Path, number: int) -> list[WrittenShard]:
+    """Write everything but the weights into a file of its own."""
+    with TensorFile(checkpoint, number) as file:
         for name in run.stored.names():
             if not name.startswith("model/"):
                 file.add(name, run.stored.read(name))
-    return file.pieces
+    return file.shards
 
 
 def write_files(
-    source: WeightSource, place: Path, dtype: torch.dtype | None, on_bytes: OnBytes, workers: int
+    source: WeightSource, checkpoint: Path, dtype: torch.dtype | None, on_bytes: OnBytes, workers: int
 ) -> list[WrittenShard]:
-    """Write all weights, in as many files as are written at once, each with about as many bytes."""
+    """Write all weights into one file for each worker, of about equal sizes."""
     shares: list[list[str]] = [[] for _ in range(workers)]
     loads = [0] * workers
     tensors = source.tensors()
@@ -95,18 +97,18 @@ def write_files(
         lightest = loads.index(min(loads))
         shares[lightest].append(name)
         loads[lightest] += info.num_bytes
-    pieces: list[list[WrittenShard]] = [[] for _ in shares]
+    shards: list[list[WrittenShard]] = [[] for _ in shares]
     count = ByteCounter(on_bytes)
 
     def write(number: int) -> None:
-        with TensorFile(place, number) as file:
+        with TensorFile(checkpoint, number) as file:
             for name in shares[number]:
                 info = tensors[name]
                 index = tuple(slice(0, length) for length in info.shape)
                 written = TensorInfo(info.shape, dtype or info.dtype)
                 file.add_slabs(f"model/{name}", written, slabs(source, name, index, dtype))
                 count(written.num_bytes)
-        pieces[number] = file.pieces
+        shards[number] = file.shards
 
     run_in_threads([partial(write, number) for number, share in enumerate(shares) if share], workers)
-    return [piece for share in pieces for piece in share]
+    return [shard for share in shards for shard in share]

@@ -24,14 +24,14 @@ from ascendspeed_core.config.sharding import Slice
 from ascendspeed_core.weights.external.packing import PackedTensor
 from ascendspeed_core.weights.external.sidecar import Sidecar
 from ascendspeed_core.weights.external.torch_dist import BACKEND, COMMON, LAYER_NAME
-from ascendspeed_core.weights.files.torch_archive import TorchArchive
-from ascendspeed_core.weights.load import parameter_shapes
-from ascendspeed_core.weights.native.distributed_files import (
+from ascendspeed_core.weights.files.distributed_writer import (
     TensorFile,
     WrittenObject,
     WrittenShard,
     write_metadata,
 )
+from ascendspeed_core.weights.files.torch_archive import TorchArchive
+from ascendspeed_core.weights.load import parameter_shapes
 from ascendspeed_core.weights.native.source import TRACKER
 from ascendspeed_core.weights.shard_layout import shard_layout
 from ascendspeed_core.weights.source import TensorInfo, WeightSource
@@ -48,7 +48,7 @@ _WITH_EXTRA_STATE = (
 def write_torch_dist(
     source: WeightSource,
     folder: Path,
-    target: WritePlan,
+    plan: WritePlan,
     workers: int = 1,
     on_bytes: OnBytes = lambda _: None,
 ) -> None:
@@ -57,30 +57,30 @@ def write_torch_dist(
     Args:
         source: the weights.
         folder: an existing folder.
-        target: how it is to look; its layout tells the arguments and the filling of the vocabulary only.
+        plan: names; its layout decides only the arguments and the padding of the vocabulary.
         workers: files written at once.
-        on_bytes: told how many bytes were written.
+        on_bytes: called with the number of bytes just written.
     """
-    place = folder / RELEASE
-    place.mkdir()
+    release = folder / RELEASE
+    release.mkdir()
     config = source.config
-    shapes, rows = parameter_shapes(config), target.vocabulary_rows(config)
+    shapes, rows = parameter_shapes(config), plan.vocabulary_rows(config)
     whole = shard_layout(config.num_layers).stage(0, 0)
-    planned = list(target.name_map(config).of_chunk(shapes, config, whole, rows))
+    planned = list(plan.name_map(config).of_chunk(shapes, config, whole, rows))
     shares: list[list[PackedTensor]] = [planned[number::workers] for number in range(workers)]
     stored, count = source.tensors(), ByteCounter(on_bytes)
-    pieces: list[list[WrittenShard]] = [[] for _ in shares]
+    shards: list[list[WrittenShard]] = [[] for _ in shares]
     objects: list[WrittenObject] = []
 
     def write(number: int) -> None:
-        with TensorFile(place, number) as file:
+        with TensorFile(release, number) as file:
             for packed in shares[number]:
-                info = target.info(packed, stored)
+                info = plan.info(packed, stored)
                 name, part = _stacked(packed, config.num_layers)
                 file.add_slabs(
                     name,
                     TensorInfo(part.sizes, info.dtype),
-                    packed_slabs(source, packed, target.dtype),
+                    packed_slabs(source, packed, plan.dtype),
                     part,
                 )
                 count(info.num_bytes)
@@ -89,20 +89,20 @@ def write_torch_dist(
                 for key in _extra_states(config.num_layers):
                     file.add_object(key, nothing)
                 objects.extend(file.objects)
-        pieces[number] = file.pieces
+        shards[number] = file.shards
 
     run_in_threads([partial(write, number) for number, share in enumerate(shares) if share], workers)
-    write_metadata(place, [piece for share in pieces for piece in share], objects)
-    dtype = target.dtype or next(iter(stored.values())).dtype
-    _write_common(place / COMMON, megatron_args(target, config, dtype))
-    backend = {"sharded_backend": target.kind, "sharded_backend_version": 1, "common_backend": "torch"}
-    write_durably(place / BACKEND, json.dumps(backend | {"common_backend_version": 1}))
-    write_sidecar(Sidecar(target.kind, config, rows, str(target.layout), uuid.uuid4().hex, {}), place)
+    write_metadata(release, [shard for share in shards for shard in share], objects)
+    dtype = plan.dtype or next(iter(stored.values())).dtype
+    _write_common(release / COMMON, megatron_args(plan, config, dtype))
+    backend = {"sharded_backend": plan.kind, "sharded_backend_version": 1, "common_backend": "torch"}
+    write_durably(release / BACKEND, json.dumps(backend | {"common_backend_version": 1}))
+    write_sidecar(Sidecar(plan.kind, config, rows, str(plan.layout), uuid.uuid4().hex, {}), release)
     write_durably(folder / TRACKER, f"{RELEASE}\n")
 
 
 def _stacked(packed: PackedTensor, num_layers: int) -> tuple[str, Slice]:
-    """Return name and piece of a tensor when those of all layers are one tensor."""
+    """Return the name of the tensor that holds all layers, and which part of it this tensor is."""
     match = LAYER_NAME.fullmatch(packed.key)
     index = tuple(slice(0, length) for length in packed.shape)
     if match is None:

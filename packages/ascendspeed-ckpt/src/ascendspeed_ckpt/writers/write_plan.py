@@ -1,4 +1,4 @@
-"""What is to be written: layout, names, packing, filling; and whether the format can hold the model."""
+"""How an external checkpoint is written: layout, names, packing and padding."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -25,12 +25,12 @@ ExternalKind = Literal["ascendspeed", "megatron", "torch_dist"]
 
 @dataclass(frozen=True)
 class WritePlan:
-    """How a foreign checkpoint is to look.
+    """How an external checkpoint is written.
 
     Attributes:
         kind: the format.
-        layout: files and what layers they hold; `torch_dist` has one logical model whatever the layout.
-        dtype: format of the weights; `None` for the stored one.
+        layout: which layers each file holds; `torch_dist` holds one logical model in every layout.
+        dtype: of the weights; `None` keeps the stored one.
         vocabulary_multiple: rows of embedding and head become a multiple of this times tp.
         merged_mlp: AscendSpeed's `--mlp-layer-fusion`, gate and up in one tensor.
         transformer_engine: Megatron-LM's names with Transformer-Engine layers, which is its default.
@@ -44,7 +44,7 @@ class WritePlan:
     transformer_engine: bool = True
 
     def vocabulary_rows(self, config: ModelConfig) -> int:
-        """Return the rows of embedding and head with filling, by Megatron-LM's rule."""
+        """Return the rows of embedding and head with padding, by Megatron-LM's rule."""
         multiple = self.vocabulary_multiple * self.layout.tp
         return -(-config.vocab_size // multiple) * multiple
 
@@ -65,7 +65,7 @@ class WritePlan:
         return ascendspeed_gpt() if config.mlp == "gelu" else ascendspeed_llama(self.merged_mlp)
 
     def plan(self, source: WeightSource) -> Iterator[tuple[tuple[int, int], list[list[PackedTensor]]]]:
-        """Yield tensor rank and stage of each file, and the tensors of each of its chunks, cut."""
+        """Yield tensor-parallel rank and stage of each file, and the tensors of each of its chunks."""
         config = source.config
         shapes = parameter_shapes(config)
         if config.position == "rotary":

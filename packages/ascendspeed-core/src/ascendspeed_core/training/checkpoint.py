@@ -34,7 +34,7 @@ from ascendspeed_core.optim.update_rule import optimizer_state_keys
 from ascendspeed_core.parallel.mesh import ParallelMesh, gather_objects
 from ascendspeed_core.weights.adapters.lora import description_of, plan_of
 from ascendspeed_core.weights.adapters.write_peft import write_adapter
-from ascendspeed_core.weights.native.distributed_files import TensorFile, WrittenShard, write_metadata
+from ascendspeed_core.weights.files.distributed_writer import TensorFile, WrittenShard, write_metadata
 from ascendspeed_core.weights.native.source import (
     DESCRIPTION,
     FORMAT_VERSION,
@@ -205,7 +205,7 @@ class CheckpointWriter:
             with TensorFile(scratch, self._mesh.rank) as file:
                 for name, part, tensor in tensors:
                     file.add(name, tensor, part)
-            pieces.extend(file.pieces)
+            pieces.extend(file.shards)
 
         def complete(everything: list[list[WrittenShard]]) -> None:
             write_metadata(scratch, [piece for of_rank in everything for piece in of_rank])

@@ -1,4 +1,4 @@
-"""How model-parallel checkpoints spread layers over files; pure arithmetic."""
+"""How model-parallel checkpoints distribute layers over files; pure arithmetic."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class ShardLayout:
     """Tensor-parallel ranks, pipeline stages, and chunks of each stage.
 
     Attributes:
-        tp: ranks that share every layer.
+        tp: tensor-parallel ranks.
         chunks: for each stage the layers of each of its chunks; one chunk without a virtual pipeline.
     """
 
@@ -69,14 +69,14 @@ def shard_layout(
     layers_per_chunk: int | None = None,
     layers_of_stages: Sequence[int] | None = None,
 ) -> ShardLayout:
-    """Return the layout of a target.
+    """Return the layout of a checkpoint to be written.
 
     Args:
         num_layers: layers of the model.
         tp: tensor-parallel ranks.
         pp: pipeline stages.
         layers_per_chunk: `--num-layers-per-virtual-pipeline-stage`.
-        layers_of_stages: layers of each stage; by default as equal as can be.
+        layers_of_stages: layers of each stage; by default as equal as possible.
 
     Raises:
         ConfigError: the sizes do not fit.
@@ -106,7 +106,7 @@ def shard_layout(
 
 
 def from_counts(tp: int, counts: Sequence[Sequence[int]]) -> ShardLayout:
-    """Return the layout whose stages have chunks of these many layers; layers go around all stages chunk by chunk."""
+    """Return the layout with these numbers of layers by stage and chunk; layers fill chunk 0 of all stages first."""
     found: list[list[range]] = [[] for _ in counts]
     start = 0
     for chunk in range(len(counts[0])):

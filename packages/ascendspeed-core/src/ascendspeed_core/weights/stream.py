@@ -15,7 +15,7 @@ class SliceReader(Protocol):
     """Tensors by name, readable by slice."""
 
     def tensors(self) -> Mapping[str, TensorInfo]:
-        """Return shape and format of each."""
+        """Return shape and dtype of each by name."""
         ...
 
     def read(self, name: str, index: Index = ()) -> torch.Tensor:
@@ -26,16 +26,16 @@ class SliceReader(Protocol):
 def slabs(
     source: SliceReader, name: str, index: Index, dtype: torch.dtype | None = None
 ) -> Iterator[torch.Tensor]:
-    """Yield part of a tensor as contiguous runs of its rows, in another format if asked for.
+    """Yield part of a tensor as contiguous runs of its rows, converted to `dtype` if it is given.
 
     Args:
         source: holds it.
         name: of the tensor.
         index: the part.
-        dtype: format of the slabs; by default the stored one.
+        dtype: of the slabs; by default the stored one.
 
     Raises:
-        CheckpointError: a number is too large for the format.
+        CheckpointError: a number is too large for the dtype.
     """
     if not index:
         yield as_format(source.read(name), dtype, name).contiguous()
@@ -52,7 +52,7 @@ def slabs(
 
 
 def as_format(tensor: torch.Tensor, dtype: torch.dtype | None, name: str) -> torch.Tensor:
-    """Return a tensor in a format.
+    """Convert a tensor to a dtype.
 
     Raises:
         CheckpointError: a finite number becomes infinite.

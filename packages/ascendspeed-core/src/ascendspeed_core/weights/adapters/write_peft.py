@@ -21,8 +21,8 @@ from ascendspeed_core.weights.adapters.peft import (
     HuggingFaceTensor,
     hugging_face_tensors,
 )
+from ascendspeed_core.weights.files.distributed_reader import DistributedTensors
 from ascendspeed_core.weights.load import parameter_shapes
-from ascendspeed_core.weights.native.source import DistributedTensors
 
 Read = Callable[[str], torch.Tensor]
 

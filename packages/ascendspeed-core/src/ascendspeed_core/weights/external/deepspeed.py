@@ -1,4 +1,4 @@
-"""Read the DeepSpeed-pipe layout of Bloom: one file for each layer and tensor rank.
+"""Read the DeepSpeed-pipe layout of Bloom: one file for each layer and tensor-parallel rank.
 
     latest                                        "global_step1000"
     global_step1000/layer_03-model_00-model_states.pt
@@ -14,7 +14,8 @@ from pathlib import Path
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.weights.external.megatron_args import config_beside
 from ascendspeed_core.weights.external.name_maps import ascendspeed_gpt
-from ascendspeed_core.weights.external.sharded_tensors import ExternalSource, ShardedTensors
+from ascendspeed_core.weights.external.sharded_tensors import ShardedTensors
+from ascendspeed_core.weights.external.source import ExternalSource
 from ascendspeed_core.weights.files.file_tensor import StoredTensor
 from ascendspeed_core.weights.files.torch_files import TorchFile, stored_tensors
 from ascendspeed_core.weights.load import parameter_shapes
@@ -50,7 +51,9 @@ class DeepSpeedPipeSource(ExternalSource):
         files = _open_files(self.folder)
         self.tp = max(rank for _, rank in files) + 1
         self._check_files(set(files))
-        states = {place: dict(stored_tensors(file.content)) for place, file in files.items()}
+        states = {
+            number_and_rank: dict(stored_tensors(file.content)) for number_and_rank, file in files.items()
+        }
         self._files = files
         embedding = states[1, 0].get("word_embeddings.weight")
         if embedding is None:
@@ -67,7 +70,7 @@ class DeepSpeedPipeSource(ExternalSource):
         return sorted(path.name for path in self.folder.iterdir() if _FILE.fullmatch(path.name) is None)
 
     def check(self) -> bool:
-        """Read everything once: checksums of all files, and every part that lies in several of them."""
+        """Read everything once: compare checksums, and all parts that several files hold."""
         for file in self._files.values():
             file.check()
         self._sharded.check_replicas()
@@ -93,8 +96,8 @@ class DeepSpeedPipeSource(ExternalSource):
         self, states: dict[tuple[int, int], dict[str, StoredTensor]], shapes: Mapping[str, tuple[int, ...]]
     ) -> None:
         stage = PipelineChunk(range(self.config.num_layers), is_first=True, is_last=True)
-        table = ascendspeed_gpt()
-        for packed in table.of_chunk(shapes, self.config, stage, self.vocabulary_rows):
+        name_map = ascendspeed_gpt()
+        for packed in name_map.of_chunk(shapes, self.config, stage, self.vocabulary_rows):
             number, name = self._file_of(packed.key)
             for rank in range(self.tp):
                 state = states[number, rank]

@@ -1,4 +1,4 @@
-"""Tell formats apart by the names of their tensors."""
+"""Detect the format of external files by the names of their tensors."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,10 +17,10 @@ STATES = "model_optim_rng.pt"
 
 
 def detect_name_map(names: Iterable[str], folder: Path) -> tuple[Kind, NameMap, str]:
-    """Return kind of checkpoint, table and name of the naming, by the tensors of the first stage.
+    """Return kind of checkpoint, name map, and a name for the name map, by the tensors of the first stage.
 
     Raises:
-        CheckpointError: no table has such names.
+        CheckpointError: no name map has such names.
     """
     names = list(names)
 
@@ -37,6 +37,6 @@ def detect_name_map(names: Iterable[str], folder: Path) -> tuple[Kind, NameMap, 
     if has("language_model.layers.0.", "attention.query_key_value"):
         return "ascendspeed", ascendspeed_llama(has("mlp.proj.")), "LLaMA"
     raise CheckpointError(
-        f"{folder}: its tensors have names of no known model, first {min(names, default='none')}; known are "
-        "AscendSpeed's LLaMA and GPT models and Megatron-LM's GPTModel"
+        f"{folder}: the names of its tensors are those of no known model, first {min(names, default='none')}; "
+        "known are AscendSpeed's LLaMA and GPT models and Megatron-LM's GPTModel"
     )

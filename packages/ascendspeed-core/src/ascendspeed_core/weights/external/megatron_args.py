@@ -1,4 +1,4 @@
-"""What the arguments pickled beside the weights say of the architecture, and whether they fit the weights."""
+"""Megatron-LM's arguments, pickled beside the weights: which architecture they describe, and whether it fits."""
 
 from argparse import Namespace
 from collections.abc import Callable, Mapping
@@ -26,7 +26,7 @@ _MUST_BE: dict[str, tuple[Any, ...]] = {
     "squared_relu": (False, None),
     "apply_residual_connection_post_layernorm": (False, None),
 }
-"""Arguments that would change the architecture in ways that arguments alone do not tell us enough about."""
+"""Arguments whose other values would need more of the architecture than arguments describe."""
 
 _COMPARED = {
     "num_layers": "num_layers",
@@ -38,15 +38,15 @@ _COMPARED = {
 
 @dataclass(frozen=True)
 class CheckpointFacts:
-    """What the files themselves say.
+    """What the files of a checkpoint say of themselves, besides their arguments.
 
     Attributes:
         kind: `ascendspeed` or `megatron`.
-        naming: name of the table.
+        naming: name of the name map.
         folder: for messages.
         layout: how layers are spread.
         first: stored tensors of the first stage.
-        vocabulary_rows: rows of the embedding with filling.
+        vocabulary_rows: rows of the embedding with padding.
     """
 
     kind: str
@@ -74,18 +74,18 @@ def resolve_config(
     vocab_size: int | None,
     fallback_config: Callable[[], ModelConfig | None] = lambda: None,
 ) -> ModelConfig:
-    """Return the architecture: from our sidecar, from what was given, from a config.json beside, from the arguments.
+    """Return the architecture: from the sidecar, the given config, a config.json, or the arguments.
 
     Raises:
-        CheckpointError: nothing says it, or what says it contradicts the weights.
+        CheckpointError: nothing describes it, or what describes it contradicts the weights.
     """
     config = sidecar.model if sidecar is not None else given or config_beside(facts.folder)
     if config is None and not isinstance(arguments, Namespace):
         config = fallback_config()
     if config is None and not isinstance(arguments, Namespace):
         raise CheckpointError(
-            f"{facts.folder} does not say what model it is (no arguments in it); put the model's config.json into it, "
-            "or name it with --model-config"
+            f"{facts.folder} does not include its architecture (it holds no arguments); put the model's config.json "
+            "into it, or name it with --model-config"
         )
     if config is None:
         config = config_of_arguments(facts, arguments, vocab_size).model_copy(update=_ids(facts.folder))
@@ -113,16 +113,16 @@ def resolve_config(
 
 
 def config_of_arguments(facts: CheckpointFacts, arguments: Namespace, vocab_size: int | None) -> ModelConfig:
-    """Return the architecture that arguments and tensors tell together.
+    """Return the architecture that arguments and tensors describe together.
 
     Raises:
-        CheckpointError: they leave something open.
+        CheckpointError: they leave something undefined.
     """
     for name, allowed in _MUST_BE.items():
         if getattr(arguments, name, allowed[0]) not in allowed:
             raise CheckpointError(
-                f"{facts.folder}: its arguments say {name}={getattr(arguments, name)!r}, of which they do not tell "
-                "enough; name the model's config.json with --model-config"
+                f"{facts.folder}: its arguments say {name}={getattr(arguments, name)!r}, which they do not describe "
+                "fully; name the model's config.json with --model-config"
             )
     heads = _number(facts, arguments, "num_attention_heads")
     hidden = _number(facts, arguments, "hidden_size")
@@ -166,7 +166,7 @@ def config_of_arguments(facts: CheckpointFacts, arguments: Namespace, vocab_size
     try:
         config = validate(ModelConfig, values)
     except ConfigError as error:
-        raise CheckpointError(f"{facts.folder}: its arguments make no model: {error}") from None
+        raise CheckpointError(f"{facts.folder}: its arguments describe no valid model: {error}") from None
     log(f"{facts.folder}: architecture taken from its arguments, family {config.family}")
     return config
 
@@ -191,7 +191,7 @@ def _rope_scaling(arguments: Namespace) -> RotaryScaling | None:
 def check_arguments(
     file: TorchFile, sidecar: Sidecar | None, layout: ShardLayout, tp_rank: int, stage: int
 ) -> None:
-    """Make sure that a file is the one of its rank, as far as it tells.
+    """Check that a file is that of its rank, as far as it says.
 
     Raises:
         CheckpointError: it says another rank, layout or checkpoint.
@@ -219,8 +219,8 @@ def check_arguments(
     rank, world = getattr(arguments, "rank", None), getattr(arguments, "world_size", None)
     if mine is None and isinstance(rank, int) and isinstance(world, int) and world % layout.pp == 0:
         # Megatron-LM counts ranks with the tensor-parallel one fastest and the stage slowest.
-        place = (rank % layout.tp, rank // (world // layout.pp))
-        if place != (tp_rank, stage):
+        expected_rank = (rank % layout.tp, rank // (world // layout.pp))
+        if expected_rank != (tp_rank, stage):
             raise CheckpointError(
                 f"{file.path} was written by process {rank} of {world}, which is not tensor rank {tp_rank} of stage "
                 f"{stage}; files were swapped, copy the folder again"
@@ -237,7 +237,7 @@ def config_beside(folder: Path) -> ModelConfig | None:
 
 
 def _ids(folder: Path) -> dict[str, Any]:
-    """Return the ids of a generation_config.json beside the weights; arguments do not tell them."""
+    """Return the ids of a generation_config.json beside the weights, which arguments do not include."""
     found = {**generation_ids(folder.parent), **generation_ids(folder)}
     end = found.get("eos_token_id")
     ids = tuple(end) if isinstance(end, list) else () if end is None else (int(end),)
@@ -249,8 +249,8 @@ def _vocab_size(facts: CheckpointFacts, arguments: Namespace) -> int:
     if isinstance(said, int) and 0 < said <= facts.vocabulary_rows:
         return said
     raise CheckpointError(
-        f"{facts.folder}: its embedding has {facts.vocabulary_rows:,} rows, of which nothing says how many are "
-        "filling; give --orig-vocab-size, or --model-config with the model's config.json"
+        f"{facts.folder}: its embedding has {facts.vocabulary_rows:,} rows, but nothing says how many of them are "
+        "padding; give --orig-vocab-size, or --model-config with the model's config.json"
     )
 
 

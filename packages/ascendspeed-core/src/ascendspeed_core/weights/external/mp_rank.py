@@ -1,11 +1,11 @@
-"""Read model-parallel checkpoints: one `mp_rank_TT[_PPP]/model_optim_rng.pt` for each tensor rank and stage.
+"""Read model-parallel checkpoints: one `mp_rank_TT[_PPP]/model_optim_rng.pt` for each tensor-parallel rank and stage.
 
-AscendSpeed of 2023 and Megatron-LM share this layout; names and packing differ, see `foreign.tables`:
+AscendSpeed of 2023 and Megatron-LM share this layout; names and packing differ, see `name_maps`:
 
     latest_checkpointed_iteration.txt        "100" or "release"
     iter_0000100/ or release/
         mp_rank_00_000/model_optim_rng.pt    args, iteration, model (or model0, model1, ... with a virtual pipeline)
-        ascendspeed.json                     only where we wrote it, see `foreign.record`
+        ascendspeed.json                     only where asd-ckpt wrote it, see `sidecar`
 """
 
 import re
@@ -19,9 +19,10 @@ import torch
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.weights.external.detect_format import STATES, detect_name_map
 from ascendspeed_core.weights.external.megatron_args import CheckpointFacts, check_arguments, resolve_config
-from ascendspeed_core.weights.external.name_maps import ROTARY
-from ascendspeed_core.weights.external.sharded_tensors import ExternalSource, ShardedTensors
+from ascendspeed_core.weights.external.name_maps import ROTARY, NameMap
+from ascendspeed_core.weights.external.sharded_tensors import ShardedTensors
 from ascendspeed_core.weights.external.sidecar import read_sidecar, written_by
+from ascendspeed_core.weights.external.source import ExternalSource
 from ascendspeed_core.weights.files.file_tensor import StoredTensor
 from ascendspeed_core.weights.files.torch_files import TorchFile, stored_tensors
 from ascendspeed_core.weights.load import parameter_shapes
@@ -32,7 +33,7 @@ from ascendspeed_core.weights.source import CheckpointError, Kind, inside
 _RANK_FOLDER = re.compile(r"mp_rank_(\d+)(?:_(\d+))?")
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
 SMALL_BYTES = 1 << 20
-"""Tensors up to this size that lie in several files are compared when a checkpoint is opened."""
+"""Parts up to this size that several files hold are compared when a checkpoint is opened."""
 
 
 class MpRankSource(ExternalSource):
@@ -40,9 +41,9 @@ class MpRankSource(ExternalSource):
 
     Args:
         path: the folder with the tracker, or the one with the `mp_rank_*` folders.
-        config: the architecture, where the checkpoint does not say it.
-        vocab_size: rows of the embedding that are not filling, where the checkpoint does not say it.
-        fallback_config: asked for the architecture when nothing else says it.
+        config: the architecture, where the checkpoint does not include it.
+        vocab_size: vocabulary size without padding, where the checkpoint does not record it.
+        fallback_config: called for the architecture when neither the checkpoint nor `config` gives it.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class MpRankSource(ExternalSource):
         ]
         self.layout: ShardLayout = from_counts(self.tp, counts)
         first = dict(stored_tensors(chunks[0, 0][0]))
-        kind, table, self.naming = detect_name_map(first, self.folder)
+        kind, name_map, self.naming = detect_name_map(first, self.folder)
         self.kind: str = kind
         content = self._files[0, 0].content
         self.arguments: Any = content.get("args") if isinstance(content, dict) else None
@@ -82,7 +83,7 @@ class MpRankSource(ExternalSource):
         for (tp_rank, stage), file in self._files.items():
             check_arguments(file, self.sidecar, self.layout, tp_rank, stage)
             for number, chunk in enumerate(chunks[tp_rank, stage]):
-                self._place(file, dict(stored_tensors(chunk)), table, (tp_rank, stage, number))
+                self._place(file, dict(stored_tensors(chunk)), name_map, (tp_rank, stage, number))
         self._sharded.check_complete(self.folder, shapes)
         self._sharded.check_replicas(SMALL_BYTES)
         self._check_rotary()
@@ -110,7 +111,7 @@ class MpRankSource(ExternalSource):
         )
 
     def check(self) -> bool:
-        """Read everything once: checksums of all files, and every part that lies in several of them.
+        """Read everything once: compare checksums, and all parts that several files hold.
 
         Raises:
             CheckpointError: a file is damaged, or two are of different checkpoints.
@@ -125,11 +126,11 @@ class MpRankSource(ExternalSource):
         return super().details() | {"written by": written_by(self.sidecar)}
 
     def _place(
-        self, file: TorchFile, stored: dict[str, StoredTensor], table: Any, rank: tuple[int, int, int]
+        self, file: TorchFile, stored: dict[str, StoredTensor], name_map: NameMap, rank: tuple[int, int, int]
     ) -> None:
         tp_rank, stage, chunk = rank
         layers = self.layout.stage(stage, chunk)
-        for packed in table.of_chunk(self._shapes, self.config, layers, self.vocabulary_rows):
+        for packed in name_map.of_chunk(self._shapes, self.config, layers, self.vocabulary_rows):
             key = packed.key.replace("/", ".")
             if key not in stored:
                 if ROTARY in packed.slices[0].name:
@@ -158,7 +159,7 @@ class MpRankSource(ExternalSource):
 
 
 def rotary_frequencies(config: ModelConfig) -> torch.Tensor:
-    """Return the rotary frequencies that other systems store: base^(-2i/D)."""
+    """Return the rotary frequencies that some external formats store, base^(-2i/D), [D/2], in fp32."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
     return (1.0 / config.rotary_base**exponents).float()
 

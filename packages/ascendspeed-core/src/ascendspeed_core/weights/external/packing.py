@@ -1,8 +1,8 @@
 """How a stored tensor is put together from slices of logical tensors.
 
-A stored tensor is a list of slices along its first dimension. Packing (queries, keys and values of each head behind
-one another; gate above up) and cutting (rows or columns for each tensor-parallel rank) are operations on such lists,
-so that one description serves reading and writing.
+A stored tensor is a list of slices along its first dimension. Packing (queries, keys and values of each head one
+after the other; gate above up) and cutting (rows or columns for each tensor-parallel rank) are operations on such
+lists, so that the same description serves reading and writing.
 
 Example: two heads of size D with their queries, keys and values packed are six slices of D rows each; cut over two
 ranks by rows, the first rank holds the first three.
@@ -146,7 +146,7 @@ def interleaved(parts: Iterable[tuple[str, Sequence[int], int]], count: int) -> 
 
 
 def cut_rows(key: str, slices: Sequence[PackedSlice], rank: int, tp: int) -> Iterator[PackedSlice]:
-    """Yield what stands in a rank's share of the rows."""
+    """Yield what a rank holds of the rows."""
     total = sum(piece.rows for piece in slices)
     _check_divides(key, "rows", total, tp)
     start, stop = rank * total // tp, (rank + 1) * total // tp
@@ -164,7 +164,7 @@ def cut_rows(key: str, slices: Sequence[PackedSlice], rank: int, tp: int) -> Ite
 
 
 def cut_columns(key: str, slices: Sequence[PackedSlice], rank: int, tp: int) -> Iterator[PackedSlice]:
-    """Yield a rank's share of the columns of every piece."""
+    """Yield what a rank holds of the columns of every slice."""
     for piece in slices:
         columns = piece.index[1]
         width = columns.stop - columns.start

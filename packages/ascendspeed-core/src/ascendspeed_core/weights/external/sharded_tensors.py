@@ -2,17 +2,12 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
-from ascendspeed_core.config.model import ModelConfig
-from ascendspeed_core.weights.external.name_maps import ROTARY
 from ascendspeed_core.weights.external.packing import PackedTensor
-from ascendspeed_core.weights.source import BaseWeightSource, CheckpointError, Index, TensorInfo
-from ascendspeed_data.tokenizer import DEFINING_FILES
+from ascendspeed_core.weights.source import CheckpointError, Index, TensorInfo
 
 
 class LazyTensor(Protocol):
@@ -20,7 +15,7 @@ class LazyTensor(Protocol):
 
     @property
     def info(self) -> TensorInfo:
-        """Shape and format."""
+        """Shape and dtype."""
         ...
 
     def read(self, index: Index = ()) -> torch.Tensor:
@@ -78,7 +73,7 @@ class ShardedTensors:
         """Add a stored tensor.
 
         Raises:
-            CheckpointError: it has another shape or format than the others of its kind.
+            CheckpointError: it has another shape or dtype than the others of its kind.
         """
         if stored.info.shape != packed.shape:
             raise CheckpointError(
@@ -118,7 +113,7 @@ class ShardedTensors:
             others.append(shard)
 
     def info(self, name: str) -> TensorInfo:
-        """Return shape and format of a logical tensor."""
+        """Return shape and dtype of a logical tensor."""
         return TensorInfo(self._shapes[name], self._shards[name][0].tensor.info.dtype)
 
     def names(self) -> Iterator[str]:
@@ -151,7 +146,7 @@ class ShardedTensors:
                 )
 
     def read(self, name: str, index: Index = ()) -> torch.Tensor:
-        """Read a slice: a view of the file if it lies in one piece, else put together."""
+        """Read a slice, put together from the shards that it touches."""
         shape = self._shapes[name]
         wanted = index or tuple(slice(0, length) for length in shape)
         result: torch.Tensor | None = None
@@ -176,49 +171,6 @@ class ShardedTensors:
             sizes = [max(part.stop - part.start, 0) for part in wanted]
             return torch.empty(sizes, dtype=self.info(name).dtype)
         return result
-
-
-class ExternalSource(BaseWeightSource):
-    """What the sources of external checkpoints have in common.
-
-    Attributes:
-        path: the folder as the user named it.
-        folder: the one with the files.
-        config: the architecture.
-        vocabulary_rows: rows of the embedding with padding.
-    """
-
-    path: Path | None
-    folder: Path
-    config: ModelConfig
-    vocabulary_rows: int
-    _sharded: ShardedTensors
-
-    @property
-    def tokenizer(self) -> Path | None:
-        """Folder of the tokenizer beside the weights, if any."""
-        for folder in (self.folder, self.folder.parent):
-            for candidate in (folder, folder / "tokenizer"):
-                if any((candidate / name).is_file() for name in DEFINING_FILES):
-                    return candidate
-        return None
-
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        """Return every weight by our name."""
-        return self._infos
-
-    @cached_property
-    def _infos(self) -> dict[str, TensorInfo]:
-        return {name: self._sharded.info(name) for name in self._sharded.names() if name != ROTARY}
-
-    def read(self, name: str, index: Index = ()) -> torch.Tensor:
-        """Read a slice of a weight."""
-        return self._sharded.read(name, index)
-
-    def details(self) -> dict[str, Any]:
-        """Return the layout of the files, and the rows of the embedding with padding."""
-        layout = {} if self.layout is None else {"layout": str(self.layout)}
-        return layout | {"vocabulary_rows": self.vocabulary_rows}
 
 
 def _size(index: Index) -> int:

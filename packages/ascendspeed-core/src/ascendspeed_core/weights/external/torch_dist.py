@@ -21,11 +21,12 @@ from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.weights.external.megatron_args import CheckpointFacts, resolve_config
 from ascendspeed_core.weights.external.mp_rank import iteration_folder
 from ascendspeed_core.weights.external.name_maps import megatron
-from ascendspeed_core.weights.external.sharded_tensors import ExternalSource, ShardedTensors
+from ascendspeed_core.weights.external.sharded_tensors import ShardedTensors
 from ascendspeed_core.weights.external.sidecar import read_sidecar, written_by
+from ascendspeed_core.weights.external.source import ExternalSource
+from ascendspeed_core.weights.files.distributed_reader import DistributedTensors
 from ascendspeed_core.weights.files.torch_files import TorchFile
 from ascendspeed_core.weights.load import parameter_shapes
-from ascendspeed_core.weights.native.source import DistributedTensors
 from ascendspeed_core.weights.shard_layout import ShardLayout, shard_layout
 from ascendspeed_core.weights.source import CheckpointError, Index, TensorInfo
 
@@ -60,8 +61,8 @@ class TorchDistSource(ExternalSource):
 
     Args:
         path: the folder with the tracker, or the one with `metadata.json`.
-        config: the architecture, where the checkpoint does not say it.
-        vocab_size: rows of the embedding that are not filling, where the checkpoint does not say it.
+        config: the architecture, where the checkpoint does not include it.
+        vocab_size: vocabulary size without padding, where the checkpoint does not record it.
     """
 
     kind = "torch_dist"
@@ -92,8 +93,8 @@ class TorchDistSource(ExternalSource):
         self.config: ModelConfig = resolve_config(facts, self.sidecar, self.arguments, config, vocab_size)
         shapes = parameter_shapes(self.config)
         self._sharded = ShardedTensors(shapes)
-        table, stage = megatron(True), self.layout.stage(0, 0)
-        for packed in table.of_chunk(shapes, self.config, stage, self.vocabulary_rows):
+        name_map, stage = megatron(True), self.layout.stage(0, 0)
+        for packed in name_map.of_chunk(shapes, self.config, stage, self.vocabulary_rows):
             if packed.key not in found:
                 raise CheckpointError(
                     f"{self.folder} lacks {packed.key}; it is of another model, or incomplete"

@@ -19,11 +19,11 @@ BUFFER_BYTES = 1 << 21
 """What is read at once on its way to another format or order."""
 
 WORTH_A_CALL_BYTES = 1 << 16
-"""Asking for a row by itself takes as long as reading about so many bytes: smaller gaps between rows are read along."""
+"""Reading a row by itself costs as much as reading about this many bytes, so smaller gaps between rows are read too."""
 
 
 class StoredFile:
-    """A file whose bytes are read by place.
+    """A file whose bytes are read by position.
 
     It is open only while something is read, so that a checkpoint may have more files than a process may open.
 
@@ -133,5 +133,5 @@ def _span(shape: Sequence[int], steps: Sequence[int]) -> int:
 
 
 def _lies_together(shape: Sequence[int], steps: Sequence[int]) -> bool:
-    places = zip(shape, steps, contiguous_stride(shape), strict=True)
-    return all(length == 1 or step == expected for length, step, expected in places)
+    dimensions = zip(shape, steps, contiguous_stride(shape), strict=True)
+    return all(length == 1 or step == expected for length, step, expected in dimensions)

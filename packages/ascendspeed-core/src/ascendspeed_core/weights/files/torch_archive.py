@@ -1,7 +1,7 @@
-"""Write what `torch.load` reads, as it comes: tensors are described first and written slab by slab.
+"""Write files that `torch.load` reads, slab by slab.
 
-`torch.save` wants every tensor of a file in memory. Here a `Planned` tensor takes its place in the pickle, and its
-bytes follow when they are there.
+`torch.save` needs every tensor of a file in memory. Here the pickle holds a `TensorInfo` for each tensor, and the bytes
+follow as they are read.
 """
 
 import io
@@ -36,7 +36,7 @@ class TorchArchive:
     """
 
     def __init__(self, file: BinaryIO, content: Any) -> None:
-        self._file = _FromHere(file)
+        self._file = _OffsetFile(file)
         self._zip = zipfile.ZipFile(self._file, "w", zipfile.ZIP_STORED, allowZip64=True)
         self._record: Any = None
         self._next = 0
@@ -89,8 +89,8 @@ class TorchArchive:
         return info
 
 
-class _FromHere:
-    """A file whose first byte is where it stood; for `zipfile`, which writes only."""
+class _OffsetFile:
+    """A file that begins at the current position of another, for `zipfile`, which writes only."""
 
     mode = "wb"
 

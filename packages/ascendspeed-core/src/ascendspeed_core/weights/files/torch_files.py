@@ -2,7 +2,7 @@
 
 A `.pt` file is a zip archive: `NAME/data.pkl`, a pickle whose tensors say only which storage they look at, and one
 uncompressed record `NAME/data/KEY` for each storage. The pickle is read by an allow-list; classes are replaced by
-ones of our own, so that nothing of it is ever called. Storages stay where they are until a slice of one is asked for.
+our own, so that none of its code is ever called. Storages stay where they are until a slice of one is asked for.
 """
 
 import pickle
@@ -44,13 +44,13 @@ INERT_PACKAGES = (
     "transformer_engine",
     "numpy",
 )
-"""Packages whose objects stand beside weights (arguments, random states): kept as inert `InertObject`s."""
+"""Packages whose objects lie beside weights (arguments, random states); they become `InertObject`s."""
 
 _LOCAL_HEADER_BYTES = 30
 
 
 class InertObject:
-    """An object of a package that is not asked: its class's name and what it was made of, nothing more."""
+    """Stands for an object of another package: the name of its class and its arguments, no behaviour."""
 
     arguments: tuple[Any, ...] = ()
 
@@ -191,7 +191,7 @@ class _Storage:
 
 
 class _Unpickler(pickle.Unpickler):
-    """An unpickler that hands out nothing but plain data."""
+    """An unpickler that gives plain data only."""
 
     def __init__(self, file: Any, path: Path, stored: Any) -> None:
         super().__init__(file, encoding="latin1")
@@ -220,7 +220,7 @@ class _Unpickler(pickle.Unpickler):
             self._allowed["torch", str(dtype).removeprefix("torch.")] = dtype
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return the stand-in of an allowed class, or refuse."""
+        """Return what an allowed class becomes, or refuse it."""
         if (module, name) in self._allowed:
             return self._allowed[module, name]
         if module.partition(".")[0] in INERT_PACKAGES:
@@ -252,7 +252,7 @@ def _encode(text: str, encoding: str = "latin1") -> bytes:
 
 
 class _FileWindow:
-    """Part of a file that looks like a file; for `zipfile`, which reads only."""
+    """Part of a file as a file of its own, for `zipfile`, which reads only."""
 
     def __init__(self, file: Any, start: int, length: int) -> None:
         self._file, self._start, self._length, self._position = file, start, length, 0

@@ -1,20 +1,18 @@
-"""Read a native checkpoint (torch.distributed.checkpoint, DCP) by slices, without processes and without pickles.
+"""Read a native checkpoint, which is a torch distributed checkpoint (DCP) with a description, by slices.
 
-Layout of a run's folder, all of it written by `training.checkpoint`:
+Files of a run's folder, all written by `training.checkpoint`:
 
     latest_checkpointed_iteration.txt    "100"
     iter_0000100/checkpoint.json         model config, iteration, run config; written last
-    iter_0000100/.metadata, *.distcp     DCP: tensors by logical name, cut as they were
-    iter_0000100/checksums.json          CRC-32 of every piece
-    tokenizer/                           files of the tokenizer, if the run was told which
+    iter_0000100/.metadata, *.distcp     DCP: tensors by logical name, one or more shards each
+    iter_0000100/checksums.json          CRC-32 of every shard
+    tokenizer/                           files of the tokenizer, if the run had one
 
 Tensor names: `model/NAME`, `optimizer/exp_avg/NAME`, `optimizer/exp_avg_sq/NAME`, `optimizer/master/NAME`,
-`rng/RANK`. A checkpoint is one logical model: where it was cut shows only in the list of chunks.
+`rng/RANK`. A checkpoint is one logical model: how it was sharded shows only in the list of shards.
 """
 
-import pickle
 import re
-import threading
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -24,168 +22,26 @@ import torch
 
 from ascendspeed_core.config.load import validate
 from ascendspeed_core.config.model import ModelConfig
-from ascendspeed_core.weights.files.file_tensor import StoredTensor
+from ascendspeed_core.weights.files.distributed_reader import DistributedTensors
 from ascendspeed_core.weights.files.json_file import read_json
-from ascendspeed_core.weights.files.torch_files import INERT_PACKAGES, InertObject, TorchFile
-from ascendspeed_core.weights.source import BaseWeightSource, CheckpointError, Index, TensorInfo, inside
+from ascendspeed_core.weights.source import BaseWeightSource, CheckpointError, Index, TensorInfo
 from ascendspeed_data.errors import ConfigError
 from ascendspeed_data.manifest import DatasetManifest, read_manifest
 
 FORMAT_VERSION = 1
-CHECKSUMS = "checksums.json"
 TRACKER = "latest_checkpointed_iteration.txt"
 DESCRIPTION = "checkpoint.json"
 TOKENIZER = "tokenizer"
 DATA_MANIFEST = "data.manifest.json"
 ITERATION_FOLDER = re.compile(r"iter_(\d{7,})")
 
-_ALLOWED = {
-    ("torch.distributed.checkpoint.metadata", name)
-    for name in (
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    )
-} | {
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    *(
-        ("torch.distributed.checkpoint.planner", name)
-        for name in ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType")
-    ),
-    ("torch.serialization", "_get_layout"),
-    ("torch", "Size"),
-    ("pathlib", "PosixPath"),
-    ("pathlib", "WindowsPath"),
-    ("pathlib._local", "PosixPath"),
-    *(
-        ("torch", name)
-        for name in ("float64", "float32", "bfloat16", "float16", "uint8", "int64", "int32", "bool")
-    ),
-}
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """Unpickle DCP's `.metadata` and nothing else: any other class is refused by name."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module.partition(".")[0] in INERT_PACKAGES:
-            return type(name.rpartition(".")[2], (InertObject,), {})
-        if (module, name) not in _ALLOWED:
-            raise CheckpointError(
-                f"its .metadata asks for {module}.{name}, which no checkpoint needs; refused"
-            )
-        return super().find_class(module, name)
-
-
-class DistributedTensors:
-    """All tensors of one DCP folder by name, readable by slice."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._opened: dict[tuple[str, tuple[int, ...]], StoredTensor] = {}
-        self._lock = threading.Lock()
-        self._checksums = read_json(folder / CHECKSUMS) if (folder / CHECKSUMS).is_file() else {}
-        path = folder / ".metadata"
-        try:
-            with path.open("rb") as file:
-                self._metadata = _MetadataUnpickler(file).load()
-        except FileNotFoundError:
-            raise CheckpointError(f"{path} does not exist; the checkpoint is incomplete") from None
-        except CheckpointError as error:
-            raise CheckpointError(f"{folder}: {error}") from None
-        except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, KeyError, ValueError) as error:
-            raise CheckpointError(f"{path} is damaged: {error}; use an earlier checkpoint") from None
-
-    def names(self) -> list[str]:
-        """Return the names of all tensors."""
-        return [
-            name for name, found in self._metadata.state_dict_metadata.items() if hasattr(found, "chunks")
-        ]
-
-    def info(self, name: str) -> TensorInfo:
-        """Return shape and format of a tensor."""
-        found = self._metadata.state_dict_metadata[name]
-        return TensorInfo(tuple(found.size), found.properties.dtype)
-
-    def read(self, name: str, index: Index = ()) -> torch.Tensor:
-        """Read a slice, put together from the chunks that it touches."""
-        info = self.info(name)
-        wanted = index or tuple(slice(0, length) for length in info.shape)
-        for chunk in self._metadata.state_dict_metadata[name].chunks:
-            inner = [
-                slice(part.start - start, part.stop - start)
-                for part, start in zip(wanted, chunk.offsets, strict=True)
-            ]
-            if all(p.start >= 0 and p.stop <= size for p, size in zip(inner, chunk.sizes, strict=True)):
-                return self._chunk(name, chunk.offsets).read(tuple(inner))
-        result = torch.empty([part.stop - part.start for part in wanted], dtype=info.dtype)
-        for chunk in self._metadata.state_dict_metadata[name].chunks:
-            overlap = [
-                (max(part.start, start), min(part.stop, start + length))
-                for part, start, length in zip(wanted, chunk.offsets, chunk.sizes, strict=True)
-            ]
-            if any(start >= stop for start, stop in overlap):
-                continue
-            stored = self._chunk(name, chunk.offsets)
-            source = tuple(slice(a - o, b - o) for (a, b), o in zip(overlap, chunk.offsets, strict=True))
-            target = tuple(slice(a - p.start, b - p.start) for (a, b), p in zip(overlap, wanted, strict=True))
-            result[target] = stored.read(source)
-        return result
-
-    def check(self) -> None:
-        """Read everything once and compare the checksums.
-
-        Raises:
-            CheckpointError: a piece is damaged, or in another one's place.
-        """
-        for name in self.names():
-            for chunk in self._metadata.state_dict_metadata[name].chunks:
-                self._chunk(name, chunk.offsets)
-
-    def _chunk(self, name: str, offsets: torch.Size) -> StoredTensor:
-        """Return a piece, whose checksum is compared the first time."""
-        key = (name, tuple(offsets))
-        with self._lock:
-            if key not in self._opened:
-                self._opened[key] = self._open(name, offsets)
-            return self._opened[key]
-
-    def _open(self, name: str, offsets: torch.Size) -> StoredTensor:
-        from torch.distributed.checkpoint.metadata import MetadataIndex
-
-        place = self._metadata.storage_data[MetadataIndex(name, offsets)]
-        path = inside(self.folder, place.relative_path)
-        if path.stat().st_size < place.offset + place.length:
-            raise CheckpointError(
-                f"{path} is cut short: {name} needs bytes up to {place.offset + place.length}"
-            )
-        try:
-            stored = TorchFile(path, place.offset, place.length)
-            stored.check()
-        except CheckpointError as error:
-            raise CheckpointError(
-                f"{path} is damaged at {name}: {error}; use an earlier checkpoint"
-            ) from None
-        content = stored.content
-        expected = self._checksums.get(name, {}).get(",".join(map(str, offsets)))
-        if not isinstance(content, StoredTensor) or expected not in (None, stored.checksums()["data/0"]):
-            raise CheckpointError(
-                f"{path} holds something else where {name} should be; files were swapped, copy the checkpoint again"
-            )
-        return content
-
 
 class NativeSource(BaseWeightSource):
-    """The weights of a native checkpoint, and what else stands in it.
+    """The weights of a native checkpoint, and its training state.
 
     Args:
         path: a run's folder, or one `iter_*` folder in it.
-        is_adapter: adapters are wanted, without the weights that they belong to.
+        is_adapter: the checkpoint must hold adapters alone, without the weights that they belong to.
     """
 
     kind = "native"
@@ -218,7 +74,7 @@ class NativeSource(BaseWeightSource):
 
     @property
     def tokenizer(self) -> Path | None:
-        """Folder of the tokenizer that the run was told of, if any."""
+        """Folder of the tokenizer of the run, if it had one."""
         for folder in (self.folder, self.folder.parent):
             if (folder / TOKENIZER).is_dir():
                 return folder / TOKENIZER

@@ -1,8 +1,8 @@
-"""Write tensors in the files of torch's distributed checkpoint (DCP), as many processes and pieces as there are.
+"""Write tensors in the files of torch's distributed checkpoint (DCP), from any number of ranks, as any shards.
 
-Each process writes one file, archives of `torch.save`'s format one after the other; one of them then writes
-`.metadata`, the pickled table of where each piece lies. DCP's own writer wants all tensors of a process at once, and
-knows only cuts that a DTensor can express; what is written here is read by it and by `weights.native.source` alike.
+Each rank writes one file, a sequence of archives in `torch.save`'s format. One rank then writes `.metadata`, a pickled
+table that says where each shard lies. DCP's own writer needs all tensors of a rank at once, and writes only shards
+that a DTensor can express. DCP reads what is written here, and so does `weights.files.distributed_reader`.
 """
 
 import json
@@ -17,8 +17,8 @@ import torch
 
 from ascendspeed_core.config.sharding import Slice
 from ascendspeed_core.device import HOST
+from ascendspeed_core.weights.files.distributed_reader import CHECKSUMS
 from ascendspeed_core.weights.files.torch_archive import ALIGNMENT, TorchArchive
-from ascendspeed_core.weights.native.source import CHECKSUMS
 from ascendspeed_core.weights.source import TensorInfo
 from ascendspeed_core.weights.stream import as_bytes, write_all
 from ascendspeed_data.files import write_durably
@@ -26,11 +26,11 @@ from ascendspeed_data.files import write_durably
 
 @dataclass(frozen=True)
 class WrittenShard:
-    """Where a piece of a tensor lies.
+    """Where a shard of a tensor lies.
 
     Attributes:
         name: of the tensor.
-        part: which piece it is.
+        part: which part of the tensor it is.
         dtype: of its numbers.
         file: name of the file in the folder.
         start: first byte.
@@ -49,7 +49,7 @@ class WrittenShard:
 
 @dataclass(frozen=True)
 class WrittenObject:
-    """Where an object that is no tensor lies."""
+    """Where an object that is not a tensor lies."""
 
     name: str
     file: str
@@ -58,34 +58,34 @@ class WrittenObject:
 
 
 class TensorFile:
-    """The file of one process, written from its start to its end.
+    """The file of one rank, written from its start to its end.
 
     Args:
         folder: an existing folder.
-        rank: number of the process.
+        rank: number of the rank.
     """
 
     def __init__(self, folder: Path, rank: int = 0) -> None:
-        self.pieces: list[WrittenShard] = []
+        self.shards: list[WrittenShard] = []
         self.objects: list[WrittenObject] = []
         self._path = folder / f"__{rank}_0.distcp"
         self._file = self._path.open("wb", buffering=0)
 
     def add(self, name: str, tensor: torch.Tensor, part: Slice | None = None) -> None:
-        """Append a piece, or a whole tensor."""
+        """Append a shard, or a whole tensor."""
         tensor = tensor.detach().to(HOST.torch).contiguous()
         self.add_slabs(name, TensorInfo(tuple(tensor.shape), tensor.dtype), [tensor], part)
 
     def add_slabs(
         self, name: str, info: TensorInfo, slabs: Iterable[torch.Tensor], part: Slice | None = None
     ) -> None:
-        """Append a piece, or a whole tensor, whose rows come slab by slab.
+        """Append a shard, or a whole tensor, whose rows come slab by slab.
 
         Args:
             name: of the tensor.
-            info: shape and format of the piece.
+            info: shape and dtype of the shard.
             slabs: its bytes in order, contiguous, on the host.
-            part: which piece of the whole tensor it is.
+            part: which part of the whole tensor it is.
         """
         whole = Slice(info.shape, tuple(slice(0, length) for length in info.shape))
         # Aligned, so that readers can look at the numbers where they lie.
@@ -97,12 +97,12 @@ class TensorFile:
                 archive.write(as_bytes(slab))
         length = self._file.tell() - start
         (checksum,) = archive.checksums
-        self.pieces.append(
+        self.shards.append(
             WrittenShard(name, part or whole, info.dtype, self._path.name, start, length, checksum)
         )
 
     def add_object(self, name: str, serialized: bytes) -> None:
-        """Append an object that is no tensor, as `torch.save` wrote it."""
+        """Append an object that is not a tensor, as `torch.save` wrote it."""
         self.objects.append(WrittenObject(name, self._path.name, self._file.tell(), len(serialized)))
         write_all(self._file, memoryview(serialized))
 
@@ -116,12 +116,12 @@ class TensorFile:
 
 
 def write_metadata(
-    folder: Path, pieces: Iterable[WrittenShard], objects: Iterable[WrittenObject] = ()
+    folder: Path, shards: Iterable[WrittenShard], objects: Iterable[WrittenObject] = ()
 ) -> None:
-    """Write the table of all pieces of all processes, and their checksums beside it.
+    """Write the table of all shards of all ranks, and their checksums beside it.
 
-    `checksums.json` says by tensor and offset what the bytes add up to: pieces of the same shape that were swapped
-    cannot be told apart otherwise.
+    `checksums.json` holds the CRC-32 of each shard by tensor and offset, so that swapped shards of the same shape are
+    noticed.
     """
     from torch.distributed.checkpoint.filesystem import _StorageInfo
     from torch.distributed.checkpoint.metadata import (
@@ -134,26 +134,26 @@ def write_metadata(
     )
 
     tensors: dict[str, Any] = {}
-    places = {}
+    storage = {}
     checksums: dict[str, dict[str, int]] = {}
-    for piece in pieces:
-        offsets = torch.Size(piece.part.offsets)
+    for shard in shards:
+        offsets = torch.Size(shard.part.offsets)
         entry = tensors.setdefault(
-            piece.name,
+            shard.name,
             TensorStorageMetadata(
-                properties=TensorProperties(dtype=piece.dtype), size=torch.Size(piece.part.shape), chunks=[]
+                properties=TensorProperties(dtype=shard.dtype), size=torch.Size(shard.part.shape), chunks=[]
             ),
         )
-        places[MetadataIndex(piece.name, offsets, len(entry.chunks))] = _StorageInfo(
-            piece.file, piece.start, piece.length
+        storage[MetadataIndex(shard.name, offsets, len(entry.chunks))] = _StorageInfo(
+            shard.file, shard.start, shard.length
         )
-        entry.chunks.append(ChunkStorageMetadata(offsets, torch.Size(piece.part.sizes)))
-        checksums.setdefault(piece.name, {})[",".join(map(str, piece.part.offsets))] = piece.checksum
+        entry.chunks.append(ChunkStorageMetadata(offsets, torch.Size(shard.part.sizes)))
+        checksums.setdefault(shard.name, {})[",".join(map(str, shard.part.offsets))] = shard.checksum
     for stored in objects:
         tensors[stored.name] = BytesStorageMetadata()
-        places[MetadataIndex(stored.name)] = _StorageInfo(stored.file, stored.start, stored.length)
+        storage[MetadataIndex(stored.name)] = _StorageInfo(stored.file, stored.start, stored.length)
     metadata = Metadata(
-        state_dict_metadata=tensors, planner_data={name: (name,) for name in tensors}, storage_data=places
+        state_dict_metadata=tensors, planner_data={name: (name,) for name in tensors}, storage_data=storage
     )
     write_durably(folder / CHECKSUMS, json.dumps(checksums) + "\n")
     write_durably(folder / ".metadata", pickle.dumps(metadata))
