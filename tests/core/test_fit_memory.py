@@ -13,7 +13,7 @@ from ascendspeed_core.config.recompute import Mode
 from ascendspeed_core.config.training import OptimizerConfig
 from ascendspeed_core.data.padded_dataset import TrainingSequence, collate
 from ascendspeed_core.device import Device
-from ascendspeed_core.optim.optimizer import MasterOptimizer
+from ascendspeed_core.optim.native_engine import NativeEngine
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.planner.fit_memory import full_step, measure_step
 from ascendspeed_core.planner.memory import (
@@ -166,7 +166,7 @@ def test_rows_that_hold_several_samples_are_measured_with_their_masks() -> None:
     assert step[0].segments is not None
     assert step[0].segments.shape == (2, LENGTH)
     model = load_model(InitialWeights(CONFIG, seed=5), alone, torch.float32)
-    optimizer = MasterOptimizer(model, OptimizerConfig(), alone)
-    train_step(model, optimizer, step, alone)
-    planned = measure_step(model, optimizer, alone, step).peak(("none",) * 4)
-    assert planned == pytest.approx(measured_peak(model, optimizer, step, alone), rel=TOLERANCE)
+    engine = NativeEngine(model, OptimizerConfig(), alone)
+    train_step(model, engine, step, alone)
+    planned = measure_step(model, engine, alone, step).peak(("none",) * 4)
+    assert planned == pytest.approx(measured_peak(model, engine, step, alone), rel=TOLERANCE)

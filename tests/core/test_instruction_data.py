@@ -14,7 +14,7 @@ from ascendspeed_core.config.compute import ComputeConfig
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.data.micro_batch import MicroBatch
 from ascendspeed_core.data.padded_dataset import (
-    PaddedData,
+    PaddedBatchLoader,
     SequenceOrder,
     TrainingSequence,
     check_padded_data,
@@ -186,7 +186,7 @@ def test_ranks_share_the_same_global_batch(sets: tuple[Path, Path], workers: Wor
 def step_tokens(prefix: Path, dp: int) -> list[list[int]]:
     """The rows of this rank in the third step."""
     mesh = ParallelMesh.create(Device("cpu"), Layout(dp=dp))
-    data = PaddedData(SFT_DATA, data_config(prefix, LENGTH), 3, (100, 0, 0), VOCABULARY, mesh)
+    data = PaddedBatchLoader(SFT_DATA, data_config(prefix, LENGTH), 3, (100, 0, 0), VOCABULARY, mesh)
     return [row for batch in data.micro_batches(16, (2,) * (4 // dp)) for row in batch.tokens.tolist()]
 
 
@@ -281,7 +281,7 @@ def test_layouts(workers: WorkerPool, report: ReportTables, sets: tuple[Path, Pa
 def test_loss_does_not_depend_on_micro_batches(sets: tuple[Path, Path]) -> None:
     """A mean of means would weigh short answers more."""
     model = model_of()
-    data = PaddedData(SFT_DATA, data_config(sets[0], LENGTH), 7, (BATCH, 0, 0), VOCABULARY, ALONE)
+    data = PaddedBatchLoader(SFT_DATA, data_config(sets[0], LENGTH), 7, (BATCH, 0, 0), VOCABULARY, ALONE)
 
     def mean(sizes: tuple[int, ...]) -> float:
         batches: list[MicroBatch] = data.micro_batches(0, sizes)

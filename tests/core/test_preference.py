@@ -16,12 +16,12 @@ from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.config.preference import PreferenceConfig
 from ascendspeed_core.config.training import RecomputeConfig
 from ascendspeed_core.data.micro_batch import MicroBatch
-from ascendspeed_core.data.padded_dataset import PaddedData
+from ascendspeed_core.data.padded_dataset import PaddedBatchLoader
 from ascendspeed_core.data.preference_dataset import PREFERENCE_DATA as ROWS
 from ascendspeed_core.data.preference_dataset import PreferenceSequences, collate_pairs
 from ascendspeed_core.device import Device
 from ascendspeed_core.models.transformer import Transformer
-from ascendspeed_core.objectives.dpo import MEASURES, PreferenceObjective
+from ascendspeed_core.objectives.dpo import METRICS, PreferenceLoss
 from ascendspeed_core.observability.metrics import read_metrics
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.training.step import forward_backward
@@ -75,7 +75,7 @@ def passes(model: Transformer) -> Any:
 
 
 def micro_batches(prefix: Path, sizes: tuple[int, ...]) -> list[MicroBatch]:
-    data = PaddedData(ROWS, data_config(prefix, LENGTH), 7, (sum(sizes), 0, 0), VOCABULARY, ALONE)
+    data = PaddedBatchLoader(ROWS, data_config(prefix, LENGTH), 7, (sum(sizes), 0, 0), VOCABULARY, ALONE)
     return data.micro_batches(0, sizes)
 
 
@@ -123,7 +123,7 @@ def straight_loss(
                 [*rewards, rewards[0] - rewards[1], rewards[0] > rewards[1], *(p.item() for p in policy)]
             )
     means = np.mean(np.asarray(told, float), axis=0).tolist()
-    return torch.stack(losses).mean(), dict(zip(MEASURES, means, strict=True))
+    return torch.stack(losses).mean(), dict(zip(METRICS, means, strict=True))
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -140,9 +140,9 @@ def test_losses_and_gradients_are_those_of_a_straight_computation(
     wanted = {key: parameter.grad for key, parameter in model.named_parameters()}
     model.zero_grad(set_to_none=True)
 
-    objective = PreferenceObjective(model, reference, preference(name), ALONE)
-    count, loss_of = objective.start(batches)
-    got = forward_backward(model, passes(model), batches, ALONE, count, loss_of=loss_of)
+    objective = PreferenceLoss(model, reference, preference(name), ALONE)
+    count, loss_of = objective.prepare(batches)
+    got = forward_backward(model, passes(model), batches, ALONE, count, loss_of)
     assert count == 6
     worst = max(
         float((parameter.grad - wanted[key]).abs().max() / wanted[key].abs().max())
@@ -153,7 +153,7 @@ def test_losses_and_gradients_are_those_of_a_straight_computation(
     # The order of sums differs with padding and batching.
     assert got.item() == pytest.approx(want.item(), rel=1e-12)
     assert worst < 1e-9
-    assert objective.measures() == pytest.approx(told, rel=1e-10)
+    assert objective.metrics() == pytest.approx(told, rel=1e-10)
     assert 0 < told["reward_accuracy"] < 1
     measured = objective.evaluate(batches)
     assert measured == pytest.approx({"loss": want.item(), **told}, rel=1e-10)
@@ -193,9 +193,9 @@ def test_losses_and_gradients_are_those_of_trl(
     loss.backward()
 
     model, reference = (load_model(open_weights(tmp_path / f"hf{n}"), ALONE, torch.float32) for n in (0, 1))
-    objective = PreferenceObjective(model, reference, settings, ALONE)
-    count, loss_of = objective.start([batch])
-    ours = forward_backward(model, passes(model), [batch], ALONE, count, loss_of=loss_of)
+    objective = PreferenceLoss(model, reference, settings, ALONE)
+    count, loss_of = objective.prepare([batch])
+    ours = forward_backward(model, passes(model), [batch], ALONE, count, loss_of)
     # Both compute in fp32.
     assert ours.item() == pytest.approx(loss.item(), rel=1e-5)
     for mine, its in (
@@ -213,7 +213,7 @@ def test_losses_and_gradients_are_those_of_trl(
 def test_a_tie_counts_for_half(pairs: Path) -> None:
     model, _ = models()
     reference, _ = models()
-    objective = PreferenceObjective(model, reference, preference("sigmoid"), ALONE)
+    objective = PreferenceLoss(model, reference, preference("sigmoid"), ALONE)
     found = objective.evaluate(micro_batches(pairs, (4,)))
     assert found["loss"] == pytest.approx(np.log(2), rel=1e-12)
     assert (found["reward_margin"], found["reward_accuracy"]) == (0, 0.5)
@@ -323,7 +323,7 @@ def test_a_run_goes_on_with_its_reference(pairs: Path, base: Path, tmp_path: Pat
     want, got = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
     assert want[0]["lm_loss"] == pytest.approx(np.log(2), rel=1e-9), "the model begins as its own reference"
     for ours, theirs in zip(got, want, strict=True):
-        for key in ("lm_loss", *MEASURES):
+        for key in ("lm_loss", *METRICS):
             assert ours[key] == pytest.approx(theirs[key], rel=1e-9, abs=1e-12)
     assert got[3]["validation_loss"] == pytest.approx(want[3]["validation_loss"], rel=1e-9)
     assert want[3]["reward_margin"] > want[1]["reward_margin"] > 0

@@ -12,7 +12,7 @@ from megatron.core.tokenizers import MegatronTokenizer
 
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.config.training import DataConfig
-from ascendspeed_core.data.gpt_dataset import GPTData, check_data, refuse_pickled_indices
+from ascendspeed_core.data.gpt_dataset import GPTBatchLoader, check_data, refuse_pickled_indices
 from ascendspeed_core.device import Device
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_data.errors import DataError
@@ -69,7 +69,7 @@ def test_samples_equal_megatron_cores_own(prefixes: list[str], tmp_path: Path, c
     config = configs(prefixes)[case].model_copy(update={"data_cache_path": tmp_path / "ours"})
     samples = (SFT_DATA[0], 0, 0) if case == "nothing validated" else SFT_DATA
     mesh = ParallelMesh(Device("cpu"), Layout())
-    ours = GPTData(config, SEED, samples, VOCABULARY, None, mesh)
+    ours = GPTBatchLoader(config, SEED, samples, VOCABULARY, None, mesh)
     reference = theirs(config, tmp_path / "theirs")
     pairs = [(ours.train, reference[0], samples[0]), (ours.validation, reference[1], samples[1])]
     for mine, their, count in pairs:
@@ -85,7 +85,7 @@ def test_samples_equal_megatron_cores_own(prefixes: list[str], tmp_path: Path, c
 
 def numbers_of_ranks(config: DataConfig, layout: Layout, size: int, micro: int) -> list[list[list[int]]]:
     mesh = ParallelMesh.create(Device("cpu"), layout)
-    data = GPTData(config, SEED, SFT_DATA, VOCABULARY, None, mesh)
+    data = GPTBatchLoader(config, SEED, SFT_DATA, VOCABULARY, None, mesh)
     step = size * micro * layout.dp
     return [
         [list(r) for r in data.sample_numbers(consumed, (size,) * micro)] for consumed in (0, step, 5 * step)
@@ -125,7 +125,7 @@ def test_the_digest_follows_the_samples(prefixes: list[str], tmp_path: Path) -> 
         config: DataConfig, seed: int = SEED, samples: tuple[int, int, int] = SFT_DATA, consumed: int = 20
     ) -> str:
         config = config.model_copy(update={"data_cache_path": tmp_path})
-        return GPTData(config, seed, samples, VOCABULARY, None, mesh).order_digest(consumed)
+        return GPTBatchLoader(config, seed, samples, VOCABULARY, None, mesh).order_digest(consumed)
 
     for config in (configs(prefixes)["one corpus"], configs(prefixes)["a blend"]):
         assert digest(config) == digest(config)
@@ -136,7 +136,7 @@ def test_the_digest_follows_the_samples(prefixes: list[str], tmp_path: Path) -> 
 
 def test_ids_beyond_the_vocabulary_are_refused(prefixes: list[str], tmp_path: Path) -> None:
     config = configs(prefixes)["one corpus"].model_copy(update={"data_cache_path": tmp_path})
-    data = GPTData(config, SEED, SFT_DATA, 50, None, ParallelMesh(Device("cpu"), Layout()))
+    data = GPTBatchLoader(config, SEED, SFT_DATA, 50, None, ParallelMesh(Device("cpu"), Layout()))
     with pytest.raises(
         DataError, match="the model's vocabulary ends at 49; tokenize with the model's tokenizer"
     ):
@@ -147,7 +147,7 @@ def test_the_end_of_a_document_can_be_masked(prefixes: list[str], tmp_path: Path
     config = configs(prefixes)["one corpus"].model_copy(
         update={"data_cache_path": tmp_path, "eod_mask_loss": True}
     )
-    data = GPTData(config, SEED, SFT_DATA, VOCABULARY, 5, ParallelMesh(Device("cpu"), Layout()))
+    data = GPTBatchLoader(config, SEED, SFT_DATA, VOCABULARY, 5, ParallelMesh(Device("cpu"), Layout()))
     (batch,) = data.micro_batches(0, (30,))
     assert torch.equal(batch.loss_mask == 0, batch.tokens == 5)
     assert (batch.tokens == 5).any()
@@ -158,7 +158,7 @@ def test_an_empty_split_is_refused(prefixes: list[str], tmp_path: Path) -> None:
     for split, what in (("0,100,0", "no training document"), ("100,0,0", "no validation document")):
         config = DataConfig(data_path=(prefixes[0],), seq_length=16, split=split, data_cache_path=tmp_path)
         with pytest.raises(DataError, match=what):
-            GPTData(config, SEED, SFT_DATA, VOCABULARY, None, mesh)
+            GPTBatchLoader(config, SEED, SFT_DATA, VOCABULARY, None, mesh)
 
 
 def test_a_pickled_index_is_refused_and_a_damaged_one_built_again(tmp_path: Path) -> None:

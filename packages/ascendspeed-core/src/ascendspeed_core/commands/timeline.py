@@ -89,7 +89,7 @@ def measure(config: TimelineConfig) -> None:
     from ascendspeed_core.config.training import OptimizerConfig
     from ascendspeed_core.launch import process_group
     from ascendspeed_core.observability.timeline import draw_timelines
-    from ascendspeed_core.optim.optimizer import MasterOptimizer
+    from ascendspeed_core.optim.native_engine import NativeEngine
     from ascendspeed_core.parallel.mesh import ParallelMesh, gather_objects
     from ascendspeed_core.parallel.timeline import Timeline, ideal
     from ascendspeed_core.planner.profile_pipeline import chosen_sizes, record_step
@@ -98,13 +98,13 @@ def measure(config: TimelineConfig) -> None:
         layout = config.parallel.layout(world.size)
         mesh = ParallelMesh.create(device, layout)
         model = load_pipeline(config, mesh)
-        optimizer = MasterOptimizer(model, OptimizerConfig(), mesh)
+        engine = NativeEngine(model, OptimizerConfig(), mesh)
         size = config.batch.resolve_global_batch_size(layout.dp)
         sizes = sizes_of(config, size, layout.dp)
         if config.batch.finds_sizes:
             length, largest = config.drawing.seq_length, config.batch.micro_batch_size
-            sizes, _ = chosen_sizes(model, mesh, length, size // layout.dp, largest, optimizer)
-        recorded = record_step(model, mesh, sizes, config.drawing.seq_length, optimizer)
+            sizes, _ = chosen_sizes(model, mesh, length, size // layout.dp, largest, engine)
+        recorded = record_step(model, mesh, sizes, config.drawing.seq_length, engine)
         mine = (mesh.tp_rank, mesh.replica, recorded.actions, recorded.reductions)
         everything = gather_objects(mine, mesh)
         if world.rank:

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from ascendspeed_core.config.base import Config
 from ascendspeed_core.config.compute import ComputeConfig as ComputeConfig
 from ascendspeed_core.config.eval_prompts import EvalPromptsConfig
+from ascendspeed_core.config.lora import LoraConfig
 from ascendspeed_core.config.model import ArchitectureFlags
 from ascendspeed_core.config.monitor import MonitorConfig
 from ascendspeed_core.config.parallel import ParallelConfig
@@ -407,6 +408,21 @@ class PretrainConfig(Config):
     logging: LoggingConfig = LoggingConfig()
     monitor: MonitorConfig = MonitorConfig()
     launch: LaunchConfig = LaunchConfig()
+
+    @property
+    def objective(self) -> str:
+        """Name of what the run trains for, see `objectives.registry`."""
+        return "next_token"
+
+    @property
+    def takes_weights_only(self) -> bool:
+        """Whether a --load outside --save gives only weights, and the run begins its own data and schedule."""
+        return False
+
+    @property
+    def adapters(self) -> LoraConfig | None:
+        """Options of the adapters that are trained in place of the weights, if any are."""
+        return None
 
     @model_validator(mode="after")
     def _resume_needs_save(self) -> Self:

@@ -101,7 +101,7 @@ def check_splits(config: DataConfig, num_samples: tuple[int, int, int]) -> None:
                 )
 
 
-class GPTData:
+class GPTBatchLoader:
     """Training and validation samples of one run.
 
     Args:
@@ -301,7 +301,7 @@ def build_index_alone(**arguments: Any) -> None:
     """Start a process that builds the index, and wait for it.
 
     Args:
-        **arguments: those of `GPTData` but `mesh`.
+        **arguments: those of `GPTBatchLoader` but `mesh`.
 
     Raises:
         DataError: it failed; the message is its own.

@@ -211,7 +211,7 @@ def _shortened(rows: SequenceSource, config: PaddedDataConfig) -> str:
     )
 
 
-class PaddedData:
+class PaddedBatchLoader:
     """Training and validation rows of one run, see `run_data.RunData`.
 
     Args:

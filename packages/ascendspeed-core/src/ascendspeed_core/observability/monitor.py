@@ -112,7 +112,7 @@ class Monitor:
         with self._watchdog.watching(iteration, what):
             yield
 
-    def measures(self, tokens_per_second: float) -> dict[str, float]:
+    def metrics(self, tokens_per_second: float) -> dict[str, float]:
         """Return what a record of an iteration holds besides: the share of the devices' peak, where it is known."""
         if self._peak_flops is None:
             return {}

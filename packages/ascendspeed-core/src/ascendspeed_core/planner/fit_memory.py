@@ -22,7 +22,7 @@ from ascendspeed_core.data.micro_batch import MicroBatch
 from ascendspeed_core.device import Device
 from ascendspeed_core.models.transformer import Transformer
 from ascendspeed_core.objectives.next_token import masked_sum
-from ascendspeed_core.optim.optimizer import MasterOptimizer
+from ascendspeed_core.optim.engine import Engine
 from ascendspeed_core.parallel.mesh import ParallelMesh, gather_objects
 from ascendspeed_core.parallel.pipeline import hidden_shape, logits_shape, run_pipeline
 from ascendspeed_core.parallel.recompute import recompute, recomputed
@@ -130,7 +130,7 @@ def full_step(
 
 def fit_recompute(
     model: Transformer,
-    optimizer: MasterOptimizer,
+    engine: Engine,
     mesh: ParallelMesh,
     micro_batches: Sequence[MicroBatch],
     budget: int,
@@ -139,7 +139,7 @@ def fit_recompute(
 
     Args:
         model: this process's stages, nothing recomputed yet.
-        optimizer: of the model.
+        engine: of the model.
         mesh: this process's place.
         micro_batches: of a step, as large as they get.
         budget: bytes of each device.
@@ -150,7 +150,7 @@ def fit_recompute(
     Raises:
         ConfigError: a step does not fit even with all layers recomputed.
     """
-    memory = measure_step(model, optimizer, mesh, micro_batches)
+    memory = measure_step(model, engine, mesh, micro_batches)
     # Devices of one stage send the same again, so they recompute the same; sizes differ a little between them.
     choices = plans(memory.num_layers, all(gather_objects(has_selective(memory), mesh)))
     place = least_recompute(memory, choices, budget)
@@ -188,29 +188,33 @@ def layers_of(model: Transformer) -> list[torch.nn.Module]:
 
 
 def measure_step(
-    model: Transformer, optimizer: MasterOptimizer, mesh: ParallelMesh, micro_batches: Sequence[MicroBatch]
+    model: Transformer, engine: Engine, mesh: ParallelMesh, micro_batches: Sequence[MicroBatch]
 ) -> StepMemory:
     """Measure what a step takes on this device; gradients are dropped, weights stay as they are.
 
     Args:
         model: this process's stages.
-        optimizer: of the model.
+        engine: of the model.
         mesh: its place.
         micro_batches: of a step.
     """
+    taken = engine.memory
+    if taken is None:
+        raise ConfigError(
+            "checkpoint_policy=auto needs an engine that knows what its optimizer takes; leave DeepSpeed out, or "
+            "choose another policy"
+        )
     rows = [len(micro_batch.tokens) for micro_batch in micro_batches]
     largest = micro_batches[rows.index(max(rows))]
     stages = [_measure_stage(model, mesh, stage, largest) for stage in model.stages]
     actions = _turns(model, mesh, micro_batches)
-    optimizer.forget_gradients()
+    engine.zero_grad()
     return StepMemory(
         stages=stages,
         actions=actions,
         sizes=[count / max(rows) for count in rows],
-        standing=_standing_weights(model)
-        + optimizer.state_bytes
-        + _message_bytes(model, mesh, micro_batches),
-        update=optimizer.update_bytes,
+        standing=_standing_weights(model) + taken.state_bytes + _message_bytes(model, mesh, micro_batches),
+        update=taken.update_bytes,
     )
 
 

@@ -48,7 +48,7 @@ from ascendspeed_data.files import INCOMPLETE, write_durably
 
 
 @dataclass(frozen=True)
-class Progress:
+class TrainState:
     """Where a run stands.
 
     Attributes:
@@ -129,7 +129,7 @@ class CheckpointWriter:
 
     def save(
         self,
-        progress: Progress,
+        state: TrainState,
         model: Transformer,
         optimizer: Engine,
         run_config: Mapping[str, Any],
@@ -138,7 +138,7 @@ class CheckpointWriter:
         """Write one checkpoint, after the one before is complete.
 
         Args:
-            progress: where the run stands.
+            state: where the run stands.
             model: weights, with the architecture.
             optimizer: what trains it; gives weights and optimizer state.
             run_config: the resolved config of the run, as JSON values.
@@ -153,12 +153,12 @@ class CheckpointWriter:
             "format_version": FORMAT_VERSION,
             "ascendspeed_core": __version__,
             "torch": torch.__version__,
-            "iteration": progress.iteration,
-            "consumed_samples": progress.consumed_samples,
-            "skipped_samples": progress.skipped_samples,
-            "optimizer_steps": progress.optimizer_steps,
-            "data_order": dict(progress.data_order),
-            "order_digest": progress.order_digest,
+            "iteration": state.iteration,
+            "consumed_samples": state.consumed_samples,
+            "skipped_samples": state.skipped_samples,
+            "optimizer_steps": state.optimizer_steps,
+            "data_order": dict(state.data_order),
+            "order_digest": state.order_digest,
             "layout": asdict(self._mesh.layout),
             "loss_scale": loss_scale.state() if loss_scale else None,
             "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
@@ -168,12 +168,12 @@ class CheckpointWriter:
         if model.adapters is not None:
             description["adapters"] = description_of(model.adapters, self._base)
         if not self._in_background:
-            self._write(progress.iteration, tensors, description)
+            self._write(state.iteration, tensors, description)
             self.wait()
             return
-        copies = [(name, part, tensor.to(HOST.torch, copy=True)) for name, part, tensor in tensors]
+        copies = [shard._replace(values=shard.values.to(HOST.torch, copy=True)) for shard in tensors]
         self._thread = threading.Thread(
-            target=self._write, args=(progress.iteration, copies, description), name="checkpoint"
+            target=self._write, args=(state.iteration, copies, description), name="checkpoint"
         )
         self._thread.start()
 
@@ -255,19 +255,19 @@ def _fresh_folder(folder: Path) -> None:
 
 def _tensors_to_write(engine: Engine, mesh: ParallelMesh) -> list[TensorShard]:
     """Return name, part and value of what this process writes."""
-    mine = engine.pieces()
-    mine.append((f"rng/{mesh.rank}", None, torch.get_rng_state()))
+    mine = engine.checkpoint_shards()
+    mine.append(TensorShard(f"rng/{mesh.rank}", None, torch.get_rng_state()))
     device_state = mesh.device.rng_state()
     if device_state is not None:
-        mine.append((f"device_rng/{mesh.rank}", None, device_state))
+        mine.append(TensorShard(f"device_rng/{mesh.rank}", None, device_state))
     return mine
 
 
-def load_progress(source: NativeSource) -> Progress:
+def load_train_state(source: NativeSource) -> TrainState:
     """Return where the run that wrote a checkpoint stood."""
     try:
-        return Progress(
-            **{key: source.description[key] for key in (field.name for field in fields(Progress))}
+        return TrainState(
+            **{key: source.description[key] for key in (field.name for field in fields(TrainState))}
         )
     except KeyError as error:
         raise CheckpointError(

@@ -22,7 +22,7 @@ from ascendspeed_data.files import write_durably
 from ascendspeed_data.tokenizer import load_tokenizer
 
 ENTRY_POINTS = "ascendspeed_core.continue_texts"
-SAMPLES = "samples.jsonl"
+SAMPLES_FILE = "samples.jsonl"
 
 
 class ContinueTexts(Protocol):
@@ -49,7 +49,7 @@ class ContinueTexts(Protocol):
 
 
 @dataclass(frozen=True)
-class SamplesPlan:
+class EvalPromptsPlan:
     """What is continued, checked.
 
     Attributes:
@@ -65,9 +65,9 @@ class SamplesPlan:
     max_new_tokens: int
 
 
-def plan_samples(
+def plan_eval_prompts(
     config: EvalPromptsConfig, model: ModelConfig, layout: Layout, tokenizer: Path | None
-) -> SamplesPlan | None:
+) -> EvalPromptsPlan | None:
     """Check that prompts can be continued, before anything starts; `None` when nothing was asked for.
 
     Args:
@@ -97,7 +97,7 @@ def plan_samples(
                 f"{config.eval_prompts}: prompt {number} has {length} tokens, with eval_max_new_tokens="
                 f"{config.eval_max_new_tokens} not between 1 and max_position_embeddings={limit}; shorten one of them"
             )
-    return SamplesPlan(prompts, tokenizer, config.eval_generate_interval, config.eval_max_new_tokens)
+    return EvalPromptsPlan(prompts, tokenizer, config.eval_generate_interval, config.eval_max_new_tokens)
 
 
 def _refuse_layout(layout: Layout) -> None:
@@ -164,7 +164,7 @@ def _prompt_of(path: Path, number: int, line: str) -> str:
     return prompt
 
 
-class SampleWriter:
+class EvalPromptsWriter:
     """Continues the prompts of a run, and keeps what the model wrote.
 
     Args:
@@ -177,7 +177,7 @@ class SampleWriter:
 
     def __init__(
         self,
-        plan: SamplesPlan,
+        plan: EvalPromptsPlan,
         model: Transformer,
         mesh: ParallelMesh,
         run_folder: Path | None,
@@ -185,7 +185,7 @@ class SampleWriter:
     ) -> None:
         self.plan, self._model, self._mesh = plan, model, mesh
         self._continue = find_continue_texts()
-        self._path = run_folder / SAMPLES if run_folder is not None and mesh.rank == 0 else None
+        self._path = run_folder / SAMPLES_FILE if run_folder is not None and mesh.rank == 0 else None
         if self._path is not None and self._path.exists():
             self._drop_later(self._path, iteration)
 
