@@ -12,7 +12,7 @@ from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.config.training import DropoutConfig, OptimizerConfig, RecomputeConfig
 from ascendspeed_core.data.padded_dataset import PaddedBatchLoader
-from ascendspeed_core.data.sft_dataset import SFT_DATA
+from ascendspeed_core.data.sft_dataset import SFT_FORMAT
 from ascendspeed_core.device import Device
 from ascendspeed_core.objectives.next_token import evaluate
 from ascendspeed_core.optim.native_engine import NativeEngine
@@ -58,7 +58,9 @@ def tune(
     model = load_model(source, mesh, getattr(torch, dtype_name), joined)
     apply_recompute(model, recompute or RecomputeConfig(), mesh.pp_rank)
     apply_dropout(model, DropoutConfig(), 7, mesh)
-    samples = PaddedBatchLoader(SFT_DATA, data, 7, (steps * BATCH, BATCH, 0), source.config.vocab_size, mesh)
+    samples = PaddedBatchLoader(
+        SFT_FORMAT, data, 7, (steps * BATCH, BATCH, 0), source.config.vocab_size, mesh
+    )
     sizes = (micro_batch_size,) * (BATCH // micro_batch_size // layout.dp)
     gradients = first_gradients(model, samples.micro_batches(0, sizes), mesh)
     engine = NativeEngine(model, OptimizerConfig(lr=1e-3, clip_grad=0.5), mesh)

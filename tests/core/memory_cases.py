@@ -17,7 +17,7 @@ from ascendspeed_core.optim.native_engine import NativeEngine
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.recompute import recomputed
 from ascendspeed_core.planner.fit_memory import LiveBytes, fit_recompute, layers_of, measure_step
-from ascendspeed_core.planner.memory import has_selective, plans
+from ascendspeed_core.planner.memory import can_be_selective, recompute_plans
 from ascendspeed_core.training.step import train_step
 from ascendspeed_core.weights import InitialWeights
 
@@ -42,7 +42,7 @@ def trainee(
 
 def measured_peak(model: Transformer, engine: NativeEngine, batches: list[MicroBatch], mesh: Any) -> int:
     """Most bytes of tensors in a step, what stays between steps included."""
-    standing = {
+    resident = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
         for tensor in (
             *model.parameters(),
@@ -53,7 +53,7 @@ def measured_peak(model: Transformer, engine: NativeEngine, batches: list[MicroB
     }
     with LiveBytes() as live:
         train_step(model, engine, batches, mesh)
-    return live.peak + sum(standing.values())
+    return live.peak + sum(resident.values())
 
 
 def planned_and_measured(
@@ -63,7 +63,7 @@ def planned_and_measured(
     model, engine, batches, mesh = trainee(config, layout, dtype_name, sizes, length)
     memory = measure_step(model, engine, mesh, batches)
     found = []
-    for modes in plans(memory.num_layers, has_selective(memory)):
+    for modes in recompute_plans(memory.num_layers, can_be_selective(memory)):
         with ExitStack() as stack:
             for layer, mode in zip(layers_of(model), modes, strict=True):
                 stack.enter_context(recomputed(layer, mode))

@@ -17,7 +17,7 @@ from ascendspeed_core.models.families import find_family
 from ascendspeed_core.objectives.next_token import NextTokenLoss
 from ascendspeed_core.observability.metrics import read_metrics
 from ascendspeed_core.observability.mfu import training_flops_per_token
-from ascendspeed_core.observability.nan_detector import where_not_finite
+from ascendspeed_core.observability.nan_detector import find_not_finite
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.training.step import forward_backward
 from ascendspeed_core.weights import InitialWeights
@@ -202,7 +202,7 @@ def locate(layout: Layout, poison: Poison) -> str:
     passes: Any = PlainPasses(model)
     # A mean over one token where many count, so that the factor overflows in the gradient.
     _, loss_of = NextTokenLoss(model, mesh).prepare(batches)
-    found = where_not_finite(
+    found = find_not_finite(
         model, mesh, lambda: forward_backward(model, passes, batches, mesh, 1, loss_of, scale)
     )
     assert not any(module._forward_hooks for module in model.modules())

@@ -138,7 +138,7 @@ def trained_share(source: "AdaptedWeights", model: "ModelConfig") -> str:
 
 
 def stage_list(layout: Any, num_layers: int) -> str:
-    """Return which layers each pipeline device holds; several stages of one device are joined by a plus."""
+    """Return which layers each pipeline rank holds; several stages of one rank are joined by a plus."""
     from ascendspeed_core.config.parallel import stages_of_devices
 
     def named(layers: range) -> str:

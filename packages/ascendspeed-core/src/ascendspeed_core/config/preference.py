@@ -37,7 +37,7 @@ class PreferenceConfig(Config):
         0.0,
         ge=0,
         lt=0.5,
-        description="Share of pairs thought to be labelled the wrong way round; sigmoid only.",
+        description="Share of pairs assumed to be labelled the wrong way round; sigmoid only.",
     )
     dpo_sft_weight: float = Field(
         0.0,
@@ -46,7 +46,7 @@ class PreferenceConfig(Config):
     )
     reference: Path | None = Field(
         None,
-        description="Checkpoint that is compared with and never trained. [default: --load; of a run that goes on, the "
+        description="Reference checkpoint, which is never trained. [default: --load; of a run that goes on, the "
         "one it began with]",
     )
 

@@ -7,7 +7,7 @@ With h the difference of two log-ratios, of model to reference for the chosen an
     hinge    max(0, 1 - beta h) (SLiC, Zhao et al., 2023)
 
 An answer's log-probability is the sum over its tokens. The loss is the mean over the pairs of the global batch,
-however they fall into micro-batches and devices. The reference is a second model under the same layout, weights only
+however they fall into micro-batches and ranks. The reference is a second model under the same layout, weights only
 and forward only; its results are not kept from run to run, so that none can be stale. Of a model with adapters it is
 the model itself without them, where that is the same.
 
@@ -29,7 +29,7 @@ from ascendspeed_core.config.training import DataConfig, PretrainConfig
 from ascendspeed_core.data.loader import BatchLoader
 from ascendspeed_core.data.micro_batch import MicroBatch
 from ascendspeed_core.data.padded_dataset import PaddedBatchLoader, check_padded_data
-from ascendspeed_core.data.preference_dataset import PREFERENCE_DATA
+from ascendspeed_core.data.preference_dataset import PREFERENCE_FORMAT
 from ascendspeed_core.models.lora import adapters_off
 from ascendspeed_core.models.transformer import Transformer
 from ascendspeed_core.objectives.objective import LoadFrozen, MicroBatchLoss, Objective
@@ -74,7 +74,7 @@ class DirectPreferenceOptimization(Objective):
     def check_data(cls, config: DataConfig, num_samples: tuple[int, int, int]) -> DatasetManifest | None:
         """Prove the pairs whole; see `Objective.check_data`."""
         assert isinstance(config, PaddedDataConfig)
-        return check_padded_data(PREFERENCE_DATA, config, num_samples)
+        return check_padded_data(PREFERENCE_FORMAT, config, num_samples)
 
     @classmethod
     def plan(
@@ -95,7 +95,7 @@ class DirectPreferenceOptimization(Objective):
     ) -> BatchLoader:
         """Open pairs, padded."""
         assert isinstance(config, PaddedDataConfig)
-        return PaddedBatchLoader(PREFERENCE_DATA, config, seed, num_samples, vocab_size, mesh)
+        return PaddedBatchLoader(PREFERENCE_FORMAT, config, seed, num_samples, vocab_size, mesh)
 
     def make_loss(self, model: Transformer, mesh: ParallelMesh, load_frozen: LoadFrozen) -> "PreferenceLoss":
         """Return the loss of pairs, with the reference beside the model unless that is the model's own base."""

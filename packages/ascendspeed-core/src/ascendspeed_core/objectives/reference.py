@@ -23,7 +23,7 @@ class Reference:
     Attributes:
         source: its weights.
         folder: where they are.
-        fingerprint: tells other weights in the same place.
+        fingerprint: tells other weights under the same path.
         is_base: it is what the adapters of the trained model lie beside, so that it needs no second model.
     """
 

@@ -7,7 +7,7 @@ from ascendspeed_core.config.finetune import PaddedDataConfig
 from ascendspeed_core.config.training import DataConfig
 from ascendspeed_core.data.loader import BatchLoader
 from ascendspeed_core.data.padded_dataset import PaddedBatchLoader, check_padded_data
-from ascendspeed_core.data.sft_dataset import SFT_DATA
+from ascendspeed_core.data.sft_dataset import SFT_FORMAT
 from ascendspeed_core.objectives.next_token import NextToken
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_data.manifest import DatasetManifest
@@ -23,7 +23,7 @@ class SupervisedFineTuning(NextToken):
     def check_data(cls, config: DataConfig, num_samples: tuple[int, int, int]) -> DatasetManifest | None:
         """Prove the instruction sets whole; see `Objective.check_data`."""
         assert isinstance(config, PaddedDataConfig)
-        return check_padded_data(SFT_DATA, config, num_samples)
+        return check_padded_data(SFT_FORMAT, config, num_samples)
 
     def open_data(
         self,
@@ -36,4 +36,4 @@ class SupervisedFineTuning(NextToken):
     ) -> BatchLoader:
         """Open instruction sets, padded or packed."""
         assert isinstance(config, PaddedDataConfig)
-        return PaddedBatchLoader(SFT_DATA, config, seed, num_samples, vocab_size, mesh)
+        return PaddedBatchLoader(SFT_FORMAT, config, seed, num_samples, vocab_size, mesh)

@@ -24,11 +24,11 @@ def record_step(
     seq_length: int,
     engine: Engine | None = None,
 ) -> Recorder:
-    """Run steps of a pipeline on random tokens, up to the update, and return what this process did in the last one.
+    """Run steps of a pipeline on random tokens, up to the update, and return what this rank did in the last one.
 
     Args:
-        model: this process's stages; its gradients are dropped.
-        mesh: its place.
+        model: this rank's stages; its gradients are dropped.
+        mesh: of this rank.
         sizes: of this data-parallel rank's micro-batches.
         seq_length: tokens of a sample.
         engine: of the model; with several replicas it adds their gradients up.
@@ -67,7 +67,7 @@ def record_step(
     return recorder
 
 
-def measured_cost(
+def measure_stage_cost(
     model: Transformer,
     mesh: ParallelMesh,
     seq_length: int,
@@ -76,7 +76,7 @@ def measured_cost(
 ) -> StageCost:
     """Time micro-batches of one sample and of `largest` samples, and return what the slowest stage takes.
 
-    All processes call it alike, and get the same numbers.
+    All ranks call it alike, and get the same numbers.
     """
     seconds: dict[tuple[str, int], float] = {}
     for size in sorted({1, largest}):
@@ -98,7 +98,7 @@ def measured_cost(
     return StageCost(*line("forward"), *line("backward"))
 
 
-def chosen_sizes(
+def choose_sizes(
     model: Transformer,
     mesh: ParallelMesh,
     seq_length: int,
@@ -107,5 +107,5 @@ def chosen_sizes(
     engine: Engine,
 ) -> tuple[tuple[int, ...], StageCost]:
     """Return the sizes, none above `largest`, that leave this pipeline the least idle, and what they rest on."""
-    cost = measured_cost(model, mesh, seq_length, largest, engine)
+    cost = measure_stage_cost(model, mesh, seq_length, largest, engine)
     return best_sizes(samples, mesh.layout.pp, cost, largest), cost

@@ -6,7 +6,7 @@ from math import isfinite
 from ascendspeed_core.data.micro_batch import MicroBatch
 from ascendspeed_core.models.transformer import Transformer
 from ascendspeed_core.objectives.objective import ObjectiveLoss
-from ascendspeed_core.observability.nan_detector import where_not_finite
+from ascendspeed_core.observability.nan_detector import find_not_finite
 from ascendspeed_core.optim.engine import Engine
 from ascendspeed_core.optim.loss_scale import LossScale
 from ascendspeed_core.parallel.mesh import ParallelMesh
@@ -45,7 +45,7 @@ def check_finite(
             count, loss_of = objective.prepare(micro_batches, result.tokens)
             forward_backward(model, engine, micro_batches, mesh, count, loss_of, scale)
 
-        return where_not_finite(model, mesh, again)
+        return find_not_finite(model, mesh, again)
 
     if result.is_empty:
         return

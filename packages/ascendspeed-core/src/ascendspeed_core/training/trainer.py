@@ -26,7 +26,7 @@ from ascendspeed_core.optim.schedule import Schedule
 from ascendspeed_core.parallel.dropout import apply_dropout
 from ascendspeed_core.parallel.mesh import ParallelMesh, gather_objects
 from ascendspeed_core.parallel.recompute import apply_recompute
-from ascendspeed_core.planner.apply import plan_micro_batches, plan_recompute
+from ascendspeed_core.planner.auto import plan_micro_batches, plan_recompute
 from ascendspeed_core.training.check_finite import check_finite
 from ascendspeed_core.training.checkpoint import (
     CheckpointWriter,
@@ -298,10 +298,10 @@ class Trainer:
         train_iters, interval = self.config.training.train_iters, self.config.checkpoint.save_interval
         is_last = self.iteration == train_iters
         with self.monitor.watching(self.iteration, "after the step"):
-            is_asked = stop_signal.is_asked()
-        if is_last or is_asked or self._is_exit() or (interval and self.iteration % interval == 0):
+            is_stop_requested = stop_signal.is_stop_requested()
+        if is_last or is_stop_requested or self._is_exit() or (interval and self.iteration % interval == 0):
             self._save(self.writer)
-        if is_asked and not is_last:
+        if is_stop_requested and not is_last:
             self.writer.wait()
             raise StoppedError(
                 f"stopped by SIGTERM at iteration {self.iteration} of {train_iters}, which was saved; "

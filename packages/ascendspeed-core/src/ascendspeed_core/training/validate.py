@@ -40,7 +40,7 @@ class RunPlan:
     """What a run will do, checked.
 
     Attributes:
-        config: as given.
+        config: as given, with the number of iterations that `train_samples` makes.
         layout: ranks along each dimension.
         source: where the weights come from.
         state: where the run stands at its first step.
@@ -48,7 +48,7 @@ class RunPlan:
         num_samples: samples of the whole run for training, validation and test.
         manifest: of the training data, if it has one.
         objective: what it trains for: data, loss, metrics.
-        eval_prompts: prompts that are continued while training.
+        eval_prompts: prompts that are completed while training.
     """
 
     config: PretrainConfig
@@ -117,8 +117,7 @@ def plan_run(config: PretrainConfig, world_size: int) -> RunPlan:
 
 def _open_source(config: PretrainConfig) -> tuple[WeightSource, NativeSource | None]:
     """Return the weights, and the native checkpoint that they or their adapters come from."""
-    start = config.start
-    save = config.checkpoint.save
+    start, save = config.start, config.checkpoint.save
     found = save if start.auto_resume and save and (save / TRACKER).is_file() else None
     if config.adapters is not None:
         return _open_adapted(config, config.adapters, found)

@@ -13,7 +13,7 @@ from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.config.preference import PreferenceConfig, PreferenceDataConfig
 from ascendspeed_core.config.training import OptimizerConfig, RecomputeConfig
 from ascendspeed_core.data.padded_dataset import PaddedBatchLoader
-from ascendspeed_core.data.preference_dataset import PREFERENCE_DATA as ROWS
+from ascendspeed_core.data.preference_dataset import PREFERENCE_FORMAT
 from ascendspeed_core.device import Device
 from ascendspeed_core.objectives.dpo import PreferenceLoss
 from ascendspeed_core.optim.native_engine import NativeEngine
@@ -24,7 +24,7 @@ from ascendspeed_core.weights import InitialWeights
 from core.finetune_cases import used_adapters
 from core.training_cases import Trained, first_gradients, whole
 
-PREFERENCE_DATA = 8
+PAIRS = 8
 """Pairs of a step."""
 POLICY_SEED, REFERENCE_SEED = 5, 6
 
@@ -65,15 +65,13 @@ def tune(
     reference = None if lora and is_switched else load_model(other, mesh, torch.float64)
     apply_recompute(model, recompute or RecomputeConfig(), mesh.pp_rank)
     objective = PreferenceLoss(model, reference, preference, mesh)
-    pairs = PaddedBatchLoader(
-        ROWS, data, 7, (steps * PREFERENCE_DATA, PREFERENCE_DATA, 0), config.vocab_size, mesh
-    )
-    sizes = (micro_batch_size,) * (PREFERENCE_DATA // micro_batch_size // layout.dp)
+    pairs = PaddedBatchLoader(PREFERENCE_FORMAT, data, 7, (steps * PAIRS, PAIRS, 0), config.vocab_size, mesh)
+    sizes = (micro_batch_size,) * (PAIRS // micro_batch_size // layout.dp)
     gradients = first_gradients(model, pairs.micro_batches(0, sizes), mesh, objective)
     engine = NativeEngine(model, OptimizerConfig(lr=1e-3, clip_grad=0.5), mesh)
     losses, norms, measures = [], [], []
     for step in range(steps):
-        batches = pairs.micro_batches(step * PREFERENCE_DATA, sizes)
+        batches = pairs.micro_batches(step * PAIRS, sizes)
         result = train_step(model, engine, batches, mesh, objective=objective)
         losses.append(result.loss)
         norms.append(result.grad_norm or 0.0)

@@ -1,4 +1,4 @@
-"""Measure this run and choose for it: sizes of micro-batches, and how much is recomputed."""
+"""Measure a run and choose for it what its options leave to `auto`: micro-batch sizes, and what is recomputed."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from ascendspeed_core.optim.engine import Engine
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.planner.fit_memory import fit_recompute, full_step, memory_budget
 from ascendspeed_core.planner.micro_batches import bubble_seconds
-from ascendspeed_core.planner.profile_pipeline import chosen_sizes
+from ascendspeed_core.planner.profile_pipeline import choose_sizes
 
 
 def plan_micro_batches(
@@ -30,7 +30,7 @@ def plan_micro_batches(
     if not batch.finds_sizes:
         return batch.manual_sizes(), []
     samples = batch.resolve_global_batch_size(layout.dp) // layout.dp
-    sizes, cost = chosen_sizes(model, mesh, config.data.seq_length, samples, batch.micro_batch_size, engine)
+    sizes, cost = choose_sizes(model, mesh, config.data.seq_length, samples, batch.micro_batch_size, engine)
     even = (batch.micro_batch_size,) * (samples // batch.micro_batch_size)
     before, after = (bubble_seconds(own, layout.pp, cost) * 1000 for own in (even, sizes))
     line = (

@@ -17,8 +17,7 @@ from ascendspeed_core.config.preference import PreferenceConfig
 from ascendspeed_core.config.training import RecomputeConfig
 from ascendspeed_core.data.micro_batch import MicroBatch
 from ascendspeed_core.data.padded_dataset import PaddedBatchLoader
-from ascendspeed_core.data.preference_dataset import PREFERENCE_DATA as ROWS
-from ascendspeed_core.data.preference_dataset import PreferenceSequences, collate_pairs
+from ascendspeed_core.data.preference_dataset import PREFERENCE_FORMAT, PreferenceDataset, collate_pairs
 from ascendspeed_core.device import Device
 from ascendspeed_core.models.transformer import Transformer
 from ascendspeed_core.objectives.dpo import METRICS, PreferenceLoss
@@ -28,8 +27,8 @@ from ascendspeed_core.training.step import forward_backward
 from ascendspeed_core.weights import InitialWeights, open_weights
 from ascendspeed_data.dataset import open_dataset
 from ascendspeed_data.errors import DataError
-from core.preference_cases import POLICY_SEED, PREFERENCE_DATA, REFERENCE_SEED, Tuned, data_config, tune
-from core.test_instruction_data import distances
+from core.dpo_cases import PAIRS, POLICY_SEED, REFERENCE_SEED, Tuned, data_config, tune
+from core.test_sft_dataset import distances
 from core.training_cases import PlainPasses, join_stages
 from support.commands import call, run_command
 from support.models import save_hugging_face, tiny_config
@@ -75,7 +74,9 @@ def passes(model: Transformer) -> Any:
 
 
 def micro_batches(prefix: Path, sizes: tuple[int, ...]) -> list[MicroBatch]:
-    data = PaddedBatchLoader(ROWS, data_config(prefix, LENGTH), 7, (sum(sizes), 0, 0), VOCABULARY, ALONE)
+    data = PaddedBatchLoader(
+        PREFERENCE_FORMAT, data_config(prefix, LENGTH), 7, (sum(sizes), 0, 0), VOCABULARY, ALONE
+    )
     return data.micro_batches(0, sizes)
 
 
@@ -183,8 +184,8 @@ def test_losses_and_gradients_are_those_of_trl(
         train_dataset=Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}]),
         processing_class=tokenizer,
     )  # fmt: skip
-    (batch,) = micro_batches(pairs, (PREFERENCE_DATA,))
-    order = [*range(0, 2 * PREFERENCE_DATA, 2), *range(1, 2 * PREFERENCE_DATA, 2)]
+    (batch,) = micro_batches(pairs, (PAIRS,))
+    order = [*range(0, 2 * PAIRS, 2), *range(1, 2 * PAIRS, 2)]
     answers = F.pad(batch.loss_mask, (1, 0))[:, :-1].long()
     # Up to the last id of the answer; trl gives no attention to padding, which changes nothing on the right.
     attended = answers.flip(-1).cummax(-1).values.flip(-1)
@@ -279,9 +280,9 @@ def test_adapters_are_compared_with_the_model_without_them(
 
 def test_long_answers_are_cut_and_pairs_without_one_left_out(pairs: Path) -> None:
     dataset = open_dataset(pairs)
-    whole = PreferenceSequences(dataset, "100,0,0", 0, LENGTH)
+    whole = PreferenceDataset(dataset, "100,0,0", 0, LENGTH)
     assert len(whole) == 40
-    short = PreferenceSequences(dataset, "100,0,0", 0, 12)
+    short = PreferenceDataset(dataset, "100,0,0", 0, 12)
     assert (short.num_cut, short.num_dropped) > (0, 0)
     assert len(short) + short.num_dropped == 40
     for number in range(len(short)):
@@ -291,7 +292,7 @@ def test_long_answers_are_cut_and_pairs_without_one_left_out(pairs: Path) -> Non
         assert batch.tokens.shape == (2, 16)
         assert bool(batch.loss_mask.any(-1).all()), "both answers have something to compare"
     with pytest.raises(DataError, match="leaves no training pair"):
-        PreferenceSequences(dataset, "100,0,0", 0, 2)
+        PreferenceDataset(dataset, "100,0,0", 0, 2)
 
 
 def dpo(folder: Path, model: Path, *flags: object, run: Any = run_command) -> Any:
