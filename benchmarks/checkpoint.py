@@ -20,9 +20,9 @@ from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.config.training import OptimizerConfig
 from ascendspeed_core.data.micro_batch import MicroBatch
 from ascendspeed_core.device import Device
-from ascendspeed_core.optim.optimizer import MasterOptimizer
+from ascendspeed_core.optim.native_engine import NativeEngine
 from ascendspeed_core.parallel.mesh import ParallelMesh
-from ascendspeed_core.training.checkpoint import CheckpointWriter, Progress, load_optimizer
+from ascendspeed_core.training.checkpoint import CheckpointWriter, TrainState, load_optimizer
 from ascendspeed_core.training.step import train_step
 from ascendspeed_core.weights import InitialWeights, NativeSource
 from support.models import tiny_config
@@ -62,23 +62,23 @@ class Bench:
     def __init__(self, folder: Path, layout: Layout) -> None:
         self.folder, self.mesh = folder, ParallelMesh.create(Device("cpu"), layout)
         self.model = load_model(InitialWeights(MODEL, 1), self.mesh, torch.bfloat16)
-        self.optimizer = MasterOptimizer(self.model, OptimizerConfig(), self.mesh)
+        self.engine = NativeEngine(self.model, OptimizerConfig(), self.mesh)
         self.waiting = CheckpointWriter(folder / "waiting", self.mesh)
         self.background = CheckpointWriter(folder / "background", self.mesh, in_background=True)
 
     def step(self) -> None:
         ids = torch.randint(MODEL.vocab_size, (1, 65), generator=torch.Generator().manual_seed(0))
         batch = MicroBatch(ids[:, :-1], ids[:, 1:], torch.ones(1, 64))
-        train_step(self.model, self.optimizer, [batch], self.mesh)
+        train_step(self.model, self.engine, [batch], self.mesh)
 
     def load(self, source: NativeSource) -> None:
         load_model(source, self.mesh, torch.bfloat16)
-        load_optimizer(source, self.optimizer, self.optimizer.num_steps)
+        load_optimizer(source, self.engine, self.engine.num_steps)
 
     def round(self, iteration: int) -> dict[str, float]:
         """Seconds of each way."""
-        progress = Progress(iteration, 0, 0, self.optimizer.num_steps, {})
-        arguments = (progress, self.model, self.optimizer, {})
+        progress = TrainState(iteration, 0, 0, self.engine.num_steps, {})
+        arguments = (progress, self.model, self.engine, {})
         raw = self.folder / f"raw-{self.mesh.rank}"
         found = {"save": seconds(lambda: self.waiting.save(*arguments))}
         source = NativeSource(self.folder / "waiting")

@@ -24,7 +24,7 @@ from ascendspeed_core.data.micro_batch import MicroBatch
 from ascendspeed_core.device import Device
 from ascendspeed_core.models.transformer import Transformer
 from ascendspeed_core.objectives.next_token import loss_sum
-from ascendspeed_core.optim.optimizer import MasterOptimizer
+from ascendspeed_core.optim.native_engine import NativeEngine
 from ascendspeed_core.parallel.collectives import all_reduce_sum
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.training.step import train_step
@@ -90,8 +90,8 @@ def batch_of(model: Transformer) -> MicroBatch:
 
 def our_step(mesh: ParallelMesh) -> Callable[[], object]:
     model = load_model(InitialWeights(MODEL, 1), mesh, torch.float32)
-    optimizer = MasterOptimizer(model, OptimizerConfig(), mesh)
-    return lambda: train_step(model, optimizer, [batch_of(model)], mesh)
+    engine = NativeEngine(model, OptimizerConfig(), mesh)
+    return lambda: train_step(model, engine, [batch_of(model)], mesh)
 
 
 def dtensor_step(mesh: ParallelMesh) -> Callable[[], object]:

@@ -32,7 +32,7 @@ def serve(name: str, way: str, device: str, dtype: str) -> None:
     from ascendspeed_core.config.training import ComputeConfig, OptimizerConfig
     from ascendspeed_core.data.micro_batch import MicroBatch
     from ascendspeed_core.device import Device
-    from ascendspeed_core.optim.optimizer import MasterOptimizer
+    from ascendspeed_core.optim.native_engine import NativeEngine
     from ascendspeed_core.parallel.mesh import ParallelMesh
     from ascendspeed_core.training.step import train_step
     from ascendspeed_core.weights import InitialWeights
@@ -46,18 +46,20 @@ def serve(name: str, way: str, device: str, dtype: str) -> None:
         source = drawn_adapters(source, plan_adapters(LORA, case.config, name), 1)
     model = load_model(source, mesh, getattr(torch, dtype))
     apply_kernels(model, ComputeConfig())
-    optimizer = MasterOptimizer(model, OptimizerConfig(), mesh)
+    engine = NativeEngine(model, OptimizerConfig(), mesh)
     ids = token_ids(case).to(device)
     batch = MicroBatch(ids[:, :-1], ids[:, 1:], torch.ones(case.batch, case.length, device=device))
     for _ in sys.stdin:
         started = time.perf_counter()
-        train_step(model, optimizer, [batch], mesh)
+        train_step(model, engine, [batch], mesh)
         place.synchronize()
         seconds = time.perf_counter() - started
         masters = 0 if dtype == "float32" else 4
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         state = sum(
-            value.nbytes for kind, (_, value) in optimizer.state().items() if kind.startswith("exp_avg")
+            value.nbytes
+            for kind, (_, value) in engine.optimizer.state().items()
+            if kind.startswith("exp_avg")
         )
         figures = {
             "seconds": seconds,

@@ -26,7 +26,7 @@ from ascendspeed_core.config.training import MICRO_BATCH_EXAMPLES, OptimizerConf
 from ascendspeed_core.device import Device
 from ascendspeed_core.models.transformer import Transformer, TransformerLayer
 from ascendspeed_core.observability.timeline import draw_timelines
-from ascendspeed_core.optim.optimizer import MasterOptimizer
+from ascendspeed_core.optim.native_engine import NativeEngine
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.timeline import Action, Reduction, Timeline, ideal
 from ascendspeed_core.planner.micro_batches import StageCost, best_sizes
@@ -135,8 +135,8 @@ def one_step(
     """Run in each process: two steps to warm up, then the one that is returned."""
     mesh = ParallelMesh.create(Device("cpu"), layout)
     model = sleeping_model(mesh, cost, ffn_hidden_size)
-    optimizer = MasterOptimizer(model, OptimizerConfig(), mesh)
-    step = record_step(model, mesh, sizes, 4, optimizer)
+    engine = NativeEngine(model, OptimizerConfig(), mesh)
+    step = record_step(model, mesh, sizes, 4, engine)
     return step.actions, step.reductions
 
 

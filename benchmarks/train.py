@@ -71,7 +71,7 @@ def our_step(case: Case, device: str, dtype: str) -> Any:
     from ascendspeed_core.config.training import ComputeConfig, OptimizerConfig
     from ascendspeed_core.data.micro_batch import MicroBatch
     from ascendspeed_core.device import Device
-    from ascendspeed_core.optim.optimizer import MasterOptimizer
+    from ascendspeed_core.optim.native_engine import NativeEngine
     from ascendspeed_core.parallel.mesh import ParallelMesh
     from ascendspeed_core.training.step import train_step
     from ascendspeed_core.weights import InitialWeights
@@ -79,10 +79,10 @@ def our_step(case: Case, device: str, dtype: str) -> Any:
     mesh = ParallelMesh(Device(device), Layout())
     model = load_model(InitialWeights(case.config, 1), mesh, getattr(torch, dtype))
     apply_kernels(model, ComputeConfig())
-    optimizer = MasterOptimizer(model, OptimizerConfig(), mesh)
+    engine = NativeEngine(model, OptimizerConfig(), mesh)
     ids = token_ids(case).to(device)
     batch = MicroBatch(ids[:, :-1], ids[:, 1:], torch.ones(case.batch, case.length, device=device))
-    return lambda: train_step(model, optimizer, [batch], mesh).loss
+    return lambda: train_step(model, engine, [batch], mesh).loss
 
 
 def their_step(case: Case, device: str, dtype: str) -> Any:

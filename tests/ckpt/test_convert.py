@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.weights import open_weights
-from core.test_checkpoints import CONFIG, joined, write
+from core.test_checkpoint import CONFIG, joined, write
 from support.commands import Finished, call, command_line, environment
 from support.models import save_hugging_face, tiny_config
 from support.processes import WorkerPool
@@ -163,7 +163,7 @@ def lead_out(folder: Path) -> None:
 
 
 def code_in_weights(folder: Path) -> None:
-    from core.test_checkpoints import _Evil
+    from core.test_checkpoint import _Evil
 
     (folder / "model.safetensors").unlink()
     torch.save({"model.norm.weight": _Evil()}, folder / "pytorch_model.bin")

@@ -20,7 +20,7 @@ from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.weights import WeightSource, open_weights
 from ascendspeed_core.weights.shard_layout import shard_layout
 from ascendspeed_core.weights.source import CheckpointError
-from core.test_checkpoints import read, write
+from core.test_checkpoint import read, write
 from support.ascendspeed_2023 import read_llama
 from support.commands import call
 from support.models import save_hugging_face, tiny_config

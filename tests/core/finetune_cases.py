@@ -11,14 +11,15 @@ from ascendspeed_core.config.lora import LoraConfig
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.config.training import DropoutConfig, OptimizerConfig, RecomputeConfig
-from ascendspeed_core.data.padded_dataset import PaddedData
-from ascendspeed_core.data.sft_dataset import SFT_DATA
+from ascendspeed_core.data.padded_dataset import PaddedBatchLoader
+from ascendspeed_core.data.sft_dataset import SFT_FORMAT
 from ascendspeed_core.device import Device
-from ascendspeed_core.optim.optimizer import MasterOptimizer
+from ascendspeed_core.objectives.next_token import evaluate
+from ascendspeed_core.optim.native_engine import NativeEngine
 from ascendspeed_core.parallel.dropout import apply_dropout
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.recompute import apply_recompute
-from ascendspeed_core.training.step import evaluate, train_step
+from ascendspeed_core.training.step import train_step
 from ascendspeed_core.weights import Index, InitialWeights, WeightSource, open_weights
 from ascendspeed_core.weights.adapters.lora import AdaptedWeights, drawn_adapters, plan_adapters
 from core.training_cases import Trained, first_gradients, whole
@@ -57,13 +58,15 @@ def tune(
     model = load_model(source, mesh, getattr(torch, dtype_name), joined)
     apply_recompute(model, recompute or RecomputeConfig(), mesh.pp_rank)
     apply_dropout(model, DropoutConfig(), 7, mesh)
-    samples = PaddedData(SFT_DATA, data, 7, (steps * BATCH, BATCH, 0), source.config.vocab_size, mesh)
+    samples = PaddedBatchLoader(
+        SFT_FORMAT, data, 7, (steps * BATCH, BATCH, 0), source.config.vocab_size, mesh
+    )
     sizes = (micro_batch_size,) * (BATCH // micro_batch_size // layout.dp)
     gradients = first_gradients(model, samples.micro_batches(0, sizes), mesh)
-    optimizer = MasterOptimizer(model, OptimizerConfig(lr=1e-3, clip_grad=0.5), mesh)
+    engine = NativeEngine(model, OptimizerConfig(lr=1e-3, clip_grad=0.5), mesh)
     losses, norms = [], []
     for step in range(steps):
-        result = train_step(model, optimizer, samples.micro_batches(step * BATCH, sizes), mesh)
+        result = train_step(model, engine, samples.micro_batches(step * BATCH, sizes), mesh)
         losses.append(result.loss)
         norms.append(result.grad_norm or 0.0)
     losses.append(evaluate(model, samples.validation_batches(0, sizes), mesh))

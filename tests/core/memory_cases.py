@@ -13,15 +13,15 @@ from ascendspeed_core.config.training import OptimizerConfig
 from ascendspeed_core.data.micro_batch import MicroBatch
 from ascendspeed_core.device import Device
 from ascendspeed_core.models.transformer import Transformer
-from ascendspeed_core.optim.optimizer import MasterOptimizer
+from ascendspeed_core.optim.native_engine import NativeEngine
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.recompute import recomputed
 from ascendspeed_core.planner.fit_memory import LiveBytes, fit_recompute, layers_of, measure_step
-from ascendspeed_core.planner.memory import has_selective, plans
+from ascendspeed_core.planner.memory import can_be_selective, recompute_plans
 from ascendspeed_core.training.step import train_step
 from ascendspeed_core.weights import InitialWeights
 
-Trainee = tuple[Transformer, MasterOptimizer, list[MicroBatch], ParallelMesh]
+Trainee = tuple[Transformer, NativeEngine, list[MicroBatch], ParallelMesh]
 
 
 def trainee(
@@ -30,46 +30,44 @@ def trainee(
     """A model, its optimizer after one step, and the micro-batches of a step."""
     mesh = ParallelMesh.create(Device("cpu"), layout)
     model = load_model(InitialWeights(config, seed=5), mesh, getattr(torch, dtype_name))
-    optimizer = MasterOptimizer(model, OptimizerConfig(), mesh)
+    engine = NativeEngine(model, OptimizerConfig(), mesh)
     ids = torch.arange(max(sizes) * (length + 1)).view(max(sizes), -1) % config.vocab_size
     batches = [
         MicroBatch(ids[:size, :-1], ids[:size, 1:], torch.ones(size, length)).part_of_sequence(mesh)
         for size in sizes
     ]
-    train_step(model, optimizer, batches, mesh)
-    return model, optimizer, batches, mesh
+    train_step(model, engine, batches, mesh)
+    return model, engine, batches, mesh
 
 
-def measured_peak(
-    model: Transformer, optimizer: MasterOptimizer, batches: list[MicroBatch], mesh: Any
-) -> int:
+def measured_peak(model: Transformer, engine: NativeEngine, batches: list[MicroBatch], mesh: Any) -> int:
     """Most bytes of tensors in a step, what stays between steps included."""
-    standing = {
+    resident = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
         for tensor in (
             *model.parameters(),
             *model.buffers(),
-            *(weight for group in optimizer.rule.param_groups for weight in group["params"]),
-            *(value for state in optimizer.rule.state.values() for value in state.values()),
+            *(weight for group in engine.rule.param_groups for weight in group["params"]),
+            *(value for state in engine.rule.state.values() for value in state.values()),
         )
     }
     with LiveBytes() as live:
-        train_step(model, optimizer, batches, mesh)
-    return live.peak + sum(standing.values())
+        train_step(model, engine, batches, mesh)
+    return live.peak + sum(resident.values())
 
 
 def planned_and_measured(
     config: ModelConfig, layout: Layout, dtype_name: str, sizes: tuple[int, ...], length: int
 ) -> list[tuple[tuple[Mode, ...], int, int]]:
     """Every plan of this device, with its peak as planned and as it is."""
-    model, optimizer, batches, mesh = trainee(config, layout, dtype_name, sizes, length)
-    memory = measure_step(model, optimizer, mesh, batches)
+    model, engine, batches, mesh = trainee(config, layout, dtype_name, sizes, length)
+    memory = measure_step(model, engine, mesh, batches)
     found = []
-    for modes in plans(memory.num_layers, has_selective(memory)):
+    for modes in recompute_plans(memory.num_layers, can_be_selective(memory)):
         with ExitStack() as stack:
             for layer, mode in zip(layers_of(model), modes, strict=True):
                 stack.enter_context(recomputed(layer, mode))
-            found.append((modes, memory.peak(modes), measured_peak(model, optimizer, batches, mesh)))
+            found.append((modes, memory.peak(modes), measured_peak(model, engine, batches, mesh)))
     return found
 
 
@@ -77,6 +75,6 @@ def fitted(
     config: ModelConfig, layout: Layout, dtype_name: str, sizes: tuple[int, ...], length: int, budget: int
 ) -> tuple[list[str], int]:
     """Lines of the log, and the peak of a step, once a budget was fitted."""
-    model, optimizer, batches, mesh = trainee(config, layout, dtype_name, sizes, length)
-    lines = fit_recompute(model, optimizer, mesh, batches, budget)
-    return lines, measured_peak(model, optimizer, batches, mesh)
+    model, engine, batches, mesh = trainee(config, layout, dtype_name, sizes, length)
+    lines = fit_recompute(model, engine, mesh, batches, budget)
+    return lines, measured_peak(model, engine, batches, mesh)

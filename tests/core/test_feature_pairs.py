@@ -72,7 +72,7 @@ def is_more_than(names: tuple[str, ...], part: str) -> bool:
 
 
 SINGLES = [(name,) for name in FEATURES]
-PREFERENCE_DATA = [
+PAIRS = [
     pair
     for pair in itertools.combinations(FEATURES, 2)
     if combined(pair) and all(is_more_than(pair, name) for name in pair)
@@ -82,7 +82,7 @@ PREFERENCE_DATA = [
 @pytest.mark.nightly
 @pytest.mark.parametrize(
     ("names", "dtype"),
-    [(names, "float64") for names in SINGLES + PREFERENCE_DATA]
+    [(names, "float64") for names in SINGLES + PAIRS]
     + [(names, dtype) for names in SINGLES for dtype in ("float32", "bfloat16", "float16")],
     ids=str,
 )

@@ -8,7 +8,7 @@ import pytest
 from ascendspeed_core.config.lora import LoraConfig
 from ascendspeed_core.config.parallel import Layout
 from core.finetune_cases import data_config, tune
-from core.test_instruction_data import distances
+from core.test_sft_dataset import distances
 from core.training_cases import Trained, join_stages
 from support.commands import call
 from support.processes import WorkerPool

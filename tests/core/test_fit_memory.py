@@ -11,9 +11,9 @@ from ascendspeed_core.build import load_model
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.config.recompute import Mode
 from ascendspeed_core.config.training import OptimizerConfig
-from ascendspeed_core.data.padded_dataset import TrainingSequence, collate
+from ascendspeed_core.data.padded_dataset import TrainingExample, collate
 from ascendspeed_core.device import Device
-from ascendspeed_core.optim.optimizer import MasterOptimizer
+from ascendspeed_core.optim.native_engine import NativeEngine
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.planner.fit_memory import full_step, measure_step
 from ascendspeed_core.planner.memory import (
@@ -21,8 +21,8 @@ from ascendspeed_core.planner.memory import (
     PipelineAction,
     StageMemory,
     StepMemory,
-    least_recompute,
-    plans,
+    first_plan_within,
+    recompute_plans,
 )
 from ascendspeed_core.training.step import train_step
 from ascendspeed_core.weights import InitialWeights
@@ -59,7 +59,7 @@ def test_planned_is_measured(
     ratios = [planned / measured for found in ranks for _, planned, measured in found]
     report.add(
         "Peak of a step, planned for every amount of recompute, over what tensors really held",
-        ("layout", "format", "plans", "least ratio", "largest ratio", "no recompute, MB", "all of it, MB"),
+        ("layout", "format", "recompute_plans", "least ratio", "largest ratio", "no recompute, MB", "all of it, MB"),
         str(layout), dtype, len(ratios), f"{min(ratios):.4f}", f"{max(ratios):.4f}",
         f"{ranks[0][0][2] / 1e6:.2f}", f"{ranks[0][-1][2] / 1e6:.2f}",
     )  # fmt: skip
@@ -74,7 +74,7 @@ def test_planned_is_measured(
     ("layout", "dtype", "sizes"), [CASES[0], CASES[2], CASES[4]], ids=["alone", "tp2sp", "vpp"]
 )
 def test_the_least_that_fits(workers: WorkerPool, layout: Layout, dtype: str, sizes: tuple[int, ...]) -> None:
-    """Budgets between what two neighbouring plans of the first stage really take."""
+    """Budgets between what two neighbouring recompute_plans of the first stage really take."""
     given = (CONFIG, layout, dtype, sizes, LENGTH)
     table = workers.run(planned_and_measured, layout.world_size, *given)[0]
     for (_, _, more), (modes, _, less) in list(itertools.pairwise(table))[::2]:
@@ -107,14 +107,16 @@ def step(sizes: tuple[float, ...] = (1.0, 1.0)) -> StepMemory:
         "selective": PartMemory(kept=60, forward=110, backward=60, gradients=7),
         "full": PartMemory(kept=10, forward=110, backward=120, gradients=7),
     }
-    stage = StageMemory(layers, 2, before=PartMemory(5, 5, 1, 3), after=PartMemory(50, 70, 30, 2), places=4)
+    stage = StageMemory(
+        layers, 2, before=PartMemory(5, 5, 1, 3), after=PartMemory(50, 70, 30, 2), positions=4
+    )
     actions = [
         PipelineAction(True, 0, 0),
         PipelineAction(True, 0, 1),
         PipelineAction(False, 0, 0),
         PipelineAction(False, 0, 1),
     ]
-    return StepMemory([stage], actions, sizes, standing=1000, update=40)
+    return StepMemory([stage], actions, sizes, resident=1000, update=40)
 
 
 def test_peak_by_hand() -> None:
@@ -132,41 +134,45 @@ def test_peak_of_a_stage_by_hand() -> None:
     layer = PartMemory(kept=10, forward=10, backward=30)
     stage = StageMemory({"none": layer}, 2, output=6, received=4)
     memory = StepMemory(
-        [stage], [PipelineAction(True, 0, 0), PipelineAction(False, 0, 0)], (1.0,), standing=100, update=0
+        [stage], [PipelineAction(True, 0, 0), PipelineAction(False, 0, 0)], (1.0,), resident=100, update=0
     )
     # The second layer's backward: both kept, but for a gradient in a buffer. The first's: itself and the output.
     assert memory.peak(("none", "none")) == max(100 + 20 + 30 - 4, 100 + 10 + 6 + 30)
     memory = StepMemory(
-        [stage], [PipelineAction(True, 0, 0), PipelineAction(False, 0, 0)] * 2, (1.0,), standing=100, update=0
+        [stage], [PipelineAction(True, 0, 0), PipelineAction(False, 0, 0)] * 2, (1.0,), resident=100, update=0
     )
     assert memory.peak(("none", "none")) == 146, "something was left behind by the first micro-batch"
 
 
 def test_order_of_plans() -> None:
-    assert plans(2, has_selective=True) == [
+    assert recompute_plans(2, can_be_selective=True) == [
         ("none", "none"), ("selective", "none"), ("selective", "selective"), ("full", "selective"), ("full", "full"),
     ]  # fmt: skip
-    assert plans(2, has_selective=False) == [("none", "none"), ("full", "none"), ("full", "full")]
+    assert recompute_plans(2, can_be_selective=False) == [
+        ("none", "none"),
+        ("full", "none"),
+        ("full", "full"),
+    ]
 
 
 def test_first_that_fits() -> None:
-    memory, choices = step(), plans(2, has_selective=True)
+    memory, choices = step(), recompute_plans(2, can_be_selective=True)
     for place, modes in enumerate(choices):
-        assert least_recompute(memory, choices, memory.peak(modes)) == place
-    assert least_recompute(memory, choices, memory.peak(("full", "full")) - 1) is None
+        assert first_plan_within(memory, choices, memory.peak(modes)) == place
+    assert first_plan_within(memory, choices, memory.peak(("full", "full")) - 1) is None
 
 
 def test_rows_that_hold_several_samples_are_measured_with_their_masks() -> None:
     """Of a step whose rows are as long as they can get, whatever the data's first rows are."""
     alone = ParallelMesh(Device("cpu"), Layout())
-    row = TrainingSequence(np.arange(10, 50), np.arange(10, 50), (25, 15))
+    row = TrainingExample(np.arange(10, 50), np.arange(10, 50), (25, 15))
     sample = replace(collate([row, row], 48), samples=torch.arange(2))
     step = full_step(sample, (2, 1), LENGTH, alone)
     assert [tuple(batch.tokens.shape) for batch in step] == [(2, LENGTH), (1, LENGTH)]
     assert step[0].segments is not None
     assert step[0].segments.shape == (2, LENGTH)
     model = load_model(InitialWeights(CONFIG, seed=5), alone, torch.float32)
-    optimizer = MasterOptimizer(model, OptimizerConfig(), alone)
-    train_step(model, optimizer, step, alone)
-    planned = measure_step(model, optimizer, alone, step).peak(("none",) * 4)
-    assert planned == pytest.approx(measured_peak(model, optimizer, step, alone), rel=TOLERANCE)
+    engine = NativeEngine(model, OptimizerConfig(), alone)
+    train_step(model, engine, step, alone)
+    planned = measure_step(model, engine, alone, step).peak(("none",) * 4)
+    assert planned == pytest.approx(measured_peak(model, engine, step, alone), rel=TOLERANCE)

@@ -30,7 +30,7 @@ from ascendspeed_core.weights.adapters.peft import Adapter, MergedAdapter
 from ascendspeed_core.weights.adapters.write_peft import peft_form
 from ascendspeed_data.errors import AscendSpeedError
 from core.finetune_cases import data_config, tune, used_adapters
-from core.test_instruction_data import ALONE, config, distances, finetune
+from core.test_sft_dataset import ALONE, config, distances, finetune
 from core.training_cases import Trained, join_stages
 from support.commands import call
 from support.families import REFERENCES

@@ -17,7 +17,7 @@ from ascendspeed_core.device import Device
 from ascendspeed_core.models.families import find_family
 from ascendspeed_core.observability.metrics import read_metrics
 from ascendspeed_core.optim.loss_scale import LossScale
-from ascendspeed_core.optim.optimizer import MasterOptimizer
+from ascendspeed_core.optim.native_engine import NativeEngine
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.training.step import train_step
 from ascendspeed_core.weights import InitialWeights
@@ -76,7 +76,7 @@ def train(layout: Layout, dtype_name: str, steps: int = 8) -> tuple[list[float],
     """Train in fp16; in one step the gradient of one weight of the last process is made infinite."""
     mesh = ParallelMesh.create(Device("cpu"), layout)
     model = load_model(InitialWeights(CONFIG, seed=5), mesh, getattr(torch, dtype_name))
-    optimizer = MasterOptimizer(model, OptimizerConfig(lr=1e-3), mesh)
+    engine = NativeEngine(model, OptimizerConfig(lr=1e-3), mesh)
     scale = LossScale.create(LossScaleConfig(initial_loss_scale=2.0**12), dtype_name == "float16")
     norm = next(parameter for name, parameter in model.named_parameters() if name.endswith("mlp_norm.weight"))
     number = 0
@@ -93,7 +93,7 @@ def train(layout: Layout, dtype_name: str, steps: int = 8) -> tuple[list[float],
         if number == OVERFLOWING and dtype_name != "float16":
             continue
         result = train_step(
-            model, optimizer, micro_batches(CONFIG.vocab_size, number, mesh, 4, True), mesh, scale
+            model, engine, micro_batches(CONFIG.vocab_size, number, mesh, 4, True), mesh, scale
         )
         if result.is_skipped:
             skipped.append(number)

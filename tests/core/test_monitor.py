@@ -14,9 +14,10 @@ from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.config.training import ComputeConfig
 from ascendspeed_core.device import Device
 from ascendspeed_core.models.families import find_family
+from ascendspeed_core.objectives.next_token import NextTokenLoss
 from ascendspeed_core.observability.metrics import read_metrics
 from ascendspeed_core.observability.mfu import training_flops_per_token
-from ascendspeed_core.observability.nan_detector import where_not_finite
+from ascendspeed_core.observability.nan_detector import find_not_finite
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.training.step import forward_backward
 from ascendspeed_core.weights import InitialWeights
@@ -164,7 +165,7 @@ def test_operations_of_a_token_equal_those_that_torch_counts(changes: dict[str, 
     tokens = sum(batch.tokens.numel() for batch in batches)
     passes: Any = PlainPasses(model)
     with FlopCounterMode(display=False) as counter:
-        forward_backward(model, passes, batches, mesh, tokens)
+        forward_backward(model, passes, batches, mesh, *NextTokenLoss(model, mesh).prepare(batches))
     hidden = 6 * config.num_layers * LENGTH * config.num_attention_heads * config.head_dim
     assert counter.get_total_flops() == tokens * (training_flops_per_token(config, LENGTH) + hidden)
 
@@ -200,7 +201,10 @@ def locate(layout: Layout, poison: Poison) -> str:
     batches = micro_batches(config.vocab_size, 0, mesh, 4, masked=False)
     passes: Any = PlainPasses(model)
     # A mean over one token where many count, so that the factor overflows in the gradient.
-    found = where_not_finite(model, mesh, lambda: forward_backward(model, passes, batches, mesh, 1, scale))
+    _, loss_of = NextTokenLoss(model, mesh).prepare(batches)
+    found = find_not_finite(
+        model, mesh, lambda: forward_backward(model, passes, batches, mesh, 1, loss_of, scale)
+    )
     assert not any(module._forward_hooks for module in model.modules())
     return found
 

@@ -16,7 +16,7 @@ from ascendspeed_core.kernels.adamw import adamw_implementation
 from ascendspeed_core.kernels.npu import NpuAdamW
 from ascendspeed_core.models.families import find_family
 from ascendspeed_core.observability.metrics import read_metrics
-from ascendspeed_core.optim.optimizer import MasterOptimizer
+from ascendspeed_core.optim.native_engine import NativeEngine
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.training.step import train_step
 from ascendspeed_core.weights import InitialWeights, NativeSource, open_weights
@@ -87,10 +87,10 @@ def test_16_bit_weights_have_wide_masters(options: dict[str, Any]) -> None:
     model = load_model(InitialWeights(CONFIG, 5), mesh, torch.bfloat16)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     # A hundredth of what bf16 can show: only a wide copy adds such steps up.
-    optimizer = MasterOptimizer(model, OptimizerConfig(lr=1e-7, clip_grad=0, **options), mesh)
+    engine = NativeEngine(model, OptimizerConfig(lr=1e-7, clip_grad=0, **options), mesh)
     for step in range(3):
-        train_step(model, optimizer, micro_batches(CONFIG.vocab_size, step, mesh, 8, True), mesh)
-    state = optimizer.state()
+        train_step(model, engine, micro_batches(CONFIG.vocab_size, step, mesh, 8, True), mesh)
+    state = engine.optimizer.state()
     for name, p in model.named_parameters():
         _, master = state[f"master/{name}"]
         assert master.dtype == torch.float32
@@ -198,7 +198,7 @@ def step_without_tokens(layout: Layout) -> tuple[bool, list[bool]]:
     """Train with a batch that counts nothing between others: whether the weights stayed, and which steps were empty."""
     mesh = ParallelMesh.create(CPU, layout)
     model = load_model(InitialWeights(CONFIG, 5), mesh, torch.float64)
-    optimizer = MasterOptimizer(model, OptimizerConfig(lr=1e-2), mesh)
+    engine = NativeEngine(model, OptimizerConfig(lr=1e-2), mesh)
     unchanged, empty = [], []
     for step in range(3):
         batches = micro_batches(CONFIG.vocab_size, step, mesh, 4, masked=True)
@@ -206,11 +206,11 @@ def step_without_tokens(layout: Layout) -> tuple[bool, list[bool]]:
             for batch in batches:
                 batch.loss_mask.zero_()
         before = [p.detach().clone() for p in model.parameters()]
-        result = train_step(model, optimizer, batches, mesh)
+        result = train_step(model, engine, batches, mesh)
         unchanged.append(all(map(torch.equal, before, model.parameters())))
         empty.append(result.is_empty)
     assert unchanged == empty
-    return optimizer.num_steps == 2, empty
+    return engine.num_steps == 2, empty
 
 
 @pytest.mark.parametrize(
@@ -225,14 +225,14 @@ def losses_with_an_empty_share(layout: Layout, size: int) -> list[float]:
     """Train with batches in which only the first quarter of the samples counts."""
     mesh = ParallelMesh.create(CPU, layout)
     model = load_model(InitialWeights(CONFIG, 5), mesh, torch.float64)
-    optimizer = MasterOptimizer(model, OptimizerConfig(lr=1e-2), mesh)
+    engine = NativeEngine(model, OptimizerConfig(lr=1e-2), mesh)
     found = []
     for step in range(3):
         batches = micro_batches(CONFIG.vocab_size, step, mesh, size, masked=False)
         counted = 16 // layout.dp // size // 4
         for batch in batches[max(counted, 1) if mesh.dp_rank == 0 or counted else 0 :]:
             batch.loss_mask.zero_()
-        found.append(train_step(model, optimizer, batches, mesh).loss)
+        found.append(train_step(model, engine, batches, mesh).loss)
     return found
 
 

@@ -19,7 +19,7 @@ from ascendspeed_core.config.parallel import (
 from ascendspeed_core.config.training import MICRO_BATCH_EXAMPLES, BatchConfig, OptimizerConfig
 from ascendspeed_core.device import Device
 from ascendspeed_core.objectives.next_token import masked_sum
-from ascendspeed_core.optim.optimizer import MasterOptimizer
+from ascendspeed_core.optim.native_engine import NativeEngine
 from ascendspeed_core.parallel import collectives
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.pipeline import run_pipeline
@@ -107,7 +107,7 @@ def step_events(layout: Layout) -> tuple[list[tuple[str, int]], int]:
     """What a process did in one step: actions and starts of reductions, in order; and how many reductions it made."""
     mesh = ParallelMesh.create(Device("cpu"), layout)
     model = load_model(InitialWeights(tiny_config(), seed=5), mesh, torch.float32)
-    optimizer = MasterOptimizer(model, OptimizerConfig(), mesh)
+    engine = NativeEngine(model, OptimizerConfig(), mesh)
     batches = micro_batches(128, 0, mesh, 2, masked=False)
     recorder, starts, messages = Recorder(lambda: None), [], []
 
@@ -124,14 +124,14 @@ def step_events(layout: Layout) -> tuple[list[tuple[str, int]], int]:
 
     def on_stage_done(stage: Stage) -> None:
         starts.append((time.perf_counter(), stage.index))
-        optimizer.start_reduction(stage)
+        engine.start_reduction(stage)
 
     with patch.object(collectives, "dist", CountingDist()):
         run_pipeline(
             model, mesh, [batch.input for batch in batches],
             lambda number, logits: masked_sum(model, logits, batches[number], mesh), recorder, on_stage_done,
         )  # fmt: skip
-        optimizer.step()
+        engine.step()
     events = [(action.start, action.kind, action.stage) for action in recorder.actions]
     events += [(moment, "reduction", stage) for moment, stage in starts]
     # With one other data-parallel rank a small reduction is one message.

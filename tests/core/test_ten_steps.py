@@ -12,7 +12,7 @@ import torch
 from ascendspeed_core.build import load_model
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.config.training import DataConfig
-from ascendspeed_core.data.gpt_dataset import GPTData
+from ascendspeed_core.data.gpt_dataset import GPTBatchLoader
 from ascendspeed_core.device import Device
 from ascendspeed_core.observability.metrics import read_metrics
 from ascendspeed_core.parallel.mesh import ParallelMesh
@@ -85,7 +85,7 @@ def gradients(folder: str, dtype: str, tp: int) -> dict[str, torch.Tensor]:
     config = DataConfig(
         data_path=(str(job.folder / "wiki_text_document"),), split="100,0,0", seq_length=LENGTH
     )
-    data = GPTData(config, 1234, (STEPS * BATCH, 0, 0), 32000, 2, mesh)
+    data = GPTBatchLoader(config, 1234, (STEPS * BATCH, 0, 0), 32000, 2, mesh)
     return first_gradients(model, data.micro_batches(0, (4, 4)), mesh)
 
 

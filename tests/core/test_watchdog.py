@@ -28,12 +28,12 @@ def model_json(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def standing(rank: int, waits: bool, beats: int = 5) -> RankStatus:
+def status_of(rank: int, waits: bool, beats: int = 5) -> RankStatus:
     return RankStatus(rank, 3, f"layers.{rank}", beats, f"file.py:{rank} in f{rank}", waits, ("line",))
 
 
 def test_the_verdict_names_who_does_not_wait() -> None:
-    message, blamed = verdict([standing(0, True), standing(1, False), standing(2, True)], 3, 60)
+    message, blamed = verdict([status_of(0, True), status_of(1, False), status_of(2, True)], 3, 60)
     assert message == (
         "no progress for 60 s (--hang-timeout-seconds): rank 1 stands in iteration 3, layers.1: file.py:1 in f1; ranks "
         "0, 2 wait for others"
@@ -42,7 +42,7 @@ def test_the_verdict_names_who_does_not_wait() -> None:
 
 
 def test_the_verdict_names_who_does_not_answer() -> None:
-    message, blamed = verdict([standing(0, True)], 2, 1.5)
+    message, blamed = verdict([status_of(0, True)], 2, 1.5)
     assert "for 1.5 s" in message
     assert message.endswith(
         "rank 1 does not answer: it is stopped, or stuck outside Python; rank 0 waits for others"
@@ -51,7 +51,7 @@ def test_the_verdict_names_who_does_not_answer() -> None:
 
 
 def test_when_all_wait_the_verdict_names_who_is_furthest_behind() -> None:
-    message, blamed = verdict([standing(0, True, 9), standing(1, True, 8)], 2, 60)
+    message, blamed = verdict([status_of(0, True, 9), status_of(1, True, 8)], 2, 60)
     assert (
         "all processes wait for each other or for their device; furthest behind: rank 1 in iteration"
         in message

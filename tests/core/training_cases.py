@@ -12,19 +12,21 @@ from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.parallel import Layout, Stage
 from ascendspeed_core.config.sharding import Slice
 from ascendspeed_core.config.training import ComputeConfig, DropoutConfig, OptimizerConfig, RecomputeConfig
-from ascendspeed_core.data.micro_batch import MicroBatch, count_tokens
+from ascendspeed_core.data.micro_batch import MicroBatch
 from ascendspeed_core.device import Device
 from ascendspeed_core.kernels.registry import KernelContext
 from ascendspeed_core.models.transformer import ModelInput
-from ascendspeed_core.optim.optimizer import MasterOptimizer
+from ascendspeed_core.objectives.next_token import NextTokenLoss
+from ascendspeed_core.objectives.objective import ObjectiveLoss
+from ascendspeed_core.optim.native_engine import NativeEngine
 from ascendspeed_core.parallel.cross_entropy import cross_entropy
 from ascendspeed_core.parallel.dropout import apply_dropout
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.recompute import apply_recompute
-from ascendspeed_core.training.step import Objective, forward_backward, train_step
+from ascendspeed_core.training.step import forward_backward, train_step
 from ascendspeed_core.weights import InitialWeights
 
-SFT_DATA, LENGTH = 16, 24
+SAMPLES, LENGTH = 16, 24
 
 
 @dataclass(frozen=True)
@@ -42,16 +44,16 @@ def micro_batches(
 ) -> list[MicroBatch]:
     """This rank's share, in micro-batches of one size or of several, of a global batch that depends on the step."""
     generator = torch.Generator().manual_seed(step)
-    ids = torch.randint(0, vocab_size, (SFT_DATA, LENGTH + 1), generator=generator)
-    mask = torch.ones(SFT_DATA, LENGTH)
+    ids = torch.randint(0, vocab_size, (SAMPLES, LENGTH + 1), generator=generator)
+    mask = torch.ones(SAMPLES, LENGTH)
     if masked:
         # Rows differ in how many tokens count, one counts none: a mean per micro-batch would be wrong.
-        for row in range(SFT_DATA):
+        for row in range(SAMPLES):
             mask[row, (row * 5) % LENGTH :] = 0
-    sizes = [size] * (SFT_DATA // (size * mesh.layout.dp)) if isinstance(size, int) else size
+    sizes = [size] * (SAMPLES // (size * mesh.layout.dp)) if isinstance(size, int) else size
     starts = [sum(sizes[:number]) * mesh.layout.dp + mesh.dp_rank * own for number, own in enumerate(sizes)]
     rows = [slice(start, start + own) for start, own in zip(starts, sizes, strict=True)]
-    numbers = torch.arange(SFT_DATA) + step * SFT_DATA
+    numbers = torch.arange(SAMPLES) + step * SAMPLES
     batches = [MicroBatch(ids[r, :-1], ids[r, 1:], mask[r], samples=numbers[r]) for r in rows]
     return [batch.part_of_sequence(mesh) for batch in batches]
 
@@ -115,11 +117,11 @@ def train(
     options: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.1, "clip_grad": 0.5}
     batches = micro_batches(config.vocab_size, 0, mesh, micro_batch_size, masked)
     gradients = first_gradients(model, batches, mesh)
-    optimizer = MasterOptimizer(model, OptimizerConfig(**(options | optimizer_options)), mesh)
+    engine = NativeEngine(model, OptimizerConfig(**(options | optimizer_options)), mesh)
     losses, norms = [], []
     for step in range(steps):
         result = train_step(
-            model, optimizer, micro_batches(config.vocab_size, step, mesh, micro_batch_size, masked), mesh
+            model, engine, micro_batches(config.vocab_size, step, mesh, micro_batch_size, masked), mesh
         )
         losses.append(result.loss)
         norms.append(result.grad_norm)
@@ -148,12 +150,12 @@ class PlainPasses:
 
 
 def first_gradients(
-    model: Any, batches: list[MicroBatch], mesh: ParallelMesh, objective: Objective | None = None
+    model: Any, batches: list[MicroBatch], mesh: ParallelMesh, objective: ObjectiveLoss | None = None
 ) -> dict[str, torch.Tensor]:
     """This stage's gradients of the first step, whole and added up over dp and cp, without an update."""
-    count, loss_of = objective.start(batches) if objective else (count_tokens(batches, mesh), None)
+    count, loss_of = (objective or NextTokenLoss(model, mesh)).prepare(batches)
     passes: Any = PlainPasses(model)
-    forward_backward(model, passes, batches, mesh, count, loss_of=loss_of)
+    forward_backward(model, passes, batches, mesh, count, loss_of)
     sums, slices = {}, parameter_slices(model, mesh)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:

@@ -1,6 +1,7 @@
 """Cases that worker processes run: train a tiny model under DeepSpeed and report everything about it."""
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,16 @@ from ascendspeed_core.config.lora import LoraConfig
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.config.training import OptimizerConfig, PretrainConfig, RecomputeConfig
-from ascendspeed_core.data.micro_batch import count_tokens
 from ascendspeed_core.device import Device
+from ascendspeed_core.objectives.next_token import NextTokenLoss, evaluate
 from ascendspeed_core.optim.deepspeed import ZeroEngine
 from ascendspeed_core.optim.engine import Engine
-from ascendspeed_core.optim.optimizer import MasterOptimizer
+from ascendspeed_core.optim.native_engine import NativeEngine
 from ascendspeed_core.parallel.deepspeed import start_deepspeed
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.recompute import apply_recompute
 from ascendspeed_core.planner.fit_memory import LiveBytes
-from ascendspeed_core.training.step import evaluate, forward_backward, train_step
+from ascendspeed_core.training.step import forward_backward, train_step
 from ascendspeed_core.training.trainer import Trainer
 from ascendspeed_core.training.validate import plan_run
 from ascendspeed_core.weights import InitialWeights, WeightSource
@@ -80,13 +81,10 @@ def train_zero(
     options: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.1, "clip_grad": 0.5}
     slices = parameter_slices(model, mesh)
     optimizer = OptimizerConfig(**(options | optimizer_options))
-    engine: Engine
-    if layout.zero_stage:
-        engine = ZeroEngine(model, optimizer, mesh, settings)
-    else:
-        engine = MasterOptimizer(model, optimizer, mesh)
+    make = partial(ZeroEngine, settings=settings) if layout.zero_stage else NativeEngine
+    engine: Engine = make(model, optimizer, mesh)
     batches = micro_batches(config.vocab_size, 0, mesh, micro_batch_size, masked=True)
-    first = forward_backward(model, engine, batches, mesh, count_tokens(batches, mesh))
+    first = forward_backward(model, engine, batches, mesh, *NextTokenLoss(model, mesh).prepare(batches))
     gradients = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -104,7 +102,7 @@ def train_zero(
 
 def written_weights(engine: Engine) -> dict[str, torch.Tensor]:
     """The weights as a checkpoint would hold them, put together from what all processes write."""
-    mine = [(name, part, value.detach().clone()) for name, part, value in engine.pieces()]
+    mine = [(name, part, value.detach().clone()) for name, part, value in engine.checkpoint_shards()]
     everything: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everything, mine)
     pieces: dict[str, list[Any]] = {}
@@ -120,7 +118,7 @@ def validation_loss(config: ModelConfig, layout: Layout) -> list[float]:
     mesh = ParallelMesh.create(Device("cpu"), layout)
     settings = settings_of(layout, "float32")
     model = load_model(InitialWeights(config, seed=5), mesh, torch.float32, zero_settings=settings)
-    engine: Engine = MasterOptimizer(model, OptimizerConfig(lr=1e-2, adam_eps=1e-3, clip_grad=0.5), mesh)
+    engine: Engine = NativeEngine(model, OptimizerConfig(lr=1e-2, adam_eps=1e-3, clip_grad=0.5), mesh)
     if layout.zero_stage:
         engine = ZeroEngine(model, OptimizerConfig(lr=1e-2, adam_eps=1e-3, clip_grad=0.5), mesh, settings)
     held_out = micro_batches(config.vocab_size, 99, mesh, 4, masked=True)
@@ -169,7 +167,7 @@ def held(config: ModelConfig, layout: Layout, steps: int) -> tuple[float, float,
     with LiveBytes() as live:
         model = load_model(InitialWeights(config, seed=5), mesh, torch.float32, zero_settings=settings)
         loading, live.peak = live.peak, 0
-        engine: Engine = MasterOptimizer(model, OptimizerConfig(), mesh)
+        engine: Engine = NativeEngine(model, OptimizerConfig(), mesh)
         if layout.zero_stage:
             engine = ZeroEngine(model, OptimizerConfig(), mesh, settings)
         for step in range(steps):

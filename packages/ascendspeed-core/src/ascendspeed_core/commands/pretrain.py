@@ -1,7 +1,8 @@
 """`asd-core pretrain`."""
 
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,7 @@ from ascendspeed_data.command_line.options import options_from
 
 if TYPE_CHECKING:
     from ascendspeed_core.config.model import ModelConfig
+    from ascendspeed_core.parallel.mesh import ParallelMesh
     from ascendspeed_core.training.validate import RunPlan
     from ascendspeed_core.weights.adapters.lora import AdaptedWeights
 
@@ -33,37 +35,42 @@ def pretrain(config: Recipe = None, dry_run: DryRun = False, **given: Any) -> No
     run_training(load_config(PretrainConfig, config, given, announce), dry_run)
 
 
-def run_training(run: PretrainConfig, dry_run: bool) -> None:
-    """Plan a run, say what it will do, and do it: here, in processes that are started, or as one of them."""
+def run_training(config: PretrainConfig, dry_run: bool) -> None:
+    """Plan a run, say what it will do, and do it: in processes that this one starts, or as one of them."""
     from ascendspeed_core.launch import is_worker, launch, planned_world_size, worker_errors
 
-    world_size = planned_world_size(run.launch.nproc_per_node)
+    world_size = planned_world_size(config.launch.nproc_per_node)
     with worker_errors():
         from ascendspeed_core.device import prepare_torch
 
-        prepare_torch(run.launch.device)
+        prepare_torch(config.launch.device)
         from ascendspeed_core.training.validate import plan_run
 
-        plan = plan_run(run, world_size)
+        plan = plan_run(config, world_size)
         if not is_worker() or dry_run:
             describe(plan)
         if dry_run:
             return
         if world_size > 1 and not is_worker():
-            launch("ascendspeed_core.cli", sys.argv[1:], run.launch.nproc_per_node, run.launch.device)
+            launch("ascendspeed_core.cli", sys.argv[1:], config.launch.nproc_per_node, config.launch.device)
             return
-        train(plan)
+        from ascendspeed_core.training.trainer import Trainer
+
+        with join_run(plan) as mesh:
+            records = Trainer(plan, mesh).train()
+        if records:
+            conclude(records, plan)
 
 
-def train(plan: "RunPlan") -> None:
-    """Run a plan on this process, with the others if there are any."""
+@contextmanager
+def join_run(plan: "RunPlan") -> "Iterator[ParallelMesh]":
+    """Join the other ranks of a run, if there are any; the first one holds the lock of the run's folder."""
     from ascendspeed_core.launch import process_group
     from ascendspeed_core.parallel.mesh import ParallelMesh
-    from ascendspeed_core.training.trainer import Trainer
     from ascendspeed_data.lock import output_lock
 
     save = plan.config.checkpoint.save
-    # The watchdog tells more than a collective that gives up; where both watch, it comes first.
+    # The watchdog says more than a collective that gives up; where both watch, it comes first.
     patience = 600.0 + plan.config.monitor.hang_timeout_seconds
     alone = plan.layout.zero_stage is not None
     joined = process_group(plan.config.launch.device, patience, even_alone=alone)
@@ -71,15 +78,13 @@ def train(plan: "RunPlan") -> None:
         if save is not None and world.rank == 0:
             held.enter_context(output_lock(save / "run.lock", f"--save {save}"))
             keep_tokenizer(plan, save)
-        records = Trainer(plan, ParallelMesh.create(device, plan.layout)).train()
-    if records:
-        conclude(records, plan)
+        yield ParallelMesh.create(device, plan.layout)
 
 
 def keep_tokenizer(plan: "RunPlan", save: Path) -> None:
-    """Copy the tokenizer's files into the run's folder, so that its checkpoints can be used without being told.
+    """Copy the tokenizer's files into the run's folder, so that its checkpoints can be used on their own.
 
-    The manifest of the data goes there too: it tells the right tokenizer where the files are not known.
+    The manifest of the data goes there too: it says which tokenizer is right where the files are not known.
     """
     from ascendspeed_core.weights.native.source import DATA_MANIFEST, TOKENIZER
     from ascendspeed_data.files import write_durably
@@ -104,7 +109,7 @@ def describe(plan: "RunPlan") -> None:
     size = batch.resolve_global_batch_size(plan.layout.dp)
     log(
         f"layout: {plan.layout}, {plan.config.precision.dtype_name}; batch: {size} samples of "
-        f"{plan.config.data.seq_length} tokens; iterations {plan.start.iteration} to {plan.config.training.train_iters}"
+        f"{plan.config.data.seq_length} tokens; iterations {plan.state.iteration} to {plan.config.training.train_iters}"
     )
     if isinstance(plan.source, AdaptedWeights):
         log(trained_share(plan.source, model))
@@ -113,9 +118,8 @@ def describe(plan: "RunPlan") -> None:
         log(f"one matrix product each for {'; '.join(joined)} (--mlp-layer-fusion)")
     if plan.layout.pp > 1:
         log(f"stages: {stage_list(plan.layout, model.num_layers)}")
-    if plan.reference is not None:
-        how = "the model without its adapters" if plan.reference.is_base else "a second model"
-        log(f"reference: {plan.reference.folder}, {how}")
+    for line in plan.objective.describe():
+        log(line)
 
 
 def trained_share(source: "AdaptedWeights", model: "ModelConfig") -> str:
@@ -134,7 +138,7 @@ def trained_share(source: "AdaptedWeights", model: "ModelConfig") -> str:
 
 
 def stage_list(layout: Any, num_layers: int) -> str:
-    """Return which layers each pipeline device holds; several stages of one device are joined by a plus."""
+    """Return which layers each pipeline rank holds; several stages of one rank are joined by a plus."""
     from ascendspeed_core.config.parallel import stages_of_ranks
 
     def named(layers: range) -> str:
@@ -157,4 +161,4 @@ def conclude(records: list[dict[str, Any]], plan: "RunPlan") -> None:
         against = (
             f", {abs(entropy - loss):.3f} nats {side} the unigram entropy of the data ({entropy:.3f} nats)"
         )
-    log(f"loss: {loss:.4f} {plan.loss_unit} (mean of the last {len(last)} iterations){against}")
+    log(f"loss: {loss:.4f} {plan.objective.loss_unit} (mean of the last {len(last)} iterations){against}")

@@ -27,14 +27,14 @@ def timeline(**given: Any) -> None:
         from ascendspeed_core.device import prepare_torch
 
         prepare_torch(config.launch.device)
-        check(config, world_size)
+        check_timeline(config, world_size)
         if world_size > 1 and not is_worker():
             launch("ascendspeed_core.cli", sys.argv[1:], config.launch.nproc_per_node, config.launch.device)
             return
-        measure(config)
+        record_timeline(config)
 
 
-def check(config: TimelineConfig, world_size: int) -> None:
+def check_timeline(config: TimelineConfig, world_size: int) -> None:
     """Raise `AscendSpeedError` when there is nothing to draw, or the layout does not fit."""
     from ascendspeed_core.config.parallel import stages_of_ranks
     from ascendspeed_core.weights import open_source
@@ -58,17 +58,17 @@ def check(config: TimelineConfig, world_size: int) -> None:
         size = config.batch.resolve_global_batch_size(layout.dp)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    layout.check_micro_batches(len(sizes_of(config, size, layout.dp)))
+    layout.check_micro_batches(len(micro_batch_sizes(config, size, layout.dp)))
 
 
-def sizes_of(config: TimelineConfig, global_batch_size: int, dp: int) -> tuple[int, ...]:
-    """Return the sizes of one device's micro-batches."""
+def micro_batch_sizes(config: TimelineConfig, global_batch_size: int, dp: int) -> tuple[int, ...]:
+    """Return the sizes of one rank's micro-batches."""
     size = config.batch.micro_batch_size
     return config.batch.manual_sizes() or (size,) * (global_batch_size // (size * dp))
 
 
 def load_pipeline(config: TimelineConfig, mesh: Any) -> Any:
-    """Return this process's stages, computed as the options say."""
+    """Return this rank's stages, computed as the options say."""
     import torch
 
     from ascendspeed_core.build import apply_kernels, kernel_context, load_model
@@ -84,27 +84,27 @@ def load_pipeline(config: TimelineConfig, mesh: Any) -> Any:
     return model
 
 
-def measure(config: TimelineConfig) -> None:
-    """Run the steps on this process with the others; the first one draws its pipeline."""
+def record_timeline(config: TimelineConfig) -> None:
+    """Run the steps on this rank with the others; the first one draws its pipeline."""
     from ascendspeed_core.config.training import OptimizerConfig
     from ascendspeed_core.launch import process_group
     from ascendspeed_core.observability.timeline import draw_timelines
-    from ascendspeed_core.optim.optimizer import MasterOptimizer
+    from ascendspeed_core.optim.native_engine import NativeEngine
     from ascendspeed_core.parallel.mesh import ParallelMesh, gather_objects
     from ascendspeed_core.parallel.timeline import Timeline, ideal
-    from ascendspeed_core.planner.profile_pipeline import chosen_sizes, record_step
+    from ascendspeed_core.planner.profile_pipeline import choose_sizes, record_step
 
     with process_group(config.launch.device) as (world, device):
         layout = config.parallel.layout(world.size)
         mesh = ParallelMesh.create(device, layout)
         model = load_pipeline(config, mesh)
-        optimizer = MasterOptimizer(model, OptimizerConfig(), mesh)
+        engine = NativeEngine(model, OptimizerConfig(), mesh)
         size = config.batch.resolve_global_batch_size(layout.dp)
-        sizes = sizes_of(config, size, layout.dp)
+        sizes = micro_batch_sizes(config, size, layout.dp)
         if config.batch.finds_sizes:
             length, largest = config.drawing.seq_length, config.batch.micro_batch_size
-            sizes, _ = chosen_sizes(model, mesh, length, size // layout.dp, largest, optimizer)
-        recorded = record_step(model, mesh, sizes, config.drawing.seq_length, optimizer)
+            sizes, _ = choose_sizes(model, mesh, length, size // layout.dp, largest, engine)
+        recorded = record_step(model, mesh, sizes, config.drawing.seq_length, engine)
         mine = (mesh.tp_rank, mesh.replica, recorded.actions, recorded.reductions)
         everything = gather_objects(mine, mesh)
         if world.rank:

@@ -1,4 +1,4 @@
-"""Options of texts that a model writes while it is trained."""
+"""Options of the prompts that are completed while a model is trained."""
 
 from pathlib import Path
 from typing import Self
@@ -9,17 +9,17 @@ from ascendspeed_core.config.base import Config
 
 
 class EvalPromptsConfig(Config):
-    """Fixed prompts that are continued every so many steps, to be read by people."""
+    """Fixed prompts that the model completes at an interval, for people to read."""
 
     eval_prompts: Path | None = Field(
         None,
-        description="File with one prompt per line (.jsonl: a text or an object with `prompt`), continued greedily "
-        "while training; what is written goes to samples.jsonl and to the log. Needs ascendspeed-infer.",
+        description="File with one prompt per line (.jsonl: a string or an object with `prompt`), completed greedily "
+        "while training; completions go to samples.jsonl and to the log. Needs ascendspeed-infer.",
     )
     eval_generate_interval: int | None = Field(
-        None, ge=1, description="Steps between two times that the prompts are continued."
+        None, ge=1, description="Steps between two completions of the prompts."
     )
-    eval_max_new_tokens: int = Field(64, ge=1, description="Longest continuation of a prompt.")
+    eval_max_new_tokens: int = Field(64, ge=1, description="Most new tokens of a completion.")
 
     @model_validator(mode="after")
     def _both_or_neither(self) -> Self:

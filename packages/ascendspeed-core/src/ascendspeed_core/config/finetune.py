@@ -61,8 +61,23 @@ class TuneConfig(PretrainConfig):
 
     lora: LoraConfig = LoraConfig()
 
+    @property
+    def takes_weights_only(self) -> bool:
+        """Whether a --load outside --save gives only weights, and the run begins its own data and schedule."""
+        return True
+
+    @property
+    def adapters(self) -> LoraConfig | None:
+        """Options of the adapters that are trained in place of the weights, if any are."""
+        return self.lora if self.lora.is_on else None
+
 
 class FinetuneConfig(TuneConfig):
     """Everything `asd-core finetune` takes; the sections of a TOML recipe."""
 
     data: FinetuneDataConfig
+
+    @property
+    def objective(self) -> str:
+        """Name of what the run trains for, see `objectives.registry`."""
+        return "sft" if self.data.is_instruction_dataset else "next_token"

@@ -13,14 +13,12 @@ class LoraConfig(Config):
 
     lora_target_modules: tuple[str, ...] = Field(
         (),
-        description="Linear layers that get an adapter: names of 2023 (query_key_value dense gate_proj up_proj "
-        "down_proj), of the model's Hugging Face code, or all-linear.",
+        description="Linear layers that get an adapter: names of AscendSpeed 2023 (query_key_value dense gate_proj "
+        "up_proj down_proj), of the model's Hugging Face code, or all-linear.",
     )
     lora_r: int = Field(16, ge=1, description="Rank r of the adapters.")
-    lora_alpha: float = Field(32, gt=0, description="What an adapter adds is scaled by alpha / r.")
-    lora_dropout: float = Field(
-        0.0, ge=0, lt=1, description="Share of an adapter's input that is dropped while it is trained."
-    )
+    lora_alpha: float = Field(32, gt=0, description="The adapter's output is scaled by alpha / r.")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout of the adapter's input while training.")
     lora_use_rslora: bool = Field(
         False,
         description="Scale by alpha / sqrt(r) (Kalajdzievski, 2023).",
@@ -28,7 +26,7 @@ class LoraConfig(Config):
     )
     lora_modules_to_save: tuple[str, ...] = Field(
         (),
-        description="Modules that are trained whole and saved with the adapter: word_embeddings, lm_head.lm_head, "
+        description="Modules that are trained in full and saved with the adapter: word_embeddings, lm_head.lm_head, "
         "norms; or Hugging Face's names.",
     )
     lora_load: Path | None = Field(

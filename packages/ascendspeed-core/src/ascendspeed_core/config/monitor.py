@@ -1,4 +1,4 @@
-"""Options of watching a run: where its figures go, and what happens when it stands still."""
+"""Options of watching a run: TensorBoard, MFU, profiles, and what happens when it hangs."""
 
 from pathlib import Path
 
@@ -16,18 +16,18 @@ class MonitorConfig(Config):
     peak_tflops: float | None = Field(
         None,
         gt=0,
-        description="Most that one device computes, in 10^12 operations per second, for the share that is used (MFU). "
-        "[default: by the device's name, for 16-bit formats]",
+        description="Peak of one device in TFLOP/s, from which the utilization (MFU) is computed. [default: by the "
+        "device's name, for 16-bit formats]",
     )
     profile_steps: tuple[int, ...] = Field(
         (), description="FIRST LAST: iterations that torch's profiler records into the folder of --save."
     )
-    profile_ranks: tuple[int, ...] = Field((0,), description="Processes that are profiled.")
+    profile_ranks: tuple[int, ...] = Field((0,), description="Ranks that are profiled.")
     hang_timeout_seconds: float = Field(
         600.0,
         ge=0,
-        description="End the run, and name the process that hangs, when no layer was begun for so long; 0 does not "
-        "watch.",
+        description="End the run and name the rank that hangs after this many seconds in which no layer began; 0 turns "
+        "the watchdog off.",
     )
 
     @model_validator(mode="after")

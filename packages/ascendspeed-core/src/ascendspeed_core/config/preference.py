@@ -37,7 +37,7 @@ class PreferenceConfig(Config):
         0.0,
         ge=0,
         lt=0.5,
-        description="Share of pairs thought to be labelled the wrong way round; sigmoid only.",
+        description="Share of pairs assumed to be labelled the wrong way round; sigmoid only.",
     )
     dpo_sft_weight: float = Field(
         0.0,
@@ -46,7 +46,7 @@ class PreferenceConfig(Config):
     )
     reference: Path | None = Field(
         None,
-        description="Checkpoint that is compared with and never trained. [default: --load; of a run that goes on, the "
+        description="Reference checkpoint, which is never trained. [default: --load; of a run that goes on, the "
         "one it began with]",
     )
 
@@ -66,6 +66,11 @@ class DpoConfig(TuneConfig):
     data: PreferenceDataConfig
     preference: PreferenceConfig = PreferenceConfig()
 
+    @property
+    def objective(self) -> str:
+        """Name of what the run trains for, see `objectives.registry`."""
+        return "dpo"
+
     @model_validator(mode="after")
     def _starts_from_a_trained_model(self) -> Self:
         if self.start.load is None:
@@ -74,6 +79,10 @@ class DpoConfig(TuneConfig):
             raise ValueError(
                 "zero_stage and deepspeed do not go with preference tuning, whose reference DeepSpeed would not cut; "
                 "give --use-distributed-optimizer, which cuts the optimizer's state, or --lora-target-modules"
+            )
+        if self.recompute.is_fitted:
+            raise ValueError(
+                "checkpoint_policy=auto measures the loss of tokens, not of pairs; choose another policy for dpo"
             )
         if self.batch.finds_sizes:
             raise ValueError(

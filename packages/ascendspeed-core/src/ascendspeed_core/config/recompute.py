@@ -1,4 +1,4 @@
-"""Options of recompute: less memory, more time."""
+"""Options of activation recompute: less memory, more time."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -11,10 +11,11 @@ from ascendspeed_data.errors import ConfigError
 
 
 class RecomputeConfig(Config):
-    """Which activations are dropped after the forward pass and computed again in the backward pass."""
+    """Which activations are dropped after the forward pass and recomputed in the backward pass."""
 
     checkpoint_activations: bool = Field(
-        False, description="Keep fewer activations and compute the others twice: less memory, more time."
+        False,
+        description="Recompute activations in the backward pass instead of keeping them: less memory, more time.",
     )
     checkpoint_policy: Literal["full", "block", "custom", "selective", "attention", "auto"] = Field(
         "full",
@@ -63,7 +64,7 @@ class RecomputeConfig(Config):
 
         Args:
             schedule: order of forwards and backwards.
-            layers_by_device: layers of all stages of each pipeline device.
+            layers_by_device: layers of all stages of each pipeline rank.
 
         Raises:
             ConfigError: `selective` or `auto` under a schedule that goes back through a layer twice; `custom` without

@@ -1,4 +1,4 @@
-"""Which model a command works on."""
+"""The model that a command works on."""
 
 from pathlib import Path
 from typing import Self

@@ -1,4 +1,4 @@
-"""Options of a training run: what is trained, on which data, how, and where results go."""
+"""Options of a training run: model, data, optimization, checkpoints."""
 
 from pathlib import Path
 from typing import Literal, Self
@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from ascendspeed_core.config.base import Config
 from ascendspeed_core.config.compute import ComputeConfig as ComputeConfig
 from ascendspeed_core.config.eval_prompts import EvalPromptsConfig
+from ascendspeed_core.config.lora import LoraConfig
 from ascendspeed_core.config.model import ArchitectureFlags
 from ascendspeed_core.config.monitor import MonitorConfig
 from ascendspeed_core.config.parallel import ParallelConfig
@@ -19,7 +20,7 @@ from ascendspeed_data.errors import ConfigError
 
 
 class LaunchConfig(Config):
-    """Where a command runs."""
+    """Device and number of ranks."""
 
     device: DeviceChoice = Field(
         "auto", description="Device; auto takes npu, then cuda, then cpu, and says which."
@@ -56,19 +57,21 @@ class PrecisionConfig(Config):
 
 
 class LossScaleConfig(Config):
-    """Scaling of the loss in fp16 training; other formats need none."""
+    """Loss scaling in fp16 training; other formats need none."""
 
     loss_scale: float | None = Field(
-        None, gt=0, description="Scale that never changes. [default: one that adapts to overflows]"
+        None, gt=0, description="Fixed loss scale. [default: dynamic, adapts to overflows]"
     )
     initial_loss_scale: float = Field(
-        2.0**32, gt=0, description="First scale; halved at once until nothing overflows."
+        2.0**32, gt=0, description="First dynamic loss scale; halved on overflow until nothing overflows."
     )
-    min_loss_scale: float = Field(1.0, gt=0, description="Lowest scale; an overflow there ends the run.")
+    min_loss_scale: float = Field(
+        1.0, gt=0, description="Lowest dynamic loss scale; an overflow there ends the run."
+    )
     loss_scale_window: int = Field(
         1000, ge=1, description="Steps without an overflow before the scale doubles."
     )
-    hysteresis: int = Field(2, ge=1, description="Overflows until the scale is halved.")
+    hysteresis: int = Field(2, ge=1, description="Overflows before the scale is halved.")
 
     @model_validator(mode="after")
     def _scales_in_order(self) -> "LossScaleConfig":
@@ -303,38 +306,44 @@ class LoggingConfig(Config):
 
 
 class OptimizerConfig(Config):
-    """How gradients change weights: the rule, its schedule and gradient clipping."""
+    """How gradients change weights: update rule, learning-rate schedule, gradient clipping."""
 
     optimizer: Literal["adam", "fused_adam", "sgd"] = Field(
         "adam",
         description="adam: AdamW, with the device's kernel that needs least memory; fused_adam: the same with the "
         "fastest one; sgd: with momentum.",
     )
-    lr: float = Field(3e-4, gt=0, description="Highest learning rate.")
+    lr: float = Field(3e-4, gt=0, description="Peak learning rate.")
     min_lr: float = Field(0.0, ge=0, description="Lowest learning rate.")
     lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root"] = Field(
-        "linear", description="How the learning rate falls."
+        "linear", description="Shape of the learning-rate decay."
     )
-    lr_decay_iters: int | None = Field(None, ge=1, description="Steps of the fall. [default: --train-iters]")
+    lr_decay_iters: int | None = Field(None, ge=1, description="Steps of the decay. [default: --train-iters]")
     lr_decay_samples: int | None = Field(
-        None, ge=1, description="Samples of the fall, with --train-samples. [default: --train-samples]"
+        None, ge=1, description="Samples of the decay, with --train-samples. [default: --train-samples]"
     )
-    lr_warmup_samples: int = Field(
-        0, ge=0, description="Samples of linear growth at the start, with --train-samples."
-    )
-    lr_warmup_iters: int = Field(0, ge=0, description="Steps of linear growth at the start.")
+    lr_warmup_samples: int = Field(0, ge=0, description="Samples of linear warm-up, with --train-samples.")
+    lr_warmup_iters: int = Field(0, ge=0, description="Steps of linear warm-up.")
     lr_warmup_fraction: float | None = Field(
         None,
         ge=0,
         lt=1,
-        description="Growth at the start as a share of the decay, instead of a number of steps.",
+        description="Warm-up as a share of the decay, instead of a number of steps.",
     )
-    weight_decay: float = Field(0.01, ge=0, description="Decay of matrices; norms and biases have none.")
-    adam_beta1: float = Field(0.9, ge=0, lt=1, description="Memory of the gradient.")
-    adam_beta2: float = Field(0.999, ge=0, lt=1, description="Memory of its square.")
-    adam_eps: float = Field(1e-8, gt=0, description="Added to the root of the second moment.")
-    sgd_momentum: float = Field(0.9, ge=0, lt=1, description="Share of the last update that sgd repeats.")
-    clip_grad: float = Field(1.0, ge=0, description="Largest norm of the whole gradient; 0 does not clip.")
+    weight_decay: float = Field(
+        0.01, ge=0, description="Weight decay of matrices; norms and biases have none."
+    )
+    adam_beta1: float = Field(
+        0.9, ge=0, lt=1, description="Decay rate of the first moment (mean of gradients)."
+    )
+    adam_beta2: float = Field(
+        0.999, ge=0, lt=1, description="Decay rate of the second moment (mean of squared gradients)."
+    )
+    adam_eps: float = Field(1e-8, gt=0, description="Added to the square root of the second moment.")
+    sgd_momentum: float = Field(0.9, ge=0, lt=1, description="Momentum of sgd.")
+    clip_grad: float = Field(
+        1.0, ge=0, description="Gradients are clipped to this global norm; 0 does not clip."
+    )
 
     @model_validator(mode="after")
     def _rates_in_order(self) -> "OptimizerConfig":
@@ -371,13 +380,16 @@ class OptimizerConfig(Config):
 
 
 class DropoutConfig(Config):
-    """What is set to zero at random while training; the families here were trained without."""
+    """Dropout while training; the families here were trained without."""
 
     hidden_dropout: float = Field(
-        0.0, ge=0, lt=1, description="Share of what embedding, attention and MLP give to the residual stream."
+        0.0,
+        ge=0,
+        lt=1,
+        description="Dropout of what embedding, attention and MLP add to the residual stream.",
     )
     attention_dropout: float = Field(
-        0.0, ge=0, lt=1, description="Share of attention's weights; needs --attention auto or reference."
+        0.0, ge=0, lt=1, description="Dropout of attention weights; needs --attention auto or reference."
     )
 
     @property
@@ -407,6 +419,21 @@ class PretrainConfig(Config):
     logging: LoggingConfig = LoggingConfig()
     monitor: MonitorConfig = MonitorConfig()
     launch: LaunchConfig = LaunchConfig()
+
+    @property
+    def objective(self) -> str:
+        """Name of what the run trains for, see `objectives.registry`."""
+        return "next_token"
+
+    @property
+    def takes_weights_only(self) -> bool:
+        """Whether a --load outside --save gives only weights, and the run begins its own data and schedule."""
+        return False
+
+    @property
+    def adapters(self) -> LoraConfig | None:
+        """Options of the adapters that are trained in place of the weights, if any are."""
+        return None
 
     @model_validator(mode="after")
     def _resume_needs_save(self) -> Self:

@@ -15,12 +15,12 @@ def main() -> None:
     from ascendspeed_core.device import HOST, prepare_torch
 
     prepare_torch(HOST.kind)
-    from ascendspeed_core.data.gpt_dataset import GPTData
+    from ascendspeed_core.data.gpt_dataset import GPTBatchLoader
     from ascendspeed_core.parallel.mesh import ParallelMesh
 
     wanted = json.loads(sys.stdin.read())
     config = DataConfig.model_validate(wanted.pop("config"))
-    GPTData(config, mesh=ParallelMesh(HOST, Layout()), **wanted)
+    GPTBatchLoader(config, mesh=ParallelMesh(HOST, Layout()), **wanted)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import torch
 
 from ascendspeed_core.config.training import DataConfig
 from ascendspeed_core.data.micro_batch import MicroBatch
-from ascendspeed_core.data.shared_filesystem import sees_folder_of_first_process
+from ascendspeed_core.data.shared_filesystem import sees_folder_of_rank_0
 from ascendspeed_core.launch import announce, world_of_environment
 from ascendspeed_core.megatron import group_for_megatron, megatron
 from ascendspeed_core.parallel.mesh import ParallelMesh
@@ -93,15 +93,18 @@ def check_splits(config: DataConfig, num_samples: tuple[int, int, int]) -> None:
     for prefix in config.blend()[0]:
         dataset = IndexedDataset(Path(prefix))
         bounds = [round(edge * len(dataset)) for edge in edges]
-        for place, split in enumerate(SPLITS):
-            if num_samples[place] and not dataset.lengths[bounds[place] : bounds[place + 1]].any():
+        for split_index, split in enumerate(SPLITS):
+            if (
+                num_samples[split_index]
+                and not dataset.lengths[bounds[split_index] : bounds[split_index + 1]].any()
+            ):
                 raise DataError(
                     f"split={config.split} leaves no {split} document of {prefix} ({len(dataset)} documents); give "
                     f"{split} a larger share"
                 )
 
 
-class GPTData:
+class GPTBatchLoader:
     """Training and validation samples of one run.
 
     Args:
@@ -110,7 +113,7 @@ class GPTData:
         num_samples: samples of the whole run: (training, validation, test).
         vocab_size: ids must be below.
         end_of_document: id at which `eod_mask_loss` masks.
-        mesh: all processes build together; the first one writes the index to the cache.
+        mesh: of this rank; all ranks build together, and rank 0 writes the index to the cache.
     """
 
     def __init__(
@@ -129,7 +132,7 @@ class GPTData:
             for cache in _cache_folders(config):
                 refuse_pickled_indices(cache)
         mesh.barrier()
-        self._build_where_not_shared(
+        self._build_on_other_machines(
             config=config,
             seed=seed,
             num_samples=num_samples,
@@ -140,11 +143,9 @@ class GPTData:
             config, seed, num_samples, vocab_size, end_of_document
         )
 
-    def _build_where_not_shared(self, **arguments: Any) -> None:
+    def _build_on_other_machines(self, **arguments: Any) -> None:
         """Build the index on machines that do not see the first one's cache: once on each."""
-        seen = [
-            sees_folder_of_first_process(folder, self._mesh) for folder in _cache_folders(arguments["config"])
-        ]
+        seen = [sees_folder_of_rank_0(folder, self._mesh) for folder in _cache_folders(arguments["config"])]
         if not all(seen) and world_of_environment().local_rank == 0:
             log(f"process {self._mesh.rank}: the cache of sample indices is not shared; building it here too")
             build_index_alone(**arguments)
@@ -167,9 +168,9 @@ class GPTData:
         """Return this rank's micro-batches, of those sizes, of the step that follows `consumed` samples."""
         return list(self._take(self.train, consumed, sizes))
 
-    def validation_batches(self, measured: int, sizes: Sequence[int]) -> list[MicroBatch]:
-        """Return this rank's micro-batches of the measurement that follows `measured` samples."""
-        return list(self._take(self.validation, measured, sizes))
+    def validation_batches(self, evaluated: int, sizes: Sequence[int]) -> list[MicroBatch]:
+        """Return this rank's micro-batches of the evaluation that follows `evaluated` samples."""
+        return list(self._take(self.validation, evaluated, sizes))
 
     def sample_numbers(self, consumed: int, sizes: Sequence[int]) -> list[range]:
         """Return the sample numbers of this rank's micro-batches, see `numbers_of_rank`."""
@@ -257,7 +258,7 @@ def _build_datasets(
 
 
 def _digest_order(dataset: Any, consumed: int, digest: Any) -> None:
-    """Feed the parts of a dataset that decide its first samples; of long tables, every so many entries."""
+    """Feed the parts of a dataset that decide its first samples; of long tables, a regular selection of entries."""
     if hasattr(dataset, "datasets"):
         tables = [dataset.dataset_index[:consumed], dataset.dataset_sample_index[:consumed]]
         for part in dataset.datasets:
@@ -301,7 +302,7 @@ def build_index_alone(**arguments: Any) -> None:
     """Start a process that builds the index, and wait for it.
 
     Args:
-        **arguments: those of `GPTData` but `mesh`.
+        **arguments: those of `GPTBatchLoader` but `mesh`.
 
     Raises:
         DataError: it failed; the message is its own.

@@ -15,13 +15,13 @@ from ascendspeed_core.parallel.mesh import ParallelMesh
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Samples of one forward pass; under context parallelism this process's part of them, S/cp for S.
+    """Samples of one forward pass; under context parallelism this rank's part of them, S/cp for S.
 
     Attributes:
         tokens: ids, [B, S].
-        labels: the id to predict at each place, [B, S].
+        labels: the id to predict at each position, [B, S].
         loss_mask: 1 where the loss counts, [B, S].
-        positions: place of each token in its text, [B, S]; `None` counts from 0.
+        positions: position of each token in its text, [B, S]; `None` counts from 0.
         segments: number of the text that each token belongs to, [B, S], where rows hold several; see `ModelInput`. Of
             whole sequences under context parallelism too.
         samples: number of each sample in the run, [B]; training with dropout needs it.

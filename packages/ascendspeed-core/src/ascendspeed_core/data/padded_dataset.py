@@ -1,7 +1,7 @@
-"""Rows that training reads whole: samples with labels (`instruction`) and pairs of answers (`preference_data`).
+"""Examples that training reads whole: samples with labels (`sft_dataset`) and pairs of answers (`preference_dataset`).
 
 Rows are padded on the right, which causal attention never looks at. What is learned is in the labels; every learned
-token of the global batch weighs the same, however rows fall into micro-batches and devices.
+token of the global batch weighs the same, however rows fall into micro-batches and ranks.
 
 The order is drawn anew for each epoch from the seed and the number of the epoch, so it depends neither on the layout
 nor on the length of the run.
@@ -34,8 +34,8 @@ from ascendspeed_data.manifest import DatasetManifest
 
 
 @dataclass(frozen=True)
-class TrainingSequence:
-    """One training sequence: a sample, or the samples of a pack or of a pair one behind the other.
+class TrainingExample:
+    """Token ids and labels of one sample, or of the samples of a pack or of a pair, concatenated.
 
     Attributes:
         ids: of all of them, [n].
@@ -48,42 +48,42 @@ class TrainingSequence:
     lengths: tuple[int, ...]
 
 
-class SequenceSource(Protocol):
-    """Rows of one split of one dataset.
+class ExampleDataset(Protocol):
+    """The examples of one split of one dataset.
 
     Attributes:
-        lengths: length that each row is padded to at least.
-        num_cut: rows that lose an end.
-        num_dropped: rows that are left out, as nothing to learn would remain of them.
-        what: their name.
+        lengths: least length that each example is padded to.
+        num_cut: examples that are truncated.
+        num_dropped: examples that are left out, as nothing to learn would remain of them.
+        unit: what the log calls them, in the plural.
     """
 
     lengths: NDArray[np.int64]
     num_cut: int
     num_dropped: int
-    what: str
+    unit: str
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, number: int) -> TrainingSequence:
-        """Read one row."""
+    def __getitem__(self, number: int) -> TrainingExample:
+        """Read one example."""
         ...
 
 
-class SequenceOrder:
-    """Rows of several datasets in the order of a run.
+class BlendedExamples:
+    """Examples of several datasets, blended and shuffled, in the order of a run.
 
     Args:
-        parts: rows of each dataset.
+        parts: the datasets.
         weights: of each, or `None` for a single one.
         seed: of the order.
-        count: rows that will be asked for.
+        count: examples that will be read.
         is_shuffled: a new order in each epoch; else that of the files.
     """
 
     def __init__(
         self,
-        parts: Sequence[SequenceSource],
+        parts: Sequence[ExampleDataset],
         weights: list[float] | None,
         seed: int,
         count: int,
@@ -100,28 +100,28 @@ class SequenceOrder:
                 self._of_part, self._in_part, shares, len(parts), count, False
             )
 
-    def place_of(self, number: int) -> tuple[int, int]:
-        """Return dataset and row of the `number`th row of the run."""
+    def locate(self, number: int) -> tuple[int, int]:
+        """Return dataset and example of the `number`th example of the run."""
         part = int(self._of_part[number]) if self._of_part is not None else 0
         within = int(self._in_part[number]) if self._in_part is not None else number
-        epoch, place = divmod(within, len(self._parts[part]))
+        epoch, position = divmod(within, len(self._parts[part]))
         if not self._is_shuffled:
-            return part, place
+            return part, position
         known = self._orders.get(part)
         if known is None or known[0] != epoch:
             # RandomState: its stream is the same in every version of numpy, so that a resumed run finds its order.
             draw = np.random.RandomState([self._seed, epoch])
             known = self._orders[part] = (epoch, draw.permutation(len(self._parts[part])))
-        return part, int(known[1][place])
+        return part, int(known[1][position])
 
     def length(self, number: int) -> int:
-        """Return the ids of a row."""
-        part, row = self.place_of(number)
-        return int(self._parts[part].lengths[row])
+        """Return how many ids an example has."""
+        part, example = self.locate(number)
+        return int(self._parts[part].lengths[example])
 
-    def __getitem__(self, number: int) -> TrainingSequence:
-        part, row = self.place_of(number)
-        return self._parts[part][row]
+    def __getitem__(self, number: int) -> TrainingExample:
+        part, example = self.locate(number)
+        return self._parts[part][example]
 
     def digest(self) -> str:
         """Return a digest of everything that decides the order."""
@@ -131,12 +131,12 @@ class SequenceOrder:
         return digest.hexdigest()
 
 
-def documents_of_split(dataset: Dataset, split: str, place: int) -> NDArray[np.int64]:
+def split_documents(dataset: Dataset, split: str, split_index: int) -> NDArray[np.int64]:
     """Return where the documents of one split begin in the sequences of the file, and where the last ends."""
     documents: NDArray[np.int64] = dataset.ids.documents
     shares = [float(part) for part in split.replace("/", ",").split(",")]
     edges = [round(sum(shares[:n]) / sum(shares) * (len(documents) - 1)) for n in range(4)]
-    return documents[edges[place] : edges[place + 1] + 1]
+    return documents[edges[split_index] : edges[split_index + 1] + 1]
 
 
 def read_sample(dataset: Dataset, sequence: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
@@ -159,27 +159,27 @@ def read_sample(dataset: Dataset, sequence: int) -> tuple[NDArray[np.int32], NDA
 
 
 @dataclass(frozen=True)
-class PaddedKind:
-    """What differs between samples and pairs.
+class DatasetFormat:
+    """What differs between datasets of samples and of pairs.
 
     Attributes:
         open: opens the dataset of a prefix, and refuses one of another kind.
-        rows: takes a dataset, the shares of a split, its number, and the longest row.
-        collate: makes a micro-batch of rows and the length to pad to.
+        open_split: takes a dataset, the shares of the splits, the index of one, and the longest example.
+        collate: makes a micro-batch of examples and the length to pad to.
     """
 
     open: Callable[[str], Dataset]
-    rows: Callable[[Dataset, str, int, int], SequenceSource]
-    collate: Callable[[Sequence[TrainingSequence], int], MicroBatch]
+    open_split: Callable[[Dataset, str, int, int], ExampleDataset]
+    collate: Callable[[Sequence[TrainingExample], int], MicroBatch]
 
 
 def check_padded_data(
-    kind: PaddedKind, config: PaddedDataConfig, num_samples: tuple[int, int, int]
+    dataset_format: DatasetFormat, config: PaddedDataConfig, num_samples: tuple[int, int, int]
 ) -> DatasetManifest | None:
     """Prove every set whole, all of one tokenizer, and no wanted split empty; needs no processes.
 
     Args:
-        kind: samples or pairs.
+        dataset_format: of samples or of pairs.
         config: files and split.
         num_samples: rows of the whole run: (training, validation, test).
 
@@ -189,43 +189,47 @@ def check_padded_data(
     Raises:
         DataError: a file is missing or damaged, holds something else, or has nothing to learn in a split.
     """
-    datasets = [kind.open(prefix) for prefix in config.blend()[0]]
+    datasets = [dataset_format.open(prefix) for prefix in config.blend()[0]]
     for dataset in datasets:
         check_same_tokenizer(datasets[0], dataset)
-        for place, split in enumerate(SPLITS[:2]):
-            if num_samples[place]:
-                rows = kind.rows(dataset, config.split, place, config.seq_length)
-                seen = f", seen {num_samples[place] / len(rows):.2f} times" if len(datasets) == 1 else ""
+        for split_index, split in enumerate(SPLITS[:2]):
+            if num_samples[split_index]:
+                examples = dataset_format.open_split(dataset, config.split, split_index, config.seq_length)
+                seen = (
+                    f", seen {num_samples[split_index] / len(examples):.2f} times"
+                    if len(datasets) == 1
+                    else ""
+                )
                 announce(
-                    f"{dataset.prefix}: {len(rows):,} {split} {rows.what}{seen}{_shortened(rows, config)}"
+                    f"{dataset.prefix}: {len(examples):,} {split} {examples.unit}{seen}{_shortened(examples, config)}"
                 )
     return datasets[0].manifest
 
 
-def _shortened(rows: SequenceSource, config: PaddedDataConfig) -> str:
-    if not rows.num_cut and not rows.num_dropped:
+def _shortened(examples: ExampleDataset, config: PaddedDataConfig) -> str:
+    if not examples.num_cut and not examples.num_dropped:
         return ""
     return (
-        f"; {rows.num_cut:,} lose an end at seq_length={config.seq_length}, {rows.num_dropped:,} longer ones are left "
-        "out, as nothing to learn would remain"
+        f"; {examples.num_cut:,} lose an end at seq_length={config.seq_length}, {examples.num_dropped:,} longer ones "
+        "are left out, as nothing to learn would remain"
     )
 
 
-class PaddedData:
-    """Training and validation rows of one run, see `run_data.RunData`.
+class PaddedBatchLoader:
+    """Training and validation rows of one run, see `data.loader.BatchLoader`.
 
     Args:
-        kind: samples or pairs.
+        dataset_format: of samples or of pairs.
         config: files, split, length of a row.
         seed: of the order of training rows; held-out ones come as they lie.
         num_samples: rows of the whole run: (training, validation, test).
         vocab_size: ids must be below.
-        mesh: this process's place.
+        mesh: of this rank.
     """
 
     def __init__(
         self,
-        kind: PaddedKind,
+        dataset_format: DatasetFormat,
         config: PaddedDataConfig,
         seed: int,
         num_samples: tuple[int, int, int],
@@ -233,15 +237,20 @@ class PaddedData:
         mesh: ParallelMesh,
     ) -> None:
         self._config, self._mesh, self._vocab_size = config, mesh, vocab_size
-        self._collate = kind.collate
+        self._collate = dataset_format.collate
         prefixes, weights = config.blend()
-        datasets = [kind.open(prefix) for prefix in prefixes]
+        datasets = [dataset_format.open(prefix) for prefix in prefixes]
 
-        def order(place: int) -> SequenceOrder | None:
-            if not num_samples[place]:
+        def order(split_index: int) -> BlendedExamples | None:
+            if not num_samples[split_index]:
                 return None
-            parts = [kind.rows(dataset, config.split, place, config.seq_length) for dataset in datasets]
-            return SequenceOrder(parts, weights, seed, num_samples[place], is_shuffled=place == 0)
+            parts = [
+                dataset_format.open_split(dataset, config.split, split_index, config.seq_length)
+                for dataset in datasets
+            ]
+            return BlendedExamples(
+                parts, weights, seed, num_samples[split_index], is_shuffled=split_index == 0
+            )
 
         self.train, self.validation = order(0), order(1)
 
@@ -261,11 +270,13 @@ class PaddedData:
         """Return this rank's micro-batches, of those sizes, of the step that follows `consumed` rows."""
         return list(self._take(self.train, consumed, sizes))
 
-    def validation_batches(self, measured: int, sizes: Sequence[int]) -> list[MicroBatch]:
-        """Return this rank's micro-batches of the measurement that follows `measured` rows."""
-        return list(self._take(self.validation, measured, sizes))
+    def validation_batches(self, evaluated: int, sizes: Sequence[int]) -> list[MicroBatch]:
+        """Return this rank's micro-batches of the evaluation that follows `evaluated` rows."""
+        return list(self._take(self.validation, evaluated, sizes))
 
-    def _take(self, order: SequenceOrder | None, consumed: int, sizes: Sequence[int]) -> Iterator[MicroBatch]:
+    def _take(
+        self, order: BlendedExamples | None, consumed: int, sizes: Sequence[int]
+    ) -> Iterator[MicroBatch]:
         assert order is not None
         length = self._length(order, range(consumed, consumed + sum(sizes) * self._mesh.layout.dp))
         for numbers in numbers_of_rank(consumed, sizes, self._mesh):
@@ -276,8 +287,8 @@ class PaddedData:
             refuse_unknown_ids(batch, self._vocab_size)
             yield batch.part_of_sequence(self._mesh).to(self._mesh.device.torch)
 
-    def _length(self, order: SequenceOrder, numbers: range) -> int:
-        """Return the length that the rows of a step are padded to, the same on all devices."""
+    def _length(self, order: BlendedExamples, numbers: range) -> int:
+        """Return the length that the rows of a step are padded to, the same on all ranks."""
         longest = self._config.seq_length
         if not self._config.variable_seq_lengths:
             return longest
@@ -288,8 +299,8 @@ class PaddedData:
         return min(-(-needed // multiple) * multiple, longest)
 
 
-def collate(rows: Sequence[TrainingSequence], length: int) -> MicroBatch:
-    """Pad rows on the right to one length, and shift the labels: what is learned at a place is the next id.
+def collate(rows: Sequence[TrainingExample], length: int) -> MicroBatch:
+    """Pad rows on the right to one length, and shift the labels: the target at a position is the next id.
 
     Args:
         rows: at most `length` ids each.

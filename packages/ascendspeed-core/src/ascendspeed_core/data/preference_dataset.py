@@ -15,34 +15,34 @@ from numpy.typing import NDArray
 from ascendspeed_core.data.gpt_dataset import SPLITS
 from ascendspeed_core.data.micro_batch import MicroBatch
 from ascendspeed_core.data.padded_dataset import (
-    PaddedKind,
-    TrainingSequence,
+    DatasetFormat,
+    TrainingExample,
     collate,
-    documents_of_split,
     read_sample,
+    split_documents,
 )
 from ascendspeed_data.dataset import Dataset, open_dataset
 from ascendspeed_data.errors import DataError
 
 
-class PreferenceSequences:
+class PreferenceDataset:
     """The pairs of one split of one dataset, those with nothing to learn in one of their answers left out.
 
     Args:
         dataset: pairs; each document is the chosen and the rejected sequence.
         split: shares of the documents.
-        place: which of the splits.
+        split_index: which of the splits.
         seq_length: longest row; longer answers lose their end.
 
     Raises:
         DataError: nothing is left.
     """
 
-    what = "pairs"
+    unit = "pairs"
 
-    def __init__(self, dataset: Dataset, split: str, place: int, seq_length: int) -> None:
+    def __init__(self, dataset: Dataset, split: str, split_index: int, seq_length: int) -> None:
         self._dataset, self._seq_length = dataset, seq_length
-        begins = documents_of_split(dataset, split, place)[:-1]
+        begins = split_documents(dataset, split, split_index)[:-1]
         both = np.stack([dataset.ids.lengths[begins], dataset.ids.lengths[begins + 1]]).max(axis=0)
         longer = np.flatnonzero(both > seq_length)
         useless = [pair for pair in longer if not self._is_useful(int(begins[pair]))]
@@ -52,9 +52,9 @@ class PreferenceSequences:
         self.lengths: NDArray[np.int64] = np.minimum(both[kept], seq_length).astype(np.int64)
         if not len(kept):
             raise DataError(
-                f"split={split} leaves no {SPLITS[place]} pair of {dataset.prefix} "
+                f"split={split} leaves no {SPLITS[split_index]} pair of {dataset.prefix} "
                 f"({len(dataset.ids.documents) - 1} documents) both of whose answers begin in their first {seq_length} "
-                f"ids; give {SPLITS[place]} a larger share, or a longer --seq-length"
+                f"ids; give {SPLITS[split_index]} a larger share, or a longer --seq-length"
             )
 
     def _is_useful(self, begin: int) -> bool:
@@ -63,16 +63,16 @@ class PreferenceSequences:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __getitem__(self, number: int) -> TrainingSequence:
+    def __getitem__(self, number: int) -> TrainingExample:
         """Read one pair: the chosen sample, and behind it the rejected one."""
         begin = int(self._begins[number])
         parts = [read_sample(self._dataset, begin + side) for side in (0, 1)]
         cut = [(ids[: self._seq_length], labels[: self._seq_length]) for ids, labels in parts]
         ids, labels = (np.concatenate(arrays).astype(np.int64) for arrays in zip(*cut, strict=True))
-        return TrainingSequence(ids, labels, tuple(len(sample) for sample, _ in cut))
+        return TrainingExample(ids, labels, tuple(len(sample) for sample, _ in cut))
 
 
-def collate_pairs(pairs: Sequence[TrainingSequence], length: int) -> MicroBatch:
+def collate_pairs(pairs: Sequence[TrainingExample], length: int) -> MicroBatch:
     """Make a micro-batch of 2B rows, [2B, S]: rows 2n and 2n + 1 are chosen and rejected of pair n.
 
     Args:
@@ -82,8 +82,8 @@ def collate_pairs(pairs: Sequence[TrainingSequence], length: int) -> MicroBatch:
     rows = []
     for pair in pairs:
         chosen, rejected = pair.lengths
-        rows.append(TrainingSequence(pair.ids[:chosen], pair.labels[:chosen], (chosen,)))
-        rows.append(TrainingSequence(pair.ids[chosen:], pair.labels[chosen:], (rejected,)))
+        rows.append(TrainingExample(pair.ids[:chosen], pair.labels[:chosen], (chosen,)))
+        rows.append(TrainingExample(pair.ids[chosen:], pair.labels[chosen:], (rejected,)))
     return collate(rows, length)
 
 
@@ -97,5 +97,5 @@ def _open(prefix: str) -> Dataset:
     return dataset
 
 
-PREFERENCE_DATA = PaddedKind(_open, PreferenceSequences, collate_pairs)
+PREFERENCE_FORMAT = DatasetFormat(_open, PreferenceDataset, collate_pairs)
 """Sets for preference tuning."""

@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 
 from ascendspeed_core.data.gpt_dataset import SPLITS
 from ascendspeed_core.data.padded_dataset import (
-    PaddedKind,
-    TrainingSequence,
+    DatasetFormat,
+    TrainingExample,
     collate,
-    documents_of_split,
     read_sample,
+    split_documents,
 )
 from ascendspeed_core.launch import announce
 from ascendspeed_data.dataset import Dataset, open_dataset
@@ -38,24 +38,24 @@ def _open(prefix: str) -> Dataset:
     return dataset
 
 
-class SftSequences:
+class SftDataset:
     """The rows of one split of one dataset, those without anything to learn left out.
 
     Args:
         dataset: samples with labels.
         split: shares of the documents.
-        place: which of the splits.
+        split_index: which of the splits.
         seq_length: longest row; longer samples lose their end, longer packs are refused.
 
     Raises:
         DataError: nothing is left, or a pack is too long.
     """
 
-    def __init__(self, dataset: Dataset, split: str, place: int, seq_length: int) -> None:
+    def __init__(self, dataset: Dataset, split: str, split_index: int, seq_length: int) -> None:
         self._dataset, self._seq_length = dataset, seq_length
-        mine = documents_of_split(dataset, split, place)
+        mine = split_documents(dataset, split, split_index)
         self.is_packed = dataset.manifest is not None and dataset.manifest.pack is not None
-        self.what = "packs" if self.is_packed else "samples"
+        self.unit = "packs" if self.is_packed else "samples"
         # Where each row begins in the sequences of the file, and where it ends.
         begins = mine[:-1] if self.is_packed else np.arange(mine[0], mine[-1])
         ends = mine[1:] if self.is_packed else begins + 1
@@ -74,15 +74,15 @@ class SftSequences:
         self.lengths: NDArray[np.int64] = np.minimum(lengths[kept], seq_length)
         if not len(kept):
             raise DataError(
-                f"split={split} leaves no {SPLITS[place]} sample of {dataset.prefix} "
+                f"split={split} leaves no {SPLITS[split_index]} sample of {dataset.prefix} "
                 f"({len(dataset.ids.documents) - 1} documents) that has anything to learn in its first "
-                f"{seq_length} ids; give {SPLITS[place]} a larger share"
+                f"{seq_length} ids; give {SPLITS[split_index]} a larger share"
             )
 
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __getitem__(self, number: int) -> TrainingSequence:
+    def __getitem__(self, number: int) -> TrainingExample:
         """Read one row.
 
         Raises:
@@ -93,8 +93,8 @@ class SftSequences:
         ]
         ids, labels = (np.concatenate(arrays)[: self._seq_length] for arrays in zip(*parts, strict=True))
         lengths = tuple(len(part[0]) for part in parts) if self.is_packed else (len(ids),)
-        return TrainingSequence(ids.astype(np.int64), labels.astype(np.int64), lengths)
+        return TrainingExample(ids.astype(np.int64), labels.astype(np.int64), lengths)
 
 
-SFT_DATA = PaddedKind(_open, SftSequences, collate)
+SFT_FORMAT = DatasetFormat(_open, SftDataset, collate)
 """Instruction sets."""

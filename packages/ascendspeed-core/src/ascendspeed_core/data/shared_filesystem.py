@@ -1,4 +1,4 @@
-"""Find out which processes see the same folder: a run may use several machines, and not every folder is on all."""
+"""Find out which ranks see the same folder: a run may use several machines, and not every folder is on all."""
 
 import uuid
 from pathlib import Path
@@ -8,10 +8,10 @@ import torch.distributed as dist
 from ascendspeed_core.parallel.mesh import ParallelMesh
 
 
-def sees_folder_of_first_process(folder: Path, mesh: ParallelMesh) -> bool:
-    """Tell whether `folder` is here what it is in the first process; all processes ask together.
+def sees_folder_of_rank_0(folder: Path, mesh: ParallelMesh) -> bool:
+    """Return whether `folder` is the same here and on rank 0; all ranks call together.
 
-    The first process makes the folder if it is not there.
+    Rank 0 makes the folder if it is not there.
     """
     if mesh.mesh is None:
         return True

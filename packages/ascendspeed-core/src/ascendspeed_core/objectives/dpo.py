@@ -7,7 +7,7 @@ With h the difference of two log-ratios, of model to reference for the chosen an
     hinge    max(0, 1 - beta h) (SLiC, Zhao et al., 2023)
 
 An answer's log-probability is the sum over its tokens. The loss is the mean over the pairs of the global batch,
-however they fall into micro-batches and devices. The reference is a second model under the same layout, weights only
+however they fall into micro-batches and ranks. The reference is a second model under the same layout, weights only
 and forward only; its results are not kept from run to run, so that none can be stale. Of a model with adapters it is
 the model itself without them, where that is the same.
 
@@ -15,23 +15,33 @@ Shapes: B pairs of a micro-batch, which has 2B rows (chosen and rejected in turn
 parallelism).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 
-from ascendspeed_core.config.preference import PreferenceConfig
+from ascendspeed_core.config.finetune import PaddedDataConfig
+from ascendspeed_core.config.preference import DpoConfig, PreferenceConfig
+from ascendspeed_core.config.training import DataConfig, PretrainConfig
+from ascendspeed_core.data.loader import BatchLoader
 from ascendspeed_core.data.micro_batch import MicroBatch
+from ascendspeed_core.data.padded_dataset import PaddedBatchLoader, check_padded_data
+from ascendspeed_core.data.preference_dataset import PREFERENCE_FORMAT
 from ascendspeed_core.models.lora import adapters_off
 from ascendspeed_core.models.transformer import Transformer
-from ascendspeed_core.objectives.next_token import LossOf
+from ascendspeed_core.objectives.objective import LoadFrozen, MicroBatchLoss, Objective
+from ascendspeed_core.objectives.reference import REFERENCE_KEY, Reference, open_reference
 from ascendspeed_core.parallel.collectives import sum_over_group
 from ascendspeed_core.parallel.cross_entropy import cross_entropy
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.pipeline import forward_through_stages
+from ascendspeed_core.weights import NativeSource, WeightSource
+from ascendspeed_data.manifest import DatasetManifest
 
-MEASURES = (
+METRICS = (
     "reward_chosen",
     "reward_rejected",
     "reward_margin",
@@ -43,14 +53,73 @@ MEASURES = (
 share of pairs whose chosen answer has the higher one, a tie counting for half."""
 
 
-class PreferenceObjective:
-    """The loss of pairs, and what is told of it beside.
+@dataclass(frozen=True)
+class DirectPreferenceOptimization(Objective):
+    """Prefer the chosen answer of each pair, without straying far from a reference.
+
+    Attributes:
+        config: kind of the loss.
+        reference: what the model is compared with.
+    """
+
+    name: ClassVar[str] = "dpo"
+    loss_unit: ClassVar[str] = "per pair"
+    data_order: ClassVar[Mapping[str, Any]] = {"pairs": True}
+    logged_metrics: ClassVar[Mapping[str, int]] = {"reward_margin": 4, "reward_accuracy": 3}
+
+    config: PreferenceConfig
+    reference: Reference
+
+    @classmethod
+    def check_data(cls, config: DataConfig, num_samples: tuple[int, int, int]) -> DatasetManifest | None:
+        """Prove the pairs whole; see `Objective.check_data`."""
+        assert isinstance(config, PaddedDataConfig)
+        return check_padded_data(PREFERENCE_FORMAT, config, num_samples)
+
+    @classmethod
+    def plan(
+        cls, config: PretrainConfig, source: WeightSource, checkpoint: NativeSource | None
+    ) -> "DirectPreferenceOptimization":
+        """Open the reference: the one given, that of the run that goes on, or the weights that it starts from."""
+        assert isinstance(config, DpoConfig)
+        return cls(config.preference, open_reference(config, source, checkpoint))
+
+    def open_data(
+        self,
+        config: DataConfig,
+        seed: int,
+        num_samples: tuple[int, int, int],
+        vocab_size: int,
+        manifest: DatasetManifest | None,
+        mesh: ParallelMesh,
+    ) -> BatchLoader:
+        """Open pairs, padded."""
+        assert isinstance(config, PaddedDataConfig)
+        return PaddedBatchLoader(PREFERENCE_FORMAT, config, seed, num_samples, vocab_size, mesh)
+
+    def make_loss(self, model: Transformer, mesh: ParallelMesh, load_frozen: LoadFrozen) -> "PreferenceLoss":
+        """Return the loss of pairs, with the reference beside the model unless that is the model's own base."""
+        reference = None if self.reference.is_base else load_frozen(self.reference.source)
+        return PreferenceLoss(model, reference, self.config, mesh)
+
+    def describe(self) -> list[str]:
+        """Say what the model is compared with."""
+        how = "the model without its adapters" if self.reference.is_base else "a second model"
+        return [f"reference: {self.reference.folder}, {how}"]
+
+    def checkpoint_record(self) -> dict[str, Any]:
+        """Return which reference it is, so that a run that goes on keeps it."""
+        return {REFERENCE_KEY: self.reference.record()}
+
+
+class PreferenceLoss:
+    """The loss of pairs, and what is reported beside it.
 
     Args:
-        model: what is trained, this process's part.
+        model: what is trained, this rank's part.
         reference: what it is compared with, cut alike; `None` is the model without its adapters.
         config: kind of the loss.
-        mesh: this process's place.
+        mesh: of this rank.
     """
 
     def __init__(
@@ -63,12 +132,14 @@ class PreferenceObjective:
         self._model, self._config, self._mesh = model, config, mesh
         self._reference = reference.requires_grad_(False) if reference is not None else None
         self._pairs = 0
-        self._sums = torch.zeros(len(MEASURES), dtype=torch.float64, device=mesh.device.torch)
+        self._sums = torch.zeros(len(METRICS), dtype=torch.float64, device=mesh.device.torch)
 
-    def start(self, micro_batches: Sequence[MicroBatch]) -> tuple[int, LossOf]:
+    def prepare(
+        self, micro_batches: Sequence[MicroBatch], num_tokens: int | None = None
+    ) -> tuple[int, MicroBatchLoss]:
         """Run the reference; return the pairs of the global batch, and the loss of a micro-batch's logits.
 
-        The loss is a sum over pairs. Measures begin anew.
+        The loss is a sum over pairs; tokens are not counted. Metrics begin anew.
         """
         expected = self._reference_log_probs(micro_batches)
         count = sum(len(micro_batch.tokens) // 2 for micro_batch in micro_batches)
@@ -82,24 +153,24 @@ class PreferenceObjective:
 
         return self._pairs, loss_of
 
-    def measures(self) -> dict[str, float]:
-        """Return the means over the pairs of the last step, the same on every process."""
+    def metrics(self) -> dict[str, float]:
+        """Return the means over the pairs of the last step, the same on every rank."""
         means = (self._total(self._sums) / self._pairs).tolist()
-        return dict(zip(MEASURES, means, strict=True))
+        return dict(zip(METRICS, means, strict=True))
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> dict[str, float]:
-        """Return `loss` and all measures of the micro-batches of all data-parallel ranks."""
-        pairs, loss_of = self.start(micro_batches)
+        """Return `loss` and all metrics of the micro-batches of all data-parallel ranks."""
+        pairs, loss_of = self.prepare(micro_batches)
         total = torch.zeros((), dtype=torch.float64, device=self._mesh.device.torch)
         for number, micro_batch in enumerate(micro_batches):
             logits = self._last_logits(self._model, micro_batch)
             if logits is not None:
                 total += loss_of(number, logits)
-        return {"loss": float(self._total(total)) / pairs, **self.measures()}
+        return {"loss": float(self._total(total)) / pairs, **self.metrics()}
 
     def _total(self, mine: torch.Tensor) -> torch.Tensor:
-        """Add up what each process has of the sums over pairs."""
+        """Add up what each rank has of the sums over pairs."""
         return self._mesh.sum_over("replicas", self._mesh.sum_over("pp", mine.clone()))
 
     def _loss_sum(
@@ -114,13 +185,13 @@ class PreferenceObjective:
         if config.dpo_sft_weight:
             loss = loss - config.dpo_sft_weight * (totals / lengths)[:, 0].sum()
         if self._mesh.cp_rank:
-            # Every device of cp has the loss of whole answers and adds its own tokens' gradient; one tells the value.
+            # Every cp rank has the loss of whole answers and adds its own tokens' gradient; the first has the value.
             return loss - loss.detach()
-        self._note(policy.detach(), compared)
+        self._add_metrics(policy.detach(), compared)
         return loss
 
-    def _note(self, policy: torch.Tensor, reference: torch.Tensor) -> None:
-        """Add the measures of a micro-batch, from log-probabilities [B, 2]."""
+    def _add_metrics(self, policy: torch.Tensor, reference: torch.Tensor) -> None:
+        """Add the metrics of a micro-batch, from log-probabilities [B, 2]."""
         rewards = self._config.dpo_beta * (policy - reference).double()
         margin = rewards[:, 0] - rewards[:, 1]
         right = (margin > 0).double() + 0.5 * (margin == 0)
@@ -152,17 +223,17 @@ def answer_log_probs(
     """Return the log-probability of each answer, chosen and rejected, [B, 2], in nats.
 
     Args:
-        model: tells the size of the vocabulary.
-        logits: this device's, [2B, S, V/tp].
+        model: knows the size of the vocabulary.
+        logits: this rank's, [2B, S, V/tp].
         micro_batch: of 2B rows.
-        mesh: this process's place.
+        mesh: of this rank.
     """
     losses = cross_entropy(logits, micro_batch.labels, model.config.vocab_size, mesh.group("tp"))
     return -_over_sequence((losses * micro_batch.loss_mask).sum(dim=-1), mesh).view(-1, 2)
 
 
 def _over_sequence(sums: torch.Tensor, mesh: ParallelMesh) -> torch.Tensor:
-    """Add up sums over the parts of sequences; each device's gradient is that of its own part."""
+    """Add up sums over the parts of sequences; each rank's gradient is that of its own part."""
     group = mesh.group("cp")
     return sums if group is None else sum_over_group(sums, group)
 

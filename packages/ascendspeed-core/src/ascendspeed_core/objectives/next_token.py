@@ -3,25 +3,81 @@
 Shapes: B micro-batch size, S sequence length (S/cp under context parallelism), V/tp this rank's part of the vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from math import nan
 
 import torch
 
-from ascendspeed_core.data.micro_batch import MicroBatch
+from ascendspeed_core.config.training import DataConfig
+from ascendspeed_core.data.gpt_dataset import GPTBatchLoader, check_data
+from ascendspeed_core.data.loader import BatchLoader
+from ascendspeed_core.data.micro_batch import MicroBatch, count_tokens
 from ascendspeed_core.models.transformer import Transformer
+from ascendspeed_core.objectives.objective import LoadFrozen, MicroBatchLoss, Objective, ObjectiveLoss
 from ascendspeed_core.parallel.cross_entropy import cross_entropy
 from ascendspeed_core.parallel.mesh import ParallelMesh
+from ascendspeed_core.parallel.pipeline import forward_through_stages
+from ascendspeed_data.manifest import DatasetManifest
 
-LossOf = Callable[[int, torch.Tensor], torch.Tensor]
-"""Number of a micro-batch and its logits, [B, S, V/tp] -> the sum of its losses."""
+
+class NextToken(Objective):
+    """Predict every next token of plain text."""
+
+    name = "next_token"
+
+    @classmethod
+    def check_data(cls, config: DataConfig, num_samples: tuple[int, int, int]) -> DatasetManifest | None:
+        """Prove the files of plain text whole; see `Objective.check_data`."""
+        return check_data(config, num_samples)
+
+    def open_data(
+        self,
+        config: DataConfig,
+        seed: int,
+        num_samples: tuple[int, int, int],
+        vocab_size: int,
+        manifest: DatasetManifest | None,
+        mesh: ParallelMesh,
+    ) -> BatchLoader:
+        """Open plain text, cut into samples as megatron-core cuts it."""
+        end_of_document = manifest.tokenizer.eos_id if manifest else None
+        return GPTBatchLoader(config, seed, num_samples, vocab_size, end_of_document, mesh)
+
+    def make_loss(self, model: Transformer, mesh: ParallelMesh, load_frozen: LoadFrozen) -> ObjectiveLoss:
+        """Return the loss of every token that counts."""
+        return NextTokenLoss(model, mesh)
 
 
-def loss_sum(model: Transformer, micro_batch: MicroBatch, mesh: ParallelMesh) -> torch.Tensor:
-    """Return the loss added up over the tokens that count."""
-    logits = model(
-        micro_batch.tokens, micro_batch.positions, segments=micro_batch.segments, samples=micro_batch.samples
-    )
-    return masked_sum(model, logits, micro_batch, mesh)
+class NextTokenLoss:
+    """The negative log-likelihood of every token that counts, in nats.
+
+    Args:
+        model: this rank's part.
+        mesh: of this rank.
+    """
+
+    def __init__(self, model: Transformer, mesh: ParallelMesh) -> None:
+        self._model, self._mesh = model, mesh
+
+    def prepare(
+        self, micro_batches: Sequence[MicroBatch], num_tokens: int | None = None
+    ) -> tuple[int, MicroBatchLoss]:
+        """Return the tokens of the global batch that count, and the sum of a micro-batch's losses."""
+        if num_tokens is None:
+            num_tokens = count_tokens(micro_batches, self._mesh)
+
+        def loss_of(number: int, logits: torch.Tensor) -> torch.Tensor:
+            return masked_sum(self._model, logits, micro_batches[number], self._mesh)
+
+        return num_tokens, loss_of
+
+    def metrics(self) -> dict[str, float]:
+        """Return nothing: the loss says all."""
+        return {}
+
+    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> dict[str, float]:
+        """Return the mean `loss` per token of the micro-batches of all data-parallel ranks."""
+        return {"loss": evaluate(self._model, micro_batches, self._mesh)}
 
 
 def masked_sum(
@@ -32,3 +88,30 @@ def masked_sum(
         logits, micro_batch.labels, model.config.vocab_size, mesh.group("tp"), model.token_losses
     )
     return (losses * micro_batch.loss_mask).sum()
+
+
+def loss_sum(model: Transformer, micro_batch: MicroBatch, mesh: ParallelMesh) -> torch.Tensor:
+    """Return the loss of a micro-batch, added up over the tokens that count."""
+    logits = model(
+        micro_batch.tokens, micro_batch.positions, segments=micro_batch.segments, samples=micro_batch.samples
+    )
+    return masked_sum(model, logits, micro_batch, mesh)
+
+
+@torch.no_grad()
+def evaluate(model: Transformer, micro_batches: Sequence[MicroBatch], mesh: ParallelMesh) -> float:
+    """Return the mean loss per token of the micro-batches of all data-parallel ranks, in nats; NaN if none counts."""
+    tokens = count_tokens(micro_batches, mesh)
+    if tokens == 0:
+        return nan
+    total = torch.zeros((), dtype=torch.float64, device=mesh.device.torch)
+    for micro_batch in micro_batches:
+        logits = forward_through_stages(
+            model,
+            mesh,
+            micro_batch.tokens,
+            positions=micro_batch.positions,
+            segments=micro_batch.segments,
+        )
+        total += masked_sum(model, logits, micro_batch, mesh)
+    return float(mesh.sum_over("replicas", total)) / tokens

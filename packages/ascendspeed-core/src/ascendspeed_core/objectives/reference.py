@@ -12,7 +12,7 @@ from ascendspeed_core.weights.adapters.lora import AdaptedWeights
 from ascendspeed_core.weights.fingerprint import fingerprint
 from ascendspeed_data.errors import AscendSpeedError
 
-RECORD = "reference"
+REFERENCE_KEY = "reference"
 """Key in the `run` of a checkpoint's description."""
 
 
@@ -23,7 +23,7 @@ class Reference:
     Attributes:
         source: its weights.
         folder: where they are.
-        fingerprint: tells other weights in the same place.
+        fingerprint: tells other weights under the same path.
         is_base: it is what the adapters of the trained model lie beside, so that it needs no second model.
     """
 
@@ -52,7 +52,7 @@ def open_reference(config: DpoConfig, source: WeightSource, checkpoint: NativeSo
     known: Mapping[str, Any] | None = None
     if checkpoint is not None:
         run, _ = migrate_config(checkpoint.description["run"], str(checkpoint.folder))
-        known = run.get(RECORD)
+        known = run.get(REFERENCE_KEY)
         if known is None:
             raise AscendSpeedError(
                 f"{checkpoint.folder} was not written by preference tuning, and names no reference; give another --save"

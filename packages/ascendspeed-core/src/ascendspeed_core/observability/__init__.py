@@ -1,1 +1,1 @@
-"""What a run tells: metrics, monitoring, a watchdog, where numbers stop being finite, pictures."""
+"""What a run reports: metrics, MFU, TensorBoard, a watchdog, the first number that is not finite, pictures."""

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,41 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return records
+
+
+def finite_or_none(values: Mapping[str, float]) -> dict[str, float | None]:
+    """Return values as JSON can hold them."""
+    return {name: value if isfinite(value) else None for name, value in values.items()}
+
+
+def format_iteration(record: Mapping[str, Any], train_iters: int, logged_metrics: Mapping[str, int]) -> str:
+    """Return the line of the log for one iteration.
+
+    Args:
+        record: of `metrics.jsonl`.
+        train_iters: steps of the whole run.
+        logged_metrics: metrics of the objective to show, with their decimal places.
+    """
+    parts = [f"iteration {record['iteration']}/{train_iters}", f"loss {_format(record['lm_loss'], 4)}"]
+    if "validation_loss" in record:
+        parts.append(f"validation {_format(record['validation_loss'], 4)}")
+    parts += [
+        f"{name.replace('_', ' ')} {_format(record[name], places)}" for name, places in logged_metrics.items()
+    ]
+    norm = record["grad_norm"]
+    parts.append("overflow, skipped" if norm is None else f"grad norm {norm:.3f}")
+    if "loss_scale" in record:
+        parts.append(f"loss scale {record['loss_scale']:.0f}")
+    parts.append(f"lr {record['learning_rate']:.2e}")
+    parts.append(f"{record['tokens_per_second']:,.0f} tokens/s")
+    if "mfu" in record:
+        parts.append(f"MFU {record['mfu']:.1%}")
+    left = (train_iters - record["iteration"]) * record["step_seconds"]
+    return " | ".join([*parts, f"{left:,.0f} s left"])
+
+
+def _format(value: float | None, places: int) -> str:
+    return "not finite" if value is None else f"{value:.{places}f}"
 
 
 def draw_loss(

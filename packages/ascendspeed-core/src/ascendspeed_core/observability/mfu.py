@@ -1,4 +1,4 @@
-"""How much of what a device can compute a run uses."""
+"""Model FLOPs utilization (MFU): how much of what the devices can compute a run uses."""
 
 from ascendspeed_core.config.model import ModelConfig
 
@@ -26,8 +26,10 @@ def training_flops_per_token(model: ModelConfig, seq_length: int) -> float:
     return 6.0 * (in_products + model.num_layers * seen * queries)
 
 
-def used_share(flops_per_token: float, tokens_per_second: float, devices: int, peak_flops: float) -> float:
-    """Return the model FLOPs utilisation (MFU): operations needed per second over those that the devices can do.
+def model_flops_utilization(
+    flops_per_token: float, tokens_per_second: float, devices: int, peak_flops: float
+) -> float:
+    """Return the model FLOPs utilization (MFU): operations needed per second over those that the devices can do.
 
     Args:
         flops_per_token: of `training_flops_per_token`.

@@ -8,7 +8,7 @@ from typing import Any
 
 from ascendspeed_core.config.training import PretrainConfig
 from ascendspeed_core.models.transformer import Transformer
-from ascendspeed_core.observability.mfu import training_flops_per_token, used_share
+from ascendspeed_core.observability.mfu import model_flops_utilization, training_flops_per_token
 from ascendspeed_core.observability.watchdog import Watchdog
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_data.errors import AscendSpeedError, ConfigError
@@ -45,14 +45,14 @@ def check_monitor(config: PretrainConfig, world_size: int) -> None:
 
 
 class Monitor:
-    """Watches one run on this process; all processes make it alike.
+    """Watches one run on this rank; all ranks construct it alike.
 
     Args:
         config: of the run, checked.
-        model: this process's part.
-        mesh: its place.
+        model: this rank's part.
+        mesh: of this rank.
         first_iteration: where the run starts; TensorBoard drops later points of an interrupted run.
-        say: told what is watched.
+        log: called with the lines of the log.
     """
 
     def __init__(
@@ -61,9 +61,9 @@ class Monitor:
         model: Transformer,
         mesh: ParallelMesh,
         first_iteration: int,
-        say: Callable[[str], None],
+        log: Callable[[str], None],
     ) -> None:
-        self._config, self._mesh, self._say = config.monitor, mesh, say
+        self._config, self._mesh, self._log = config.monitor, mesh, log
         self._folder = config.checkpoint.save
         self._flops_per_token = training_flops_per_token(model.config, config.data.seq_length)
         self._peak_flops = self._peak(config.precision.dtype_name)
@@ -84,12 +84,12 @@ class Monitor:
             known = device.peak_flops(dtype_name)
             if known is None:
                 if device.kind != "cpu":
-                    self._say(
+                    self._log(
                         f"MFU: the peak of {device.name} in {dtype_name} is not known; give --peak-tflops to see it"
                     )
                 return None
             peak, source = known, f"{device.name}, dense {dtype_name}"
-        self._say(
+        self._log(
             f"MFU: {self._flops_per_token:.4g} operations per token, peak {peak / 1e12:g} TFLOP/s ({source}) x "
             f"{self._mesh.layout.world_size} devices"
         )
@@ -112,12 +112,16 @@ class Monitor:
         with self._watchdog.watching(iteration, what):
             yield
 
-    def measures(self, tokens_per_second: float) -> dict[str, float]:
+    def metrics(self, tokens_per_second: float) -> dict[str, float]:
         """Return what a record of an iteration holds besides: the share of the devices' peak, where it is known."""
         if self._peak_flops is None:
             return {}
         devices = self._mesh.layout.world_size
-        return {"mfu": used_share(self._flops_per_token, tokens_per_second, devices, self._peak_flops)}
+        return {
+            "mfu": model_flops_utilization(
+                self._flops_per_token, tokens_per_second, devices, self._peak_flops
+            )
+        }
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Give the figures of an iteration to TensorBoard."""
@@ -156,4 +160,4 @@ class Monitor:
         scratch = path.with_name(f"incomplete-{path.name}")
         self._profiler.export_chrome_trace(str(scratch))
         scratch.replace(path)
-        self._say(f"profile: {path} (open it in https://ui.perfetto.dev or chrome://tracing)")
+        self._log(f"profile: {path} (open it in https://ui.perfetto.dev or chrome://tracing)")

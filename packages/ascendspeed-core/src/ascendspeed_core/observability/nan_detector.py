@@ -15,12 +15,12 @@ Kind = Literal["weight", "result", "gradient"]
 KINDS: tuple[Kind, ...] = ("weight", "result", "gradient")
 """What is looked at, in the order in which one spoils the next."""
 
-ROOMS = ("embedding", "embedding_norm", "layers", "final_norm", "output_head")
-"""Parts of the model in the order in which tokens pass them."""
+MODULE_ORDER = ("embedding", "embedding_norm", "layers", "final_norm", "output_head")
+"""Modules of the model in the order in which tokens pass them."""
 
 
 @dataclass(frozen=True)
-class Finding:
+class NonFiniteTensor:
     """What was not finite first on one process.
 
     Attributes:
@@ -34,20 +34,20 @@ class Finding:
     values: str
 
 
-def where_not_finite(model: Transformer, mesh: ParallelMesh, step: Callable[[], object]) -> str:
-    """Compute a step again, and say which weight, module or gradient of which process was not finite first.
+def find_not_finite(model: Transformer, mesh: ParallelMesh, step: Callable[[], object]) -> str:
+    """Compute a step again, and say which weight, module or gradient of which rank was not finite first.
 
     Weights spoil results, results spoil the layers behind them, and gradients the layers before them; of what the
-    processes find, the first in that order is the cause. All processes call this alike.
+    ranks find, the first in that order is the cause. All ranks call this alike.
 
     Args:
-        model: this process's part, with the weights that the step had.
-        mesh: its place.
+        model: this rank's part, with the weights that the step had.
+        mesh: of this rank.
         step: forward and backward of the same micro-batches.
     """
     found = _of_weights(model)
     if not any(gather_objects(found is not None, mesh)):
-        with _looked_at(model) as seen:
+        with _watched(model) as seen:
             step()
         found = min(seen, key=lambda one: KINDS.index(one.kind)) if seen else None
     findings = [(rank, one) for rank, one in enumerate(gather_objects(found, mesh)) if one is not None]
@@ -64,25 +64,25 @@ def where_not_finite(model: Transformer, mesh: ParallelMesh, step: Callable[[], 
     return what[first.kind] + place
 
 
-def _of_weights(model: Transformer) -> Finding | None:
+def _of_weights(model: Transformer) -> NonFiniteTensor | None:
     for name, parameter in model.named_parameters():
-        values = _strange(parameter)
+        values = _values_not_finite(parameter)
         if values:
-            return Finding("weight", name, values)
+            return NonFiniteTensor("weight", name, values)
     return None
 
 
 @contextmanager
-def _looked_at(model: Transformer) -> Iterator[list[Finding]]:
+def _watched(model: Transformer) -> Iterator[list[NonFiniteTensor]]:
     """Collect the first result and the first gradient that are not finite, in the order of computation."""
-    seen: dict[Kind, Finding] = {}
-    found: list[Finding] = []
+    seen: dict[Kind, NonFiniteTensor] = {}
+    found: list[NonFiniteTensor] = []
 
     def look(kind: Kind, name: str, tensor: torch.Tensor) -> None:
         if kind not in seen:
-            values = _strange(tensor)
+            values = _values_not_finite(tensor)
             if values:
-                seen[kind] = Finding(kind, name, values)
+                seen[kind] = NonFiniteTensor(kind, name, values)
                 found.append(seen[kind])
 
     def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
@@ -102,7 +102,7 @@ def _looked_at(model: Transformer) -> Iterator[list[Finding]]:
             hook.remove()
 
 
-def _strange(tensor: torch.Tensor) -> str:
+def _values_not_finite(tensor: torch.Tensor) -> str:
     """Return which values of a tensor are not finite; empty when all are."""
     if bool(tensor.isfinite().all()):
         return ""
@@ -110,10 +110,10 @@ def _strange(tensor: torch.Tensor) -> str:
     return " and ".join(kinds)
 
 
-def _order(finding: Finding) -> tuple[int, int, int]:
+def _order(finding: NonFiniteTensor) -> tuple[int, int, int]:
     """Return what comes first: by kind, then by depth in the model, for gradients from its end."""
     parts = finding.name.split(".")
     number = int(parts[1]) if parts[0] == "layers" else 0
-    room = ROOMS.index(parts[0]) if parts[0] in ROOMS else len(ROOMS)
+    depth = MODULE_ORDER.index(parts[0]) if parts[0] in MODULE_ORDER else len(MODULE_ORDER)
     sign = -1 if finding.kind == "gradient" else 1
-    return KINDS.index(finding.kind), sign * room, sign * number
+    return KINDS.index(finding.kind), sign * depth, sign * number

@@ -1,4 +1,4 @@
-"""Whether a run trains under our own optimizer or under DeepSpeed, and what DeepSpeed is told."""
+"""Choose the engine of a run, native or DeepSpeed, and write the config that DeepSpeed gets."""
 
 from math import log2
 from typing import Any
@@ -14,7 +14,7 @@ from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.config.training import PretrainConfig
 from ascendspeed_core.models.transformer import Transformer
 from ascendspeed_core.optim.engine import Engine
-from ascendspeed_core.optim.optimizer import MasterOptimizer
+from ascendspeed_core.optim.native_engine import NativeEngine
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_data.errors import ConfigError
 
@@ -60,16 +60,16 @@ def zero_settings(config: PretrainConfig, model: ModelConfig, layout: Layout) ->
 def make_engine(
     model: Transformer, config: PretrainConfig, mesh: ParallelMesh, settings: dict[str, Any] | None
 ) -> Engine:
-    """Return what computes and applies the gradients of `model`.
+    """Return the engine that computes and applies the gradients of `model`.
 
     Args:
-        model: this process's part, ready.
+        model: this rank's part, ready to train.
         config: of the run.
-        mesh: this process's place.
+        mesh: of this rank.
         settings: of `zero_settings`.
     """
     if settings is None:
-        return MasterOptimizer(model, config.optimizer, mesh)
+        return NativeEngine(model, config.optimizer, mesh)
     from ascendspeed_core.optim.deepspeed import ZeroEngine
 
     return ZeroEngine(model, config.optimizer, mesh, settings)

@@ -105,6 +105,11 @@ class ZeroEngine:
         """Rate of the next step."""
         return float(self.rule.param_groups[0]["lr"])
 
+    @property
+    def memory(self) -> None:
+        """Unknown: DeepSpeed does not say what its buffers take."""
+        return
+
     def forward(self, given: ModelInput) -> torch.Tensor:
         """Return the logits: [B, S] -> [B, S, V/tp]."""
         logits: torch.Tensor = self._engine(
@@ -123,6 +128,14 @@ class ZeroEngine:
         """Never called: a pipeline under DeepSpeed is refused before the run starts."""
         raise AssertionError(f"stage {stage.index} of a pipeline under DeepSpeed")
 
+    def wait_for_reductions(self) -> None:
+        """Never called: it is for pipelines, see `start_reduction`."""
+        raise AssertionError("reductions of a pipeline under DeepSpeed")
+
+    def zero_grad(self) -> None:
+        """Drop the gradients of all parameters."""
+        self._engine.zero_grad()
+
     def step(self, loss_scale: float | None = None) -> float | None:
         """Clip and update; return the gradient's norm, `None` when fp16 overflowed, infinite when it is no number."""
         self._engine.step()
@@ -133,7 +146,7 @@ class ZeroEngine:
         # That is how DeepSpeed says that it is infinite or no number.
         return inf if norm < 0 else norm
 
-    def pieces(self) -> list[TensorShard]:
+    def checkpoint_shards(self) -> list[TensorShard]:
         """Return this rank's elements of weights, master weights and optimizer state."""
         found: list[TensorShard] = []
         for fragment in self._fragments:
@@ -146,7 +159,7 @@ class ZeroEngine:
                 start = 0
                 for box in fragment.boxes:
                     end = start + _numel(box)
-                    found.append((name, box, flat[start:end].view(box.sizes)))
+                    found.append(TensorShard(name, box, flat[start:end].view(box.sizes)))
                     start = end
         return found
 

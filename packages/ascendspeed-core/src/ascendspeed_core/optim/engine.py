@@ -1,7 +1,7 @@
-"""What the trainer asks of whatever computes and applies gradients: our own optimizer, or DeepSpeed."""
+"""What computes and applies gradients, as the trainer sees it: the native engine, or DeepSpeed."""
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -9,23 +9,51 @@ from ascendspeed_core.config.parallel import Stage
 from ascendspeed_core.config.sharding import Slice
 from ascendspeed_core.models.transformer import ModelInput
 
-TensorShard = tuple[str, Slice | None, torch.Tensor]
-"""A tensor's name in a checkpoint, which part of it, and its values."""
+
+class TensorShard(NamedTuple):
+    """What one rank holds of a tensor.
+
+    Attributes:
+        name: of the tensor in a checkpoint.
+        slice: which part of it; `None` is all of it.
+        values: that part.
+    """
+
+    name: str
+    slice: Slice | None
+    values: torch.Tensor
+
+
+class EngineMemory(NamedTuple):
+    """Bytes that an engine takes on one rank, beside the weights that the model computes with.
+
+    Attributes:
+        state_bytes: always: optimizer state and master weights.
+        update_bytes: most of a reduction and update, the gradients included.
+    """
+
+    state_bytes: int
+    update_bytes: int
 
 
 class Engine(Protocol):
-    """Forward, backward and update of this process's part of a model."""
+    """Forward, backward and update of this rank's part of a model."""
 
     @property
     def rule(self) -> torch.optim.Optimizer:
         """How a gradient changes a weight; the schedule sets its rates."""
 
-    num_steps: int
-    """Updates so far."""
+    @property
+    def num_steps(self) -> int:
+        """Updates so far."""
 
     @property
     def learning_rate(self) -> float:
         """Rate of the next step."""
+
+    @property
+    def memory(self) -> EngineMemory | None:
+        """What the engine takes; `None` where that is not known."""
 
     def forward(self, given: ModelInput) -> torch.Tensor:
         """Return logits that `backward` can be called for: [B, S] -> [B, S, V/tp]."""
@@ -35,21 +63,27 @@ class Engine(Protocol):
 
         Args:
             loss: its share of the loss of the global batch.
-            scale: factor of the gradient, which `step` is told again.
+            scale: factor of the gradient; `step` gets it again.
             is_last: no further micro-batch belongs to this step.
         """
 
     def start_reduction(self, stage: Stage) -> None:
-        """Start to add up the gradients of one stage of a pipeline, which are complete."""
+        """Start to add up the gradients of one pipeline stage over the replicas; they are complete."""
+
+    def wait_for_reductions(self) -> None:
+        """Add up all gradients over the replicas and wait for them, without an update; `zero_grad` must follow."""
+
+    def zero_grad(self) -> None:
+        """Drop the gradients of all parameters."""
 
     def step(self, loss_scale: float | None = None) -> float | None:
         """Update, and return the gradient's norm; `None` when it overflowed, so that nothing was updated."""
 
-    def pieces(self) -> list[TensorShard]:
-        """Return what this process writes of weights and optimizer state."""
+    def checkpoint_shards(self) -> list[TensorShard]:
+        """Return what this rank writes of weights and optimizer state."""
 
     def state_slices(self) -> dict[str, tuple[Slice, ...]]:
         """Return which parts of the optimizer state `load_state` wants, by name."""
 
     def load_state(self, parts: Mapping[str, torch.Tensor], num_steps: int) -> None:
-        """Take over an optimizer state; several parts of a name come one behind the other, flat."""
+        """Take over an optimizer state; several parts of a name come concatenated and flat."""

@@ -1,7 +1,7 @@
 """Loss scaling for fp16, whose smallest number is 6e-8: gradients below it would vanish (Micikevicius et al., 2018).
 
 The loss is multiplied before the backward pass and the gradients are divided after it. A scale that is too large shows
-as an infinite gradient; then the step is skipped, on every process alike.
+as an infinite gradient; then the step is skipped, on every rank alike.
 """
 
 from dataclasses import asdict, dataclass

@@ -19,7 +19,7 @@ from ascendspeed_core.build import parameter_slices
 from ascendspeed_core.config.parallel import Stage
 from ascendspeed_core.config.sharding import Slice, assign_writers
 from ascendspeed_core.config.training import OptimizerConfig
-from ascendspeed_core.models.transformer import ModelInput, Transformer
+from ascendspeed_core.models.transformer import Transformer
 from ascendspeed_core.optim.engine import TensorShard
 from ascendspeed_core.optim.gradient_sum import FinishSums, ParameterSlot, Replicas, split
 from ascendspeed_core.optim.update_rule import load_optimizer_state, make_update_rule, optimizer_state_keys
@@ -97,13 +97,13 @@ class MasterOptimizer:
         self._sum_copies(gradients)
         if loss_scale is not None:
             if self._overflowed(gradients):
-                self.forget_gradients()
+                self.zero_grad()
                 return None
             torch._foreach_div_(gradients, loss_scale)
         norm = self._norm(gradients)
         if not isfinite(norm):
             # The weights stay as they were, so that the step can be looked into.
-            self.forget_gradients()
+            self.zero_grad()
             return norm
         if self._clip_grad > 0:
             scale = self._clip_grad / (norm + 1e-6)
@@ -113,7 +113,7 @@ class MasterOptimizer:
             slot.master.grad = gradient
         self.rule.step()
         self.num_steps += 1
-        self.forget_gradients()
+        self.zero_grad()
         self._publish()
         return norm
 
@@ -132,18 +132,7 @@ class MasterOptimizer:
             total += gradient if slot.replicas.group is None else 2 * gradient
         return total
 
-    def forward(self, given: ModelInput) -> torch.Tensor:
-        """Return the logits of a model without a pipeline: [B, S] -> [B, S, V/tp]."""
-        logits: torch.Tensor = self._model(
-            given.tokens, given.positions, segments=given.segments, samples=given.samples
-        )
-        return logits
-
-    def backward(self, loss: torch.Tensor, scale: float, is_last: bool) -> None:
-        """Add the gradient of a micro-batch to the parameters; `step` reduces it."""
-        (loss * scale).backward()
-
-    def forget_gradients(self) -> None:
+    def zero_grad(self) -> None:
         """Drop the gradients of all parameters."""
         self.rule.zero_grad(set_to_none=True)
         for slot in self._slots:
@@ -275,7 +264,7 @@ class MasterOptimizer:
             for kind in self._kinds(slot)
         }
 
-    def pieces(self) -> list[TensorShard]:
+    def checkpoint_shards(self) -> list[TensorShard]:
         """Return this rank's share of what a checkpoint holds: a part that several ranks have is written by one."""
         borrowed = tuple(f"/{name}" for name in self._model.borrowed)
         # Name, part, value, how many ranks hold that part, and which of them this one is.
@@ -292,7 +281,7 @@ class MasterOptimizer:
         held = [entry for entry in held if not entry[0].endswith(borrowed)]
         writers = assign_writers((name, part, holders) for name, part, _, holders, _ in held)
         return [
-            (name, part, value)
+            TensorShard(name, part, value)
             for name, part, value, _, holder in held
             if writers[name] == holder and value.numel()
         ]

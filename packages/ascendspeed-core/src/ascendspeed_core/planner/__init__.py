@@ -1,1 +1,1 @@
-"""Know before the start: memory of a step, sizes of micro-batches, the time a pipeline takes."""
+"""Plan before the first step: memory of a step, sizes of micro-batches, the time of a pipeline."""

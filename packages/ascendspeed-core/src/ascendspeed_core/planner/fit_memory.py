@@ -1,7 +1,7 @@
 """Choose how much is recomputed so that a step fits a budget: `--checkpoint-policy auto`.
 
-Each part of this process's stages runs forwards and backwards once, and every tensor that comes into being is counted
-from its making to its end. `parallel.memory_plan` puts a step together from these sizes. What a fused operator takes
+Each part of this rank's stages runs forwards and backwards once, and every tensor that comes into being is counted
+from its making to its end. `planner.memory` puts a step together from these sizes. What a fused operator takes
 for itself while it runs, and what an allocator leaves unused between tensors, is not seen.
 """
 
@@ -22,7 +22,7 @@ from ascendspeed_core.data.micro_batch import MicroBatch
 from ascendspeed_core.device import Device
 from ascendspeed_core.models.transformer import Transformer
 from ascendspeed_core.objectives.next_token import masked_sum
-from ascendspeed_core.optim.optimizer import MasterOptimizer
+from ascendspeed_core.optim.engine import Engine
 from ascendspeed_core.parallel.mesh import ParallelMesh, gather_objects
 from ascendspeed_core.parallel.pipeline import hidden_shape, logits_shape, run_pipeline
 from ascendspeed_core.parallel.recompute import recompute, recomputed
@@ -32,9 +32,9 @@ from ascendspeed_core.planner.memory import (
     PipelineAction,
     StageMemory,
     StepMemory,
-    has_selective,
-    least_recompute,
-    plans,
+    can_be_selective,
+    first_plan_within,
+    recompute_plans,
 )
 from ascendspeed_data.errors import ConfigError
 
@@ -73,10 +73,10 @@ class LiveBytes(TorchDispatchMode):
     def _note(self, storage: torch.UntypedStorage) -> None:
         if storage in self._known:
             return
-        self._known[storage] = _Counted(self, storage.nbytes())
+        self._known[storage] = _CountedStorage(self, storage.nbytes())
 
 
-class _Counted:
+class _CountedStorage:
     """The bytes of a storage; lives as long as the storage does."""
 
     def __init__(self, live: LiveBytes, size: int) -> None:
@@ -89,7 +89,7 @@ class _Counted:
 
 
 def memory_budget(given_gib: float | None, device: Device) -> int:
-    """Return the bytes that a step may take on each device.
+    """Return the bytes that a step may take on each rank.
 
     Raises:
         ConfigError: no budget was given on a device whose memory is shared with everything else.
@@ -114,7 +114,7 @@ def full_step(
         sample: a micro-batch of the largest size.
         sizes: of the micro-batches of a step.
         seq_length: S, of whole sequences.
-        mesh: this process's place.
+        mesh: of this rank.
     """
 
     def stretched(name: str, part: torch.Tensor) -> torch.Tensor:
@@ -130,19 +130,19 @@ def full_step(
 
 def fit_recompute(
     model: Transformer,
-    optimizer: MasterOptimizer,
+    engine: Engine,
     mesh: ParallelMesh,
     micro_batches: Sequence[MicroBatch],
     budget: int,
 ) -> list[str]:
-    """Make layers drop as little as the budget allows, in place; all processes call together.
+    """Make layers drop as little as the budget allows, in place; all ranks call together.
 
     Args:
-        model: this process's stages, nothing recomputed yet.
-        optimizer: of the model.
-        mesh: this process's place.
+        model: this rank's stages, nothing recomputed yet.
+        engine: of the model.
+        mesh: of this rank.
         micro_batches: of a step, as large as they get.
-        budget: bytes of each device.
+        budget: bytes of each rank.
 
     Returns:
         Lines for the log.
@@ -150,32 +150,32 @@ def fit_recompute(
     Raises:
         ConfigError: a step does not fit even with all layers recomputed.
     """
-    memory = measure_step(model, optimizer, mesh, micro_batches)
-    # Devices of one stage send the same again, so they recompute the same; sizes differ a little between them.
-    choices = plans(memory.num_layers, all(gather_objects(has_selective(memory), mesh)))
-    place = least_recompute(memory, choices, budget)
+    memory = measure_step(model, engine, mesh, micro_batches)
+    # Ranks of one stage send the same again, so they recompute the same; sizes differ a little between them.
+    choices = recompute_plans(memory.num_layers, all(gather_objects(can_be_selective(memory), mesh)))
+    chosen = first_plan_within(memory, choices, budget)
     least = memory.peak(choices[-1])
-    found = gather_objects((mesh.pp_rank, place, least), mesh)
+    found = gather_objects((mesh.pp_rank, chosen, least), mesh)
     worst = max(found, key=lambda one: one[2])
-    if any(place is None for _, place, _ in found):
+    if any(plan is None for _, plan, _ in found):
         raise ConfigError(
             f"memory_budget_gib={budget / GIB:.4g}: pipeline stage {worst[0]} needs {worst[2] / GIB:.4g} with all "
             "layers recomputed; give more, or a smaller --micro-batch-size, or more devices for tensor or pipeline "
             "parallelism or --use-distributed-optimizer"
         )
-    agreed = max(place for pp_rank, place, _ in found if pp_rank == mesh.pp_rank)
+    agreed = max(plan for pp_rank, plan, _ in found if pp_rank == mesh.pp_rank)
     modes = choices[agreed]
     for layer, mode in zip(layers_of(model), modes, strict=True):
         recompute(layer, mode)
-    mine = (mesh.pp_rank, _described(modes), memory.peak(modes), memory.peak(choices[0]), memory.standing)
+    mine = (mesh.pp_rank, _describe_plan(modes), memory.peak(modes), memory.peak(choices[0]), memory.resident)
     return [
         f"recompute: pipeline stage {stage}: {text}; {planned / GIB:.4g} GiB planned at the peak of a step, "
-        f"{whole / GIB:.4g} without recompute, {standing / GIB:.4g} of it weights, optimizer state and message buffers"
-        for stage, text, planned, whole, standing in sorted(set(gather_objects(mine, mesh)))
+        f"{whole / GIB:.4g} without recompute, {resident / GIB:.4g} of it weights, optimizer state and message buffers"
+        for stage, text, planned, whole, resident in sorted(set(gather_objects(mine, mesh)))
     ]
 
 
-def _described(modes: Sequence[Mode]) -> str:
+def _describe_plan(modes: Sequence[Mode]) -> str:
     full, selective = modes.count("full"), modes.count("selective")
     if not full and not selective:
         return f"nothing in {len(modes)} layers"
@@ -188,29 +188,33 @@ def layers_of(model: Transformer) -> list[torch.nn.Module]:
 
 
 def measure_step(
-    model: Transformer, optimizer: MasterOptimizer, mesh: ParallelMesh, micro_batches: Sequence[MicroBatch]
+    model: Transformer, engine: Engine, mesh: ParallelMesh, micro_batches: Sequence[MicroBatch]
 ) -> StepMemory:
-    """Measure what a step takes on this device; gradients are dropped, weights stay as they are.
+    """Measure what a step takes on this rank; gradients are dropped, weights stay as they are.
 
     Args:
-        model: this process's stages.
-        optimizer: of the model.
-        mesh: its place.
+        model: this rank's stages.
+        engine: of the model.
+        mesh: of this rank.
         micro_batches: of a step.
     """
+    taken = engine.memory
+    if taken is None:
+        raise ConfigError(
+            "checkpoint_policy=auto needs an engine that knows what its optimizer takes; leave DeepSpeed out, or "
+            "choose another policy"
+        )
     rows = [len(micro_batch.tokens) for micro_batch in micro_batches]
     largest = micro_batches[rows.index(max(rows))]
     stages = [_measure_stage(model, mesh, stage, largest) for stage in model.stages]
-    actions = _turns(model, mesh, micro_batches)
-    optimizer.forget_gradients()
+    actions = _pipeline_actions(model, mesh, micro_batches)
+    engine.zero_grad()
     return StepMemory(
         stages=stages,
         actions=actions,
         sizes=[count / max(rows) for count in rows],
-        standing=_standing_weights(model)
-        + optimizer.state_bytes
-        + _message_bytes(model, mesh, micro_batches),
-        update=optimizer.update_bytes,
+        resident=_model_bytes(model) + taken.state_bytes + _message_bytes(model, mesh, micro_batches),
+        update=taken.update_bytes,
     )
 
 
@@ -239,13 +243,13 @@ def _measure_stage(model: Transformer, mesh: ParallelMesh, stage: Stage, batch: 
             found = _measure(
                 lambda x: (run(x, Stage(1, 3, range(number, number + 1))), None),
                 hidden,
-                weight_bytes([layer]),
+                gradient_bytes([layer]),
             )
         layers[mode] = found
     # A layer that is computed again keeps what it gives, and the tables that all layers share.
-    places = layers["full"].kept - hidden.nbytes
+    shared = layers["full"].kept - hidden.nbytes
     layers = {
-        mode: replace(found, kept=found.kept - places, forward=found.forward - places)
+        mode: replace(found, kept=found.kept - shared, forward=found.forward - shared)
         for mode, found in layers.items()
     }
     if layers["selective"].kept >= layers["none"].kept:
@@ -255,18 +259,18 @@ def _measure_stage(model: Transformer, mesh: ParallelMesh, stage: Stage, batch: 
     of_head = [m for m in (model.final_norm, model.output_head) if m is not None]
     if stage.is_first:
         of_embedding = [m for m in (model.embedding, model.embedding_norm) if m is not None]
-        own = weight_bytes([*of_head, *of_embedding]) - weight_bytes(of_head)
+        own = gradient_bytes([*of_head, *of_embedding]) - gradient_bytes(of_head)
         before = _measure(lambda _: (run(batch.tokens, Stage(0, 3, range(0))), None), hidden, own)
     if stage.is_last:
-        after = _measure(head, hidden, weight_bytes(of_head))
+        after = _measure(head, hidden, gradient_bytes(of_head))
     if mesh.layout.pp == 1:
-        return StageMemory(layers, len(stage.layers), before, after, places)
+        return StageMemory(layers, len(stage.layers), before, after, shared)
     inner, outer = (0 if is_end else hidden.nbytes for is_end in (stage.is_first, stage.is_last))
     return StageMemory(
-        layers, len(stage.layers), before, after, places,
+        layers, len(stage.layers), before, after, shared,
         output=prod(logits_shape(batch.tokens, model, mesh)) * hidden.itemsize if stage.is_last else outer,
         received=outer,
-        # With several stages on a device torch keeps what it sent, hidden states and gradients, until the step ends.
+        # With several stages on a rank torch keeps what it sent, hidden states and gradients, until the step ends.
         sent=inner + outer if len(model.stages) > 1 else 0,
     )  # fmt: skip
 
@@ -295,7 +299,7 @@ def _measure(
     return PartMemory(kept, forward, backward, gradients)
 
 
-def weight_bytes(modules: Sequence[torch.nn.Module]) -> int:
+def gradient_bytes(modules: Sequence[torch.nn.Module]) -> int:
     """Bytes of the gradients of some modules' weights: as wide as master weights, each weight once."""
     weights = {
         id(weight): weight for module in modules for weight in module.parameters() if weight.requires_grad
@@ -303,10 +307,10 @@ def weight_bytes(modules: Sequence[torch.nn.Module]) -> int:
     return sum(weight.numel() * max(weight.itemsize, 4) for weight in weights.values())
 
 
-def _turns(
+def _pipeline_actions(
     model: Transformer, mesh: ParallelMesh, micro_batches: Sequence[MicroBatch]
 ) -> list[PipelineAction]:
-    """Return the order of forwards and backwards on this device, by running a step with all layers recomputed."""
+    """Return the order of forwards and backwards on this rank, by running a step with all layers recomputed."""
     if mesh.layout.pp == 1:
         return [
             PipelineAction(is_forward, 0, number)
@@ -324,14 +328,14 @@ def _turns(
             lambda number, logits: masked_sum(model, logits, micro_batches[number], mesh),
             recorder,
         )
-    place = {stage.index: number for number, stage in enumerate(model.stages)}
+    local_stage = {stage.index: number for number, stage in enumerate(model.stages)}
     return [
-        PipelineAction(action.kind == "forward", place[action.stage], action.micro_batch)
+        PipelineAction(action.kind == "forward", local_stage[action.stage], action.micro_batch)
         for action in recorder.actions
     ]
 
 
-def _standing_weights(model: Transformer) -> int:
+def _model_bytes(model: Transformer) -> int:
     storages = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
         for tensor in (*model.parameters(), *model.buffers())

@@ -4,8 +4,8 @@ A step is walked through in the order of its forwards and backwards: a forward l
 first backward of a stage leaves gradients, a backward frees what its forward left. (Korthikanti et al., 2022, section
 4.2, count the same by formula; here the sizes are measured, so that they hold for any model, kernel and layout.)
 
-Layers are recomputed one after the other, first `selective`, which costs little time, then `full`. The first layers of
-a device's first stage go first: their activations wait the longest.
+Layers are recomputed in turn, first `selective`, which costs little time, then `full`. The first layers of
+a rank's first stage go first: their activations wait the longest.
 """
 
 from collections.abc import Mapping, Sequence
@@ -40,9 +40,9 @@ class StageMemory:
         num_layers: how many of them.
         before: the embedding, in the first stage.
         after: the head and the loss, in the last stage.
-        places: masks and tables of positions, kept as long as a micro-batch is under way.
+        positions: masks and tables of positions, kept as long as a micro-batch is under way.
         output: what a stage of a pipeline gives, which is kept to the end of its backward.
-        received: of the gradient that a backward is given, where it lies in a buffer that stands anyway.
+        received: of the gradient that a backward is given, where it lies in a buffer that is there anyway.
         sent: what is kept after the backward to the end of the step, because it was sent.
     """
 
@@ -50,7 +50,7 @@ class StageMemory:
     num_layers: int
     before: PartMemory | None = None
     after: PartMemory | None = None
-    places: int = 0
+    positions: int = 0
     output: int = 0
     received: int = 0
     sent: int = 0
@@ -67,7 +67,7 @@ class PipelineAction:
 
     Attributes:
         is_forward: which.
-        stage: of which of the device's stages, counted from its first.
+        stage: of which of the rank's stages, counted from its first.
         micro_batch: for which micro-batch.
     """
 
@@ -78,20 +78,20 @@ class PipelineAction:
 
 @dataclass(frozen=True)
 class StepMemory:
-    """What decides how much memory a device needs in a step.
+    """What decides how much memory a rank needs in a step.
 
     Attributes:
-        stages: of the device.
+        stages: of the rank.
         actions: its forwards and backwards, in order.
         sizes: of the micro-batches, as shares of the largest one.
-        standing: bytes that are always there: weights, optimizer state, buffers of messages.
+        resident: bytes that are always there: weights, optimizer state, message buffers.
         update: most that reducing and applying the gradients takes besides, the gradients included.
     """
 
     stages: Sequence[StageMemory]
     actions: Sequence[PipelineAction]
     sizes: Sequence[float]
-    standing: int
+    resident: int
     update: int
 
     @property
@@ -105,36 +105,40 @@ class StepMemory:
         for stage in self.stages:
             by_stage.append(stage.parts(modes[start : start + stage.num_layers]))
             start += stage.num_layers
-        held, most = float(self.standing), float(self.standing + self.update)
+        held, most = float(self.resident), float(self.resident + self.update)
         started: set[int] = set()
-        for turn in self.actions:
-            stage, parts, share = self.stages[turn.stage], by_stage[turn.stage], self.sizes[turn.micro_batch]
-            if turn.is_forward:
-                held += stage.places * share
+        for action in self.actions:
+            stage, parts, share = (
+                self.stages[action.stage],
+                by_stage[action.stage],
+                self.sizes[action.micro_batch],
+            )
+            if action.is_forward:
+                held += stage.positions * share
                 for part in parts:
                     most = max(most, held + part.forward * share)
                     held += part.kept * share
                 continue
             for number in reversed(range(len(parts))):
                 part = parts[number]
-                # What the last part gives stays to the end, and its gradient may lie in a buffer that stands anyway.
+                # What the last part gives stays to the end, and its gradient may lie in a buffer that is there anyway.
                 is_last = number == len(parts) - 1
                 received, output = (stage.received, stage.output) if is_last else (0, 0)
                 # Gradients of weights do not shrink with the micro-batch, so `backward` is not scaled.
                 most = max(most, held + part.backward - received * share)
                 held -= (part.kept - output) * share
-                held += 0 if turn.stage in started else part.gradients
-            started.add(turn.stage)
-            held += (stage.sent - stage.output - stage.places) * share
+                held += 0 if action.stage in started else part.gradients
+            started.add(action.stage)
+            held += (stage.sent - stage.output - stage.positions) * share
         return int(most)
 
 
-def plans(num_layers: int, has_selective: bool) -> list[tuple[Mode, ...]]:
+def recompute_plans(num_layers: int, can_be_selective: bool) -> list[tuple[Mode, ...]]:
     """Return modes of all layers, from no recompute to all of it.
 
     Args:
-        num_layers: of a device.
-        has_selective: whether `selective` is a choice.
+        num_layers: of a rank.
+        can_be_selective: whether `selective` is a choice.
     """
     none: Mode = "none"
     selective: Mode = "selective"
@@ -144,25 +148,25 @@ def plans(num_layers: int, has_selective: bool) -> list[tuple[Mode, ...]]:
         return [(heavy,) * count + (light,) * (num_layers - count) for count in range(1, num_layers + 1)]
 
     nothing = [(none,) * num_layers]
-    if not has_selective:
+    if not can_be_selective:
         return nothing + steps(full, none)
     return nothing + steps(selective, none) + steps(full, selective)
 
 
-def least_recompute(memory: StepMemory, choices: Sequence[tuple[Mode, ...]], budget: int) -> int | None:
-    """Return the place of the first choice that fits.
+def first_plan_within(memory: StepMemory, choices: Sequence[tuple[Mode, ...]], budget: int) -> int | None:
+    """Return the index of the first plan that fits.
 
     Args:
-        memory: of the device.
-        choices: of `plans`.
+        memory: of the rank.
+        choices: of `recompute_plans`.
         budget: bytes that a step may take.
 
     Returns:
-        The place; `None` when not even the last one fits.
+        The index; `None` when not even the last one fits.
     """
-    return next((place for place, modes in enumerate(choices) if memory.peak(modes) <= budget), None)
+    return next((index for index, modes in enumerate(choices) if memory.peak(modes) <= budget), None)
 
 
-def has_selective(memory: StepMemory) -> bool:
+def can_be_selective(memory: StepMemory) -> bool:
     """Whether `selective` is a choice for all layers."""
     return all("selective" in stage.layers for stage in memory.stages)

@@ -54,15 +54,15 @@ def makespan(sizes: Sequence[int], pp: int, cost: StageCost) -> float:
     # A stage s runs min(pp - 1 - s, count) forwards, then a forward and a backward in turn, then what is left. Walked
     # along anti-diagonals, everything an entry waits for is known.
     orders = [_order(min(pp - 1 - stage, count), count) for stage in range(pp)]
-    clocks, places = [0.0] * pp, [0] * pp
+    clocks, next_actions = [0.0] * pp, [0] * pp
     forward_ends = [[-1.0] * count for _ in range(pp)]
     backward_ends = [[-1.0] * count for _ in range(pp)]
     left = 2 * count * pp
     while left:
         for stage in range(pp):
             order = orders[stage]
-            while places[stage] < len(order):
-                is_forward, number = order[places[stage]]
+            while next_actions[stage] < len(order):
+                is_forward, number = order[next_actions[stage]]
                 if is_forward:
                     ready = forward_ends[stage - 1][number] if stage else 0.0
                 else:
@@ -74,7 +74,7 @@ def makespan(sizes: Sequence[int], pp: int, cost: StageCost) -> float:
                 length = forwards[number] if is_forward else backwards[number]
                 clocks[stage] = max(clocks[stage], ready) + length
                 (forward_ends if is_forward else backward_ends)[stage][number] = clocks[stage]
-                places[stage] += 1
+                next_actions[stage] += 1
                 left -= 1
     return max(clocks)
 
@@ -91,7 +91,7 @@ def best_sizes(samples: int, pp: int, cost: StageCost, most: int | None = None) 
     helps. Steps of very many micro-batches are left as they are found: moving one sample hardly matters there.
 
     Args:
-        samples: of one device and step.
+        samples: of one rank and step.
         pp: stages.
         cost: of every stage; fixed parts speak for few micro-batches.
         most: largest micro-batch, for the sake of memory.

@@ -7,7 +7,7 @@ import torch
 
 from ascendspeed_core.config.parallel import Stage
 from ascendspeed_core.models.transformer import ModelInput, Transformer
-from ascendspeed_core.optim.optimizer import MasterOptimizer
+from ascendspeed_core.optim.engine import Engine
 from ascendspeed_core.parallel.cross_entropy import cross_entropy
 from ascendspeed_core.parallel.mesh import ParallelMesh, gather_objects
 from ascendspeed_core.parallel.pipeline import run_pipeline
@@ -22,16 +22,16 @@ def record_step(
     mesh: ParallelMesh,
     sizes: Sequence[int],
     seq_length: int,
-    optimizer: MasterOptimizer | None = None,
+    engine: Engine | None = None,
 ) -> Recorder:
-    """Run steps of a pipeline on random tokens, up to the update, and return what this process did in the last one.
+    """Run steps of a pipeline on random tokens, up to the update, and return what this rank did in the last one.
 
     Args:
-        model: this process's stages; its gradients are dropped.
-        mesh: its place.
+        model: this rank's stages; its gradients are dropped.
+        mesh: of this rank.
         sizes: of this data-parallel rank's micro-batches.
         seq_length: tokens of a sample.
-        optimizer: of the model; with several replicas it adds their gradients up.
+        engine: of the model; with several replicas it adds their gradients up.
     """
     vocab_size, group = model.config.vocab_size, mesh.group("tp")
     generator = torch.Generator().manual_seed(0)
@@ -42,45 +42,45 @@ def record_step(
     def loss_of(number: int, logits: torch.Tensor) -> torch.Tensor:
         return cross_entropy(logits, inputs[number].tokens, vocab_size, group).sum() / ids.numel()
 
-    reduces = optimizer is not None and mesh.layout.replicas > 1
+    reduces = engine is not None and mesh.layout.replicas > 1
     for _ in range(WARM_UP_STEPS + 1):
         recorder = Recorder(mesh.device.synchronize)
         started: list[tuple[int | None, float]] = []
 
         def on_stage_done(stage: Stage, started: list[tuple[int | None, float]] = started) -> None:
-            assert optimizer is not None
+            assert engine is not None
             started.append((stage.index, time.perf_counter()))
-            optimizer.start_reduction(stage)
+            engine.start_reduction(stage)
 
         mesh.barrier()
         is_early = mesh.layout.early_reduction and reduces
         run_pipeline(model, mesh, inputs, loss_of, recorder, on_stage_done if is_early else None)
-        if optimizer is not None and reduces:
+        if engine is not None and reduces:
             if not is_early:
                 started.append((None, time.perf_counter()))
-            optimizer.finish_reductions()
+            engine.wait_for_reductions()
             end = time.perf_counter()
             recorder.reductions = [Reduction(stage, start, end) for stage, start in started]
-        if optimizer is not None:
-            optimizer.forget_gradients()
+        if engine is not None:
+            engine.zero_grad()
         model.zero_grad(set_to_none=True)
     return recorder
 
 
-def measured_cost(
+def measure_stage_cost(
     model: Transformer,
     mesh: ParallelMesh,
     seq_length: int,
     largest: int,
-    optimizer: MasterOptimizer,
+    engine: Engine,
 ) -> StageCost:
     """Time micro-batches of one sample and of `largest` samples, and return what the slowest stage takes.
 
-    All processes call it alike, and get the same numbers.
+    All ranks call it alike, and get the same numbers.
     """
     seconds: dict[tuple[str, int], float] = {}
     for size in sorted({1, largest}):
-        actions = record_step(model, mesh, (size,) * mesh.layout.pp, seq_length, optimizer).actions
+        actions = record_step(model, mesh, (size,) * mesh.layout.pp, seq_length, engine).actions
         mine = {
             kind: sum(action.seconds for action in actions if action.kind == kind) / mesh.layout.pp
             for kind in ("forward", "backward")
@@ -98,14 +98,14 @@ def measured_cost(
     return StageCost(*line("forward"), *line("backward"))
 
 
-def chosen_sizes(
+def choose_sizes(
     model: Transformer,
     mesh: ParallelMesh,
     seq_length: int,
     samples: int,
     largest: int,
-    optimizer: MasterOptimizer,
+    engine: Engine,
 ) -> tuple[tuple[int, ...], StageCost]:
     """Return the sizes, none above `largest`, that leave this pipeline the least idle, and what they rest on."""
-    cost = measured_cost(model, mesh, seq_length, largest, optimizer)
+    cost = measure_stage_cost(model, mesh, seq_length, largest, engine)
     return best_sizes(samples, mesh.layout.pp, cost, largest), cost

@@ -5,7 +5,7 @@ disk; the tracker is replaced last. A run that dies while saving leaves the prev
 
 Of a model with adapters only what is trained is written, and beside it the same as an adapter in peft's format.
 
-Every part of every tensor is written by one of the processes that hold it, chosen so that they write equally much.
+Every part of every tensor is written by one of the ranks that hold it, chosen so that they write equally much.
 """
 
 import json
@@ -25,7 +25,7 @@ from ascendspeed_core.config.migrate import FORMAT_VERSION as CONFIG_FORMAT_VERS
 from ascendspeed_core.config.migrate import VERSION_KEY, migrate_config
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.training import OptimizerConfig
-from ascendspeed_core.data.shared_filesystem import sees_folder_of_first_process
+from ascendspeed_core.data.shared_filesystem import sees_folder_of_rank_0
 from ascendspeed_core.device import HOST
 from ascendspeed_core.models.transformer import Transformer
 from ascendspeed_core.optim.engine import Engine, TensorShard
@@ -48,7 +48,7 @@ from ascendspeed_data.files import INCOMPLETE, write_durably
 
 
 @dataclass(frozen=True)
-class Progress:
+class TrainState:
     """Where a run stands.
 
     Attributes:
@@ -88,7 +88,7 @@ class Retention:
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of one run; all processes call it alike.
+    """Writes the checkpoints of one run; all ranks call it alike.
 
     Args:
         run_folder: folder of the run.
@@ -99,7 +99,7 @@ class CheckpointWriter:
         base: of a run that trains adapters, what they are trained on; the checkpoint names it.
 
     Raises:
-        CheckpointError: the folder is not the same one for all processes.
+        CheckpointError: the folder is not the same one for all ranks.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class CheckpointWriter:
         if mesh.mesh is not None:
             # A group of its own, so that writing may overlap training; a slow disk is no reason to give up.
             self._group = dist.new_group(backend=HOST.backend, timeout=timedelta(days=1))
-        seen = gather_objects(sees_folder_of_first_process(run_folder, mesh), mesh, self._group)
+        seen = gather_objects(sees_folder_of_rank_0(run_folder, mesh), mesh, self._group)
         if not all(seen):
             raise CheckpointError(
                 f"save={run_folder} of process {seen.index(False)} is not the folder of process 0; give a path on a "
@@ -129,7 +129,7 @@ class CheckpointWriter:
 
     def save(
         self,
-        progress: Progress,
+        state: TrainState,
         model: Transformer,
         optimizer: Engine,
         run_config: Mapping[str, Any],
@@ -138,7 +138,7 @@ class CheckpointWriter:
         """Write one checkpoint, after the one before is complete.
 
         Args:
-            progress: where the run stands.
+            state: where the run stands.
             model: weights, with the architecture.
             optimizer: what trains it; gives weights and optimizer state.
             run_config: the resolved config of the run, as JSON values.
@@ -153,12 +153,12 @@ class CheckpointWriter:
             "format_version": FORMAT_VERSION,
             "ascendspeed_core": __version__,
             "torch": torch.__version__,
-            "iteration": progress.iteration,
-            "consumed_samples": progress.consumed_samples,
-            "skipped_samples": progress.skipped_samples,
-            "optimizer_steps": progress.optimizer_steps,
-            "data_order": dict(progress.data_order),
-            "order_digest": progress.order_digest,
+            "iteration": state.iteration,
+            "consumed_samples": state.consumed_samples,
+            "skipped_samples": state.skipped_samples,
+            "optimizer_steps": state.optimizer_steps,
+            "data_order": dict(state.data_order),
+            "order_digest": state.order_digest,
             "layout": asdict(self._mesh.layout),
             "loss_scale": loss_scale.state() if loss_scale else None,
             "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
@@ -168,12 +168,12 @@ class CheckpointWriter:
         if model.adapters is not None:
             description["adapters"] = description_of(model.adapters, self._base)
         if not self._in_background:
-            self._write(progress.iteration, tensors, description)
+            self._write(state.iteration, tensors, description)
             self.wait()
             return
-        copies = [(name, part, tensor.to(HOST.torch, copy=True)) for name, part, tensor in tensors]
+        copies = [shard._replace(values=shard.values.to(HOST.torch, copy=True)) for shard in tensors]
         self._thread = threading.Thread(
-            target=self._write, args=(progress.iteration, copies, description), name="checkpoint"
+            target=self._write, args=(state.iteration, copies, description), name="checkpoint"
         )
         self._thread.start()
 
@@ -231,11 +231,11 @@ class CheckpointWriter:
         self._error = error
 
     def _together(self, action: Callable[[], None]) -> str | None:
-        """Do something on every process, and return the error of the first that failed."""
+        """Do something on every rank, and return the error of the first that failed."""
         error = None
         try:
             action()
-        except Exception as caught:  # noqa: BLE001 - told to all processes, and raised by `wait`
+        except Exception as caught:  # noqa: BLE001 - reported to all ranks, and raised by `wait`
             error = f"{self.run_folder}: the checkpoint could not be written: {caught}; earlier ones are as they were"
         return next((found for found in gather_objects(error, self._mesh, self._group) if found), None)
 
@@ -254,20 +254,20 @@ def _fresh_folder(folder: Path) -> None:
 
 
 def _tensors_to_write(engine: Engine, mesh: ParallelMesh) -> list[TensorShard]:
-    """Return name, part and value of what this process writes."""
-    mine = engine.pieces()
-    mine.append((f"rng/{mesh.rank}", None, torch.get_rng_state()))
+    """Return name, part and value of what this rank writes."""
+    mine = engine.checkpoint_shards()
+    mine.append(TensorShard(f"rng/{mesh.rank}", None, torch.get_rng_state()))
     device_state = mesh.device.rng_state()
     if device_state is not None:
-        mine.append((f"device_rng/{mesh.rank}", None, device_state))
+        mine.append(TensorShard(f"device_rng/{mesh.rank}", None, device_state))
     return mine
 
 
-def load_progress(source: NativeSource) -> Progress:
+def load_train_state(source: NativeSource) -> TrainState:
     """Return where the run that wrote a checkpoint stood."""
     try:
-        return Progress(
-            **{key: source.description[key] for key in (field.name for field in fields(Progress))}
+        return TrainState(
+            **{key: source.description[key] for key in (field.name for field in fields(TrainState))}
         )
     except KeyError as error:
         raise CheckpointError(
@@ -295,7 +295,7 @@ def check_optimizer(source: NativeSource, config: OptimizerConfig) -> None:
 
 
 def load_optimizer(source: NativeSource, optimizer: Engine, num_steps: int) -> None:
-    """Read this process's slices of the optimizer state, whatever layout wrote them.
+    """Read this rank's slices of the optimizer state, whatever layout wrote them.
 
     Raises:
         CheckpointError: a tensor is missing.

@@ -1,7 +1,7 @@
-"""Texts that the model writes while it is trained.
+"""Complete fixed prompts while the model is trained.
 
-This package trains; how text is generated is known elsewhere. A package that knows registers a `ContinueTexts` under
-the entry-point group `ascendspeed_core.continue_texts`; ascendspeed-infer does.
+This package trains and does not generate. A package that generates registers a `ContinueTexts` under the entry-point
+group `ascendspeed_core.continue_texts`; ascendspeed-infer does.
 """
 
 import json
@@ -22,11 +22,11 @@ from ascendspeed_data.files import write_durably
 from ascendspeed_data.tokenizer import load_tokenizer
 
 ENTRY_POINTS = "ascendspeed_core.continue_texts"
-SAMPLES = "samples.jsonl"
+SAMPLES_FILE = "samples.jsonl"
 
 
 class ContinueTexts(Protocol):
-    """Continue texts greedily, with a model as it stands in the middle of a training run."""
+    """Complete prompts greedily, with a model in the middle of a training run."""
 
     def __call__(
         self,
@@ -36,21 +36,21 @@ class ContinueTexts(Protocol):
         prompts: Sequence[str],
         max_new_tokens: int,
     ) -> list[str]:
-        """Return what follows each prompt; all processes call it alike and get the same.
+        """Return what follows each prompt; all ranks call it alike and get the same.
 
         Args:
-            model: this process's part; left as it was.
-            mesh: its place; data-parallel processes do the same work.
+            model: this rank's part; left as it was.
+            mesh: of this rank; data-parallel ranks do the same work.
             tokenizer: folder of the tokenizer.
             prompts: at least one.
-            max_new_tokens: most that is written to each.
+            max_new_tokens: of each completion, at most.
         """
         ...
 
 
 @dataclass(frozen=True)
-class SamplesPlan:
-    """What is continued, checked.
+class EvalPromptsPlan:
+    """The prompts of a run, checked.
 
     Attributes:
         prompts: texts.
@@ -65,10 +65,10 @@ class SamplesPlan:
     max_new_tokens: int
 
 
-def plan_samples(
+def plan_eval_prompts(
     config: EvalPromptsConfig, model: ModelConfig, layout: Layout, tokenizer: Path | None
-) -> SamplesPlan | None:
-    """Check that prompts can be continued, before anything starts; `None` when nothing was asked for.
+) -> EvalPromptsPlan | None:
+    """Check that prompts can be completed, before anything starts; `None` when there are none.
 
     Args:
         config: options.
@@ -97,11 +97,11 @@ def plan_samples(
                 f"{config.eval_prompts}: prompt {number} has {length} tokens, with eval_max_new_tokens="
                 f"{config.eval_max_new_tokens} not between 1 and max_position_embeddings={limit}; shorten one of them"
             )
-    return SamplesPlan(prompts, tokenizer, config.eval_generate_interval, config.eval_max_new_tokens)
+    return EvalPromptsPlan(prompts, tokenizer, config.eval_generate_interval, config.eval_max_new_tokens)
 
 
 def _refuse_layout(layout: Layout) -> None:
-    """Raise `ConfigError` where one new token at a time cannot be computed."""
+    """Raise `ConfigError` where a layout cannot compute one new token at a time."""
     if layout.sequence_parallel or layout.cp > 1:
         name = "sequence_parallel=true" if layout.sequence_parallel else f"context_parallel_size={layout.cp}"
         raise ConfigError(
@@ -164,20 +164,20 @@ def _prompt_of(path: Path, number: int, line: str) -> str:
     return prompt
 
 
-class SampleWriter:
-    """Continues the prompts of a run, and keeps what the model wrote.
+class EvalPromptsWriter:
+    """Completes the prompts of a run, and keeps the completions.
 
     Args:
-        plan: what to continue.
-        model: this process's part.
-        mesh: its place.
+        plan: the prompts.
+        model: this rank's part.
+        mesh: of this rank.
         run_folder: where `samples.jsonl` is kept; `None` keeps it in the log alone.
         iteration: where the run goes on; later lines of an interrupted run are dropped, with a log line.
     """
 
     def __init__(
         self,
-        plan: SamplesPlan,
+        plan: EvalPromptsPlan,
         model: Transformer,
         mesh: ParallelMesh,
         run_folder: Path | None,
@@ -185,7 +185,7 @@ class SampleWriter:
     ) -> None:
         self.plan, self._model, self._mesh = plan, model, mesh
         self._continue = find_continue_texts()
-        self._path = run_folder / SAMPLES if run_folder is not None and mesh.rank == 0 else None
+        self._path = run_folder / SAMPLES_FILE if run_folder is not None and mesh.rank == 0 else None
         if self._path is not None and self._path.exists():
             self._drop_later(self._path, iteration)
 
@@ -198,7 +198,7 @@ class SampleWriter:
             write_durably(path, "".join(kept))
 
     def write(self, iteration: int) -> int:
-        """Continue all prompts, write and show what comes, and return how many there are; all processes call it."""
+        """Complete all prompts, write and log the completions, and return how many; all ranks call together."""
         plan = self.plan
         texts = self._continue(self._model, self._mesh, plan.tokenizer, plan.prompts, plan.max_new_tokens)
         records = [

@@ -1,4 +1,4 @@
-"""Stop between two steps when the scheduler asks for it."""
+"""Stop between two steps when SIGTERM asks for it."""
 
 import signal
 import threading
@@ -21,11 +21,11 @@ class StopSignal:
     """Remembers SIGTERM instead of dying from it; a second one ends the process at once.
 
     Args:
-        mesh: the processes, of which any may get the signal, at any time.
+        mesh: of this rank; any rank may get the signal, at any time.
     """
 
     def __init__(self, mesh: ParallelMesh) -> None:
-        self._mesh, self._is_asked = mesh, False
+        self._mesh, self._is_stop_requested = mesh, False
         self._handles = threading.current_thread() is threading.main_thread()
 
     def __enter__(self) -> "StopSignal":
@@ -38,11 +38,11 @@ class StopSignal:
             signal.signal(signal.SIGTERM, self._before)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        self._is_asked = True
+        self._is_stop_requested = True
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         log("SIGTERM: saving after this step; a second one ends the run at once")
 
-    def is_asked(self) -> bool:
-        """Tell, on all processes alike, whether any of them was asked to stop."""
-        asked = torch.tensor(float(self._is_asked), device=self._mesh.device.torch)
+    def is_stop_requested(self) -> bool:
+        """Return whether any rank was asked to stop, the same on all ranks."""
+        asked = torch.tensor(float(self._is_stop_requested), device=self._mesh.device.torch)
         return bool(self._mesh.sum_over_all(asked))

@@ -1,31 +1,23 @@
 """One training step.
 
-Shapes: B micro-batch size, S sequence length (S/cp under context parallelism), V/tp this device's part of the
+Shapes: B micro-batch size, S sequence length (S/cp under context parallelism), V/tp this rank's part of the
 vocabulary.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import nan
-from typing import Protocol
 
 import torch
 
 from ascendspeed_core.data.micro_batch import MicroBatch, count_tokens
 from ascendspeed_core.models.transformer import Transformer
-from ascendspeed_core.objectives.next_token import LossOf, masked_sum
+from ascendspeed_core.objectives.next_token import NextTokenLoss
+from ascendspeed_core.objectives.objective import MicroBatchLoss, ObjectiveLoss
 from ascendspeed_core.optim.engine import Engine
 from ascendspeed_core.optim.loss_scale import LossScale
 from ascendspeed_core.parallel.mesh import ParallelMesh
-from ascendspeed_core.parallel.pipeline import forward_through_stages, run_pipeline
-
-
-class Objective(Protocol):
-    """A loss other than that of every token."""
-
-    def start(self, micro_batches: Sequence[MicroBatch]) -> tuple[int, LossOf]:
-        """Return what the loss of the global batch is divided by, and the sum of a micro-batch's losses."""
-        ...
+from ascendspeed_core.parallel.pipeline import run_pipeline
 
 
 @dataclass(frozen=True)
@@ -56,11 +48,11 @@ class StepResult:
 
 def train_step(
     model: Transformer,
-    optimizer: Engine,
+    engine: Engine,
     micro_batches: Sequence[MicroBatch],
     mesh: ParallelMesh,
     loss_scale: LossScale | None = None,
-    objective: Objective | None = None,
+    objective: ObjectiveLoss | None = None,
 ) -> StepResult:
     """Accumulate the gradient of all micro-batches of all data-parallel ranks and parts of sequences, then update once.
 
@@ -68,15 +60,24 @@ def train_step(
     loss is the sum over its tokens divided by the number of tokens of all; an objective may count something else. When
     no token counts, nothing is computed: an update by a gradient of zero would still move weights by decay and by the
     memory of earlier gradients.
+
+    Args:
+        model: this rank's part.
+        engine: computes and applies its gradients.
+        micro_batches: of this rank.
+        mesh: of this rank.
+        loss_scale: of fp16 training; learns from the step.
+        objective: the loss; without one, next-token prediction.
     """
+    objective = objective or NextTokenLoss(model, mesh)
     tokens = count_tokens(micro_batches, mesh)
     if tokens == 0:
         return StepResult(loss=nan, grad_norm=None, tokens=0)
-    count, loss_of = objective.start(micro_batches) if objective else (tokens, None)
+    count, loss_of = objective.prepare(micro_batches, tokens)
     scale = loss_scale.scale if loss_scale else None
-    share = forward_backward(model, optimizer, micro_batches, mesh, count, scale or 1.0, loss_of)
+    share = forward_backward(model, engine, micro_batches, mesh, count, loss_of, scale or 1.0)
     loss = mesh.sum_over("replicas", share)
-    result = StepResult(loss=float(loss), grad_norm=optimizer.step(scale), tokens=tokens)
+    result = StepResult(loss=float(loss), grad_norm=engine.step(scale), tokens=tokens)
     if loss_scale:
         loss_scale.update(overflow=result.is_skipped)
     return result
@@ -88,25 +89,23 @@ def forward_backward(
     micro_batches: Sequence[MicroBatch],
     mesh: ParallelMesh,
     count: int,
+    loss_of: MicroBatchLoss,
     scale: float = 1.0,
-    loss_of: LossOf | None = None,
 ) -> torch.Tensor:
     """Add the gradients of this rank's micro-batches to the parameters, and return their share of the loss.
 
     Args:
-        model: this process's part.
-        engine: what computes its gradients.
-        micro_batches: of this process.
-        mesh: its place.
-        count: tokens that count in the global batch, at least one; the loss is a mean over them.
+        model: this rank's part.
+        engine: computes its gradients.
+        micro_batches: of this rank.
+        mesh: of this rank.
+        count: what the loss of the global batch is divided by, at least one; see `ObjectiveLoss.prepare`.
+        loss_of: the sum of a micro-batch's losses.
         scale: factor of the gradients, see `LossScale`; the loss that is returned is without it.
-        loss_of: another loss than that of every token, see `Objective`; `count` is then what that divides by.
     """
 
     def share(number: int, logits: torch.Tensor) -> torch.Tensor:
-        if loss_of is not None:
-            return loss_of(number, logits) / count
-        return masked_sum(model, logits, micro_batches[number], mesh) / count
+        return loss_of(number, logits) / count
 
     if mesh.layout.pp > 1:
         total = run_pipeline(
@@ -123,22 +122,3 @@ def forward_backward(
         engine.backward(part, scale, is_last=number == len(micro_batches) - 1)
         loss += part.detach()
     return loss
-
-
-@torch.no_grad()
-def evaluate(model: Transformer, micro_batches: Sequence[MicroBatch], mesh: ParallelMesh) -> float:
-    """Return the mean loss per token of the micro-batches of all data-parallel ranks, in nats; NaN if none counts."""
-    tokens = count_tokens(micro_batches, mesh)
-    if tokens == 0:
-        return nan
-    total = torch.zeros((), dtype=torch.float64, device=mesh.device.torch)
-    for micro_batch in micro_batches:
-        logits = forward_through_stages(
-            model,
-            mesh,
-            micro_batch.tokens,
-            positions=micro_batch.positions,
-            segments=micro_batch.segments,
-        )
-        total += masked_sum(model, logits, micro_batch, mesh)
-    return float(mesh.sum_over("replicas", total)) / tokens

@@ -1,22 +1,26 @@
-"""Everything that can be known to be wrong before a process group or a model exists."""
+"""Plan a run: check everything that can be wrong before a process group or a model exists."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ascendspeed_core.config.finetune import FinetuneDataConfig, TuneConfig
+from ascendspeed_core.config.lora import LoraConfig
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.parallel import Layout, stages_of_ranks
-from ascendspeed_core.config.preference import DpoConfig, PreferenceDataConfig
 from ascendspeed_core.config.training import PretrainConfig
-from ascendspeed_core.data.loader import check_run_data
 from ascendspeed_core.launch import announce
-from ascendspeed_core.objectives.reference import Reference, open_reference
+from ascendspeed_core.objectives.objective import Objective
+from ascendspeed_core.objectives.registry import objective_of
 from ascendspeed_core.observability.monitor import check_monitor
 from ascendspeed_core.optim.build_engine import check_zero
 from ascendspeed_core.optim.schedule import samples_of_run, with_iterations
-from ascendspeed_core.training.checkpoint import Progress, check_optimizer, load_progress, saved_iterations
-from ascendspeed_core.training.eval_prompts import SamplesPlan, plan_samples
+from ascendspeed_core.training.checkpoint import (
+    TrainState,
+    check_optimizer,
+    load_train_state,
+    saved_iterations,
+)
+from ascendspeed_core.training.eval_prompts import EvalPromptsPlan, plan_eval_prompts
 from ascendspeed_core.weights import NativeSource, WeightSource, open_source, open_weights
 from ascendspeed_core.weights.adapters.ascendspeed import open_adapter
 from ascendspeed_core.weights.adapters.lora import (
@@ -36,26 +40,26 @@ class RunPlan:
     """What a run will do, checked.
 
     Attributes:
-        config: as given.
-        layout: devices along each dimension.
+        config: as given, with the number of iterations that `train_samples` makes.
+        layout: ranks along each dimension.
         source: where the weights come from.
-        start: where the run stands at its first step.
+        state: where the run stands at its first step.
         checkpoint: what holds that position, optimizer and random state; `None` when the run starts anew.
         num_samples: samples of the whole run for training, validation and test.
         manifest: of the training data, if it has one.
-        reference: what preference tuning compares with.
-        samples: prompts that are continued while training.
+        objective: what it trains for: data, loss, metrics.
+        eval_prompts: prompts that are completed while training.
     """
 
     config: PretrainConfig
     layout: Layout
     source: WeightSource
-    start: Progress
+    state: TrainState
     checkpoint: NativeSource | None
     num_samples: tuple[int, int, int]
     manifest: DatasetManifest | None
-    reference: Reference | None = None
-    samples: SamplesPlan | None = None
+    objective: Objective
+    eval_prompts: EvalPromptsPlan | None = None
 
     @property
     def model(self) -> ModelConfig:
@@ -65,7 +69,7 @@ class RunPlan:
     @property
     def resumes(self) -> bool:
         """Whether the run goes on from a checkpoint with its iteration, optimizer and data position."""
-        return self.checkpoint is not None and self.start.iteration > 0
+        return self.checkpoint is not None and self.state.iteration > 0
 
     @property
     def unigram_entropy_nats(self) -> float | None:
@@ -73,11 +77,6 @@ class RunPlan:
         if self.manifest is None or self.manifest.kind != "text":
             return None
         return self.manifest.unigram_entropy_nats
-
-    @property
-    def loss_unit(self) -> str:
-        """What the loss is a mean of."""
-        return "per pair" if isinstance(self.config, DpoConfig) else "nats per token"
 
 
 def plan_run(config: PretrainConfig, world_size: int) -> RunPlan:
@@ -105,32 +104,32 @@ def plan_run(config: PretrainConfig, world_size: int) -> RunPlan:
     check_zero(config, layout)
     _check_length(config, source.config, where)
     samples = _num_samples(config, layout.dp)
-    manifest = check_run_data(config.data, samples)
+    kind = objective_of(config)
+    manifest = kind.check_data(config.data, samples)
     _check_vocabulary(config, source, manifest)
-    start = _start(config, checkpoint, _data_order(config))
-    _check_save_folder(config, checkpoint, start)
-    reference = None
-    if isinstance(config, DpoConfig):
-        reference = open_reference(config, source, checkpoint if start.iteration > 0 else None)
+    state = _initial_state(config, checkpoint, _data_order(config, kind))
+    _check_save_folder(config, checkpoint, state)
+    objective = kind.plan(config, source, checkpoint if state.iteration > 0 else None)
     tokenizer = config.data.tokenizer_name_or_path or source.tokenizer
-    prompts = plan_samples(config.eval_prompts, source.config, layout, tokenizer)
-    return RunPlan(config, layout, source, start, checkpoint, samples, manifest, reference, prompts)
+    prompts = plan_eval_prompts(config.eval_prompts, source.config, layout, tokenizer)
+    return RunPlan(config, layout, source, state, checkpoint, samples, manifest, objective, prompts)
 
 
 def _open_source(config: PretrainConfig) -> tuple[WeightSource, NativeSource | None]:
     """Return the weights, and the native checkpoint that they or their adapters come from."""
-    start = config.start
-    save = config.checkpoint.save
+    start, save = config.start, config.checkpoint.save
     found = save if start.auto_resume and save and (save / TRACKER).is_file() else None
-    if isinstance(config, TuneConfig) and config.lora.is_on:
-        return _open_adapted(config, found)
+    if config.adapters is not None:
+        return _open_adapted(config, config.adapters, found)
     source = open_weights(found) if found else open_source(start, config.training.seed)
     return source, source if isinstance(source, NativeSource) else None
 
 
-def _open_adapted(config: TuneConfig, found: Path | None) -> tuple[AdaptedWeights, NativeSource | None]:
+def _open_adapted(
+    config: PretrainConfig, lora: LoraConfig, found: Path | None
+) -> tuple[AdaptedWeights, NativeSource | None]:
     """Return the base with its adapters: those of the run that goes on, those that are loaded, or new ones."""
-    source, checkpoint = _find_adapted(config, found)
+    source, checkpoint = _find_adapted(config, lora, found)
     head = source.adapters.layers.get("output_head")
     if head is not None and head.dropout:
         raise AscendSpeedError(
@@ -139,9 +138,10 @@ def _open_adapted(config: TuneConfig, found: Path | None) -> tuple[AdaptedWeight
     return source, checkpoint
 
 
-def _find_adapted(config: TuneConfig, found: Path | None) -> tuple[AdaptedWeights, NativeSource | None]:
+def _find_adapted(
+    config: PretrainConfig, lora: LoraConfig, found: Path | None
+) -> tuple[AdaptedWeights, NativeSource | None]:
     base = open_source(config.start, config.training.seed)
-    lora = config.lora
     load = found or lora.lora_load
     if load is not None and ((load / TRACKER).is_file() or (load / DESCRIPTION).is_file()):
         checkpoint = NativeSource(load, is_adapter=True)
@@ -188,10 +188,6 @@ def _check_fitted(config: PretrainConfig, layout: Layout) -> None:
             f"checkpoint_policy=auto with zero_stage={layout.zero_stage}: how much memory DeepSpeed's buffers take is "
             "its own matter; choose another policy"
         )
-    if isinstance(config, DpoConfig):
-        raise ConfigError(
-            "checkpoint_policy=auto measures the loss of tokens, not of pairs; choose another policy for dpo"
-        )
 
 
 def _check_length(config: PretrainConfig, model: ModelConfig, where: str) -> None:
@@ -227,29 +223,27 @@ def _num_samples(config: PretrainConfig, dp: int) -> tuple[int, int, int]:
     return samples_of_run(config.training, batch, dp), held_out, 0
 
 
-def _data_order(config: PretrainConfig) -> dict[str, Any]:
-    """The options that decide the order of samples; the number of epochs does too, see `GPTData.order_digest`."""
-    order: dict[str, Any] = {
+def _data_order(config: PretrainConfig, kind: type[Objective]) -> dict[str, Any]:
+    """Options that decide the order of samples; the number of epochs does too, see `GPTBatchLoader.order_digest`."""
+    return {
         "data": [Path(part).name for part in config.data.data_path],
         "split": config.data.split,
         "seq_length": config.data.seq_length,
         "seed": config.training.seed,
+        **kind.data_order,
     }
-    if isinstance(config.data, FinetuneDataConfig) and config.data.is_instruction_dataset:
-        order["is_instruction_dataset"] = True
-    if isinstance(config.data, PreferenceDataConfig):
-        order["pairs"] = True
-    return order
 
 
-def _start(config: PretrainConfig, source: NativeSource | None, data_order: dict[str, Any]) -> Progress:
-    is_anew = config.start.finetune or (isinstance(config, TuneConfig) and not _is_of_run(config, source))
+def _initial_state(
+    config: PretrainConfig, source: NativeSource | None, data_order: dict[str, Any]
+) -> TrainState:
+    is_anew = config.start.finetune or (config.takes_weights_only and not _is_of_run(config, source))
     if source is None or is_anew:
-        return Progress(0, 0, 0, 0, data_order)
-    progress = load_progress(source)
-    if progress.iteration == 0:
-        return Progress(0, 0, 0, 0, data_order)
-    changed = {key: (progress.data_order.get(key), value) for key, value in data_order.items()}
+        return TrainState(0, 0, 0, 0, data_order)
+    state = load_train_state(source)
+    if state.iteration == 0:
+        return TrainState(0, 0, 0, 0, data_order)
+    changed = {key: (state.data_order.get(key), value) for key, value in data_order.items()}
     changed = {key: pair for key, pair in changed.items() if pair[0] != pair[1]}
     if changed:
         listed = "; ".join(f"{key} was {old}, is {new}" for key, (old, new) in changed.items())
@@ -259,10 +253,8 @@ def _start(config: PretrainConfig, source: NativeSource | None, data_order: dict
         )
     if config.start.load_optim:
         check_optimizer(source, config.optimizer)
-    steps = progress.optimizer_steps if config.start.load_optim else 0
-    return Progress(
-        progress.iteration, progress.consumed_samples, progress.skipped_samples, steps, data_order
-    )
+    steps = state.optimizer_steps if config.start.load_optim else 0
+    return TrainState(state.iteration, state.consumed_samples, state.skipped_samples, steps, data_order)
 
 
 def _is_of_run(config: PretrainConfig, source: NativeSource | None) -> bool:
@@ -275,12 +267,12 @@ def _is_of_run(config: PretrainConfig, source: NativeSource | None) -> bool:
     )
 
 
-def _check_save_folder(config: PretrainConfig, source: NativeSource | None, start: Progress) -> None:
+def _check_save_folder(config: PretrainConfig, source: NativeSource | None, state: TrainState) -> None:
     folder = config.checkpoint.save
     if folder is None:
         announce("save: no --save given; nothing of this run will be kept")
         return
-    later = [iteration for iteration in saved_iterations(folder) if iteration > start.iteration]
+    later = [iteration for iteration in saved_iterations(folder) if iteration > state.iteration]
     if saved_iterations(folder) and not _is_of_run(config, source):
         raise AscendSpeedError(
             f"{folder} already holds checkpoints of a run (newest: iteration {saved_iterations(folder)[-1]}); "
@@ -288,6 +280,6 @@ def _check_save_folder(config: PretrainConfig, source: NativeSource | None, star
         )
     if later:
         raise AscendSpeedError(
-            f"{folder} holds iteration {later[-1]}, later than the {start.iteration} this run would start from; "
+            f"{folder} holds iteration {later[-1]}, later than the {state.iteration} this run would start from; "
             "load the newest, or choose another --save"
         )

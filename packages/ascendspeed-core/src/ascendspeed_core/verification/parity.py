@@ -46,7 +46,7 @@ class Candidate:
 
     Attributes:
         name: as written, `tp2pp2+sp`.
-        sizes: devices along each dimension.
+        sizes: ranks along each dimension.
         flags: of `asd-core pretrain`.
     """
 
@@ -117,7 +117,7 @@ def _flags(option: str) -> tuple[str, ...] | None:
 def run_parity(
     candidates: Sequence[Candidate], arguments: Sequence[str], scratch: Path, device: str
 ) -> list[ParityRow]:
-    """Train with one process and as each candidate says, one after the other.
+    """Train with one process and as each candidate says, in turn.
 
     Args:
         candidates: those to compare.

@@ -18,12 +18,12 @@ from ascendspeed_core.build import load_model, parameter_slices
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.config.training import OptimizerConfig
 from ascendspeed_core.device import Device
-from ascendspeed_core.optim.optimizer import MasterOptimizer
+from ascendspeed_core.optim.native_engine import NativeEngine
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.training.checkpoint import (
     CheckpointWriter,
-    Progress,
     Retention,
+    TrainState,
     load_optimizer,
     load_random_state,
     saved_iterations,
@@ -45,16 +45,16 @@ class Setup:
     def __init__(self, source: Any, layout: Layout, dtype_name: str) -> None:
         self.mesh = ParallelMesh.create(Device("cpu"), layout)
         self.model = load_model(source, self.mesh, getattr(torch, dtype_name))
-        self.optimizer = MasterOptimizer(self.model, OptimizerConfig(lr=1e-3), self.mesh)
+        self.engine = NativeEngine(self.model, OptimizerConfig(lr=1e-3), self.mesh)
 
     def step(self, number: int) -> float:
         batches = micro_batches(CONFIG.vocab_size, number, self.mesh, 4, masked=True)
-        return train_step(self.model, self.optimizer, batches, self.mesh).loss
+        return train_step(self.model, self.engine, batches, self.mesh).loss
 
     def pieces(self) -> dict[str, TensorShard]:
         """Everything that is here."""
         slices = parameter_slices(self.model, self.mesh)
-        state = {f"optimizer/{name}": piece for name, piece in self.optimizer.state().items()}
+        state = {f"optimizer/{name}": piece for name, piece in self.engine.optimizer.state().items()}
         return {name: (slices[name], p.detach()) for name, p in self.model.named_parameters()} | state
 
 
@@ -67,7 +67,7 @@ def write(
         setup.step(number)
     pieces = {name: (part, tensor.clone()) for name, (part, tensor) in setup.pieces().items()}
     writer = CheckpointWriter(Path(folder), setup.mesh, in_background=in_background)
-    writer.save(Progress(steps, steps * 16, 0, steps, {}), setup.model, setup.optimizer, {})
+    writer.save(TrainState(steps, steps * 16, 0, steps, {}), setup.model, setup.engine, {})
     if in_background:
         setup.step(steps)
     writer.wait()
@@ -81,7 +81,7 @@ def read(
     source = open_weights(Path(folder))
     assert isinstance(source, NativeSource)
     setup = Setup(source, layout, dtype_name)
-    load_optimizer(source, setup.optimizer, source.description["optimizer_steps"])
+    load_optimizer(source, setup.engine, source.description["optimizer_steps"])
     load_random_state(source, setup.mesh)
     pieces = {name: (part, tensor.clone()) for name, (part, tensor) in setup.pieces().items()}
     return pieces, [setup.step(3 + number) for number in range(more_steps)]
@@ -191,7 +191,7 @@ def write_several(folder: str, layout: Layout, iterations: list[int], retention:
     setup = Setup(InitialWeights(CONFIG, 5), layout, "float32")
     writer = CheckpointWriter(Path(folder), setup.mesh, retention)
     for iteration in iterations:
-        writer.save(Progress(iteration, 0, 0, 0, {}), setup.model, setup.optimizer, {})
+        writer.save(TrainState(iteration, 0, 0, 0, {}), setup.model, setup.engine, {})
     return sorted(path.name for path in Path(folder).iterdir())
 
 
@@ -215,7 +215,7 @@ def write_where_it_cannot(folder: str, layout: Layout, broken_rank: int) -> list
             resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         try:
-            writer.save(Progress(iteration, 0, 0, 0, {}), setup.model, setup.optimizer, {})
+            writer.save(TrainState(iteration, 0, 0, 0, {}), setup.model, setup.engine, {})
             writer.wait()
         except CheckpointError as error:
             errors.append(str(error))

@@ -12,11 +12,11 @@ from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.config.preference import PreferenceConfig, PreferenceDataConfig
 from ascendspeed_core.config.training import OptimizerConfig, RecomputeConfig
-from ascendspeed_core.data.padded_dataset import PaddedData
-from ascendspeed_core.data.preference_dataset import PREFERENCE_DATA as ROWS
+from ascendspeed_core.data.padded_dataset import PaddedBatchLoader
+from ascendspeed_core.data.preference_dataset import PREFERENCE_FORMAT
 from ascendspeed_core.device import Device
-from ascendspeed_core.objectives.dpo import PreferenceObjective
-from ascendspeed_core.optim.optimizer import MasterOptimizer
+from ascendspeed_core.objectives.dpo import PreferenceLoss
+from ascendspeed_core.optim.native_engine import NativeEngine
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.recompute import apply_recompute
 from ascendspeed_core.training.step import train_step
@@ -24,7 +24,7 @@ from ascendspeed_core.weights import InitialWeights
 from core.finetune_cases import used_adapters
 from core.training_cases import Trained, first_gradients, whole
 
-PREFERENCE_DATA = 8
+PAIRS = 8
 """Pairs of a step."""
 POLICY_SEED, REFERENCE_SEED = 5, 6
 
@@ -64,18 +64,18 @@ def tune(
     other = InitialWeights(config, REFERENCE_SEED) if lora is None else base
     reference = None if lora and is_switched else load_model(other, mesh, torch.float64)
     apply_recompute(model, recompute or RecomputeConfig(), mesh.pp_rank)
-    objective = PreferenceObjective(model, reference, preference, mesh)
-    pairs = PaddedData(ROWS, data, 7, (steps * PREFERENCE_DATA, PREFERENCE_DATA, 0), config.vocab_size, mesh)
-    sizes = (micro_batch_size,) * (PREFERENCE_DATA // micro_batch_size // layout.dp)
+    objective = PreferenceLoss(model, reference, preference, mesh)
+    pairs = PaddedBatchLoader(PREFERENCE_FORMAT, data, 7, (steps * PAIRS, PAIRS, 0), config.vocab_size, mesh)
+    sizes = (micro_batch_size,) * (PAIRS // micro_batch_size // layout.dp)
     gradients = first_gradients(model, pairs.micro_batches(0, sizes), mesh, objective)
-    optimizer = MasterOptimizer(model, OptimizerConfig(lr=1e-3, clip_grad=0.5), mesh)
+    engine = NativeEngine(model, OptimizerConfig(lr=1e-3, clip_grad=0.5), mesh)
     losses, norms, measures = [], [], []
     for step in range(steps):
-        batches = pairs.micro_batches(step * PREFERENCE_DATA, sizes)
-        result = train_step(model, optimizer, batches, mesh, objective=objective)
+        batches = pairs.micro_batches(step * PAIRS, sizes)
+        result = train_step(model, engine, batches, mesh, objective=objective)
         losses.append(result.loss)
         norms.append(result.grad_norm or 0.0)
-        measures.append(objective.measures())
+        measures.append(objective.metrics())
     held_out = objective.evaluate(pairs.validation_batches(0, sizes))
     losses.append(held_out["loss"])
     measures.append(held_out)

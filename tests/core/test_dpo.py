@@ -16,20 +16,19 @@ from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.config.preference import PreferenceConfig
 from ascendspeed_core.config.training import RecomputeConfig
 from ascendspeed_core.data.micro_batch import MicroBatch
-from ascendspeed_core.data.padded_dataset import PaddedData
-from ascendspeed_core.data.preference_dataset import PREFERENCE_DATA as ROWS
-from ascendspeed_core.data.preference_dataset import PreferenceSequences, collate_pairs
+from ascendspeed_core.data.padded_dataset import PaddedBatchLoader
+from ascendspeed_core.data.preference_dataset import PREFERENCE_FORMAT, PreferenceDataset, collate_pairs
 from ascendspeed_core.device import Device
 from ascendspeed_core.models.transformer import Transformer
-from ascendspeed_core.objectives.dpo import MEASURES, PreferenceObjective
+from ascendspeed_core.objectives.dpo import METRICS, PreferenceLoss
 from ascendspeed_core.observability.metrics import read_metrics
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.training.step import forward_backward
 from ascendspeed_core.weights import InitialWeights, open_weights
 from ascendspeed_data.dataset import open_dataset
 from ascendspeed_data.errors import DataError
-from core.preference_cases import POLICY_SEED, PREFERENCE_DATA, REFERENCE_SEED, Tuned, data_config, tune
-from core.test_instruction_data import distances
+from core.dpo_cases import PAIRS, POLICY_SEED, REFERENCE_SEED, Tuned, data_config, tune
+from core.test_sft_dataset import distances
 from core.training_cases import PlainPasses, join_stages
 from support.commands import call, run_command
 from support.models import save_hugging_face, tiny_config
@@ -75,7 +74,9 @@ def passes(model: Transformer) -> Any:
 
 
 def micro_batches(prefix: Path, sizes: tuple[int, ...]) -> list[MicroBatch]:
-    data = PaddedData(ROWS, data_config(prefix, LENGTH), 7, (sum(sizes), 0, 0), VOCABULARY, ALONE)
+    data = PaddedBatchLoader(
+        PREFERENCE_FORMAT, data_config(prefix, LENGTH), 7, (sum(sizes), 0, 0), VOCABULARY, ALONE
+    )
     return data.micro_batches(0, sizes)
 
 
@@ -123,7 +124,7 @@ def straight_loss(
                 [*rewards, rewards[0] - rewards[1], rewards[0] > rewards[1], *(p.item() for p in policy)]
             )
     means = np.mean(np.asarray(told, float), axis=0).tolist()
-    return torch.stack(losses).mean(), dict(zip(MEASURES, means, strict=True))
+    return torch.stack(losses).mean(), dict(zip(METRICS, means, strict=True))
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -140,9 +141,9 @@ def test_losses_and_gradients_are_those_of_a_straight_computation(
     wanted = {key: parameter.grad for key, parameter in model.named_parameters()}
     model.zero_grad(set_to_none=True)
 
-    objective = PreferenceObjective(model, reference, preference(name), ALONE)
-    count, loss_of = objective.start(batches)
-    got = forward_backward(model, passes(model), batches, ALONE, count, loss_of=loss_of)
+    objective = PreferenceLoss(model, reference, preference(name), ALONE)
+    count, loss_of = objective.prepare(batches)
+    got = forward_backward(model, passes(model), batches, ALONE, count, loss_of)
     assert count == 6
     worst = max(
         float((parameter.grad - wanted[key]).abs().max() / wanted[key].abs().max())
@@ -153,7 +154,7 @@ def test_losses_and_gradients_are_those_of_a_straight_computation(
     # The order of sums differs with padding and batching.
     assert got.item() == pytest.approx(want.item(), rel=1e-12)
     assert worst < 1e-9
-    assert objective.measures() == pytest.approx(told, rel=1e-10)
+    assert objective.metrics() == pytest.approx(told, rel=1e-10)
     assert 0 < told["reward_accuracy"] < 1
     measured = objective.evaluate(batches)
     assert measured == pytest.approx({"loss": want.item(), **told}, rel=1e-10)
@@ -183,8 +184,8 @@ def test_losses_and_gradients_are_those_of_trl(
         train_dataset=Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}]),
         processing_class=tokenizer,
     )  # fmt: skip
-    (batch,) = micro_batches(pairs, (PREFERENCE_DATA,))
-    order = [*range(0, 2 * PREFERENCE_DATA, 2), *range(1, 2 * PREFERENCE_DATA, 2)]
+    (batch,) = micro_batches(pairs, (PAIRS,))
+    order = [*range(0, 2 * PAIRS, 2), *range(1, 2 * PAIRS, 2)]
     answers = F.pad(batch.loss_mask, (1, 0))[:, :-1].long()
     # Up to the last id of the answer; trl gives no attention to padding, which changes nothing on the right.
     attended = answers.flip(-1).cummax(-1).values.flip(-1)
@@ -193,9 +194,9 @@ def test_losses_and_gradients_are_those_of_trl(
     loss.backward()
 
     model, reference = (load_model(open_weights(tmp_path / f"hf{n}"), ALONE, torch.float32) for n in (0, 1))
-    objective = PreferenceObjective(model, reference, settings, ALONE)
-    count, loss_of = objective.start([batch])
-    ours = forward_backward(model, passes(model), [batch], ALONE, count, loss_of=loss_of)
+    objective = PreferenceLoss(model, reference, settings, ALONE)
+    count, loss_of = objective.prepare([batch])
+    ours = forward_backward(model, passes(model), [batch], ALONE, count, loss_of)
     # Both compute in fp32.
     assert ours.item() == pytest.approx(loss.item(), rel=1e-5)
     for mine, its in (
@@ -213,7 +214,7 @@ def test_losses_and_gradients_are_those_of_trl(
 def test_a_tie_counts_for_half(pairs: Path) -> None:
     model, _ = models()
     reference, _ = models()
-    objective = PreferenceObjective(model, reference, preference("sigmoid"), ALONE)
+    objective = PreferenceLoss(model, reference, preference("sigmoid"), ALONE)
     found = objective.evaluate(micro_batches(pairs, (4,)))
     assert found["loss"] == pytest.approx(np.log(2), rel=1e-12)
     assert (found["reward_margin"], found["reward_accuracy"]) == (0, 0.5)
@@ -279,9 +280,9 @@ def test_adapters_are_compared_with_the_model_without_them(
 
 def test_long_answers_are_cut_and_pairs_without_one_left_out(pairs: Path) -> None:
     dataset = open_dataset(pairs)
-    whole = PreferenceSequences(dataset, "100,0,0", 0, LENGTH)
+    whole = PreferenceDataset(dataset, "100,0,0", 0, LENGTH)
     assert len(whole) == 40
-    short = PreferenceSequences(dataset, "100,0,0", 0, 12)
+    short = PreferenceDataset(dataset, "100,0,0", 0, 12)
     assert (short.num_cut, short.num_dropped) > (0, 0)
     assert len(short) + short.num_dropped == 40
     for number in range(len(short)):
@@ -291,7 +292,7 @@ def test_long_answers_are_cut_and_pairs_without_one_left_out(pairs: Path) -> Non
         assert batch.tokens.shape == (2, 16)
         assert bool(batch.loss_mask.any(-1).all()), "both answers have something to compare"
     with pytest.raises(DataError, match="leaves no training pair"):
-        PreferenceSequences(dataset, "100,0,0", 0, 2)
+        PreferenceDataset(dataset, "100,0,0", 0, 2)
 
 
 def dpo(folder: Path, model: Path, *flags: object, run: Any = run_command) -> Any:
@@ -323,7 +324,7 @@ def test_a_run_goes_on_with_its_reference(pairs: Path, base: Path, tmp_path: Pat
     want, got = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
     assert want[0]["lm_loss"] == pytest.approx(np.log(2), rel=1e-9), "the model begins as its own reference"
     for ours, theirs in zip(got, want, strict=True):
-        for key in ("lm_loss", *MEASURES):
+        for key in ("lm_loss", *METRICS):
             assert ours[key] == pytest.approx(theirs[key], rel=1e-9, abs=1e-12)
     assert got[3]["validation_loss"] == pytest.approx(want[3]["validation_loss"], rel=1e-9)
     assert want[3]["reward_margin"] > want[1]["reward_margin"] > 0

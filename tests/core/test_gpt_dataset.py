@@ -12,14 +12,14 @@ from megatron.core.tokenizers import MegatronTokenizer
 
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.config.training import DataConfig
-from ascendspeed_core.data.gpt_dataset import GPTData, check_data, refuse_pickled_indices
+from ascendspeed_core.data.gpt_dataset import GPTBatchLoader, check_data, refuse_pickled_indices
 from ascendspeed_core.device import Device
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_data.errors import DataError
 from support.corpus import write_dataset
 from support.processes import WorkerPool
 
-VOCABULARY, SEED, SFT_DATA = 97, 4321, (60, 12, 0)
+VOCABULARY, SEED, SAMPLES = 97, 4321, (60, 12, 0)
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +57,7 @@ def theirs(config: DataConfig, cache: Path) -> list[Any]:
         eod_mask_loss=False,
         create_attention_mask=False,
     )
-    built: list[Any] = BlendedMegatronDatasetBuilder(
-        GPTDataset, list(SFT_DATA), lambda: True, options
-    ).build()
+    built: list[Any] = BlendedMegatronDatasetBuilder(GPTDataset, list(SAMPLES), lambda: True, options).build()
     torch.distributed.destroy_process_group()
     return built
 
@@ -67,9 +65,9 @@ def theirs(config: DataConfig, cache: Path) -> list[Any]:
 @pytest.mark.parametrize("case", ["one corpus", "nothing validated", "a blend", "weights that are no shares"])
 def test_samples_equal_megatron_cores_own(prefixes: list[str], tmp_path: Path, case: str) -> None:
     config = configs(prefixes)[case].model_copy(update={"data_cache_path": tmp_path / "ours"})
-    samples = (SFT_DATA[0], 0, 0) if case == "nothing validated" else SFT_DATA
+    samples = (SAMPLES[0], 0, 0) if case == "nothing validated" else SAMPLES
     mesh = ParallelMesh(Device("cpu"), Layout())
-    ours = GPTData(config, SEED, samples, VOCABULARY, None, mesh)
+    ours = GPTBatchLoader(config, SEED, samples, VOCABULARY, None, mesh)
     reference = theirs(config, tmp_path / "theirs")
     pairs = [(ours.train, reference[0], samples[0]), (ours.validation, reference[1], samples[1])]
     for mine, their, count in pairs:
@@ -85,7 +83,7 @@ def test_samples_equal_megatron_cores_own(prefixes: list[str], tmp_path: Path, c
 
 def numbers_of_ranks(config: DataConfig, layout: Layout, size: int, micro: int) -> list[list[list[int]]]:
     mesh = ParallelMesh.create(Device("cpu"), layout)
-    data = GPTData(config, SEED, SFT_DATA, VOCABULARY, None, mesh)
+    data = GPTBatchLoader(config, SEED, SAMPLES, VOCABULARY, None, mesh)
     step = size * micro * layout.dp
     return [
         [list(r) for r in data.sample_numbers(consumed, (size,) * micro)] for consumed in (0, step, 5 * step)
@@ -122,10 +120,10 @@ def test_the_digest_follows_the_samples(prefixes: list[str], tmp_path: Path) -> 
     mesh = ParallelMesh(Device("cpu"), Layout())
 
     def digest(
-        config: DataConfig, seed: int = SEED, samples: tuple[int, int, int] = SFT_DATA, consumed: int = 20
+        config: DataConfig, seed: int = SEED, samples: tuple[int, int, int] = SAMPLES, consumed: int = 20
     ) -> str:
         config = config.model_copy(update={"data_cache_path": tmp_path})
-        return GPTData(config, seed, samples, VOCABULARY, None, mesh).order_digest(consumed)
+        return GPTBatchLoader(config, seed, samples, VOCABULARY, None, mesh).order_digest(consumed)
 
     for config in (configs(prefixes)["one corpus"], configs(prefixes)["a blend"]):
         assert digest(config) == digest(config)
@@ -136,7 +134,7 @@ def test_the_digest_follows_the_samples(prefixes: list[str], tmp_path: Path) -> 
 
 def test_ids_beyond_the_vocabulary_are_refused(prefixes: list[str], tmp_path: Path) -> None:
     config = configs(prefixes)["one corpus"].model_copy(update={"data_cache_path": tmp_path})
-    data = GPTData(config, SEED, SFT_DATA, 50, None, ParallelMesh(Device("cpu"), Layout()))
+    data = GPTBatchLoader(config, SEED, SAMPLES, 50, None, ParallelMesh(Device("cpu"), Layout()))
     with pytest.raises(
         DataError, match="the model's vocabulary ends at 49; tokenize with the model's tokenizer"
     ):
@@ -147,7 +145,7 @@ def test_the_end_of_a_document_can_be_masked(prefixes: list[str], tmp_path: Path
     config = configs(prefixes)["one corpus"].model_copy(
         update={"data_cache_path": tmp_path, "eod_mask_loss": True}
     )
-    data = GPTData(config, SEED, SFT_DATA, VOCABULARY, 5, ParallelMesh(Device("cpu"), Layout()))
+    data = GPTBatchLoader(config, SEED, SAMPLES, VOCABULARY, 5, ParallelMesh(Device("cpu"), Layout()))
     (batch,) = data.micro_batches(0, (30,))
     assert torch.equal(batch.loss_mask == 0, batch.tokens == 5)
     assert (batch.tokens == 5).any()
@@ -158,7 +156,7 @@ def test_an_empty_split_is_refused(prefixes: list[str], tmp_path: Path) -> None:
     for split, what in (("0,100,0", "no training document"), ("100,0,0", "no validation document")):
         config = DataConfig(data_path=(prefixes[0],), seq_length=16, split=split, data_cache_path=tmp_path)
         with pytest.raises(DataError, match=what):
-            GPTData(config, SEED, SFT_DATA, VOCABULARY, None, mesh)
+            GPTBatchLoader(config, SEED, SAMPLES, VOCABULARY, None, mesh)
 
 
 def test_a_pickled_index_is_refused_and_a_damaged_one_built_again(tmp_path: Path) -> None:
@@ -180,4 +178,4 @@ def test_parts_of_a_blend_need_one_tokenizer(dataset: Path, tmp_path: Path, corp
     preprocess(job)
     config = DataConfig(data_path=("1", str(dataset), "1", str(job.prefix_of("text"))), seq_length=8)
     with pytest.raises(DataError, match="were made with different tokenizers"):
-        check_data(config, SFT_DATA)
+        check_data(config, SAMPLES)

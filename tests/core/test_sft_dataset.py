@@ -14,13 +14,13 @@ from ascendspeed_core.config.compute import ComputeConfig
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.data.micro_batch import MicroBatch
 from ascendspeed_core.data.padded_dataset import (
-    PaddedData,
-    SequenceOrder,
-    TrainingSequence,
+    BlendedExamples,
+    PaddedBatchLoader,
+    TrainingExample,
     check_padded_data,
     collate,
 )
-from ascendspeed_core.data.sft_dataset import SFT_DATA, SftSequences
+from ascendspeed_core.data.sft_dataset import SFT_FORMAT, SftDataset
 from ascendspeed_core.device import Device
 from ascendspeed_core.models.transformer import Transformer
 from ascendspeed_core.objectives.next_token import loss_sum
@@ -58,11 +58,11 @@ def model_of(dtype: torch.dtype = torch.float64, attention: str = "sdpa", **chan
     return model
 
 
-def rows_of(prefix: Path, length: int = LENGTH) -> SftSequences:
-    return SftSequences(open_dataset(prefix), "100,0,0", 0, length)
+def rows_of(prefix: Path, length: int = LENGTH) -> SftDataset:
+    return SftDataset(open_dataset(prefix), "100,0,0", 0, length)
 
 
-def losses_by_sample(model: Transformer, row: TrainingSequence, length: int) -> dict[tuple[int, ...], float]:
+def losses_by_sample(model: Transformer, row: TrainingExample, length: int) -> dict[tuple[int, ...], float]:
     """The loss of each sample of a row, added up over its learned ids; by the ids of the sample."""
     batch = collate([row], length)
     logits = model(batch.tokens, batch.positions, segments=batch.segments)
@@ -75,8 +75,8 @@ def losses_by_sample(model: Transformer, row: TrainingSequence, length: int) -> 
 
 
 def test_collate_pads_and_shifts() -> None:
-    one = TrainingSequence(np.array([5, 6, 7]), np.array([-100, 6, 7]), (3,))
-    pack = TrainingSequence(np.array([8, 9, 1, 2, 3]), np.array([-100, 9, -100, -100, 3]), (2, 3))
+    one = TrainingExample(np.array([5, 6, 7]), np.array([-100, 6, 7]), (3,))
+    pack = TrainingExample(np.array([8, 9, 1, 2, 3]), np.array([-100, 9, -100, -100, 3]), (2, 3))
     got = collate([one, pack], 7)
     assert got.tokens.tolist() == [[5, 6, 7, 0, 0, 0, 0], [8, 9, 1, 2, 3, 0, 0]]
     assert got.labels.tolist() == [[6, 7, 0, 0, 0, 0, 0], [9, 0, 0, 3, 0, 0, 0]]
@@ -130,7 +130,7 @@ def test_nothing_leaks_between_samples(sets: tuple[Path, Path], kind: str) -> No
     changed[start:end] = (changed[start:end] + 17) % VOCABULARY
 
     def logits_and_gradient(ids: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        batch = collate([TrainingSequence(ids, row.labels, row.lengths)], LENGTH)
+        batch = collate([TrainingExample(ids, row.labels, row.lengths)], LENGTH)
         assert model.embedding is not None
         seen: list[torch.Tensor] = []
         handle = model.embedding.register_forward_hook(
@@ -154,20 +154,20 @@ def test_nothing_leaks_between_samples(sets: tuple[Path, Path], kind: str) -> No
 
 def test_each_epoch_sees_each_row_once_in_an_order_of_its_own(sets: tuple[Path, Path]) -> None:
     rows = rows_of(sets[0])
-    order = SequenceOrder([rows], None, 11, 3 * len(rows), is_shuffled=True)
-    epochs = [[order.place_of(n)[1] for n in range(e * len(rows), (e + 1) * len(rows))] for e in range(3)]
+    order = BlendedExamples([rows], None, 11, 3 * len(rows), is_shuffled=True)
+    epochs = [[order.locate(n)[1] for n in range(e * len(rows), (e + 1) * len(rows))] for e in range(3)]
     assert [sorted(epoch) for epoch in epochs] == [list(range(len(rows)))] * 3
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
-    again = SequenceOrder([rows], None, 11, 5, is_shuffled=True)
-    assert [again.place_of(n)[1] for n in range(5)] == epochs[0][:5]
+    again = BlendedExamples([rows], None, 11, 5, is_shuffled=True)
+    assert [again.locate(n)[1] for n in range(5)] == epochs[0][:5]
     assert again.digest() == order.digest()
-    assert SequenceOrder([rows], None, 12, 5, is_shuffled=True).digest() != order.digest()
+    assert BlendedExamples([rows], None, 12, 5, is_shuffled=True).digest() != order.digest()
 
 
 def test_a_blend_has_its_shares(sets: tuple[Path, Path]) -> None:
     parts = [rows_of(sets[0]), rows_of(sets[1])]
-    order = SequenceOrder(parts, [3.0, 1.0], 11, 400, is_shuffled=True)
-    places = [order.place_of(n) for n in range(400)]
+    order = BlendedExamples(parts, [3.0, 1.0], 11, 400, is_shuffled=True)
+    places = [order.locate(n) for n in range(400)]
     assert Counter(part for part, _ in places) == {0: 300, 1: 100}
     for part, rows in enumerate(parts):
         seen = Counter(row for of, row in places if of == part)
@@ -186,7 +186,7 @@ def test_ranks_share_the_same_global_batch(sets: tuple[Path, Path], workers: Wor
 def step_tokens(prefix: Path, dp: int) -> list[list[int]]:
     """The rows of this rank in the third step."""
     mesh = ParallelMesh.create(Device("cpu"), Layout(dp=dp))
-    data = PaddedData(SFT_DATA, data_config(prefix, LENGTH), 3, (100, 0, 0), VOCABULARY, mesh)
+    data = PaddedBatchLoader(SFT_FORMAT, data_config(prefix, LENGTH), 3, (100, 0, 0), VOCABULARY, mesh)
     return [row for batch in data.micro_batches(16, (2,) * (4 // dp)) for row in batch.tokens.tolist()]
 
 
@@ -213,7 +213,7 @@ def test_long_samples_are_cut_and_useless_ones_left_out(
     )
     rows = rows_of(prefix, 6)
     assert [rows[n].ids.tolist() for n in range(len(rows))] == [[1, 2, 3, 4, 5, 6], [1, 2, 3]]
-    check_padded_data(SFT_DATA, data_config(prefix, 6, split="100,0,0"), (4, 0, 0))
+    check_padded_data(SFT_FORMAT, data_config(prefix, 6, split="100,0,0"), (4, 0, 0))
     assert (
         "2 training samples, seen 2.00 times; 1 lose an end at seq_length=6, 1 longer ones are left out, as nothing to "
         "learn would remain"
@@ -281,7 +281,7 @@ def test_layouts(workers: WorkerPool, report: ReportTables, sets: tuple[Path, Pa
 def test_loss_does_not_depend_on_micro_batches(sets: tuple[Path, Path]) -> None:
     """A mean of means would weigh short answers more."""
     model = model_of()
-    data = PaddedData(SFT_DATA, data_config(sets[0], LENGTH), 7, (BATCH, 0, 0), VOCABULARY, ALONE)
+    data = PaddedBatchLoader(SFT_FORMAT, data_config(sets[0], LENGTH), 7, (BATCH, 0, 0), VOCABULARY, ALONE)
 
     def mean(sizes: tuple[int, ...]) -> float:
         batches: list[MicroBatch] = data.micro_batches(0, sizes)
