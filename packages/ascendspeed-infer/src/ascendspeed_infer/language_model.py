@@ -15,7 +15,7 @@ from ascendspeed_core.config.source import ModelSourceConfig
 from ascendspeed_core.device import choose_device
 from ascendspeed_core.launch import world_of_environment
 from ascendspeed_core.models.onednn_weight import pack_weights
-from ascendspeed_core.models.transformer import Transformer
+from ascendspeed_core.models.transformer import ModelInput, Transformer
 from ascendspeed_core.parallel.deepspeed import answer_from_shares
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.pipeline import forward_through_stages
@@ -217,5 +217,5 @@ class LanguageModel(TextGenerator):
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
         """Return the logits of the next token at every place of one text: [S, V]."""
         tokens = torch.tensor([list(ids)], device=self.mesh.device.torch)
-        logits = forward_through_stages(self.model, self.mesh, tokens)
+        logits = forward_through_stages(self.model, self.mesh, ModelInput(tokens))
         return gather_logits(logits[0], self.model.config.vocab_size, self.mesh.group("tp"))

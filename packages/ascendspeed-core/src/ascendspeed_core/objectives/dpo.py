@@ -141,7 +141,7 @@ class PreferenceObjective:
 
     def _last_logits(self, model: Transformer, micro_batch: MicroBatch) -> torch.Tensor | None:
         logits = forward_through_stages(
-            model, self._mesh, micro_batch.tokens, positions=micro_batch.positions, is_shared=False
+            model, self._mesh, micro_batch.input._replace(samples=None), is_shared=False
         )
         return logits if model.has_last else None
 

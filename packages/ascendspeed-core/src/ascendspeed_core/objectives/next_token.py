@@ -17,11 +17,8 @@ LossOf = Callable[[int, torch.Tensor], torch.Tensor]
 
 
 def loss_sum(model: Transformer, micro_batch: MicroBatch, mesh: ParallelMesh) -> torch.Tensor:
-    """Return the loss added up over the tokens that count."""
-    logits = model(
-        micro_batch.tokens, micro_batch.positions, segments=micro_batch.segments, samples=micro_batch.samples
-    )
-    return masked_sum(model, logits, micro_batch, mesh)
+    """Return the main loss added up over the tokens that count."""
+    return masked_sum(model, model(micro_batch.input).logits, micro_batch, mesh)
 
 
 def masked_sum(

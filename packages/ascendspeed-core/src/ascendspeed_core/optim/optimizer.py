@@ -21,7 +21,7 @@ from ascendspeed_core.build import parameter_slices
 from ascendspeed_core.config.parallel import Stage
 from ascendspeed_core.config.sharding import Slice, assign_writers, rounded_share
 from ascendspeed_core.config.training import OptimizerConfig
-from ascendspeed_core.models.transformer import ModelInput, Transformer
+from ascendspeed_core.models.transformer import ModelInput, ModelOutput, Transformer
 from ascendspeed_core.optim.engine import TensorShard
 from ascendspeed_core.optim.update_rule import load_optimizer_state, make_update_rule, optimizer_state_keys
 from ascendspeed_core.parallel.collectives import (
@@ -157,12 +157,10 @@ class MasterOptimizer:
         # The message that they are copied into.
         return 2 * gradients
 
-    def forward(self, given: ModelInput) -> torch.Tensor:
-        """Return the logits of a model without a pipeline: [B, S] -> [B, S, V/tp]."""
-        logits: torch.Tensor = self._model(
-            given.tokens, given.positions, segments=given.segments, samples=given.samples
-        )
-        return logits
+    def forward(self, given: ModelInput) -> ModelOutput:
+        """Run a model without a pipeline."""
+        output: ModelOutput = self._model(given)
+        return output
 
     def backward(self, loss: torch.Tensor, scale: float, is_last: bool) -> None:
         """Add the gradient of a micro-batch to the parameters; `step` reduces it."""

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ascendspeed_core.device import Device
-from ascendspeed_core.models.transformer import Transformer, filled_in_turn
+from ascendspeed_core.models.transformer import ModelInput, ModelOutput, Transformer, filled_in_turn
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_data.errors import AscendSpeedError
 
@@ -198,11 +198,11 @@ def _let_go_of_weights(model: Transformer) -> None:
         whole: torch.Tensor = owner.detach()
         return whole.as_strided(shape, stride, offset)
 
-    def lean_forward(*args: Any, **kwargs: Any) -> torch.Tensor:
+    def lean_forward(batch: ModelInput) -> ModelOutput:
         if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
+            return forward(batch)
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-            return forward(*args, **kwargs)
+            return forward(batch)
 
     for module in model.modules():
         if next(module.parameters(recurse=False), None) is not None:

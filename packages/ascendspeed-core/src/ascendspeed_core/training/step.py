@@ -1,11 +1,11 @@
 """One training step.
 
-Shapes: B micro-batch size, S sequence length (S/cp under context parallelism), V/tp this device's part of the
+Shapes: B micro-batch size, S sequence length (S/cp under context parallelism), V/tp this rank's part of the
 vocabulary.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import nan
 from typing import Protocol
 
@@ -17,7 +17,7 @@ from ascendspeed_core.objectives.next_token import LossOf, masked_sum
 from ascendspeed_core.optim.engine import Engine
 from ascendspeed_core.optim.loss_scale import LossScale
 from ascendspeed_core.parallel.mesh import ParallelMesh
-from ascendspeed_core.parallel.pipeline import forward_through_stages, run_pipeline
+from ascendspeed_core.parallel.pipeline import LossSums, forward_through_stages, run_pipeline
 
 
 class Objective(Protocol):
@@ -37,11 +37,13 @@ class StepResult:
             says; not a number when no token counts.
         grad_norm: of the whole model's gradient, before clipping; `None` when the step was skipped.
         tokens: tokens that counted.
+        auxiliary_losses: by name, divided by what `loss` is divided by and not in it; empty when the model has none.
     """
 
     loss: float
     grad_norm: float | None
     tokens: int
+    auxiliary_losses: dict[str, float] = field(default_factory=dict)
 
     @property
     def is_skipped(self) -> bool:
@@ -75,8 +77,9 @@ def train_step(
     count, loss_of = objective.start(micro_batches) if objective else (tokens, None)
     scale = loss_scale.scale if loss_scale else None
     share = forward_backward(model, optimizer, micro_batches, mesh, count, scale or 1.0, loss_of)
-    loss = mesh.sum_over("replicas", share)
-    result = StepResult(loss=float(loss), grad_norm=optimizer.step(scale), tokens=tokens)
+    loss = mesh.sum_over("replicas", share.loss)
+    auxiliary = {name: float(mesh.sum_over("replicas", part)) for name, part in share.auxiliary.items()}
+    result = StepResult(float(loss), optimizer.step(scale), tokens, auxiliary)
     if loss_scale:
         loss_scale.update(overflow=result.is_skipped)
     return result
@@ -90,8 +93,8 @@ def forward_backward(
     count: int,
     scale: float = 1.0,
     loss_of: LossOf | None = None,
-) -> torch.Tensor:
-    """Add the gradients of this rank's micro-batches to the parameters, and return their share of the loss.
+) -> LossSums:
+    """Add the gradients of this rank's micro-batches to the parameters, and return their share of the losses.
 
     Args:
         model: this process's part.
@@ -109,20 +112,31 @@ def forward_backward(
         return masked_sum(model, logits, micro_batches[number], mesh) / count
 
     if mesh.layout.pp > 1:
-        total = run_pipeline(
+        sums = run_pipeline(
             model,
             mesh,
             [micro_batch.input for micro_batch in micro_batches],
             lambda number, logits: share(number, logits) * scale,
             on_stage_done=engine.start_reduction if mesh.layout.early_reduction else None,
+            auxiliary_scale=scale / count,
         )
-        return total / scale
-    loss = torch.zeros((), dtype=torch.float64, device=mesh.device.torch)
-    for number, micro_batch in enumerate(micro_batches):
-        part = share(number, engine.forward(micro_batch.input))
-        engine.backward(part, scale, is_last=number == len(micro_batches) - 1)
-        loss += part.detach()
-    return loss
+        sums.loss.div_(scale)
+    else:
+        sums = LossSums.zeros(model, mesh.device.torch)
+        for number, micro_batch in enumerate(micro_batches):
+            output = engine.forward(micro_batch.input)
+            loss = share(number, output.logits)
+            sums.loss.add_(loss.detach())
+            sums.add(output.auxiliary_losses)
+            for auxiliary in output.auxiliary_losses.values():
+                loss = loss + auxiliary / count
+            engine.backward(loss, scale, is_last=number == len(micro_batches) - 1)
+    for auxiliary in sums.auxiliary.values():
+        if mesh.layout.sequence_parallel:
+            # Each tensor-parallel rank has the losses of its part of the sequence, or a share of the whole.
+            mesh.sum_over("tp", auxiliary)
+        auxiliary.div_(count)
+    return sums
 
 
 @torch.no_grad()
@@ -133,12 +147,6 @@ def evaluate(model: Transformer, micro_batches: Sequence[MicroBatch], mesh: Para
         return nan
     total = torch.zeros((), dtype=torch.float64, device=mesh.device.torch)
     for micro_batch in micro_batches:
-        logits = forward_through_stages(
-            model,
-            mesh,
-            micro_batch.tokens,
-            positions=micro_batch.positions,
-            segments=micro_batch.segments,
-        )
+        logits = forward_through_stages(model, mesh, micro_batch.input._replace(samples=None))
         total += masked_sum(model, logits, micro_batch, mesh)
     return float(mesh.sum_over("replicas", total)) / tokens

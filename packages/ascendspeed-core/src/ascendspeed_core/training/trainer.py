@@ -274,7 +274,7 @@ class Trainer:
         self.iteration += 1
         schedule.advance(samples, samples if result.is_skipped else 0)
         self._refuse_not_a_number(result, micro_batches)
-        record = {
+        record: dict[str, Any] = {
             "iteration": self.iteration,
             "lm_loss": result.loss if isfinite(result.loss) else None,
             "grad_norm": result.grad_norm,
@@ -286,6 +286,8 @@ class Trainer:
             "step_seconds": seconds,
             "peak_memory_bytes": self.mesh.device.peak_memory_bytes(),
         }
+        auxiliary = {f"auxiliary_losses/{name}": loss for name, loss in result.auxiliary_losses.items()}
+        record |= finite_or_none(auxiliary)
         if self.objective is not None:
             record |= finite_or_none(self.objective.measures())
         record |= self.monitor.measures(tokens / seconds)

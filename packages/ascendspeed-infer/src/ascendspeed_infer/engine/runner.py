@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from ascendspeed_core.models.cache import CachedPass, CacheSlot, KeyValueCache, SequenceChunk
-from ascendspeed_core.models.transformer import Transformer
+from ascendspeed_core.models.transformer import ModelInput, Transformer
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.pipeline import forward_through_stages
 from ascendspeed_core.parallel.tensor import gather_logits
@@ -107,7 +107,7 @@ class ModelRunner:
         self, tokens: Sequence[int], cached: CachedPass, read_at: torch.Tensor | None
     ) -> torch.Tensor:
         ids = torch.tensor([tokens], device=self.mesh.device.torch)
-        local = forward_through_stages(self.model, self.mesh, ids, cached, read_at)
+        local = forward_through_stages(self.model, self.mesh, ModelInput(ids, cache=cached, read_at=read_at))
         return gather_logits(local[0], self.model.config.vocab_size, self.mesh.group("tp"))
 
 
@@ -160,24 +160,12 @@ def decode_tokens(
 
 
 def make_cache(model: Transformer, mesh: ParallelMesh, capacity_tokens: int) -> KeyValueCache:
-    """Return an empty cache for this process's layers and heads."""
-    return KeyValueCache(
-        num_layers=len(model.layers),
-        num_key_value_heads=heads_of_cache(model, mesh),
-        capacity_tokens=capacity_tokens,
-        head_dim=model.config.head_dim,
-        dtype=next(model.parameters()).dtype,
-        device=mesh.device.torch,
-        window=model.config.sliding_window,
-    )
+    """Return an empty cache for what this rank's layers keep."""
+    dtype = next(model.parameters()).dtype
+    return KeyValueCache(model.layer_caches(mesh.layout.tp), capacity_tokens, dtype, mesh.device.torch)
 
 
 def bytes_per_token(model: Transformer, mesh: ParallelMesh) -> int:
-    """Return what one token of a text takes in the cache of this process."""
+    """Return what one token of a text takes in the cache of this rank."""
     size = next(model.parameters()).dtype.itemsize
-    return 2 * len(model.layers) * heads_of_cache(model, mesh) * model.config.head_dim * size
-
-
-def heads_of_cache(model: Transformer, mesh: ParallelMesh) -> int:
-    """Return the key-value heads of this process; with more devices than heads each has one."""
-    return max(model.config.num_key_value_heads // mesh.layout.tp, 1)
+    return size * sum(layer.elements_per_token for layer in model.layer_caches(mesh.layout.tp))
