@@ -107,7 +107,9 @@ def step(sizes: tuple[float, ...] = (1.0, 1.0)) -> StepMemory:
         "selective": PartMemory(kept=60, forward=110, backward=60, gradients=7),
         "full": PartMemory(kept=10, forward=110, backward=120, gradients=7),
     }
-    stage = StageMemory(layers, 2, before=PartMemory(5, 5, 1, 3), after=PartMemory(50, 70, 30, 2), places=4)
+    stage = StageMemory(
+        layers, 2, before=PartMemory(5, 5, 1, 3), after=PartMemory(50, 70, 30, 2), attention_inputs=4
+    )
     actions = [
         PipelineAction(True, 0, 0),
         PipelineAction(True, 0, 1),

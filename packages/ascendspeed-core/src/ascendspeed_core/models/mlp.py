@@ -1,6 +1,6 @@
 """The feed-forward part of a layer.
 
-Shapes: B batch, S sequence, H hidden size, F inner size (F/tp on each rank under tensor parallel).
+Shapes: B batch, S sequence, H hidden size, F inner size (F/tp on each rank under tensor parallelism).
 """
 
 from typing import ClassVar

@@ -121,8 +121,8 @@ def partition_weights(
 
     Args:
         model: on the meta device, cut by tensor parallelism.
-        mesh: this process's place.
-        fill: writes the weight of a name into a parameter, this process's tensor-parallel part.
+        mesh: the mesh, with this rank's coordinates.
+        fill: writes the weight of a name into a parameter, this rank's tensor-parallel part.
         settings: config of `deepspeed.initialize`.
     """
     deepspeed = start_deepspeed(mesh.device)
@@ -145,7 +145,7 @@ def answer_from_shares(model: Transformer, mesh: ParallelMesh, settings: Mapping
 
     Args:
         model: of `partition_weights`.
-        mesh: this process's place.
+        mesh: the mesh, with this rank's coordinates.
         settings: config of `deepspeed.initialize`.
 
     Returns:

@@ -84,7 +84,7 @@ def run_pipeline(
 
     Args:
         model: this rank's stages.
-        mesh: this rank's position in the layout.
+        mesh: the mesh, with this rank's coordinates.
         inputs: of every micro-batch; B may differ.
         loss_of: number of a micro-batch and its logits -> scalar; called by the rank with the last stage.
         recorder: notes when each stage computes.
@@ -263,7 +263,7 @@ def forward_through_stages(
 
     Args:
         model: this rank's stages, or the whole model.
-        mesh: this rank's position in the layout.
+        mesh: the mesh, with this rank's coordinates.
         batch: what the model reads, the same on every stage.
         is_shared: send the logits to all stages; without it only the rank of the last stage has them (others get
             hidden states), and consecutive calls overlap.

@@ -1,6 +1,6 @@
 """Choose how much is recomputed so that a step fits a budget: `--checkpoint-policy auto`.
 
-Each part of this process's stages runs forwards and backwards once, and every tensor that comes into being is counted
+Each part of this rank's stages runs forwards and backwards once, and every tensor that comes into being is counted
 from its making to its end. `planner.memory` puts a step together from these sizes. What a fused operator takes
 for itself while it runs, and what an allocator leaves unused between tensors, is not seen.
 """
@@ -115,7 +115,7 @@ def full_step(
         sample: a micro-batch of the largest size.
         sizes: of the micro-batches of a step.
         seq_length: S, of whole sequences.
-        mesh: this process's place.
+        mesh: the mesh, with this rank's coordinates.
     """
 
     def stretched(name: str, part: torch.Tensor) -> torch.Tensor:
@@ -139,9 +139,9 @@ def fit_recompute(
     """Make layers drop as little as the budget allows, in place; all processes call together.
 
     Args:
-        model: this process's stages, nothing recomputed yet.
+        model: this rank's stages, nothing recomputed yet.
         optimizer: of the model.
-        mesh: this process's place.
+        mesh: the mesh, with this rank's coordinates.
         micro_batches: of a step, as large as they get.
         budget: bytes of each device.
 
@@ -194,9 +194,9 @@ def measure_step(
     """Measure what a step takes on this device; gradients are dropped, weights stay as they are.
 
     Args:
-        model: this process's stages.
+        model: this rank's stages.
         optimizer: of the model.
-        mesh: its place.
+        mesh: the mesh, with this rank's coordinates.
         micro_batches: of a step.
     """
     rows = [len(micro_batch.tokens) for micro_batch in micro_batches]
@@ -241,9 +241,9 @@ def _measure_stage(model: Transformer, mesh: ParallelMesh, stage: Stage, batch: 
             )
         layers[mode] = found
     # A layer that is computed again keeps what it gives, and the tables that all layers share.
-    places = layers["full"].kept - hidden.nbytes
+    shared = layers["full"].kept - hidden.nbytes
     layers = {
-        mode: replace(found, kept=found.kept - places, forward=found.forward - places)
+        mode: replace(found, kept=found.kept - shared, forward=found.forward - shared)
         for mode, found in layers.items()
     }
     if layers["selective"].kept >= layers["none"].kept:
@@ -258,10 +258,10 @@ def _measure_stage(model: Transformer, mesh: ParallelMesh, stage: Stage, batch: 
     if stage.is_last:
         after = _measure(head, hidden, weight_bytes(of_head))
     if mesh.layout.pp == 1:
-        return StageMemory(layers, len(stage.layers), before, after, places)
+        return StageMemory(layers, len(stage.layers), before, after, shared)
     inner, outer = (0 if is_end else hidden.nbytes for is_end in (stage.is_first, stage.is_last))
     return StageMemory(
-        layers, len(stage.layers), before, after, places,
+        layers, len(stage.layers), before, after, shared,
         output=prod(logits_shape(batch.tokens, model, mesh)) * hidden.itemsize if stage.is_last else outer,
         received=outer,
         # With several stages on a device torch keeps what it sent, hidden states and gradients, until the step ends.

@@ -27,8 +27,8 @@ def record_step(
     """Run steps of a pipeline on random tokens, up to the update, and return what this process did in the last one.
 
     Args:
-        model: this process's stages; its gradients are dropped.
-        mesh: its place.
+        model: this rank's stages; its gradients are dropped.
+        mesh: the mesh, with this rank's coordinates.
         sizes: of this data-parallel rank's micro-batches.
         seq_length: tokens of a sample.
         optimizer: of the model; with several replicas it adds their gradients up.
