@@ -24,7 +24,8 @@ from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.config.training import MICRO_BATCH_EXAMPLES, OptimizerConfig
 from ascendspeed_core.device import Device
-from ascendspeed_core.models.transformer import Transformer, TransformerLayer
+from ascendspeed_core.models.layer import TransformerLayer
+from ascendspeed_core.models.transformer import Transformer
 from ascendspeed_core.observability.timeline import draw_timelines
 from ascendspeed_core.optim.native_engine import NativeEngine
 from ascendspeed_core.parallel.mesh import ParallelMesh
@@ -91,8 +92,8 @@ PARTS = {"forward": 1, "backward": 2, "input gradient": 1, "weight gradient": 1}
 class SleepingLayer(TransformerLayer):
     """Takes the time of a layer, and none of the processor; one of its weights has a gradient."""
 
-    def __init__(self, config: ModelConfig, cost: LayerCost) -> None:
-        super().__init__(config)
+    def __init__(self, config: ModelConfig, layer: int, cost: LayerCost) -> None:
+        super().__init__(config, layer)
         self.cost = cost
 
     def forward(self, x: torch.Tensor, *_: object) -> torch.Tensor:
@@ -125,7 +126,7 @@ def sleeping_model(mesh: ParallelMesh, cost: LayerCost, ffn_hidden_size: int) ->
     )
     model = Transformer(config, stages_of_ranks(config.num_layers, mesh.layout)[mesh.pp_rank])
     for number in model.layers:
-        model.layers[number] = SleepingLayer(config, cost)
+        model.layers[number] = SleepingLayer(config, int(number), cost)
     return model
 
 

@@ -16,6 +16,7 @@ from ascendspeed_core.build import load_model
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.device import Device
+from ascendspeed_core.models.transformer import ModelInput
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.weights import WeightSource, open_weights
 from ascendspeed_core.weights.shard_layout import shard_layout
@@ -359,7 +360,7 @@ def greedy(folder: Path, cases: list[dict[str, Any]]) -> list[list[int]]:
     model = load_model(open_weights(folder), ParallelMesh(Device("cpu"), Layout()), torch.float32).eval()
     answers = []
     for case in cases:
-        likeliest = model(torch.tensor([case["greedy_ids"]]))[0].argmax(-1)
+        likeliest = model(ModelInput(torch.tensor([case["greedy_ids"]]))).logits[0].argmax(-1)
         start = len(case["prompt_ids"])
         answers.append(case["prompt_ids"] + likeliest[start - 1 : -1].tolist())
     return answers

@@ -15,6 +15,7 @@ from ascendspeed_core.build import load_model
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.device import Device
+from ascendspeed_core.models.transformer import ModelInput
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.weights import InitialWeights, WeightSource, open_weights
 from ascendspeed_core.weights.shard_layout import shard_layout
@@ -87,7 +88,9 @@ def tokens() -> torch.Tensor:
 
 @torch.no_grad()
 def ours(source: WeightSource) -> torch.Tensor:
-    return load_model(source, ParallelMesh(Device("cpu"), Layout()), torch.float32)(tokens())
+    return load_model(source, ParallelMesh(Device("cpu"), Layout()), torch.float32)(
+        ModelInput(tokens())
+    ).logits
 
 
 @pytest.mark.parametrize("kind", ["mp_rank", "stages", "torch_dist"])

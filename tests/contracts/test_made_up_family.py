@@ -17,6 +17,7 @@ from ascendspeed_core.build import load_model
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.device import Device
 from ascendspeed_core.models.families import known_families
+from ascendspeed_core.models.transformer import ModelInput
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.tensor import gather_logits
 from ascendspeed_core.weights import open_weights
@@ -103,7 +104,7 @@ def logits(site: str, folder: str, layout: Layout, ids: torch.Tensor) -> torch.T
         mesh = ParallelMesh.create(Device("cpu"), layout)
         model = load_model(open_weights(Path(folder)), mesh, torch.float32)
         with torch.no_grad():
-            return gather_logits(model(ids), model.config.vocab_size, mesh.group("tp"))
+            return gather_logits(model(ModelInput(ids)).logits, model.config.vocab_size, mesh.group("tp"))
     finally:
         sys.path.remove(site)
         sys.modules.pop("sparrow", None)

@@ -23,6 +23,7 @@ from ascendspeed_core.kernels.triangle import (
     triangle_attention,
 )
 from ascendspeed_core.models.position import alibi_slopes, attention_mask
+from ascendspeed_core.models.transformer import ModelInput
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.weights import InitialWeights
 from support.models import tiny_config
@@ -121,7 +122,7 @@ def test_a_model_computes_the_same(name: str) -> None:
     for config in (ComputeConfig(), ComputeConfig(attention=name)):
         model = load_model(InitialWeights(tiny_config(), seed=1), mesh, torch.float64)
         choice = apply_kernels(model, config)[0]
-        logits.append(model(torch.arange(64).view(2, 32)))
+        logits.append(model(ModelInput(torch.arange(64).view(2, 32))).logits)
     assert choice.implementation == name
     torch.testing.assert_close(*logits, rtol=1e-12, atol=1e-12)
 

@@ -19,7 +19,7 @@ from ascendspeed_core.data.micro_batch import MicroBatch
 from ascendspeed_core.data.padded_dataset import PaddedBatchLoader
 from ascendspeed_core.data.preference_dataset import PREFERENCE_FORMAT, PreferenceDataset, collate_pairs
 from ascendspeed_core.device import Device
-from ascendspeed_core.models.transformer import Transformer
+from ascendspeed_core.models.transformer import ModelInput, Transformer
 from ascendspeed_core.objectives.dpo import METRICS, PreferenceLoss
 from ascendspeed_core.observability.metrics import read_metrics
 from ascendspeed_core.parallel.mesh import ParallelMesh
@@ -83,7 +83,7 @@ def micro_batches(prefix: Path, sizes: tuple[int, ...]) -> list[MicroBatch]:
 def straight_log_prob(model: Any, tokens: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, int]:
     """Sum over the answer of one row without its padding, and its tokens, token by token."""
     end = int(mask.nonzero().max()) + 1
-    logits = model(tokens[None, : end + 1])[0]
+    logits = model(ModelInput(tokens[None, : end + 1])).logits[0]
     total = torch.zeros((), dtype=torch.float64)
     for place in range(end):
         if mask[place]:

@@ -16,6 +16,7 @@ from ascendspeed_core.device import Device
 from ascendspeed_core.kernels.registry import KernelContext
 from ascendspeed_core.models.dropout import AFTER_ATTENTION, AFTER_MLP, Dropout, DropoutMasks, mix
 from ascendspeed_core.models.families import find_family
+from ascendspeed_core.models.transformer import ModelInput
 from ascendspeed_core.observability.metrics import read_metrics
 from ascendspeed_core.parallel.dropout import apply_dropout
 from ascendspeed_core.parallel.mesh import ParallelMesh
@@ -34,7 +35,7 @@ CPU = ParallelMesh(Device("cpu"), Layout())
 
 
 def draws(seed: int = 7, samples: tuple[int, ...] = (0, 1), layer: int = 3) -> DropoutMasks:
-    return Dropout(0.1, 0.2, seed).of(torch.tensor(samples), range(4)).in_layer(layer)
+    return Dropout(0.1, 0.2, seed).masks(torch.tensor(samples), range(4)).in_layer(layer)
 
 
 def dropped(some: DropoutMasks, place: int = AFTER_MLP) -> torch.Tensor:
@@ -89,10 +90,10 @@ def test_a_part_has_the_masks_of_the_whole() -> None:
     x = torch.rand(2, 8, 16)
     whole = some.hidden(x)
     for part in range(2):
-        cut = Dropout(0.1, 0.2, 7, sequence_part=part).of(torch.tensor([4, 9]), range(4)).in_layer(3)
+        cut = Dropout(0.1, 0.2, 7, sequence_part=part).masks(torch.tensor([4, 9]), range(4)).in_layer(3)
         assert torch.equal(cut.hidden(x[:, part * 4 : part * 4 + 4]), whole[:, part * 4 : part * 4 + 4])
     weights = torch.rand(2, 4, 8, 8)
-    half = Dropout(0.1, 0.2, 7).of(torch.tensor([4, 9]), range(2, 4)).in_layer(3)
+    half = Dropout(0.1, 0.2, 7).masks(torch.tensor([4, 9]), range(2, 4)).in_layer(3)
     assert torch.equal(half.weights(weights[:, 2:]), some.weights(weights)[:, 2:])
 
 
@@ -103,10 +104,11 @@ def test_where_it_drops() -> None:
     apply_dropout(model, DROPOUT, 99, CPU)
     ids = torch.randint(0, CONFIG.vocab_size, (2, 12), generator=torch.Generator().manual_seed(1))
     samples = torch.tensor([30, 41])
-    got = model(ids, samples=samples)
+    got = model(ModelInput(ids, samples=samples)).logits
 
-    drop = Dropout(0.1, 0.2, 99).of(samples, range(CONFIG.num_attention_heads))
-    places = model.positions.at(torch.arange(12).expand(2, 12), 12, torch.float64)
+    drop = Dropout(0.1, 0.2, 99).masks(samples, range(CONFIG.num_attention_heads))
+    (inputs,) = model.positions.attention_inputs(torch.arange(12).expand(2, 12), 12, torch.float64)
+    assert inputs.rotary is not None
     assert model.embedding is not None
     assert model.final_norm is not None
     assert model.output_head is not None
@@ -117,7 +119,7 @@ def test_where_it_drops() -> None:
             part.unflatten(-1, (-1, CONFIG.head_dim))
             for part in attention.projections(layer.attention_norm(x))
         )
-        q, k = attention.rotate(q, k, *places.rotary)
+        q, k = attention.rotate(q, k, *inputs.rotary)
         group = q.shape[2] // k.shape[2]
         q, k, v = q.transpose(1, 2), *(t.transpose(1, 2).repeat_interleave(group, 1) for t in (k, v))
         scores = q @ k.transpose(-1, -2) / CONFIG.head_dim**0.5
@@ -131,9 +133,11 @@ def test_where_it_drops() -> None:
 
     with torch.no_grad():
         plain = load_model(InitialWeights(CONFIG, 5), CPU, torch.float64)
-        torch.testing.assert_close(model(ids), plain(ids), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(
+            model(ModelInput(ids)).logits, plain(ModelInput(ids)).logits, rtol=1e-10, atol=1e-12
+        )
     with pytest.raises(ValueError, match="training with dropout needs the numbers of the samples"):
-        model(ids)
+        model(ModelInput(ids))
 
 
 def policy(name: str) -> RecomputeConfig:

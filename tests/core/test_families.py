@@ -74,7 +74,7 @@ def ours(folder: str, layout: Layout, joined: bool) -> tuple[torch.Tensor, dict[
     tokens = tokens_of(model.config.vocab_size)
     batch = MicroBatch(tokens[:, :-1], tokens[:, 1:], torch.ones(3, 20))
     gradients = first_gradients(model, [batch], mesh)
-    logits = forward_through_stages(model, mesh, batch.tokens)
+    logits = forward_through_stages(model, mesh, batch.input)
     return gather_logits(logits, model.config.vocab_size, mesh.group("tp")), gradients
 
 

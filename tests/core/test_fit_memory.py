@@ -108,7 +108,7 @@ def step(sizes: tuple[float, ...] = (1.0, 1.0)) -> StepMemory:
         "full": PartMemory(kept=10, forward=110, backward=120, gradients=7),
     }
     stage = StageMemory(
-        layers, 2, before=PartMemory(5, 5, 1, 3), after=PartMemory(50, 70, 30, 2), positions=4
+        layers, 2, before=PartMemory(5, 5, 1, 3), after=PartMemory(50, 70, 30, 2), attention_inputs=4
     )
     actions = [
         PipelineAction(True, 0, 0),

@@ -98,7 +98,11 @@ def train(layout: ExpertLayout) -> tuple[list[float], list[float], Written]:
         result = train_step(model, optimizer, micro_batches(CONFIG.vocab_size, step, mesh, 4, True), mesh)
         losses.append(result.loss)
         norms.append(result.grad_norm)
-    return losses, norms, [(name, part, value.detach().clone()) for name, part, value in optimizer.pieces()]
+    return (
+        losses,
+        norms,
+        [(name, part, value.detach().clone()) for name, part, value in optimizer.checkpoint_shards()],
+    )
 
 
 def joined(ranks: list[Written]) -> dict[str, torch.Tensor]:

@@ -12,6 +12,7 @@ from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.device import Device
 from ascendspeed_core.models.families import find_family
+from ascendspeed_core.models.transformer import ModelInput
 from ascendspeed_core.parallel.cross_entropy import cross_entropy
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.tensor import gather_logits
@@ -42,7 +43,7 @@ def ours(folder: str, layout: Layout, dtype_name: str) -> tuple[torch.Tensor, di
     mesh = ParallelMesh.create(Device("cpu"), layout)
     model = load_model(open_weights(Path(folder)), mesh, getattr(torch, dtype_name))
     tokens = tokens_of(model.config)
-    logits = model(tokens)
+    logits = model(ModelInput(tokens)).logits
     losses = cross_entropy(logits[:, :-1], tokens[:, 1:], model.config.vocab_size, mesh.group("tp"))
     losses.mean().backward()
     gathered = gather_logits(logits.detach(), model.config.vocab_size, mesh.group("tp"))

@@ -16,6 +16,7 @@ from ascendspeed_core.config.training import DropoutConfig, OptimizerConfig, Rec
 from ascendspeed_core.models.dropout import BEFORE_ADAPTER, DropoutMasks
 from ascendspeed_core.models.families import find_family
 from ascendspeed_core.models.linear import HALVES
+from ascendspeed_core.models.transformer import ModelInput
 from ascendspeed_core.observability.metrics import read_metrics
 from ascendspeed_core.optim.optimizer import MasterOptimizer
 from ascendspeed_core.parallel.dropout import apply_dropout
@@ -110,7 +111,7 @@ def test_peft_reads_what_we_write_and_finds_our_logits_and_gradients(name: str, 
     tokens = tokens_of(source.config.vocab_size)
     want, got = theirs(input_ids=tokens).logits, model(tokens)
     assert (got - want).abs().max() < FP32
-    alone = load_model(source.base, ALONE, torch.float64)(tokens)
+    alone = load_model(source.base, ALONE, torch.float64)(ModelInput(tokens)).logits
     assert (got - alone).abs().max() > 1e-2
     want.square().mean().backward()
     got.square().mean().backward()
@@ -174,7 +175,7 @@ def test_a_fused_adapter_becomes_one_for_each_projection(tmp_path: Path) -> None
     q, k = (source.read(f"layers.1.attention.{n}_proj.lora_A.weight") for n in "qk")
     assert torch.equal(q, k)
     tokens = tokens_of(source.config.vocab_size)
-    got = load_model(source, ALONE, torch.float32)(tokens)
+    got = load_model(source, ALONE, torch.float32)(ModelInput(tokens)).logits
     assert (got - theirs(input_ids=tokens).logits).abs().max() < FP32
 
 
@@ -288,16 +289,16 @@ def test_dropout_is_where_peft_has_it(tmp_path: Path) -> None:
     theirs: Any = PeftModel.from_pretrained(base, tmp_path).double()
     tokens, samples = tokens_of(source.config.vocab_size), torch.tensor([4, 2**33])
     assert model.dropout is not None
-    draws = model.dropout.of(samples, model.positions.heads)
+    draws = model.dropout.masks(samples, model.positions.heads)
     plain = theirs(input_ids=tokens).logits
     with torch.no_grad():
-        assert (model(tokens) - plain).abs().max() < FP32
+        assert (model(ModelInput(tokens)).logits - plain).abs().max() < FP32
     for number, layer in enumerate(theirs.get_base_model().model.layers):
         for name, place in BEFORE_ADAPTER.items():
             part = layer.self_attn if name in ("q_proj", "k_proj", "v_proj", "o_proj") else layer.mlp
             here = draws.in_layer(number)
             getattr(part, name).lora_dropout["default"] = OurMask(here, place)
-    got, want = model(tokens, samples=samples), theirs(input_ids=tokens).logits
+    got, want = model(ModelInput(tokens, samples=samples)).logits, theirs(input_ids=tokens).logits
     assert (got - want).abs().max() < FP32
     assert (got - plain).abs().max() > 1e-3
 
@@ -318,7 +319,7 @@ def test_what_is_frozen_costs_nothing(dtype: str) -> None:
     source = drawn_adapters(InitialWeights(tiny_config(), 5), plan_adapters(lora(), tiny_config(), ""), 3)
     model = load_model(source, ALONE, getattr(torch, dtype))
     optimizer = MasterOptimizer(model, OptimizerConfig(), ALONE)
-    model(tokens_of(128)).float().square().mean().backward()
+    model(ModelInput(tokens_of(128))).logits.float().square().mean().backward()
     optimizer.step()
     elements = sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name)
     kinds = 3 if dtype == "bfloat16" else 2
@@ -387,9 +388,11 @@ def test_a_run_is_saved_resumed_merged_and_read_by_peft(
     adapter, tokens = Adapter(tmp_path / "one"), tokens_of(400)
     source = loaded_adapters(open_weights(base), adapter)
     assert isinstance(source, AdaptedWeights)
-    ours = load_model(source, ALONE, torch.float64)(tokens)
+    ours = load_model(source, ALONE, torch.float64)(ModelInput(tokens)).logits
     assert (ours - theirs(input_ids=tokens).logits).abs().max() < FP32
-    merged = load_model(MergedAdapter(open_weights(base), adapter), ALONE, torch.float32)(tokens)
+    merged = load_model(MergedAdapter(open_weights(base), adapter), ALONE, torch.float32)(
+        ModelInput(tokens)
+    ).logits
     # The merged weights are in fp32, as the base is.
     assert (merged - ours).abs().max() < 1e-4
 

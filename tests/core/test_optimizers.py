@@ -55,7 +55,7 @@ def plain_steps(options: dict[str, Any], steps: int) -> dict[str, torch.Tensor]:
     for step in range(steps):
         (batch,) = micro_batches(CONFIG.vocab_size, step, ParallelMesh(CPU, Layout()), 16, masked=True)
         losses = torch.nn.functional.cross_entropy(
-            model(batch.tokens).flatten(0, 1), batch.labels.flatten(), reduction="none"
+            model(batch.input).logits.flatten(0, 1), batch.labels.flatten(), reduction="none"
         )
         mask = batch.loss_mask.flatten()
         ((losses * mask).sum() / mask.sum()).backward()

@@ -14,7 +14,7 @@ from ascendspeed_core.models.linear import LoraLinear, LowRank
 from ascendspeed_core.models.lora import AdapterPlan, add_adapters
 from ascendspeed_core.models.onednn_weight import OneDnnWeight, pack_weights
 from ascendspeed_core.models.projections import join_projections
-from ascendspeed_core.models.transformer import Transformer
+from ascendspeed_core.models.transformer import ModelInput, Transformer
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.pipeline import forward_through_stages
 from ascendspeed_core.weights import open_weights
@@ -65,9 +65,9 @@ def plain_and_packed(
     model = load_model(open_weights(Path(folder)), mesh, dtype, joined_projections=True).eval()
     tokens = torch.randint(0, 125, (2, 9), generator=torch.Generator().manual_seed(4))
     with torch.no_grad():
-        want = forward_through_stages(model, mesh, tokens)
+        want = forward_through_stages(model, mesh, ModelInput(tokens))
         pack_weights(model)
-        found = forward_through_stages(model, mesh, tokens)
+        found = forward_through_stages(model, mesh, ModelInput(tokens))
     return found, want, sum(isinstance(parameter, OneDnnWeight) for parameter in model.parameters())
 
 
@@ -135,9 +135,9 @@ def test_adapters_beside_packed_weights(tmp_path: Path) -> None:
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=draw) * 0.2)
         join_projections(model)
-        want = model(tokens)
+        want = model(ModelInput(tokens)).logits
         pack_weights(model)
-        torch.testing.assert_close(model(tokens), want, rtol=0, atol=1e-4)
+        torch.testing.assert_close(model(ModelInput(tokens)).logits, want, rtol=0, atol=1e-4)
     adapted = model.layers["0"].mlp.down_proj
     assert isinstance(adapted, LoraLinear)
     assert isinstance(adapted.weight, OneDnnWeight)

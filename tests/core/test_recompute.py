@@ -9,6 +9,7 @@ from ascendspeed_core.build import load_model
 from ascendspeed_core.config.parallel import Layout, PipelineSchedule
 from ascendspeed_core.config.training import ComputeConfig, RecomputeConfig
 from ascendspeed_core.device import Device
+from ascendspeed_core.models.transformer import ModelInput
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.recompute import apply_recompute, recomputed_layers
 from ascendspeed_core.weights import InitialWeights
@@ -82,7 +83,7 @@ def kept_bytes(config: RecomputeConfig) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        logits = model(torch.arange(48).view(2, 24))
+        logits = model(ModelInput(torch.arange(48).view(2, 24))).logits
     size = sum(kept.values())
     logits.sum().backward()
     return size

@@ -65,7 +65,7 @@ def rows_of(prefix: Path, length: int = LENGTH) -> SftDataset:
 def losses_by_sample(model: Transformer, row: TrainingExample, length: int) -> dict[tuple[int, ...], float]:
     """The loss of each sample of a row, added up over its learned ids; by the ids of the sample."""
     batch = collate([row], length)
-    logits = model(batch.tokens, batch.positions, segments=batch.segments)
+    logits = model(batch.input).logits
     losses = (cross_entropy(logits, batch.labels, VOCABULARY, None) * batch.loss_mask)[0].tolist()
     found, start = {}, 0
     for size in row.lengths:
@@ -136,7 +136,7 @@ def test_nothing_leaks_between_samples(sets: tuple[Path, Path], kind: str) -> No
         handle = model.embedding.register_forward_hook(
             lambda *args: (args[2].retain_grad(), seen.append(args[2]))[0]
         )
-        logits = model(batch.tokens, batch.positions, segments=batch.segments)
+        logits = model(batch.input).logits
         handle.remove()
         logits[0, start:end].sum().backward()
         assert seen[0].grad is not None

@@ -11,6 +11,7 @@ from ascendspeed_core.build import load_model
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.config.sharding import tensor_slice
 from ascendspeed_core.device import Device
+from ascendspeed_core.models.transformer import ModelInput
 from ascendspeed_core.parallel.cross_entropy import cross_entropy
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.pipeline import forward_through_stages
@@ -35,11 +36,13 @@ def answers(folder: str, cases: list[dict[str, Any]], plain_ids: list[int], layo
         logits, greedy = [], []
         for case in cases:
             ids = torch.tensor([case["greedy_ids"]])
-            logits.append(gather_logits(forward_through_stages(model, mesh, ids)[0], vocab_size, group))
+            logits.append(
+                gather_logits(forward_through_stages(model, mesh, ModelInput(ids))[0], vocab_size, group)
+            )
             before = len(case["prompt_ids"])
             greedy.append(case["prompt_ids"] + logits[-1].argmax(-1)[before - 1 : -1].tolist())
         text = torch.tensor([plain_ids])
-        scores = forward_through_stages(model, mesh, text[:, :-1])
+        scores = forward_through_stages(model, mesh, ModelInput(text[:, :-1]))
         nll = cross_entropy(scores, text[:, 1:], vocab_size, group).mean()
     return {"logits": logits, "greedy": greedy, "nll": float(nll)}
 

@@ -1,30 +1,38 @@
 """Cases that worker processes run: train a tiny model under a layout and report everything about it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from ascendspeed_core.build import apply_kernels, load_model, parameter_slices
+from ascendspeed_core.config.lora import LoraConfig
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.parallel import Layout, Stage
 from ascendspeed_core.config.sharding import Slice
-from ascendspeed_core.config.training import ComputeConfig, DropoutConfig, OptimizerConfig, RecomputeConfig
+from ascendspeed_core.config.training import (
+    ComputeConfig,
+    DropoutConfig,
+    LossScaleConfig,
+    OptimizerConfig,
+    RecomputeConfig,
+)
 from ascendspeed_core.data.micro_batch import MicroBatch
 from ascendspeed_core.device import Device
 from ascendspeed_core.kernels.registry import KernelContext
-from ascendspeed_core.models.transformer import ModelInput
+from ascendspeed_core.models.transformer import ModelInput, ModelOutput
 from ascendspeed_core.objectives.next_token import NextTokenLoss
 from ascendspeed_core.objectives.objective import ObjectiveLoss
+from ascendspeed_core.optim.loss_scale import LossScale
 from ascendspeed_core.optim.native_engine import NativeEngine
 from ascendspeed_core.parallel.cross_entropy import cross_entropy
 from ascendspeed_core.parallel.dropout import apply_dropout
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.recompute import apply_recompute
 from ascendspeed_core.training.step import forward_backward, train_step
-from ascendspeed_core.weights import InitialWeights
+from ascendspeed_core.weights import InitialWeights, WeightSource
 
 SAMPLES, LENGTH = 16, 24
 
@@ -37,6 +45,7 @@ class Trained:
     norms: list[float]
     gradients: dict[str, torch.Tensor]
     weights: dict[str, torch.Tensor]
+    auxiliary_losses: list[dict[str, float]] = field(default_factory=list)
 
 
 def micro_batches(
@@ -101,11 +110,18 @@ def train(
     recompute: RecomputeConfig | None = None,
     compute: ComputeConfig | None = None,
     dropout: DropoutConfig | None = None,
+    lora: LoraConfig | None = None,
+    scale: float = 1.0,
     **optimizer_options: Any,
 ) -> Trained:
     """Train from seeded weights and return losses, norms, first-step gradients and final weights."""
     mesh = ParallelMesh.create(Device("cpu"), layout)
-    model = load_model(InitialWeights(config, seed=5), mesh, getattr(torch, dtype_name), joined)
+    source: WeightSource = InitialWeights(config, seed=5)
+    if lora is not None:
+        from core.finetune_cases import used_adapters
+
+        source = used_adapters(source, lora)
+    model = load_model(source, mesh, getattr(torch, dtype_name), joined)
     dropout = dropout or DropoutConfig()
     apply_kernels(
         model,
@@ -116,18 +132,19 @@ def train(
     apply_recompute(model, recompute or RecomputeConfig(), mesh.pp_rank)
     options: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.1, "clip_grad": 0.5}
     batches = micro_batches(config.vocab_size, 0, mesh, micro_batch_size, masked)
-    gradients = first_gradients(model, batches, mesh)
+    gradients = first_gradients(model, batches, mesh, scale=scale)
     engine = NativeEngine(model, OptimizerConfig(**(options | optimizer_options)), mesh)
-    losses, norms = [], []
+    losses, norms, auxiliary = [], [], []
+    loss_scale = LossScale.create(LossScaleConfig(loss_scale=scale), is_fp16=scale != 1.0)
     for step in range(steps):
-        result = train_step(
-            model, engine, micro_batches(config.vocab_size, step, mesh, micro_batch_size, masked), mesh
-        )
+        batches = micro_batches(config.vocab_size, step, mesh, micro_batch_size, masked)
+        result = train_step(model, engine, batches, mesh, loss_scale)
         losses.append(result.loss)
         norms.append(result.grad_norm)
+        auxiliary.append(result.auxiliary_losses)
     slices = parameter_slices(model, mesh)
     weights = {name: whole(p, slices[name], mesh.group("tp")) for name, p in model.named_parameters()}
-    return Trained(losses, norms, gradients, weights)
+    return Trained(losses, norms, gradients, weights, auxiliary)
 
 
 class PlainPasses:
@@ -136,11 +153,9 @@ class PlainPasses:
     def __init__(self, model: Any) -> None:
         self._model = model
 
-    def forward(self, given: ModelInput) -> torch.Tensor:
-        logits: torch.Tensor = self._model(
-            given.tokens, given.positions, segments=given.segments, samples=given.samples
-        )
-        return logits
+    def forward(self, given: ModelInput) -> ModelOutput:
+        output: ModelOutput = self._model(given)
+        return output
 
     def backward(self, loss: torch.Tensor, scale: float, is_last: bool) -> None:
         (loss * scale).backward()
@@ -150,19 +165,25 @@ class PlainPasses:
 
 
 def first_gradients(
-    model: Any, batches: list[MicroBatch], mesh: ParallelMesh, objective: ObjectiveLoss | None = None
+    model: Any,
+    batches: list[MicroBatch],
+    mesh: ParallelMesh,
+    objective: ObjectiveLoss | None = None,
+    scale: float = 1.0,
 ) -> dict[str, torch.Tensor]:
     """This stage's gradients of the first step, whole and added up over dp and cp, without an update."""
     count, loss_of = (objective or NextTokenLoss(model, mesh)).prepare(batches)
     passes: Any = PlainPasses(model)
-    forward_backward(model, passes, batches, mesh, count, loss_of)
+    forward_backward(model, passes, batches, mesh, count, loss_of, scale)
     sums, slices = {}, parameter_slices(model, mesh)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             assert parameter.grad is None
             continue
         place = slices[name]
-        gradient = whole(parameter.grad, place, mesh.group("tp"), add_copies=place.has_partial_gradient)
+        gradient = whole(
+            parameter.grad / scale, place, mesh.group("tp"), add_copies=place.has_partial_gradient
+        )
         sums[name] = mesh.sum_over("replicas", gradient.double())
         parameter.grad = None
     return sums
@@ -178,7 +199,7 @@ def join_stages(ranks: list[Trained], layout: Layout) -> Trained:
             gradients[name] = gradients[name] + gradient if name in gradients else gradient
         for name, weight in stage.weights.items():
             assert torch.equal(weights.setdefault(name, weight), weight), f"copies of {name} differ"
-    return Trained(stages[0].losses, stages[0].norms, gradients, weights)
+    return Trained(stages[0].losses, stages[0].norms, gradients, weights, stages[0].auxiliary_losses)
 
 
 def vocabulary_cross_entropy(vocab_size: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

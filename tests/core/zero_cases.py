@@ -91,7 +91,7 @@ def train_zero(
             continue
         gradient = safe_get_full_grad(parameter).double().view(slices[name].sizes)
         gradients[name] = whole(gradient, slices[name], mesh.group("tp"))
-    losses, norms = [float(mesh.sum_over("replicas", first))], [engine.step()]
+    losses, norms = [float(mesh.sum_over("replicas", first.loss))], [engine.step()]
     for step in range(1, steps):
         batches = micro_batches(config.vocab_size, step, mesh, micro_batch_size, masked=True)
         result = train_step(model, engine, batches, mesh)

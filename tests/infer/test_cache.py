@@ -8,18 +8,21 @@ import torch
 from ascendspeed_core.build import load_model
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.device import Device
-from ascendspeed_core.models.cache import BLOCK_TOKENS, KeyValueCache, SequenceChunk
+from ascendspeed_core.models.cache import BLOCK_TOKENS, KeyValueCache, LayerCache, SequenceChunk
 from ascendspeed_core.models.onednn_weight import pack_weights
+from ascendspeed_core.models.transformer import ModelInput, Transformer
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.pipeline import forward_through_stages
 from ascendspeed_core.parallel.tensor import gather_logits
-from ascendspeed_core.weights import open_weights
+from ascendspeed_core.weights import InitialWeights, open_weights
 from ascendspeed_data.errors import AscendSpeedError
 from ascendspeed_infer.engine.llm_engine import LLMEngine
-from ascendspeed_infer.engine.model_runner import ModelRunner, ScheduledChunk
+from ascendspeed_infer.engine.model_runner import ModelRunner, ScheduledChunk, make_cache
 from ascendspeed_infer.engine.sequence import GenerationSettings
 from ascendspeed_infer.generation import generate_batch, generate_ids
 from support.families import REFERENCES
+from support.made_up_layers import made_up_layers
+from support.models import tiny_config
 from support.processes import WorkerPool
 
 LENGTH = 24
@@ -31,23 +34,41 @@ def decoded_and_whole(
     """Logits of the text in parts, each after those before, and of the text in one pass."""
     mesh = ParallelMesh.create(Device("cpu"), layout)
     model = load_model(open_weights(Path(folder)), mesh, torch.float64).eval()
+    return both_logits(model, mesh, parts)
+
+
+def made_up_decoded_and_whole(
+    layout: Layout, parts: tuple[int, ...]
+) -> tuple[torch.Tensor, torch.Tensor, list[tuple[int, ...]]]:
+    """The same of a model whose layers keep different things, and the shapes of what this rank keeps."""
+    mesh = ParallelMesh.create(Device("cpu"), layout)
+    config = tiny_config(qk_norm=True, initializer_range=0.4)
+    with made_up_layers():
+        model = load_model(InitialWeights(config, 5), mesh, torch.float64).eval()
+    shapes = [tuple(tensor.shape) for tensor in kept(make_cache(model, mesh, BLOCK_TOKENS))]
+    return *both_logits(model, mesh, parts), shapes
+
+
+def both_logits(
+    model: Transformer, mesh: ParallelMesh, parts: tuple[int, ...]
+) -> tuple[torch.Tensor, torch.Tensor]:
     draw = torch.Generator().manual_seed(2)
     text, other = torch.randint(0, 125, (2, LENGTH), generator=draw).tolist()
     runner = ModelRunner(model, mesh, 3 * LENGTH)
     runner.cache.reserve(5)
-    room, others = runner.cache.reserve(LENGTH), runner.cache.reserve(LENGTH)
+    slot, others = runner.cache.reserve(LENGTH), runner.cache.reserve(LENGTH)
     pieces, start = [], 0
     for count in parts:
         # In company: the same pass reads as much of another text, before or behind.
         works = [
             ScheduledChunk(SequenceChunk(its, start, count), ids[start : start + count], count)
-            for its, ids in ((room, text), (others, other))
+            for its, ids in ((slot, text), (others, other))
         ]
         place = start % 2
         pieces.append(runner.run(works[::-1] if place else works)[place])
         start += count
-    whole = forward_through_stages(model, mesh, torch.tensor([text]))
-    return torch.cat(pieces), gather_logits(whole[0], 125, mesh.group("tp"))
+    whole = forward_through_stages(model, mesh, ModelInput(torch.tensor([text])))
+    return torch.cat(pieces), gather_logits(whole[0], model.config.vocab_size, mesh.group("tp"))
 
 
 def together_and_alone(folder: str, layout: Layout) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
@@ -90,6 +111,22 @@ def test_decoding_equals_one_pass(workers: WorkerPool, tmp_path: Path, name: str
         assert float(whole.abs().max()) > 0.5
 
 
+@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2), Layout(pp=2)], ids=str)
+def test_layers_that_keep_different_things(workers: WorkerPool, layout: Layout) -> None:
+    """A window, one latent of each token in place of key and value, half of each head turned: one cache for all."""
+    parts = (9, 6, *[1] * 9)
+    found = workers.run(made_up_decoded_and_whole, layout.world_size, layout, parts)
+    for decoded, whole, _ in found:
+        torch.testing.assert_close(decoded, whole, rtol=0, atol=1e-11)
+        assert float(whole.abs().max()) > 0.5
+    heads = 4 // layout.tp
+    both = [(heads, BLOCK_TOKENS, 4)] * 2
+    want = [both, [(BLOCK_TOKENS, heads * 4)], both, both]
+    for rank, (_, _, shapes) in enumerate(found):
+        layers = {1: (0, 1, 2, 3), 2: ((0, 1), (2, 3))[rank]}[layout.pp]
+        assert shapes == [shape for layer in layers for shape in want[layer]]
+
+
 def in_company_and_alone(
     folder: str, layout: Layout, dtype: torch.dtype
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -102,14 +139,14 @@ def in_company_and_alone(
     texts = [torch.randint(0, 125, (start + count,), generator=draw).tolist() for start, count in parts]
 
     def works(runner: ModelRunner) -> list[ScheduledChunk]:
-        rooms = [runner.cache.reserve(LENGTH) for _ in parts]
+        slots = [runner.cache.reserve(LENGTH) for _ in parts]
         pieces = [
-            SequenceChunk(room, start, count) for room, (start, count) in zip(rooms, parts, strict=True)
+            SequenceChunk(slot, start, count) for slot, (start, count) in zip(slots, parts, strict=True)
         ]
         both = list(zip(pieces, texts, strict=True))
         runner.run(
             [
-                ScheduledChunk(SequenceChunk(one.room, 0, one.start), ids[: one.start])
+                ScheduledChunk(SequenceChunk(one.slot, 0, one.start), ids[: one.start])
                 for one, ids in both
                 if one.start
             ]
@@ -137,40 +174,46 @@ def test_unequal_texts_in_one_pass(workers: WorkerPool, tmp_path: Path, name: st
                 assert float(alone.abs().max()) > 0.5
 
 
+def kept(cache: KeyValueCache) -> list[torch.Tensor]:
+    return [tensor for layer in cache.layers for tensor in layer]
+
+
 def small_cache(blocks: int) -> KeyValueCache:
-    cache = KeyValueCache(2, 3, blocks * BLOCK_TOKENS, 4, torch.float32, torch.device("cpu"))
-    cache.keys.zero_()
-    cache.values.zero_()
+    layers = [LayerCache(((3, 4), (3, 4))), LayerCache(((5,),)), LayerCache(((3, 4), (3, 4)))]
+    cache = KeyValueCache(layers, blocks * BLOCK_TOKENS, torch.float32, torch.device("cpu"))
+    for tensor in kept(cache):
+        tensor.zero_()
     return cache
 
 
-def test_rooms_move_together_with_what_they_hold() -> None:
-    """Free blocks that lie apart are enough for a room of them all."""
+def test_slots_move_together_with_what_they_hold() -> None:
+    """Free blocks that lie apart are enough for a slot of them all."""
     cache = small_cache(8)
-    rooms = [cache.reserve(BLOCK_TOKENS * blocks - 3) for blocks in (1, 2, 1, 2, 2)]
+    slots = [cache.reserve(BLOCK_TOKENS * blocks - 3) for blocks in (1, 2, 1, 2, 2)]
     assert cache.free_blocks == 0
-    for number, room in enumerate(rooms):
-        places = slice(room.start, room.start + room.tokens)
-        cache.keys[:, :, places] = torch.arange(room.tokens).view(-1, 1) + 100.0 * number
-        cache.values[:, :, places] = -(torch.arange(room.tokens).view(-1, 1) + 100.0 * number)
+    for number, slot in enumerate(slots):
+        for sign, tensor in enumerate(kept(cache), start=1):
+            mine = tensor[..., slot.start : slot.start + slot.tokens, :]
+            mine[:] = sign * (torch.arange(slot.tokens).view(-1, 1) + 100.0 * number)
     for number in (0, 2, 4):
-        cache.release(rooms[number])
+        cache.release(slots[number])
     assert cache.free_blocks == 4
     large = cache.reserve(4 * BLOCK_TOKENS)
     assert cache.free_blocks == 0
-    assert [(room.first_block, room.num_blocks) for room in (rooms[1], rooms[3], large)] == [
+    assert [(slot.first_block, slot.num_blocks) for slot in (slots[1], slots[3], large)] == [
         (0, 2),
         (2, 2),
         (4, 4),
     ]
     for number in (1, 3):
-        room = rooms[number]
-        want = (torch.arange(room.tokens).view(-1, 1) + 100.0 * number).expand(2, 3, -1, 4)
-        assert torch.equal(cache.keys[:, :, room.start : room.start + room.tokens], want)
-        assert torch.equal(cache.values[:, :, room.start : room.start + room.tokens], -want)
+        slot = slots[number]
+        for sign, tensor in enumerate(kept(cache), start=1):
+            mine = tensor[..., slot.start : slot.start + slot.tokens, :]
+            want = sign * (torch.arange(slot.tokens).view(-1, 1) + 100.0 * number)
+            assert torch.equal(mine, want.expand_as(mine))
 
 
-def test_a_room_that_does_not_fit() -> None:
+def test_a_slot_that_does_not_fit() -> None:
     cache = small_cache(3)
     cache.reserve(2 * BLOCK_TOKENS)
     with pytest.raises(

@@ -7,6 +7,7 @@ import torch
 from ascendspeed_core.build import load_model
 from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.device import HOST
+from ascendspeed_core.models.transformer import ModelInput
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.weights import WeightSource
 
@@ -29,10 +30,10 @@ def compare_logits(
     config = source.config
     length = min(LENGTH, config.max_position_embeddings)
     tokens = torch.randint(0, config.vocab_size, (BATCH, length), generator=torch.Generator().manual_seed(0))
-    ours = load_model(source, ParallelMesh(HOST, Layout()), torch.float32)(tokens)
+    ours = load_model(source, ParallelMesh(HOST, Layout()), torch.float32)(ModelInput(tokens)).logits
     theirs = _of_transformers(folder, tokens) if folder is not None else None
     if theirs is None:
-        second = load_model(written, ParallelMesh(HOST, Layout()), torch.float32)(tokens)
+        second = load_model(written, ParallelMesh(HOST, Layout()), torch.float32)(ModelInput(tokens)).logits
         return float((ours - second).abs().max()), float(second.abs().max()), "ours"
     return float((ours - theirs).abs().max()), float(theirs.abs().max()), "transformers"
 

@@ -1,4 +1,4 @@
-"""Make this process's part of a model and fill it."""
+"""Make this rank's part of a model and fill it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -38,13 +38,13 @@ def build_model(
     joined_projections: bool = False,
     adapters: AdapterPlan | None = None,
 ) -> Transformer:
-    """Return this process's part of the model, its storage on the device but not filled.
+    """Return this rank's part of the model, its storage on the device but not filled.
 
     No process ever holds more than its own slices.
 
     Args:
         config: the model.
-        mesh: this process's place.
+        mesh: the mesh, with this rank's coordinates.
         dtype: of the weights.
         joined_projections: one matrix product for queries, keys and values, and one for gate and up.
         adapters: which tensors are trained, when not all are.
@@ -64,7 +64,7 @@ def build_model(
 def _cut_model(
     config: ModelConfig, mesh: ParallelMesh, dtype: torch.dtype, adapters: AdapterPlan | None
 ) -> Transformer:
-    """Return this process's part of the model without storage."""
+    """Return this rank's part of the model without storage."""
     mine = stages_of_ranks(config.num_layers, mesh.layout)[mesh.pp_rank]
     model = empty_transformer(config, dtype, mine)
     if adapters is not None:
@@ -87,17 +87,17 @@ def load_model(
     zero_settings: Mapping[str, Any] | None = None,
     weight_quantization: WeightQuantization = "none",
 ) -> Transformer:
-    """Return this process's part of the model that `source` holds, reading only its own slices.
+    """Return this rank's part of the model that `source` holds, reading only its own slices.
 
     Under ZeRO-3 it reads its tensor-parallel slices, one module after the other, and keeps its share of each.
 
     Args:
         source: the weights.
-        mesh: this process's place.
+        mesh: the mesh, with this rank's coordinates.
         dtype: of the weights.
         joined_projections: see `build_model`.
         zero_settings: config of `deepspeed.initialize`, when the layout has a ZeRO stage.
-        weight_quantization: `int8` makes a model that only answers, see `load_int8_model`.
+        weight_quantization: `int8` makes a model for inference only, see `load_int8_model`.
     """
     if weight_quantization == "int8":
         return load_int8_model(source, mesh, dtype, joined_projections)
@@ -123,15 +123,15 @@ def load_model(
 def load_int8_model(
     source: WeightSource, mesh: ParallelMesh, dtype: torch.dtype, joined_projections: bool = False
 ) -> Transformer:
-    """Return this process's part of a model whose layers and head hold int8 weights; it answers, and is not trained.
+    """Return this rank's part of a model whose layers and head hold int8 weights; it is for inference only.
 
     Each weight is quantized as it is read, so besides the integers a process never holds more than one module's
     weights. Embedding, a head that is tied to it, norms, biases and adapters keep their format. The scale of a row is
-    that of the whole row, also where each device holds a part of it: the integers are the same under every layout.
+    that of the whole row, also where each rank holds a part of it: the integers are the same under every layout.
 
     Args:
         source: the weights; not spread by ZeRO-3.
-        mesh: this process's place.
+        mesh: the mesh, with this rank's coordinates.
         dtype: of activations, scales, and what is not quantized.
         joined_projections: see `build_model`.
 
@@ -180,7 +180,7 @@ def _quantize_layer(
 
 
 def parameter_slices(model: Transformer, mesh: ParallelMesh) -> dict[str, Slice]:
-    """Return which part of each parameter this process holds."""
+    """Return which part of each parameter this rank holds."""
     shapes = shapes_of(model)
     return {
         name: tensor_slice(name, shapes[name], model.config, mesh.layout, mesh.tp_rank)
@@ -189,14 +189,14 @@ def parameter_slices(model: Transformer, mesh: ParallelMesh) -> dict[str, Slice]
 
 
 def apply_kernels(
-    model: Transformer, config: ComputeConfig, setting: KernelContext | None = None
+    model: Transformer, config: ComputeConfig, context: KernelContext | None = None
 ) -> list[Choice]:
     """Give the layers of this process the implementations that `config` asks for, in place.
 
     Args:
-        model: this process's part.
+        model: this rank's part.
         config: names, or `auto`.
-        setting: where it runs; by default a CPU with the whole vocabulary.
+        context: where it runs; by default a CPU with the whole vocabulary.
 
     Returns:
         What was chosen, by operator.
@@ -205,13 +205,13 @@ def apply_kernels(
         ConfigError: an operator was named that the model does not have.
         AscendSpeedError: an implementation was named that cannot run here.
     """
-    setting = setting or KernelContext()
+    context = context or KernelContext()
     chosen: dict[str, Callable[..., Any]] = {}
     choices: list[Choice] = []
     for operator, asked in config.kernel_names().items():
         reason = _absence(operator, model, choices)
         if reason is None:
-            implementation, choice = choose(operator, asked, setting)
+            implementation, choice = choose(operator, asked, context)
             chosen[operator] = implementation.run
             choices.append(choice)
         elif asked != "auto":
@@ -222,7 +222,7 @@ def apply_kernels(
     for module in model.modules():
         if isinstance(module, Attention):
             module.attend = chosen["attention"]
-            module.attend_dropping = chosen["attention"] if setting.drops_attention else None
+            module.attend_dropping = chosen["attention"] if context.drops_attention else None
             module.rotate = chosen.get("rotary", module.rotate)
         elif isinstance(module, RMSNorm):
             module.normalise = chosen["rms_norm"]

@@ -1,30 +1,52 @@
-"""Keys and values of the tokens seen so far, for decoding; and one pass of a model over pieces of several texts.
+"""What attention keeps of the tokens seen so far, for decoding; and one pass over chunks of several sequences.
 
-All texts share one preallocated piece of memory. Each has a room in it, reserved for the longest that it can become,
-in which its keys and values lie one after the other: attention reads them where they are, without a copy. Rooms are
-counted in blocks. When the free blocks would do but lie apart, rooms move together.
+All sequences share one preallocated piece of memory. Each has a slot in it, reserved for the longest that it can
+become, in which what is kept of its tokens lies in order: attention reads it where it is, without a copy. Slots are
+counted in blocks. When the free blocks would do but are scattered, slots move together.
 
-Shapes: L layers of this device, K key-value heads of this device, C capacity in tokens, D head size, M tokens of a
-pass, N query heads of this device.
+What is kept is up to the attention of each layer: keys and values in most, something else in others (one latent for
+both, say). Layers that keep the same share one tensor, so that the views of a chunk are made for all of them at once.
+
+Shapes: L layers of this rank, K key-value heads of this rank, C capacity in tokens, D head size, M tokens of a pass, N
+query heads of this rank, T tokens attended to.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 
 from ascendspeed_data.errors import AscendSpeedError
 
 BLOCK_TOKENS = 16
-"""Rooms are reserved in blocks of so many tokens."""
+"""Slots are reserved in blocks of this size."""
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """What the attention of one layer keeps.
+
+    Attributes:
+        shapes: of each thing that is kept of one token, [D] or [K, D]; for keys and values ((K, D), (K, D)).
+        window: tokens that a query sees, its own included; `None` for all.
+    """
+
+    shapes: tuple[tuple[int, ...], ...]
+    window: int | None = None
+
+    @property
+    def elements_per_token(self) -> int:
+        """How many numbers are kept of one token."""
+        return sum(prod(shape) for shape in self.shapes)
 
 
 @dataclass(eq=False)
 class CacheSlot:
-    """Where one text's keys and values lie.
+    """The part of the cache that belongs to one sequence.
 
     Attributes:
-        first_block: where it begins; changes when rooms move together.
+        first_block: where it begins; changes when slots move together.
         num_blocks: how long it is.
     """
 
@@ -33,218 +55,247 @@ class CacheSlot:
 
     @property
     def start(self) -> int:
-        """First token in the memory."""
+        """First token in the cache."""
         return self.first_block * BLOCK_TOKENS
 
     @property
     def tokens(self) -> int:
-        """How many tokens have room."""
+        """How many tokens fit."""
         return self.num_blocks * BLOCK_TOKENS
 
 
+@dataclass(frozen=True)
+class _LayerGroup:
+    """Layers that keep the same.
+
+    Attributes:
+        layers: their indexes in the cache.
+        window: see `LayerCache`.
+        tensors: one for each thing that is kept, [L, ..., C, D].
+    """
+
+    layers: tuple[int, ...]
+    window: int | None
+    tensors: tuple[torch.Tensor, ...]
+
+
 class KeyValueCache:
-    """Preallocated keys and values of every layer, [L, K, C, D] each.
+    """Preallocated memory for what every layer keeps.
 
     Args:
-        num_layers: L.
-        num_key_value_heads: K.
-        capacity_tokens: C, of all texts together; rounded up to whole blocks.
-        head_dim: D.
-        window: keys that a query sees, its own included; `None` for all.
+        layers: what each layer keeps, in order.
+        capacity_tokens: C, of all sequences together; rounded up to whole blocks.
+        dtype: of what is kept.
+        device: where it is kept.
+
+    Attributes:
+        layers: tensors of each layer, one for each thing that it keeps, [..., C, D]; keys and values are [K, C, D].
     """
 
     def __init__(
-        self,
-        num_layers: int,
-        num_key_value_heads: int,
-        capacity_tokens: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        window: int | None = None,
+        self, layers: Sequence[LayerCache], capacity_tokens: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self._window = window
-        self.num_blocks = blocks_of(capacity_tokens)
-        shape = (num_layers, num_key_value_heads, self.num_blocks * BLOCK_TOKENS, head_dim)
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
-        self._rooms: list[CacheSlot] = []
-        self.free_blocks = self.num_blocks
+        self.device = device
+        self.num_blocks = self.free_blocks = blocks_of(capacity_tokens)
+        self.groups: list[_LayerGroup] = []
+        by_index: dict[int, tuple[torch.Tensor, ...]] = {}
+        for kind in dict.fromkeys(layers):
+            indexes = tuple(index for index, layer in enumerate(layers) if layer == kind)
+            shapes = [
+                (len(indexes), *shape[:-1], self.num_blocks * BLOCK_TOKENS, shape[-1])
+                for shape in kind.shapes
+            ]
+            tensors = tuple(torch.empty(shape, dtype=dtype, device=device) for shape in shapes)
+            self.groups.append(_LayerGroup(indexes, kind.window, tensors))
+            by_index |= dict(zip(indexes, zip(*tensors, strict=True), strict=True))
+        self.layers = [by_index[index] for index in range(len(layers))]
+        self._slots: list[CacheSlot] = []
 
     def reserve(self, tokens: int) -> CacheSlot:
-        """Reserve a room for a text of at most so many tokens; what it holds is undefined.
+        """Reserve a slot for a sequence of at most `tokens` tokens; what it holds is undefined.
 
         Raises:
-            AscendSpeedError: not enough free blocks; ask `free_blocks` before.
+            AscendSpeedError: not enough free blocks; check `free_blocks` before.
         """
         wanted = blocks_of(tokens)
         if wanted > self.free_blocks:
             raise AscendSpeedError(
                 f"{tokens} tokens need {wanted} blocks of the key-value cache, of which {self.free_blocks} are free; "
-                "give back rooms first, or make the cache larger"
+                "release slots first, or make the cache larger"
             )
-        place = self._gap(wanted)
-        if place is None:
+        gap = self._gap(wanted)
+        if gap is None:
             self._move_together()
-            place = self._gap(wanted)
-            assert place is not None
-        number, first_block = place
-        room = CacheSlot(first_block, wanted)
-        self._rooms.insert(number, room)
+            gap = self._gap(wanted)
+            assert gap is not None
+        number, first_block = gap
+        slot = CacheSlot(first_block, wanted)
+        self._slots.insert(number, slot)
         self.free_blocks -= wanted
-        return room
+        return slot
 
-    def release(self, room: CacheSlot) -> None:
-        """Give a room back."""
-        self._rooms.remove(room)
-        self.free_blocks += room.num_blocks
+    def release(self, slot: CacheSlot) -> None:
+        """Give a slot back."""
+        self._slots.remove(slot)
+        self.free_blocks += slot.num_blocks
 
     def copy(self, source: CacheSlot, target: CacheSlot, start: int, end: int) -> None:
-        """Copy the keys and values of tokens `start` to `end` of a text into the room of another."""
-        for whole in (self.keys, self.values):
-            there = whole[:, :, target.start + start : target.start + end]
-            there.copy_(whole[:, :, source.start + start : source.start + end])
-
-    def first_key(self, piece: "SequenceChunk") -> int:
-        """Return the first place of its text that any token of a piece sees."""
-        return 0 if self._window is None else max(piece.start - self._window + 1, 0)
+        """Copy what is kept of tokens `start` to `end` of a sequence into the slot of another."""
+        for group in self.groups:
+            for whole in group.tensors:
+                there = whole.narrow(-2, target.start + start, end - start)
+                there.copy_(whole.narrow(-2, source.start + start, end - start))
 
     def _gap(self, wanted: int) -> tuple[int, int] | None:
-        """Return the number among rooms and the first block of the first gap that is long enough."""
+        """Return the number among slots and the first block of the first gap that is long enough."""
         start = 0
-        for number, room in enumerate(self._rooms):
-            if room.first_block - start >= wanted:
+        for number, slot in enumerate(self._slots):
+            if slot.first_block - start >= wanted:
                 return number, start
-            start = room.first_block + room.num_blocks
-        return (len(self._rooms), start) if self.num_blocks - start >= wanted else None
+            start = slot.first_block + slot.num_blocks
+        return (len(self._slots), start) if self.num_blocks - start >= wanted else None
 
     def _move_together(self) -> None:
-        """Move every room down to the end of the one before."""
+        """Move every slot down to the end of the one before."""
         start = 0
-        for room in self._rooms:
-            if room.first_block != start:
-                old, new = room.start, start * BLOCK_TOKENS
-                for layer in (*self.keys, *self.values):
+        for slot in self._slots:
+            if slot.first_block != start:
+                for whole in (tensor for layer in self.layers for tensor in layer):
                     # The two may overlap.
-                    layer[:, new : new + room.tokens] = layer[:, old : old + room.tokens].clone()
-                room.first_block = start
-            start += room.num_blocks
+                    moved = whole.narrow(-2, slot.start, slot.tokens).clone()
+                    whole.narrow(-2, start * BLOCK_TOKENS, slot.tokens).copy_(moved)
+                slot.first_block = start
+            start += slot.num_blocks
 
 
 def blocks_of(tokens: int) -> int:
-    """Return how many blocks hold so many tokens."""
+    """Return how many blocks hold a number of tokens."""
     return -(-tokens // BLOCK_TOKENS)
 
 
 @dataclass(frozen=True)
 class SequenceChunk:
-    """Tokens of one text that a pass runs.
+    """Tokens of one sequence that a pass computes.
 
     Attributes:
-        room: of the text.
-        start: place of the first of them in the text; what is before lies in the room.
-        count: how many, all of which have room.
+        slot: of the sequence.
+        start: position of the first of them; what is kept of the tokens before lies in the slot.
+        count: how many, all of which fit into the slot.
     """
 
-    room: CacheSlot
+    slot: CacheSlot
     start: int
     count: int
 
     @property
     def end(self) -> int:
-        """Place after the last of them."""
+        """Position after the last of them."""
         return self.start + self.count
 
+    def first_visible(self, window: int | None) -> int:
+        """Return the first position that any of the tokens sees."""
+        return 0 if window is None else max(self.start - window + 1, 0)
 
-_ByLayer = tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]
-"""Keys and values, by layer."""
+
+_ViewsByLayer = Sequence[tuple[torch.Tensor, ...]]
+"""For each layer a view of each thing that it keeps, [1, ..., T, D]."""
 
 
 class CachedPass:
-    """One pass of a model over pieces of texts, laid one after the other: [1, M] tokens.
+    """One pass of a model over chunks of sequences, concatenated: [1, M] tokens.
 
-    Linear layers see all of them at once, attention sees piece after piece, each with its own text. Several pieces may
-    use one room: what they have in common lies before them, and what each adds is gone after. In every layer a piece's
-    keys and values are then stored and attended to before those of the next.
+    Linear layers see all of them at once; attention sees chunk after chunk, each with its own sequence. Several chunks
+    may use one slot: what they have in common lies before them, and what each adds is overwritten by the next. In every
+    layer what is kept of a chunk is then stored and attended to before that of the next.
 
     Args:
-        cache: where keys and values lie.
-        pieces: in order.
-        length: M, if more than the pieces hold; the rest is padding that nobody reads.
+        cache: what is kept of earlier tokens.
+        chunks: in order.
+        length: M, if more than the chunks hold; the rest is padding that nobody reads.
     """
 
     def __init__(
-        self, cache: KeyValueCache, pieces: Sequence[SequenceChunk], length: int | None = None
+        self, cache: KeyValueCache, chunks: Sequence[SequenceChunk], length: int | None = None
     ) -> None:
-        self.pieces = tuple(pieces)
+        self.chunks = tuple(chunks)
         self.cache = cache
-        counts = [piece.count for piece in pieces]
+        counts = [chunk.count for chunk in chunks]
         used = sum(counts)
         self.length = used if length is None else length
         self._padding = self.length - used
         self._counts = [*counts, self._padding] if self._padding else counts
-        places = [place for piece in pieces for place in range(piece.start, piece.end)]
-        self.positions = torch.tensor([places + [0] * self._padding], device=cache.keys.device)
-        """Place of each token in its text, [1, M]."""
+        positions = [position for chunk in chunks for position in range(chunk.start, chunk.end)]
+        self.positions = torch.tensor([positions + [0] * self._padding], device=cache.device)
+        """Position of each token in its sequence, [1, M]."""
         self._rows: torch.Tensor | None = None
-        # Several pieces are stored at once, if none lies where another of them is looked for.
-        if len(pieces) > 1 and len({piece.room.start for piece in pieces}) == len(pieces):
-            rows = [piece.room.start + place for piece in pieces for place in range(piece.start, piece.end)]
-            self._rows = torch.tensor(rows, device=cache.keys.device)
-        self._seen: list[_ByLayer] = []
-        self._stored: list[_ByLayer] = []
+        # Several chunks are stored at once, if none lies where another of them is looked for.
+        if len(chunks) > 1 and len({chunk.slot.start for chunk in chunks}) == len(chunks):
+            rows = [
+                chunk.slot.start + position for chunk in chunks for position in range(chunk.start, chunk.end)
+            ]
+            self._rows = torch.tensor(rows, device=cache.device)
+        self._visible: list[_ViewsByLayer] = []
+        self._stored: list[_ViewsByLayer] = []
 
     def attend(
         self,
         layer: int,
         q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor],
+        kept: Sequence[torch.Tensor],
+        attend: Callable[..., torch.Tensor],
         masks: Sequence[torch.Tensor | None],
     ) -> torch.Tensor:
-        """Store the keys and values of every piece, and attend to its text.
+        """Store what is kept of every chunk, and attend to its sequence.
 
         Args:
-            layer: place of the layer in the cache.
+            layer: index of the layer in the cache.
             q: [1, M, N, D].
-            k: [1, M, K, D].
-            v: [1, M, K, D].
-            attend: attention of one text, see `attention.causal_attention`.
-            masks: of each piece, over the keys that `KeyValueCache.first_key` leaves.
+            kept: what the layer keeps of these tokens, in the order of its `LayerCache`; [1, M, K, D] or [1, M, D]
+                each.
+            attend: attention of one sequence: queries [1, N, S, D], then everything that is kept, [1, K, T, D] or
+                [1, T, D], then the mask -> [1, N, S, D].
+            masks: of each chunk, over the tokens that `SequenceChunk.first_visible` leaves.
 
         Returns:
             [1, M, N, D].
         """
-        if not self._seen:
-            self._find_places()
+        if not self._visible:
+            self._make_views()
         queries = q.transpose(1, 2).split(self._counts, dim=2)
-        k, v = k[0].transpose(0, 1), v[0].transpose(0, 1)
+        # Tokens stand before the last dimension: [M, K, D] -> [K, M, D], and [M, D] as it is.
+        new = [one[0].transpose(0, -2) for one in kept]
         if self._rows is not None:
             used = len(self._rows)
-            self.cache.keys[layer].index_copy_(1, self._rows, k[:, :used])
-            self.cache.values[layer].index_copy_(1, self._rows, v[:, :used])
+            for whole, mine in zip(self.cache.layers[layer], new, strict=True):
+                whole.index_copy_(-2, self._rows, mine.narrow(-2, 0, used))
         parts, done = [], 0
-        for number, piece in enumerate(self.pieces):
+        for number, chunk in enumerate(self.chunks):
             if self._rows is None:
-                here, done = slice(done, done + piece.count), done + piece.count
-                keys, values = self._stored[number]
-                keys[layer].copy_(k[:, here])
-                values[layer].copy_(v[:, here])
-            keys, values = self._seen[number]
-            parts.append(attend(queries[number], keys[layer], values[layer], masks[number]))
+                for view, mine in zip(self._stored[number][layer], new, strict=True):
+                    view.copy_(mine.narrow(-2, done, chunk.count))
+                done += chunk.count
+            parts.append(attend(queries[number], *self._visible[number][layer], masks[number]))
         if self._padding:
             parts.append(torch.zeros_like(queries[-1]))
         attended = torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
         return attended.transpose(1, 2)
 
-    def _find_places(self) -> None:
-        """Make the views of what each piece sees and stores, of all layers at once: far cheaper than layer by layer."""
-        keys, values = self.cache.keys, self.cache.values
-        for piece in self.pieces:
-            base = piece.room.start
-            seen = slice(base + self.cache.first_key(piece), base + piece.end)
-            self._seen.append((keys[:, None, :, seen].unbind(), values[:, None, :, seen].unbind()))
+    def _make_views(self) -> None:
+        """Make the views of what each chunk sees and stores, of all layers at once: far cheaper than layer by layer."""
+        for chunk in self.chunks:
+            self._visible.append(self._views(chunk, only_new=False))
             if self._rows is None:
-                own = slice(base + piece.start, base + piece.end)
-                self._stored.append((keys[:, :, own].unbind(), values[:, :, own].unbind()))
+                self._stored.append(self._views(chunk, only_new=True))
+
+    def _views(self, chunk: SequenceChunk, only_new: bool) -> _ViewsByLayer:
+        """Return views of what a chunk sees, or of its own tokens alone."""
+        found: dict[int, tuple[torch.Tensor, ...]] = {}
+        for group in self.cache.groups:
+            first = chunk.start if only_new else chunk.first_visible(group.window)
+            start, count = chunk.slot.start + first, chunk.end - first
+            views = [whole.narrow(-2, start, count).unsqueeze(1).unbind() for whole in group.tensors]
+            by_layer = list(zip(*views, strict=True))
+            if len(self.cache.groups) == 1:
+                return by_layer
+            found |= dict(zip(group.layers, by_layer, strict=True))
+        return [found[index] for index in range(len(found))]

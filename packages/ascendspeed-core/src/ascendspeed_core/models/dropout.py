@@ -1,12 +1,11 @@
-"""Dropout (Srivastava et al., 2014) whose mask says what is dropped, not which device drops it.
+"""Dropout (Srivastava et al., 2014) whose masks depend on what is dropped, not on the rank that drops it.
 
-Whether a number stays is a hash of the seed, the number of its sample in the run, its token, layer and place
-(counter-based random numbers: Salmon et al., 2011). So devices that hold the same activations drop the same, those that
-hold parts drop what one process would drop there, layers that are computed again drop the same again, and a run that
-goes on under any layout draws what it would have drawn. Nothing is drawn from torch's generators.
+Whether a number stays is a hash of the seed, the number of its sample in the run, its token, layer and site in the
+layer (counter-based random numbers: Salmon et al., 2011). So ranks that hold the same activations drop the same, those
+that hold parts drop what one process would drop there, recomputed layers drop the same again, and a run that resumes
+under another layout draws what it would have drawn. Nothing is drawn from torch's generators.
 
-Shapes: B batch, S sequence (its part on this device where it is cut), H hidden size, N query heads of this device, T
-keys.
+Shapes: B batch, S sequence (its part on this rank where it is cut), H hidden size, N query heads of this rank, T keys.
 """
 
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ AFTER_EMBEDDING: Final = -1
 """Number of the layer to which the embedding's dropout belongs."""
 
 OF_WEIGHTS, AFTER_ATTENTION, AFTER_MLP = range(3)
-"""AttentionInputs in a layer."""
+"""Sites in a layer where something is dropped."""
 
 BEFORE_ADAPTER: Final = {
     name: 3 + number
@@ -26,7 +25,7 @@ BEFORE_ADAPTER: Final = {
         ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     )
 }
-"""Further places: the input of each linear layer's adapter."""
+"""Further sites: the input of each linear layer's adapter."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +33,11 @@ class Dropout:
     """How much is dropped in a run.
 
     Attributes:
-        hidden: share of what embedding, attention and MLP give to the residual stream.
+        hidden: share of what embedding, attention and MLP add to the residual stream.
         attention: share of attention's weights.
         seed: of the run.
-        sequence_part: which part of the sequence the residual stream has on this device, where it is cut.
-        inner_part: which part attention and MLP have: the whole sequence, but under context parallelism.
+        sequence_part: which part of the sequence the residual stream has on this rank, where it is cut.
+        inner_part: which part attention and MLP have: the whole sequence, except under context parallelism.
     """
 
     hidden: float
@@ -47,12 +46,12 @@ class Dropout:
     sequence_part: int = 0
     inner_part: int = 0
 
-    def of(self, samples: torch.Tensor, heads: range) -> "DropoutMasks":
-        """Return the draws of a micro-batch.
+    def masks(self, samples: torch.Tensor, heads: range) -> "DropoutMasks":
+        """Return the masks of a micro-batch.
 
         Args:
             samples: number of each sample in the run, [B].
-            heads: query heads of this device.
+            heads: query heads of this rank.
         """
         low, high = samples.to(torch.int32), (samples >> 32).to(torch.int32)
         keys = mix(mix(low ^ _mixed(self.seed)) ^ high)
@@ -66,7 +65,7 @@ class DropoutMasks:
     Attributes:
         dropout: how much.
         samples: hash of each sample, int32, [B].
-        heads: query heads of this device.
+        heads: query heads of this rank.
         layer: number of the layer.
     """
 
@@ -76,31 +75,31 @@ class DropoutMasks:
     layer: int = AFTER_EMBEDDING
 
     def in_layer(self, number: int) -> "DropoutMasks":
-        """Return the draws of a layer."""
+        """Return the masks of a layer."""
         return replace(self, layer=number)
 
-    def hidden(self, x: torch.Tensor, place: int = 0) -> torch.Tensor:
+    def hidden(self, x: torch.Tensor, site: int = 0) -> torch.Tensor:
         """Drop from hidden states, [B, S, H] -> [B, S, H].
 
         Args:
-            x: what goes into the residual stream.
-            place: where in the layer.
+            x: what is added to the residual stream.
+            site: where in the layer.
         """
         if not self.dropout.hidden:
             return x
-        tokens = self._tokens(place, self.dropout.sequence_part * x.shape[1], x.shape[1])
+        tokens = self._tokens(site, self.dropout.sequence_part * x.shape[1], x.shape[1])
         return _drop(x, tokens.unsqueeze(-1), self.dropout.hidden)
 
-    def adapter_input(self, x: torch.Tensor, place: int, share: float, first_column: int) -> torch.Tensor:
+    def adapter_input(self, x: torch.Tensor, site: int, share: float, first_column: int) -> torch.Tensor:
         """Drop from what an adapter reads, [B, S, I] -> [B, S, I].
 
         Args:
-            x: input of a linear layer, or this device's columns of it.
-            place: of the layer, see `BEFORE_ADAPTER`.
-            share: of what is dropped.
+            x: input of a linear layer, or this rank's columns of it.
+            site: of the linear layer, see `BEFORE_ADAPTER`.
+            share: how much is dropped.
             first_column: of `x` in the whole input.
         """
-        tokens = self._tokens(place, self.dropout.inner_part * x.shape[1], x.shape[1])
+        tokens = self._tokens(site, self.dropout.inner_part * x.shape[1], x.shape[1])
         return _drop(x, tokens.unsqueeze(-1), share, first_column)
 
     def weights(self, weights: torch.Tensor) -> torch.Tensor:
@@ -110,10 +109,10 @@ class DropoutMasks:
         of_heads = mix(queries.unsqueeze(1) ^ mix(heads + 1).unsqueeze(-1))
         return _drop(weights, of_heads.unsqueeze(-1), self.dropout.attention)
 
-    def _tokens(self, place: int, first: int, count: int) -> torch.Tensor:
-        """Return a hash of each token at a place of this layer, [B, S]."""
+    def _tokens(self, site: int, first: int, count: int) -> torch.Tensor:
+        """Return a hash of each token at a site of this layer, [B, S]."""
         tokens = torch.arange(first, first + count, dtype=torch.int32, device=self.samples.device)
-        here = mix(self.samples ^ _mixed((self.layer + 1) * 16 + place + 1))
+        here = mix(self.samples ^ _mixed((self.layer + 1) * 16 + site + 1))
         return mix(here.unsqueeze(-1) ^ tokens)
 
 
@@ -123,7 +122,7 @@ def _drop(x: torch.Tensor, rows: torch.Tensor, share: float, first_column: int =
     Args:
         x: [..., columns].
         rows: hash of each row, [..., 1].
-        share: of what is dropped.
+        share: how much is dropped.
         first_column: of `x` in the whole rows.
     """
     columns = torch.arange(first_column, first_column + x.shape[-1], dtype=torch.int32, device=x.device)

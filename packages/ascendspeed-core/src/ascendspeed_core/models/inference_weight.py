@@ -3,7 +3,7 @@
 A layer stays the layer that it is; only its weight is of another kind, which knows its own product. So `F.linear` works
 wherever it is called: in plain layers, joined ones, cut ones and those with adapters.
 
-Shapes: O output and I input size of a layer (their shares under tensor parallel).
+Shapes: O output and I input size of a layer (their shares under tensor parallelism).
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -7,7 +7,7 @@ is rounded to the format of the model first, so that the integers make up for it
 Activations keep their format: this saves memory, and the reading of it, which is what decoding a token costs. The
 layers stay the layers that they are; only their weight is of another kind, which knows its own product.
 
-Shapes: O output and I input size of a layer (their shares under tensor parallel).
+Shapes: O output and I input size of a layer (their shares under tensor parallelism).
 """
 
 from collections.abc import Sequence
@@ -87,7 +87,7 @@ def quantize(
 
     Args:
         weight: [O, I].
-        largest: absolute value of each row; of the whole row, where this device holds a part. fp32, [O].
+        largest: absolute value of each row; of the whole row, where this rank holds a part. fp32, [O].
         workspace: of its products, which weights share.
         name: of the weight, for the message.
 

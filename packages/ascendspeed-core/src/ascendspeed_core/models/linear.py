@@ -34,42 +34,42 @@ class LoraLinear(nn.Linear):
     """A linear layer with A and B beside its weight.
 
     Args:
-        linear: takes its place; on the meta device.
+        linear: the layer that this one replaces; on the meta device.
         low_rank: rank, scale and dropout.
-        place: of the layer among those that drop.
+        dropout_site: which mask its input gets, see `dropout.BEFORE_ADAPTER`.
     """
 
-    def __init__(self, linear: nn.Linear, low_rank: LowRank, place: int = 0) -> None:
+    def __init__(self, linear: nn.Linear, low_rank: LowRank, dropout_site: int = 0) -> None:
         placed = {"device": linear.weight.device, "dtype": linear.weight.dtype}
         super().__init__(linear.in_features, linear.out_features, linear.bias is not None, **placed)
         self.lora_A = nn.Linear(linear.in_features, low_rank.rank, bias=False, **placed)
         self.lora_B = nn.Linear(low_rank.rank, linear.out_features, bias=False, **placed)
-        self.scale, self.dropout, self._place = low_rank.scale, low_rank.dropout, place
+        self.scale, self.dropout, self._dropout_site = low_rank.scale, low_rank.dropout, dropout_site
         self.first_column = 0
-        """Of this device's columns in the whole input, where a layer is cut by columns."""
+        """Of this rank's columns in the whole input, where a layer is cut by columns."""
 
-    def low_rank(self, x: torch.Tensor, draws: DropoutMasks | None) -> torch.Tensor:
+    def low_rank(self, x: torch.Tensor, dropout_masks: DropoutMasks | None) -> torch.Tensor:
         """Return what the adapter adds: [..., I] -> [..., O]."""
-        if draws is not None and self.dropout:
-            x = draws.adapter_input(x, self._place, self.dropout, self.first_column)
+        if dropout_masks is not None and self.dropout:
+            x = dropout_masks.adapter_input(x, self._dropout_site, self.dropout, self.first_column)
         # Scaled where it is small: [..., r].
         added: torch.Tensor = self.lora_B(self.lora_A(x) * self.scale)
         return added
 
-    def product(self, x: torch.Tensor, draws: DropoutMasks | None = None) -> torch.Tensor:
+    def product(self, x: torch.Tensor, dropout_masks: DropoutMasks | None = None) -> torch.Tensor:
         """Return the result without the bias: [..., I] -> [..., O].
 
         Of a row-parallel layer this is a share of a sum, the adapter's part too: A is cut like the weight, and B A x
         is linear in A x. So one collective adds up both.
         """
-        return F.linear(x, self.weight) + self.low_rank(x, draws)
+        return F.linear(x, self.weight) + self.low_rank(x, dropout_masks)
 
-    def forward(self, x: torch.Tensor, draws: DropoutMasks | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, dropout_masks: DropoutMasks | None = None) -> torch.Tensor:
         """[..., I] -> [..., O]."""
-        return F.linear(x, self.weight, self.bias) + self.low_rank(x, draws)
+        return F.linear(x, self.weight, self.bias) + self.low_rank(x, dropout_masks)
 
 
-def apply_linear(linear: nn.Module, x: torch.Tensor, draws: DropoutMasks | None) -> torch.Tensor:
+def apply_linear(linear: nn.Module, x: torch.Tensor, dropout_masks: DropoutMasks | None) -> torch.Tensor:
     """Apply a linear layer, and what is dropped before its adapter if it has one: [..., I] -> [..., O]."""
-    out: torch.Tensor = linear(x, draws) if isinstance(linear, LoraLinear) else linear(x)
+    out: torch.Tensor = linear(x, dropout_masks) if isinstance(linear, LoraLinear) else linear(x)
     return out

@@ -1,6 +1,6 @@
 """From hidden states to logits.
 
-Shapes: H hidden size, V vocabulary (V/tp on each device under tensor parallel).
+Shapes: H hidden size, V vocabulary (V/tp on each rank under tensor parallelism).
 """
 
 import torch

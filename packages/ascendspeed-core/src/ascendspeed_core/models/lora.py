@@ -1,6 +1,6 @@
 """Low-rank adapters inside a model (Hu et al., 2021, LoRA): `W x + scale B A x`, of which only A and B are trained.
 
-peft wraps a layer in another module, which renames its weight and hides the layer from what cuts it over devices.
+peft wraps a layer in another module, which renames its weight and hides the layer from what cuts it over ranks.
 Here the layer itself holds A and B, so that names, checkpoints and tensor parallelism stay as they are; the file that
 is saved is peft's (`weights.adapters.lora`).
 

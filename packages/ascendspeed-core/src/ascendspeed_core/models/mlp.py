@@ -1,7 +1,9 @@
 """The feed-forward part of a layer.
 
-Shapes: B batch, S sequence, H hidden size, F inner size (F/tp on each device under tensor parallel).
+Shapes: B batch, S sequence, H hidden size, F inner size (F/tp on each rank under tensor parallelism).
 """
+
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,8 @@ from ascendspeed_core.models.projections import Projections
 class SwiGLU(nn.Module):
     """`down(silu(gate(x)) * up(x))` (Shazeer, 2020, GLU Variants Improve Transformer)."""
 
+    auxiliary_losses: ClassVar[tuple[str, ...]] = ()
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         inner, bias = config.ffn_hidden_size, config.mlp_bias
@@ -26,26 +30,23 @@ class SwiGLU(nn.Module):
         self.projections = Projections(self, ("gate_proj", "up_proj"))
         self.gated: GatedFunction = silu_gated
 
-    def forward(self, x: torch.Tensor, draws: DropoutMasks | None = None) -> torch.Tensor:
-        """[B, S, H] -> [B, S, H]; `draws` say what is dropped before adapters."""
-        gate, up = self.projections(x, draws)
-        return apply_linear(self.down_proj, self.gated(gate, up), draws)
+    def forward(self, x: torch.Tensor, dropout_masks: DropoutMasks | None = None) -> torch.Tensor:
+        """[B, S, H] -> [B, S, H]; `dropout_masks` drop from what adapters read."""
+        gate, up = self.projections(x, dropout_masks)
+        return apply_linear(self.down_proj, self.gated(gate, up), dropout_masks)
 
 
 class GeluMLP(nn.Module):
     """`down(gelu(up(x)))` with gelu's tanh approximation (Hendrycks and Gimpel, 2016), as in GPT-2 and Bloom."""
+
+    auxiliary_losses: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.up_proj = nn.Linear(config.hidden_size, config.ffn_hidden_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.ffn_hidden_size, config.hidden_size, bias=config.mlp_bias)
 
-    def forward(self, x: torch.Tensor, draws: DropoutMasks | None = None) -> torch.Tensor:
-        """[B, S, H] -> [B, S, H]; `draws` say what is dropped before adapters."""
-        inner = F.gelu(apply_linear(self.up_proj, x, draws), approximate="tanh")
-        return apply_linear(self.down_proj, inner, draws)
-
-
-def make_mlp(config: ModelConfig) -> SwiGLU | GeluMLP:
-    """Return the MLP that the config asks for."""
-    return SwiGLU(config) if config.mlp == "swiglu" else GeluMLP(config)
+    def forward(self, x: torch.Tensor, dropout_masks: DropoutMasks | None = None) -> torch.Tensor:
+        """[B, S, H] -> [B, S, H]; `dropout_masks` drop from what adapters read."""
+        inner = F.gelu(apply_linear(self.up_proj, x, dropout_masks), approximate="tanh")
+        return apply_linear(self.down_proj, inner, dropout_masks)

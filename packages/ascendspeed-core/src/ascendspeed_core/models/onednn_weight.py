@@ -2,7 +2,7 @@
 
 They take the place of the plain ones, so a model needs no more memory.
 
-Shapes: O output and I input size of a layer (their shares under tensor parallel).
+Shapes: O output and I input size of a layer (their shares under tensor parallelism).
 """
 
 import torch
@@ -105,5 +105,5 @@ def _parameter(weight: OneDnnWeight) -> nn.Parameter:
 
 
 def _is_plain(weight: torch.Tensor | None) -> bool:
-    """Whether a weight lies as torch lays it out, and is there: of few ids a device's part of a head may be empty."""
+    """Whether a weight lies as torch lays it out, and is there: of few ids a rank's part of a head may be empty."""
     return weight is not None and type(weight) in (torch.Tensor, nn.Parameter) and weight.numel() > 0

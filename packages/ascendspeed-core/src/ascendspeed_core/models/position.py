@@ -1,10 +1,11 @@
-"""How attention tells places apart: rotary embedding or ALiBi, and which keys a query sees.
+"""Positions in attention: rotary embedding or ALiBi, and which keys a query sees.
 
-Shapes: B batch, S queries, T keys (the last S of them belong to the queries), N query heads of this device, D head
-size.
+Shapes: B batch, S queries, T keys (the last S of them belong to the queries), N query heads of this rank, D head size,
+R the part of a head that rotary embedding turns (all of it in most models).
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,95 +16,154 @@ from ascendspeed_core.models.dropout import DropoutMasks
 
 
 @dataclass(frozen=True)
-class AttentionInputs:
-    """What attention needs to know of places; the same for all layers.
+class RotaryKind:
+    """A rotary embedding.
 
     Attributes:
-        rotary: cosine and sine of the queries' positions, [B, S, 1, D] each; `None` without rotary embedding.
+        dim: R, the first numbers of a head, which are turned; even.
+        base: of the frequencies.
+        scaling: change of the frequencies for long texts.
+    """
+
+    dim: int
+    base: float
+    scaling: RotaryScaling | None = None
+
+
+@dataclass(frozen=True)
+class AttentionKind:
+    """What the attention of a layer needs of masks and positions; layers of one kind share `AttentionInputs`.
+
+    Attributes:
+        window: keys that a query sees, its own included; `None` for all.
+        rotary: rotary embedding; `None` without.
+    """
+
+    window: int | None = None
+    rotary: RotaryKind | None = None
+
+
+@dataclass(frozen=True)
+class AttentionInputs:
+    """What attention needs besides hidden states; the same for all layers of a kind.
+
+    Attributes:
+        rotary: cosine and sine of the queries' positions, [B, S, 1, R] each; `None` without rotary embedding.
         mask: what is added to the scores, [N, S, T], or which keys are seen (bool), [S, T]; `None` when a query sees
-            all keys up to its own place, and queries are as many as keys or a single last one. With segments it
-            differs from text to text: [B, N, S, S] or [B, 1, S, S].
-        of_pieces: such a mask for each piece of a `CachedPass`, over the keys that its window leaves.
-        draws: what dropout drops, when something is dropped; of the layer that gets them.
+            all keys up to its own position, and there are as many queries as keys or a single last one. With segments
+            each row has its own: [B, N, S, S] or [B, 1, S, S].
+        chunk_masks: such a mask for each chunk of a `CachedPass`, over the keys that the window leaves.
+        dropout_masks: what is dropped of the layer that gets these inputs; `None` when nothing is.
     """
 
     rotary: tuple[torch.Tensor, torch.Tensor] | None
     mask: torch.Tensor | None
-    of_pieces: tuple[torch.Tensor | None, ...] = ()
-    draws: DropoutMasks | None = None
+    chunk_masks: tuple[torch.Tensor | None, ...] = ()
+    dropout_masks: DropoutMasks | None = None
 
     def in_layer(self, number: int) -> "AttentionInputs":
         """Return them for one layer."""
-        return replace(self, draws=self.draws.in_layer(number)) if self.draws else self
+        if self.dropout_masks is None:
+            return self
+        return replace(self, dropout_masks=self.dropout_masks.in_layer(number))
 
 
 class Positions:
     """Makes `AttentionInputs`; not a module, so it never enters a checkpoint.
 
+    Args:
+        config: the model.
+        kinds: of the layers on this rank, each once.
+
     Attributes:
-        heads: query heads that attention has on this device, all of them unless the model is cut over devices.
-        sequence_parts: devices that each have a part of the sequence outside attention, one unless it is cut.
-        sequence_part: which of the parts this device has.
+        heads: query heads that attention has on this rank, all of them unless the model is cut.
+        sequence_parts: ranks that each have a part of the sequence outside attention, one unless it is cut.
+        sequence_part: which of the parts this rank has.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
-        self._window = config.sliding_window
-        self._rotary = RotaryEmbedding(config) if config.position == "rotary" else None
+    def __init__(self, config: ModelConfig, kinds: Sequence[AttentionKind]) -> None:
+        self._kinds = tuple(kinds)
+        rotary = dict.fromkeys(kind.rotary for kind in kinds)
+        self._embeddings = {kind: RotaryEmbedding(kind) for kind in rotary if kind is not None}
         self._slopes = alibi_slopes(config.num_attention_heads) if config.position == "alibi" else None
         self.heads = range(config.num_attention_heads)
         self.sequence_parts, self.sequence_part = 1, 0
 
     def default_position_ids(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return the places of tokens, [B, S, ...] -> [B, S], from 0 on; of this device's part where they are cut."""
-        batch, length = tokens.shape[:2]
+        """Return the positions of tokens, [B, S] -> [B, S], from 0 on; of this rank's part where they are cut."""
+        batch, length = tokens.shape
         start = self.sequence_part * length
         return torch.arange(start, start + length, device=tokens.device).expand(batch, length)
 
-    def at(
+    def attention_inputs(
         self,
         positions: torch.Tensor,
         num_keys: int,
         dtype: torch.dtype,
         segments: torch.Tensor | None = None,
-        draws: DropoutMasks | None = None,
-    ) -> AttentionInputs:
-        """Return what attention needs.
+        dropout_masks: DropoutMasks | None = None,
+    ) -> list[AttentionInputs]:
+        """Return what attention needs, for each kind of layer.
 
         Args:
-            positions: place of each query in its text, [B, S]; rotary embedding turns by it.
+            positions: of each query in its text, [B, S]; rotary embedding turns by it.
             num_keys: T; masks and ALiBi go by the order of keys, and are for whole sequences where these are cut.
             dtype: of the hidden states.
             segments: number of the text that each token belongs to, [B, S], when a row holds several; attention
                 stays inside a text.
-            draws: what dropout drops.
+            dropout_masks: what dropout drops.
         """
-        slopes = self._slopes_here(dtype, positions.device)
+        slopes = self._local_slopes(dtype, positions.device)
         queries, keys = positions.shape[1] * self.sequence_parts, num_keys * self.sequence_parts
-        mask = attention_mask(queries, keys, self._window, slopes, dtype, positions.device, segments)
-        return AttentionInputs(self._rotary.at(positions, dtype) if self._rotary else None, mask, draws=draws)
+        masks = {
+            window: attention_mask(queries, keys, window, slopes, dtype, positions.device, segments)
+            for window in self._windows()
+        }
+        angles = self._cos_sin(positions, dtype)
+        return [
+            AttentionInputs(angles[kind.rotary], masks[kind.window], dropout_masks=dropout_masks)
+            for kind in self._kinds
+        ]
 
-    def in_pass(self, cached: CachedPass, dtype: torch.dtype) -> AttentionInputs:
-        """Return what attention needs for pieces of texts."""
-        rotary = self._rotary.at(cached.positions, dtype) if self._rotary else None
-        return AttentionInputs(rotary, None, tuple(self._masks_of(cached, dtype)))
+    def cached_attention_inputs(self, cached: CachedPass, dtype: torch.dtype) -> list[AttentionInputs]:
+        """Return what attention needs for chunks of sequences, for each kind of layer."""
+        masks = {window: self._chunk_masks(cached, window, dtype) for window in self._windows()}
+        angles = self._cos_sin(cached.positions, dtype)
+        return [AttentionInputs(angles[kind.rotary], None, masks[kind.window]) for kind in self._kinds]
 
-    def _masks_of(self, cached: CachedPass, dtype: torch.dtype) -> list[torch.Tensor | None]:
-        """Return the mask of each piece."""
-        device, cache = cached.positions.device, cached.cache
-        slopes = self._slopes_here(dtype, device)
-        sizes = [(piece.count, piece.end - cache.first_key(piece)) for piece in cached.pieces]
+    def _windows(self) -> dict[int | None, None]:
+        return dict.fromkeys(kind.window for kind in self._kinds)
+
+    def _cos_sin(
+        self, positions: torch.Tensor, dtype: torch.dtype
+    ) -> dict[RotaryKind | None, tuple[torch.Tensor, torch.Tensor] | None]:
+        """Return cosine and sine for each rotary embedding."""
+        made: dict[RotaryKind | None, tuple[torch.Tensor, torch.Tensor] | None] = {None: None}
+        for kind, embedding in self._embeddings.items():
+            made[kind] = embedding.cos_sin(positions, dtype)
+        return made
+
+    def _chunk_masks(
+        self, cached: CachedPass, window: int | None, dtype: torch.dtype
+    ) -> tuple[torch.Tensor | None, ...]:
+        """Return the mask of each chunk."""
+        device = cached.positions.device
+        slopes = self._local_slopes(dtype, device)
+        sizes = [(chunk.count, chunk.end - chunk.first_visible(window)) for chunk in cached.chunks]
         if slopes is None:
-            return [attention_mask(*size, self._window, None, dtype, device) for size in sizes]
-        # Of pieces with as many queries, each one's mask is the end of the one over most keys.
+            return tuple(attention_mask(*size, window, None, dtype, device) for size in sizes)
+        # Of chunks with as many queries, each one's mask is the end of the one over most keys.
         longest = dict(sorted(sizes))
         whole = {
-            queries: attention_mask(queries, keys, self._window, slopes, dtype, device)
+            queries: attention_mask(queries, keys, window, slopes, dtype, device)
             for queries, keys in longest.items()
         }
-        return [None if (mask := whole[queries]) is None else mask[..., -keys:] for queries, keys in sizes]
+        return tuple(
+            None if (mask := whole[queries]) is None else mask[..., -keys:] for queries, keys in sizes
+        )
 
-    def _slopes_here(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
-        """Return ALiBi's slopes of this device's heads, [N]."""
+    def _local_slopes(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
+        """Return ALiBi's slopes of this rank's heads, [N]."""
         if self._slopes is None:
             return None
         wide = dtype if dtype == torch.float64 else torch.float32
@@ -128,7 +188,7 @@ def attention_mask(
         slopes: of ALiBi, one for each head, [N].
         dtype: of ALiBi's mask; distances to near keys, which weigh most, lose least when it is narrow.
         device: where.
-        segments: see `Positions.at`; as many queries as keys.
+        segments: see `Positions.attention_inputs`; as many queries as keys.
     """
     is_windowed = window is not None and keys > window
     if slopes is None and segments is None and not is_windowed and queries in (1, keys):
@@ -161,25 +221,25 @@ class RotaryEmbedding:
     Computed in fp32, as the published weights were trained.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
-        self._config = config
+    def __init__(self, kind: RotaryKind) -> None:
+        self._kind = kind
         self._frequencies: torch.Tensor | None = None
-        self._magnitude = magnitude_of(config.rotary_scaling)
+        self._magnitude = magnitude_of(kind.scaling)
 
-    def at(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return cosine and sine, each [B, S, 1, D], for `positions` [B, S]."""
+    def cos_sin(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return cosine and sine, each [B, S, 1, R], for `positions` [B, S]."""
         if self._frequencies is None or self._frequencies.device != positions.device:
-            self._frequencies = rotary_frequencies(self._config).to(positions.device)
+            self._frequencies = rotary_frequencies(self._kind).to(positions.device)
         angles = positions.float().unsqueeze(-1) * self._frequencies
         angles = torch.cat([angles, angles], dim=-1).unsqueeze(-2)
         return (angles.cos() * self._magnitude).to(dtype), (angles.sin() * self._magnitude).to(dtype)
 
 
-def rotary_frequencies(config: ModelConfig) -> torch.Tensor:
-    """Return the angle per position of each pair of dimensions, fp32, [D/2]."""
-    pairs = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float()
-    frequencies = 1.0 / (config.rotary_base ** (pairs / config.head_dim))
-    scaling = config.rotary_scaling
+def rotary_frequencies(kind: RotaryKind) -> torch.Tensor:
+    """Return the angle per position of each pair of dimensions, fp32, [R/2]."""
+    pairs = torch.arange(0, kind.dim, 2, dtype=torch.int64).float()
+    frequencies = 1.0 / (kind.base ** (pairs / kind.dim))
+    scaling = kind.scaling
     if scaling is None:
         return frequencies
     if scaling.kind == "linear":
@@ -187,7 +247,7 @@ def rotary_frequencies(config: ModelConfig) -> torch.Tensor:
     assert scaling.original_max_position_embeddings is not None
     if scaling.kind == "llama3":
         return _llama3(frequencies, scaling, scaling.original_max_position_embeddings)
-    return _yarn(frequencies, config, scaling, scaling.original_max_position_embeddings)
+    return _yarn(frequencies, kind, scaling, scaling.original_max_position_embeddings)
 
 
 def _llama3(frequencies: torch.Tensor, scaling: RotaryScaling, length: int) -> torch.Tensor:
@@ -198,18 +258,16 @@ def _llama3(frequencies: torch.Tensor, scaling: RotaryScaling, length: int) -> t
     return (1 - keep) * frequencies / scaling.factor + keep * frequencies
 
 
-def _yarn(
-    frequencies: torch.Tensor, config: ModelConfig, scaling: RotaryScaling, length: int
-) -> torch.Tensor:
+def _yarn(frequencies: torch.Tensor, kind: RotaryKind, scaling: RotaryScaling, length: int) -> torch.Tensor:
     """Blend by a ramp over dimensions (Peng et al., 2023, YaRN, section 3.2)."""
 
     def dimension_of(turns: float) -> float:
-        return config.head_dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(config.rotary_base))
+        return kind.dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(kind.base))
 
     first = max(math.floor(dimension_of(scaling.beta_fast)), 0)
-    last = min(math.ceil(dimension_of(scaling.beta_slow)), config.head_dim - 1)
-    places = torch.arange(config.head_dim // 2, dtype=torch.float32)
-    divide = ((places - first) / max(last - first, 0.001)).clamp(0, 1)
+    last = min(math.ceil(dimension_of(scaling.beta_slow)), kind.dim - 1)
+    pairs = torch.arange(kind.dim // 2, dtype=torch.float32)
+    divide = ((pairs - first) / max(last - first, 0.001)).clamp(0, 1)
     return divide * frequencies / scaling.factor + (1 - divide) * frequencies
 
 

@@ -34,10 +34,10 @@ class Projections:
         self._rows: list[int] = []
         self._has_adapters = False
 
-    def __call__(self, x: torch.Tensor, draws: DropoutMasks | None = None) -> list[torch.Tensor]:
-        """Apply every layer: [..., H] -> [..., R_i] each; `draws` say what is dropped before adapters."""
+    def __call__(self, x: torch.Tensor, dropout_masks: DropoutMasks | None = None) -> list[torch.Tensor]:
+        """Apply every layer: [..., H] -> [..., R_i] each; `dropout_masks` drop from what adapters read."""
         if self.weight is None:
-            return [apply_linear(layer, x, draws) for layer in self.layers]
+            return [apply_linear(layer, x, dropout_masks) for layer in self.layers]
         if torch.is_grad_enabled():
             layers = self.layers
             parameters: list[torch.Tensor] = [layer.weight for layer in layers]
@@ -49,7 +49,7 @@ class Projections:
         if not self._has_adapters:
             return parts
         return [
-            part + layer.low_rank(x, draws) if isinstance(layer, LoraLinear) else part
+            part + layer.low_rank(x, dropout_masks) if isinstance(layer, LoraLinear) else part
             for layer, part in zip(self.layers, parts, strict=True)
         ]
 

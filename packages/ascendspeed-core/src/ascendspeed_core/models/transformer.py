@@ -1,11 +1,11 @@
 """The decoder: embedding, layers, final norm, output head. It knows nothing of parallelism.
 
-Shapes: B batch, S sequence, H hidden size, V vocabulary (V/tp logits on each device under tensor parallel).
+Shapes: B batch, S sequence, H hidden size, V vocabulary (V/tp logits on each rank under tensor parallelism).
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -13,59 +13,57 @@ from torch import nn
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.parallel import Stage
 from ascendspeed_core.kernels.reference import LossFunction, token_losses
-from ascendspeed_core.models.attention import Attention
-from ascendspeed_core.models.cache import CachedPass
-from ascendspeed_core.models.dropout import AFTER_ATTENTION, AFTER_MLP, Dropout, DropoutMasks
+from ascendspeed_core.models.auxiliary_losses import AuxiliaryLosses, add_losses, split_output
+from ascendspeed_core.models.cache import CachedPass, LayerCache
+from ascendspeed_core.models.dropout import Dropout, DropoutMasks
+from ascendspeed_core.models.layer import TransformerLayer, auxiliary_loss_names
 from ascendspeed_core.models.lm_head import make_head
 from ascendspeed_core.models.lora import AdapterPlan
-from ascendspeed_core.models.mlp import make_mlp
 from ascendspeed_core.models.norm import LayerNorm, RMSNorm, make_norm
-from ascendspeed_core.models.position import AttentionInputs, Positions
+from ascendspeed_core.models.position import AttentionInputs, AttentionKind, Positions
 
 
-@dataclass(frozen=True)
-class ModelInput:
+class ModelInput(NamedTuple):
     """What a model reads in one forward pass.
 
     Attributes:
         tokens: ids, [B, S].
-        positions: place of each token in its text, [B, S]; `None` counts from 0.
-        segments: number of the text that each token belongs to, [B, S]; `None` is one text in each row.
-        samples: number of each sample in the run, [B]; dropout goes by it.
+        positions: of each token in its text, [B, S]; `None` counts from 0.
+        segments: number of the text that each token belongs to, [B, S], when a row holds several texts; attention stays
+            inside a text. Not with a cache.
+        samples: number of each sample in the run, [B]; training with dropout needs it, and without it nothing is
+            dropped.
+        cache: chunks of sequences whose earlier keys and values are kept; the tokens are theirs, [1, M], and so are
+            their positions.
+        read_at: tokens whose logits are wanted, [B, P]; `None` for all. The head is a model's largest matrix.
     """
 
     tokens: torch.Tensor
     positions: torch.Tensor | None = None
     segments: torch.Tensor | None = None
     samples: torch.Tensor | None = None
+    cache: CachedPass | None = None
+    read_at: torch.Tensor | None = None
 
 
-class TransformerLayer(nn.Module):
-    """Attention and MLP, each after a norm and beside a residual (pre-norm)."""
+class ModelOutput(NamedTuple):
+    """What a model computes in one forward pass.
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.attention_norm = make_norm(config)
-        self.attention = Attention(config)
-        self.mlp_norm = make_norm(config)
-        self.mlp = make_mlp(config)
+    Attributes:
+        logits: of the next token, [B, S, V]; with `ModelInput.read_at` [B, P, V].
+        auxiliary_losses: sums over the tokens, by name; see `models.auxiliary_losses`.
+    """
 
-    def forward(
-        self, x: torch.Tensor, places: AttentionInputs, cache: CachedPass | None = None, cache_layer: int = 0
-    ) -> torch.Tensor:
-        """[B, S, H] -> [B, S, H]; see `Attention` for the other arguments."""
-        attended = self.attention(self.attention_norm(x), places=places, cache=cache, cache_layer=cache_layer)
-        x = x + (places.draws.hidden(attended, AFTER_ATTENTION) if places.draws else attended)
-        inner: torch.Tensor = self.mlp(self.mlp_norm(x), places.draws)
-        return x + (places.draws.hidden(inner, AFTER_MLP) if places.draws else inner)
+    logits: torch.Tensor
+    auxiliary_losses: AuxiliaryLosses
 
 
 class Transformer(nn.Module):
     """A decoder-only language model, or some stages of it.
 
     Layers are keyed by their global number, so that parameter names are the same wherever a layer lives:
-    `layers.17.attention.q_proj.weight`. What no stage needs is absent; who has the last stage but not the first holds
-    the embedding's weight too if the head is tied to it.
+    `layers.17.attention.q_proj.weight`. What no stage needs is absent; a rank with the last stage but not the first
+    holds the embedding's weight too if the head is tied to it.
     """
 
     def __init__(self, config: ModelConfig, stages: Sequence[Stage] = ()) -> None:
@@ -82,15 +80,21 @@ class Transformer(nn.Module):
             self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         if self.has_first and config.embedding_norm:
             self.embedding_norm = make_norm(config)
-        numbers = [number for stage in self.stages for number in stage.layers]
-        self.layers = nn.ModuleDict({str(number): TransformerLayer(config) for number in numbers})
-        self._cache_places = {number: place for place, number in enumerate(numbers)}
+        layers = {
+            number: TransformerLayer(config, number) for stage in self.stages for number in stage.layers
+        }
+        self.layers = nn.ModuleDict({str(number): layer for number, layer in layers.items()})
+        self._cache_index = {number: index for index, number in enumerate(layers)}
         if self.has_last:
             self.final_norm = make_norm(config)
             self.output_head = make_head(config)
         self.token_losses: LossFunction = token_losses
         self.dropout: Dropout | None = None
-        self.positions = Positions(config)
+        kinds: list[AttentionKind] = list(dict.fromkeys(layer.attention.kind for layer in layers.values()))
+        self.positions = Positions(config, kinds)
+        self._kind_index = {number: kinds.index(layer.attention.kind) for number, layer in layers.items()}
+        self.auxiliary_loss_names = auxiliary_loss_names(config)
+        """Names of the auxiliary losses of the whole model, sorted."""
         self.adapters: AdapterPlan | None = None
         """Which tensors are trained, when not all are; see `models.lora`."""
         self.tie_weights()
@@ -106,54 +110,62 @@ class Transformer(nn.Module):
         tied = self.config.tie_word_embeddings and self.has_last and not self.has_first
         return ("embedding.weight",) if tied else ()
 
-    def forward(
-        self,
-        tokens: torch.Tensor,
-        positions: torch.Tensor | None = None,
-        cache: CachedPass | None = None,
-        stage: Stage | None = None,
-        read_at: torch.Tensor | None = None,
-        segments: torch.Tensor | None = None,
-        samples: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Return the logits of the next token at every place: [B, S] -> [B, S, V].
+    def forward(self, batch: ModelInput) -> ModelOutput:
+        """Run a model that is one stage: ids [B, S] -> logits of the next token [B, S, V]."""
+        return ModelOutput(*self.run_stage(self.stages[0], batch))
+
+    def run_stage(
+        self, stage: Stage, batch: ModelInput, hidden: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, AuxiliaryLosses]:
+        """Run one stage of this rank.
 
         Args:
-            tokens: ids, [B, S]; for a later stage what the stage before gave, [B, S, H].
-            positions: place of each token in its text, [B, S]; by default from 0 on.
-            cache: pieces of texts whose earlier keys and values are kept; tokens and positions are theirs then.
-            stage: which of this module's stages to run, when it holds several.
-            read_at: places whose logits are wanted, [B, P], when not all are: the head is a model's largest matrix.
-            segments: number of the text that each token belongs to, [B, S], when a row holds several one behind the
-                other; attention stays inside a text. Not with a cache.
-            samples: number of each sample in the run, [B]; with dropout training needs them, and without them
-                nothing is dropped.
+            stage: which.
+            batch: what the model reads; the same for all stages.
+            hidden: hidden states that the stage before computed, [B, S, H]; the first stage has none.
 
         Returns:
-            Logits; from a stage before the last one its hidden states, [B, S, H].
+            Logits, [B, S, V]; from a stage before the last its hidden states, [B, S, H]. And the auxiliary losses of
+            its layers.
         """
-        stage = stage or self.stages[0]
-        x = self.embedding(tokens) if stage.is_first and self.embedding is not None else tokens
-        if stage.is_first and self.embedding_norm is not None:
-            x = self.embedding_norm(x)
-        draws = self._draws(samples)
-        if draws and stage.is_first:
-            x = draws.hidden(x)
-        if cache is not None:
-            places = self.positions.in_pass(cache, x.dtype)
-        else:
-            positions = self.positions.default_position_ids(tokens) if positions is None else positions
-            places = self.positions.at(positions, positions.shape[1], x.dtype, segments, draws)
+        dropout_masks = self._dropout_masks(batch.samples)
+        x = self._embed(batch.tokens, dropout_masks) if hidden is None else hidden
+        by_kind = self._attention_inputs(batch, x.dtype, dropout_masks)
+        losses: AuxiliaryLosses | None = None
         for number in stage.layers:
-            x = self.layers[str(number)](x, places.in_layer(number), cache, self._cache_places[number])
-        if not stage.is_last or self.output_head is None or self.final_norm is None:
-            return x
-        if read_at is not None:
-            x = x.gather(1, read_at.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
-        logits: torch.Tensor = self.output_head(self.final_norm(x))
-        return logits
+            inputs = by_kind[self._kind_index[number]].in_layer(number)
+            output = self.layers[str(number)](x, inputs, batch.cache, self._cache_index[number])
+            x, of_layer = split_output(output)
+            if of_layer is not None:
+                losses = add_losses(losses, self._checked(of_layer, number))
+        if stage.is_last and self.output_head is not None and self.final_norm is not None:
+            if batch.read_at is not None:
+                x = x.gather(1, batch.read_at.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+            x = self.output_head(self.final_norm(x))
+        return x, losses or {}
 
-    def _draws(self, samples: torch.Tensor | None) -> DropoutMasks | None:
+    def _embed(self, tokens: torch.Tensor, dropout_masks: DropoutMasks | None) -> torch.Tensor:
+        """[B, S] -> [B, S, H]."""
+        assert self.embedding is not None
+        x: torch.Tensor = self.embedding(tokens)
+        if self.embedding_norm is not None:
+            x = self.embedding_norm(x)
+        return dropout_masks.hidden(x) if dropout_masks else x
+
+    def _attention_inputs(
+        self, batch: ModelInput, dtype: torch.dtype, dropout_masks: DropoutMasks | None
+    ) -> list[AttentionInputs]:
+        """Return what the attention of each kind of layer needs."""
+        if batch.cache is not None:
+            return self.positions.cached_attention_inputs(batch.cache, dtype)
+        positions = batch.positions
+        if positions is None:
+            positions = self.positions.default_position_ids(batch.tokens)
+        return self.positions.attention_inputs(
+            positions, positions.shape[1], dtype, batch.segments, dropout_masks
+        )
+
+    def _dropout_masks(self, samples: torch.Tensor | None) -> DropoutMasks | None:
         """Return what dropout drops of some samples."""
         if self.dropout is None:
             return None
@@ -161,7 +173,30 @@ class Transformer(nn.Module):
             if torch.is_grad_enabled():
                 raise ValueError("training with dropout needs the numbers of the samples")
             return None
-        return self.dropout.of(samples, self.positions.heads)
+        return self.dropout.masks(samples, self.positions.heads)
+
+    def _checked(self, losses: AuxiliaryLosses, layer: int) -> AuxiliaryLosses:
+        """Refuse losses that other ranks know nothing of, or that would be rounded where they are added up."""
+        for name, loss in losses.items():
+            if name not in self.auxiliary_loss_names:
+                raise ValueError(
+                    f"layer {layer} returns the auxiliary loss {name!r}, which its class does not state; add it to "
+                    "`auxiliary_losses`"
+                )
+            if loss.dim() or loss.dtype not in (torch.float32, torch.float64):
+                raise ValueError(
+                    f"layer {layer}: auxiliary loss {name!r} is {loss.dtype} of shape {tuple(loss.shape)}; return a "
+                    "scalar in float32 or float64"
+                )
+        return losses
+
+    def layer_caches(self, tp: int) -> list[LayerCache]:
+        """Return what each layer of this rank keeps of a token in decoding, under `tp` tensor-parallel ranks."""
+        caches = []
+        for layer in self.layers.values():
+            assert isinstance(layer, TransformerLayer)
+            caches.append(LayerCache(layer.attention.cache_shapes(tp), layer.attention.kind.window))
+        return caches
 
     def modules_of(self, stage: Stage) -> list[nn.Module]:
         """Return the modules that one stage runs, in order."""

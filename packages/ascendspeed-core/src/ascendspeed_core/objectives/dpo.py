@@ -212,7 +212,7 @@ class PreferenceLoss:
 
     def _last_logits(self, model: Transformer, micro_batch: MicroBatch) -> torch.Tensor | None:
         logits = forward_through_stages(
-            model, self._mesh, micro_batch.tokens, positions=micro_batch.positions, is_shared=False
+            model, self._mesh, micro_batch.input._replace(samples=None), is_shared=False
         )
         return logits if model.has_last else None
 

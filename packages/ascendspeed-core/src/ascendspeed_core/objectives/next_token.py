@@ -106,12 +106,6 @@ def evaluate(model: Transformer, micro_batches: Sequence[MicroBatch], mesh: Para
         return nan
     total = torch.zeros((), dtype=torch.float64, device=mesh.device.torch)
     for micro_batch in micro_batches:
-        logits = forward_through_stages(
-            model,
-            mesh,
-            micro_batch.tokens,
-            positions=micro_batch.positions,
-            segments=micro_batch.segments,
-        )
+        logits = forward_through_stages(model, mesh, micro_batch.input._replace(samples=None))
         total += masked_sum(model, logits, micro_batch, mesh)
     return float(mesh.sum_over("replicas", total)) / tokens

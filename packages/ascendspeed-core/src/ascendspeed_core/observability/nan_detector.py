@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from ascendspeed_core.models.transformer import Transformer
 from ascendspeed_core.parallel.mesh import ParallelMesh, gather_objects
@@ -87,10 +88,12 @@ def _watched(model: Transformer) -> Iterator[list[NonFiniteTensor]]:
 
     def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def after(_: nn.Module, __: Any, output: Any) -> None:
-            if isinstance(output, torch.Tensor):
-                look("result", name, output)
-                if output.requires_grad:
-                    output.register_hook(lambda gradient: look("gradient", name, gradient))
+            # Layers with auxiliary losses return these too.
+            for tensor in tree_leaves(output):
+                if isinstance(tensor, torch.Tensor):
+                    look("result", name, tensor)
+                    if tensor.requires_grad:
+                        tensor.register_hook(lambda gradient: look("gradient", name, gradient))
 
         return after
 

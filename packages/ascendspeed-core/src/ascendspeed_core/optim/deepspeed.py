@@ -17,7 +17,7 @@ from ascendspeed_core.build import parameter_slices
 from ascendspeed_core.config.parallel import Layout, Stage
 from ascendspeed_core.config.sharding import Slice
 from ascendspeed_core.config.training import OptimizerConfig
-from ascendspeed_core.models.transformer import ModelInput, Transformer
+from ascendspeed_core.models.transformer import ModelInput, ModelOutput, Transformer
 from ascendspeed_core.optim.engine import TensorShard
 from ascendspeed_core.optim.update_rule import load_optimizer_state, make_update_rule, optimizer_state_keys
 from ascendspeed_core.parallel.collectives import all_reduce_sum
@@ -110,12 +110,10 @@ class ZeroEngine:
         """Unknown: DeepSpeed does not say what its buffers take."""
         return
 
-    def forward(self, given: ModelInput) -> torch.Tensor:
-        """Return the logits: [B, S] -> [B, S, V/tp]."""
-        logits: torch.Tensor = self._engine(
-            given.tokens, given.positions, segments=given.segments, samples=given.samples
-        )
-        return logits
+    def forward(self, given: ModelInput) -> ModelOutput:
+        """Run the model."""
+        output: ModelOutput = self._engine(given)
+        return output
 
     def backward(self, loss: torch.Tensor, scale: float, is_last: bool) -> None:
         """Add the gradient of a micro-batch; DeepSpeed reduces it, at once or after the last one."""

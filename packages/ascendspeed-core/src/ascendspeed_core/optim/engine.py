@@ -7,7 +7,7 @@ import torch
 
 from ascendspeed_core.config.parallel import Stage
 from ascendspeed_core.config.sharding import Slice
-from ascendspeed_core.models.transformer import ModelInput
+from ascendspeed_core.models.transformer import ModelInput, ModelOutput
 
 
 class TensorShard(NamedTuple):
@@ -55,14 +55,14 @@ class Engine(Protocol):
     def memory(self) -> EngineMemory | None:
         """What the engine takes; `None` where that is not known."""
 
-    def forward(self, given: ModelInput) -> torch.Tensor:
-        """Return logits that `backward` can be called for: [B, S] -> [B, S, V/tp]."""
+    def forward(self, given: ModelInput) -> ModelOutput:
+        """Run the model; logits are [B, S, V/tp]. Their losses, and the auxiliary ones, are what `backward` takes."""
 
     def backward(self, loss: torch.Tensor, scale: float, is_last: bool) -> None:
         """Add the gradient of a micro-batch.
 
         Args:
-            loss: its share of the loss of the global batch.
+            loss: its share of all losses of the global batch.
             scale: factor of the gradient; `step` gets it again.
             is_last: no further micro-batch belongs to this step.
         """

@@ -7,7 +7,7 @@ import torch
 from ascendspeed_core.config.parallel import Stage
 from ascendspeed_core.config.sharding import Slice
 from ascendspeed_core.config.training import OptimizerConfig
-from ascendspeed_core.models.transformer import ModelInput, Transformer
+from ascendspeed_core.models.transformer import ModelInput, ModelOutput, Transformer
 from ascendspeed_core.optim.engine import EngineMemory, TensorShard
 from ascendspeed_core.optim.optimizer import MasterOptimizer
 from ascendspeed_core.parallel.mesh import ParallelMesh
@@ -49,12 +49,10 @@ class NativeEngine:
         """What optimizer state and updates take."""
         return EngineMemory(self.optimizer.state_bytes, self.optimizer.update_bytes)
 
-    def forward(self, given: ModelInput) -> torch.Tensor:
-        """Return the logits of a model without a pipeline: [B, S] -> [B, S, V/tp]."""
-        logits: torch.Tensor = self._model(
-            given.tokens, given.positions, segments=given.segments, samples=given.samples
-        )
-        return logits
+    def forward(self, given: ModelInput) -> ModelOutput:
+        """Run a model without a pipeline."""
+        output: ModelOutput = self._model(given)
+        return output
 
     def backward(self, loss: torch.Tensor, scale: float, is_last: bool) -> None:
         """Add the gradient of a micro-batch to the parameters; `step` reduces it."""

@@ -1,14 +1,14 @@
-"""Context parallelism: every sequence cut over devices, for texts too long for one.
+"""Context parallelism: every sequence cut over ranks, for texts too long for one device.
 
-Everything but attention works on each token alone, so a device computes its S/cp tokens of every sequence. Attention
-needs all tokens but only one head at a time: an all-to-all gives each device the whole sequence of N/cp heads, and a
+Everything but attention works on each token alone, so a rank computes its S/cp tokens of every sequence. Attention
+needs all tokens but only one head at a time: an all-to-all gives each rank the whole sequence of N/cp heads, and a
 second one gives the results back (Jacobs et al., 2023, DeepSpeed Ulysses, section 3.1). Together they move 4/cp times
-the bytes of the hidden states, less the more devices there are, and any implementation of attention, mask, rotary
-embedding or ALiBi stays as it is. Weights are the same on all devices of cp, which add up their gradients as
+the bytes of the hidden states, less the more ranks there are, and any implementation of attention, mask, rotary
+embedding or ALiBi stays as it is. Weights are the same on all ranks of cp, which add up their gradients as
 data-parallel ones do.
 
 Shapes: B batch, S sequence, H hidden size, D head size, N query heads and K key-value heads that tensor parallelism
-left to this device, P = max(K, cp) key-value heads after copying.
+left to this rank, P = max(K, cp) key-value heads after copying.
 """
 
 from functools import partial
@@ -28,11 +28,11 @@ HEADS, SEQUENCE = 1, 2
 def apply_context_parallel(model: Transformer, group: dist.ProcessGroup) -> None:
     """Make `model` work on one part of every sequence, in place; after tensor parallelism is applied.
 
-    `model(tokens)` then takes this device's tokens, [B, S/cp], and gives their logits.
+    The model then takes this rank's tokens, [B, S/cp], and gives their logits.
 
     Args:
         model: heads must fit, see `ParallelConfig.check_model`.
-        group: devices that share each sequence, in order of its parts.
+        group: ranks that share each sequence, in order of its parts.
     """
     size, rank = dist.get_world_size(group), dist.get_rank(group)
     positions = model.positions
@@ -54,27 +54,27 @@ def attend_with_some_heads(
     mask: torch.Tensor | None,
     group: dist.ProcessGroup,
 ) -> torch.Tensor:
-    """Attend to whole sequences with this device's share of the heads.
+    """Attend to whole sequences with this rank's share of the heads.
 
     Args:
         attend: implementation of `causal_attention`.
         q: [B, N, S/cp, D].
         k: [B, K, S/cp, D]; K divides cp or is a multiple of it.
         v: [B, K, S/cp, D].
-        mask: of `AttentionInputs`, for whole sequences and this device's share of the heads.
-        group: the devices.
+        mask: of `AttentionInputs`, for whole sequences and this rank's share of the heads.
+        group: the ranks.
 
     Returns:
         [B, N, S/cp, D].
     """
     size = dist.get_world_size(group)
     if k.shape[HEADS] < size:
-        # Each device needs the one head that its query heads look at; the gradients of the copies are added up.
+        # Each rank needs the one head that its query heads look at; the gradients of the copies are added up.
         copies = size // k.shape[HEADS]
         k, v = k.repeat_interleave(copies, HEADS), v.repeat_interleave(copies, HEADS)
     shares = [x.unflatten(HEADS, (size, -1)) for x in (q, k, v)]
     heads = [share.shape[2] for share in shares]
-    # One message to each device: [B, cp, (N + 2P)/cp, S/cp, D] -> [B, (N + 2P)/cp, S, D].
+    # One message to each rank: [B, cp, (N + 2P)/cp, S/cp, D] -> [B, (N + 2P)/cp, S, D].
     together = swap_cut(torch.cat(shares, 2).flatten(1, 2), HEADS, SEQUENCE, group)
     q, k, v = together.split(heads, HEADS)
     attended = attend(q, k, v, mask)

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ascendspeed_core.device import Device
-from ascendspeed_core.models.transformer import Transformer, filled_in_turn
+from ascendspeed_core.models.transformer import ModelInput, ModelOutput, Transformer, filled_in_turn
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_data.errors import AscendSpeedError
 
@@ -121,8 +121,8 @@ def partition_weights(
 
     Args:
         model: on the meta device, cut by tensor parallelism.
-        mesh: this process's place.
-        fill: writes the weight of a name into a parameter, this process's tensor-parallel part.
+        mesh: the mesh, with this rank's coordinates.
+        fill: writes the weight of a name into a parameter, this rank's tensor-parallel part.
         settings: config of `deepspeed.initialize`.
     """
     deepspeed = start_deepspeed(mesh.device)
@@ -145,7 +145,7 @@ def answer_from_shares(model: Transformer, mesh: ParallelMesh, settings: Mapping
 
     Args:
         model: of `partition_weights`.
-        mesh: this process's place.
+        mesh: the mesh, with this rank's coordinates.
         settings: config of `deepspeed.initialize`.
 
     Returns:
@@ -198,11 +198,11 @@ def _let_go_of_weights(model: Transformer) -> None:
         whole: torch.Tensor = owner.detach()
         return whole.as_strided(shape, stride, offset)
 
-    def lean_forward(*args: Any, **kwargs: Any) -> torch.Tensor:
+    def lean_forward(batch: ModelInput) -> ModelOutput:
         if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
+            return forward(batch)
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-            return forward(*args, **kwargs)
+            return forward(batch)
 
     for module in model.modules():
         if next(module.parameters(recurse=False), None) is not None:

@@ -1,4 +1,4 @@
-"""Tell a model on this device what dropout drops."""
+"""Dropout applied to a model on this rank: which part of each mask is its own."""
 
 from ascendspeed_core.config.training import DropoutConfig
 from ascendspeed_core.models.dropout import Dropout
@@ -11,10 +11,10 @@ def apply_dropout(model: Transformer, config: DropoutConfig, seed: int, mesh: Pa
     """Let a model drop while it trains, in place; its attention must hold weights if these are dropped.
 
     Args:
-        model: this process's part.
-        config: shares; those of adapters stand in the model.
+        model: this rank's part.
+        config: shares that are dropped; those of adapters are in the model.
         seed: of the run.
-        mesh: this process's place.
+        mesh: the mesh, with this rank's coordinates.
     """
     drops_inside = any(isinstance(module, LoraLinear) and module.dropout for module in model.modules())
     if config.is_any or drops_inside:

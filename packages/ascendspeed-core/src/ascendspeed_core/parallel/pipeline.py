@@ -9,8 +9,9 @@ Shapes: B micro-batch size, S sequence length (S/cp under context parallelism), 
 states are [B, S, H], with sequence parallelism [B, S/tp, H].
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,8 +30,8 @@ from torch.distributed.pipelining import (
 
 from ascendspeed_core.config.parallel import Stage, stages_of_ranks
 from ascendspeed_core.config.sharding import chunk_range
-from ascendspeed_core.models.cache import CachedPass
 from ascendspeed_core.models.transformer import ModelInput, Transformer
+from ascendspeed_core.parallel.auxiliary_losses import attach_losses
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.timeline import Kind, Recorder
 
@@ -45,6 +46,31 @@ SCHEDULES: dict[str, Any] = {
 }
 
 
+@dataclass(frozen=True)
+class LossSums:
+    """Losses added up over micro-batches, float64.
+
+    Attributes:
+        loss: the main one.
+        auxiliary: the others by name, of which every rank has the same; empty when the model has none.
+    """
+
+    loss: torch.Tensor
+    auxiliary: dict[str, torch.Tensor]
+
+    @classmethod
+    def zeros(cls, model: Transformer, device: torch.device) -> "LossSums":
+        """Return sums of nothing."""
+        names = ("", *model.auxiliary_loss_names)
+        loss, *others = torch.zeros(len(names), dtype=torch.float64, device=device).unbind()
+        return cls(loss, dict(zip(names[1:], others, strict=True)))
+
+    def add(self, losses: Mapping[str, torch.Tensor]) -> None:
+        """Add auxiliary losses, in place."""
+        for name, loss in losses.items():
+            self.auxiliary[name] += loss.detach()
+
+
 def run_pipeline(
     model: Transformer,
     mesh: ParallelMesh,
@@ -52,26 +78,30 @@ def run_pipeline(
     loss_of: Callable[[int, torch.Tensor], torch.Tensor],
     recorder: Recorder | None = None,
     on_stage_done: Callable[[Stage], None] | None = None,
-) -> torch.Tensor:
+    auxiliary_scale: float = 1.0,
+) -> LossSums:
     """Run micro-batches forwards and backwards through all stages; gradients are added to the parameters.
 
     Args:
-        model: this process's stages.
-        mesh: its place.
+        model: this rank's stages.
+        mesh: the mesh, with this rank's coordinates.
         inputs: of every micro-batch; B may differ.
-        loss_of: number of a micro-batch and its logits -> scalar; called by the process with the last stage.
+        loss_of: number of a micro-batch and its logits -> scalar; called by the rank with the last stage.
         recorder: notes when each stage computes.
-        on_stage_done: told when the gradients of a stage are complete; other stages may still compute.
+        on_stage_done: called when the gradients of a stage are complete; other stages may still compute.
+        auxiliary_scale: factor of the gradients of auxiliary losses.
 
     Returns:
-        Sum of the losses, float64, the same on every process.
+        Sums of the losses of all stages, the same on every rank; auxiliary ones without their factor.
     """
     numbers = torch.arange(len(inputs), device=mesh.device.torch)
 
     def loss(output: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
         return loss_of(int(number), output)
 
-    parts = [_Stage(model, mesh, stage, inputs, recorder, on_stage_done) for stage in model.stages]
+    sums = LossSums.zeros(model, mesh.device.torch)
+    modules = [_StageModule(model, stage, inputs, sums, auxiliary_scale) for stage in model.stages]
+    parts = [_Stage(model, mesh, module, inputs, recorder, on_stage_done) for module in modules]
     name = mesh.layout.schedule
     if name == "1f1b" and len(inputs) < mesh.layout.pp:
         # With fewer micro-batches than stages 1F1B is all forward, then all backward, which torch calls GPipe.
@@ -82,38 +112,49 @@ def run_pipeline(
     losses: list[torch.Tensor] = []
     entering = (numbers,) if model.has_first else ()
     schedule.step(*entering, target=numbers, losses=losses, return_outputs=False)
-    total = torch.zeros((), dtype=torch.float64, device=mesh.device.torch)
     for part in losses:
-        total += part.detach()
-    return mesh.sum_over("pp", total)
+        sums.loss.add_(part.detach())
+    mesh.sum_over("pp", sums.loss)
+    for auxiliary in sums.auxiliary.values():
+        mesh.sum_over("pp", auxiliary)
+    return sums
 
 
 class _StageModule(nn.Module):
     """A stage that takes the number of a micro-batch where the model takes its tokens.
 
+    Args:
+        model: what the stage is of.
+        stage: which.
+        inputs: of every micro-batch.
+        sums: where its auxiliary losses are added up.
+        auxiliary_scale: factor of their gradients.
+
     Attributes:
-        number: of the micro-batch that runs next; tells later stages its positions.
+        number: of the micro-batch that runs next.
     """
 
-    def __init__(self, model: Transformer, stage: Stage, inputs: Sequence[ModelInput]) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        stage: Stage,
+        inputs: Sequence[ModelInput],
+        sums: LossSums,
+        auxiliary_scale: float,
+    ) -> None:
         super().__init__()
         # The parameters of this stage alone: schedules that compute weight gradients apart ask for them.
         self.parts = nn.ModuleList(model.modules_of(stage))
-        self._run, self._stage, self._inputs = model.forward, stage, inputs
-        self._default_position_ids = model.positions.default_position_ids
-        self.number = 0
+        self.stage, self.number = stage, 0
+        self._run, self._inputs = model.run_stage, inputs
+        self._sums, self._auxiliary_scale = sums, auxiliary_scale
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[1] -> hidden states or logits in the first stage; hidden states -> the same or logits in the others."""
-        given = self._inputs[self.number]
-        positions = (
-            given.positions if given.positions is not None else self._default_position_ids(given.tokens)
-        )
-        entering = given.tokens if self._stage.is_first else x
-        out: torch.Tensor = self._run(
-            entering, positions, stage=self._stage, segments=given.segments, samples=given.samples
-        )
-        return out
+        hidden = None if self.stage.is_first else x
+        out, losses = self._run(self.stage, self._inputs[self.number], hidden)
+        self._sums.add(losses)
+        return attach_losses(out, losses, self._auxiliary_scale)
 
 
 class _Stage(PipelineStage):
@@ -127,18 +168,18 @@ class _Stage(PipelineStage):
         self,
         model: Transformer,
         mesh: ParallelMesh,
-        stage: Stage,
+        module: _StageModule,
         inputs: Sequence[ModelInput],
         recorder: Recorder | None,
         on_done: Callable[[Stage], None] | None,
     ) -> None:
-        self._recorder, self._on_done, self._described = recorder, on_done, stage
+        self._recorder, self._on_done = recorder, on_done
+        self._module, stage = module, module.stage
         self._sizes = [given.tokens.shape[0] for given in inputs]
         dtype = next(model.parameters()).dtype
         first = inputs[0].tokens
         hidden = torch.empty(hidden_shape(first, model, mesh), dtype=dtype, device="meta")
         logits = torch.empty(logits_shape(first, model, mesh), dtype=dtype, device="meta")
-        self._module = _StageModule(model, stage, inputs)
         number = torch.empty(1, dtype=torch.long, device="meta")
         super().__init__(
             self._module,
@@ -163,7 +204,7 @@ class _Stage(PipelineStage):
         with self._noted("backward" if full_backward else "input gradient", bwd_chunk_id):
             super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
         if full_backward:
-            self._tell_if_done(last_backward)
+            self._report_if_done(last_backward)
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
         """Run the gradients of the weights that a backward left out."""
@@ -174,11 +215,11 @@ class _Stage(PipelineStage):
                 for hook in (parameter._post_accumulate_grad_hooks or {}).values():
                     if parameter.grad is not None:
                         hook(parameter)
-        self._tell_if_done(last_backward)
+        self._report_if_done(last_backward)
 
-    def _tell_if_done(self, is_last: bool) -> None:
+    def _report_if_done(self, is_last: bool) -> None:
         if is_last and self._on_done:
-            self._on_done(self._described)
+            self._on_done(self._module.stage)
 
     def _noted(self, kind: Kind, micro_batch: int) -> AbstractContextManager[None]:
         return self._recorder.note(kind, self.stage_index, micro_batch) if self._recorder else nullcontext()
@@ -209,55 +250,41 @@ def hidden_shape(tokens: torch.Tensor, model: Transformer, mesh: ParallelMesh) -
 
 
 def logits_shape(tokens: torch.Tensor, model: Transformer, mesh: ParallelMesh) -> tuple[int, int, int]:
-    """Return the shape of this device's logits for tokens, [B, S]."""
+    """Return the shape of this rank's logits for tokens, [B, S]."""
     mine = chunk_range(model.config.vocab_size, mesh.layout.tp, mesh.tp_rank)
     return tokens.shape[0], tokens.shape[1], mine.stop - mine.start
 
 
 @torch.no_grad()
 def forward_through_stages(
-    model: Transformer,
-    mesh: ParallelMesh,
-    tokens: torch.Tensor,
-    cache: CachedPass | None = None,
-    read_at: torch.Tensor | None = None,
-    positions: torch.Tensor | None = None,
-    segments: torch.Tensor | None = None,
-    is_shared: bool = True,
+    model: Transformer, mesh: ParallelMesh, batch: ModelInput, is_shared: bool = True
 ) -> torch.Tensor:
-    """Return this device's logits, [B, S, V/tp], on every stage; no gradient flows.
+    """Return this rank's logits, [B, S, V/tp], on every stage; no gradient flows.
 
     Args:
-        model: this process's stages, or the whole model.
-        mesh: its place.
-        tokens: ids, [B, S], the same on every stage.
-        cache: pieces of texts whose earlier keys and values are kept; `tokens` are theirs then, [1, M].
-        read_at: places whose logits are wanted, [B, P], when not all are.
-        positions: of `ModelInput`.
-        segments: of `ModelInput`.
-        is_shared: send the logits to all stages; without it only who holds the last stage has them (others get
-            hidden states), and calls one after another overlap.
+        model: this rank's stages, or the whole model.
+        mesh: the mesh, with this rank's coordinates.
+        batch: what the model reads, the same on every stage.
+        is_shared: send the logits to all stages; without it only the rank of the last stage has them (others get
+            hidden states), and consecutive calls overlap.
     """
+    read_at = batch.read_at
     if read_at is not None and mesh.layout.sequence_parallel:
-        # AttentionInputs count in whole texts, of which the last norm has a part here.
-        everywhere = forward_through_stages(
-            model, mesh, tokens, cache, positions=positions, segments=segments, is_shared=is_shared
-        )
+        # Indexes count in whole rows, of which the last norm has a part here.
+        everywhere = forward_through_stages(model, mesh, batch._replace(read_at=None), is_shared)
         return everywhere.gather(1, read_at.unsqueeze(-1).expand(-1, -1, everywhere.shape[-1]))
     group = mesh.group("pp")
     if group is None:
-        logits: torch.Tensor = model(tokens, positions, cache, read_at=read_at, segments=segments)
+        logits: torch.Tensor = model(batch).logits
         return logits
     dtype = next(model.parameters()).dtype
     holder = _holders(model, mesh)
-    if positions is None:
-        positions = model.positions.default_position_ids(tokens)
-    out = tokens
+    tokens, out = batch.tokens, batch.tokens
     for stage in model.stages:
         if not stage.is_first and holder[stage.index - 1] != mesh.pp_rank:
             out = torch.empty(hidden_shape(tokens, model, mesh), dtype=dtype, device=tokens.device)
             dist.recv(out, group=group, group_src=holder[stage.index - 1])
-        out = model(out, positions, cache, stage, read_at, segments)
+        out, _ = model.run_stage(stage, batch, None if stage.is_first else out)
         if not stage.is_last and holder[stage.index + 1] != mesh.pp_rank:
             dist.send(out.contiguous(), group=group, group_dst=holder[stage.index + 1])
     if not is_shared:

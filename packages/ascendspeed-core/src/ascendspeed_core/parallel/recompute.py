@@ -4,7 +4,7 @@
 what is worth it.) It is applied from outside, to whole layers or to a part of each; the model knows nothing of it, and
 computes the same numbers.
 
-What a layer sends to other devices under tensor parallelism is sent again, in the same order on all of them.
+What a layer sends to other ranks under tensor parallelism is sent again, in the same order on all of them.
 """
 
 from collections.abc import Iterator
@@ -48,9 +48,9 @@ def apply_recompute(model: Transformer, config: RecomputeConfig, pp_rank: int) -
     """Make the layers of this process drop activations as `config` says, in place.
 
     Args:
-        model: this process's stages, cut and filled.
+        model: this rank's stages, cut and filled.
         config: policy.
-        pp_rank: which entry of `recomputation_layer_num` is this process's.
+        pp_rank: which entry of `recomputation_layer_num` is this rank's.
 
     Policy `auto` needs measuring, see `planner.fit_memory`; nothing is done for it here.
     """

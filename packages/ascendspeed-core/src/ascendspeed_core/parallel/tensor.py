@@ -33,9 +33,11 @@ from ascendspeed_core.config.sharding import (
     query_heads,
     tensor_slice,
 )
+from ascendspeed_core.models.auxiliary_losses import AuxiliaryLosses
 from ascendspeed_core.models.dropout import DropoutMasks
 from ascendspeed_core.models.linear import LoraLinear
 from ascendspeed_core.models.transformer import Transformer
+from ascendspeed_core.parallel.auxiliary_losses import share_losses
 from ascendspeed_core.parallel.collectives import (
     copy_to_group,
     gather_sequence,
@@ -52,11 +54,13 @@ class _Border:
         group: the tensor-parallel ranks.
         enter: whole hidden states from those between blocks.
         leave: hidden states between blocks from partial sums.
+        share_losses: this rank's share of auxiliary losses that all of them computed alike.
     """
 
     group: dist.ProcessGroup
     enter: Callable[[torch.Tensor], torch.Tensor]
     leave: Callable[[torch.Tensor], torch.Tensor]
+    share_losses: Callable[[AuxiliaryLosses], AuxiliaryLosses]
 
 
 def apply_tensor_parallel(model: Transformer, group: dist.ProcessGroup, layout: Layout) -> None:
@@ -70,14 +74,18 @@ def apply_tensor_parallel(model: Transformer, group: dist.ProcessGroup, layout: 
         group: ranks that share each layer.
         layout: of all ranks.
     """
+    share = partial(share_losses, tp=layout.tp, is_sequence_cut=layout.sequence_parallel)
     if layout.sequence_parallel:
         border = _Border(
             group,
             partial(gather_sequence, group=group),
             partial(sum_over_group_scattering_sequence, group=group),
+            share,
         )
     else:
-        border = _Border(group, partial(copy_to_group, group=group), partial(sum_over_group, group=group))
+        border = _Border(
+            group, partial(copy_to_group, group=group), partial(sum_over_group, group=group), share
+        )
     _shard_parameters(model, layout, dist.get_rank(group))
     model.positions.heads = query_heads(model.config, layout.tp, dist.get_rank(group))
     blocks: dict[str, nn.Module] = {}
@@ -129,6 +137,8 @@ def _shard_parameters(model: Transformer, layout: Layout, tp_rank: int) -> None:
 def _share_input(module: nn.Module, border: _Border) -> None:
     """Give a block whole hidden states; the gradient of its first argument is summed over the ranks."""
     module.register_forward_pre_hook(lambda _, args: (border.enter(args[0]), *args[1:]))
+    if getattr(module, "auxiliary_losses", ()):
+        module.register_forward_hook(lambda _, __, output: (output[0], border.share_losses(output[1])))
 
 
 def _sum_results(linear: nn.Module, border: _Border) -> None:

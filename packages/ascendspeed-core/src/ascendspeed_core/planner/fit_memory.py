@@ -23,6 +23,7 @@ from ascendspeed_core.device import Device
 from ascendspeed_core.models.transformer import Transformer
 from ascendspeed_core.objectives.next_token import masked_sum
 from ascendspeed_core.optim.engine import Engine
+from ascendspeed_core.parallel.auxiliary_losses import attach_losses
 from ascendspeed_core.parallel.mesh import ParallelMesh, gather_objects
 from ascendspeed_core.parallel.pipeline import hidden_shape, logits_shape, run_pipeline
 from ascendspeed_core.parallel.recompute import recompute, recomputed
@@ -221,13 +222,10 @@ def measure_step(
 def _measure_stage(model: Transformer, mesh: ParallelMesh, stage: Stage, batch: MicroBatch) -> StageMemory:
     dtype = next(model.parameters()).dtype
     hidden = torch.zeros(hidden_shape(batch.tokens, model, mesh), dtype=dtype, device=mesh.device.torch)
-    positions = (
-        batch.positions if batch.positions is not None else model.positions.default_position_ids(batch.tokens)
-    )
 
-    def run(x: torch.Tensor, part: Stage) -> torch.Tensor:
-        out: torch.Tensor = model(x, positions, stage=part, segments=batch.segments, samples=batch.samples)
-        return out
+    def run(x: torch.Tensor | None, part: Stage) -> torch.Tensor:
+        out, losses = model.run_stage(part, batch.input, x)
+        return attach_losses(out, losses, 1.0)
 
     def head(x: torch.Tensor) -> tuple[torch.Tensor, Any]:
         logits = run(x, Stage(2, 3, range(0)))
@@ -260,7 +258,7 @@ def _measure_stage(model: Transformer, mesh: ParallelMesh, stage: Stage, batch: 
     if stage.is_first:
         of_embedding = [m for m in (model.embedding, model.embedding_norm) if m is not None]
         own = gradient_bytes([*of_head, *of_embedding]) - gradient_bytes(of_head)
-        before = _measure(lambda _: (run(batch.tokens, Stage(0, 3, range(0))), None), hidden, own)
+        before = _measure(lambda _: (run(None, Stage(0, 3, range(0))), None), hidden, own)
     if stage.is_last:
         after = _measure(head, hidden, gradient_bytes(of_head))
     if mesh.layout.pp == 1:

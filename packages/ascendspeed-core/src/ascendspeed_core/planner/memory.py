@@ -40,7 +40,7 @@ class StageMemory:
         num_layers: how many of them.
         before: the embedding, in the first stage.
         after: the head and the loss, in the last stage.
-        positions: masks and tables of positions, kept as long as a micro-batch is under way.
+        attention_inputs: masks and rotary angles, kept while a micro-batch is between its forward and its backward.
         output: what a stage of a pipeline gives, which is kept to the end of its backward.
         received: of the gradient that a backward is given, where it lies in a buffer that is there anyway.
         sent: what is kept after the backward to the end of the step, because it was sent.
@@ -50,7 +50,7 @@ class StageMemory:
     num_layers: int
     before: PartMemory | None = None
     after: PartMemory | None = None
-    positions: int = 0
+    attention_inputs: int = 0
     output: int = 0
     received: int = 0
     sent: int = 0
@@ -114,7 +114,7 @@ class StepMemory:
                 self.sizes[action.micro_batch],
             )
             if action.is_forward:
-                held += stage.positions * share
+                held += stage.attention_inputs * share
                 for part in parts:
                     most = max(most, held + part.forward * share)
                     held += part.kept * share
@@ -129,7 +129,7 @@ class StepMemory:
                 held -= (part.kept - output) * share
                 held += 0 if action.stage in started else part.gradients
             started.add(action.stage)
-            held += (stage.sent - stage.output - stage.positions) * share
+            held += (stage.sent - stage.output - stage.attention_inputs) * share
         return int(most)
 
 

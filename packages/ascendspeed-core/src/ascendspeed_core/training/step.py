@@ -5,7 +5,7 @@ vocabulary.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import nan
 
 import torch
@@ -17,7 +17,7 @@ from ascendspeed_core.objectives.objective import MicroBatchLoss, ObjectiveLoss
 from ascendspeed_core.optim.engine import Engine
 from ascendspeed_core.optim.loss_scale import LossScale
 from ascendspeed_core.parallel.mesh import ParallelMesh
-from ascendspeed_core.parallel.pipeline import run_pipeline
+from ascendspeed_core.parallel.pipeline import LossSums, run_pipeline
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,13 @@ class StepResult:
             says; not a number when no token counts.
         grad_norm: of the whole model's gradient, before clipping; `None` when the step was skipped.
         tokens: tokens that counted.
+        auxiliary_losses: by name, divided by what `loss` is divided by and not in it; empty when the model has none.
     """
 
     loss: float
     grad_norm: float | None
     tokens: int
+    auxiliary_losses: dict[str, float] = field(default_factory=dict)
 
     @property
     def is_skipped(self) -> bool:
@@ -76,8 +78,9 @@ def train_step(
     count, loss_of = objective.prepare(micro_batches, tokens)
     scale = loss_scale.scale if loss_scale else None
     share = forward_backward(model, engine, micro_batches, mesh, count, loss_of, scale or 1.0)
-    loss = mesh.sum_over("replicas", share)
-    result = StepResult(loss=float(loss), grad_norm=engine.step(scale), tokens=tokens)
+    loss = mesh.sum_over("replicas", share.loss)
+    auxiliary = {name: float(mesh.sum_over("replicas", part)) for name, part in share.auxiliary.items()}
+    result = StepResult(float(loss), engine.step(scale), tokens, auxiliary)
     if loss_scale:
         loss_scale.update(overflow=result.is_skipped)
     return result
@@ -91,8 +94,8 @@ def forward_backward(
     count: int,
     loss_of: MicroBatchLoss,
     scale: float = 1.0,
-) -> torch.Tensor:
-    """Add the gradients of this rank's micro-batches to the parameters, and return their share of the loss.
+) -> LossSums:
+    """Add the gradients of this rank's micro-batches to the parameters, and return their share of the losses.
 
     Args:
         model: this rank's part.
@@ -108,17 +111,28 @@ def forward_backward(
         return loss_of(number, logits) / count
 
     if mesh.layout.pp > 1:
-        total = run_pipeline(
+        sums = run_pipeline(
             model,
             mesh,
             [micro_batch.input for micro_batch in micro_batches],
             lambda number, logits: share(number, logits) * scale,
             on_stage_done=engine.start_reduction if mesh.layout.early_reduction else None,
+            auxiliary_scale=scale / count,
         )
-        return total / scale
-    loss = torch.zeros((), dtype=torch.float64, device=mesh.device.torch)
-    for number, micro_batch in enumerate(micro_batches):
-        part = share(number, engine.forward(micro_batch.input))
-        engine.backward(part, scale, is_last=number == len(micro_batches) - 1)
-        loss += part.detach()
-    return loss
+        sums.loss.div_(scale)
+    else:
+        sums = LossSums.zeros(model, mesh.device.torch)
+        for number, micro_batch in enumerate(micro_batches):
+            output = engine.forward(micro_batch.input)
+            loss = share(number, output.logits)
+            sums.loss.add_(loss.detach())
+            sums.add(output.auxiliary_losses)
+            for auxiliary in output.auxiliary_losses.values():
+                loss = loss + auxiliary / count
+            engine.backward(loss, scale, is_last=number == len(micro_batches) - 1)
+    for auxiliary in sums.auxiliary.values():
+        if mesh.layout.sequence_parallel:
+            # Each tensor-parallel rank has the losses of its part of the sequence, or a share of the whole.
+            mesh.sum_over("tp", auxiliary)
+        auxiliary.div_(count)
+    return sums

@@ -245,7 +245,7 @@ class Trainer:
             seconds: that it took.
         """
         tokens = self.mesh.layout.replicas * sum(batch.tokens.numel() for batch in micro_batches)
-        record = {
+        record: dict[str, Any] = {
             "iteration": self.iteration,
             **finite_or_none({"lm_loss": result.loss}),
             "grad_norm": result.grad_norm,
@@ -257,6 +257,8 @@ class Trainer:
             "step_seconds": seconds,
             "peak_memory_bytes": self.mesh.device.peak_memory_bytes(),
         }
+        auxiliary = {f"auxiliary_losses/{name}": loss for name, loss in result.auxiliary_losses.items()}
+        record |= finite_or_none(auxiliary)
         record |= finite_or_none(self.objective.metrics())
         return record | self.monitor.metrics(tokens / seconds)
 

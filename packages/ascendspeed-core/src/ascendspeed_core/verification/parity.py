@@ -66,7 +66,7 @@ class ParityRow:
 
     Attributes:
         name: the candidate, as written.
-        loss: largest relative deviation of a step's loss.
+        loss: largest relative deviation of a step's loss, auxiliary losses included.
         grad_norm: largest relative deviation of a step's gradient norm.
         weights: largest deviation of a weight after the last step, relative to the largest entry of its tensor.
     """
@@ -159,12 +159,22 @@ def _compare(candidate: Candidate, run: Path, one: Path) -> ParityRow:
     ours, theirs = read_metrics(run / METRICS), read_metrics(one / METRICS)
 
     def largest(key: str) -> float:
-        pairs = [(a[key], b[key]) for a, b in zip(ours, theirs, strict=True)]
+        pairs = [(a.get(key), b.get(key)) for a, b in zip(ours, theirs, strict=True)]
         if any((a is None) != (b is None) for a, b in pairs):
             return float("inf")
-        return max((abs(a - b) / abs(b) for a, b in pairs if b is not None), default=0.0)
+        return max((_deviation(a, b) for a, b in pairs if a is not None and b is not None), default=0.0)
 
-    return ParityRow(candidate.name, largest("lm_loss"), largest("grad_norm"), _weights(run, one))
+    # Auxiliary losses are compared too, where the model has any.
+    losses = {key for record in (*ours, *theirs) for key in record if key.startswith("auxiliary_losses/")}
+    loss = max(map(largest, ("lm_loss", *sorted(losses))))
+    return ParityRow(candidate.name, loss, largest("grad_norm"), _weights(run, one))
+
+
+def _deviation(found: float, expected: float) -> float:
+    """Return the relative deviation; a balancing loss may be exactly zero."""
+    if found == expected:
+        return 0.0
+    return abs(found - expected) / abs(expected) if expected else math.inf
 
 
 def _weights(run: Path, one: Path) -> float:

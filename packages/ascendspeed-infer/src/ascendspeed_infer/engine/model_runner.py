@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from ascendspeed_core.models.cache import CachedPass, CacheSlot, KeyValueCache, SequenceChunk
-from ascendspeed_core.models.transformer import Transformer
+from ascendspeed_core.models.transformer import ModelInput, Transformer
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.pipeline import forward_through_stages
 from ascendspeed_core.parallel.tensor import gather_logits
@@ -91,7 +91,7 @@ class ModelRunner:
     def forward(self, token_ids: Sequence[int]) -> torch.Tensor:
         """Return the logits at every position of one text without the cache, [S, V]."""
         tokens = torch.tensor([list(token_ids)], device=self.mesh.device.torch)
-        logits = forward_through_stages(self.model, self.mesh, tokens)
+        logits = forward_through_stages(self.model, self.mesh, ModelInput(tokens))
         return gather_logits(logits[0], self.model.config.vocab_size, self.mesh.group("tp"))
 
     def _run_fixed_pass(self, chunks: Sequence[ScheduledChunk], size: int) -> list[torch.Tensor]:
@@ -123,7 +123,7 @@ class ModelRunner:
         self, tokens: Sequence[int], cached: CachedPass, read_at: torch.Tensor | None
     ) -> torch.Tensor:
         ids = torch.tensor([tokens], device=self.mesh.device.torch)
-        local = forward_through_stages(self.model, self.mesh, ids, cached, read_at)
+        local = forward_through_stages(self.model, self.mesh, ModelInput(ids, cache=cached, read_at=read_at))
         return gather_logits(local[0], self.model.config.vocab_size, self.mesh.group("tp"))
 
 
@@ -171,18 +171,6 @@ def decode_tokens(
 
 
 def make_cache(model: Transformer, mesh: ParallelMesh, cache_tokens: int) -> KeyValueCache:
-    """Return an empty cache for this rank's layers and heads."""
-    return KeyValueCache(
-        num_layers=len(model.layers),
-        num_key_value_heads=num_cached_heads(model, mesh),
-        capacity_tokens=cache_tokens,
-        head_dim=model.config.head_dim,
-        dtype=next(model.parameters()).dtype,
-        device=mesh.device.torch,
-        window=model.config.sliding_window,
-    )
-
-
-def num_cached_heads(model: Transformer, mesh: ParallelMesh) -> int:
-    """Return the key-value heads of this rank; with more devices than heads each has one."""
-    return max(model.config.num_key_value_heads // mesh.layout.tp, 1)
+    """Return an empty cache for what this rank's layers keep."""
+    dtype = next(model.parameters()).dtype
+    return KeyValueCache(model.layer_caches(mesh.layout.tp), cache_tokens, dtype, mesh.device.torch)

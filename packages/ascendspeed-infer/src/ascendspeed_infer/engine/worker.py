@@ -167,5 +167,5 @@ class Worker:
             self.channel.send((method, arguments))
 
     def _message(self, one: ScheduledChunk) -> ChunkMessage:
-        number, ids = self._numbers[one.chunk.room], tuple(one.token_ids)
+        number, ids = self._numbers[one.chunk.slot], tuple(one.token_ids)
         return ChunkMessage(number, one.chunk.start, ids, one.num_logits, one.is_decode, one.batch_invariant)
