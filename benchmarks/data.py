@@ -74,20 +74,20 @@ def alone(path: Path, encode: Callable[[list[str]], int]) -> tuple[int, float, f
 def gigatoken_alone(path: Path, tokenizer: Path, folder: Path) -> tuple[int, float, float]:
     import gigatoken
 
-    from ascendspeed_data.fast_tokenizer import _content_for_gigatoken
+    from ascendspeed_data.fast_tokenizer import gigatoken_json
     from ascendspeed_data.tokenizer import load_tokenizer
 
-    backend = gigatoken.Tokenizer.from_json(_content_for_gigatoken(load_tokenizer(tokenizer))).backend
+    backend = gigatoken.Tokenizer.from_json(gigatoken_json(load_tokenizer(tokenizer))).backend
     return alone(path, lambda texts: len(backend.encode_batch(texts, parallel=True).layout.content.data))
 
 
 def tokenizers_batch(path: Path, tokenizer: Path, folder: Path) -> tuple[int, float, float]:
     from tokenizers import Tokenizer
 
-    from ascendspeed_data.fast_tokenizer import _content_for_gigatoken
+    from ascendspeed_data.fast_tokenizer import gigatoken_json
     from ascendspeed_data.tokenizer import load_tokenizer
 
-    made = Tokenizer.from_str(_content_for_gigatoken(load_tokenizer(tokenizer)))
+    made = Tokenizer.from_str(gigatoken_json(load_tokenizer(tokenizer)))
     return alone(path, lambda texts: sum(len(e.ids) for e in made.encode_batch_fast(texts)))
 
 
@@ -220,12 +220,12 @@ def corpus_and_tokenizer(folder: Path) -> tuple[list[str], Path, str]:
             line for name in CORPORA for line in (SHARED_DATA / "pretrain" / name).open(encoding="utf-8")
         ]
         return lines, TOKENIZERS / "llama", "Wikipedia, Chinese classics and C4, repeated; LLaMA's tokenizer"
-    from ascendspeed_data.train_tokenizer import TokenizerTraining, train_tokenizer
+    from ascendspeed_data.train_tokenizer import TokenizerTraining, train_sentencepiece
 
     lines = [json.dumps({"text": text}) + "\n" for text in make_texts(20_000)]
     (folder / "made.jsonl").write_text("".join(lines))
     training = TokenizerTraining(400)
-    tokenizer = train_tokenizer([str(folder / "made.jsonl")], "text", folder / "tokenizer", training)
+    tokenizer = train_sentencepiece([str(folder / "made.jsonl")], "text", folder / "tokenizer", training)
     return lines, tokenizer, "made text, repeated; a made tokenizer"
 
 

@@ -17,9 +17,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
+from ascendspeed_eval.evaluation import prepare_evaluation
 from ascendspeed_eval.model import GenerateRequest, LoglikelihoodRequest
-from ascendspeed_eval.runner import prepare
-from ascendspeed_eval.tasks.registry import find_protocol, find_task
+from ascendspeed_eval.tasks.registry import find_task, find_variant
 from ascendspeed_infer.config import ScoringConfig
 from ascendspeed_infer.eval_backend import ServedModel
 from ascendspeed_infer.language_model import LanguageModel
@@ -47,16 +47,16 @@ def timed(call: Callable[[], Any]) -> tuple[float, Any]:
 def requests_of(name: str, subsets: tuple[str, ...], limit: int) -> tuple[list[Any], Any]:
     """Our requests of a task, in the harness's protocol."""
     task = find_task(name)
-    protocol = find_protocol(task, "lm-eval")
-    evaluation = prepare(task, protocol, str(BENCHMARK_FOLDERS[name]), subsets=subsets, limit=limit)
-    if protocol.choices is None:
+    variant = find_variant(task, "lm-eval")
+    evaluation = prepare_evaluation(task, variant, str(BENCHMARK_FOLDERS[name]), subsets=subsets, limit=limit)
+    if variant.choices is None:
         return [
-            GenerateRequest(s.prompt, protocol.max_new_tokens, protocol.stop) for s in evaluation.samples
+            GenerateRequest(s.prompt, variant.max_new_tokens, variant.stop) for s in evaluation.samples
         ], evaluation
     return [
         LoglikelihoodRequest(s.prompt, choice, s.shared_characters)
         for s in evaluation.samples
-        for choice in protocol.choices(s.record)
+        for choice in variant.choices(s.record)
     ], evaluation
 
 

@@ -32,19 +32,19 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tokenizer_folder(corpus: Path) -> Path:
     """A SentencePiece tokenizer trained on the corpus."""
-    from ascendspeed_data.train_tokenizer import TokenizerTraining, train_tokenizer
+    from ascendspeed_data.train_tokenizer import TokenizerTraining, train_sentencepiece
 
-    return train_tokenizer([str(corpus)], "text", corpus.parent / "tokenizer", TokenizerTraining(400))
+    return train_sentencepiece([str(corpus)], "text", corpus.parent / "tokenizer", TokenizerTraining(400))
 
 
 @pytest.fixture(scope="session")
 def dataset(corpus: Path, tokenizer_folder: Path) -> Path:
     """The corpus, tokenized; the prefix of its .bin/.idx."""
-    from ascendspeed_data.preprocess import PreprocessJob, preprocess
+    from ascendspeed_data.preprocess import PreprocessJob, preprocess_dataset
 
     job = PreprocessJob((str(corpus),), corpus.parent / "corpus", tokenizer_folder)
-    preprocess(job)
-    return job.prefix_of("text")
+    preprocess_dataset(job)
+    return job.column_prefix("text")
 
 
 @pytest.fixture(scope="session")

@@ -170,12 +170,12 @@ def test_a_pickled_index_is_refused_and_a_damaged_one_built_again(tmp_path: Path
 
 
 def test_parts_of_a_blend_need_one_tokenizer(dataset: Path, tmp_path: Path, corpus: Path) -> None:
-    from ascendspeed_data.preprocess import PreprocessJob, preprocess
-    from ascendspeed_data.train_tokenizer import TokenizerTraining, train_tokenizer
+    from ascendspeed_data.preprocess import PreprocessJob, preprocess_dataset
+    from ascendspeed_data.train_tokenizer import TokenizerTraining, train_sentencepiece
 
-    other = train_tokenizer([str(corpus)], "text", tmp_path / "other", TokenizerTraining(380))
+    other = train_sentencepiece([str(corpus)], "text", tmp_path / "other", TokenizerTraining(380))
     job = PreprocessJob((str(corpus),), tmp_path / "other", other)
-    preprocess(job)
-    config = DataConfig(data_path=("1", str(dataset), "1", str(job.prefix_of("text"))), seq_length=8)
+    preprocess_dataset(job)
+    config = DataConfig(data_path=("1", str(dataset), "1", str(job.column_prefix("text"))), seq_length=8)
     with pytest.raises(DataError, match="were made with different tokenizers"):
         check_data(config, SAMPLES)

@@ -16,8 +16,8 @@ from ascendspeed_data.errors import AscendSpeedError
 from ascendspeed_data.fast_tokenizer import (
     FRAGMENTS,
     FastEncoder,
-    _content_for_gigatoken,
     choose_encoder,
+    gigatoken_json,
     spot_check,
 )
 from ascendspeed_data.tokenizer import TokenBatch, load_tokenizer
@@ -42,37 +42,41 @@ def odd_texts(count: int) -> list[str]:
 
 @needs_gigatoken
 @needs_shared_data
-def test_llama_takes_it_and_the_ids_are_sentencepieces() -> None:
+def test_llama_uses_gigatoken_with_the_ids_of_sentencepiece() -> None:
     tokenizer = load_tokenizer(TOKENIZERS / "llama")
     choice = choose_encoder(tokenizer, "PretrainedFromHF", True, make_texts(20))
     assert choice.name.startswith("gigatoken")
     model = sentencepiece.SentencePieceProcessor(model_file=str(TOKENIZERS / "llama" / "tokenizer.model"))
     texts = odd_texts(5000)
-    batch = choice.encoder_of(tokenizer).encode_contents(texts)
+    batch = choice.encoder_of(tokenizer).encode_without_special_tokens(texts)
     assert [ids.tolist() for ids in batch.split()] == [model.encode(text) for text in texts]
 
 
 @needs_gigatoken
 @needs_shared_data
 @pytest.mark.parametrize("name", ["baichuan-7b", "tok512"])
-def test_others_do_not_because_ids_would_differ(name: str) -> None:
+def test_tokenizers_with_different_ids_do_not_use_gigatoken(name: str) -> None:
     (file,) = (TOKENIZERS / name).glob("*.model")
     choice = choose_encoder(load_tokenizer(file), "PretrainedFromHF", True, make_texts(20))
     assert choice.name.startswith("sentencepiece")
-    assert "gives other ids, first for" in choice.reason
+    assert "gives different ids, first for" in choice.reason
 
 
 @needs_gigatoken
-def test_a_vocabulary_that_it_cannot_read(tmp_path: Path, corpus: Path) -> None:
-    from ascendspeed_data.train_tokenizer import TokenizerTraining, train_tokenizer
+def test_a_vocabulary_that_gigatoken_cannot_read_is_encoded_by_the_tokenizer(
+    tmp_path: Path, corpus: Path
+) -> None:
+    from ascendspeed_data.train_tokenizer import TokenizerTraining, train_sentencepiece
 
-    folder = train_tokenizer([str(corpus)], "text", tmp_path / "unigram", TokenizerTraining(400, "unigram"))
+    folder = train_sentencepiece(
+        [str(corpus)], "text", tmp_path / "unigram", TokenizerTraining(400, "unigram")
+    )
     choice = choose_encoder(load_tokenizer(folder), "PretrainedFromHF", True, [])
     assert choice.name.startswith("sentencepiece")
-    assert "does not read this tokenizer" in choice.reason
+    assert "cannot read this tokenizer" in choice.reason
 
 
-def test_without_the_extra_the_tokenizer_itself_serves(tmp_path: Path, tokenizer_folder: Path) -> None:
+def test_without_the_extra_the_tokenizer_itself_encodes(tmp_path: Path, tokenizer_folder: Path) -> None:
     """A module of that name that cannot be imported stands for a machine without it."""
     (tmp_path / "gigatoken.py").write_text("raise ImportError('no wheel for this machine')\n")
     source = write_json_lines(tmp_path / "x.jsonl", make_texts(50))
@@ -94,17 +98,17 @@ def test_without_the_extra_the_tokenizer_itself_serves(tmp_path: Path, tokenizer
 
 
 @needs_gigatoken
-def test_a_difference_during_the_run_ends_it(tokenizer_folder: Path) -> None:
+def test_different_ids_during_a_run_stop_it(tokenizer_folder: Path) -> None:
     tokenizer = load_tokenizer(tokenizer_folder)
-    encoder = FastEncoder(tokenizer, _content_for_gigatoken(tokenizer))
+    encoder = FastEncoder(tokenizer, gigatoken_json(tokenizer))
     spot_check(tokenizer, encoder, ["", "the text"])
 
     class Wrong(FastEncoder):
-        def encode_contents(self, texts: Any) -> TokenBatch:
-            batch = super().encode_contents(texts)
+        def encode_without_special_tokens(self, texts: Any) -> TokenBatch:
+            batch = super().encode_without_special_tokens(texts)
             return TokenBatch(batch.ids[::-1], batch.lengths)
 
-    wrong = Wrong(tokenizer, _content_for_gigatoken(tokenizer))
+    wrong = Wrong(tokenizer, gigatoken_json(tokenizer))
     with pytest.raises(
         AscendSpeedError, match=r"gives other ids than sentencepiece .* --tokenizer-not-use-fast"
     ):
@@ -112,16 +116,16 @@ def test_a_difference_during_the_run_ends_it(tokenizer_folder: Path) -> None:
 
 
 @needs_gigatoken
-def test_texts_with_nul_go_to_the_tokenizer_itself(tokenizer_folder: Path) -> None:
+def test_the_tokenizer_itself_encodes_texts_with_nul(tokenizer_folder: Path) -> None:
     tokenizer = load_tokenizer(tokenizer_folder)
-    encoder = FastEncoder(tokenizer, _content_for_gigatoken(tokenizer))
+    encoder = FastEncoder(tokenizer, gigatoken_json(tokenizer))
     texts = ["a", "b\0c", "", "\0", "the"]
-    both = (tokenizer.encode_contents(texts), encoder.encode_contents(texts))
+    both = (tokenizer.encode_without_special_tokens(texts), encoder.encode_without_special_tokens(texts))
     assert np.array_equal(both[0].ids, both[1].ids)
     assert np.array_equal(both[0].lengths, both[1].lengths)
 
 
-def test_eos_of_the_tokenizers_own_is_not_doubled(tmp_path: Path, tokenizer_folder: Path) -> None:
+def test_eos_of_the_tokenizer_is_not_doubled(tmp_path: Path, tokenizer_folder: Path) -> None:
     from ascendspeed_data.tokenizer import copy_tokenizer
 
     copy_tokenizer(tokenizer_folder, tmp_path / "t")
@@ -145,7 +149,9 @@ def test_eos_of_the_tokenizers_own_is_not_doubled(tmp_path: Path, tokenizer_fold
 @needs_shared_data
 @pytest.mark.parametrize("fast", [True, False])
 @pytest.mark.parametrize("name", ["wikipedia_en.jsonl", "classics_zh.jsonl", "c4_demo.jsonl"])
-def test_every_document_of_real_corpora(tmp_path: Path, name: str, fast: bool) -> None:
+def test_every_document_of_real_corpora_has_the_ids_of_the_tokenizer(
+    tmp_path: Path, name: str, fast: bool
+) -> None:
     """megatron-core reads our files; each document is SentencePiece's ids and the end, as the manifest states."""
     from megatron.core.datasets.indexed_dataset import IndexedDataset as TheirDataset
 

@@ -132,7 +132,7 @@ def make(tmp_path: Path, handler: str, source: Path, tokenizer: Path, *flags: ob
 
 @needs_shared_data
 @pytest.mark.parametrize("case", range(len(CASES)), ids=lambda n: f"{CASES[n][0]}-{Path(CASES[n][1]).stem}")
-def test_real_sets(tmp_path: Path, case: int) -> None:
+def test_real_instruction_sets_give_the_expected_ids_and_labels(tmp_path: Path, case: int) -> None:
     handler, name, count, expected = CASES[case]
     model = sentencepiece.SentencePieceProcessor(model_file=str(LLAMA / "tokenizer.model"))
     records = records_in(INSTRUCTION / name)[:count]
@@ -153,7 +153,7 @@ def test_real_sets(tmp_path: Path, case: int) -> None:
 
 
 @needs_shared_data
-def test_without_an_end_the_general_handler_is_that_of_2023(tmp_path: Path) -> None:
+def test_without_append_eod_the_general_handler_equals_2023(tmp_path: Path) -> None:
     records = records_in(INSTRUCTION / "alpaca_zh_demo.json")[:50]
     source = tmp_path / "x.json"
     source.write_text(json.dumps(records))
@@ -170,7 +170,7 @@ def test_without_an_end_the_general_handler_is_that_of_2023(tmp_path: Path) -> N
 
 @needs_shared_data
 @pytest.mark.parametrize("old", [False, True])
-def test_alpaca_as_text(tmp_path: Path, old: bool) -> None:
+def test_alpaca_text_equals_its_template(tmp_path: Path, old: bool) -> None:
     records = records_in(INSTRUCTION / "alpaca/alpaca_data.json")[:200]
     source = tmp_path / "x.jsonl"
     source.write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -193,7 +193,9 @@ def test_alpaca_as_text(tmp_path: Path, old: bool) -> None:
         assert dataset.ids[number].tolist() == [*model.encode(text), EOS]
 
 
-def test_stack_overflow_and_leetcode(tmp_path: Path, tokenizer_folder: Path) -> None:
+def test_stack_overflow_and_leetcode_give_the_expected_samples(
+    tmp_path: Path, tokenizer_folder: Path
+) -> None:
     """Made records: no real file of these sets could be had."""
     model = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_folder / "tokenizer.model"))
     question = {"title": "the first", "question_body": "what is\n\n it?", "answer_body": "x = f(y)"}
@@ -219,7 +221,7 @@ def test_stack_overflow_and_leetcode(tmp_path: Path, tokenizer_folder: Path) -> 
     assert made.arrays["labels"][0].tolist() == [-100, *labels]
 
 
-def test_handlers_are_listed_with_examples_that_work(tmp_path: Path, tokenizer_folder: Path) -> None:
+def test_examples_of_listed_handlers_work(tmp_path: Path, tokenizer_folder: Path) -> None:
     rows = json.loads(call("asd-data", "handlers", "--json").stdout)
     assert {row["name"] for row in rows} == {handler.name for handler, _ in all_handlers()}
     listed = call("asd-data", "handlers").stdout
@@ -254,7 +256,7 @@ class Neither:
 """
 
 
-def test_a_handler_of_ones_own(
+def test_handlers_of_users_are_found(
     tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "own_handlers_for_test.py").write_text(OWN)
@@ -271,9 +273,9 @@ def test_a_handler_of_ones_own(
     assert [dataset.ids[n].tolist() for n in range(4)] == [[1, *model.encode(text), EOS] for text in texts]
     with pytest.raises(AscendSpeedError, match="has no Shou; did you mean Shout"):
         find_handler("own_handlers_for_test:Shou")
-    with pytest.raises(AscendSpeedError, match="has neither texts"):
+    with pytest.raises(AscendSpeedError, match="has neither a method texts"):
         find_handler("own_handlers_for_test:Neither")
-    with pytest.raises(AscendSpeedError, match="must be importable"):
+    with pytest.raises(AscendSpeedError, match="make the module importable"):
         find_handler("no_such_module_for_test:X")
     with pytest.raises(
         ConfigError, match=r"there are GeneralPretrainHandler, .*did you mean GeneralPretrainHandler"
@@ -301,13 +303,13 @@ def test_a_handler_of_ones_own(
         (
             "ShareGPTHandler",
             {"conversations": [{"from": "dog", "value": "a"}]},
-            "is from 'dog'; known are system",
+            "is from 'dog'; the role must be one of system",
         ),
-        ("MessagesHandler", {"messages": "a"}, "holds no list of turns"),
+        ("MessagesHandler", {"messages": "a"}, "is not a list of turns"),
         ("MessagesHandler", {"messages": [{"role": "assistant", "content": "a"}]}, "no chat template"),
     ],
 )
-def test_records_that_do_not_fit(
+def test_unsuitable_records_are_reported(
     tmp_path: Path, tokenizer_folder: Path, handler: str, record: dict[str, Any], complaint: str
 ) -> None:
     (tmp_path / "x.jsonl").write_text(json.dumps(record))
@@ -320,14 +322,14 @@ def test_records_that_do_not_fit(
     assert not list(tmp_path.glob("out*"))
 
 
-def test_options_that_a_handler_would_ignore(tmp_path: Path, tokenizer_folder: Path) -> None:
+def test_options_without_effect_are_refused(tmp_path: Path, tokenizer_folder: Path) -> None:
     source = write_json_lines(tmp_path / "x.jsonl", ["the"])
     for flags, complaint in (
         (
             ["--handler-name", "AlpacaPretrainHandler", "--json-key", "text"],
             "has no meaning for AlpacaPretrainHandler",
         ),
-        (["--pack", "--seq-length", 8], "--pack is for handlers of samples"),
+        (["--pack", "--seq-length", 8], "--pack needs a handler of samples"),
         (["--handler-name", "GeneralInstructionHandler", "--pack"], "--pack needs --seq-length"),
         (["--json-keys", "text", "text"], "names a column twice"),
     ):

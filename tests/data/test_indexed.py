@@ -39,7 +39,7 @@ def test_bytes_equal_megatron_core(tmp_path: Path, token_format: Any) -> None:
     assert all(np.array_equal(read[i], document) for i, document in enumerate(made))
 
 
-def test_reads_documents_of_several_sequences(tmp_path: Path) -> None:
+def test_documents_of_several_sequences_are_read(tmp_path: Path) -> None:
     builder = IndexedDatasetBuilder(str(tmp_path / "x.bin"), dtype=np.int32)
     builder.add_document(torch.arange(10), [4, 6])
     builder.add_document(torch.arange(100, 105), [5])
@@ -66,11 +66,11 @@ DOCUMENTS_AT = STARTS_AT + 8 * len(LENGTHS)
 DAMAGE: dict[str, tuple[Any, str]] = {
     "no .bin": (lambda b, i: b.unlink(), r"\.bin does not exist"),
     "no .idx": (lambda b, i: i.unlink(), r"\.idx does not exist"),
-    "an empty .idx": (lambda b, i: i.write_bytes(b""), "not an index"),
-    "another file": (lambda b, i: put(i, 0, b"PK\x03\x04"), "not an index"),
+    "an empty .idx": (lambda b, i: i.write_bytes(b""), "not the index"),
+    "another file": (lambda b, i: put(i, 0, b"PK\x03\x04"), "not the index"),
     "another version": (lambda b, i: put(i, 9, struct.pack("<Q", 2)), "version=2"),
-    "an unknown format": (lambda b, i: put(i, 17, b"\x63"), "format code=99"),
-    "a .bin cut short": (lambda b, i: b.write_bytes(b.read_bytes()[:-2]), r"lies outside .*\.bin"),
+    "an unknown format": (lambda b, i: put(i, 17, b"\x63"), "token format 99"),
+    "a .bin cut short": (lambda b, i: b.write_bytes(b.read_bytes()[:-2]), r"is outside .*\.bin"),
     "an .idx cut short": (lambda b, i: i.write_bytes(i.read_bytes()[:-1]), "counts .* need"),
     "a longer .idx": (lambda b, i: i.write_bytes(i.read_bytes() + b"\0" * 8), "counts .* need"),
     "a count beyond the file": (lambda b, i: put(i, COUNT_AT, struct.pack("<Q", 1 << 40)), "counts .* need"),
@@ -78,17 +78,17 @@ DAMAGE: dict[str, tuple[Any, str]] = {
         lambda b, i: put(i, BOUNDARIES_AT, struct.pack("<Q", 9)),
         "counts .* need",
     ),
-    "a length beyond the file": (lambda b, i: put(i, LENGTHS_AT, struct.pack("<i", 9999)), "lies outside"),
-    "a negative length": (lambda b, i: put(i, LENGTHS_AT, struct.pack("<i", -1)), "lies outside"),
-    "a pointer beyond the file": (lambda b, i: put(i, STARTS_AT, struct.pack("<q", 1 << 50)), "lies outside"),
-    "a negative pointer": (lambda b, i: put(i, STARTS_AT, struct.pack("<q", -2)), "lies outside"),
-    "a pointer between two ids": (lambda b, i: put(i, STARTS_AT, struct.pack("<q", 1)), "lies outside"),
-    "boundaries that fall": (lambda b, i: put(i, DOCUMENTS_AT + 8, struct.pack("<q", 6)), "do not rise"),
+    "a length beyond the file": (lambda b, i: put(i, LENGTHS_AT, struct.pack("<i", 9999)), "is outside"),
+    "a negative length": (lambda b, i: put(i, LENGTHS_AT, struct.pack("<i", -1)), "is outside"),
+    "a pointer beyond the file": (lambda b, i: put(i, STARTS_AT, struct.pack("<q", 1 << 50)), "is outside"),
+    "a negative pointer": (lambda b, i: put(i, STARTS_AT, struct.pack("<q", -2)), "is outside"),
+    "a pointer between two ids": (lambda b, i: put(i, STARTS_AT, struct.pack("<q", 1)), "is outside"),
+    "boundaries that fall": (lambda b, i: put(i, DOCUMENTS_AT + 8, struct.pack("<q", 6)), "do not increase"),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damage_is_found(tmp_path: Path, damage: str) -> None:
+def test_damaged_files_are_reported(tmp_path: Path, damage: str) -> None:
     with IndexedDatasetWriter(tmp_path / "x", np.uint16) as writer:
         writer.add_documents(LENGTHS, np.concatenate(documents(np.uint16)))
         writer.finish()
@@ -100,12 +100,12 @@ def test_damage_is_found(tmp_path: Path, damage: str) -> None:
     assert "\n" not in str(raised.value)
 
 
-def test_the_hint_for_a_prefix_with_its_ending(tmp_path: Path) -> None:
+def test_a_prefix_with_a_suffix_gets_a_hint(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"without the ending: .*/x$"):
         IndexedDataset(tmp_path / "x.bin")
 
 
-def test_an_aborted_writer_leaves_nothing(tmp_path: Path) -> None:
+def test_an_aborted_writer_leaves_no_files(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), IndexedDatasetWriter(tmp_path / "x", np.uint16) as writer:
         writer.add_documents([1], np.zeros(1, np.uint16))
         raise ZeroDivisionError

@@ -12,7 +12,7 @@ import pytest
 
 from ascendspeed_data.dataset import Dataset, open_dataset
 from ascendspeed_data.errors import DataError
-from ascendspeed_data.packing import best_fit
+from ascendspeed_data.preprocessing.packing import best_fit
 from support.commands import call
 from support.corpus import make_texts
 
@@ -48,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> 
     assert preprocess(folder, "plain", tokenizer_folder, records()).status == 0
     done = preprocess(folder, "packed", tokenizer_folder, records(), "--pack", "--seq-length", SEQ_LENGTH)
     assert done.status == 0, done.stderr
-    assert f"packed to {SEQ_LENGTH}: padding" in done.stderr
+    assert f"packed to {SEQ_LENGTH}: " in done.stderr
     return folder
 
 
@@ -59,7 +59,7 @@ def samples(dataset: Dataset) -> list[tuple[list[int], list[int]]]:
     ]
 
 
-def test_a_pack_holds_whole_samples_with_their_boundaries(folder: Path) -> None:
+def test_packs_have_whole_samples_and_their_boundaries(folder: Path) -> None:
     plain, packed = open_dataset(folder / "plain"), open_dataset(folder / "packed")
     wanted = []
     cut = dropped = 0
@@ -88,7 +88,7 @@ def test_a_pack_holds_whole_samples_with_their_boundaries(folder: Path) -> None:
     assert whole.tolist() == [token for ids, _ in samples(packed) for token in ids]
 
 
-def test_the_reader_of_the_document_reads_packs(folder: Path) -> None:
+def test_the_reader_in_the_documentation_reads_packs(folder: Path) -> None:
     document = Path(__file__).parents[2] / "docs" / "data-formats.md"
     (program,) = re.findall(r"^```python\n(.*?)^```$", document.read_text(), re.MULTILINE | re.DOTALL)
     names: dict[str, Any] = {}
@@ -105,7 +105,7 @@ def test_the_reader_of_the_document_reads_packs(folder: Path) -> None:
     assert read["cu_seqlens"][-1] == len(read["attention_mask"]) == len(read["labels"])
 
 
-def test_packs_follow_the_input() -> None:
+def test_packs_keep_the_order_of_the_input() -> None:
     lengths = np.random.default_rng(3).integers(1, 200, 2000)
     packs = best_fit(lengths, 256)
     assert sorted(item for pack in packs for item in pack) == list(range(2000))
@@ -116,7 +116,7 @@ def test_packs_follow_the_input() -> None:
     assert len(packs) <= -(-int(lengths.sum()) // 256) * 1.03
 
 
-def test_merged_is_one_behind_the_other(folder: Path, tmp_path: Path, dataset: Path) -> None:
+def test_a_merged_dataset_concatenates_its_inputs(folder: Path, tmp_path: Path, dataset: Path) -> None:
     for name in ("plain", "packed"):
         done = call("asd-data", "merge", folder / name, folder / name, "--output-prefix", tmp_path / name)
         assert done.status == 0, done.stderr
@@ -129,16 +129,16 @@ def test_merged_is_one_behind_the_other(folder: Path, tmp_path: Path, dataset: P
         assert twice.manifest.unigram_entropy_nats == pytest.approx(once.manifest.unigram_entropy_nats)
         assert call("asd-data", "verify", tmp_path / name).status == 0
     mixed = call("asd-data", "merge", folder / "plain", dataset, "--output-prefix", tmp_path / "x")
-    assert "one holds samples with labels, the other plain text" in mixed.complaint
+    assert "one has samples with labels, the other plain text" in mixed.complaint
     packs = call("asd-data", "merge", folder / "plain", folder / "packed", "--output-prefix", tmp_path / "x")
-    assert "is packed to 900" in packs.complaint
+    assert "has seq_length=900" in packs.complaint
     exists = call("asd-data", "merge", dataset, dataset, "--output-prefix", dataset)
     assert exists.status == 2
-    assert "is one of the datasets to be merged" in exists.complaint
+    assert "is one of the datasets to merge" in exists.complaint
     assert not list(tmp_path.glob("x*"))
 
 
-def test_other_tokenizers_are_not_joined(dataset: Path, tmp_path: Path, corpus: Path) -> None:
+def test_datasets_of_different_tokenizers_are_not_merged(dataset: Path, tmp_path: Path, corpus: Path) -> None:
     done = call(
         "asd-data", "train-tokenizer", "--input", corpus, "--output-dir", tmp_path / "t", "--vocab-size", 380
     )
@@ -156,7 +156,7 @@ def test_other_tokenizers_are_not_joined(dataset: Path, tmp_path: Path, corpus: 
     assert "were made with different tokenizers" in blended.complaint
 
 
-def test_blends_are_checked(dataset: Path, tmp_path: Path) -> None:
+def test_unsuitable_blends_are_refused(dataset: Path, tmp_path: Path) -> None:
     for suffix in (".bin", ".idx", ".manifest.json"):
         shutil.copy(f"{dataset}{suffix}", tmp_path / f"copy{suffix}")
     rows = json.loads(call("asd-data", "inspect", 3, dataset, 1, tmp_path / "copy", "--json").stdout)
@@ -177,7 +177,7 @@ def test_blends_are_checked(dataset: Path, tmp_path: Path) -> None:
     assert "nothing.idx does not exist" in missing.complaint
 
 
-def test_inspect_shows_what_is_learned(folder: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_inspect_shows_the_trained_tokens(folder: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
     command = ["asd-data", "inspect", folder / "plain", "--documents", 1, "--first", 4, "--max-tokens", 500]
     shown = json.loads(call(*command, "--tokenizer-name-or-path", tokenizer_folder, "--json").stdout)[
         "documents"
@@ -197,13 +197,13 @@ def test_inspect_shows_what_is_learned(folder: Path, tokenizer_folder: Path, tmp
         "asd-data", "inspect", folder / "packed", "--stats", "--png", picture, "--documents", 0
     ).stdout
     assert "sequences" in stats
-    assert "tokens are learned" in stats
+    assert "tokens are trained" in stats
     assert picture.read_bytes().startswith(b"\x89PNG")
     beyond = call("asd-data", "inspect", folder / "plain", "--first", 999)
     assert beyond.status == 2
 
 
-def test_training_refuses_samples_as_text(folder: Path) -> None:
+def test_pretraining_refuses_a_dataset_of_samples(folder: Path) -> None:
     from ascendspeed_core.config.training import DataConfig
     from ascendspeed_core.data.gpt_dataset import check_data
 

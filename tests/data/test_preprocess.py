@@ -81,7 +81,7 @@ def reference(tokenizer_folder: Path) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_every_format_gives_the_tokenizers_ids(
+def test_every_file_format_gives_the_ids_of_the_tokenizer(
     tmp_path: Path, tokenizer_folder: Path, reference: list[list[int]], name: str
 ) -> None:
     WRITERS[name](tmp_path / name)
@@ -98,14 +98,14 @@ def test_lines_of_a_text_file_are_documents(tmp_path: Path, tokenizer_folder: Pa
     assert (manifest.num_documents, manifest.num_empty_documents) == (3, 1)
 
 
-def test_the_number_of_workers_does_not_matter(tmp_path: Path, tokenizer_folder: Path) -> None:
+def test_the_number_of_workers_does_not_change_the_bytes(tmp_path: Path, tokenizer_folder: Path) -> None:
     write_json_lines(tmp_path / "x.jsonl", make_texts(400))
     one = preprocess(tmp_path, tokenizer_folder, tmp_path / "x.jsonl", name="one")
     three = preprocess(tmp_path, tokenizer_folder, tmp_path / "x.jsonl", name="three", workers=3)
     assert bytes_of(one) == bytes_of(three)
 
 
-def test_the_manifest_says_what_is_there(tmp_path: Path, tokenizer_folder: Path) -> None:
+def test_the_manifest_has_the_counts_and_hashes(tmp_path: Path, tokenizer_folder: Path) -> None:
     texts = [*TEXTS[:20], "", TEXTS[20]]
     source = write_json_lines(tmp_path / "x.jsonl", texts)
     prefix = preprocess(tmp_path, tokenizer_folder, source)
@@ -126,7 +126,7 @@ def test_the_manifest_says_what_is_there(tmp_path: Path, tokenizer_folder: Path)
     assert special == (1, 2, 0)
 
 
-def test_without_an_end_of_document(
+def test_without_append_eod_documents_have_no_end(
     tmp_path: Path, tokenizer_folder: Path, reference: list[list[int]]
 ) -> None:
     WRITERS["x.jsonl"](tmp_path / "x.jsonl")
@@ -134,7 +134,9 @@ def test_without_an_end_of_document(
     assert dataset[0].tolist() == reference[0][:-1]
 
 
-def test_several_columns_and_files(tmp_path: Path, tokenizer_folder: Path) -> None:
+def test_several_columns_and_files_give_one_dataset_per_column(
+    tmp_path: Path, tokenizer_folder: Path
+) -> None:
     for part in range(3):
         records = [{"title": f"title {part}", "text": text} for text in TEXTS[part * 10 : part * 10 + 10]]
         (tmp_path / f"part{part}.jsonl").write_text("\n".join(map(json.dumps, records)))
@@ -153,7 +155,7 @@ def test_several_columns_and_files(tmp_path: Path, tokenizer_folder: Path) -> No
 def test_verify_and_inspect(dataset: Path, tokenizer_folder: Path) -> None:
     done = call("asd-data", "verify", dataset)
     assert done.status == 0
-    assert "whole; 200 documents" in done.stdout
+    assert "is complete: 200 documents" in done.stdout
     shown = json.loads(
         call(
             "asd-data", "inspect", dataset, "--json", "--documents", 1, "--max-tokens", 5,
@@ -166,7 +168,7 @@ def test_verify_and_inspect(dataset: Path, tokenizer_folder: Path) -> None:
     assert shown["documents"][0]["text"]
 
 
-def test_verify_finds_what_the_files_do_not_show(dataset: Path, tmp_path: Path) -> None:
+def test_verify_finds_changed_files_and_manifests(dataset: Path, tmp_path: Path) -> None:
     for suffix in (".bin", ".idx", ".manifest.json"):
         shutil.copy(f"{dataset}{suffix}", tmp_path / f"x{suffix}")
     path = manifest_path(tmp_path / "x")
@@ -174,14 +176,14 @@ def test_verify_finds_what_the_files_do_not_show(dataset: Path, tmp_path: Path) 
     path.write_text(json.dumps(content | {"num_tokens": content["num_tokens"] + 1}))
     assert "the files do not belong together" in call("asd-data", "verify", tmp_path / "x").complaint
     path.write_text(json.dumps(content | {"tokenizer": content["tokenizer"] | {"vocab_size": 300}}))
-    assert "vocab_size is 300" in call("asd-data", "verify", tmp_path / "x").complaint
+    assert "vocab_size=300" in call("asd-data", "verify", tmp_path / "x").complaint
     path.write_text(json.dumps(content | {"format_version": 99}))
     assert "update ascendspeed-data" in call("asd-data", "verify", tmp_path / "x").complaint
     path.write_text(json.dumps(content)[:-20])
     assert "is damaged" in call("asd-data", "verify", tmp_path / "x").complaint
 
 
-def test_a_killed_run_leaves_the_earlier_output_as_it_was(tmp_path: Path, tokenizer_folder: Path) -> None:
+def test_a_killed_run_keeps_the_earlier_output(tmp_path: Path, tokenizer_folder: Path) -> None:
     source = write_json_lines(tmp_path / "x.jsonl", TEXTS)
     prefix = preprocess(tmp_path, tokenizer_folder, source)
     before = bytes_of(prefix)
@@ -222,24 +224,28 @@ def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
 
 
 BAD_FILES: dict[str, tuple[str, bytes, str]] = {
-    "no such file": ("missing.jsonl", b"", "names no file that can be read"),
-    "an unknown ending": ("x.docx", b"x", "has an ending that is not read"),
-    "an empty file": ("x.jsonl", b"", "holds no record"),
+    "no such file": ("missing.jsonl", b"", "matches no supported file"),
+    "an unknown ending": ("x.docx", b"x", "has an unsupported format"),
+    "an empty file": ("x.jsonl", b"", "has no records"),
     "not JSON": ("x.jsonl", b'{"text": "a"}\n{"text": \n', "line 2: not JSON"),
-    "a list": ("x.jsonl", b"[1, 2]\n", "line 1: not an object"),
-    "another column": ("x.jsonl", b'{"body": "a"}\n', "line 1: no column 'text'; there are body"),
+    "a list": ("x.jsonl", b"[1, 2]\n", "line 1: expected a JSON object"),
+    "another column": (
+        "x.jsonl",
+        b'{"body": "a"}\n',
+        "line 1: no column 'text' (--json-key); the record has body",
+    ),
     "a number": ("x.jsonl", b'{"text": 5}\n', "column 'text' holds int, not text"),
-    "only empty texts": ("x.jsonl", b'{"text": ""}\n', "holds no text"),
+    "only empty texts": ("x.jsonl", b'{"text": ""}\n', "has no text"),
     "half a surrogate pair": ("x.jsonl", b'{"text": "a\\ud83d"}\n', "half a surrogate pair at character 1"),
     "not UTF-8": ("x.jsonl", b'{"text": "\xff"}\n', "cannot be read"),
     "a cut gzip": ("x.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 999)[:-9], "cannot be read"),
-    "a cut Parquet file": ("x.parquet", b"PAR1....", "not a whole Parquet file"),
-    "a cut Arrow file": ("x.arrow", b"ARROW1", "not a whole Arrow file"),
+    "a cut Parquet file": ("x.parquet", b"PAR1....", "damaged or not a Parquet file"),
+    "a cut Arrow file": ("x.arrow", b"ARROW1", "damaged or not an Arrow file"),
 }
 
 
 @pytest.mark.parametrize("case", BAD_FILES)
-def test_bad_files(tmp_path: Path, tokenizer_folder: Path, case: str) -> None:
+def test_bad_files_are_reported(tmp_path: Path, tokenizer_folder: Path, case: str) -> None:
     name, content, complaint = BAD_FILES[case]
     if case != "no such file":
         (tmp_path / name).write_bytes(content)
@@ -263,7 +269,7 @@ BAD_FLAGS: dict[str, tuple[list[object], int, str]] = {
 
 
 @pytest.mark.parametrize("case", BAD_FLAGS)
-def test_bad_flags(tmp_path: Path, tokenizer_folder: Path, case: str) -> None:
+def test_bad_flags_are_refused(tmp_path: Path, tokenizer_folder: Path, case: str) -> None:
     flags, status, complaint = BAD_FLAGS[case]
     done = call(
         "asd-data", "preprocess", "--input", write_json_lines(tmp_path / "x.jsonl", TEXTS[:2]), "--output-prefix",
@@ -274,7 +280,7 @@ def test_bad_flags(tmp_path: Path, tokenizer_folder: Path, case: str) -> None:
     assert not list(tmp_path.glob("out*"))
 
 
-def test_an_output_that_exists_is_kept(tmp_path: Path, tokenizer_folder: Path) -> None:
+def test_an_existing_output_is_not_replaced(tmp_path: Path, tokenizer_folder: Path) -> None:
     source = write_json_lines(tmp_path / "x.jsonl", TEXTS[:5])
     before = bytes_of(preprocess(tmp_path, tokenizer_folder, source))
     write_json_lines(source, TEXTS[:9])
@@ -303,5 +309,5 @@ def test_training_a_tokenizer_twice_gives_the_same_bytes(tmp_path: Path, corpus:
         "asd-data", "train-tokenizer", "--input", corpus, "--output-dir", tmp_path / "c", "--vocab-size", 90_000,
     )  # fmt: skip
     assert large.status == 1
-    assert "is more than this text can fill; give at most" in large.complaint
+    assert "is too large for this text; give at most" in large.complaint
     assert not (tmp_path / "c").exists()

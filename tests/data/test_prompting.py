@@ -9,7 +9,7 @@ import pytest
 from ascendspeed_data.dataset import open_dataset
 from ascendspeed_data.errors import AscendSpeedError
 from ascendspeed_data.manifest import load_manifest
-from ascendspeed_data.prompting import NAMES, layout_named, recorded_layout
+from ascendspeed_data.prompting import LAYOUT_NAMES, layout_named, recorded_layout
 from ascendspeed_data.tokenizer import load_tokenizer
 from support.commands import call
 from support.corpus import CHATML, make_chat_tokenizer
@@ -82,7 +82,7 @@ def trained(
 @pytest.mark.parametrize("append_eod", [True, False])
 @pytest.mark.parametrize("handler", CASES)
 @pytest.mark.parametrize("kind", ["sentencepiece", "byte level"])
-def test_a_prompt_is_what_stood_before_the_answer(
+def test_a_prompt_equals_the_training_ids_before_the_answer(
     tmp_path: Path, tokenizer_folder: Path, chat_folder: Path, kind: str, handler: str, append_eod: bool
 ) -> None:
     record, messages = CASES[handler]
@@ -106,13 +106,13 @@ def test_a_prompt_is_what_stood_before_the_answer(
     assert answer.startswith(ANSWERS.get(handler, FINALLY if messages is SECOND else ANSWERED))
 
 
-def test_texts_have_no_layout(dataset: Path, tokenizer_folder: Path) -> None:
+def test_plain_text_has_no_prompt_layout(dataset: Path, tokenizer_folder: Path) -> None:
     manifest = load_manifest(dataset)
     assert manifest is not None
     assert recorded_layout(manifest, load_tokenizer(tokenizer_folder)) is None
 
 
-def test_what_ends_an_answer(tokenizer_folder: Path, chat_folder: Path) -> None:
+def test_end_ids_and_stop_strings_end_an_answer(tokenizer_folder: Path, chat_folder: Path) -> None:
     chat = load_tokenizer(chat_folder)
     assert layout_named("tokenizer", chat).end_ids == (chat.special_ids["<|im_end|>"],)
     assert layout_named("baichuan2", chat).end_ids == (195,)
@@ -120,14 +120,14 @@ def test_what_ends_an_answer(tokenizer_folder: Path, chat_folder: Path) -> None:
     assert layout_named("instruction", chat).stop == ()
 
 
-def test_templates_by_name(tmp_path: Path, tokenizer_folder: Path, chat_folder: Path) -> None:
+def test_layouts_are_found_by_name(tmp_path: Path, tokenizer_folder: Path, chat_folder: Path) -> None:
     chat = load_tokenizer(chat_folder)
     (tmp_path / "chatml.jinja").write_text(CHATML)
     assert layout_named(str(tmp_path / "chatml.jinja"), chat).ids(SECOND) == layout_named(
         "tokenizer", chat
     ).ids(SECOND)
     assert layout_named("plain", chat).ids(FIRST) == chat.encode(ASKED)
-    for name in NAMES:
+    for name in LAYOUT_NAMES:
         assert layout_named(name, chat).ids(FIRST)
     with pytest.raises(AscendSpeedError, match="did you mean instruction"):
         layout_named("instructions", chat)
@@ -139,7 +139,7 @@ def test_templates_by_name(tmp_path: Path, tokenizer_folder: Path, chat_folder: 
 
 
 @pytest.mark.parametrize("name", ["instruction", "baichuan2", "hh-rlhf", "plain"])
-def test_a_system_message_that_has_no_place(chat_folder: Path, name: str) -> None:
+def test_layouts_without_system_messages_refuse_them(chat_folder: Path, name: str) -> None:
     layout = layout_named(name, load_tokenizer(chat_folder))
     with pytest.raises(AscendSpeedError, match="no place for a system message"):
         layout.ids([{"role": "system", "content": "Be kind."}, *FIRST])

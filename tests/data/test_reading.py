@@ -15,8 +15,8 @@ import zstandard
 
 from ascendspeed_data.dataset import open_dataset
 from ascendspeed_data.errors import DataError
-from ascendspeed_data.reading.records import records_of
-from ascendspeed_data.reading.shards import shards_of
+from ascendspeed_data.reading.records import records_of_shard
+from ascendspeed_data.reading.shards import shards_of_file
 from support.commands import call
 from support.corpus import make_texts
 
@@ -65,23 +65,23 @@ FORMATS: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_any_place_is_one_to_go_on_from(tmp_path: Path, name: str) -> None:
+def test_reading_resumes_at_every_shard(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     FORMATS[name](path)
-    shards = list(shards_of(path, 0, 0, 2000))
+    shards = list(shards_of_file(path, 0, 0, 2000))
     assert len(shards) > 4
-    assert [record for shard in shards for _, record in records_of(shard)] == RECORDS
+    assert [record for shard in shards for _, record in records_of_shard(shard)] == RECORDS
     for number in random.Random(0).sample(range(1, len(shards)), 4):
-        before = [record for shard in shards[:number] for _, record in records_of(shard)]
+        before = [record for shard in shards[:number] for _, record in records_of_shard(shard)]
         again = [
             record
-            for shard in shards_of(path, 0, shards[number - 1].end, 700)
-            for _, record in records_of(shard)
+            for shard in shards_of_file(path, 0, shards[number - 1].end, 700)
+            for _, record in records_of_shard(shard)
         ]
         assert before + again == RECORDS
 
 
-def test_a_json_list_is_never_held_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_json_list_is_read_as_a_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from ascendspeed_data.reading import shards as module
 
     largest = 0
@@ -97,19 +97,19 @@ def test_a_json_list_is_never_held_whole(tmp_path: Path, monkeypatch: pytest.Mon
     path = tmp_path / "x.json"
     path.write_text(json.dumps([{"text": "word " * 400}] * 10_000))
     assert path.stat().st_size > 20_000_000
-    assert sum(len(list(records_of(shard))) for shard in shards_of(path, 0, 0, 1 << 20)) == 10_000
+    assert sum(len(list(records_of_shard(shard))) for shard in shards_of_file(path, 0, 0, 1 << 20)) == 10_000
     assert largest < 5_000_000
 
 
-def test_a_compressed_file_that_became_shorter(tmp_path: Path) -> None:
+def test_a_compressed_file_that_became_shorter_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl.gz"
     path.write_bytes(gzip.compress(lines()))
-    with pytest.raises(DataError, match="is shorter than it was"):
-        list(shards_of(path, 0, 10_000_000, 2000))
+    with pytest.raises(DataError, match="has become shorter"):
+        list(shards_of_file(path, 0, 10_000_000, 2000))
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_load_dataset_on_a_local_folder(
+def test_load_dataset_reads_a_local_folder(
     tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch, streaming: bool
 ) -> None:
     """The config of the README of 2023 with its JSON mended, on a folder laid out as on the hub."""
@@ -135,7 +135,7 @@ def test_load_dataset_on_a_local_folder(
     ]  # fmt: skip
     done = call(*command)
     assert done.status == 0, done.stderr
-    assert "--input is not read" in done.stderr
+    assert "--input has no effect" in done.stderr
     (tmp_path / "x.jsonl").write_bytes(lines())
     direct = call(
         "asd-data", "preprocess", "--input", tmp_path / "x.jsonl", "--output-prefix", tmp_path / "direct",
@@ -156,12 +156,14 @@ def test_load_dataset_on_a_local_folder(
     ("content", "complaint"),
     [
         ('{"path": "x", "streaming: True}', "is not JSON"),
-        ('{"name": "x"}', "is no object with 'path'"),
-        ('{"path": "x", "trust_remote_code": true}', "asks to run code"),
+        ('{"name": "x"}', "is not a JSON object with the key 'path'"),
+        ('{"path": "x", "trust_remote_code": true}', "code of a dataset never runs"),
         ('{"path": "./no-such-folder/x"}', "load_dataset failed"),
     ],
 )
-def test_bad_params(tmp_path: Path, tokenizer_folder: Path, content: str, complaint: str) -> None:
+def test_bad_load_dataset_params_are_reported(
+    tmp_path: Path, tokenizer_folder: Path, content: str, complaint: str
+) -> None:
     pytest.importorskip("datasets")
     params = tmp_path / "params.json"
     params.write_text(content)

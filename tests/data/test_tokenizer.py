@@ -50,7 +50,7 @@ def test_ids_equal_sentencepiece_on_published_models(name: str) -> None:
     )  # fmt: skip
 
 
-def test_a_trained_folder_is_one_that_transformers_reads(tokenizer_folder: Path) -> None:
+def test_transformers_reads_a_trained_folder(tokenizer_folder: Path) -> None:
     ours = load_tokenizer(tokenizer_folder)
     theirs = AutoTokenizer.from_pretrained(tokenizer_folder)
     # Doubled and leading spaces are left out: transformers' conversion splits them differently from SentencePiece.
@@ -88,12 +88,12 @@ def test_ids_of_tokenizer_json_equal_transformers(json_folder: Path) -> None:
     assert (ours.bos_id, ours.eos_id, ours.vocab_size) == (1, 2, len(theirs))
 
 
-def test_tokenizer_json_counts_when_both_files_are_there(json_folder: Path, tokenizer_folder: Path) -> None:
+def test_tokenizer_json_is_used_if_both_files_exist(json_folder: Path, tokenizer_folder: Path) -> None:
     shutil.copy(tokenizer_folder / "tokenizer.model", json_folder)
     assert load_tokenizer(json_folder).kind == "tokenizer.json"
 
 
-def test_code_beside_a_tokenizer_is_never_run(tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_code_next_to_a_tokenizer_never_runs(tokenizer_folder: Path, tmp_path: Path) -> None:
     copy_tokenizer(tokenizer_folder, tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     config["auto_map"] = {"AutoTokenizer": ["evil.Evil", None]}
@@ -103,7 +103,7 @@ def test_code_beside_a_tokenizer_is_never_run(tokenizer_folder: Path, tmp_path: 
     assert not (tmp_path / "ran").exists()
 
 
-def test_the_fingerprint_follows_the_ids_and_nothing_else(tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_the_fingerprint_changes_with_the_ids_only(tokenizer_folder: Path, tmp_path: Path) -> None:
     original = load_tokenizer(tokenizer_folder).fingerprint
     copy_tokenizer(tokenizer_folder, tmp_path / "copy")
     assert load_tokenizer(tmp_path / "copy").fingerprint == original
@@ -117,31 +117,31 @@ def test_the_fingerprint_follows_the_ids_and_nothing_else(tokenizer_folder: Path
     ("make", "complaint"),
     [
         (lambda p: None, "does not exist; check --tokenizer-name-or-path"),
-        (lambda p: p.mkdir(), "holds neither tokenizer.json nor tokenizer.model"),
+        (lambda p: p.mkdir(), "has neither tokenizer.json nor tokenizer.model"),
         (lambda p: (p.mkdir(), (p / "tokenizer.model").write_bytes(b"no model")), "is not a SentencePiece model"),
         (lambda p: (p.mkdir(), (p / "tokenizer.json").write_text("{}")), "is not a tokenizer"),
     ],
 )  # fmt: skip
-def test_what_is_no_tokenizer(tmp_path: Path, make: object, complaint: str) -> None:
+def test_files_that_are_not_tokenizers_are_reported(tmp_path: Path, make: object, complaint: str) -> None:
     make(tmp_path / "t")  # type: ignore[operator]
     with pytest.raises(DataError, match=complaint):
         load_tokenizer(tmp_path / "t")
 
 
-def test_a_special_token_that_does_not_exist(tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_a_missing_special_token_is_reported(tokenizer_folder: Path, tmp_path: Path) -> None:
     copy_tokenizer(tokenizer_folder, tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"eos_token": "<|end|>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    with pytest.raises(DataError, match=r"eos_token='<\|end\|>' .* is no piece"):
+    with pytest.raises(DataError, match=r"eos_token='<\|end\|>' .* is not in tokenizer.model"):
         load_tokenizer(tmp_path)
 
 
-def test_an_unknown_kind(tokenizer_folder: Path) -> None:
+def test_an_unknown_tokenizer_type_is_refused(tokenizer_folder: Path) -> None:
     with pytest.raises(ConfigError, match="did you mean PretrainedFromHF"):
         load_tokenizer(tokenizer_folder, "PretrainedFromHf")
 
 
-def test_the_name_of_2023_loads_with_one_line(
+def test_the_tokenizer_class_of_2023_loads_with_a_log_line(
     tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     copy_tokenizer(tokenizer_folder, tmp_path)
@@ -150,10 +150,12 @@ def test_the_name_of_2023_loads_with_one_line(
     assert load_tokenizer(tmp_path).encode("the") == load_tokenizer(tokenizer_folder).encode("the")
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1
-    assert "names LLaMATokenizer; read as LlamaTokenizer" in said[0]
+    assert "names LLaMATokenizer, an old name of LlamaTokenizer" in said[0]
 
 
-def test_a_type_may_insist_on_sentencepiece(json_folder: Path, tokenizer_folder: Path) -> None:
+def test_sentencepiece_tokenizer_type_requires_tokenizer_model(
+    json_folder: Path, tokenizer_folder: Path
+) -> None:
     shutil.copy(tokenizer_folder / "tokenizer.model", json_folder)
     assert load_tokenizer(json_folder, "SentencePieceTokenizer").kind == "sentencepiece"
     assert load_tokenizer(json_folder, "HuggingFaceTokenizer").kind == "tokenizer.json"

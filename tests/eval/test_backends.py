@@ -100,7 +100,7 @@ def test_a_server_scores_and_generates(
     assert kind.seen[-1]["max_tokens"] == 5
 
 
-def test_a_server_as_a_user_asks_it(server: tuple[str, type[Server]], tmp_path: Path) -> None:
+def test_the_run_command_evaluates_a_server(server: tuple[str, type[Server]], tmp_path: Path) -> None:
     address, kind = server
     (tmp_path / "d.jsonl").write_text(json.dumps({"question": "a?", "answer": "#### 3"}))
     words = [

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ascendspeed_eval.sandbox.run import Limits, run_program
+from ascendspeed_eval.sandbox.run import SandboxLimits, run_program
 from ascendspeed_eval.statistics import pass_at_k
 from support.commands import call
 from support.tables import ReportTables
@@ -50,14 +50,16 @@ ATTACKS = {
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_attacks(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, report: ReportTables) -> None:
+def test_attacks_fail_and_change_nothing(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, report: ReportTables
+) -> None:
     monkeypatch.setenv("SECRET_OF_THE_TEST", "secret")
     victim = tmp_path / "victim"
     victim.mkdir(mode=0o777)
     (victim / "kept.txt").write_text("kept")
     victim.chmod(0o777)
     started = time.monotonic()
-    outcome = run_program(ATTACKS[name].replace("{victim!r}", repr(str(victim))), Limits(seconds=1.5))
+    outcome = run_program(ATTACKS[name].replace("{victim!r}", repr(str(victim))), SandboxLimits(seconds=1.5))
     seconds = time.monotonic() - started
     assert not outcome.passed
     assert seconds < 10
@@ -77,7 +79,7 @@ def test_honest_programs_pass() -> None:
     assert set(Path(tempfile.gettempdir()).glob("asd-eval-*")) == before
 
 
-def test_pass_at_k() -> None:
+def test_pass_at_k_has_known_values() -> None:
     # Chen et al. (2021), equation 1, by counting: 2 of 5 pass; of 10 pairs, 3 have none of them.
     assert pass_at_k(5, 2, 1) == pytest.approx(0.4)
     assert pass_at_k(5, 2, 2) == pytest.approx(1 - 3 / 10)
@@ -85,7 +87,7 @@ def test_pass_at_k() -> None:
     assert pass_at_k(5, 4, 2) == 1.0
 
 
-def test_consent_is_needed(tmp_path: Path) -> None:
+def test_code_runs_only_if_allowed(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("{}")
     done = call(
         "asd-eval", "run", "--task", "human_eval", "--task-data-path", tmp_path, "--scripted-answers",

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from ascendspeed_eval.evaluation import Evaluation, prepare_evaluation
 from ascendspeed_eval.model import (
     GenerateRequest,
     GenerateResult,
@@ -15,13 +16,13 @@ from ascendspeed_eval.model import (
     LoglikelihoodResult,
     ModelDescription,
 )
-from ascendspeed_eval.runner import Evaluation, prepare, run
-from ascendspeed_eval.tasks.base import AskSettings, Record
+from ascendspeed_eval.runner import evaluate
+from ascendspeed_eval.tasks.base import GenerationSettings, Record
 from ascendspeed_eval.tasks.registry import all_tasks, find_task
 from support.commands import call
 from support.shared_data import BENCHMARK_FOLDERS, needs_shared_data
 
-PROTOCOLS = [(task.name, protocol) for task in all_tasks().values() for protocol in task.protocols]
+VARIANTS = [(task.name, variant) for task in all_tasks().values() for variant in task.variants]
 
 
 @dataclass
@@ -45,15 +46,15 @@ class Oracle:
         return [GenerateResult(self._text(self.targets[request.prompt]), "stop") for request in requests]
 
     def _logprob(self, request: LoglikelihoodRequest) -> float:
-        record, protocol = self.targets[request.context], self.evaluation.protocol
-        assert protocol.choices is not None
-        shown = list(protocol.choices(record))
-        right = shown.index(request.continuation) in protocol.targets(record)
+        record, variant = self.targets[request.context], self.evaluation.variant
+        assert variant.choices is not None
+        shown = list(variant.choices(record))
+        right = shown.index(request.continuation) in variant.targets(record)
         # So far apart that neither the length of a choice nor dividing by it matters.
         return -len(request.continuation) * (1.0 if right != (record.id in self.wrong) else 1000.0)
 
     def _text(self, record: Record) -> str:
-        name, wrong = self.evaluation.protocol.name, record.id in self.wrong
+        name, wrong = self.evaluation.variant.name, record.id in self.wrong
         task = self.evaluation.task.name
         if wrong:
             return "    return None  # wrong" if task == "human_eval" else "¿?"
@@ -79,20 +80,20 @@ def target_list(record: Record) -> bool:
 
 
 @needs_shared_data
-@pytest.mark.parametrize(("name", "protocol"), PROTOCOLS)
-def test_known_answers(name: str, protocol: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "variant"), VARIANTS)
+def test_known_answers_get_the_expected_scores(name: str, variant: str, tmp_path: Path) -> None:
     task = find_task(name)
-    evaluation = prepare(
+    evaluation = prepare_evaluation(
         task,
-        task.protocols[protocol],
+        task.variants[variant],
         str(BENCHMARK_FOLDERS[name]),
         limit=8,
-        ask=AskSettings(run_code=True),
+        generation=GenerationSettings(allow_code_execution=True),
     )
     records = [sample.record for sample in evaluation.samples]
     wrong = frozenset(record.id for number, record in enumerate(records) if number % 4 == 3)
-    results = run(evaluation, Oracle(evaluation, wrong), tmp_path / "out")["tasks"][name]
-    unanswerable = _never_right(name, protocol, records)
+    results = evaluate(evaluation, Oracle(evaluation, wrong), tmp_path / "out")["tasks"][name]
+    unanswerable = _never_right(name, variant, records)
     right = {r.id for r in records} - wrong - unanswerable
     by_subset: dict[str, list[bool]] = {}
     for record in records:
@@ -112,20 +113,20 @@ def test_known_answers(name: str, protocol: str, tmp_path: Path) -> None:
         assert part["score"] == pytest.approx(sum(inside) / len(inside))
 
 
-def _never_right(name: str, protocol: str, records: Sequence[Record]) -> set[str]:
+def _never_right(name: str, variant: str, records: Sequence[Record]) -> set[str]:
     """What no model can get right by a protocol's own rule.
 
     2023: a decimal answer loses its fraction (none here). Authors and lm-evaluation-harness: answers whose LaTeX their
     reading does not find again within dollars, such as one that itself has dollars or an equals sign.
     """
-    if name == "agieval" and protocol in ("authors", "lm-eval"):
+    if name == "agieval" and variant in ("authors", "lm-eval"):
         from ascendspeed_eval.tasks.math_answers import find_answer, same_answer
 
         lost = set()
         for record in records:
             if isinstance(record.target, str):
                 found = find_answer(f"${record.target}$")
-                if protocol == "lm-eval":
+                if variant == "lm-eval":
                     theirs = find_answer(record.target)
                     fine = (
                         (found is theirs) if found is None or theirs is None else same_answer(found, theirs)
@@ -134,25 +135,27 @@ def _never_right(name: str, protocol: str, records: Sequence[Record]) -> set[str
                     fine = found is not None and same_answer(found, record.target)
                 if not fine:
                     lost.add(record.id)
-            elif protocol == "authors" and "。" in record.target:
+            elif variant == "authors" and "。" in record.target:
                 lost.add(record.id)
         return lost
-    if name == "agieval" and protocol == "ascendspeed":
+    if name == "agieval" and variant == "ascendspeed":
         return {r.id for r in records if isinstance(r.target, str) and "\n" in r.target}
     return set()
 
 
 @needs_shared_data
-def test_the_test_split_of_ceval_gives_a_submission(tmp_path: Path) -> None:
+def test_the_unlabelled_split_of_ceval_writes_a_submission(tmp_path: Path) -> None:
     task = find_task("ceval")
     folder = BENCHMARK_FOLDERS["ceval"] / "test"
-    evaluation = prepare(task, task.protocols["authors"], str(folder), subsets=["accountant", "logic"])
+    evaluation = prepare_evaluation(
+        task, task.variants["authors"], str(folder), subsets=["accountant", "logic"]
+    )
 
     class ChoosesB(Oracle):
         def _logprob(self, request: LoglikelihoodRequest) -> float:
             return -1.0 if request.continuation == "B" else -2.0
 
-    results = run(evaluation, ChoosesB(evaluation, frozenset()), tmp_path / "out")
+    results = evaluate(evaluation, ChoosesB(evaluation, frozenset()), tmp_path / "out")
     assert results["tasks"]["ceval"]["num_scored"] == 0
     submission = json.loads((tmp_path / "out" / "submission.json").read_text())
     assert sorted(submission) == ["accountant", "logic"]
@@ -161,12 +164,14 @@ def test_the_test_split_of_ceval_gives_a_submission(tmp_path: Path) -> None:
 
 
 @needs_shared_data
-def test_subsets_groups_and_examples() -> None:
+def test_subsets_groups_and_fewshot_examples_are_chosen() -> None:
     task = find_task("mmlu")
     path = str(BENCHMARK_FOLDERS["mmlu"])
-    stem = prepare(task, task.protocols["lm-eval"], path, subsets=["stem"], limit=1)
+    stem = prepare_evaluation(task, task.variants["lm-eval"], path, subsets=["stem"], limit=1)
     assert len(stem.samples) == 19
-    zero = prepare(task, task.protocols["lm-eval"], path, subsets=["anatomy"], limit=1, num_fewshot=0)
+    zero = prepare_evaluation(
+        task, task.variants["lm-eval"], path, subsets=["anatomy"], limit=1, num_fewshot=0
+    )
     assert zero.samples[0].prompt.count("Answer:") == 1
     shown = call("asd-eval", "tasks", "--task", "mmlu", "--task-data-path", path).stdout
     assert "The following are multiple choice questions (with answers) about abstract algebra." in shown
@@ -183,7 +188,7 @@ examples: examples.csv
 """
 
 
-def test_a_task_in_one_yaml(tmp_path: Path) -> None:
+def test_a_yaml_task_runs(tmp_path: Path) -> None:
     (tmp_path / "capitals.yaml").write_text(CAPITALS)
     (tmp_path / "capitals.csv").write_text("country,capital\nFrance,Paris\nItaly,Rome\n")
     (tmp_path / "examples.csv").write_text("country,capital\nSingapore,Singapore\n")
@@ -206,11 +211,11 @@ def test_a_task_in_one_yaml(tmp_path: Path) -> None:
         (("target:", "taget:"), "did you mean target"),
         (("{{ capital }}", "{{ nothing }}"), "'nothing' is undefined"),
         (("{{ capital }}", "{{ ''.__class__.__mro__ }}"), "unsafe"),
-        (("{{ capital }}", "{{ capital"), "is no template"),
+        (("{{ capital }}", "{{ capital"), "is not a valid template"),
         (("name: capitals", "name: !!python/object/apply:os.getcwd []"), "is not YAML"),
     ],
 )
-def test_a_bad_yaml(change: tuple[str, str], complaint: str, tmp_path: Path) -> None:
+def test_a_bad_yaml_task_is_reported(change: tuple[str, str], complaint: str, tmp_path: Path) -> None:
     (tmp_path / "capitals.yaml").write_text(CAPITALS.replace(*change))
     (tmp_path / "capitals.csv").write_text("country,capital\nFrance,Paris\n")
     (tmp_path / "examples.csv").write_text("country,capital\nSingapore,Singapore\n")
@@ -223,7 +228,7 @@ def test_a_bad_yaml(change: tuple[str, str], complaint: str, tmp_path: Path) -> 
     assert complaint in done.complaint
 
 
-def test_model_text_is_text_in_the_report(tmp_path: Path) -> None:
+def test_the_report_escapes_text_of_models(tmp_path: Path) -> None:
     (tmp_path / "d.jsonl").write_text(json.dumps({"question": "a <b>?", "answer": "#### 3"}))
     (tmp_path / "a.jsonl").write_text(
         json.dumps({"contains": "", "text": "<script>alert(1)</script> #### 3"})
@@ -242,7 +247,7 @@ def test_model_text_is_text_in_the_report(tmp_path: Path) -> None:
     }
 
 
-def test_two_runs_are_compared(tmp_path: Path) -> None:
+def test_compare_finds_the_changed_samples(tmp_path: Path) -> None:
     records = [{"question": f"q{n}", "passage": "p", "answer": True} for n in range(12)]
     (tmp_path / "dev.jsonl").write_text("\n".join(map(json.dumps, records)))
     for name, wrong in (("a", range(6)), ("b", ())):
@@ -271,7 +276,7 @@ def test_a_hugging_face_dataset_gives_the_same_prompts(name: str, tmp_path: Path
     from ascendspeed_eval.hub import DATASETS, write_files
 
     task = find_task(name)
-    wanted = prepare(task, task.protocols["lm-eval"], str(BENCHMARK_FOLDERS[name]), limit=3)
+    wanted = prepare_evaluation(task, task.variants["lm-eval"], str(BENCHMARK_FOLDERS[name]), limit=3)
     splits: dict[tuple[str, str], list[dict[str, Any]]] = {}
     asked, shown = DATASETS[name].splits[0], (*DATASETS[name].splits, "")[1]
     for split, records in (
@@ -296,5 +301,5 @@ def test_a_hugging_face_dataset_gives_the_same_prompts(name: str, tmp_path: Path
         )
     (tmp_path / "files").mkdir()
     folder = write_files(name, f"hf:{tmp_path / 'hub'}", tmp_path / "files")
-    found = prepare(task, task.protocols["lm-eval"], folder)
+    found = prepare_evaluation(task, task.variants["lm-eval"], folder)
     assert {s.prompt for s in found.samples} == {s.prompt for s in wanted.samples}

@@ -1,7 +1,7 @@
 """What imports what in the five packages, lazy imports included; the floors of ascendspeed-core."""
 
 import ast
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
@@ -107,3 +107,37 @@ def _folder(module: str) -> str | None:
 
 def _file(module: str) -> str:
     return module.partition(".")[2].replace(".", "/") + ".py"
+
+
+def package_graph(repository: Path = REPOSITORY) -> Graph:
+    """Read the imports of every file, `__init__.py` included, with the packages that they run on the way.
+
+    Importing `a.b.c` from outside runs `a/__init__.py` and `a/b/__init__.py` first. A file inside a package depends on
+    its `__init__.py` only if it takes a name from it: `from a.b import c` for a module `c` does not.
+    """
+    files: dict[str, Path] = {}
+    for source in sorted(repository.glob("packages/*/src")):
+        for path in sorted(source.rglob("*.py")):
+            parts = path.relative_to(source).with_suffix("").parts
+            files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    graph = {}
+    for name, path in files.items():
+        imported = _imports(path) & files.keys()
+        own = {".".join(name.split(".")[:count]) for count in range(1, name.count(".") + 1)}
+        run = {
+            ".".join(other.split(".")[:count])
+            for other in imported
+            for count in range(1, other.count(".") + 1)
+        }
+        taken = {package for package in own & imported if _takes_a_name(path, package, files.keys())}
+        graph[name] = frozenset((imported | run) - own | taken) - {name}
+    return graph
+
+
+def _takes_a_name(path: Path, package: str, modules: Collection[str]) -> bool:
+    return any(
+        f"{package}.{alias.name}" not in modules
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module == package
+        for alias in node.names
+    )

@@ -1,13 +1,14 @@
-"""Chat templates: Jinja programs that come with a tokenizer and lay a conversation out.
+"""Chat templates: Jinja templates of a tokenizer that format a conversation.
 
-A template that marks what the assistant generates (`{% generation %}`) is taken at its word. For others the rendering
-up to an assistant's turn is compared with the one including it, as transformers' users do by hand.
+The loss covers what the assistant says. A template may mark that with `{% generation %}`. For other templates,
+rendering a conversation with and without an assistant message shows which text the message adds.
 """
 
 import json
 import re
 from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError, nodes
@@ -15,12 +16,12 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ascendspeed_data.errors import DataError
-from ascendspeed_data.handlers.base import Part, Sample
+from ascendspeed_data.sample import Sample, Segment
 from ascendspeed_data.tokenizer import Tokenizer
 
 Message = dict[str, Any]
-BEGIN, END = "\x02generation\x03", "\x02endgeneration\x03"
-"""Stand around what `{% generation %}` marks while a text is rendered; texts that hold them are refused."""
+GENERATION_BEGIN, GENERATION_END = "\x02generation\x03", "\x02endgeneration\x03"
+"""Delimiters of `{% generation %}` blocks in rendered text; conversations must not contain them."""
 
 
 class GenerationBlocks(Extension):
@@ -29,23 +30,27 @@ class GenerationBlocks(Extension):
     tags = {"generation"}  # noqa: RUF012 - jinja's own declaration
 
     def parse(self, parser: Any) -> nodes.Node:
-        """Wrap the body into a call."""
+        """Wrap the body in a call that adds the delimiters."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.CallBlock(self.call_method("_wrap"), [], [], body).set_lineno(line)
 
     def _wrap(self, caller: Callable[[], str]) -> str:
-        return BEGIN + caller() + END
+        return GENERATION_BEGIN + caller() + GENERATION_END
+
+
+def _without_marks(text: str) -> str:
+    return text.replace(GENERATION_BEGIN, "").replace(GENERATION_END, "")
 
 
 class ChatTemplate:
     """The template of one tokenizer.
 
     Args:
-        source: the Jinja program.
-        special_tokens: `bos_token`, `eos_token` ... as the program may ask for them.
-        special_ids: special pieces and their ids; in the rendered text they become these ids.
-        splits_text: whether special pieces must be cut out of the text because the tokenizer takes them for text.
+        source: the Jinja template.
+        special_tokens: `bos_token`, `eos_token` ... for the template to use.
+        special_ids: ids of the special tokens; the rendered text encodes to these ids.
+        splits_text: whether to split special tokens off the text, because the tokenizer would encode them as text.
     """
 
     def __init__(
@@ -55,8 +60,8 @@ class ChatTemplate:
             trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlocks, loopcontrols]
         )
         environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _refuse
-        # No strftime_now: the day of tokenizing would get into the samples. Templates fall back to a fixed date.
+        environment.globals["raise_exception"] = _raise_exception
+        # No strftime_now: samples would depend on the date of preprocessing. Templates fall back to a fixed date.
         try:
             self._template = environment.from_string(source)
         except TemplateError as error:
@@ -69,11 +74,11 @@ class ChatTemplate:
         self._splits_text = splits_text
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer, source: str | None = None) -> "ChatTemplate":
-        """Return the template of a tokenizer, or another program with its special pieces.
+    def from_tokenizer(cls, tokenizer: Tokenizer, source: str | None = None) -> "ChatTemplate":
+        """Return the template of a tokenizer, or `source` with the special tokens of the tokenizer.
 
         Raises:
-            DataError: it has none, or one that is not valid.
+            DataError: the tokenizer has no template, or the template is not valid.
         """
         source = tokenizer.chat_template if source is None else source
         if source is None:
@@ -87,7 +92,9 @@ class ChatTemplate:
             "unk_token": tokenizer.unk_id,
             "pad_token": tokenizer.pad_id,
         }
-        tokens = tuple((key, tokenizer.pieces([i])[0]) for key, i in named.items() if i is not None)
+        tokens = tuple(
+            (key, tokenizer.convert_ids_to_tokens([i])[0]) for key, i in named.items() if i is not None
+        )
         return _compiled(
             source,
             tokens,
@@ -95,101 +102,122 @@ class ChatTemplate:
             tokenizer.kind == "sentencepiece",
         )
 
-    def render(self, messages: list[Message], tools: Any = None, ask: bool = False) -> str:
-        """Return the conversation as text, with the beginning of an answer at its end if `ask`.
+    def render(self, messages: list[Message], tools: Any = None, add_generation_prompt: bool = False) -> str:
+        """Return the conversation as text; `add_generation_prompt` adds the start of an assistant message.
 
         Raises:
-            DataError: the template refuses the conversation.
+            DataError: the template does not support the conversation.
         """
         try:
             return self._template.render(
-                messages=messages, tools=tools, add_generation_prompt=ask, **self._special_tokens
+                messages=messages,
+                tools=tools,
+                add_generation_prompt=add_generation_prompt,
+                **self._special_tokens,
             )
         except (TemplateError, TypeError) as error:
-            raise DataError(f"the chat template refuses the conversation: {error}") from None
+            raise DataError(f"the chat template does not support the conversation: {error}") from None
 
     def sample(self, messages: list[Message], tools: Any = None, first_trained: int = 0) -> Sample:
-        """Lay a conversation out; every assistant turn is trained, up to the special piece that ends it.
+        """Format a conversation, with loss on every assistant message and the special token that ends it.
 
-        Assistant turns before message `first_trained` are context.
+        Assistant messages before message `first_trained` are context without loss.
         """
-        make = self._marked if self._marks_generation else self._compared
-        pieces = make(messages, tools, first_trained)
-        parts: list[Part] = []
-        for text, trained in pieces:
-            parts += self._parts(text, trained)
-        if not any(part.trained for part in parts):
-            raise DataError("the conversation has no assistant turn, so there is nothing to learn")
-        last = next(p for p in reversed(parts) if not str(p.content).isspace())
-        if last.trained and not self._ends_special(last):
-            parts.append(Part(None, True))
-        return Sample(tuple(parts), surrounded=False)
+        split = self._split_at_marks if self._marks_generation else self._split_by_comparing
+        segments: list[Segment] = []
+        for text, trained in split(messages, tools, first_trained):
+            segments += self._segments(text, trained)
+        if not any(segment.trained for segment in segments):
+            raise DataError("the conversation has no assistant message, so there is nothing to learn")
+        last = next(p for p in reversed(segments) if not str(p.content).isspace())
+        if last.trained and not self._is_special_end(last):
+            segments.append(Segment(None, True))
+        return Sample(tuple(segments), add_special_tokens=False)
 
     def prompt(self, messages: list[Message], tools: Any = None) -> Sample:
-        """Lay a conversation out up to the beginning of an answer; nothing is trained."""
-        text = self.render(messages, tools, ask=True).replace(BEGIN, "").replace(END, "")
-        return Sample(tuple(self._parts(text, False)), surrounded=False)
+        """Format a conversation up to the start of an answer, without loss."""
+        text = _without_marks(self.render(messages, tools, add_generation_prompt=True))
+        return Sample(tuple(self._segments(text, False)), add_special_tokens=False)
 
     def end_of_turn(self) -> tuple[int, ...]:
-        """Return the id of the special piece that ends an answer, if the template puts one there."""
+        """Return the id of the special token that ends an answer, if the template has one."""
         answer = "The answer."
         turns = [{"role": "user", "content": "A question."}, {"role": "assistant", "content": answer}]
-        text = self.render(turns).replace(BEGIN, "").replace(END, "")
+        text = _without_marks(self.render(turns))
         found = self._special.match(text.rpartition(answer)[2].lstrip())
         return () if found is None else (self._special_ids[found[0]],)
 
-    def _marked(self, messages: list[Message], tools: Any, first_trained: int) -> list[tuple[str, bool]]:
+    def _split_at_marks(
+        self, messages: list[Message], tools: Any, first_trained: int
+    ) -> list[tuple[str, bool]]:
         text = self.render(messages, tools)
-        context = self.render(messages[:first_trained], tools).count(BEGIN) if first_trained else 0
-        pieces: list[tuple[str, bool]] = []
-        for number, piece in enumerate(text.split(BEGIN)):
-            inside, end, outside = piece.partition(END) if number else ("", "", piece)
+        context = self.render(messages[:first_trained], tools).count(GENERATION_BEGIN) if first_trained else 0
+        parts: list[tuple[str, bool]] = []
+        for number, block in enumerate(text.split(GENERATION_BEGIN)):
+            inside, end, outside = block.partition(GENERATION_END) if number else ("", "", block)
             if number and not end:
-                raise DataError("the conversation spells the mark of a generation block; remove it")
-            pieces += [(inside, number > context), (outside, False)]
-        return pieces
+                raise DataError("the conversation contains the delimiter of a generation block; remove it")
+            parts += [(inside, number > context), (outside, False)]
+        return parts
 
-    def _compared(self, messages: list[Message], tools: Any, first_trained: int) -> list[tuple[str, bool]]:
+    def _split_by_comparing(
+        self, messages: list[Message], tools: Any, first_trained: int
+    ) -> list[tuple[str, bool]]:
         whole = self.render(messages, tools)
-        pieces: list[tuple[str, bool]] = []
+        parts: list[tuple[str, bool]] = []
         done = 0
         for number, message in enumerate(messages):
             if message.get("role") != "assistant" or number < first_trained:
                 continue
-            before = self.render(messages[:number], tools, ask=True)
+            before = self.render(messages[:number], tools, add_generation_prompt=True)
             after = self.render(messages[: number + 1], tools)
             if not (whole.startswith(after) and after.startswith(before) and len(before) >= done):
                 before = self.render(messages[:number], tools)
             if not (whole.startswith(after) and after.startswith(before) and len(before) >= done):
                 raise DataError(
-                    f"message {number + 1}: the chat template lays this turn out differently when others follow, so "
-                    "what is to be learned cannot be told; mark it in the template with {% generation %}"
+                    f"message {number + 1}: the chat template renders this message differently if others follow, so "
+                    "the text to learn is unknown; mark it in the template with {% generation %}"
                 )
-            pieces += [(whole[done : len(before)], False), (whole[len(before) : len(after)], True)]
+            parts += [(whole[done : len(before)], False), (whole[len(before) : len(after)], True)]
             done = len(after)
-        return [*pieces, (whole[done:], False)]
+        return [*parts, (whole[done:], False)]
 
-    def _parts(self, text: str, trained: bool) -> list[Part]:
-        """Cut special pieces out where the tokenizer does not, and white space after the last one from training."""
+    def _segments(self, text: str, trained: bool) -> list[Segment]:
+        """Split off special tokens if the tokenizer does not; white space after the last one has no loss."""
         kept, rest = text, ""
-        if trained and self._at_end(text.rstrip()):
+        if trained and self._ends_with_special(text.rstrip()):
             kept = text.rstrip()
             rest = text[len(kept) :]
-        parts = self._cut(kept, trained) if self._splits_text else [Part(kept, trained)]
-        return [part for part in (*parts, Part(rest, False)) if part.content != ""]
+        segments = self._split_special(kept, trained) if self._splits_text else [Segment(kept, trained)]
+        return [segment for segment in (*segments, Segment(rest, False)) if segment.content != ""]
 
-    def _at_end(self, text: str) -> bool:
-        return any(text.endswith(piece) for piece in self._special_ids)
+    def _ends_with_special(self, text: str) -> bool:
+        return any(text.endswith(token) for token in self._special_ids)
 
-    def _ends_special(self, part: Part) -> bool:
-        return isinstance(part.content, int) or self._at_end(str(part.content).rstrip())
+    def _is_special_end(self, segment: Segment) -> bool:
+        return isinstance(segment.content, int) or self._ends_with_special(str(segment.content).rstrip())
 
-    def _cut(self, text: str, trained: bool) -> list[Part]:
-        parts, start = [], 0
+    def _split_special(self, text: str, trained: bool) -> list[Segment]:
+        segments, start = [], 0
         for match in self._special.finditer(text):
-            parts += [Part(text[start : match.start()], trained), Part(self._special_ids[match[0]], trained)]
+            segments += [
+                Segment(text[start : match.start()], trained),
+                Segment(self._special_ids[match[0]], trained),
+            ]
             start = match.end()
-        return [*parts, Part(text[start:], trained)]
+        return [*segments, Segment(text[start:], trained)]
+
+
+def read_chat_template(path: Path) -> str:
+    """Return the text of a template file.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"chat_template={path} cannot be read: {error}") from None
 
 
 @lru_cache(maxsize=4)
@@ -203,5 +231,5 @@ def _to_json(value: Any, indent: int | None = None, sort_keys: bool = False, **m
     return json.dumps(value, ensure_ascii=False, indent=indent, sort_keys=sort_keys)
 
 
-def _refuse(message: str) -> None:
+def _raise_exception(message: str) -> None:
     raise TemplateError(message)

@@ -8,21 +8,31 @@ from ascendspeed_data.command_line import Command, build_app, run_app
 COMMANDS = "ascendspeed_data.commands"
 
 app = build_app(
-    "Turn text into training data for large language models; needs no torch.",
+    "Prepare training data for large language models; needs no torch.",
     __version__,
     [
         Command(
             "train-tokenizer",
             f"{COMMANDS}.train_tokenizer:train_tokenizer_command",
-            "Train a SentencePiece tokenizer on text.",
+            "Train a SentencePiece tokenizer.",
         ),
         Command(
             "preprocess", f"{COMMANDS}.preprocess:preprocess_command", "Tokenize text into .bin/.idx files."
         ),
-        Command("handlers", f"{COMMANDS}.handlers:handlers_command", "List how records become documents."),
-        Command("inspect", f"{COMMANDS}.inspect:inspect_command", "Show what a dataset holds."),
-        Command("merge", f"{COMMANDS}.merge:merge_command", "Join datasets of one tokenizer."),
-        Command("verify", f"{COMMANDS}.inspect:verify_command", "Prove a dataset whole."),
+        Command(
+            "handlers",
+            f"{COMMANDS}.handlers:handlers_command",
+            "List the handlers of records.",
+        ),
+        Command(
+            "inspect",
+            f"{COMMANDS}.inspect:inspect_command",
+            "Show counts, manifest and documents of a dataset.",
+        ),
+        Command("merge", f"{COMMANDS}.merge:merge_command", "Merge datasets that have the same tokenizer."),
+        Command(
+            "verify", f"{COMMANDS}.inspect:verify_command", "Check that a dataset is complete and undamaged."
+        ),
     ],
 )
 

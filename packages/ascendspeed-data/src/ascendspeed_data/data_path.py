@@ -1,4 +1,4 @@
-"""The words behind `--data-path`: one prefix, or a blend."""
+"""Parse `--data-path`: one prefix, or a blend."""
 
 import math
 from collections.abc import Sequence
@@ -7,10 +7,10 @@ from ascendspeed_data.errors import ConfigError
 
 
 def parse_blend(words: Sequence[str]) -> tuple[list[str], list[float] | None]:
-    """Take prefixes and weights apart; one prefix alone has no weight.
+    """Return the prefixes and their weights; a single prefix has no weight.
 
     Raises:
-        ConfigError: neither one prefix nor pairs of a positive weight and a prefix.
+        ConfigError: the words are neither one prefix nor pairs of a positive weight and a prefix.
     """
     if len(words) == 1:
         return [words[0]], None

@@ -1,4 +1,4 @@
-"""A dataset as its users name it: a pair of files, or the three pairs of samples, with the manifest of what made it."""
+"""Open a dataset with its manifest: one `.bin`/`.idx` pair for text, three pairs for samples."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,23 +7,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ascendspeed_data.encoding import ATTENTION_MASK, INPUT_IDS, LABELS
+from ascendspeed_data.encoding import ATTENTION_MASK, INPUT_IDS, LABELS, SAMPLE_ARRAYS
 from ascendspeed_data.errors import DataError
 from ascendspeed_data.handlers import IGNORED_LABEL
 from ascendspeed_data.indexed import IndexedDataset
-from ascendspeed_data.job import ARRAYS
 from ascendspeed_data.manifest import DatasetManifest, load_manifest, manifest_path
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A dataset that was opened; `arrays` has one entry for text, three for samples.
+    """An open dataset; `arrays` has one entry for text and three for samples.
 
     Attributes:
         prefix: as the user gave it.
-        prefixes: of each pair of files.
-        arrays: the pairs; the ids come first.
-        manifest: of what made it, if it has one.
+        prefixes: prefix of each `.bin`/`.idx` pair, by array.
+        arrays: the arrays; token ids come first.
+        manifest: how the dataset was made, if it has a manifest.
     """
 
     prefix: Path
@@ -33,7 +32,7 @@ class Dataset:
 
     @property
     def ids(self) -> IndexedDataset:
-        """The ids."""
+        """The token ids."""
         return next(iter(self.arrays.values()))
 
     @property
@@ -47,45 +46,48 @@ class Dataset:
         return self.manifest is not None and self.manifest.kind == "pairs"
 
     def trained(self, sequence: int) -> NDArray[np.bool_]:
-        """Return which tokens of a sequence are learned."""
+        """Return which tokens of a sequence have a loss, bool [tokens]."""
         if not self.is_samples:
             return np.ones(int(self.ids.lengths[sequence]), bool)
         learned: NDArray[np.bool_] = self.arrays[LABELS][sequence] != IGNORED_LABEL
         return learned
 
     def attended(self, sequence: int) -> NDArray[Any]:
-        """Return the attention mask of a sequence."""
+        """Return the attention mask of a sequence, int32 [tokens]."""
         if not self.is_samples:
             return np.ones(int(self.ids.lengths[sequence]), np.int32)
         return self.arrays[ATTENTION_MASK][sequence]
 
 
 def open_dataset(prefix: Path) -> Dataset:
-    """Open the pair `prefix`, or the samples that `prefix` names (with or without `_packed`, or any of the three).
+    """Open a dataset.
+
+    Args:
+        prefix: path without `.bin`. For samples: with or without `_packed`, or the path of any of the three arrays.
 
     Raises:
-        DataError: nothing there, damaged, or three arrays that do not fit each other.
+        DataError: the dataset is missing or damaged, or its three arrays do not match.
     """
     base = samples_prefix(prefix)
     if base is None:
         return Dataset(prefix, {"": prefix}, {"": IndexedDataset(prefix)}, load_manifest(prefix))
-    prefixes = {array: base.with_name(f"{base.name}_{array}_document") for array in ARRAYS}
-    arrays = {array: IndexedDataset(place) for array, place in prefixes.items()}
+    prefixes = {array: base.with_name(f"{base.name}_{array}_document") for array in SAMPLE_ARRAYS}
+    arrays = {array: IndexedDataset(pair_prefix) for array, pair_prefix in prefixes.items()}
     ids = arrays[INPUT_IDS]
     for array, dataset in arrays.items():
         if not (
             np.array_equal(dataset.lengths, ids.lengths) and np.array_equal(dataset.documents, ids.documents)
         ):
             raise DataError(
-                f"{prefixes[array]} and {prefixes[INPUT_IDS]} hold sequences of other lengths; they do not belong "
-                "together"
+                f"{prefixes[array]} and {prefixes[INPUT_IDS]} have sequences of different lengths; they do not belong "
+                "together, so preprocess again"
             )
     return Dataset(prefix, prefixes, arrays, load_manifest(prefixes[INPUT_IDS]))
 
 
 def samples_prefix(prefix: Path) -> Path | None:
-    """Return `<prefix>_packed` if samples are meant, `None` if `prefix` is that of one pair."""
-    for array in ARRAYS:
+    """Return `<prefix>_packed` for a dataset of samples, `None` for a dataset of text."""
+    for array in SAMPLE_ARRAYS:
         ending = f"_packed_{array}_document"
         if prefix.name.endswith(ending):
             return prefix.with_name(prefix.name.removesuffix(ending) + "_packed")
@@ -95,6 +97,6 @@ def samples_prefix(prefix: Path) -> Path | None:
     return None
 
 
-def manifest_of(dataset: Dataset) -> Path:
-    """Return where the manifest of a dataset lies or would lie."""
+def manifest_path_of(dataset: Dataset) -> Path:
+    """Return the path of a dataset's manifest, whether it exists or not."""
     return manifest_path(next(iter(dataset.prefixes.values())))

@@ -1,4 +1,4 @@
-"""What a worker does: the records of a shard become ids."""
+"""Encode records and samples into token ids, attention masks and labels."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -10,19 +10,21 @@ from numpy.typing import NDArray
 
 from ascendspeed_data.errors import DataError
 from ascendspeed_data.fast_tokenizer import Encoder, spot_check
-from ascendspeed_data.handlers import IGNORED_LABEL, Part, Sample, SampleHandler, TextHandler, kind_of
-from ascendspeed_data.indexed import smallest_format
-from ascendspeed_data.reading.records import check_columns, place_of, records_of, text_of
+from ascendspeed_data.handlers import IGNORED_LABEL, Sample, SampleHandler, Segment, TextHandler, kind_of
+from ascendspeed_data.indexed import optimal_token_format
+from ascendspeed_data.reading.records import check_columns, location_of, records_of_shard, text_of
 from ascendspeed_data.reading.shards import Shard
+from ascendspeed_data.token_frequencies import count_ids
 from ascendspeed_data.tokenizer import TokenBatch, Tokenizer
 
-IDS_PER_PIECE = 1 << 20
 INPUT_IDS, ATTENTION_MASK, LABELS = "input_ids", "attention_mask", "labels"
+SAMPLE_ARRAYS = (INPUT_IDS, ATTENTION_MASK, LABELS)
+"""The arrays of a dataset of samples, each in its own pair of files."""
 
 
 @dataclass
 class Counts:
-    """What was counted of one output; every field can be added up."""
+    """Counts of one output dataset."""
 
     num_documents: int = 0
     num_sequences: int = 0
@@ -32,21 +34,21 @@ class Counts:
     num_text_bytes: int = 0
 
     def add(self, other: "Counts") -> None:
-        """Add the numbers of another piece."""
+        """Add other counts."""
         for name, value in vars(other).items():
             setattr(self, name, getattr(self, name) + value)
 
 
 @dataclass(frozen=True)
 class EncodedOutput:
-    """Documents of one output.
+    """Encoded documents of one output dataset.
 
     Attributes:
-        arrays: ids by the name of the file pair that they go to.
-        lengths: ids of each sequence.
-        sequences: sequences of each document, `None` if it is one everywhere.
-        counts: of what is here.
-        frequencies: how often each id occurs, int64.
+        arrays: token ids, attention mask and labels, by array.
+        lengths: tokens of each sequence.
+        sequences: sequences of each document; `None` if each document is one sequence.
+        counts: of these documents.
+        frequencies: how often each id occurs, int64 [vocab_size].
     """
 
     arrays: dict[str, NDArray[Any]]
@@ -58,14 +60,14 @@ class EncodedOutput:
 
 @dataclass
 class ShardEncoder:
-    """Encode shards.
+    """Encode the records of shards.
 
     Attributes:
-        handler: how records become documents.
-        json_keys: columns of a handler that takes those of `--json-key`; one output each.
-        append_eod: end documents with the end-of-sequence id.
-        tokenizer: whose ids are wanted.
-        encoder: what encodes.
+        handler: turns records into documents or samples.
+        json_keys: columns of `--json-key`, for a handler without its own columns; one output dataset each.
+        append_eod: end each document with the end-of-sequence id.
+        tokenizer: defines the ids.
+        encoder: computes the ids, possibly faster than the tokenizer.
     """
 
     handler: TextHandler | SampleHandler
@@ -76,27 +78,27 @@ class ShardEncoder:
     _suffix: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._suffix = suffix_of(self.tokenizer, self.append_eod)
+        self._suffix = document_suffix(self.tokenizer, self.append_eod)
 
     def encode(self, shard: Shard) -> dict[str, EncodedOutput]:
-        """Return the documents of a shard by output; a handler of samples has one output, named ``""``."""
+        """Return the encoded documents of a shard, by column; samples have the key ``""``."""
         if isinstance(self.handler, SampleHandler):
             return {"": self._encode_samples(self.handler, shard)}
         return self._encode_texts(self.handler, shard)
 
     def texts(self, shard: Shard) -> Iterator[tuple[int, list[list[str]]]]:
-        """Yield, for each record, its number and its texts by output."""
+        """Yield the number of each record and its texts by column."""
         assert isinstance(self.handler, TextHandler)
-        for number, record in records_of(shard):
+        for number, record in records_of_shard(shard):
             try:
                 if self.handler.columns:
-                    check_columns(record, self.handler.columns, f"needed by {self.handler.name}")
+                    check_columns(record, self.handler.columns, f"{self.handler.name} needs it")
                 else:
                     for key in self.json_keys:
                         text_of(record, key)
                 yield number, [self.handler.texts(record, key) for key in self.json_keys]
             except DataError as error:
-                raise DataError(f"{place_of(shard, number)}: {error}") from None
+                raise DataError(f"{location_of(shard, number)}: {error}") from None
 
     def _encode_texts(self, handler: TextHandler, shard: Shard) -> dict[str, EncodedOutput]:
         texts: dict[str, list[str]] = {key: [] for key in self.json_keys}
@@ -112,15 +114,15 @@ class ShardEncoder:
                         num_empty[key] += 1
         encoded = {}
         for key, kept in texts.items():
-            batch = self.encoder.encode_contents(kept)
+            batch = self.encoder.encode_without_special_tokens(kept)
             spot_check(self.tokenizer, self.encoder, kept)
             num_documents = len(kept)
             kept.clear()
-            token_format = smallest_format(self.tokenizer.vocab_size)
+            token_format = optimal_token_format(self.tokenizer.vocab_size)
             batch = TokenBatch(batch.ids.astype(token_format, copy=False), batch.lengths)
-            whole = surround(batch, self.tokenizer.prefix_ids, self._suffix)
+            whole = add_prefix_and_suffix(batch, self.tokenizer.prefix_ids, self._suffix)
             ids = whole.ids
-            frequencies = frequencies_of(ids, self.tokenizer.vocab_size)
+            frequencies = count_ids(ids, self.tokenizer.vocab_size)
             counts = Counts(num_documents, num_documents, len(ids), len(ids), num_empty[key], num_bytes[key])
             encoded[key] = EncodedOutput(
                 {key: ids}, whole.lengths.astype(np.int32), None, counts, frequencies
@@ -132,18 +134,18 @@ class ShardEncoder:
         samples: list[Sample] = []
         sequences: list[int] = []
         counts = Counts()
-        for number, record in records_of(shard):
+        for number, record in records_of_shard(shard):
             try:
-                check_columns(record, handler.columns, f"needed by {handler.name}")
+                check_columns(record, handler.columns, f"{handler.name} needs it")
                 made = handler.samples(record, self.tokenizer)
                 if is_pairs and len(made) not in (0, 2):
-                    raise DataError(f"{handler.name} made {len(made)} samples; a pair has two")
+                    raise DataError(f"{handler.name} made {len(made)} samples of a record; a pair has two")
             except DataError as error:
-                raise DataError(f"{place_of(shard, number)}: {error}") from None
+                raise DataError(f"{location_of(shard, number)}: {error}") from None
             for sample in made:
-                for part in sample.parts:
-                    if isinstance(part.content, str):
-                        counts.num_text_bytes += _size_of(part.content, shard, number)
+                for segment in sample.segments:
+                    if isinstance(segment.content, str):
+                        counts.num_text_bytes += _size_of(segment.content, shard, number)
             counts.num_empty_documents += not made
             if made:
                 sequences.append(len(made))
@@ -155,12 +157,12 @@ class ShardEncoder:
         counts.num_documents, counts.num_sequences = len(sequences), len(rows)
         counts.num_tokens, counts.num_trained_tokens = len(ids), int((labels != IGNORED_LABEL).sum())
         arrays = {INPUT_IDS: ids, ATTENTION_MASK: np.ones(len(ids), np.int32), LABELS: labels}
-        frequencies = frequencies_of(ids, self.tokenizer.vocab_size)
+        frequencies = count_ids(ids, self.tokenizer.vocab_size)
         return EncodedOutput(arrays, lengths, np.array(sequences, np.int32), counts, frequencies)
 
 
-def suffix_of(tokenizer: Tokenizer, append_eod: bool) -> list[int]:
-    """Return the ids behind a document: the tokenizer's own, and the end of a document unless these end with it."""
+def document_suffix(tokenizer: Tokenizer, append_eod: bool) -> list[int]:
+    """Return the ids after a document: the tokenizer's suffix, then EOS if `append_eod` and the suffix has none."""
     suffix = list(tokenizer.suffix_ids)
     if append_eod and suffix[-1:] != [tokenizer.eos_id]:
         assert tokenizer.eos_id is not None
@@ -168,131 +170,125 @@ def suffix_of(tokenizer: Tokenizer, append_eod: bool) -> list[int]:
     return suffix
 
 
-def surround(batch: TokenBatch, prefix: Sequence[int], suffix: Sequence[int]) -> TokenBatch:
-    """Put ids before and behind every text."""
+def add_prefix_and_suffix(batch: TokenBatch, prefix: Sequence[int], suffix: Sequence[int]) -> TokenBatch:
+    """Add ids before and after each text."""
     if not prefix and not suffix:
         return batch
     lengths = batch.lengths + len(prefix) + len(suffix)
     ends = np.cumsum(lengths)
     ids = np.empty(int(lengths.sum()), batch.ids.dtype)
     is_content = np.ones(len(ids), bool)
-    for places, value in (
+    for positions, value in (
         *((ends - lengths + offset, token) for offset, token in enumerate(prefix)),
         *((ends - len(suffix) + offset, token) for offset, token in enumerate(suffix)),
     ):
-        ids[places] = value
-        is_content[places] = False
+        ids[positions] = value
+        is_content[positions] = False
     ids[is_content] = batch.ids
     return TokenBatch(ids, lengths)
 
 
-def frequencies_of(ids: NDArray[Any], vocab_size: int) -> NDArray[np.int64]:
-    """Count how often each id occurs; piece by piece, as numpy widens ids to eight bytes."""
-    counted = np.zeros(vocab_size, np.int64)
-    for start in range(0, len(ids), IDS_PER_PIECE):
-        counted += np.bincount(ids[start : start + IDS_PER_PIECE], minlength=vocab_size)
-    return counted
-
-
 @dataclass(frozen=True)
-class _Run:
-    """Texts of a sample that follow each other: tokenized as one."""
+class _TextSpan:
+    """Adjacent texts of a sample, encoded as one text."""
 
     text: str
     edges: tuple[int, ...]
-    """Characters at which `trained` changes."""
+    """Character positions at which `trained` changes."""
     first_trained: bool
 
 
 def encode_samples(
     samples: Sequence[Sample], tokenizer: Tokenizer, encoder: Encoder, suffix: Sequence[int], append_eod: bool
 ) -> list[tuple[NDArray[np.int32], NDArray[np.int32]]]:
-    """Return ids and labels of each sample."""
-    runs = [_runs(sample) for sample in samples]
+    """Return the ids and labels of each sample, both int32 [tokens]."""
+    spans = [_merge_adjacent_texts(sample) for sample in samples]
     texts: list[str] = []
-    for pieces in runs:
-        for run in pieces:
-            if isinstance(run, _Run):
-                texts += [run.text, *(run.text[:edge] for edge in run.edges)]
+    for spans_of_sample in spans:
+        for span in spans_of_sample:
+            if isinstance(span, _TextSpan):
+                texts += [span.text, *(span.text[:edge] for edge in span.edges)]
     spot_check(tokenizer, encoder, texts)
-    encoded = iter(encoder.encode_contents(texts).split() if texts else [])
+    encoded = iter(encoder.encode_without_special_tokens(texts).split() if texts else [])
     rows = []
-    for sample, pieces in zip(samples, runs, strict=True):
+    for sample, spans_of_sample in zip(samples, spans, strict=True):
         ids: list[NDArray[Any]] = []
         labels: list[NDArray[Any]] = []
-        if sample.surrounded:
+        if sample.add_special_tokens:
             _append(ids, labels, np.array(tokenizer.prefix_ids, np.int32), False)
-        for run in pieces:
-            if isinstance(run, _Run):
+        for span in spans_of_sample:
+            if isinstance(span, _TextSpan):
                 whole = next(encoded)
-                trained = _trained_tokens(run, whole, [next(encoded) for _ in run.edges], tokenizer)
-                if sample.each_text_alone:
-                    _append(ids, labels, np.array(tokenizer.prefix_ids, np.int32), run.first_trained)
+                trained = _trained_tokens(span, whole, [next(encoded) for _ in span.edges], tokenizer)
+                if sample.encode_separately:
+                    _append(ids, labels, np.array(tokenizer.prefix_ids, np.int32), span.first_trained)
                 _append(ids, labels, whole, trained)
-                if sample.each_text_alone:
-                    _append(ids, labels, np.array(tokenizer.suffix_ids, np.int32), run.first_trained)
-            elif run.content is not None:
-                _append(ids, labels, np.array([run.content], np.int32), run.trained)
-                if run.label is not None:
-                    labels[-1][:] = run.label
+                if sample.encode_separately:
+                    _append(ids, labels, np.array(tokenizer.suffix_ids, np.int32), span.first_trained)
+            elif span.content is not None:
+                _append(ids, labels, np.array([span.content], np.int32), span.trained)
+                if span.label is not None:
+                    labels[-1][:] = span.label
             elif append_eod:
-                _append(ids, labels, np.array([tokenizer.eos_id], np.int32), run.trained)
-        if sample.surrounded and not append_eod:
+                _append(ids, labels, np.array([tokenizer.eos_id], np.int32), span.trained)
+        if sample.add_special_tokens and not append_eod:
             _append(ids, labels, np.array(suffix, np.int32), True)
         rows.append((_joined(ids), _joined(labels)))
     return rows
 
 
-def _runs(sample: Sample) -> list[_Run | Part]:
-    found: list[_Run | Part] = []
-    held: list[Part] = []
+def _merge_adjacent_texts(sample: Sample) -> list[_TextSpan | Segment]:
+    found: list[_TextSpan | Segment] = []
+    held: list[Segment] = []
 
     def release() -> None:
         text, edges = "", []
-        for number, part in enumerate(held):
-            if number and part.trained != held[number - 1].trained:
+        for number, segment in enumerate(held):
+            if number and segment.trained != held[number - 1].trained:
                 edges.append(len(text))
-            text += str(part.content)
+            text += str(segment.content)
         if text:
-            found.append(_Run(text, tuple(edges), held[0].trained))
+            found.append(_TextSpan(text, tuple(edges), held[0].trained))
         held.clear()
 
-    for part in sample.parts:
-        if isinstance(part.content, str):
-            if part.content:
-                held.append(part)
-            if sample.each_text_alone:
+    for segment in sample.segments:
+        if isinstance(segment.content, str):
+            if segment.content:
+                held.append(segment)
+            if sample.encode_separately:
                 release()
         else:
             release()
-            found.append(part)
+            found.append(segment)
     release()
     return found
 
 
 def _trained_tokens(
-    run: _Run, whole: NDArray[Any], begins: Sequence[NDArray[Any]], tokenizer: Tokenizer
+    span: _TextSpan, whole: NDArray[Any], begins: Sequence[NDArray[Any]], tokenizer: Tokenizer
 ) -> NDArray[np.bool_]:
-    """Return which tokens hold a trained character.
+    """Return which tokens contain a trained character, bool [tokens].
 
-    Where the text up to an edge, tokenized by itself, gives the first tokens of the whole, the edge lies between two
-    tokens. Otherwise a token lies across it, and the characters of each token tell.
+    If the text before an edge encodes to a prefix of the whole, the edge lies between two tokens. Otherwise a token
+    spans the edge, and the character offsets of the tokens decide.
     """
     if all(len(begin) <= len(whole) and np.array_equal(whole[: len(begin)], begin) for begin in begins):
         bounds = [0, *map(len, begins), len(whole)]
         flags = np.empty(len(whole), bool)
         for number, (start, end) in enumerate(pairwise(bounds)):
-            flags[start:end] = run.first_trained ^ bool(number % 2)
+            flags[start:end] = span.first_trained ^ bool(number % 2)
         return flags
-    characters = np.empty(len(run.text), np.int64)
-    edges = [0, *run.edges, len(run.text)]
+    characters = np.empty(len(span.text), np.int64)
+    edges = [0, *span.edges, len(span.text)]
     for number, (start, end) in enumerate(pairwise(edges)):
-        characters[start:end] = run.first_trained ^ bool(number % 2)
+        characters[start:end] = span.first_trained ^ bool(number % 2)
     before = np.concatenate([[0], np.cumsum(characters)])
-    ids, places = tokenizer.encode_with_places(run.text)
+    ids, offsets = tokenizer.encode_with_offsets(span.text)
     if not np.array_equal(ids, whole):
-        raise DataError(f"the tokenizer gives two results for {run.text[:60]!r}")
-    bounds_of = np.minimum(np.array([(begin, max(end, begin + 1)) for begin, end in places]), len(run.text))
+        raise DataError(
+            f"the tokenizer encodes {span.text[:60]!r} differently with offsets; remove the record"
+        )
+    bounds_of = np.minimum(np.array([(begin, max(end, begin + 1)) for begin, end in offsets]), len(span.text))
     learned: NDArray[np.bool_] = before[bounds_of[:, 1]] > before[bounds_of[:, 0]]
     return learned
 
@@ -309,13 +305,13 @@ def _joined(arrays: Sequence[NDArray[Any]]) -> NDArray[np.int32]:
 
 
 def _size_of(text: str, shard: Shard, number: int) -> int:
-    """Return the bytes of a text; a text that has none is refused."""
+    """Return the size of a text in UTF-8 bytes; reject a text that UTF-8 cannot encode."""
     if text.isascii():
         return len(text)
     try:
         return len(text.encode("utf-8"))
     except UnicodeEncodeError as error:
         raise DataError(
-            f"{place_of(shard, number)}: holds half a surrogate pair at character {error.start}, which is no text; "
+            f"{location_of(shard, number)}: half a surrogate pair at character {error.start} is not valid text; "
             "repair the record"
         ) from None

@@ -1,7 +1,6 @@
-"""Errors that are shown to the user as one line, and nothing else.
+"""Errors that the command line shows as one line.
 
-Every message names the field, its value, the rule and the remedy. A bug is any other exception and keeps
-its traceback.
+A message names the field, its value, the rule and the remedy. Any other exception is a bug and keeps its traceback.
 """
 
 from collections.abc import Iterable
@@ -9,19 +8,19 @@ from difflib import get_close_matches
 
 
 class AscendSpeedError(Exception):
-    """Something that needed a file, a device or a peer went wrong."""
+    """A file, a device or another process caused an error."""
 
     exit_code = 1
 
 
 class ConfigError(AscendSpeedError):
-    """The arguments or the config alone are wrong; nothing had to be opened to see it."""
+    """The arguments or the config are wrong, whatever the files contain."""
 
     exit_code = 2
 
 
 class DataError(AscendSpeedError):
-    """A dataset, tokenizer or manifest is missing, damaged or does not fit."""
+    """A dataset, tokenizer or manifest is missing, damaged or does not match."""
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:

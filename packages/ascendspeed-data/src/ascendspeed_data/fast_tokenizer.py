@@ -1,8 +1,7 @@
-"""The fast path: gigatoken, taken only where it gives the ids of the tokenizer itself.
+"""Encode with gigatoken if it gives the ids of the tokenizer.
 
-gigatoken (extra `[fast]`) encodes an order of magnitude faster than SentencePiece. It is young, so it is compared with
-the tokenizer on texts that are hard and on the beginning of the input before it is used, and on one text of every
-shard while it is.
+gigatoken (extra `[fast]`) encodes about ten times faster than SentencePiece, but it is young. So a run first compares
+both on hard texts and on the start of the input, then on one text of every shard.
 """
 
 import json
@@ -23,13 +22,13 @@ from ascendspeed_data.tokenizer import (
     load_tokenizer,
 )
 
-PROBES = (
+PROBE_TEXTS = (
     "", " ", "  ", "a", " a", "  a", "a ", "a  b   c", "\n", "\t", "a\nb\n\n  c\n", "\r\n", "\u00a0x\u3000y", "\ufeffa",
     "1234567890 3.14", "Zürich café naïve", "e\u0301 o\u0308", "中文字符，全角标点。",
     "🙂🏳️‍🌈", "ا ل ع", "½ﬁ Ａ", "\U0010ffff",
     "▁ ▁▁a", "<0x0A><unk>", "x" * 3000, " " * 500, "ab " * 300, "def f(x):\n\treturn  x\n", "https://a.b/c?d=e&f",
 )  # fmt: skip
-"""Texts on which conversions of tokenizers are known to differ."""
+"""Texts on which converted tokenizers are known to differ."""
 
 FRAGMENTS = (
     "a",
@@ -52,28 +51,28 @@ FRAGMENTS = (
     "_",
 )
 SPOT_CHECK_CHARACTERS = 4096
-"""Longest text that is compared during a run."""
+"""Length limit of the text that a run compares in each shard."""
 
 
 class Encoder(Protocol):
-    """What encodes texts of a run.
+    """Encodes the texts of a run.
 
     Attributes:
-        name: of the library, with its version.
+        name: library and version.
     """
 
     name: str
 
-    def encode_contents(self, texts: Sequence[str]) -> TokenBatch:
-        """Return the ids of several texts without what a tokenizer puts around them."""
+    def encode_without_special_tokens(self, texts: Sequence[str]) -> TokenBatch:
+        """Return the ids of several texts without BOS and EOS."""
         ...
 
 
 class FastEncoder:
-    """gigatoken, with the tokenizer itself for the texts that gigatoken is known to read differently.
+    """gigatoken; the tokenizer itself encodes texts on which gigatoken is known to differ.
 
     Args:
-        tokenizer: that the ids are those of.
+        tokenizer: defines the ids.
         content: a `tokenizer.json` for gigatoken.
     """
 
@@ -84,36 +83,38 @@ class FastEncoder:
         self._tokenizer = tokenizer
         self._backend: Any = gigatoken.Tokenizer.from_json(content).backend
 
-    def encode_contents(self, texts: Sequence[str]) -> TokenBatch:
-        """Return the ids of several texts without what the tokenizer puts around them, on one thread.
+    def encode_without_special_tokens(self, texts: Sequence[str]) -> TokenBatch:
+        """Return the ids of several texts without BOS and EOS, on one thread.
 
-        A model may hold a piece of the character NUL, which SentencePiece never uses and gigatoken does.
+        A vocabulary may contain the character NUL, which gigatoken uses and SentencePiece never does.
         """
-        odd = [place for place, text in enumerate(texts) if "\0" in text]
-        if odd:
-            return self._encode_apart(texts, odd)
+        with_nul = [index for index, text in enumerate(texts) if "\0" in text]
+        if with_nul:
+            return self._encode_apart(texts, with_nul)
         encoded = self._backend.encode_batch(list(texts), parallel=False).layout
         return TokenBatch(encoded.content.data, np.diff(encoded.offsets.data))
 
-    def _encode_apart(self, texts: Sequence[str], odd: Sequence[int]) -> TokenBatch:
-        chosen = set(odd)
-        exact = iter(self._tokenizer.encode_contents([texts[place] for place in odd]).split())
-        even = [text for place, text in enumerate(texts) if place not in chosen]
-        fast = iter(self.encode_contents(even).split() if even else [])
-        parts = [next(exact if place in chosen else fast) for place in range(len(texts))]
+    def _encode_apart(self, texts: Sequence[str], with_nul: Sequence[int]) -> TokenBatch:
+        chosen = set(with_nul)
+        exact = iter(
+            self._tokenizer.encode_without_special_tokens([texts[index] for index in with_nul]).split()
+        )
+        others = [text for index, text in enumerate(texts) if index not in chosen]
+        fast = iter(self.encode_without_special_tokens(others).split() if others else [])
+        parts = [next(exact if index in chosen else fast) for index in range(len(texts))]
         return TokenBatch(np.concatenate(parts), np.fromiter(map(len, parts), np.int64, len(parts)))
 
 
 @dataclass(frozen=True)
 class EncoderChoice:
-    """How texts are encoded in a run: small enough to be sent to every worker.
+    """The encoder of a run; small enough to send to every worker.
 
     Attributes:
         tokenizer: folder or file.
         kind: as given to `--tokenizer-type`.
-        fast_content: the `tokenizer.json` for gigatoken, or `None` for the tokenizer itself.
+        fast_content: the `tokenizer.json` for gigatoken, or `None` to encode with the tokenizer itself.
         name: library and version.
-        reason: why this one, for the log.
+        reason: why the run uses this encoder, for the log.
     """
 
     tokenizer: Path
@@ -123,67 +124,67 @@ class EncoderChoice:
     reason: str
 
     def open(self) -> tuple[Tokenizer, Encoder]:
-        """Load the tokenizer and what encodes with its ids."""
+        """Load the tokenizer and its encoder."""
         tokenizer = load_tokenizer(self.tokenizer, self.kind)
         return tokenizer, self.encoder_of(tokenizer)
 
     def encoder_of(self, tokenizer: Tokenizer) -> Encoder:
-        """Return what encodes with the ids of `tokenizer`."""
+        """Return the encoder for `tokenizer`."""
         if self.fast_content is None:
             return ExactEncoder(tokenizer)
         return FastEncoder(tokenizer, self.fast_content)
 
 
 class ExactEncoder:
-    """The tokenizer itself."""
+    """Encodes with the tokenizer itself."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self.name = exact_name(tokenizer)
+        self.name = exact_encoder_name(tokenizer)
         self._tokenizer = tokenizer
 
-    def encode_contents(self, texts: Sequence[str]) -> TokenBatch:
-        """Return the ids of several texts without what the tokenizer puts around them."""
-        return self._tokenizer.encode_contents(texts)
+    def encode_without_special_tokens(self, texts: Sequence[str]) -> TokenBatch:
+        """Return the ids of several texts without BOS and EOS."""
+        return self._tokenizer.encode_without_special_tokens(texts)
 
 
 def choose_encoder(
     tokenizer: SentencePieceTokenizer | JsonTokenizer, kind: str, use_fast: bool, samples: Sequence[str]
 ) -> EncoderChoice:
-    """Take gigatoken if it is there and gives the tokenizer's ids on `PROBES`, made texts and `samples`.
+    """Choose gigatoken if it is installed and agrees with the tokenizer on `PROBE_TEXTS`, random texts and `samples`.
 
     Args:
-        tokenizer: whose ids are wanted.
+        tokenizer: defines the ids.
         kind: as given to `--tokenizer-type`.
-        use_fast: whether gigatoken may be used at all.
-        samples: texts of the input.
+        use_fast: whether gigatoken is allowed.
+        samples: texts from the start of the input.
     """
 
     def exact(reason: str) -> EncoderChoice:
-        return EncoderChoice(tokenizer.path, kind, None, exact_name(tokenizer), reason)
+        return EncoderChoice(tokenizer.path, kind, None, exact_encoder_name(tokenizer), reason)
 
     if not use_fast:
         return exact("--tokenizer-not-use-fast")
     try:
-        content = _content_for_gigatoken(tokenizer)
+        content = gigatoken_json(tokenizer)
         fast = FastEncoder(tokenizer, content)
     except ImportError:
         return exact(
-            "gigatoken is not installed; pip install 'ascendspeed-data[fast]' is several times faster"
+            "gigatoken is not installed; pip install 'ascendspeed-data[fast]' makes this several times faster"
         )
     except (ValueError, RuntimeError, NotImplementedError, UnicodeDecodeError, KeyError) as error:
-        return exact(f"gigatoken does not read this tokenizer: {_short(str(error))}")
-    texts = [*PROBES, *_made_texts(), *samples]
+        return exact(f"gigatoken cannot read this tokenizer: {_short(str(error))}")
+    texts = [*PROBE_TEXTS, *_random_texts(), *samples]
     different = first_difference(tokenizer, fast, texts)
     if different is not None:
-        return exact(f"gigatoken gives other ids, first for {different[:40]!r}")
+        return exact(f"gigatoken gives different ids, first for {different[:40]!r}")
     return EncoderChoice(
         tokenizer.path, kind, content, fast.name, f"same ids on {len(texts):,} texts compared"
     )
 
 
 def first_difference(tokenizer: Tokenizer, fast: Encoder, texts: Sequence[str]) -> str | None:
-    """Return the first text to which the two give different ids, or `None`."""
-    ours, theirs = tokenizer.encode_contents(texts), fast.encode_contents(texts)
+    """Return the first text that the two encode differently, or `None`."""
+    ours, theirs = tokenizer.encode_without_special_tokens(texts), fast.encode_without_special_tokens(texts)
     if np.array_equal(ours.lengths, theirs.lengths) and np.array_equal(ours.ids, theirs.ids):
         return None
     pairs = zip(texts, ours.split(), theirs.split(), strict=True)
@@ -201,13 +202,13 @@ def spot_check(tokenizer: Tokenizer, encoder: Encoder, texts: Sequence[str]) -> 
     text = next((text for text in texts if 0 < len(text) <= SPOT_CHECK_CHARACTERS), None)
     if text is not None and first_difference(tokenizer, encoder, [text]) is not None:
         raise AscendSpeedError(
-            f"{encoder.name} gives other ids than {exact_name(tokenizer)} for {text[:60]!r}; give "
+            f"{encoder.name} gives different ids than {exact_encoder_name(tokenizer)} for {text[:60]!r}; give "
             "--tokenizer-not-use-fast with --overwrite, and report the text"
         )
 
 
-def exact_name(tokenizer: Tokenizer) -> str:
-    """Return library and version of the tokenizer itself."""
+def exact_encoder_name(tokenizer: Tokenizer) -> str:
+    """Return library and version of the tokenizer."""
     from importlib import metadata
 
     library = "sentencepiece" if tokenizer.kind == "sentencepiece" else "tokenizers"
@@ -221,10 +222,10 @@ def gigatoken_version() -> str:
     return f"gigatoken {metadata.version('gigatoken')}"
 
 
-def _content_for_gigatoken(tokenizer: SentencePieceTokenizer | JsonTokenizer) -> str:
-    """Return a `tokenizer.json` from which gigatoken makes the tokenizer's ids.
+def gigatoken_json(tokenizer: SentencePieceTokenizer | JsonTokenizer) -> str:
+    """Return a `tokenizer.json` with which gigatoken gives the tokenizer's ids.
 
-    Control pieces are left out of a SentencePiece model: SentencePiece takes them, spelled in a text, for text.
+    It omits the control tokens of a SentencePiece model, because SentencePiece encodes them in a text as plain text.
     """
     data = tokenizer.model_file.read_bytes()
     if tokenizer.kind != "sentencepiece":
@@ -236,7 +237,7 @@ def _content_for_gigatoken(tokenizer: SentencePieceTokenizer | JsonTokenizer) ->
     return json.dumps(content, ensure_ascii=False)
 
 
-def _made_texts() -> list[str]:
+def _random_texts() -> list[str]:
     draw = random.Random(0)
     return ["".join(draw.choices(FRAGMENTS, k=draw.randint(1, 30))) for _ in range(500)]
 

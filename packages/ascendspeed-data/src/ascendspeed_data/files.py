@@ -1,4 +1,4 @@
-"""Write files so that a crash leaves the old content or the new one, and say so when a disk is full."""
+"""Write files atomically, and report a full disk as one line."""
 
 import errno
 import os
@@ -9,11 +9,11 @@ from pathlib import Path
 from ascendspeed_data.errors import AscendSpeedError
 
 INCOMPLETE = ".incomplete"
-"""Ending of what is not whole yet."""
+"""Suffix of incomplete files."""
 
 
 def write_durably(path: Path, content: str | bytes) -> None:
-    """Replace a file's content in one step, flushed to the disk; text is written as UTF-8."""
+    """Replace a file atomically and flush it to the disk; a crash leaves the old or the new content. Text is UTF-8."""
     scratch = path.with_name(path.name + INCOMPLETE)
     with scratch.open("wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
@@ -24,18 +24,18 @@ def write_durably(path: Path, content: str | bytes) -> None:
 
 @contextmanager
 def full_disk_named(output: Path, remedy: str) -> Iterator[None]:
-    """Turn a full disk into one line.
+    """Report a full disk as one line.
 
     Args:
-        output: what was being written.
-        remedy: what to do once there is room.
+        output: path of the output, for the message.
+        remedy: what the user should do, for the message.
 
     Raises:
-        AscendSpeedError: there is no space left.
+        AscendSpeedError: the disk is full.
     """
     try:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise AscendSpeedError(f"no space left for {output}; {remedy}") from None
+        raise AscendSpeedError(f"no space left on the disk of {output}; {remedy}") from None

@@ -1,4 +1,4 @@
-"""Megatron's indexed dataset: tokens in a `.bin`, where each document lies in an `.idx`.
+"""Megatron's indexed dataset: token ids in a `.bin` file, positions of sequences and documents in an `.idx` file.
 
 Layout of the `.idx`, little-endian, as megatron-core's `IndexedDatasetBuilder` writes it:
 
@@ -31,17 +31,17 @@ MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")
 CHUNK_BYTES = 1 << 22
-FORMATS: dict[int, Any] = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+TOKEN_FORMATS: dict[int, Any] = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 
 
-def smallest_format(vocab_size: int) -> Any:
+def optimal_token_format(vocab_size: int) -> Any:
     """Return the format in which megatron-core stores ids below `vocab_size`."""
     return np.uint16 if vocab_size < 65500 else np.int32
 
 
 @dataclass(frozen=True)
 class IndexedDatasetInfo:
-    """What a pair of files holds."""
+    """Counts and token format of an indexed dataset."""
 
     num_sequences: int
     num_documents: int
@@ -52,12 +52,12 @@ class IndexedDatasetInfo:
 
 @dataclass(frozen=True)
 class WriterState:
-    """How far a writer has come; enough to go on from there.
+    """Progress of a writer; a new writer can resume from it.
 
     Attributes:
-        num_bytes: of the `.bin`.
-        num_sequences: in it.
-        num_documents: that these belong to.
+        num_bytes: bytes in the `.bin` file.
+        num_sequences: sequences in it.
+        num_documents: documents in it.
     """
 
     num_bytes: int = 0
@@ -66,15 +66,15 @@ class WriterState:
 
 
 class IndexedDatasetWriter:
-    """Write a pair piece by piece; it gets its name only when all of it is on the disk.
+    """Write a `.bin`/`.idx` pair incrementally; the files get their final names when they are complete.
 
-    Lengths are kept in files too, so memory does not grow with the number of documents.
+    Lengths go to temporary files, so memory does not grow with the number of documents.
 
     Args:
         prefix: path without `.bin`.
         token_format: numpy integer type of the ids.
-        state: where to go on in what an earlier run left; what lies behind is cut off.
-        keep: whether to leave the unfinished files when the block ends with an error.
+        state: resume unfinished files from here; later data in them is dropped.
+        keep: whether to keep the unfinished files if the `with` block raises.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class IndexedDatasetWriter:
 
     @staticmethod
     def scratch_paths(prefix: Path) -> tuple[Path, Path, Path]:
-        """Return the unfinished files: ids, ids in each sequence, sequences in each document (both int32)."""
+        """Return the unfinished files: token ids, length of each sequence, sequences of each document (both int32)."""
         names = (".bin", ".lengths", ".documents")
         return tuple(_with_suffix(prefix, name + INCOMPLETE) for name in names)  # type: ignore[return-value]
 
@@ -106,8 +106,8 @@ class IndexedDatasetWriter:
 
         Args:
             lengths: tokens of each sequence.
-            tokens: ids of all of them, one after the other.
-            sequences: sequences of each document; by default one.
+            tokens: concatenated ids of the sequences.
+            sequences: number of sequences of each document; one by default.
         """
         of_sequences = np.asarray(lengths, dtype=np.int32)
         of_documents = (
@@ -124,17 +124,17 @@ class IndexedDatasetWriter:
             self.state.num_documents + len(of_documents),
         )
 
-    def to_disk(self) -> None:
-        """Flush everything that was added."""
+    def flush(self) -> None:
+        """Flush all added documents to the disk."""
         for file in self._files:
             _to_disk(file)
 
     def prepare(self) -> list[tuple[Path, Path]]:
-        """Write the index under its temporary name, and return which file is to get which name."""
-        self.to_disk()
+        """Write the index under its temporary name; return pairs of temporary and final path."""
+        self.flush()
         bin_path, lengths_path, documents_path = self.scratch_paths(self.prefix)
         idx_path = _with_suffix(self.prefix, ".idx" + INCOMPLETE)
-        code = next(code for code, known in FORMATS.items() if np.dtype(known) == self.format)
+        code = next(code for code, known in TOKEN_FORMATS.items() if np.dtype(known) == self.format)
         with idx_path.open("wb") as file:
             file.write(
                 HEADER.pack(MAGIC, VERSION, code, self.state.num_sequences, self.state.num_documents + 1)
@@ -150,15 +150,15 @@ class IndexedDatasetWriter:
         ]
 
     def finish(self) -> None:
-        """Write the index, and give both files their names."""
+        """Write the index and give both files their final names."""
         for source, target in self.prepare():
             source.replace(target)
         self.discard()
 
     def discard(self) -> None:
-        """Remove what is unfinished."""
+        """Delete the unfinished files."""
         for file in self._files:
-            # A full disk may refuse what is still in the buffer of a file that is to go anyway.
+            # Closing flushes the buffer, which fails on a full disk; the file is deleted anyway.
             with suppress(OSError):
                 file.close()
         for path in (*self.scratch_paths(self.prefix), _with_suffix(self.prefix, ".idx" + INCOMPLETE)):
@@ -178,7 +178,7 @@ class IndexedDatasetWriter:
 
 
 class IndexedDataset:
-    """Read a pair; the tokens stay on the disk until they are asked for.
+    """Read a `.bin`/`.idx` pair; tokens are memory-mapped.
 
     Args:
         prefix: path without `.bin`.
@@ -201,7 +201,7 @@ class IndexedDataset:
         return len(self.lengths)
 
     def __getitem__(self, number: int) -> NDArray[Any]:
-        """Return the ids of one sequence."""
+        """Return the ids of a sequence, [tokens]."""
         start = int(self._starts[number]) // self._format.itemsize
         return self._tokens[start : start + int(self.lengths[number])]
 
@@ -224,18 +224,19 @@ def _read_index(prefix: Path) -> tuple[np.dtype[Any], NDArray[Any], NDArray[Any]
         head = file.read(HEADER.size)
     if len(head) < HEADER.size or head[:9] != MAGIC:
         raise DataError(
-            f"{path} is not an index of an indexed dataset (its first bytes are {head[:9]!r}); make it again"
+            f"{path} is not the index of an indexed dataset (its first bytes are {head[:9]!r}); preprocess again"
         )
     _, version, code, sequences, boundaries = HEADER.unpack(head)
-    if version != VERSION or code not in FORMATS:
+    if version != VERSION or code not in TOKEN_FORMATS:
         raise DataError(
-            f"{path}: version={version}, format code={code}; only version 1 with {list(FORMATS)} is read"
+            f"{path}: version={version}, token format {code}; supported are version 1 and the token formats "
+            f"{list(TOKEN_FORMATS)}"
         )
     expected = HEADER.size + sequences * (4 + 8) + boundaries * 8
     if size != expected:
         raise DataError(
-            f"{path} has {size} bytes, its counts ({sequences} sequences, {boundaries} document boundaries) need "
-            f"{expected}; it was cut short or altered: make it again"
+            f"{path} has {size} bytes, but {sequences} sequences and {boundaries} document boundaries need "
+            f"{expected}; the file is incomplete or damaged, so preprocess again"
         )
     content = (
         np.memmap(path, mode="r", offset=HEADER.size) if expected > HEADER.size else np.empty(0, np.uint8)
@@ -244,8 +245,10 @@ def _read_index(prefix: Path) -> tuple[np.dtype[Any], NDArray[Any], NDArray[Any]
     starts = content[4 * sequences : 12 * sequences].view(np.int64)
     documents = content[12 * sequences :].view(np.int64)
     if boundaries < 1 or documents[0] != 0 or documents[-1] != sequences or np.any(np.diff(documents) < 0):
-        raise DataError(f"{path}: document boundaries do not rise from 0 to {sequences}; make it again")
-    return np.dtype(FORMATS[code]), lengths, starts, documents
+        raise DataError(
+            f"{path}: document boundaries do not increase from 0 to {sequences}; preprocess again"
+        )
+    return np.dtype(TOKEN_FORMATS[code]), lengths, starts, documents
 
 
 def _check_pointers(
@@ -258,8 +261,8 @@ def _check_pointers(
     if len(bad):
         number = int(bad[0])
         raise DataError(
-            f"{prefix}.idx: sequence {number} ({int(lengths[number])} tokens at byte {int(starts[number])}) lies "
-            f"outside {prefix}.bin, which has {size} bytes; the .bin was cut short, or the two do not belong together"
+            f"{prefix}.idx: sequence {number} ({int(lengths[number])} tokens at byte {int(starts[number])}) is "
+            f"outside {prefix}.bin, which has {size} bytes; the .bin is incomplete or belongs to another .idx"
         )
 
 
@@ -277,10 +280,12 @@ def _existing(prefix: Path, suffix: str) -> Path:
 
 
 def _open_at(path: Path, size: int) -> Any:
-    """Open a file for writing behind its first `size` bytes; the rest of it goes."""
+    """Open a file to write after its first `size` bytes, and truncate it there."""
     have = path.stat().st_size if path.exists() else 0
     if have < size:
-        raise DataError(f"{path} has {have} bytes, {size} were written; give --overwrite to start anew")
+        raise DataError(
+            f"{path} has {have} bytes, but the journal records {size}; give --overwrite to start again"
+        )
     file = path.open("r+b" if size else "wb")
     file.truncate(size)
     file.seek(size)
@@ -294,7 +299,7 @@ def _chunks(path: Path) -> Iterator[NDArray[np.int32]]:
 
 
 def _write_starts(file: Any, path: Path, unit: int, with_end: bool) -> None:
-    """Write where each item starts, int64, given the file of their lengths; with the end of the last if wanted."""
+    """Write the start of each item, int64, from a file of lengths; optionally also the end of the last item."""
     start = 0
     for lengths in _chunks(path):
         ends = start + np.cumsum(lengths, dtype=np.int64) * unit

@@ -1,4 +1,4 @@
-"""A lock on an output: a second run on the same one is refused. It vanishes with the process that holds it."""
+"""Lock an output, so that a second run on it fails. The lock ends with the process that holds it."""
 
 import fcntl
 import os
@@ -11,10 +11,10 @@ from ascendspeed_data.errors import AscendSpeedError
 
 @contextmanager
 def output_lock(path: Path, what: str) -> Iterator[None]:
-    """Hold `path` (a file, made if absent) while the block runs.
+    """Hold the lock file `path` during the `with` block; the file is created if absent.
 
     Args:
-        path: the lock file, beside or in the output.
+        path: lock file, next to or inside the output.
         what: the output as the user named it, for the message.
 
     Raises:
@@ -28,7 +28,7 @@ def output_lock(path: Path, what: str) -> Iterator[None]:
             file.seek(0)
             owner = file.read().strip() or "unknown"
             raise AscendSpeedError(
-                f"{what} is being written by another run (process {owner}); wait for it or choose another output"
+                f"{what} is being written by another run (process {owner}); wait for it, or choose another output"
             ) from None
         file.truncate(0)
         file.write(str(os.getpid()))

@@ -1,4 +1,4 @@
-"""What made a dataset, beside the dataset: so that nobody trains or serves with another tokenizer unawares."""
+"""The manifest of a dataset: tokenizer, handler, counts and hashes. Training and inference check the tokenizer."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ FORMAT_VERSION = 2
 
 
 def _from_version_1(content: dict[str, Any]) -> dict[str, Any]:
-    """Version 1 knew plain text only, one sequence per document."""
+    """Version 1 has plain text only, one sequence per document."""
     versions = content["versions"]
     library = "sentencepiece" if content["tokenizer"]["kind"] == "sentencepiece" else "tokenizers"
     return {
@@ -36,7 +36,7 @@ def _from_version_1(content: dict[str, Any]) -> dict[str, Any]:
 
 
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_version_1}
-"""How to bring the content of an older version to the next one."""
+"""For each old version, the function that converts its content to the next version."""
 
 
 class _Frozen(BaseModel):
@@ -44,7 +44,7 @@ class _Frozen(BaseModel):
 
 
 class TokenizerRecord(_Frozen):
-    """The tokenizer that made the ids."""
+    """The tokenizer of a dataset."""
 
     name: str
     kind: str
@@ -58,8 +58,8 @@ class TokenizerRecord(_Frozen):
     files: dict[str, str]
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer) -> "TokenizerRecord":
-        """Describe a tokenizer; only its folder's name is kept."""
+    def from_tokenizer(cls, tokenizer: Tokenizer) -> "TokenizerRecord":
+        """Describe a tokenizer; the record has the name of its folder, not the path."""
         keys = ("kind", "fingerprint", "vocab_size", "bos_id", "eos_id", "unk_id", "pad_id", "add_bos")
         files = tokenizer_files(tokenizer.path)
         return cls(
@@ -70,7 +70,7 @@ class TokenizerRecord(_Frozen):
 
 
 class FileRecord(_Frozen):
-    """A file, by its content."""
+    """Name, size and hash of a file."""
 
     name: str
     num_bytes: int
@@ -78,14 +78,14 @@ class FileRecord(_Frozen):
 
 
 class PackRecord(_Frozen):
-    """How samples were packed: a pack is a document, its samples are the sequences of the document.
+    """How samples were packed: a pack is a document, and its samples are the sequences of the document.
 
     Attributes:
-        seq_length: tokens that a pack may hold.
-        padding_share: share of the tokens of `num_documents` sequences of `seq_length` that will be padding.
-        padding_share_unpacked: the same if each sample had a sequence of its own.
-        num_cut_samples: longer than `seq_length`, so their end is missing.
-        num_dropped_samples: longer, and nothing to be learned was left.
+        seq_length: maximum tokens of a pack.
+        padding_share: share of padding tokens in training, between 0 and 1.
+        padding_share_unpacked: the share without packing.
+        num_cut_samples: samples longer than `seq_length`, which lost their end.
+        num_dropped_samples: samples longer than `seq_length` that had no trained tokens left.
     """
 
     seq_length: int
@@ -96,7 +96,7 @@ class PackRecord(_Frozen):
 
 
 class DatasetManifest(_Frozen):
-    """Everything that decides the bytes of a dataset, and what came out."""
+    """The settings that decide the bytes of a dataset, and the counts and hashes of the result."""
 
     format_version: int = FORMAT_VERSION
     kind: Kind
@@ -124,56 +124,58 @@ class DatasetManifest(_Frozen):
 
 
 def manifest_path(prefix: Path) -> Path:
-    """Return where the manifest of a dataset lies; the three arrays of samples share one."""
+    """Return the path of a dataset's manifest; the three arrays of samples share one manifest."""
     name = re.sub(r"_packed_(input_ids|attention_mask|labels)_document$", "_packed", prefix.name)
     return prefix.with_name(name + ".manifest.json")
 
 
 def load_manifest(prefix: Path) -> DatasetManifest | None:
-    """Read the manifest of a dataset, or return `None` when it has none.
+    """Read the manifest of a dataset; return `None` if it has none.
 
     Raises:
-        DataError: the file is there but damaged, or of a newer version.
+        DataError: the file is damaged, or a newer version wrote it.
     """
     path = manifest_path(prefix)
     return read_manifest(path) if path.is_file() else None
 
 
 def read_manifest(path: Path) -> DatasetManifest:
-    """Read a manifest from its file.
+    """Read a manifest file.
 
     Raises:
-        DataError: it is damaged, or of a newer version.
+        DataError: the file is damaged, or a newer version wrote it.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         return DatasetManifest.model_validate(migrate(content, MIGRATIONS, path))
     except (json.JSONDecodeError, UnicodeDecodeError, ValidationError) as error:
         first = " ".join(str(error).split())[:200]
-        raise DataError(f"{path} is damaged: {first}; delete it to go on without its checks") from None
+        raise DataError(f"{path} is damaged: {first}; delete it to continue without its checks") from None
 
 
 def migrate(
     content: dict[str, Any], migrations: dict[int, Callable[[dict[str, Any]], dict[str, Any]]], path: Path
 ) -> dict[str, Any]:
-    """Bring a manifest's content to the present version, one step at a time."""
+    """Convert the content of a manifest to the current version, one version at a time."""
     newest = max([FORMAT_VERSION, *(version + 1 for version in migrations)])
     while content.get("format_version") != newest:
         version = content.get("format_version")
         if version not in migrations:
             raise DataError(
-                f"{path}: format_version={version}, this version reads up to {newest}; update ascendspeed-data"
+                f"{path}: format_version={version} is not supported; this version reads up to {newest}, so update "
+                "ascendspeed-data"
             )
         content = {**migrations[version](content), "format_version": version + 1}
     return content
 
 
 def check_tokenizer(manifest: DatasetManifest, tokenizer: Tokenizer, what: str = "the dataset") -> None:
-    """Raise `DataError` unless `tokenizer` is the one that made the dataset."""
+    """Raise `DataError` unless the dataset was made with `tokenizer`."""
     made = manifest.tokenizer
     if made.fingerprint != tokenizer.fingerprint:
         raise DataError(
             f"tokenizer {tokenizer.path} (vocab_size={tokenizer.vocab_size}, fingerprint "
-            f"{tokenizer.fingerprint[:12]}) did not make {what}: {made.name} (vocab_size={made.vocab_size}, "
-            f"fingerprint {made.fingerprint[:12]}) did; give that one, or tokenize again"
+            f"{tokenizer.fingerprint[:12]}) is not the tokenizer of {what}, which is {made.name} "
+            f"(vocab_size={made.vocab_size}, fingerprint {made.fingerprint[:12]}); give that tokenizer, or preprocess "
+            "again"
         )

@@ -1,4 +1,4 @@
-"""Join datasets of one tokenizer: documents of the first, then of the second, ..."""
+"""Merge datasets that have the same tokenizer."""
 
 import sys
 from collections.abc import Sequence
@@ -9,33 +9,33 @@ import numpy as np
 
 from ascendspeed_data import __version__
 from ascendspeed_data.blend import check_same_tokenizer
-from ascendspeed_data.dataset import Dataset, manifest_of, open_dataset
+from ascendspeed_data.dataset import Dataset, manifest_path_of, open_dataset
 from ascendspeed_data.errors import AscendSpeedError, ConfigError, DataError
 from ascendspeed_data.files import full_disk_named, write_durably
 from ascendspeed_data.indexed import IndexedDatasetWriter
 from ascendspeed_data.lock import output_lock
 from ascendspeed_data.manifest import DatasetManifest, FileRecord, PackRecord
-from ascendspeed_data.packing import frequencies_in
-from ascendspeed_data.preprocess import entropy_nats
 from ascendspeed_data.reading.inputs import sha256_of
+from ascendspeed_data.token_frequencies import count_ids_in_file, unigram_entropy_nats
 
-SEQUENCES_PER_PIECE = 4096
+SEQUENCES_PER_COPY = 4096
 
 
-def merge(prefixes: Sequence[Path], output_prefix: Path, overwrite: bool = False) -> Dataset:
-    """Write the documents of several datasets, in the order given, as one dataset.
+def merge_datasets(prefixes: Sequence[Path], output_prefix: Path, overwrite: bool = False) -> Dataset:
+    """Write the documents of several datasets, in the given order, as one dataset.
 
     Args:
-        prefixes: of pairs, or of samples.
-        output_prefix: of the pair; of samples, what stands before `_packed`.
-        overwrite: replace an output that exists.
+        prefixes: prefixes of the datasets.
+        output_prefix: prefix of the merged dataset; for samples, without `_packed`.
+        overwrite: replace an existing output.
 
     Raises:
-        ConfigError: fewer than two, or the output is one of them.
-        DataError: other tokenizers, kinds or number formats.
+        ConfigError: there are fewer than two datasets, or the output is one of them.
+        DataError: the datasets differ in tokenizer, kind, token format or packing.
+        AscendSpeedError: the output exists or is in use, or the disk is full.
     """
     if len(prefixes) < 2:
-        raise ConfigError("merge needs at least two datasets")
+        raise ConfigError("merge needs at least two datasets; give two or more prefixes")
     datasets = [open_dataset(prefix) for prefix in prefixes]
     first = datasets[0]
     for dataset in datasets:
@@ -47,16 +47,14 @@ def merge(prefixes: Sequence[Path], output_prefix: Path, overwrite: bool = False
         else output_prefix
         for array in first.arrays
     }
-    sources = {place.resolve() for dataset in datasets for place in dataset.prefixes.values()}
+    sources = {prefix.resolve() for dataset in datasets for prefix in dataset.prefixes.values()}
     if sources & {target.resolve() for target in targets.values()}:
-        raise ConfigError(
-            f"output_prefix={output_prefix} is one of the datasets to be merged; choose another"
-        )
+        raise ConfigError(f"output_prefix={output_prefix} is one of the datasets to merge; choose another")
     with (
         output_lock(
             output_prefix.with_name(output_prefix.name + ".lock"), f"--output-prefix {output_prefix}"
         ),
-        full_disk_named(output_prefix, "make room and give the same command again"),
+        full_disk_named(output_prefix, "free some space and run the same command again"),
     ):
         _refuse_existing(targets, overwrite)
         with ExitStack() as stack:
@@ -73,7 +71,7 @@ def merge(prefixes: Sequence[Path], output_prefix: Path, overwrite: bool = False
                 for source, target in renames
             ]
             manifest = _manifest(datasets, files, renames[0][0])
-            target = manifest_of(Dataset(output_prefix, targets, {}, None))
+            target = manifest_path_of(Dataset(output_prefix, targets, {}, None))
             target.unlink(missing_ok=True)
             for source, path in renames:
                 source.replace(path)
@@ -87,12 +85,13 @@ def _check_format(first: Dataset, other: Dataset) -> None:
         wanted = first.arrays[array].info.format
         if dataset.info.format != wanted:
             raise DataError(
-                f"{other.prefix} holds {dataset.info.format}, {first.prefix} {wanted}; tokenize both with one tokenizer"
+                f"{other.prefix} has {dataset.info.format} tokens, {first.prefix} {wanted} tokens; tokenize both with "
+                "the same tokenizer"
             )
     packs = [d.manifest.pack.seq_length if d.manifest and d.manifest.pack else None for d in (first, other)]
     if packs[0] != packs[1]:
         raise DataError(
-            f"{other.prefix} is packed to {packs[1]}, {first.prefix} to {packs[0]}; pack both alike"
+            f"{other.prefix} has seq_length={packs[1]}, {first.prefix} {packs[0]}; pack both with one --seq-length"
         )
 
 
@@ -101,18 +100,18 @@ def _refuse_existing(targets: dict[str, Path], overwrite: bool) -> None:
         path = target.with_name(target.name + ".bin")
         if path.exists() and not overwrite:
             raise AscendSpeedError(
-                f"{path} exists; give --overwrite to replace it, or another --output-prefix"
+                f"{path} already exists; give --overwrite to replace it, or another --output-prefix"
             )
 
 
 def _copy(dataset: Dataset, array: str, writer: IndexedDatasetWriter) -> None:
-    """Append the documents of a dataset, some thousand sequences at a time."""
+    """Append the documents of a dataset, a few thousand sequences at a time."""
     source = dataset.arrays[array]
     documents = np.asarray(source.documents)
     start = 0
     while start < len(documents) - 1:
         end = max(
-            start + 1, int(np.searchsorted(documents, documents[start] + SEQUENCES_PER_PIECE, "right")) - 1
+            start + 1, int(np.searchsorted(documents, documents[start] + SEQUENCES_PER_COPY, "right")) - 1
         )
         sequences = range(int(documents[start]), int(documents[end]))
         tokens = [source[number] for number in sequences]
@@ -128,12 +127,12 @@ def _copy(dataset: Dataset, array: str, writer: IndexedDatasetWriter) -> None:
 def _manifest(
     datasets: Sequence[Dataset], files: Sequence[FileRecord], ids_path: Path
 ) -> DatasetManifest | None:
-    """Return what is known of the merged dataset, `None` if one of the parts has no manifest."""
+    """Return the manifest of the merged dataset; `None` if an input has no manifest."""
     known = [dataset.manifest for dataset in datasets if dataset.manifest is not None]
     if len(known) < len(datasets):
         return None
     first = known[0]
-    frequencies = frequencies_in(ids_path, datasets[0].ids.info.format, first.tokenizer.vocab_size)
+    frequencies = count_ids_in_file(ids_path, datasets[0].ids.info.format, first.tokenizer.vocab_size)
     counted = (
         "num_documents", "num_sequences", "num_empty_documents", "num_tokens", "num_trained_tokens", "num_text_bytes",
     )  # fmt: skip
@@ -155,7 +154,7 @@ def _manifest(
             **sums,
             "handler": " + ".join(handlers),
             "pack": pack,
-            "unigram_entropy_nats": entropy_nats(frequencies),
+            "unigram_entropy_nats": unigram_entropy_nats(frequencies),
             "inputs": tuple(record for manifest in known for record in manifest.inputs),
             "files": tuple(files),
             "versions": {**first.versions, "ascendspeed-data": __version__},

@@ -1,7 +1,7 @@
 """Tokenize inputs into indexed datasets with a manifest.
 
-Documents keep the order of the input, so the bytes are the same for any number of workers and any size of shard. What
-is done is journalled: the same command goes on where an earlier run was cut off.
+Documents keep the order of the input, so the number of workers and the shard size do not change the output. A journal
+records progress, and the same command resumes an interrupted run.
 """
 
 import hashlib
@@ -15,9 +15,9 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ascendspeed_data import __version__
+from ascendspeed_data.chat_template import read_chat_template
 from ascendspeed_data.command_line import Progress, log
 from ascendspeed_data.encoding import INPUT_IDS, ShardEncoder
 from ascendspeed_data.errors import AscendSpeedError, ConfigError, DataError
@@ -25,8 +25,6 @@ from ascendspeed_data.fast_tokenizer import EncoderChoice, ExactEncoder, choose_
 from ascendspeed_data.files import INCOMPLETE, full_disk_named
 from ascendspeed_data.handlers import SampleHandler, TextHandler, kind_of
 from ascendspeed_data.indexed import IndexedDatasetWriter
-from ascendspeed_data.job import PreprocessJob, read_chat_template, template_of
-from ascendspeed_data.journal import Commit, Journal
 from ascendspeed_data.lock import output_lock
 from ascendspeed_data.manifest import (
     DatasetManifest,
@@ -35,34 +33,37 @@ from ascendspeed_data.manifest import (
     TokenizerRecord,
     read_manifest,
 )
-from ascendspeed_data.output import Output, open_outputs, output_places, unpacked_places
-from ascendspeed_data.packing import PackCounts, frequencies_in, pack_samples
+from ascendspeed_data.preprocessing.job import PreprocessJob, template_of
+from ascendspeed_data.preprocessing.journal import Commit, Journal
+from ascendspeed_data.preprocessing.output import DatasetWriter, open_outputs, output_paths, unpacked_paths
+from ascendspeed_data.preprocessing.packing import PackCounts, pack_samples
+from ascendspeed_data.preprocessing.workers import WorkerTask, encode_shards
 from ascendspeed_data.reading.inputs import sha256_of
 from ascendspeed_data.reading.shards import Shard
-from ascendspeed_data.reading.sources import InputFile, Source, first_records
+from ascendspeed_data.reading.sources import InputFile, Source, first_shards
+from ascendspeed_data.token_frequencies import count_ids_in_file, unigram_entropy_nats
 from ascendspeed_data.tokenizer import JsonTokenizer, SentencePieceTokenizer, load_tokenizer
-from ascendspeed_data.workers import WorkerTask, encode_all
 
 SAMPLE_CHARACTERS = 200_000
-"""Text of the input on which the fast tokenizer is compared with the exact one."""
+"""Amount of input on which gigatoken is compared with the tokenizer."""
 
 DOCUMENTS_BETWEEN_LINES = 100
 
 
-def preprocess(
+def preprocess_dataset(
     job: PreprocessJob, log_interval: int = DOCUMENTS_BETWEEN_LINES, seconds_between_lines: float = 10.0
 ) -> dict[str, DatasetManifest]:
-    """Tokenize, write, and return the manifest of each column; of samples under the name ``""``.
+    """Tokenize inputs, write the datasets, and return the manifest of each column; samples have the key ``""``.
 
     Args:
-        job: what to do.
-        log_interval: documents between two lines of progress, at least.
-        seconds_between_lines: time between two lines of progress, at least.
+        job: inputs, output, tokenizer, handler and options.
+        log_interval: minimum number of documents between two progress lines.
+        seconds_between_lines: minimum time between two progress lines.
 
     Raises:
-        ConfigError: an unknown handler, tokenizer type or ending, or options that exclude each other.
-        AscendSpeedError: an input that cannot be read, an output that exists or is being written, a full disk. What
-            was done until then is kept for the next run.
+        ConfigError: an unknown handler, tokenizer type or file format, or options that exclude each other.
+        AscendSpeedError: an input cannot be read, an output exists or is in use, or the disk is full. Finished
+            documents stay on the disk for the next run.
     """
     handler = job.handler()
     tokenizer = load_tokenizer(job.tokenizer, job.tokenizer_type)
@@ -70,12 +71,12 @@ def preprocess(
         tokenizer.chat_template = read_chat_template(job.chat_template)
     if job.append_eod and tokenizer.eos_id is None:
         raise DataError(
-            f"tokenizer {job.tokenizer} names no end-of-sequence id to end documents with; give --no-append-eod"
+            f"tokenizer {job.tokenizer} has no end-of-sequence token to append to documents; give --no-append-eod"
         )
     sources = job.sources(handler)
-    remedy = "make room and give the same command again: it goes on with what was written"
+    remedy = "free some space and run the same command again: it resumes after the finished documents"
     with (
-        output_lock(job.beside(".lock"), f"--output-prefix {job.output_prefix}"),
+        output_lock(job.path_with_suffix(".lock"), f"--output-prefix {job.output_prefix}"),
         full_disk_named(job.output_prefix, remedy),
     ):
         choice = choose_encoder(
@@ -83,13 +84,15 @@ def preprocess(
         )
         log(f"tokenizer: {choice.name} ({choice.reason})")
         identity = job.identity(tokenizer, handler, choice.name)
-        journal = Journal(job.beside(".journal"), identity, [source.identity() for source in sources])
-        run = _Run(job, handler, tokenizer, sources, journal, choice)
+        journal = Journal(
+            job.path_with_suffix(".journal"), identity, [source.identity() for source in sources]
+        )
+        run = _PreprocessRun(job, handler, tokenizer, sources, journal, choice)
         return run.run(log_interval, seconds_between_lines)
 
 
-class _Run:
-    """One run from its start, or from where an earlier one was cut off, to the names of the outputs."""
+class _PreprocessRun:
+    """One run, new or resumed, until the outputs have their final names."""
 
     def __init__(
         self,
@@ -104,10 +107,10 @@ class _Run:
         self.journal, self.choice = journal, choice
 
     def run(self, log_interval: int, seconds_between_lines: float) -> dict[str, DatasetManifest]:
-        commit = self._begin()
+        commit = self._start_or_resume()
         if commit is not None and commit.renaming:
             return self._rename({})
-        outputs = open_outputs(self.job, self._of_samples, self.tokenizer.vocab_size, commit)
+        outputs = open_outputs(self.job, self._is_samples, self.tokenizer.vocab_size, commit)
         with ExitStack() as stack:
             for output in outputs.values():
                 for writer in output.writers.values():
@@ -117,50 +120,54 @@ class _Run:
                 self._tokenize(outputs, commit or Commit(), log_interval, seconds_between_lines)
                 self._check_not_empty(outputs)
             except BaseException:
-                self._leave(outputs)
+                self._keep_finished(outputs)
                 raise
             return self._finish(outputs, [record for future in hashes for record in future.result()])
 
     @property
-    def _of_samples(self) -> bool:
+    def _is_samples(self) -> bool:
         return isinstance(self.handler, SampleHandler)
 
-    def _begin(self) -> Commit | None:
-        """Decide where to begin, and say so."""
+    def _start_or_resume(self) -> Commit | None:
+        """Decide where to start, and log it."""
         try:
             commit = self.journal.resume()
         except AscendSpeedError as error:
             if not self.job.overwrite:
                 raise
-            log(f"--overwrite: discarding an unfinished run ({error})")
+            log(f"--overwrite: discarding an interrupted run ({error})")
             commit = None
         if commit is None and not self.job.overwrite:
             self._refuse_existing()
         if commit is None:
             self.journal.start()
         elif commit.renaming:
-            log("all documents are tokenized already; giving the files their names")
+            log("all documents are tokenized; renaming the files")
         else:
             done = sum(state.num_documents for state in list(commit.outputs.values())[:1])
-            log(f"going on after {done:,} documents that an earlier run wrote")
+            log(f"resuming after {done:,} documents of an interrupted run")
         return commit
 
     def _refuse_existing(self) -> None:
-        for places in output_places(self.job, self._of_samples).values():
-            for path in places.files[:-1]:
+        for paths in output_paths(self.job, self._is_samples).values():
+            for path in paths.files[:-1]:
                 if path.exists():
                     raise AscendSpeedError(
-                        f"{path} exists; give --overwrite to replace it, or another --output-prefix"
+                        f"{path} already exists; give --overwrite to replace it, or another --output-prefix"
                     )
 
     def _start_hashing(self, stack: ExitStack) -> list[Future[list[InputFile]]]:
-        """Hash the inputs beside the tokenizing; hashing leaves the interpreter to others."""
+        """Hash the inputs in a thread while others tokenize; hashing releases the interpreter lock."""
         pool = ThreadPoolExecutor(1)
         stack.callback(pool.shutdown, wait=False, cancel_futures=True)
         return [pool.submit(source.describe) for source in self.sources]
 
     def _tokenize(
-        self, outputs: dict[str, Output], commit: Commit, log_interval: int, seconds_between_lines: float
+        self,
+        outputs: dict[str, DatasetWriter],
+        commit: Commit,
+        log_interval: int,
+        seconds_between_lines: float,
     ) -> None:
         job = self.job
         task = WorkerTask(
@@ -170,38 +177,40 @@ class _Run:
         held = 0
         last: Shard | None = None
         with Progress("tokenizing", None, "documents", seconds_between_lines) as bar:
-            for shard, encoded in encode_all(task, self._shards(commit), job.workers):
-                if last is not None and shard.file != last.file:
-                    self._commit(outputs, shard.file, 0)
-                for key, part in encoded.items():
-                    outputs[key].add(part)
+            for shard, encoded in encode_shards(task, self._shards(commit), job.workers):
+                if last is not None and shard.input_index != last.input_index:
+                    self._commit(outputs, shard.input_index, 0)
+                for key, documents in encoded.items():
+                    outputs[key].add(documents)
                 first = next(iter(outputs.values()))
                 held += next(iter(encoded.values())).counts.num_documents
                 if held >= log_interval:
                     bar.advance(held, f"{first.counts.num_tokens:,} tokens")
                     held = 0
                 if self.journal.is_due():
-                    self._commit(outputs, shard.file, shard.end)
+                    self._commit(outputs, shard.input_index, shard.end)
                 last = shard
         self._commit(outputs, len(self.sources), 0)
 
     def _shards(self, commit: Commit) -> Iterator[Shard]:
         for number, source in enumerate(self.sources):
-            if number >= commit.file:
-                start = commit.place if number == commit.file else 0
+            if number >= commit.input_index:
+                start = commit.offset if number == commit.input_index else 0
                 yield from source.shards(number, start, self.job.shard_bytes)
 
-    def _commit(self, outputs: dict[str, Output], file: int, place: int, renaming: bool = False) -> None:
+    def _commit(
+        self, outputs: dict[str, DatasetWriter], input_index: int, offset: int, renaming: bool = False
+    ) -> None:
         writers = [writer for output in outputs.values() for writer in output.writers.values()]
 
         def flush() -> None:
             for writer in writers:
-                writer.to_disk()
+                writer.flush()
 
         self.journal.commit(
             Commit(
-                file,
-                place,
+                input_index,
+                offset,
                 {writer.prefix.name: writer.state for writer in writers},
                 {key: vars(output.counts) for key, output in outputs.items()},
                 renaming,
@@ -209,32 +218,34 @@ class _Run:
             flush,
         )
 
-    def _check_not_empty(self, outputs: dict[str, Output]) -> None:
+    def _check_not_empty(self, outputs: dict[str, DatasetWriter]) -> None:
         for key, output in outputs.items():
             if output.counts.num_documents == 0:
-                what = f"column {key!r}" if key else "what the handler made"
-                raise DataError(f"{what} of {' '.join(self.job.inputs)} holds no text; check --json-key")
+                what = f"column {key!r}" if key else "the handler's output"
+                raise DataError(f"{what} of {' '.join(self.job.inputs)} has no text; check --json-key")
 
-    def _leave(self, outputs: dict[str, Output]) -> None:
-        """Keep what the journal vouches for; if that is nothing, leave nothing."""
+    def _keep_finished(self, outputs: dict[str, DatasetWriter]) -> None:
+        """After an error, keep the documents that the journal records; if there are none, delete everything."""
         kept = self.journal.documents_kept()
         if kept:
-            log(f"{kept:,} documents are kept; the same command goes on after them")
+            log(f"{kept:,} documents are finished; run the same command again to resume after them")
             return
         for output in outputs.values():
             for writer in output.writers.values():
                 writer.keep = False
         self.journal.remove()
 
-    def _finish(self, outputs: dict[str, Output], inputs: Sequence[InputFile]) -> dict[str, DatasetManifest]:
-        """Prepare every file under a temporary name, note that, and give all of them their names."""
+    def _finish(
+        self, outputs: dict[str, DatasetWriter], inputs: Sequence[InputFile]
+    ) -> dict[str, DatasetManifest]:
+        """Complete every file under a temporary name, record that in the journal, then rename all files."""
         changed = [
             entry[0]
             for source, entry in zip(self.sources, self.journal.inputs, strict=True)
             if source.identity() != entry
         ]
         if changed:
-            raise DataError(f"{changed[0]} was changed while it was read; run the same command again")
+            raise DataError(f"{changed[0]} changed while this run read it; run the same command again")
         manifests = {}
         packed: PackCounts | None = None
         unpacked = outputs
@@ -257,16 +268,16 @@ class _Run:
         self._commit(unpacked, len(self.sources), 0, renaming=True)
         return self._rename(manifests)
 
-    def _pack(self, outputs: dict[str, Output]) -> tuple[dict[str, Output], PackCounts]:
+    def _pack(self, outputs: dict[str, DatasetWriter]) -> tuple[dict[str, DatasetWriter], PackCounts]:
         assert self.job.seq_length is not None
-        target = output_places(self.job, of_samples=True)[""]
+        target = output_paths(self.job, is_samples=True)[""]
         pairs = {
             array: IndexedDatasetWriter(prefix, np.int32, keep=True)
             for array, prefix in target.prefixes.items()
         }
-        counts = pack_samples(unpacked_places(self.job).prefixes, pairs, self.job.seq_length)
+        counts = pack_samples(unpacked_paths(self.job).prefixes, pairs, self.job.seq_length)
         for writer in pairs.values():
-            writer.to_disk()
+            writer.flush()
         before = outputs[""]
         ids = IndexedDatasetWriter.scratch_paths(target.prefixes[INPUT_IDS])[0]
         new_counts = replace(
@@ -276,12 +287,12 @@ class _Run:
             num_tokens=counts.num_tokens,
             num_trained_tokens=counts.num_trained_tokens,
         )
-        frequencies = frequencies_in(ids, np.int32, self.tokenizer.vocab_size)
-        return {"": Output("", before.manifest, pairs, new_counts, frequencies)}, counts
+        frequencies = count_ids_in_file(ids, np.int32, self.tokenizer.vocab_size)
+        return {"": DatasetWriter("", before.manifest, pairs, new_counts, frequencies)}, counts
 
     def _manifest(
         self,
-        output: Output,
+        output: DatasetWriter,
         inputs: Sequence[InputFile],
         files: Sequence[FileRecord],
         packed: PackCounts | None,
@@ -299,7 +310,7 @@ class _Run:
             )
         return DatasetManifest(
             kind=kind_of(self.handler),
-            tokenizer=TokenizerRecord.of(self.tokenizer),
+            tokenizer=TokenizerRecord.from_tokenizer(self.tokenizer),
             encoder=self.choice.name,
             handler=job.handler_name,
             template=template,
@@ -309,7 +320,7 @@ class _Run:
             seq_length=job.seq_length,
             pack=pack,
             token_format=output.first.format.name,
-            unigram_entropy_nats=entropy_nats(output.frequencies),
+            unigram_entropy_nats=unigram_entropy_nats(output.frequencies),
             inputs=tuple(FileRecord(**vars(record)) for record in inputs),
             files=tuple(files),
             versions={"ascendspeed-data": __version__}
@@ -319,29 +330,23 @@ class _Run:
         )
 
     def _rename(self, manifests: dict[str, DatasetManifest]) -> dict[str, DatasetManifest]:
-        """Give the files their names; all of them are complete, so this may be done again after a crash."""
-        outputs = output_places(self.job, self._of_samples)
-        for places in outputs.values():
-            if _scratch(places.manifest).exists():
-                places.manifest.unlink(missing_ok=True)
-        for places in outputs.values():
-            for path in places.files:
+        """Rename the complete files; this can be repeated after a crash."""
+        outputs = output_paths(self.job, self._is_samples)
+        for paths in outputs.values():
+            if _scratch(paths.manifest).exists():
+                paths.manifest.unlink(missing_ok=True)
+        for paths in outputs.values():
+            for path in paths.files:
                 if _scratch(path).exists():
                     _scratch(path).replace(path)
-        for key, places in outputs.items():
+        for key, paths in outputs.items():
             if key not in manifests:
-                manifests[key] = read_manifest(places.manifest)
-        leftovers = [path for places in outputs.values() for path in places.scratch]
-        for path in (*leftovers, *(unpacked_places(self.job).scratch if self.job.pack else ())):
+                manifests[key] = read_manifest(paths.manifest)
+        leftovers = [path for paths in outputs.values() for path in paths.scratch]
+        for path in (*leftovers, *(unpacked_paths(self.job).scratch if self.job.pack else ())):
             path.unlink(missing_ok=True)
         self.journal.remove()
         return manifests
-
-
-def entropy_nats(counts: NDArray[np.int64]) -> float:
-    """Return the entropy of token frequencies: the loss of a model that knows nothing else, nats per token."""
-    shares = counts[counts > 0] / counts.sum()
-    return float(-(shares * np.log(shares)).sum())
 
 
 def _scratch(path: Path) -> Path:
@@ -354,15 +359,15 @@ def _sample_texts(
     tokenizer: SentencePieceTokenizer | JsonTokenizer,
     sources: Sequence[Source],
 ) -> list[str]:
-    """Return text from the beginning of the input; an input that cannot be read complains here already."""
-    for shard in islice(first_records(sources, SAMPLE_CHARACTERS), 1):
+    """Return text from the start of the input; this also finds unreadable input early."""
+    for shard in islice(first_shards(sources, SAMPLE_CHARACTERS), 1):
         if isinstance(handler, TextHandler):
             reader = ShardEncoder(handler, job.keys, job.append_eod, tokenizer, ExactEncoder(tokenizer))
             found = [text for _, outputs in reader.texts(shard) for texts in outputs for text in texts]
         else:
-            from ascendspeed_data.reading.records import records_of
+            from ascendspeed_data.reading.records import records_of_shard
 
-            found = [str(value) for _, record in records_of(shard) for value in record.values()]
+            found = [str(value) for _, record in records_of_shard(shard) for value in record.values()]
         kept, size = [], 0
         for text in found:
             if size + len(text) > SAMPLE_CHARACTERS:
@@ -374,8 +379,8 @@ def _sample_texts(
 
 
 def check_options(dataset_impl: str) -> None:
-    """Raise `ConfigError` for a layout of files that is no longer written."""
+    """Raise `ConfigError` unless `--dataset-impl` is mmap."""
     if dataset_impl != "mmap":
         raise ConfigError(
-            f"dataset_impl={dataset_impl} is not written any more; mmap is what megatron-core reads"
+            f"dataset_impl={dataset_impl} is not supported; megatron-core reads mmap only, so leave it out"
         )

@@ -1,26 +1,25 @@
-"""Conversations laid out for a model that is to answer: as its training data was.
+"""Prompt a model with a conversation in the layout of its training data.
 
-What follows the last user is left to the model. The same rules and the same encoding as in `asd-data preprocess`, so
-that the ids before an answer are those that it was trained on.
+The rules and the encoding are those of `asd-data preprocess`, so the ids before an answer are the ids of training.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ascendspeed_data.chat_template import ChatTemplate, Message
+from ascendspeed_data.chat_template import ChatTemplate, Message, read_chat_template
 from ascendspeed_data.encoding import encode_samples
 from ascendspeed_data.errors import ConfigError, DataError, did_you_mean
 from ascendspeed_data.fast_tokenizer import ExactEncoder
-from ascendspeed_data.handlers import Part, Sample
+from ascendspeed_data.handlers import Sample, Segment
 from ascendspeed_data.handlers.chat import MessagesHandler, ShareGPTHandler
 from ascendspeed_data.handlers.instruction import (
     USER,
     BelleMultiTurnInstructionHandler,
     BelleMultiTurnInstructionHandler2023,
+    Exchange,
     GeneralInstructionHandler,
     LeetcodePythonInstructionHandler,
-    Turn,
     conversation,
 )
 from ascendspeed_data.handlers.moss import (
@@ -41,15 +40,14 @@ from ascendspeed_data.handlers.pairs import (
     ShareGPTPairHandler,
     TextPairHandler,
 )
-from ascendspeed_data.job import read_chat_template
 from ascendspeed_data.manifest import DatasetManifest
 from ascendspeed_data.tokenizer import Tokenizer
 
-NAMES = ("tokenizer", "instruction", "baichuan2", "hh-rlhf", "plain")
-"""Layouts that can be asked for by name."""
+LAYOUT_NAMES = ("tokenizer", "instruction", "baichuan2", "hh-rlhf", "plain")
+"""Names of the built-in layouts."""
 
 HH_USER = "\n\nHuman: "
-"""What stands before a question in HH-RLHF."""
+"""Text before a question in HH-RLHF."""
 
 _OF_TEMPLATE = (
     MessagesHandler.name,
@@ -76,15 +74,15 @@ _WITHOUT_ENDS = (BelleMultiTurnInstructionHandler2023.name, MOSSInstructionHandl
 
 @dataclass(frozen=True)
 class PromptLayout:
-    """How a conversation is laid out before an answer.
+    """Layout of a conversation up to the answer of the model.
 
     Attributes:
-        name: for people.
+        name: shown to users.
         tokenizer: of the model.
-        sample: makes a sample of the messages.
-        append_eod: whether turns end with the end-of-sequence id.
+        sample: turns messages into a sample.
+        append_eod: whether each answer ends with the end-of-sequence id.
         end_ids: ids that end an answer, besides those of the model.
-        stop: texts that end an answer, where nothing else does.
+        stop: strings that end an answer if no id does.
     """
 
     name: str
@@ -95,10 +93,10 @@ class PromptLayout:
     stop: tuple[str, ...] = ()
 
     def ids(self, messages: Sequence[Message]) -> list[int]:
-        """Return the ids of a conversation, whose last message is the user's.
+        """Return the ids of a conversation that ends with a message of the user.
 
         Raises:
-            DataError: messages that the layout has no place for.
+            DataError: the layout does not support the messages.
         """
         encoder = ExactEncoder(self.tokenizer)
         ((ids, _),) = encode_samples([self.sample(messages)], self.tokenizer, encoder, [], self.append_eod)
@@ -106,10 +104,10 @@ class PromptLayout:
 
 
 def recorded_layout(manifest: DatasetManifest, tokenizer: Tokenizer) -> PromptLayout | None:
-    """Return the layout of the data that a manifest describes; `None` for plain text.
+    """Return the layout of the dataset that a manifest describes; `None` for plain text.
 
     Raises:
-        DataError: it was made by a handler whose layout is not known here.
+        DataError: the layout of its handler is unknown.
     """
     handler, append_eod = manifest.handler, manifest.append_eod
     if manifest.kind == "text":
@@ -122,20 +120,20 @@ def recorded_layout(manifest: DatasetManifest, tokenizer: Tokenizer) -> PromptLa
         has_ends = append_eod and handler not in _WITHOUT_ENDS
         return _of_instructions(handler, tokenizer, handler in _WITH_INPUT, has_ends)
     raise DataError(
-        f"the model was trained on data of {handler}, whose template is not known; give --chat-template, one of "
-        f"{', '.join(NAMES)} or a file"
+        f"the model was trained on data of the handler {handler}, whose layout is unknown; give --chat-template: "
+        f"one of {', '.join(LAYOUT_NAMES)}, or a file"
     )
 
 
 def layout_named(name: str, tokenizer: Tokenizer) -> PromptLayout:
-    """Return a layout by its name, or that of a Jinja file.
+    """Return the layout with this name, or the layout of a Jinja file.
 
     Raises:
-        ConfigError: neither is there.
-        DataError: the tokenizer has no template, or it is not valid.
+        ConfigError: `name` is neither a layout nor a file.
+        DataError: the tokenizer has no chat template, or the template is not valid.
     """
     if name == "tokenizer":
-        ChatTemplate.of(tokenizer)
+        ChatTemplate.from_tokenizer(tokenizer)
         assert tokenizer.chat_template is not None
         return _of_template(tokenizer.chat_template, tokenizer, "the tokenizer's chat template")
     if name == "instruction":
@@ -152,27 +150,29 @@ def layout_named(name: str, tokenizer: Tokenizer) -> PromptLayout:
     if Path(name).is_file():
         return _of_template(read_chat_template(Path(name)), tokenizer, f"the chat template {name}")
     raise ConfigError(
-        f"chat_template={name} is neither a file nor one of {', '.join(NAMES)}{did_you_mean(name, NAMES)}"
+        f"chat_template={name} is neither a file nor one of {', '.join(LAYOUT_NAMES)}{did_you_mean(name, LAYOUT_NAMES)}"
     )
 
 
-def turns_of(messages: Sequence[Message]) -> list[Turn]:
-    """Return what user and assistant said in turn; of the last turn the answer is empty.
+def exchanges_of(messages: Sequence[Message]) -> list[Exchange]:
+    """Return pairs of user message and answer; the last answer is empty.
 
     Raises:
-        DataError: a system message, or roles that do not alternate.
+        DataError: there is a system message, or the roles do not alternate.
     """
     roles = [message["role"] for message in messages]
     if "system" in roles:
-        raise DataError("this template has no place for a system message; leave --system out")
+        raise DataError("this chat template has no place for a system message; leave --system out")
     if roles != ["user", "assistant"] * (len(roles) // 2) + ["user"]:
-        raise DataError("messages do not alternate between user and assistant and end with the user")
+        raise DataError(
+            "messages must alternate between user and assistant, and the last one must be of the user"
+        )
     texts = [str(message["content"]) for message in messages]
     return list(zip(texts[::2], [*texts[1::2], ""], strict=True))
 
 
 def _of_template(source: str, tokenizer: Tokenizer, name: str) -> PromptLayout:
-    template = ChatTemplate.of(tokenizer, source)
+    template = ChatTemplate.from_tokenizer(tokenizer, source)
     return PromptLayout(
         name,
         tokenizer,
@@ -183,31 +183,33 @@ def _of_template(source: str, tokenizer: Tokenizer, name: str) -> PromptLayout:
 
 
 def _of_instructions(name: str, tokenizer: Tokenizer, has_input: bool, has_ends: bool) -> PromptLayout:
-    """Lay out as `handlers.instruction.conversation` does; records with an input column have an empty line."""
+    """Use the layout of `handlers.instruction.conversation`; handlers with an input column add an empty line."""
 
     def sample(messages: Sequence[Message]) -> Sample:
-        turns = [(user + "\n" if has_input else user, answer) for user, answer in turns_of(messages)]
-        # The last two parts are the answer and the end after it.
-        return Sample(conversation(turns, first_trained=len(turns), end_of_each=has_ends).parts[:-2])
+        exchanges = [(user + "\n" if has_input else user, answer) for user, answer in exchanges_of(messages)]
+        # The last two segments are the answer and the end-of-sequence id.
+        return Sample(
+            conversation(exchanges, first_trained=len(exchanges), end_of_each=has_ends).segments[:-2]
+        )
 
     stop = () if has_ends else (f"\n{USER}",)
     return PromptLayout(name, tokenizer, sample, append_eod=has_ends, stop=stop)
 
 
 def _baichuan2(messages: Sequence[Message]) -> Sample:
-    parts: list[Part] = []
-    for user, assistant in turns_of(messages):
+    segments: list[Segment] = []
+    for user, assistant in exchanges_of(messages):
         speakers = ((BAICHUAN2_USER, user), (BAICHUAN2_ASSISTANT, assistant))
         for speaker, text in speakers:
-            parts += [Part(speaker, False), Part(text, False)]
-    return Sample(tuple(parts[:-1]), surrounded=False, each_text_alone=True)
+            segments += [Segment(speaker, False), Segment(text, False)]
+    return Sample(tuple(segments[:-1]), add_special_tokens=False, encode_separately=True)
 
 
 def _hh_rlhf(messages: Sequence[Message]) -> Sample:
-    texts = [f"{HH_USER}{user}{HH_ASSISTANT} {answer}" for user, answer in turns_of(messages)]
-    return Sample((Part("".join(texts).removesuffix(" "), False),))
+    texts = [f"{HH_USER}{user}{HH_ASSISTANT} {answer}" for user, answer in exchanges_of(messages)]
+    return Sample((Segment("".join(texts).removesuffix(" "), False),))
 
 
 def _plain(messages: Sequence[Message]) -> Sample:
-    texts = [text for turn in turns_of(messages) for text in turn]
-    return Sample(tuple(Part(text, False) for text in texts if text))
+    texts = [text for turn in exchanges_of(messages) for text in turn]
+    return Sample(tuple(Segment(text, False) for text in texts if text))

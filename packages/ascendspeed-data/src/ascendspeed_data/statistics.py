@@ -1,4 +1,4 @@
-"""How long the documents of a dataset are."""
+"""Statistics of sequence lengths."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +15,15 @@ BAR_WIDTH = 40
 
 @dataclass(frozen=True)
 class LengthStatistics:
-    """Lengths in tokens.
+    """Statistics of sequence lengths, in tokens.
 
     Attributes:
-        count: of sequences.
-        mean: tokens.
-        percentiles: tokens at 0, 25, 50, 75, 90, 99 and 100 per cent.
-        edges: of the histogram, [n + 1]; powers of two.
-        counts: sequences from one edge to the next, [n].
-        trained_share: share of the tokens that are learned.
+        count: number of sequences.
+        mean: mean length.
+        percentiles: length at the percentiles 0, 25, 50, 75, 90, 99 and 100.
+        edges: edges of the histogram, powers of two, [n + 1].
+        counts: sequences in each bin, [n].
+        trained_share: share of tokens with loss, between 0 and 1.
     """
 
     count: int
@@ -35,7 +35,7 @@ class LengthStatistics:
 
 
 def length_statistics(dataset: Dataset) -> LengthStatistics:
-    """Measure the sequences of a dataset."""
+    """Return the length statistics of a dataset."""
     lengths = np.asarray(dataset.ids.lengths)
     top = int(lengths.max(initial=1))
     edges = np.array([0, *(1 << n for n in range(top.bit_length() + 1))], np.int64)
@@ -57,11 +57,11 @@ def length_statistics(dataset: Dataset) -> LengthStatistics:
 
 
 def histogram_lines(statistics: LengthStatistics) -> list[str]:
-    """Draw the histogram with characters."""
+    """Return the histogram as lines of text."""
     most = max(int(statistics.counts.max(initial=0)), 1)
     lines = [
         f"{statistics.count:,} sequences, {statistics.mean:,.1f} tokens on average, "
-        f"{statistics.trained_share:.1%} of the tokens are learned",
+        f"{statistics.trained_share:.1%} of the tokens are trained",
         "  ".join(f"{share}%: {value:,.0f}" for share, value in statistics.percentiles.items()),
     ]
     for low, high, count in zip(statistics.edges, statistics.edges[1:], statistics.counts, strict=False):
@@ -79,7 +79,7 @@ def draw_histogram(statistics: LengthStatistics, title: str, path: Path) -> None
     try:
         import matplotlib
     except ImportError:
-        raise AscendSpeedError("a picture needs matplotlib: pip install 'ascendspeed-data[plots]'") from None
+        raise AscendSpeedError("--png needs matplotlib: pip install 'ascendspeed-data[plots]'") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -87,7 +87,7 @@ def draw_histogram(statistics: LengthStatistics, title: str, path: Path) -> None
     positions: Any = np.arange(len(statistics.counts))
     axes.bar(positions, statistics.counts, width=0.9)
     axes.set_xticks(positions, [f"{int(edge):,}" for edge in statistics.edges[:-1]], rotation=60)
-    axes.set_xlabel("tokens of a sequence, at least")
+    axes.set_xlabel("minimum sequence length, tokens")
     axes.set_ylabel("sequences")
     axes.set_title(title)
     figure.tight_layout()

@@ -1,7 +1,7 @@
-"""Tokenizers by their own ids: a `tokenizer.json`, or a SentencePiece `tokenizer.model` read by SentencePiece itself.
+"""Tokenizers: a `tokenizer.json`, or a SentencePiece `tokenizer.model`.
 
-transformers' conversion of a bare `tokenizer.model` merges doubled spaces in another order and drops a leading one,
-so it is not used: models trained with SentencePiece get SentencePiece's ids.
+SentencePiece itself encodes with a `tokenizer.model`. transformers would convert it first, and the conversion drops a
+leading space and merges double spaces differently, so models trained with SentencePiece would get other ids.
 """
 
 import hashlib
@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from ascendspeed_data.command_line import log
 from ascendspeed_data.errors import ConfigError, DataError, did_you_mean
 
-KINDS = ("PretrainedFromHF", "SentencePieceTokenizer", "HuggingFaceTokenizer")
-"""Names of 2023 and of Megatron-LM. Only the second one demands something: a SentencePiece model."""
+TOKENIZER_TYPES = ("PretrainedFromHF", "SentencePieceTokenizer", "HuggingFaceTokenizer")
+"""Names of AscendSpeed 2023 and Megatron-LM. SentencePieceTokenizer requires a tokenizer.model."""
 
 DEFINING_FILES = ("tokenizer.json", "tokenizer.model")
-"""Files that define ids, the one that counts first."""
+"""Files that define the ids; the first one found is used."""
 
 TOKENIZER_FILES = (
     *DEFINING_FILES,
@@ -39,19 +39,19 @@ TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Ids of several texts.
+    """Token ids of several texts.
 
     Attributes:
-        ids: of all texts, one after the other, int64 or uint32.
-        lengths: ids of each text, int64.
+        ids: concatenated ids of the texts, int64 or uint32.
+        lengths: number of ids of each text, int64.
     """
 
     ids: NDArray[Any]
     lengths: NDArray[np.int64]
 
     @classmethod
-    def of(cls, encoded: Sequence[Sequence[int]]) -> "TokenBatch":
-        """Join lists of ids."""
+    def from_lists(cls, encoded: Sequence[Sequence[int]]) -> "TokenBatch":
+        """Concatenate lists of ids."""
         lengths = np.fromiter((len(ids) for ids in encoded), np.int64, len(encoded))
         joined = np.empty(int(lengths.sum()), np.int64)
         start = 0
@@ -66,22 +66,22 @@ class TokenBatch:
 
 
 class Tokenizer(Protocol):
-    """Text to ids and back.
+    """Encodes text into ids and decodes ids.
 
     Attributes:
         path: folder or file.
         kind: `sentencepiece` or `tokenizer.json`.
-        vocab_size: ids are below it.
-        bos_id: id that begins a text, or `None`.
-        eos_id: id that ends a document, or `None`.
-        unk_id: id of what is not known, or `None`.
-        pad_id: id of padding, or `None`.
+        vocab_size: all ids are smaller.
+        bos_id: beginning-of-sequence id, or `None`.
+        eos_id: end-of-sequence id, or `None`.
+        unk_id: id of unknown text, or `None`.
+        pad_id: padding id, or `None`.
         add_bos: whether `encode` begins with `bos_id`.
-        prefix_ids: ids that the tokenizer's own setting puts before a text, most often BOS or nothing.
-        suffix_ids: ids that it puts behind.
-        special_ids: special pieces and their ids.
-        chat_template: the Jinja program that lays conversations out, or `None`.
-        fingerprint: SHA-256 of what defines the ids.
+        prefix_ids: ids that the tokenizer adds before a text, most often BOS or nothing.
+        suffix_ids: ids that it adds after a text.
+        special_ids: id of each special token.
+        chat_template: Jinja template for conversations, or `None`.
+        fingerprint: SHA-256 of everything that defines the ids.
     """
 
     path: Path
@@ -101,7 +101,7 @@ class Tokenizer(Protocol):
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Return the ids of a text.
 
-        SentencePiece takes special pieces spelled in it as ordinary text, a `tokenizer.json` as the pieces.
+        A `tokenizer.json` recognises special tokens in the text; SentencePiece encodes them as plain text.
         """
         ...
 
@@ -109,25 +109,25 @@ class Tokenizer(Protocol):
         """Return the ids of several texts."""
         ...
 
-    def encode_contents(self, texts: Sequence[str]) -> TokenBatch:
-        """Return the ids of several texts without `prefix_ids` and `suffix_ids`."""
+    def encode_without_special_tokens(self, texts: Sequence[str]) -> TokenBatch:
+        """Return the ids of several texts, without `prefix_ids` and `suffix_ids`."""
         ...
 
-    def encode_with_places(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Return the ids of a text without prefix and suffix, and the characters (begin, end) that each covers."""
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return the ids of a text, without prefix and suffix, and the character range (begin, end) of each."""
         ...
 
-    def pieces(self, ids: Sequence[int]) -> list[str]:
-        """Return each id as the vocabulary spells it."""
+    def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str]:
+        """Return the token of each id."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ids, without special pieces."""
+        """Return the text of ids, without special tokens."""
         ...
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece model with the special ids that its folder's config names."""
+    """A SentencePiece model with the special tokens of its folder's `tokenizer_config.json`."""
 
     kind = "sentencepiece"
 
@@ -145,7 +145,7 @@ class SentencePieceTokenizer:
         self.eos_id = self._special(config, "eos_token", self._model.eos_id())
         self.unk_id = self._special(config, "unk_token", self._model.unk_id())
         self.pad_id = self._special(config, "pad_token", self._model.pad_id())
-        # SentencePiece never makes control pieces of text.
+        # SentencePiece never encodes text as control tokens.
         control = [i for i in range(self.vocab_size) if self._model.is_control(i)]
         self.special_ids: dict[str, int] = {self._model.id_to_piece(i): i for i in control}
         self.add_bos = bool(config.get("add_bos_token", bool(config))) and self.bos_id is not None
@@ -157,7 +157,7 @@ class SentencePieceTokenizer:
         self.fingerprint = _sha256(model_file.read_bytes(), json.dumps(settings).encode())
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Return SentencePiece's ids, after BOS if the tokenizer is set so."""
+        """Return SentencePiece's ids, with BOS and EOS if the config says so."""
         ids: list[int] = self._model.encode(text)
         return [*self.prefix_ids, *ids, *self.suffix_ids] if add_special_tokens else ids
 
@@ -166,46 +166,46 @@ class SentencePieceTokenizer:
         encoded: list[list[int]] = self._model.encode(list(texts), num_threads=1)
         return [[*self.prefix_ids, *ids, *self.suffix_ids] for ids in encoded]
 
-    def encode_contents(self, texts: Sequence[str]) -> TokenBatch:
+    def encode_without_special_tokens(self, texts: Sequence[str]) -> TokenBatch:
         """Return the ids of several texts without BOS and EOS, on one thread."""
         encoded: Any = self._model.encode(list(texts), out_type="numpy", num_threads=1)
         lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
         return TokenBatch(np.concatenate(encoded) if len(encoded) else np.empty(0, np.int32), lengths)
 
-    def encode_with_places(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Return the ids of a text, and the characters that each covers.
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return the ids of a text and the character range of each.
 
-        The byte pieces of one character begin with it, and all but the last end there too.
+        If bytes encode a character, all their ranges start at it; only the last range ends after it.
         """
         mapped: Any = self._model.encode(text, out_type="offset_mapping")
         return list(mapped["ids"]), list(mapped["offsets"])
 
-    def pieces(self, ids: Sequence[int]) -> list[str]:
-        """Return each id's piece."""
+    def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str]:
+        """Return the token of each id."""
         named: list[str] = self._model.id_to_piece([int(i) for i in ids])
         return named
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ids; control pieces give nothing."""
+        """Return the text of ids, without control tokens."""
         text: str = self._model.decode([int(i) for i in ids if not self._model.is_control(int(i))])
         return text
 
     def _special(self, config: dict[str, Any], key: str, default: int) -> int | None:
         if key not in config:
             return default if default >= 0 else None
-        piece = _piece(config[key])
-        if piece is None:
+        token = _token_text(config[key])
+        if token is None:
             return None
-        number = int(self._model.piece_to_id(piece))
-        if self._model.id_to_piece(number) != piece:
+        number = int(self._model.piece_to_id(token))
+        if self._model.id_to_piece(number) != token:
             raise DataError(
-                f"{self.path}: {key}={piece!r} of tokenizer_config.json is no piece of tokenizer.model"
+                f"{self.path}: {key}={token!r} of tokenizer_config.json is not in tokenizer.model; correct the config"
             )
         return number
 
 
 class JsonTokenizer:
-    """A `tokenizer.json`, with the special ids that its folder's config names."""
+    """A `tokenizer.json` with the special tokens of its folder's `tokenizer_config.json`."""
 
     kind = "tokenizer.json"
 
@@ -226,7 +226,7 @@ class JsonTokenizer:
         self.eos_id = self._special(config, "eos_token")
         self.unk_id = self._special(config, "unk_token")
         self.pad_id = self._special(config, "pad_token")
-        self.prefix_ids, self.suffix_ids = self._surroundings()
+        self.prefix_ids, self.suffix_ids = self._prefix_and_suffix()
         self.add_bos = self.bos_id is not None and self.prefix_ids[:1] == [self.bos_id]
         self.special_ids = {
             token.content: number
@@ -237,7 +237,7 @@ class JsonTokenizer:
         self.fingerprint = _sha256(content)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Return the ids that the file gives."""
+        """Return the ids of a text."""
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
@@ -245,33 +245,33 @@ class JsonTokenizer:
         """Return the ids of several texts."""
         return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))]
 
-    def encode_contents(self, texts: Sequence[str]) -> TokenBatch:
+    def encode_without_special_tokens(self, texts: Sequence[str]) -> TokenBatch:
         """Return the ids of several texts without prefix and suffix."""
         encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return TokenBatch.of([encoding.ids for encoding in encoded])
+        return TokenBatch.from_lists([encoding.ids for encoding in encoded])
 
-    def encode_with_places(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Return the ids of a text, and the characters that each covers."""
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return the ids of a text and the character range of each."""
         encoded = self._tokenizer.encode(text, add_special_tokens=False)
         return list(encoded.ids), list(encoded.offsets)
 
-    def pieces(self, ids: Sequence[int]) -> list[str]:
-        """Return each id's token."""
+    def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str]:
+        """Return the token of each id."""
         return [self._tokenizer.id_to_token(int(i)) or f"<{int(i)}>" for i in ids]
 
-    def _surroundings(self) -> tuple[list[int], list[int]]:
-        """What the file's post-processor puts around a text."""
+    def _prefix_and_suffix(self) -> tuple[list[int], list[int]]:
+        """Return the ids that the post-processor adds before and after a text."""
         bare = self._tokenizer.encode("a", add_special_tokens=False).ids
         whole = self._tokenizer.encode("a").ids
         for start in range(len(whole) - len(bare) + 1):
             if whole[start : start + len(bare)] == bare:
                 return whole[:start], whole[start + len(bare) :]
         raise DataError(
-            f"{self.path}: its post-processor changes the ids inside a text, which is not supported"
+            f"{self.path}: the post-processor changes ids inside a text, which is not supported; use another tokenizer"
         )
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ids, without special pieces."""
+        """Return the text of ids, without special tokens."""
         text: str = self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
         return text
 
@@ -281,29 +281,30 @@ class JsonTokenizer:
         return vocabulary
 
     def _special(self, config: dict[str, Any], key: str) -> int | None:
-        piece = _piece(config.get(key))
-        if piece is not None and piece not in self._ids:
+        token = _token_text(config.get(key))
+        if token is not None and token not in self._ids:
             raise DataError(
-                f"{self.path}: {key}={piece!r} of tokenizer_config.json is no token of tokenizer.json"
+                f"{self.path}: {key}={token!r} of tokenizer_config.json is not in tokenizer.json; correct the config"
             )
-        return None if piece is None else self._ids[piece]
+        return None if token is None else self._ids[token]
 
 
 def load_tokenizer(path: Path, kind: str = "PretrainedFromHF") -> SentencePieceTokenizer | JsonTokenizer:
     """Open a tokenizer folder, a bare SentencePiece model, or a `tokenizer.json`.
 
     Args:
-        path: a folder with `tokenizer.json` or `tokenizer.model`, or one of these files. In a folder with both,
-            `tokenizer.json` counts. Code named by a config (`auto_map`) is never run.
+        path: a folder with `tokenizer.json` or `tokenizer.model`, or one of these files. If a folder has both,
+            `tokenizer.json` is used. Code that a config names (`auto_map`) never runs.
         kind: one of `KINDS`.
 
     Raises:
-        ConfigError: an unknown kind.
-        DataError: nothing there, or not a tokenizer.
+        ConfigError: `kind` is unknown.
+        DataError: the file is missing or not a tokenizer.
     """
-    if kind not in KINDS:
+    if kind not in TOKENIZER_TYPES:
         raise ConfigError(
-            f"tokenizer_type={kind} is unknown; known: {', '.join(KINDS)}{did_you_mean(kind, KINDS)}"
+            f"tokenizer_type={kind} is unknown; choose from {', '.join(TOKENIZER_TYPES)}"
+            f"{did_you_mean(kind, TOKENIZER_TYPES)}"
         )
     try:
         opened = _open_tokenizer(path, only_sentencepiece=kind == "SentencePieceTokenizer")
@@ -311,9 +312,9 @@ def load_tokenizer(path: Path, kind: str = "PretrainedFromHF") -> SentencePieceT
         raise DataError(f"tokenizer {path} cannot be read: {error.strerror or error}") from None
     if opened is not None:
         return opened
-    state = "holds neither tokenizer.json nor tokenizer.model" if path.is_dir() else "does not exist"
+    state = "has neither tokenizer.json nor tokenizer.model" if path.is_dir() else "does not exist"
     raise DataError(
-        f"tokenizer {path} {state}; check --tokenizer-name-or-path (names of a hub are not downloaded)"
+        f"tokenizer {path} {state}; check --tokenizer-name-or-path (nothing is downloaded from the Hugging Face hub)"
     )
 
 
@@ -332,7 +333,7 @@ def _open_tokenizer(path: Path, only_sentencepiece: bool) -> SentencePieceTokeni
 
 
 def tokenizer_files(source: Path) -> list[Path]:
-    """Return the files of a tokenizer, given as a folder or as one file."""
+    """Return the files of a tokenizer; `source` is a folder or a file."""
     if source.is_file():
         return [source]
     return [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
@@ -362,12 +363,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is not JSON: {error}") from None
     if config.get("tokenizer_class") == "LLaMATokenizer":
-        log(f"{path} names LLaMATokenizer; read as LlamaTokenizer, which it means")
+        log(f"{path} names LLaMATokenizer, an old name of LlamaTokenizer")
     return config
 
 
 def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
-    """Return the folder's template; of several the one named `default`."""
+    """Return the chat template of a folder; if there are several, the one named `default`."""
     file = folder / "chat_template.jinja"
     if file.is_file():
         return file.read_text(encoding="utf-8")
@@ -377,8 +378,8 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     return template if isinstance(template, str) else None
 
 
-def _piece(value: Any) -> str | None:
-    """Special tokens are written as text, or as an object with `content`."""
+def _token_text(value: Any) -> str | None:
+    """Return a special token, which a config writes as text or as an object with `content`."""
     return value.get("content") if isinstance(value, dict) else value
 
 

@@ -1,4 +1,4 @@
-"""Train a SentencePiece tokenizer and save it as a Hugging Face folder."""
+"""Train a SentencePiece tokenizer and save it as a Hugging Face tokenizer folder."""
 
 import io
 import json
@@ -15,18 +15,18 @@ from ascendspeed_data.reading.inputs import find_inputs
 from ascendspeed_data.reading.records import read_records, text_of
 
 MAX_SENTENCE_BYTES = 4096
-"""SentencePiece leaves longer sentences out; texts are cut at line ends so that none is."""
+"""SentencePiece skips longer sentences, so texts are split at line ends."""
 
 
 @dataclass(frozen=True)
 class TokenizerTraining:
-    """How to train.
+    """Settings of the training.
 
     Attributes:
-        vocab_size: pieces, special and byte pieces included.
-        model_type: how SentencePiece builds the vocabulary.
-        character_coverage: share of characters that get pieces of their own; the rest is spelled in bytes.
-        sample_bytes: text that is trained on, taken from the start of the input.
+        vocab_size: vocabulary size, with special and byte tokens.
+        model_type: algorithm of SentencePiece.
+        character_coverage: share of characters with their own token; other characters become bytes.
+        sample_bytes: bytes of text to train on, from the start of the input.
         num_threads: threads of SentencePiece.
     """
 
@@ -37,22 +37,29 @@ class TokenizerTraining:
     num_threads: int = 2
 
 
-def train_tokenizer(
+def train_sentencepiece(
     inputs: Sequence[str], json_key: str, folder: Path, training: TokenizerTraining, overwrite: bool = False
 ) -> Path:
-    """Train on the texts of `inputs` and write `folder`, under a temporary name first.
+    """Train a SentencePiece tokenizer and return its folder.
 
-    The settings are LLaMA's: no normalisation, digits apart, unknown characters as bytes, ids 0 `<unk>`, 1 `<s>`,
-    2 `</s>`. The same input and settings give the same bytes.
+    Other settings are LLaMA's: no normalisation, each digit alone, unknown characters as bytes, ids 0 `<unk>`,
+    1 `<s>`, 2 `</s>`. The same input and settings give the same bytes.
+
+    Args:
+        inputs: files, folders and globs.
+        json_key: column with the text.
+        folder: output folder.
+        training: settings of the training.
+        overwrite: replace an existing folder.
 
     Raises:
-        AscendSpeedError: the folder exists, or the text does not give so many pieces.
+        AscendSpeedError: the folder exists, or the text is too short for `vocab_size`.
     """
     import sentencepiece
 
     if folder.exists() and not overwrite:
         raise AscendSpeedError(
-            f"output_dir={folder} exists; give --overwrite to replace it, or another folder"
+            f"output_dir={folder} already exists; give --overwrite to replace it, or another folder"
         )
     written = io.BytesIO()
     try:
@@ -89,20 +96,15 @@ def train_tokenizer(
 
 
 def _training_problem(training: TokenizerTraining, reason: str) -> str:
-    """Say in our words what SentencePiece's trainer says about the size of a vocabulary."""
+    """Return our message for an error of SentencePiece's trainer."""
     limit = re.search(r"Vocabulary size too high.* a value <= (\d+)", reason)
     if limit:
-        return (
-            f"vocab_size={training.vocab_size} is more than this text can fill; give at most {limit.group(1)}, or "
-            "more text"
-        )
-    return (
-        f"vocab_size={training.vocab_size} cannot be trained: {reason}; choose another size or give more text"
-    )
+        return f"vocab_size={training.vocab_size} is too large for this text; give at most {limit[1]}, or more text"
+    return f"vocab_size={training.vocab_size} does not work: {reason}; choose another size or give more text"
 
 
 def _sentences(inputs: Sequence[str], json_key: str, sample_bytes: int) -> Iterator[str]:
-    """Yield texts in pieces that SentencePiece takes, up to `sample_bytes`."""
+    """Yield sentences short enough for SentencePiece, up to `sample_bytes` in all."""
     taken = 0
     for path in find_inputs(inputs):
         for number, record in enumerate(read_records(path, [json_key]), 1):
@@ -110,30 +112,30 @@ def _sentences(inputs: Sequence[str], json_key: str, sample_bytes: int) -> Itera
                 text = text_of(record, json_key)
             except DataError as error:
                 raise DataError(f"{path}: record {number}: {error}") from None
-            for piece in _cut(text):
-                size = len(piece.encode("utf-8"))
+            for sentence in _split_text(text):
+                size = len(sentence.encode("utf-8"))
                 if taken + size > sample_bytes:
                     log(f"training on the first {taken:,} bytes of text (--sample-bytes)")
                     return
                 taken += size
-                yield piece
+                yield sentence
     log(f"training on all {taken:,} bytes of text")
 
 
-def _cut(text: str) -> Iterator[str]:
-    """Cut a text at line ends, and lines that are still too long anywhere."""
+def _split_text(text: str) -> Iterator[str]:
+    """Split a text at line ends, and split longer lines anywhere."""
     characters = MAX_SENTENCE_BYTES // 4
-    piece = ""
+    sentence = ""
     for line in text.splitlines(keepends=True):
-        if piece and len(piece) + len(line) > characters:
-            yield piece
-            piece = ""
-        piece += line
-        while len(piece) > characters:
-            yield piece[:characters]
-            piece = piece[characters:]
-    if piece:
-        yield piece
+        if sentence and len(sentence) + len(line) > characters:
+            yield sentence
+            sentence = ""
+        sentence += line
+        while len(sentence) > characters:
+            yield sentence[:characters]
+            sentence = sentence[characters:]
+    if sentence:
+        yield sentence
 
 
 def _write_configs(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Prove a dataset whole."""
+"""Check that a dataset is complete and undamaged."""
 
 from typing import Any
 
@@ -12,15 +12,15 @@ from ascendspeed_data.manifest import DatasetManifest
 from ascendspeed_data.reading.inputs import sha256_of
 
 
-def verify(dataset: Dataset, quick: bool = False) -> None:
-    """Compare a dataset with its manifest, and its arrays with each other.
+def verify_dataset(dataset: Dataset, quick: bool = False) -> None:
+    """Check a dataset against its manifest, and its arrays against each other.
 
     Args:
-        dataset: opened, so index and pointers are checked.
-        quick: leave out what reads every byte.
+        dataset: an open dataset; opening it checks the index.
+        quick: skip checks that read every token.
 
     Raises:
-        DataError: something does not fit; the message says where.
+        DataError: a check failed; the message says where.
     """
     manifest = dataset.manifest
     if dataset.is_pairs:
@@ -39,30 +39,32 @@ def _check_counts(dataset: Dataset, manifest: DatasetManifest) -> None:
         have, said = getattr(info, name), getattr(manifest, name)
         if have != said:
             raise DataError(
-                f"{dataset.prefix}: {name}={have}, its manifest says {said}; the files do not belong together"
+                f"{dataset.prefix}: {name}={have}, but its manifest has {name}={said}; the files do not belong together"
             )
     if manifest.pack is not None and len(dataset.ids):
         starts = np.asarray(dataset.ids.documents[:-1])
         tokens = np.add.reduceat(np.asarray(dataset.ids.lengths, np.int64), starts)
         if int(tokens.max()) > manifest.pack.seq_length:
             raise DataError(
-                f"{dataset.prefix}: pack {int(tokens.argmax())} holds {int(tokens.max())} tokens, more than "
-                f"seq_length={manifest.pack.seq_length}; make it again"
+                f"{dataset.prefix}: pack {int(tokens.argmax())} has {int(tokens.max())} tokens, more than "
+                f"seq_length={manifest.pack.seq_length}; preprocess again"
             )
 
 
 def _check_pairs(dataset: Dataset, quick: bool) -> None:
-    """Every document is two samples, and both have something to learn."""
+    """Check that every document has two samples, and that both have trained tokens."""
     counts = np.diff(np.asarray(dataset.ids.documents))
     if (counts != 2).any():
         number = int((counts != 2).argmax())
         raise DataError(
-            f"{dataset.prefix}: document {number} holds {counts[number]} samples; a pair has two, make it again"
+            f"{dataset.prefix}: document {number} has {counts[number]} samples, but a pair has two; preprocess again"
         )
     for number in () if quick else range(len(dataset.ids)):
         if not dataset.trained(number).any():
             which = "rejected" if number % 2 else "chosen"
-            raise DataError(f"{dataset.prefix}: the {which} answer of pair {number // 2} has no token")
+            raise DataError(
+                f"{dataset.prefix}: the {which} answer of pair {number // 2} is empty; preprocess again"
+            )
 
 
 def _check_hashes(dataset: Dataset, manifest: DatasetManifest) -> None:
@@ -70,13 +72,13 @@ def _check_hashes(dataset: Dataset, manifest: DatasetManifest) -> None:
     for prefix in dataset.prefixes.values():
         for suffix in (".bin", ".idx"):
             path = prefix.with_name(prefix.name + suffix)
-            # A dataset may be renamed as a whole; its files keep their order.
+            # Users may rename a dataset; then compare the files by suffix.
             record = known.get(path.name) or next(
                 (r for n, r in known.items() if len(known) == 2 and n.endswith(suffix)), None
             )
             if record is not None and record.sha256 != sha256_of(path):
                 raise DataError(
-                    f"{path} is not the file that was written: its SHA-256 differs; make it again"
+                    f"{path} has changed since it was written: its SHA-256 differs; preprocess again"
                 )
 
 
@@ -88,7 +90,8 @@ def _check_ids(dataset: Dataset, limit: int | None) -> None:
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or (limit is not None and high >= limit):
             raise DataError(
-                f"{dataset.prefix}: sequence {number} holds id {low if low < 0 else high}, vocab_size is {limit}"
+                f"{dataset.prefix}: sequence {number} has id {low if low < 0 else high}, but vocab_size={limit}; "
+                "preprocess again"
             )
         if dataset.is_samples:
             _check_labels(dataset, number, ids, limit)
@@ -98,6 +101,10 @@ def _check_labels(dataset: Dataset, number: int, ids: Any, limit: int | None) ->
     labels = dataset.arrays[LABELS][number]
     learned = labels[labels != IGNORED_LABEL]
     if len(learned) and (int(learned.min()) < 0 or (limit is not None and int(learned.max()) >= limit)):
-        raise DataError(f"{dataset.prefix}: sequence {number} holds a label outside the vocabulary")
+        raise DataError(
+            f"{dataset.prefix}: sequence {number} has a label outside the vocabulary; preprocess again"
+        )
     if not np.isin(dataset.arrays[ATTENTION_MASK][number], (0, 1)).all():
-        raise DataError(f"{dataset.prefix}: the attention mask of sequence {number} is not 0 or 1 everywhere")
+        raise DataError(
+            f"{dataset.prefix}: the attention mask of sequence {number} is not only 0 and 1; make it again"
+        )

@@ -1,4 +1,4 @@
-"""From scores of samples to scores of subsets, groups and tasks."""
+"""Aggregate scores of samples into scores of subsets, groups and tasks."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -6,20 +6,20 @@ from math import fsum
 from typing import Any
 
 from ascendspeed_eval.statistics import interval, mean_error
-from ascendspeed_eval.tasks.base import Record, Scored, Task, TaskVariant
+from ascendspeed_eval.tasks.base import Record, ScoredSample, Task, TaskVariant
 
 
 def task_results(
-    task: Task, protocol: TaskVariant, records: Sequence[Record], scored: Sequence[Scored]
+    task: Task, variant: TaskVariant, records: Sequence[Record], scored: Sequence[ScoredSample]
 ) -> dict[str, Any]:
-    """Return what `results.json` says about a task.
+    """Return the entry of a task in `results.json`.
 
-    `score` is the average over all samples (micro); `macro` the average over subsets, which weighs a small subset as
-    much as a large one. Questions without labels have no score.
+    `score` is the mean over all samples (micro average); `macro` is the mean over subsets, which gives small and large
+    subsets the same weight. Questions without labels have no score.
     """
     labelled = [one for one in scored if one.target != []]
     values = [one.scores for one in labelled]
-    # A task may score some samples by another name (AGIEval's cloze questions); the first of a sample is its main one.
+    # Samples of one task may have different metrics (AGIEval's cloze questions); the first is a sample's main metric.
     main = [next(iter(one.values())) for one in values]
     asked = {record.id for record in records} & {one.id for one in labelled}
     by_subset: dict[str, list[float]] = {}
@@ -28,7 +28,7 @@ def task_results(
     names = list(dict.fromkeys(name for one in values for name in one))
     return {
         "score": _mean(main),
-        "metric": names[0] if names else protocol.main,
+        "metric": names[0] if names else variant.main,
         "num_samples": len(scored),
         "num_scored": len(labelled),
         "stderr": mean_error(main),
@@ -40,10 +40,10 @@ def task_results(
             name: {"score": _mean(part), "num_samples": len(part), "stderr": mean_error(part)}
             for name, part in by_subset.items()
         },
-        "protocol": protocol.name,
-        "protocol_summary": protocol.summary,
-        "is_default_protocol": protocol.name == task.default_protocol,
-        "baselines": task.baselines([r for r in records if r.id in asked], protocol),
+        "protocol": variant.name,
+        "protocol_summary": variant.summary,
+        "is_default_protocol": variant.name == task.default_variant,
+        "baselines": task.baselines([r for r in records if r.id in asked], variant),
         "truncated_samples": sum(one.truncated_tokens > 0 for one in scored),
         "answers": _answers(labelled),
         "reference_scores": [list(line) for line in task.reference_scores],
@@ -65,8 +65,8 @@ def _groups(task: Task, by_subset: dict[str, list[float]]) -> dict[str, Any]:
     return groups
 
 
-def _answers(scored: Sequence[Scored]) -> dict[str, int]:
-    """Count the choices that were taken, where all samples have the same ones; else the answers not found."""
+def _answers(scored: Sequence[ScoredSample]) -> dict[str, int]:
+    """Count the answers by choice if all samples share the choices; else count texts without an answer."""
     shown = {tuple(one.choices) for one in scored}
     if len(shown) == 1 and (choices := next(iter(shown))):
         counts = Counter(one.answer for one in scored)

@@ -8,21 +8,26 @@ from typing import Any
 from ascendspeed_eval.errors import UsageError
 from ascendspeed_eval.model import Backend
 
-ENTRY_POINTS = "ascendspeed_eval.backends"
+ENTRY_POINT_GROUP = "ascendspeed_eval.backends"
 
 
 @dataclass(frozen=True)
 class Backends:
-    """Installed backends by name, and why others could not be loaded."""
+    """Installed backends.
+
+    Attributes:
+        found: backends by name.
+        broken: for each backend that cannot be loaded, the reason.
+    """
 
     found: Mapping[str, Backend]
     broken: Mapping[str, str]
 
     def choose(self, options: Mapping[str, Any]) -> tuple[Backend, dict[str, Any]]:
-        """Return the backend that the options ask for, and its own options.
+        """Return the backend that claims the options, and its own options.
 
         Raises:
-            UsageError: none does, several do, or an option belongs to another one.
+            UsageError: no backend or several backends claim the options, or an option belongs to another backend.
         """
         claiming = [backend for backend in self.found.values() if backend.claims(options)]
         if len(claiming) != 1:
@@ -31,23 +36,25 @@ class Backends:
                 for b in self.found.values()
             )
             broken = "".join(f"; {name} cannot be loaded: {reason}" for name, reason in self.broken.items())
-            problem = "several models are" if claiming else "no model is"
-            raise UsageError(f"{problem} asked for; installed backends are {listed}{broken}")
+            problem = (
+                "the options name several models; keep one" if claiming else "no model is given; choose one"
+            )
+            raise UsageError(f"{problem}. Installed backends: {listed}{broken}")
         backend = claiming[0]
         own = {option.name for option in backend.options}
         for name in options:
             if name not in own:
                 raise UsageError(
-                    f"--{name.replace('_', '-')} is no option of the backend {backend.name}; leave it out"
+                    f"--{name.replace('_', '-')} is not an option of the backend {backend.name}; leave it out"
                 )
         return backend, dict(options)
 
 
 def find_backends() -> Backends:
-    """Load the entry points; none of them imports a model library for that."""
+    """Load the backends that packages offer as entry points; a backend imports its model library only in `open`."""
     found: dict[str, Backend] = {}
     broken: dict[str, str] = {}
-    for point in sorted(metadata.entry_points(group=ENTRY_POINTS), key=lambda point: point.name):
+    for point in sorted(metadata.entry_points(group=ENTRY_POINT_GROUP), key=lambda point: point.name):
         try:
             found[point.name] = point.load()
         except ImportError as error:

@@ -8,12 +8,12 @@ from ascendspeed_eval.command_line import Command, build_app, run_app
 COMMANDS = "ascendspeed_eval.commands"
 
 app = build_app(
-    "Benchmark scores that anyone can reproduce; needs no torch.",
+    "Evaluate language models on benchmarks, with scores that anyone can reproduce.",
     __version__,
     [
-        Command("run", f"{COMMANDS}.run:run", "Measure a model on a benchmark."),
-        Command("tasks", f"{COMMANDS}.show:tasks", "List the benchmarks."),
-        Command("report", f"{COMMANDS}.show:report", "Join runs into one table."),
+        Command("run", f"{COMMANDS}.run:run", "Evaluate a model on a benchmark."),
+        Command("tasks", f"{COMMANDS}.show:tasks", "List the benchmarks and their protocols."),
+        Command("report", f"{COMMANDS}.show:report", "Put several runs into one table."),
         Command("compare", f"{COMMANDS}.show:compare", "Compare two runs sample by sample."),
     ],
 )

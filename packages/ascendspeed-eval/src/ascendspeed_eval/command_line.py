@@ -1,6 +1,6 @@
-"""Typer applications whose commands are imported only when they run, and whose errors are one line.
+"""Typer applications that import a command only when it runs, and show errors as one line.
 
-A copy of what ascendspeed-data has, so that this package needs none of the others; a test holds the two together.
+A copy of `ascendspeed_data.command_line.app`, because this package imports no other; a test keeps both equal.
 """
 
 import importlib
@@ -17,10 +17,10 @@ from typer.core import TyperCommand, TyperGroup
 
 @dataclass(frozen=True)
 class Command:
-    """One row of an application's table of commands.
+    """One command of an application.
 
     Attributes:
-        name: as typed on the command line.
+        name: name on the command line.
         target: `package.module:function`; the function is a Typer command.
         summary: one line for `--help` of the application.
     """
@@ -37,14 +37,14 @@ class Command:
 
 
 class SpaceSeparatedCommand(TyperCommand):
-    """A command that takes `--flag a b c` for list options and `--some_flag` for `--some-flag`.
+    """A command that accepts `--flag a b c` for list options, and `--some_flag` for `--some-flag`.
 
-    Both spellings are those of Megatron-style scripts. Typer wants a list option repeated (`--flag a --flag b`),
-    so the arguments are rewritten before they are parsed.
+    Scripts in the style of Megatron-LM use both. Typer expects `--flag a --flag b`, so the arguments are rewritten
+    before parsing.
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Rewrite `args`, then let Typer parse them."""
+        """Rewrite `args`, then parse them."""
         spellings = {
             spelling: bool(getattr(param, "multiple", False))
             for param in self.params
@@ -53,7 +53,7 @@ class SpaceSeparatedCommand(TyperCommand):
         return list(super().parse_args(ctx, expand_arguments(args, spellings)))
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write the options, those of one config together under its name."""
+        """Write the options, grouped by config."""
         panels: dict[str, list[tuple[str, str]]] = {}
         for param in self.get_params(ctx):
             record = param.get_help_record(ctx)
@@ -65,15 +65,15 @@ class SpaceSeparatedCommand(TyperCommand):
 
 
 def expand_arguments(args: Sequence[str], spellings: dict[str, bool]) -> list[str]:
-    """Repeat the flag before every value of a list option, and turn underscores of flags into dashes.
+    """Repeat the flag before every value of a list option, and replace underscores in flags by dashes.
 
     Args:
-        args: the command line after the command's name.
-        spellings: every flag of the command, and whether it takes a list.
+        args: the command line after the name of the command.
+        spellings: all flags of the command; true for list options.
 
     Returns:
-        An equivalent command line in Typer's own form: `--x a b` becomes `--x a --x b`. What follows a bare
-        `--` is left alone.
+        An equivalent command line in Typer's form: `--x a b` becomes `--x a --x b`. Arguments after a bare `--` stay
+        as they are.
     """
     expanded: list[str] = []
     list_flag: str | None = None
@@ -98,7 +98,7 @@ def expand_arguments(args: Sequence[str], spellings: dict[str, bool]) -> list[st
 
 
 class _LazyGroup(TyperGroup):
-    """A group that swaps a chosen placeholder for the real command."""
+    """A group that imports a command only when the user runs it."""
 
     table: dict[str, Command]
 
@@ -115,12 +115,12 @@ def _as_typer_command(row: Command) -> Any:
 
 
 def build_app(summary: str, version: str, commands: Sequence[Command]) -> typer.Typer:
-    """Make the Typer application of one package.
+    """Return the Typer application of a package.
 
     Args:
         summary: what the package does, for `--help`.
-        version: printed by `--version`.
-        commands: the table of commands, in the order of `--help`.
+        version: for `--version`.
+        commands: the commands, in the order of `--help`.
     """
     group = type("LazyGroup", (_LazyGroup,), {"table": {row.name: row for row in commands}})
     app = typer.Typer(
@@ -147,36 +147,36 @@ def build_app(summary: str, version: str, commands: Sequence[Command]) -> typer.
 
 
 def run_app(app: typer.Typer, name: str, args: Sequence[str] | None = None) -> int:
-    """Run an application and return its exit status; errors meant for the user become one line on stderr.
+    """Run an application and return its exit status; errors for the user become one line on stderr.
 
-    Exit 2: the arguments or the config alone are wrong. Exit 1: anything that needed a file, a device or a
-    peer. Exit 130: interrupted. Any other exception is a bug and keeps its traceback.
+    Exit 2: the arguments or the config are wrong. Exit 1: a file, a device or another process caused an error.
+    Exit 130: interrupted. Any other exception is a bug and keeps its traceback.
     """
     command = typer.main.get_command(app)
     words = list(sys.argv[1:] if args is None else args)
     try:
         result = command.main(args=words, prog_name=name, standalone_mode=False)
     except typer.Abort:
-        return _complain(name, "interrupted", 130)
+        return _print_error(name, "interrupted", 130)
     except typer.TyperException as error:
         if type(error).__name__ == "NoArgsIsHelpError":
             print(error.format_message())
             return 2
-        return _complain(name, _one_line(error, words), error.exit_code)
+        return _print_error(name, _one_line(error, words), error.exit_code)
     except BrokenPipeError:
         sys.stderr.close()
         return 1
     except Exception as error:
-        # Ours, or that of a backend from another package: what it means to say carries an exit status.
+        # Errors for the user, also those of backends in other packages, have an exit status.
         status = getattr(error, "exit_code", None)
         if not isinstance(status, int):
             raise
-        return _complain(name, str(error), status)
+        return _print_error(name, str(error), status)
     return result if isinstance(result, int) else 0
 
 
 def _one_line(error: typer.TyperException, words: Sequence[str]) -> str:
-    """Return Typer's complaint as one line, with the value that it is about and other flags to try."""
+    """Return an error of Typer as one line, with the wrong value and similar flags."""
     line = " ".join(error.format_message().split()).replace("Value error, ", "")
     line = re.sub(
         r" \(Possible options: (.*)\)$", lambda m: f"; did you mean {m[1].replace(', ', ' or ')}?", line
@@ -188,6 +188,6 @@ def _one_line(error: typer.TyperException, words: Sequence[str]) -> str:
     return line
 
 
-def _complain(name: str, message: str, status: int) -> int:
+def _print_error(name: str, message: str, status: int) -> int:
     print(f"{name}: error: {' '.join(message.splitlines())}", file=sys.stderr)
     return status

@@ -4,23 +4,23 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ascendspeed_eval.errors import EvaluationError
+from ascendspeed_eval.output_folder import read_samples
 from ascendspeed_eval.report import read_results
-from ascendspeed_eval.runner import read_samples
 from ascendspeed_eval.statistics import interval, mcnemar, mean_error
-from ascendspeed_eval.tasks.base import Scored
+from ascendspeed_eval.tasks.base import ScoredSample
 
 SHOWN = 20
 
 
-def compare(first: Path, second: Path, shown: int = SHOWN) -> str:
-    """Return a paired test in Markdown, and the samples whose scores changed.
+def compare_runs(first: Path, second: Path, shown: int = SHOWN) -> str:
+    """Return a paired significance test in Markdown, and the samples whose scores changed.
 
     Raises:
-        EvaluationError: a run is not complete, or the two asked different questions.
+        EvaluationError: a run is incomplete, or the two runs used different data.
     """
     runs = [read_results(first), read_results(second)]
     if runs[0]["run"]["data_sha256"] != runs[1]["run"]["data_sha256"]:
-        raise EvaluationError(f"{first} and {second} read different data; compare runs on the same files")
+        raise EvaluationError(f"{first} and {second} used different data; compare runs on the same files")
     ours = {one.id: one for one in read_samples(first)}
     theirs = {one.id: one for one in read_samples(second)}
     both = [name for name in ours if name in theirs and ours[name].scores and theirs[name].scores]
@@ -43,7 +43,7 @@ def compare(first: Path, second: Path, shown: int = SHOWN) -> str:
         f"| 95 % interval | {_interval([_score(a) for a, _ in pairs])} | {_interval([_score(b) for _, b in pairs])} |",
         "",
         f"{len(both)} samples in common"
-        + (f", {left_out} only in one run and left out." if left_out else "."),
+        + (f", {left_out} occur in one run only and are left out." if left_out else "."),
         f"Difference {means[1] - means[0]:+.4f}, paired standard error {error:.4f}; {gained} samples gained, {lost} "
         f"lost; exact McNemar test p = {mcnemar(gained, lost):.4f}.",
     ]
@@ -58,7 +58,7 @@ def compare(first: Path, second: Path, shown: int = SHOWN) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _score(one: Scored) -> float:
+def _score(one: ScoredSample) -> float:
     return next(iter(one.scores.values()))
 
 
@@ -67,6 +67,6 @@ def _interval(values: Sequence[float]) -> str:
     return f"{low:.3f} to {high:.3f}"
 
 
-def _answer(one: Scored) -> str:
+def _answer(one: ScoredSample) -> str:
     text = one.choices[one.answer] if one.answer is not None else str(next(iter(one.extracted.values()), ""))
     return text.strip().replace("|", "\\|").replace("\n", " ")[:40]

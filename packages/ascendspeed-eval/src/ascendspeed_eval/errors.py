@@ -1,11 +1,14 @@
-"""Errors that are shown to the user as one line; the same as in the other packages, none of which is imported."""
+"""Errors that the command line shows as one line.
+
+ascendspeed-eval imports none of the other packages, so it has its own error classes.
+"""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 
 class EvaluationError(Exception):
-    """Something that needed a file, a model or a peer went wrong."""
+    """A file, a model or a server caused an error."""
 
     exit_code = 1
 

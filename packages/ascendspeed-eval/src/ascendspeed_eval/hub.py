@@ -1,7 +1,7 @@
-"""Hugging Face datasets as the files that the tasks read: written once into a folder, then read like any other.
+"""Write a Hugging Face dataset as the files that a task reads.
 
 A dataset is named as on the hub (`hf:openai/gsm8k`), or by a folder with the hub's files (`hf:/data/gsm8k`), whose
-parquet files are `<config>/<split>*.parquet` or `<split>*.parquet`. `hf:` alone takes the usual one of the task.
+parquet files are `<config>/<split>*.parquet` or `<split>*.parquet`. `hf:` alone is the task's default dataset.
 """
 
 import csv
@@ -15,30 +15,30 @@ from ascendspeed_eval.errors import EvaluationError, UsageError
 from ascendspeed_eval.tasks.ceval_subjects import SUBJECTS
 
 PREFIX = "hf:"
-Row = Mapping[str, Any]
-Rows = Iterable[Row]
+HubRow = Mapping[str, Any]
+HubRows = Iterable[HubRow]
 
 
 @dataclass(frozen=True)
-class Dataset:
-    """How a dataset becomes files.
+class HubDataset:
+    """How to write the files of a task from a dataset of the hub.
 
     Attributes:
         name: on the hub.
-        configs: its configurations.
-        splits: their splits, the ones that must be there first.
-        required: how many of `splits` must be there.
-        write: rows of one configuration and split into files of a folder.
+        configs: configurations to load.
+        splits: splits of each configuration, the required ones first.
+        required: number of required `splits`.
+        write: writes the rows of one configuration and split into a folder.
     """
 
     name: str
     configs: Sequence[str]
     splits: Sequence[str]
     required: int
-    write: Callable[[Path, str, str, Rows], None]
+    write: Callable[[Path, str, str, HubRows], None]
 
 
-def _json_lines(path: Path, rows: Rows) -> None:
+def _json_lines(path: Path, rows: HubRows) -> None:
     path.write_text(
         "".join(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
     )
@@ -50,52 +50,52 @@ def _csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:
         csv.writer(file).writerows(rows)
 
 
-def _boolq(folder: Path, config: str, split: str, rows: Rows) -> None:
+def _boolq(folder: Path, config: str, split: str, rows: HubRows) -> None:
     keys = ("question", "passage", "answer")
     name = "dev.jsonl" if split == "validation" else "train.jsonl"
     _json_lines(folder / name, ({key: row[key] for key in keys} for row in rows))
 
 
-def _plain(folder: Path, config: str, split: str, rows: Rows) -> None:
+def _plain(folder: Path, config: str, split: str, rows: HubRows) -> None:
     _json_lines(folder / f"{split}.jsonl", rows)
 
 
-def _mmlu(folder: Path, config: str, split: str, rows: Rows) -> None:
+def _mmlu(folder: Path, config: str, split: str, rows: HubRows) -> None:
     for row in rows:
         line = [row["question"], *row["choices"], "ABCD"[row["answer"]]]
         _csv(folder / split / f"{row['subject']}_{split}.csv", [line])
 
 
-def _ceval(folder: Path, config: str, split: str, rows: Rows) -> None:
+def _ceval(folder: Path, config: str, split: str, rows: HubRows) -> None:
     columns = ["id", "question", "A", "B", "C", "D", *([] if split == "test" else ["answer"])]
     _csv(folder / split / f"{config}_{split}.csv", [columns, *([row[c] for c in columns] for row in rows)])
 
 
-DATASETS: Mapping[str, Dataset] = {
-    "boolq": Dataset("google/boolq", ("default",), ("validation", "train"), 1, _boolq),
-    "mmlu": Dataset("cais/mmlu", ("all",), ("test", "dev"), 2, _mmlu),
-    "gsm8k": Dataset("openai/gsm8k", ("main",), ("test", "train"), 1, _plain),
-    "human_eval": Dataset("openai/openai_humaneval", ("openai_humaneval",), ("test",), 1, _plain),
-    "ceval": Dataset("ceval/ceval-exam", tuple(sorted(SUBJECTS)), ("val", "dev"), 2, _ceval),
+DATASETS: Mapping[str, HubDataset] = {
+    "boolq": HubDataset("google/boolq", ("default",), ("validation", "train"), 1, _boolq),
+    "mmlu": HubDataset("cais/mmlu", ("all",), ("test", "dev"), 2, _mmlu),
+    "gsm8k": HubDataset("openai/gsm8k", ("main",), ("test", "train"), 1, _plain),
+    "human_eval": HubDataset("openai/openai_humaneval", ("openai_humaneval",), ("test",), 1, _plain),
+    "ceval": HubDataset("ceval/ceval-exam", tuple(sorted(SUBJECTS)), ("val", "dev"), 2, _ceval),
 }
 
 
 def write_files(task: str, path: str, folder: Path) -> str:
-    """Write a dataset as the files of a task, and return the folder.
+    """Write a dataset as the files of a task and return the folder.
 
     Args:
         task: its name.
-        path: as given to `--task-data-path`, `hf:` and what follows.
-        folder: empty.
+        path: as given to `--task-data-path`: `hf:`, then a name on the hub, a local folder or nothing.
+        folder: an empty folder.
 
     Raises:
-        UsageError: the task has no such dataset, or `datasets` is not installed.
-        EvaluationError: it cannot be loaded, or lacks a column.
+        UsageError: the task has no dataset on the hub, or `datasets` is not installed.
+        EvaluationError: the dataset cannot be loaded, or lacks a column.
     """
     if task not in DATASETS:
         raise UsageError(
-            f"task_data_path={path}: no Hugging Face dataset of {task} with its original fields is known; give its own "
-            f"files. There is one for {', '.join(DATASETS)}"
+            f"task_data_path={path}: {task} has no Hugging Face dataset with the original fields; give its original "
+            f"files. hf: works for {', '.join(DATASETS)}"
         )
     dataset = DATASETS[task]
     name = path.removeprefix(PREFIX) or dataset.name
@@ -112,22 +112,24 @@ def write_files(task: str, path: str, folder: Path) -> str:
     return str(folder)
 
 
-def _load(name: str, config: str, split: str, needed: bool) -> Rows | None:
+def _load(name: str, config: str, split: str, needed: bool) -> HubRows | None:
     try:
         import datasets
     except ImportError:
-        raise UsageError('hf: needs datasets; install "ascendspeed-eval[datasets]"') from None
-    place = Path(name)
-    if not place.is_dir():
+        raise UsageError("hf: needs the package datasets: pip install 'ascendspeed-eval[datasets]'") from None
+    folder = Path(name)
+    if not folder.is_dir():
         try:
-            rows: Rows = datasets.load_dataset(name, config, split=split)
-        except Exception as error:  # noqa: BLE001 - any of a dozen libraries; the message is theirs
+            rows: HubRows = datasets.load_dataset(name, config, split=split)
+        except Exception as error:  # noqa: BLE001 - datasets raises errors of many libraries
             raise EvaluationError(f"dataset {name}, {config}, {split} cannot be loaded: {error}") from None
         return rows
-    files = sorted(place.glob(f"{config}/{split}*.parquet")) or sorted(place.glob(f"{split}*.parquet"))
+    files = sorted(folder.glob(f"{config}/{split}*.parquet")) or sorted(folder.glob(f"{split}*.parquet"))
     if not files and needed:
-        raise EvaluationError(f"{place} holds neither {config}/{split}*.parquet nor {split}*.parquet")
+        raise EvaluationError(f"{folder} has neither {config}/{split}*.parquet nor {split}*.parquet")
     if not files:
         return None
-    loaded: Rows = [row for file in files for row in datasets.Dataset.from_parquet(str(file), cache_dir=None)]
+    loaded: HubRows = [
+        row for file in files for row in datasets.Dataset.from_parquet(str(file), cache_dir=None)
+    ]
     return loaded

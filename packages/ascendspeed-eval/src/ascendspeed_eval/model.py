@@ -1,4 +1,4 @@
-"""What an evaluated model must do: text in; text or log-probability out. Backends fit this shape."""
+"""The interface of evaluated models and their backends: text in; text or log-probability out."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -8,12 +8,12 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True)
 class LoglikelihoodRequest:
-    """Score `continuation` as what follows `context`.
+    """Ask for the log-likelihood of `continuation` after `context`.
 
     Attributes:
-        context: what stands before.
-        continuation: what is scored.
-        shared_characters: beginning of `context` that other requests have too; a backend may compute it once.
+        context: text before the continuation.
+        continuation: text to score.
+        shared_characters: length of the prefix of `context` that other requests share; a backend may compute it once.
     """
 
     context: str
@@ -27,8 +27,8 @@ class LoglikelihoodResult:
 
     Attributes:
         logprob: natural logarithm of the continuation's probability.
-        is_greedy: greedy decoding would have produced it.
-        truncated_tokens: tokens of the context that did not fit.
+        is_greedy: whether greedy decoding gives the continuation.
+        truncated_tokens: tokens dropped from the start of the context to fit the model.
     """
 
     logprob: float
@@ -38,14 +38,14 @@ class LoglikelihoodResult:
 
 @dataclass(frozen=True)
 class GenerateRequest:
-    """Continue `prompt` by up to `max_new_tokens` tokens, ending before any of `stop`.
+    """Ask for up to `max_new_tokens` tokens after `prompt`, ending before any string of `stop`.
 
     Attributes:
-        prompt: what is continued.
-        max_new_tokens: at most so many.
-        stop: texts that end the answer and are cut off.
-        temperature: 0 takes the likeliest token; otherwise tokens are drawn.
-        seed: of the draws.
+        prompt: text to continue.
+        max_new_tokens: maximum number of new tokens.
+        stop: strings that end the answer; the answer does not include them.
+        temperature: 0 is greedy decoding; otherwise tokens are sampled.
+        seed: of sampling.
         shared_characters: as in `LoglikelihoodRequest`.
     """
 
@@ -62,9 +62,9 @@ class GenerateResult:
     """Answer to a `GenerateRequest`.
 
     Attributes:
-        text: what follows the prompt.
+        text: the generated text, without the prompt.
         finish_reason: `stop` or `length`.
-        truncated_tokens: tokens of the prompt that did not fit.
+        truncated_tokens: tokens dropped from the start of the prompt to fit the model.
     """
 
     text: str
@@ -74,7 +74,7 @@ class GenerateResult:
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """What stands in the report about a model.
+    """What a report says about a model.
 
     Attributes:
         name: as the user knows it.
@@ -90,18 +90,18 @@ class ModelDescription:
 
 
 class EvaluatedModel(Protocol):
-    """A model that answers requests; answers come in the order of the requests."""
+    """A model that handles requests and returns results in their order."""
 
     def describe(self) -> ModelDescription:
-        """Say which model this is."""
+        """Return the name, size and fingerprint of the model."""
         ...
 
     def loglikelihood(self, requests: Sequence[LoglikelihoodRequest]) -> Sequence[LoglikelihoodResult]:
-        """Score continuations."""
+        """Return the log-likelihood of each continuation."""
         ...
 
     def generate(self, requests: Sequence[GenerateRequest]) -> Sequence[GenerateResult]:
-        """Continue prompts."""
+        """Generate a text after each prompt."""
         ...
 
 
@@ -113,7 +113,7 @@ class BackendOption:
         name: with underscores; the flag has dashes.
         type: `str`, `int`, `float` or `bool`.
         help: for `--help`.
-        flags: further spellings.
+        flags: other spellings of the flag.
     """
 
     name: str
@@ -123,14 +123,16 @@ class BackendOption:
 
 
 class Backend(Protocol):
-    """What an entry point of the group `ascendspeed_eval.backends` names: a light object, no model yet.
+    """A source of models, offered as an entry point of the group `ascendspeed_eval.backends`.
 
-    An exception with an integer attribute `exit_code` is shown to the user as one line, with that exit status.
+    Importing a backend must not load a model or a model library; `open` does.
+
+    The command line shows an exception with an integer `exit_code` as one line and exits with that status.
 
     Attributes:
         name: of the backend.
         summary: one line.
-        options: what it adds to the command line; only options that were given are handed on.
+        options: its command-line options; methods receive only those that the user gave.
     """
 
     name: str
@@ -138,21 +140,21 @@ class Backend(Protocol):
     options: Sequence[BackendOption]
 
     def claims(self, options: Mapping[str, Any]) -> bool:
-        """Tell whether these options ask for this backend."""
+        """Return whether these options choose this backend."""
         ...
 
     def launch(self, options: Mapping[str, Any], arguments: Sequence[str]) -> bool:
-        """Run the whole command again in several processes if the options ask for it.
+        """Start the whole command again in several processes if the options ask for that.
 
         Args:
             options: of this backend.
             arguments: the command line after `asd-eval`.
 
         Returns:
-            Whether that was done; then this process has nothing left to do.
+            Whether other processes ran the command, so that this process must stop.
         """
         ...
 
     def open(self, options: Mapping[str, Any]) -> AbstractContextManager[EvaluatedModel | None]:
-        """Load the model; `None` in a process that only served another one and is done."""
+        """Load the model; `None` in a process that only helped rank 0 and has finished."""
         ...

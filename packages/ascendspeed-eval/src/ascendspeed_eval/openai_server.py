@@ -1,4 +1,4 @@
-"""The backend for any server that speaks OpenAI's completions or chat completions."""
+"""The backend for servers with the OpenAI API: completions or chat completions."""
 
 import os
 import time
@@ -22,17 +22,17 @@ if TYPE_CHECKING:
     import httpx
 
 KEY_VARIABLE = "OPENAI_API_KEY"
-FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 30.0
-TRY_AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)
-MOST_STOPS = 4
-"""OpenAI's own limit; further stops are applied here."""
+MIN_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 0.5, 30.0
+RETRIED_STATUS_CODES = (408, 409, 425, 429, 500, 502, 503, 504)
+MAX_STOP_STRINGS = 4
+"""Limit of the OpenAI API; this client applies further stop strings itself."""
 
 Request = TypeVar("Request")
 Answer = TypeVar("Answer")
 
 
 class ServerModel:
-    """Ask a server, several requests at once.
+    """A model behind a server; several requests run at once.
 
     Args:
         client: connection; its base address ends in `/v1`.
@@ -47,16 +47,16 @@ class ServerModel:
         self._concurrency, self._retries = concurrency, retries
 
     def describe(self) -> ModelDescription:
-        """Name the model; a server says nothing of its weights."""
+        """Return the model's name; servers do not report size or weights."""
         return ModelDescription(
             self._name, details={"backend": "openai", "server": str(self._client.base_url), "api": self._api}
         )
 
     def loglikelihood(self, requests: Sequence[LoglikelihoodRequest]) -> list[LoglikelihoodResult]:
-        """Score continuations with `echo` and `logprobs`, which not every server offers."""
+        """Return log-likelihoods; the server must support `echo` with `logprobs`."""
         if self._api == "chat":
             raise UsageError(
-                "api=chat gives no log-likelihoods; choose --api completions, or a protocol that generates text"
+                "api=chat returns no log-likelihoods; choose --api completions, or a protocol that generates text"
             )
         return self._each(requests, self._score)
 
@@ -64,9 +64,9 @@ class ServerModel:
         """Continue prompts."""
         return self._each(requests, self._continue)
 
-    def _each(self, requests: Sequence[Request], ask: Callable[[Request], Answer]) -> list[Answer]:
+    def _each(self, requests: Sequence[Request], send: Callable[[Request], Answer]) -> list[Answer]:
         with ThreadPoolExecutor(self._concurrency) as pool:
-            return list(pool.map(ask, requests))
+            return list(pool.map(send, requests))
 
     def _score(self, request: LoglikelihoodRequest) -> LoglikelihoodResult:
         kept = len(request.context.rstrip())
@@ -86,14 +86,14 @@ class ServerModel:
             )
         except (KeyError, TypeError, ValueError):
             raise EvaluationError(
-                f"{self._client.base_url} gives no log-probabilities of the prompt (echo with logprobs); choose a "
+                f"{self._client.base_url} returns no log-probabilities of the prompt (echo with logprobs); choose a "
                 "protocol that generates text"
             ) from None
-        # A token that crosses the border counts to the continuation, as spaces at the end of the context do.
+        # A token that crosses the boundary belongs to the continuation; so do spaces at the end of the context.
         own = [one for one in tokens if one[0] + len(one[1]) > kept and one[0] < len(text)]
         if not own or any(value is None for _, _, value, _ in own):
             raise EvaluationError(
-                f"{self._client.base_url} gives no log-probability of {request.continuation!r}"
+                f"{self._client.base_url} returns no log-probability of {request.continuation!r}"
             )
         greedy = all(not top or value >= max(top.values()) for _, _, value, top in own)
         return LoglikelihoodResult(sum(value for _, _, value, _ in own), greedy, 0)
@@ -103,7 +103,7 @@ class ServerModel:
         if request.temperature:
             body["seed"] = request.seed
         if request.stop:
-            body["stop"] = list(request.stop[:MOST_STOPS])
+            body["stop"] = list(request.stop[:MAX_STOP_STRINGS])
         if self._api == "chat":
             body["messages"] = [{"role": "user", "content": request.prompt}]
             choice = self._post("chat/completions", body)["choices"][0]
@@ -116,18 +116,18 @@ class ServerModel:
         return GenerateResult(text, "length" if choice.get("finish_reason") == "length" else "stop")
 
     def _post(self, path: str, body: Mapping[str, Any]) -> Any:
-        """Ask, and ask again after a pause where that may help.
+        """Send a request; retry after a pause if the error may be temporary.
 
         Raises:
-            EvaluationError: no answer, or one that says what is wrong.
+            EvaluationError: the server does not answer, or answers with an error.
         """
         import httpx
 
-        pause, problem = FIRST_PAUSE_SECONDS, ""
+        pause, problem = MIN_PAUSE_SECONDS, ""
         for tries in range(self._retries + 1):
             if tries:
                 time.sleep(pause)
-                pause = min(pause * 2, LONGEST_PAUSE_SECONDS)
+                pause = min(pause * 2, MAX_PAUSE_SECONDS)
             try:
                 answer = self._client.post(path, json={"model": self._name, **body})
             except httpx.HTTPError as error:
@@ -136,16 +136,16 @@ class ServerModel:
             if answer.status_code == httpx.codes.OK:
                 return answer.json()
             problem = f"status {answer.status_code}: {answer.text[:200]}"
-            if answer.status_code not in TRY_AGAIN:
+            if answer.status_code not in RETRIED_STATUS_CODES:
                 break
-            pause = max(pause, _asked_pause(answer.headers.get("retry-after")))
+            pause = max(pause, _retry_after_seconds(answer.headers.get("retry-after")))
         raise EvaluationError(f"{self._client.base_url}{path}: {problem}")
 
 
-def _asked_pause(header: str | None) -> float:
-    """Return the seconds that a server asks to wait."""
+def _retry_after_seconds(header: str | None) -> float:
+    """Return the pause that a `Retry-After` header asks for, in seconds."""
     try:
-        return min(float(header or 0), LONGEST_PAUSE_SECONDS)
+        return min(float(header or 0), MAX_PAUSE_SECONDS)
     except ValueError:
         return 0.0
 
@@ -157,28 +157,32 @@ class ServerBackend:
     summary = "any OpenAI-compatible server"
     options: Sequence[BackendOption] = (
         BackendOption(
-            "base_url", str, f"Server, such as http://localhost:8000/v1; the key is read from {KEY_VARIABLE}."
+            "base_url",
+            str,
+            f"Address of the server, such as http://localhost:8000/v1; {KEY_VARIABLE} holds the API key.",
         ),
-        BackendOption("served_model", str, "Model, as the server knows it."),
-        BackendOption("api", str, "completions or chat. [default: completions]"),
-        BackendOption("concurrency", int, "Requests at once. [default: 8]"),
-        BackendOption("retries", int, "Further tries of a request. [default: 5]"),
-        BackendOption("timeout_seconds", float, "Longest wait for an answer. [default: 600]"),
+        BackendOption("served_model", str, "Name of the model on the server."),
+        BackendOption("api", str, "API to use: completions or chat. [default: completions]"),
+        BackendOption("concurrency", int, "Number of requests at once. [default: 8]"),
+        BackendOption("retries", int, "Retries of a failed request. [default: 5]"),
+        BackendOption("timeout_seconds", float, "Timeout of a request, in seconds. [default: 600]"),
     )
 
     def claims(self, options: Mapping[str, Any]) -> bool:
-        """Wanted when a server is named."""
+        """Return whether a server is given."""
         return "base_url" in options
 
     def launch(self, options: Mapping[str, Any], arguments: Sequence[str]) -> bool:
         """Check the options; one process is enough."""
         if "served_model" not in options:
-            raise UsageError("served_model is missing; give --served-model NAME, as the server knows it")
+            raise UsageError(
+                "served_model is missing; give --served-model NAME, the name of the model on the server"
+            )
         if options.get("api", "completions") not in ("completions", "chat"):
             raise UsageError(f"api={options['api']} is unknown; choose completions or chat")
         for name in ("concurrency", "timeout_seconds"):
             if options.get(name, 1) <= 0:
-                raise UsageError(f"{name}={options[name]} is not above 0; give a larger one")
+                raise UsageError(f"{name}={options[name]} is not above 0; give a larger value")
         return False
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""Progress of a run on stderr: a line that renews itself on a terminal, plain lines in a log."""
+"""Progress of a run on stderr: one updating line on a terminal, plain lines in a log."""
 
 import sys
 import time
@@ -15,9 +15,9 @@ class Progress:
     """Count samples towards a total.
 
     Args:
-        what: what is being done.
-        total: samples in all.
-        done: samples that an earlier run has done.
+        what: label of the line, such as the task.
+        total: number of samples.
+        done: samples that an earlier run finished.
     """
 
     def __init__(self, what: str, total: int, done: int) -> None:

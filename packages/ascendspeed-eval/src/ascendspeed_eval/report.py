@@ -1,4 +1,4 @@
-"""Say what was measured, in Markdown, with what produced each number."""
+"""The report of a run in Markdown: scores, and everything that produced them."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,29 +7,29 @@ from typing import Any
 
 from ascendspeed_eval.errors import EvaluationError
 from ascendspeed_eval.report_html import html_report
-from ascendspeed_eval.tasks.base import Scored
+from ascendspeed_eval.tasks.base import ScoredSample
 
-TOY_PARAMETERS = 100_000_000
+TOY_MODEL_PARAMETERS = 100_000_000
 REPORT, REPORT_HTML = "report.md", "report.html"
 
 
 def warnings(results: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what a reader of the scores must know."""
+    """Yield what a reader must know to interpret the scores."""
     parameters = results["model"]["num_parameters"]
-    if parameters is not None and parameters < TOY_PARAMETERS:
+    if parameters is not None and parameters < TOY_MODEL_PARAMETERS:
         yield (
-            f"This is a toy model ({parameters:,} parameters): its scores say nothing about ability, only that "
-            "everything runs."
+            f"This is a toy model ({parameters:,} parameters): its scores show that everything runs, not what a model "
+            "can do."
         )
     for name, task in results["tasks"].items():
         if task["truncated_samples"]:
-            yield f"{name}: {task['truncated_samples']} prompts did not fit and lost their beginning."
+            yield f"{name}: {task['truncated_samples']} prompts were too long and lost their beginning."
         unlabelled = task["num_samples"] - task["num_scored"]
         if unlabelled:
-            yield f"{name}: {unlabelled} questions have no labels and no score; submission.json holds the answers."
+            yield f"{name}: {unlabelled} questions have no labels and so no score; submission.json has the answers."
         best = max(task["baselines"].values(), default=None)
         if best is not None and task["num_scored"] and task["confidence_interval_95"][0] <= best:
-            yield f"{name}: the score is not clearly above {best:.3f}, which needs no model."
+            yield f"{name}: the score is not significantly above {best:.3f}, a score without a model."
 
 
 def markdown(results: Mapping[str, Any]) -> str:
@@ -38,13 +38,13 @@ def markdown(results: Mapping[str, Any]) -> str:
     size = f", {model['num_parameters']:,} parameters" if model["num_parameters"] else ""
     lines = [f"# {_plain(model['name'])}{size}", ""]
     lines += [f"> {warning}" for warning in warnings(results)]
-    lines += ["", *_table(_rows([("", results)])), ""]
+    lines += ["", *_table(_score_rows([("", results)])), ""]
     for name, task in results["tasks"].items():
         default = " (the default)" if task["is_default_protocol"] else ""
         lines.append(f"- {name}, protocol `{task['protocol']}`{default}: {task['protocol_summary']}.")
         lines += [f"- metrics: {', '.join(f'{key} {value:.4f}' for key, value in task['metrics'].items())}"]
         lines += [f"- answers: {task['answers']}"] if task["answers"] else []
-        lines += ["", *_table(_parts(task)), ""] if len(task["subsets"]) > 1 else []
+        lines += ["", *_table(_groups_and_subsets(task)), ""] if len(task["subsets"]) > 1 else []
         lines += (
             ["", "Published scores:", "", *_table(_references(task)), ""] if task["reference_scores"] else []
         )
@@ -53,7 +53,7 @@ def markdown(results: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_report(folder: Path, results: Mapping[str, Any], scored: Sequence[Scored]) -> None:
+def write_report(folder: Path, results: Mapping[str, Any], scored: Sequence[ScoredSample]) -> None:
     """Write `report.md` and `report.html`."""
     (folder / REPORT).write_text(markdown(results), encoding="utf-8")
     page = html_report(results, list(warnings(results)), scored)
@@ -64,7 +64,7 @@ def read_results(folder: Path) -> dict[str, Any]:
     """Return the `results.json` of a run.
 
     Raises:
-        EvaluationError: it is not there.
+        EvaluationError: the file does not exist.
     """
     path = folder / "results.json"
     if not path.is_file():
@@ -73,10 +73,10 @@ def read_results(folder: Path) -> dict[str, Any]:
     return results
 
 
-def joined(folders: Sequence[Path]) -> str:
-    """Return one table of several runs, and the published scores of their tasks."""
+def join_runs(folders: Sequence[Path]) -> str:
+    """Return one Markdown table of several runs, and the published scores of their tasks."""
     runs = [(folder.name, read_results(folder)) for folder in folders]
-    lines = _table(_rows(runs))
+    lines = _table(_score_rows(runs))
     shown: dict[str, Mapping[str, Any]] = {}
     for _, results in runs:
         shown.update(results["tasks"])
@@ -87,7 +87,7 @@ def joined(folders: Sequence[Path]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _rows(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> list[list[str]]:
+def _score_rows(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> list[list[str]]:
     rows = [
         [
             "run", "model", "task", "protocol", "metric", "score", "95 % interval", "macro", "samples",
@@ -115,7 +115,7 @@ def _rows(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> list[list[str]]:
     return rows
 
 
-def _parts(task: Mapping[str, Any]) -> list[list[str]]:
+def _groups_and_subsets(task: Mapping[str, Any]) -> list[list[str]]:
     rows = [["part", "score", "macro", "samples"]]
     for name, part in task["groups"].items():
         rows.append(
@@ -139,7 +139,7 @@ def _references(task: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _plain(text: str) -> str:
-    """Keep a name from being read as Markdown."""
+    """Escape Markdown in a name."""
     return (
         "".join("\\" + c if c in "\\`*_[]<>|#" else c for c in text)
         if any(c in text for c in "`*[]<>|")

@@ -1,13 +1,13 @@
-"""The report as one HTML page that needs nothing else: tables, a picture, and samples as plain text."""
+"""The report as one self-contained HTML page: tables, a bar chart, and samples as plain text."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from ascendspeed_eval.tasks.base import Scored
+from ascendspeed_eval.tasks.base import ScoredSample
 
-SAMPLES_SHOWN = 20
-LONGEST_TEXT = 4000
+MAX_SAMPLES = 20
+MAX_CHARACTERS = 4000
 BAR_HEIGHT, LABEL_WIDTH, BAR_WIDTH = 18, 260, 420
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 62rem; padding: 0 1rem; color: #1c2733; }
@@ -20,15 +20,15 @@ pre { max-height: 20rem; overflow: auto; }
 """
 
 
-def html_report(results: Mapping[str, Any], notes: Sequence[str], scored: Sequence[Scored]) -> str:
-    """Return the page; whatever a model or a file said is shown as text."""
+def html_report(results: Mapping[str, Any], notes: Sequence[str], scored: Sequence[ScoredSample]) -> str:
+    """Return the page; all text of models and files is escaped."""
     model = results["model"]
     size = f"{model['num_parameters']:,} parameters" if model["num_parameters"] else "size unknown"
     parts = [f"<h1>{escape(model['name'])}</h1><p>{size}</p>"]
     parts += [f'<p class="note">{escape(note)}</p>' for note in notes]
     for name, task in results["tasks"].items():
         parts.append(_task(name, task))
-    parts.append("<h2>Samples</h2>" + "".join(_sample(one) for one in scored[:SAMPLES_SHOWN]))
+    parts.append("<h2>Samples</h2>" + "".join(_sample(one) for one in scored[:MAX_SAMPLES]))
     parts.append(f"<p>{len(scored)} in all; samples.jsonl has every one.</p>")
     parts.append("<h2>What produced these numbers</h2>" + _pairs({**results["run"], **model["details"]}))
     return (
@@ -55,15 +55,15 @@ def _task(name: str, task: Mapping[str, Any]) -> str:
     lines.append(_table(["metric", "value"], [[key, f"{value:.4f}"] for key, value in shown.items()]))
     if len(task["subsets"]) > 1:
         bars = {**{f"[{key}]": part for key, part in task["groups"].items()}, **task["subsets"]}
-        lines.append(_picture(bars, task["baselines"].get("chance")))
+        lines.append(_bar_chart(bars, task["baselines"].get("chance")))
     if task["reference_scores"]:
         rows = [[model, source, f"{value:.3f}"] for model, source, value in task["reference_scores"]]
         lines.append("<p>Published scores</p>" + _table(["model", "source", "score"], rows))
     return "".join(lines)
 
 
-def _picture(parts: Mapping[str, Mapping[str, Any]], chance: float | None) -> str:
-    """Draw a bar with its standard error for every part."""
+def _bar_chart(parts: Mapping[str, Mapping[str, Any]], chance: float | None) -> str:
+    """Draw a bar with its standard error for each group and subset."""
     height = BAR_HEIGHT * len(parts) + 24
     lines = [
         f'<svg viewBox="0 0 {LABEL_WIDTH + BAR_WIDTH + 90} {height}" width="100%" role="img" '
@@ -90,7 +90,7 @@ def _picture(parts: Mapping[str, Mapping[str, Any]], chance: float | None) -> st
     return "".join(lines) + "</svg>"
 
 
-def _sample(one: Scored) -> str:
+def _sample(one: ScoredSample) -> str:
     score = next(iter(one.scores.values()), None)
     kind = "right" if score == 1 else "wrong"
     if one.choices:
@@ -109,11 +109,11 @@ def _sample(one: Scored) -> str:
 
 
 def _cut(text: str) -> str:
-    """Keep the end of a long text, where question and answer are, and say so."""
+    """Keep the end of a long text, which has question and answer; say how much is missing."""
     return (
         text
-        if len(text) <= LONGEST_TEXT
-        else f"[{len(text) - LONGEST_TEXT} characters before]{text[-LONGEST_TEXT:]}"
+        if len(text) <= MAX_CHARACTERS
+        else f"[{len(text) - MAX_CHARACTERS} earlier characters]{text[-MAX_CHARACTERS:]}"
     )
 
 

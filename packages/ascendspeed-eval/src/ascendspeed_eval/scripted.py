@@ -35,7 +35,7 @@ class ScriptedModel:
         return ModelDescription(name=self._name, details={"backend": "scripted"})
 
     def loglikelihood(self, requests: Sequence[LoglikelihoodRequest]) -> list[LoglikelihoodResult]:
-        """Look continuations up."""
+        """Look up the continuations."""
         results = []
         for request in requests:
             logprobs = self._find(request.context).get("logprobs", {})
@@ -44,7 +44,7 @@ class ScriptedModel:
         return results
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[GenerateResult]:
-        """Look texts up."""
+        """Look up the texts."""
         return [
             GenerateResult(str(self._find(request.prompt).get("text", "")), "stop") for request in requests
         ]
@@ -54,7 +54,7 @@ class ScriptedModel:
             if answer.get("contains", "") in prompt:
                 return answer
         raise EvaluationError(
-            f"{self._name} has no answer for a prompt that ends in {prompt[-60:]!r}; add a line"
+            f"{self._name} has no answer for the prompt that ends in {prompt[-60:]!r}; add a line"
         )
 
 
@@ -64,11 +64,11 @@ class ScriptedBackend:
     name = "scripted"
     summary = "answers from a file"
     options: Sequence[BackendOption] = (
-        BackendOption("scripted_answers", str, "JSON lines with the answers of a made-up model."),
+        BackendOption("scripted_answers", str, "JSON lines with the answers of a scripted model, for tests."),
     )
 
     def claims(self, options: Mapping[str, Any]) -> bool:
-        """Wanted when a file is given."""
+        """Return whether a file is given."""
         return "scripted_answers" in options
 
     def launch(self, options: Mapping[str, Any], arguments: Sequence[str]) -> bool:

@@ -1,4 +1,4 @@
-"""How sure a score is."""
+"""Standard errors, confidence intervals and significance tests of scores."""
 
 from collections.abc import Sequence
 from math import comb, fsum, sqrt
@@ -48,7 +48,7 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """Return the p-value of the exact McNemar test: whether two runs that disagree so often differ by chance."""
+    """Return the p-value of the exact McNemar test: small if two runs differ by more than chance."""
     disagreements = only_first + only_second
     if disagreements == 0:
         return 1.0

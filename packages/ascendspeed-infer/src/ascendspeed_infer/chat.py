@@ -7,7 +7,7 @@ from ascendspeed_data.chat_template import Message
 from ascendspeed_data.command_line import log
 from ascendspeed_data.errors import AscendSpeedError, ConfigError
 from ascendspeed_data.manifest import DatasetManifest
-from ascendspeed_data.prompting import NAMES, PromptLayout, layout_named, recorded_layout
+from ascendspeed_data.prompting import LAYOUT_NAMES, PromptLayout, layout_named, recorded_layout
 from ascendspeed_data.tokenizer import Tokenizer
 from ascendspeed_infer.config import AnswerConfig
 from ascendspeed_infer.requests import StreamedText
@@ -136,7 +136,7 @@ def choose_layout(
         return layout_named("tokenizer", tokenizer)
     raise ConfigError(
         f"neither {source.path} nor its tokenizer says how a conversation is laid out; give --chat-template, one of "
-        f"{', '.join(NAMES)} or a Jinja file (plain joins the texts as they are)"
+        f"{', '.join(LAYOUT_NAMES)} or a Jinja file (plain joins the texts as they are)"
     )
 
 

@@ -1,6 +1,6 @@
-"""What all AscendSpeed commands share: lazy commands, options made from configs, errors as one line.
+"""Shared by all AscendSpeed commands: lazy commands, options from configs, progress, errors as one line.
 
-`options` is not imported here: it needs pydantic, which `--help` of an application must not pay for.
+`options` is not imported here, because it imports pydantic and would slow `--help` down.
 """
 
 from ascendspeed_data.command_line.app import Command, build_app, run_app

@@ -1,8 +1,8 @@
-"""Command-line options made from the fields of a pydantic config: one definition per option.
+"""Command-line options from the fields of a pydantic config: one definition per option.
 
-A field carries its help, default, range and, under `json_schema_extra={"flags": [...]}`, further spellings. The
-option of field `micro_batch_size` is `--micro-batch-size`. Options that were not given stay out of the result, so
-that a TOML file can be told apart from a flag.
+A field has the help, default and range of its option, and other spellings in `json_schema_extra={"flags": [...]}`.
+The option of the field `micro_batch_size` is `--micro-batch-size`. The result has only options that were given, so
+that flags can override a TOML file.
 """
 
 import inspect
@@ -21,8 +21,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def options_from(*configs: type[BaseModel]) -> Callable[[Function], Function]:
     """Add an option for each field of `configs` to a Typer command.
 
-    The command must take `**options`: it receives the options that were given, by field name. A field whose
-    type is itself a config is walked into; names must therefore be unique across all of them.
+    The command must accept `**options`: the options that were given, by field name. Fields of nested configs become
+    options too, so field names must be unique across all configs.
     """
 
     def decorate(function: Function) -> Function:
@@ -54,7 +54,7 @@ def options_from(*configs: type[BaseModel]) -> Callable[[Function], Function]:
 
 
 def given_options(arguments: dict[str, Any], always: set[str]) -> dict[str, Any]:
-    """Drop the options that were not given; those named in `always` stay."""
+    """Return the options that were given, and those named in `always`."""
     return {
         name: value
         for name, value in arguments.items()
@@ -63,14 +63,14 @@ def given_options(arguments: dict[str, Any], always: set[str]) -> dict[str, Any]
 
 
 def walk_fields(*configs: type[BaseModel]) -> list[tuple[str, FieldInfo, str]]:
-    """List (name, field, section) of every leaf field, walking into nested configs, whose names are the sections."""
+    """Return (name, field, section) of every field; the section of a nested config is its name."""
     return [found for config in configs for found in _walk(config, config.__name__)]
 
 
 def _walk(config: type[BaseModel], section: str) -> list[tuple[str, FieldInfo, str]]:
     found: list[tuple[str, FieldInfo, str]] = []
     for name, field in config.model_fields.items():
-        inner = _bare(field.annotation)
+        inner = _without_content(field.annotation)
         if isinstance(inner, type) and issubclass(inner, BaseModel):
             found += _walk(inner, f"[{name}]")
         elif not (isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("internal")):
@@ -78,8 +78,8 @@ def _walk(config: type[BaseModel], section: str) -> list[tuple[str, FieldInfo, s
     return found
 
 
-def _bare(annotation: Any) -> Any:
-    """Strip `| None`."""
+def _without_content(annotation: Any) -> Any:
+    """Remove `| None` from a type."""
     if get_origin(annotation) in (Union, types.UnionType):
         kept = [a for a in get_args(annotation) if a is not type(None)]
         if len(kept) == 1:
@@ -88,7 +88,7 @@ def _bare(annotation: Any) -> Any:
 
 
 def _option_type(field: FieldInfo) -> Any:
-    bare = _bare(field.annotation)
+    bare = _without_content(field.annotation)
     if get_origin(bare) in (tuple, list):
         return list[get_args(bare)[0]] | None  # type: ignore[misc]
     if get_origin(bare) is Literal or bare in (int, float, str, bool, Path):
@@ -99,7 +99,8 @@ def _option_type(field: FieldInfo) -> Any:
 def _option(name: str, field: FieldInfo, section: str) -> Any:
     spellings = ["--" + name.replace("_", "-"), *further_flags(field)]
     extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
-    if _bare(field.annotation) is bool:
+    bare = _without_content(field.annotation)
+    if bare is bool:
         off = extra.get("off", "--no-" + name.replace("_", "-"))
         spellings = [
             f"{spelling}/{off}" if i == 0 and off else spelling for i, spelling in enumerate(spellings)

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, plain lines in a log. All of it goes to stderr."""
+"""Progress of long work on stderr: a bar on a terminal, plain lines in a log."""
 
 import sys
 import time
@@ -13,14 +13,14 @@ def log(message: str) -> None:
 
 
 class Progress:
-    """Count towards a total and show it.
+    """Show the progress towards a total.
 
     Args:
-        what: what is being done, `"tokenizing"`.
-        total: amount at the end, or `None` when it is not known.
-        unit: of the amount, `"documents"`.
-        seconds_between_lines: pause between two lines when stderr is no terminal.
-        quiet: show nothing (ranks other than the first).
+        what: label, such as `"tokenizing"`.
+        total: final amount, or `None` if it is unknown.
+        unit: unit of the amount, such as `"documents"`.
+        seconds_between_lines: minimum time between two lines if stderr is not a terminal.
+        quiet: show nothing, for ranks other than 0.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Progress:
             self._bar = tqdm(total=total, unit=" " + unit, desc=what, file=sys.stderr, unit_scale=True)
 
     def advance(self, amount: int = 1, note: str = "") -> None:
-        """Add `amount`; `note` is shown beside the count (a loss, a file name)."""
+        """Add `amount`; show `note` next to the count (a loss, a file name)."""
         self.done += amount
         if self._bar is not None:
             if note:

@@ -11,7 +11,7 @@ from ascendspeed_data.handlers import all_handlers, kind_of
 def handlers_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list.")] = False,
 ) -> None:
-    """List the handlers: what they make of which columns, with an example."""
+    """List the handlers with their columns, what they make of a record, and an example."""
     rows = [
         {
             "name": handler.name,

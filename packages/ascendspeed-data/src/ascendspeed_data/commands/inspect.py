@@ -15,10 +15,10 @@ from ascendspeed_data.errors import ConfigError
 from ascendspeed_data.manifest import check_tokenizer
 from ascendspeed_data.statistics import draw_histogram, histogram_lines, length_statistics
 from ascendspeed_data.tokenizer import Tokenizer, load_tokenizer
-from ascendspeed_data.verify import verify
+from ascendspeed_data.verify import verify_dataset
 
 PAIR = ("chosen", "rejected")
-LEARNED, PLAIN, MASKED = "\x1b[32m", "\x1b[0m", "\x1b[2m"
+TRAINED, RESET, UNTRAINED = "\x1b[32m", "\x1b[0m", "\x1b[2m"
 
 
 def inspect_command(
@@ -28,21 +28,23 @@ def inspect_command(
             help="Prefix of a dataset, or a blend: WEIGHT PREFIX WEIGHT PREFIX ...", metavar="PREFIX"
         ),
     ],
-    documents: Annotated[int, typer.Option(min=0, help="Documents to show.")] = 2,
-    first: Annotated[int, typer.Option(min=0, help="Number of the first document to show.")] = 0,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to show of each sequence.")] = 64,
+    documents: Annotated[int, typer.Option(min=0, help="Number of documents to show.")] = 2,
+    first: Annotated[int, typer.Option(min=0, help="Index of the first document to show.")] = 0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Number of tokens to show per sequence.")] = 64,
     tokenizer_name_or_path: Annotated[
-        Path | None, typer.Option(help="Tokenizer that made the data; shows text beside the ids.")
+        Path | None, typer.Option(help="Tokenizer of the dataset; shows the text of the ids.")
     ] = None,
-    stats: Annotated[bool, typer.Option("--stats", help="Show a histogram of lengths.")] = False,
-    png: Annotated[Path | None, typer.Option(help="Write the histogram as a picture.")] = None,
+    stats: Annotated[bool, typer.Option("--stats", help="Show a histogram of sequence lengths.")] = False,
+    png: Annotated[Path | None, typer.Option(help="Write the histogram to this PNG file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     color: Annotated[
         bool | None,
-        typer.Option("--color/--no-color", help="Learned tokens in green. [default: on a terminal]"),
+        typer.Option(
+            "--color/--no-color", help="Show trained tokens in green. [default: only on a terminal]"
+        ),
     ] = None,
 ) -> None:
-    """Show what a dataset holds: its counts, what made it, its documents with the learned tokens in colour."""
+    """Show the counts, the manifest and some documents of a dataset, with the trained tokens in colour."""
     if len(data_path) > 1:
         _show_blend(data_path, as_json)
         return
@@ -54,7 +56,9 @@ def inspect_command(
             check_tokenizer(dataset.manifest, tokenizer, str(dataset.prefix))
     count = len(dataset.ids.documents) - 1
     if first and first >= count:
-        raise ConfigError(f"first={first} is beyond the last of {count:,} documents, number {count - 1}")
+        raise ConfigError(
+            f"first={first} is too large: the dataset has {count:,} documents; give at most {count - 1}"
+        )
     shown = [
         _document(dataset, number, max_tokens, tokenizer)
         for number in range(first, min(first + documents, count))
@@ -82,7 +86,7 @@ def inspect_command(
 
 
 def _document(dataset: Dataset, number: int, max_tokens: int, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """Describe a document; one of a single sequence shows it without a level more."""
+    """Describe a document; a document with one sequence has no list of sequences."""
     start, end = (int(edge) for edge in dataset.ids.documents[number : number + 2])
     sequences = []
     for sequence in range(start, end):
@@ -93,7 +97,7 @@ def _document(dataset: Dataset, number: int, max_tokens: int, tokenizer: Tokeniz
             described["attention_mask"] = dataset.attended(sequence)[:max_tokens].tolist()
         if tokenizer is not None:
             described["text"] = tokenizer.decode(ids)
-            described["pieces"] = tokenizer.pieces(ids)
+            described["pieces"] = tokenizer.convert_ids_to_tokens(ids)
         sequences.append(described)
     if dataset.is_pairs:
         return {"document": number, **dict(zip(PAIR, sequences, strict=True))}
@@ -108,31 +112,29 @@ def _print_document(document: dict[str, Any], has_labels: bool, colored: bool) -
         part = f", sequence {number + 1} of {len(sequences)}" if len(sequences) > 1 else ""
         part = f", {PAIR[number]}" if is_pair else part
         print(f"document {document['document']}{part} ({sequence['num_tokens']} tokens): {sequence['ids']}")
-        trained = sequence.get("trained", [1] * len(sequence["ids"]))
+        flags = sequence.get("trained", [1] * len(sequence["ids"]))
         if has_labels:
-            print(
-                f"  learned {sum(trained)}: {_spans(trained)}; attention {_spans(sequence['attention_mask'])}"
-            )
+            print(f"  trained {sum(flags)}: {_spans(flags)}; attention {_spans(sequence['attention_mask'])}")
         if "pieces" not in sequence:
             continue
         if not has_labels:
             print(f"  {sequence['text']!r}")
         elif colored:
             words = [
-                f"{LEARNED if learned else MASKED}{piece}{PLAIN}"
-                for piece, learned in zip(sequence["pieces"], trained, strict=True)
+                f"{TRAINED if trained else UNTRAINED}{token}{RESET}"
+                for token, trained in zip(sequence["pieces"], flags, strict=True)
             ]
             print("  " + "".join(words))
         else:
             words = [
-                f"[{piece}]" if learned else piece
-                for piece, learned in zip(sequence["pieces"], trained, strict=True)
+                f"[{token}]" if trained else token
+                for token, trained in zip(sequence["pieces"], flags, strict=True)
             ]
             print("  " + "".join(words))
 
 
 def _spans(flags: list[int]) -> str:
-    """Return where flags are set, `3-7, 9-12`, as places of tokens."""
+    """Return the ranges of positions with a set flag, such as `3-7, 9-12`."""
     edges = np.flatnonzero(np.diff([0, *flags, 0]))
     return (
         ", ".join(f"{begin}-{end - 1}" for begin, end in zip(edges[::2], edges[1::2], strict=True)) or "none"
@@ -160,23 +162,23 @@ def _show_blend(words: list[str], as_json: bool) -> None:
         print(
             f"{row['share']:>7.1%} {row['num_tokens']:>15,} {row['num_documents']:>12,} {row['epochs']:>8.2f}  "
             f"{row['prefix']}"
-            + ("" if row["tokenizer"] else " (no manifest: its tokenizer cannot be checked)")
+            + ("" if row["tokenizer"] else " (no manifest, so its tokenizer cannot be checked)")
         )
-    print(
-        "epochs: how often each is seen until the blend has been seen for as many tokens as all of it holds"
-    )
+    print("epochs: passes over each dataset while training reads as many tokens as the whole blend has")
 
 
 def verify_command(
     prefix: Annotated[Path, typer.Argument(help="Prefix of a dataset.")],
     quick: Annotated[
-        bool, typer.Option("--quick", help="Leave out what reads every byte: hashes and ids.")
+        bool, typer.Option("--quick", help="Skip the checks that read every byte: hashes and ids.")
     ] = False,
 ) -> None:
-    """Prove a dataset whole: index, pointers, ids within the vocabulary, labels, counts and hashes."""
+    """Check that a dataset is complete and undamaged: index, ids, labels, counts and hashes."""
     dataset = open_dataset(prefix)
     if dataset.manifest is None:
-        log(f"{prefix}: no manifest; counts, hashes and vocabulary cannot be compared")
-    verify(dataset, quick)
+        log(f"{prefix} has no manifest, so counts, hashes and vocabulary cannot be checked")
+    verify_dataset(dataset, quick)
     info = dataset.ids.info
-    print(f"{prefix}: whole; {info.num_documents:,} documents, {info.num_tokens:,} tokens, {info.format}")
+    print(
+        f"{prefix} is complete: {info.num_documents:,} documents, {info.num_tokens:,} tokens, {info.format}"
+    )

@@ -6,53 +6,61 @@ from typing import Annotated
 import typer
 
 from ascendspeed_data.command_line import log
-from ascendspeed_data.job import PreprocessJob
 from ascendspeed_data.manifest import DatasetManifest
-from ascendspeed_data.preprocess import check_options, preprocess
+from ascendspeed_data.preprocess import check_options, preprocess_dataset
+from ascendspeed_data.preprocessing.job import PreprocessJob
 
 
 def preprocess_command(
     output_prefix: Annotated[
         Path,
         typer.Option(
-            help="Writes <prefix>_<column>_document.bin, .idx, .manifest.json; of samples three arrays as "
-            "<prefix>_packed_<array>_document."
+            help="Text becomes <prefix>_<column>_document.bin, .idx and .manifest.json; samples become three "
+            "arrays <prefix>_packed_<array>_document."
         ),
     ],
     tokenizer_name_or_path: Annotated[
-        Path, typer.Option(help="Tokenizer folder, tokenizer.json, or SentencePiece model.")
+        Path, typer.Option(help="Tokenizer folder, tokenizer.json or SentencePiece model.")
     ],
     input: Annotated[
         list[str] | None,
         typer.Option(
-            help="Files, folders or globs: jsonl, json, csv, txt, each also .gz or .zst; parquet, arrow."
+            help="Files, folders or globs: jsonl, json, csv, txt (also .gz or .zst), parquet, arrow."
         ),
     ] = None,
     tokenizer_type: Annotated[
-        str, typer.Option(help="PretrainedFromHF, or SentencePieceTokenizer to insist on tokenizer.model.")
+        str, typer.Option(help="PretrainedFromHF, or SentencePieceTokenizer to require tokenizer.model.")
     ] = "PretrainedFromHF",
     tokenizer_not_use_fast: Annotated[
         bool,
         typer.Option(
             "--tokenizer-not-use-fast",
-            help="Leave gigatoken out: several times slower, the ids are the same.",
+            help="Do not use gigatoken; this is several times slower and gives the same ids.",
         ),
     ] = False,
     json_key: Annotated[
         list[str] | None,
-        typer.Option("--json-key", "--json-keys", help="Columns; one dataset each. [default: text]"),
+        typer.Option(
+            "--json-key",
+            "--json-keys",
+            help="Columns to tokenize; one dataset each. [default: text]",
+        ),
     ] = None,
     handler_name: Annotated[
         str,
-        typer.Option(help="How a record becomes documents: a name of `asd-data handlers`, or module:Class."),
+        typer.Option(
+            help="Turns records into documents or samples: a name of `asd-data handlers`, or module:Class."
+        ),
     ] = "GeneralPretrainHandler",
     hf_datasets_params: Annotated[
         Path | None,
-        typer.Option(help="JSON file with arguments of datasets.load_dataset; takes the place of --input."),
+        typer.Option(help="JSON file with arguments of datasets.load_dataset; replaces --input."),
     ] = None,
     streaming: Annotated[
         bool,
-        typer.Option("--streaming", help="Stream the dataset of --hf-datasets-params; files always are."),
+        typer.Option(
+            "--streaming", help="Stream the dataset of --hf-datasets-params; --input always streams."
+        ),
     ] = False,
     append_eod: Annotated[
         bool,
@@ -60,33 +68,40 @@ def preprocess_command(
     ] = True,
     seq_length: Annotated[
         int | None,
-        typer.Option(min=2, help="Tokens of a training sequence; with --pack the length that is filled."),
+        typer.Option(
+            min=2, help="Length of training sequences in tokens; --pack fills sequences of this length."
+        ),
     ] = None,
     pack: Annotated[
-        bool, typer.Option("--pack", help="Fill sequences of --seq-length from several samples.")
+        bool, typer.Option("--pack", help="Pack several samples into each sequence of --seq-length.")
     ] = False,
     chat_template: Annotated[
-        Path | None, typer.Option(help="File with a chat template in place of the tokenizer's own.")
+        Path | None, typer.Option(help="File with a chat template to use instead of the tokenizer's.")
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Processes; the output does not depend on it.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Number of processes; does not change the output.")] = 1,
     shard_size: Annotated[
-        int, typer.Option(min=1, help="KiB of input in one piece of work; the output does not depend on it.")
+        int,
+        typer.Option(min=1, help="KiB of input that a process takes at a time; does not change the output."),
     ] = 4096,
-    dataset_impl: Annotated[str, typer.Option(help="Layout of the files; mmap is the only one.")] = "mmap",
+    dataset_impl: Annotated[str, typer.Option(help="File format; only mmap is supported.")] = "mmap",
     log_interval: Annotated[
-        int, typer.Option(min=1, help="Documents between two lines of progress, ten seconds apart at least.")
+        int,
+        typer.Option(
+            min=1,
+            help="Minimum number of documents (and ten seconds) between two progress lines.",
+        ),
     ] = 100,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace outputs that exist; discard an unfinished run.")
+        bool, typer.Option("--overwrite", help="Replace existing outputs and discard an interrupted run.")
     ] = False,
 ) -> None:
-    """Tokenize text into the .bin/.idx files that training reads, with a manifest of what made them.
+    """Tokenize text into .bin/.idx files for training, with a manifest.
 
-    After a crash the same command goes on where the run was cut off.
+    Run the same command again to resume an interrupted run.
     """
     check_options(dataset_impl)
     if hf_datasets_params is not None and input:
-        log("--input is not read: --hf-datasets-params names the data")
+        log("--input has no effect, because --hf-datasets-params is given")
     job = PreprocessJob(
         inputs=tuple(input or ()),
         output_prefix=output_prefix,
@@ -105,8 +120,8 @@ def preprocess_command(
         shard_bytes=shard_size << 10,
         overwrite=overwrite,
     )
-    for key, manifest in preprocess(job, log_interval).items():
-        prefix = job.prefix_of(key) if key else job.packed_prefix("*")
+    for key, manifest in preprocess_dataset(job, log_interval).items():
+        prefix = job.column_prefix(key) if key else job.packed_prefix("*")
         log(f"wrote {prefix}.bin: {summary(manifest)}")
 
 
@@ -119,20 +134,20 @@ def summary(manifest: DatasetManifest) -> str:
     )
     if manifest.kind != "text":
         samples = "chosen and rejected" if manifest.kind == "pairs" else f"{manifest.num_sequences:,} samples"
-        text += f"; {samples}, {manifest.num_trained_tokens:,} tokens learned"
+        text += f"; {samples}, {manifest.num_trained_tokens:,} tokens trained"
     if manifest.num_empty_documents:
-        what = "with two answers alike" if manifest.kind == "pairs" else "empty"
+        what = "pairs with equal answers" if manifest.kind == "pairs" else "empty documents"
         text += f"; {manifest.num_empty_documents:,} {what} skipped"
     if manifest.pack is not None:
         pack = manifest.pack
         text += (
-            f"; packed to {pack.seq_length}: padding {pack.padding_share:.1%} instead of "
+            f"; packed to {pack.seq_length}: {pack.padding_share:.1%} padding instead of "
             f"{pack.padding_share_unpacked:.1%}"
         )
         if pack.num_cut_samples or pack.num_dropped_samples:
             text += (
-                f"; {pack.num_cut_samples:,} samples were longer and are cut, {pack.num_dropped_samples:,} had nothing "
-                "left to learn and are dropped"
+                f"; {pack.num_cut_samples:,} longer samples truncated, {pack.num_dropped_samples:,} dropped because no "
+                "trained token was left"
             )
     elif manifest.seq_length is not None:
         text += f"; {manifest.num_tokens // manifest.seq_length:,} sequences of {manifest.seq_length}"

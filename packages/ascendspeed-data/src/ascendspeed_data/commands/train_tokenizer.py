@@ -6,27 +6,30 @@ from typing import Annotated, Literal
 import typer
 
 from ascendspeed_data.command_line import log
-from ascendspeed_data.train_tokenizer import TokenizerTraining, train_tokenizer
+from ascendspeed_data.train_tokenizer import TokenizerTraining, train_sentencepiece
 
 
 def train_tokenizer_command(
     input: Annotated[list[str], typer.Option(help="Files, folders or globs with text.")],
-    output_dir: Annotated[Path, typer.Option(help="Folder to write: a Hugging Face tokenizer.")],
-    vocab_size: Annotated[int, typer.Option(min=300, help="Pieces, special and byte pieces included.")],
+    output_dir: Annotated[Path, typer.Option(help="Output folder, a Hugging Face tokenizer folder.")],
+    vocab_size: Annotated[int, typer.Option(min=300, help="Vocabulary size, with special and byte tokens.")],
     model_type: Annotated[
-        Literal["bpe", "unigram"], typer.Option(help="How the vocabulary is built.")
+        Literal["bpe", "unigram"], typer.Option(help="Algorithm of SentencePiece.")
     ] = "bpe",
     json_key: Annotated[str, typer.Option(help="Column with the text.")] = "text",
     character_coverage: Annotated[
-        float, typer.Option(min=0.9, max=1.0, help="Share of characters with pieces of their own.")
+        float,
+        typer.Option(
+            min=0.9, max=1.0, help="Share of characters with their own token; the rest become bytes."
+        ),
     ] = 0.9995,
     sample_bytes: Annotated[
-        int, typer.Option(min=1000, help="Text to train on, from the start of the input.")
+        int, typer.Option(min=1000, help="Bytes of text to train on, from the start of the input.")
     ] = (20_000_000),
-    num_threads: Annotated[int, typer.Option(min=1, help="Threads of the trainer.")] = 2,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that exists.")] = False,
+    num_threads: Annotated[int, typer.Option(min=1, help="Number of threads.")] = 2,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")] = False,
 ) -> None:
-    """Train a SentencePiece tokenizer with LLaMA's settings on text."""
+    """Train a SentencePiece tokenizer with the settings of LLaMA."""
     training = TokenizerTraining(vocab_size, model_type, character_coverage, sample_bytes, num_threads)
-    folder = train_tokenizer(input, json_key, output_dir, training, overwrite)
-    log(f"wrote {folder}: {vocab_size} pieces")
+    folder = train_sentencepiece(input, json_key, output_dir, training, overwrite)
+    log(f"wrote {folder}: {vocab_size} tokens")

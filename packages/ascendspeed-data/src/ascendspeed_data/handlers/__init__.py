@@ -1,26 +1,20 @@
-"""Handlers: how a record becomes documents or samples."""
+"""Handlers turn a record into documents of text or into samples with labels."""
 
-from ascendspeed_data.handlers.base import (
-    IGNORED_LABEL,
-    HandlerBase,
-    Kind,
-    Part,
-    Sample,
-    SampleHandler,
-    TextHandler,
-    kind_of,
-)
+from ascendspeed_data.handlers.base import HandlerBase, Kind, SampleHandler, TextHandler, kind_of
 from ascendspeed_data.handlers.registry import all_handlers, find_handler
+from ascendspeed_data.sample import IGNORED_LABEL, Record, Sample, Segment, text_in
 
 __all__ = [
     "IGNORED_LABEL",
     "HandlerBase",
     "Kind",
-    "Part",
+    "Record",
     "Sample",
     "SampleHandler",
+    "Segment",
     "TextHandler",
     "all_handlers",
     "find_handler",
     "kind_of",
+    "text_in",
 ]

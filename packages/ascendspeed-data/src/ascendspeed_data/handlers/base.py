@@ -1,62 +1,22 @@
-"""What a handler is: how one record becomes documents, or samples with the tokens to be learned."""
+"""The interface of handlers: they turn one record into documents of text, or into samples with labels."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
-from ascendspeed_data.errors import DataError
+from ascendspeed_data.sample import Record, Sample
 from ascendspeed_data.tokenizer import Tokenizer
-
-Record = dict[str, Any]
-
-IGNORED_LABEL = -100
-"""Label of tokens that are not learned; torch's cross entropy leaves it out."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """A piece of a sample.
-
-    Attributes:
-        content: text; or an id that is placed as it is; or `None`, the end-of-sequence id, which
-            `--no-append-eod` leaves out.
-        trained: whether its tokens are labels.
-        label: the label in place of the id itself, for an id only.
-    """
-
-    content: str | int | None
-    trained: bool
-    label: int | None = None
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One training sample.
-
-    Texts that follow each other are tokenized as one, so a token may lie in two of them; it is a label if any of
-    its characters is trained.
-
-    Attributes:
-        parts: in order.
-        surrounded: whether the tokenizer's own setting applies (most often: BOS in front of the sample).
-        each_text_alone: whether every text gets what the tokenizer puts around one, as in rules of 2023.
-    """
-
-    parts: tuple[Part, ...]
-    surrounded: bool = True
-    each_text_alone: bool = False
 
 
 class Handler(Protocol):
-    """What text handlers and sample handlers have in common.
+    """The attributes of text handlers and sample handlers.
 
     Attributes:
         name: as given to `--handler-name`.
-        columns: columns that a record must have; empty for a text handler that takes those of `--json-key`.
-        optional_columns: columns that it uses where they are.
+        columns: columns that a record must have; empty for a text handler that reads the columns of `--json-key`.
+        optional_columns: columns that it reads if they exist.
         summary: one line.
-        template: the text around the columns, as it is written into the manifest.
-        example: a record.
+        template: the text around the columns; the manifest records it.
+        example: an example record.
     """
 
     name: str
@@ -69,7 +29,7 @@ class Handler(Protocol):
 
 @runtime_checkable
 class TextHandler(Protocol):
-    """Turn one record into documents of plain text, every token of which is learned."""
+    """Turn one record into documents of plain text, with loss on every token."""
 
     name: str
     columns: Sequence[str]
@@ -83,7 +43,7 @@ class TextHandler(Protocol):
 class SampleHandler(Protocol):
     """Turn one record into samples with labels.
 
-    With an attribute `makes_pairs` that is true these are two or none: a chosen and a rejected one.
+    If an attribute `makes_pairs` is true, the samples are a chosen and a rejected one, or none.
     """
 
     name: str
@@ -95,7 +55,7 @@ class SampleHandler(Protocol):
 
 
 class HandlerBase:
-    """Defaults for the attributes of a handler; deriving from it is a convenience, not a must."""
+    """Default attributes of a handler; a handler need not derive from it."""
 
     name: str = ""
     columns: Sequence[str] = ()
@@ -106,25 +66,11 @@ class HandlerBase:
 
 
 Kind = Literal["text", "samples", "pairs"]
-"""What a dataset holds: documents of text, samples with labels, or pairs of samples for preference tuning."""
+"""Kind of a dataset: documents of text, samples with labels, or pairs of samples for preference tuning."""
 
 
 def kind_of(handler: TextHandler | SampleHandler) -> Kind:
-    """Return what a handler makes."""
+    """Return the kind of dataset that a handler makes."""
     if not isinstance(handler, SampleHandler):
         return "text"
     return "pairs" if getattr(handler, "makes_pairs", False) else "samples"
-
-
-def text_in(record: Record, column: str) -> str:
-    """Return the text in a column; nothing and an absent column are an empty text.
-
-    Raises:
-        DataError: something else is in it.
-    """
-    value = record.get(column)
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise DataError(f"column {column!r} holds {type(value).__name__}, not text")
-    return value

@@ -1,13 +1,14 @@
-"""Handlers for instruction sets in the Alpaca layout of 2023.
+"""Handlers for instruction sets in the Alpaca layout of the AscendSpeed of 2023.
 
-Every answer is learned, and after every answer the end-of-sequence id, so that a model learns to stop. The system of
-2023 learned no end unless `--append-eod` was given, and only the last answer of a conversation.
+The loss covers every answer and the end-of-sequence id after it, so that a model learns to stop. In 2023 it covered
+only the last answer of a conversation, and the end-of-sequence id only with `--append-eod`.
 """
 
 from collections.abc import Sequence
 
 from ascendspeed_data.errors import DataError
-from ascendspeed_data.handlers.base import HandlerBase, Part, Record, Sample, text_in
+from ascendspeed_data.handlers.base import HandlerBase
+from ascendspeed_data.sample import Record, Sample, Segment, text_in
 
 SYSTEM = (
     "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
@@ -17,30 +18,39 @@ SYSTEM = (
 USER, ASSISTANT = "### Instruction:", "### Response:"
 LAYOUT = f"\n{SYSTEM}\n{USER}\n{{user}}\n{ASSISTANT}\n{{assistant}}\n"
 
-Turn = tuple[str, str]
-"""What the user said, and the answer."""
+Exchange = tuple[str, str]
+"""A user message and its answer."""
 
 
-def conversation(turns: Sequence[Turn], first_trained: int = 0, end_of_each: bool = True) -> Sample:
-    """Lay out turns; those before `first_trained` are context, and end with the end-of-sequence id if `end_of_each`."""
-    parts: list[Part] = []
+def conversation(exchanges: Sequence[Exchange], first_trained: int = 0, end_of_each: bool = True) -> Sample:
+    """Return a conversation as one sample.
+
+    Args:
+        exchanges: user messages with their answers.
+        first_trained: exchanges before this index are context without loss.
+        end_of_each: end every answer with the end-of-sequence id, not only the last.
+    """
+    segments: list[Segment] = []
     lead = f"\n{SYSTEM}\n"
-    for number, (user, assistant) in enumerate(turns):
+    for number, (user, assistant) in enumerate(exchanges):
         trained = number >= first_trained
-        parts += [Part(f"{lead}{USER}\n{user}\n{ASSISTANT}\n", False), Part(f"{assistant}\n", trained)]
-        if end_of_each or number == len(turns) - 1:
-            parts.append(Part(None, trained))
+        segments += [
+            Segment(f"{lead}{USER}\n{user}\n{ASSISTANT}\n", False),
+            Segment(f"{assistant}\n", trained),
+        ]
+        if end_of_each or number == len(exchanges) - 1:
+            segments.append(Segment(None, trained))
         lead = ""
-    return Sample(tuple(parts))
+    return Sample(tuple(segments))
 
 
 class GeneralInstructionHandler(HandlerBase):
-    """Alpaca records; the answer is learned."""
+    """Alpaca records, with loss on the answer."""
 
     name = "GeneralInstructionHandler"
     columns: Sequence[str] = ("instruction", "output")
     optional_columns = ("input",)
-    summary = "Alpaca records; the answer is learned, and the end after it"
+    summary = "Alpaca records, with loss on the answer and the end-of-sequence id"
     template = LAYOUT.replace("{user}", "{instruction}\n{input}").replace("{assistant}", "{output}")
     example: Record = {"instruction": "Name a colour.", "input": "", "output": "Blue."}  # noqa: RUF012
 
@@ -51,11 +61,11 @@ class GeneralInstructionHandler(HandlerBase):
 
 
 class LeetcodePythonInstructionHandler(HandlerBase):
-    """A programming problem; code and explanation are learned."""
+    """Programming problems, with loss on code and explanation."""
 
     name = "LeetcodePythonInstructionHandler"
     columns = ("code_with_problem", "code_only", "explanation_only")
-    summary = "a problem (what stands before the first code fence); code and explanation are learned"
+    summary = "programming problems (the text before the first code fence), with loss on code and explanation"
     template = LAYOUT.replace("{assistant}", "{code_only}\n{explanation_only}")
     example: Record = {  # noqa: RUF012
         "code_with_problem": "Add two numbers.\n```python\ndef add(a, b): ...\n```",
@@ -71,51 +81,55 @@ class LeetcodePythonInstructionHandler(HandlerBase):
 
 
 class BelleMultiTurnInstructionHandler(HandlerBase):
-    """Turns written into one text, `Human:...Assistant:...`; every answer is learned."""
+    """Conversations in one text, `Human:...Assistant:...`, with loss on every answer."""
 
     name = "BelleMultiTurnInstructionHandler"
     columns = ("instruction", "output")
-    summary = "Human:/Assistant: turns in `instruction`, the last answer in `output`; every answer is learned"
+    summary = (
+        "Human:/Assistant: turns in `instruction`, the last answer in `output`, with loss on every answer"
+    )
     template = LAYOUT
     example: Record = {  # noqa: RUF012
         "instruction": "Human:Hello\nAssistant:Hi\nHuman:Bye\nAssistant:",
         "output": "Goodbye.",
     }
 
-    def turns(self, record: Record) -> list[Turn]:
-        """Take the turns apart.
+    def exchanges(self, record: Record) -> list[Exchange]:
+        """Split the text into exchanges.
 
         Raises:
-            DataError: the text does not alternate, or does not end with `Assistant:`.
+            DataError: the turns do not alternate, or the text does not end with `Assistant:`.
         """
-        pieces = text_in(record, "instruction").split("Human:")
-        if pieces[0].strip():
+        parts = text_in(record, "instruction").split("Human:")
+        if parts[0].strip():
             raise DataError(
-                f"column 'instruction' begins with {pieces[0][:30]!r}, not with 'Human:'; it must read "
+                f"column 'instruction' starts with {parts[0][:30]!r}, not with 'Human:'; it must read "
                 "'Human:...Assistant:...Human:...Assistant:'"
             )
-        found: list[Turn] = []
-        for number, piece in enumerate(pieces[1:], 1):
-            user, separator, answer = piece.partition("Assistant:")
+        found: list[Exchange] = []
+        for number, part in enumerate(parts[1:], 1):
+            user, separator, answer = part.partition("Assistant:")
             if not separator:
                 raise DataError(f"turn {number} of column 'instruction' has no 'Assistant:'")
             found.append((user.strip(), answer.strip()))
         if not found or found[-1][1]:
-            raise DataError("column 'instruction' does not end with 'Assistant:', where the output belongs")
+            raise DataError(
+                "column 'instruction' does not end with 'Assistant:', after which the output belongs"
+            )
         return [*found[:-1], (found[-1][0], text_in(record, "output").strip())]
 
     def samples(self, record: Record, tokenizer: object) -> list[Sample]:
         """Return the conversation as one sample."""
-        return [conversation(self.turns(record))]
+        return [conversation(self.exchanges(record))]
 
 
 class BelleMultiTurnInstructionHandler2023(BelleMultiTurnInstructionHandler):
-    """As in 2023: only the last answer is learned, and only after it stands the end."""
+    """The rule of 2023: loss on the last answer only, and one end-of-sequence id after it."""
 
     name = "BelleMultiTurnInstructionHandler2023"
-    summary = "the rule of 2023: only the last answer is learned"
+    summary = "the rule of 2023: loss on the last answer only"
 
     def samples(self, record: Record, tokenizer: object) -> list[Sample]:
         """Return the conversation as one sample."""
-        turns = self.turns(record)
-        return [conversation(turns, first_trained=len(turns) - 1, end_of_each=False)]
+        exchanges = self.exchanges(record)
+        return [conversation(exchanges, first_trained=len(exchanges) - 1, end_of_each=False)]

@@ -1,8 +1,8 @@
-"""Handlers for preference tuning: two answers to one prompt, of which the first is the better one.
+"""Handlers for preference tuning: a chosen and a rejected answer to one prompt.
 
-A pair is two samples of one document, the chosen one first. Each holds the prompt and its answer, tokenized together,
-so that training and generating see the same ids where the two meet; only the answer is learned. Pairs whose answers
-are the same teach nothing and are skipped, which is counted.
+A pair is a document of two samples, the chosen one first. Each sample has the prompt and one answer, encoded together,
+so that training and generation see the same ids at the boundary. The loss covers the answer only. Pairs with equal
+answers are skipped and counted.
 """
 
 from collections.abc import Sequence
@@ -11,27 +11,28 @@ from typing import Any
 
 from ascendspeed_data.chat_template import ChatTemplate, Message
 from ascendspeed_data.errors import DataError
-from ascendspeed_data.handlers.base import HandlerBase, Part, Record, Sample, text_in
+from ascendspeed_data.handlers.base import HandlerBase
 from ascendspeed_data.handlers.chat import MessagesHandler, ShareGPTHandler
-from ascendspeed_data.handlers.instruction import LAYOUT, Turn, conversation
+from ascendspeed_data.handlers.instruction import LAYOUT, Exchange, conversation
+from ascendspeed_data.sample import Record, Sample, Segment, text_in
 from ascendspeed_data.tokenizer import Tokenizer
 
 ASSISTANT = "\n\nAssistant:"
-"""What stands before an answer in HH-RLHF."""
+"""Text before an answer in HH-RLHF."""
 
 
 class PairHandlerBase(HandlerBase):
-    """Defaults for handlers whose records are pairs."""
+    """Default attributes of handlers that make pairs."""
 
     makes_pairs = True
 
 
 class TextPairHandler(PairHandlerBase):
-    """Prompt and answers as they stand, one behind the other."""
+    """Prompt and answer, concatenated without a template."""
 
     name = "TextPairHandler"
     columns: Sequence[str] = ("prompt", "chosen", "rejected")
-    summary = "prompt, chosen and rejected texts as they stand"
+    summary = "prompt, chosen and rejected texts, without a template"
     template = "{prompt}{answer}"
     example: Record = {"prompt": "Q: 1 + 1?\nA:", "chosen": " 2", "rejected": " 3"}  # noqa: RUF012
 
@@ -39,17 +40,17 @@ class TextPairHandler(PairHandlerBase):
         """Return the chosen and the rejected sample."""
         prompt = text_in(record, "prompt")
         return [
-            Sample((Part(prompt, False), Part(answer, True), Part(None, True)))
+            Sample((Segment(prompt, False), Segment(answer, True), Segment(None, True)))
             for answer in _answers(text_in(record, "chosen"), text_in(record, "rejected"))
         ]
 
 
 class HHRLHFHandler(PairHandlerBase):
-    r"""Anthropic's HH-RLHF: two transcripts that differ in what the assistant says last."""
+    r"""Anthropic's HH-RLHF: two transcripts with different last answers."""
 
     name = "HHRLHFHandler"
     columns = ("chosen", "rejected")
-    summary = "HH-RLHF transcripts as they stand; the last answer is learned"
+    summary = "HH-RLHF transcripts without a template, with loss on the last answer"
     template = "{transcript}"
     example: Record = {  # noqa: RUF012
         "chosen": "\n\nHuman: Hello\n\nAssistant: Hi!",
@@ -62,17 +63,17 @@ class HHRLHFHandler(PairHandlerBase):
         prompts = [text[: text.rfind(ASSISTANT) + len(ASSISTANT)] for text in texts]
         for column, text in zip(("chosen", "rejected"), texts, strict=True):
             if ASSISTANT not in text:
-                raise DataError(f"column {column!r} holds no {ASSISTANT!r}, so it has no answer")
+                raise DataError(f"column {column!r} does not contain {ASSISTANT!r}, so it has no answer")
         if prompts[0] != prompts[1]:
-            # Some transcripts part earlier: all from there on is the answer, as turns of the user differ too.
-            shared = prompts[0][: len(_common(prompts[0], prompts[1]))]
-            place = shared.rfind(ASSISTANT)
-            if place < 0:
-                raise DataError("'chosen' and 'rejected' do not begin with the same prompt")
-            prompts = [shared[: place + len(ASSISTANT)]] * 2
+            # Some transcripts differ earlier, also in user turns; then all text after the common prefix is the answer.
+            shared = prompts[0][: len(_common_prefix(prompts[0], prompts[1]))]
+            start_of_answer = shared.rfind(ASSISTANT)
+            if start_of_answer < 0:
+                raise DataError("'chosen' and 'rejected' do not start with the same prompt")
+            prompts = [shared[: start_of_answer + len(ASSISTANT)]] * 2
         start = len(prompts[0])
         return [
-            Sample((Part(prompts[0], False), Part(answer, True), Part(None, True)))
+            Sample((Segment(prompts[0], False), Segment(answer, True), Segment(None, True)))
             for answer in _answers(texts[0][start:], texts[1][start:])
         ]
 
@@ -105,40 +106,37 @@ class AlpacaPairHandler(PairHandlerBase):
     def _two(self, record: Record) -> tuple[str, str]:
         if record.get("chosen") is not None or record.get("rejected") is not None:
             if record.get("chosen") is None or record.get("rejected") is None:
-                raise DataError(
-                    "only one of the columns 'chosen' and 'rejected' is filled; a pair needs both"
-                )
+                raise DataError("one of the columns 'chosen' and 'rejected' is empty; a pair needs both")
             return text_in(record, "chosen"), text_in(record, "rejected")
         output = record.get("output")
         if not (isinstance(output, list) and len(output) == 2 and all(isinstance(o, str) for o in output)):
             raise DataError(
-                "no pair: neither columns 'chosen' and 'rejected' nor a list of two texts in 'output', the better first"
+                "the record has no pair; it needs columns 'chosen' and 'rejected', or two texts in 'output', the "
+                "better first"
             )
         return output[0], output[1]
 
-    def _history(self, record: Record) -> list[Turn]:
+    def _history(self, record: Record) -> list[Exchange]:
         history = record.get("history") or []
         if not isinstance(history, list) or not all(
             isinstance(turn, list | tuple) and len(turn) == 2 and all(isinstance(text, str) for text in turn)
             for turn in history
         ):
-            raise DataError("column 'history' holds no list of [question, answer]")
+            raise DataError("column 'history' is not a list of [question, answer]")
         return [(turn[0], turn[1]) for turn in history]
 
 
 class MessagesPairHandler(PairHandlerBase):
-    """Chats with two endings, through the tokenizer's chat template.
+    """Conversations with two last answers, in the tokenizer's chat template.
 
-    `chosen` and `rejected` are lists of messages: whole conversations (UltraFeedback, binarized) or what follows the
-    messages of `prompt`; or all three are texts, the prompt being what the user says.
+    `chosen` and `rejected` are lists of messages: whole conversations (UltraFeedback, binarized), or the messages after
+    those of `prompt`. Or all three are texts: a user message and two answers.
     """
 
     name = "MessagesPairHandler"
     columns = ("chosen", "rejected")
     optional_columns = ("prompt", "tools")
-    summary = (
-        "chosen and rejected messages (UltraFeedback-binarized, trl) through the tokenizer's chat template"
-    )
+    summary = "chosen and rejected messages (UltraFeedback-binarized, trl) in the tokenizer's chat template"
     template = "the tokenizer's chat template"
     example: Record = {  # noqa: RUF012
         "prompt": "Hello",
@@ -151,36 +149,36 @@ class MessagesPairHandler(PairHandlerBase):
         prompt, endings = self._prompt_and_endings(record)
         if endings[0] == endings[1]:
             return []
-        template, tools = ChatTemplate.of(tokenizer), record.get("tools")
+        template, tools = ChatTemplate.from_tokenizer(tokenizer), record.get("tools")
         return [template.sample([*prompt, *ending], tools, len(prompt)) for ending in endings]
 
     def _prompt_and_endings(self, record: Record) -> tuple[list[Message], list[list[Message]]]:
         prompt = record.get("prompt")
         if isinstance(record.get("chosen"), str) and isinstance(record.get("rejected"), str):
             if not isinstance(prompt, str):
-                raise DataError("'chosen' and 'rejected' are texts, so 'prompt' must be a text too")
+                raise DataError("'chosen' and 'rejected' are texts, so 'prompt' must be text too")
             texts = [text_in(record, column) for column in ("chosen", "rejected")]
-            return [_said("user", prompt)], [[_said("assistant", text)] for text in texts]
+            return [_message("user", prompt)], [[_message("assistant", text)] for text in texts]
         whole = [_messages(record, column) for column in ("chosen", "rejected")]
         if isinstance(prompt, list):
             return _messages(record, "prompt"), whole
-        shared = _common(*whole)
+        shared = _common_prefix(*whole)
         if prompt is not None and not any(message.get("content") == prompt for message in shared):
-            raise DataError("the text in 'prompt' is none of the messages that 'chosen' and 'rejected' share")
+            raise DataError(
+                "the text in 'prompt' is not among the messages that 'chosen' and 'rejected' share"
+            )
         if whole[0] == whole[1]:
             return whole[0], [[], []]
         return shared, [messages[len(shared) :] for messages in whole]
 
 
 class ShareGPTPairHandler(PairHandlerBase):
-    """LLaMA-Factory's preference sets in ShareGPT's words, through the tokenizer's chat template."""
+    """LLaMA-Factory's preference sets in the format of ShareGPT, in the tokenizer's chat template."""
 
     name = "ShareGPTPairHandler"
     columns = ("conversations", "chosen", "rejected")
     optional_columns = ("system", "tools")
-    summary = (
-        "ShareGPT conversations with a chosen and a rejected answer, through the tokenizer's chat template"
-    )
+    summary = "ShareGPT conversations with a chosen and a rejected answer, in the tokenizer's chat template"
     template = "the tokenizer's chat template"
     example: Record = {  # noqa: RUF012
         "conversations": [{"from": "human", "value": "Hello"}],
@@ -197,16 +195,16 @@ class ShareGPTPairHandler(PairHandlerBase):
         ]
         if answers[0] == answers[1]:
             return []
-        template, tools = ChatTemplate.of(tokenizer), record.get("tools")
+        template, tools = ChatTemplate.from_tokenizer(tokenizer), record.get("tools")
         return [template.sample([*prompt, answer], tools, len(prompt)) for answer in answers]
 
 
 def _answers(chosen: str, rejected: str) -> tuple[str, ...]:
-    """Return both, or none if they are the same."""
+    """Return both answers, or nothing if they are equal."""
     return () if chosen == rejected else (chosen, rejected)
 
 
-def _said(role: str, content: str) -> Message:
+def _message(role: str, content: str) -> Message:
     return {"role": role, "content": content}
 
 
@@ -217,6 +215,6 @@ def _messages(record: Record, column: str) -> list[Message]:
         raise DataError(f"column {column!r}: {error}") from None
 
 
-def _common(one: Sequence[Any], two: Sequence[Any]) -> list[Any]:
-    """Return what two sequences begin with alike."""
+def _common_prefix(one: Sequence[Any], two: Sequence[Any]) -> list[Any]:
+    """Return the common prefix of two sequences."""
     return [first for first, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, two, strict=False))]

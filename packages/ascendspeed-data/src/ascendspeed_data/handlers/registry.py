@@ -1,6 +1,6 @@
 """Find handlers: built in, from installed packages, or by `module:Class`.
 
-Other packages add theirs under the entry-point group `ascendspeed_data.handlers`.
+Other packages can add handlers in the entry-point group `ascendspeed_data.handlers`.
 """
 
 import importlib
@@ -12,7 +12,7 @@ from ascendspeed_data.errors import AscendSpeedError, ConfigError, did_you_mean
 from ascendspeed_data.handlers import chat, instruction, moss, pairs, text
 from ascendspeed_data.handlers.base import SampleHandler, TextHandler
 
-ENTRY_POINTS = "ascendspeed_data.handlers"
+ENTRY_POINT_GROUP = "ascendspeed_data.handlers"
 
 BUILT_IN: tuple[type[Any], ...] = (
     text.GeneralPretrainHandler,
@@ -38,45 +38,45 @@ BUILT_IN: tuple[type[Any], ...] = (
 
 
 def find_handler(name: str) -> TextHandler | SampleHandler:
-    """Return the handler of that name, built in or from an installed package, or the class `module:Class`.
+    """Return the handler with this name, or an instance of the class `module:Class`.
 
     Raises:
-        ConfigError: there is none; the message lists what there is.
-        AscendSpeedError: a module that cannot be imported, or a class that is no handler.
+        ConfigError: the name is unknown; the message lists the known names.
+        AscendSpeedError: the module cannot be imported, or the class is not a handler.
     """
     if ":" in name:
-        return _checked(_class_of(name), name)
+        return _make_handler(_import_class(name), name)
     built_in = {handler.name: handler for handler in BUILT_IN}
     if name in built_in:
-        return _checked(built_in[name], name)
-    installed = {point.name: point for point in metadata.entry_points(group=ENTRY_POINTS)}
+        return _make_handler(built_in[name], name)
+    installed = {point.name: point for point in metadata.entry_points(group=ENTRY_POINT_GROUP)}
     if name not in installed:
         known = [*built_in, *sorted(installed)]
         raise ConfigError(
-            f"handler_name={name} is unknown; there are {', '.join(known)}{did_you_mean(name, known)} "
-            "(asd-data handlers describes them; your own is given as module:Class)"
+            f"handler_name={name} is unknown; choose from {', '.join(known)}{did_you_mean(name, known)} "
+            "(see asd-data handlers), or give your own as module:Class"
         )
-    return _checked(installed[name].load(), name)
+    return _make_handler(installed[name].load(), name)
 
 
 def all_handlers() -> list[tuple[TextHandler | SampleHandler, str]]:
-    """Return every handler with the place that it comes from."""
+    """Return every handler with its origin: `built in` or the name of a package."""
     found: list[tuple[TextHandler | SampleHandler, str]] = [
-        (_checked(handler, handler.name), "built in") for handler in BUILT_IN
+        (_make_handler(handler, handler.name), "built in") for handler in BUILT_IN
     ]
-    for point in sorted(metadata.entry_points(group=ENTRY_POINTS), key=lambda point: point.name):
+    for point in sorted(metadata.entry_points(group=ENTRY_POINT_GROUP), key=lambda point: point.name):
         package = point.dist.name if point.dist else point.value
-        found.append((_checked(point.load(), point.name), package))
+        found.append((_make_handler(point.load(), point.name), package))
     return found
 
 
-def _class_of(name: str) -> Any:
+def _import_class(name: str) -> Any:
     module, _, attribute = name.partition(":")
     try:
         loaded = importlib.import_module(module)
     except ImportError as error:
         raise AscendSpeedError(
-            f"handler_name={name}: {error}; the module must be importable, for example from PYTHONPATH"
+            f"handler_name={name}: {error}; make the module importable, for example by PYTHONPATH"
         ) from None
     if not hasattr(loaded, attribute):
         classes = [item for item, value in vars(loaded).items() if inspect.isclass(value)]
@@ -86,16 +86,16 @@ def _class_of(name: str) -> Any:
     return getattr(loaded, attribute)
 
 
-def _checked(maker: Any, name: str) -> TextHandler | SampleHandler:
-    handler = maker()
+def _make_handler(handler_class: Any, name: str) -> TextHandler | SampleHandler:
+    handler = handler_class()
     for attribute in ("name", "columns"):
         if not hasattr(handler, attribute):
             raise AscendSpeedError(
-                f"handler_name={name}: {maker.__qualname__} has no attribute {attribute!r}"
+                f"handler_name={name}: {handler_class.__qualname__} has no attribute {attribute!r}; add it"
             )
     if not isinstance(handler, TextHandler | SampleHandler):
         raise AscendSpeedError(
-            f"handler_name={name}: {maker.__qualname__} has neither texts(record, key) nor "
-            "samples(record, tokenizer)"
+            f"handler_name={name}: {handler_class.__qualname__} has neither a method texts(record, key) nor "
+            "samples(record, tokenizer); add one"
         )
     return handler

@@ -1,6 +1,7 @@
-"""Handlers for pre-training: a record becomes plain text."""
+"""Handlers for pretraining: a record becomes documents of text."""
 
-from ascendspeed_data.handlers.base import HandlerBase, Record, text_in
+from ascendspeed_data.handlers.base import HandlerBase
+from ascendspeed_data.sample import Record, text_in
 
 ALPACA_PRETRAIN = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
@@ -12,25 +13,25 @@ STACK_OVERFLOW = "In python, {title}\n### Question:\n{question_body}\n### Respon
 
 
 class GeneralPretrainHandler(HandlerBase):
-    """Each column named by `--json-key` is a document, as it stands."""
+    """Each column of `--json-key` is a document, unchanged."""
 
     name = "GeneralPretrainHandler"
-    summary = "each column of --json-key as it stands; one dataset per column"
+    summary = "each column of --json-key, unchanged; one dataset per column"
     template = "{column}"
     example: Record = {"text": "Any text."}  # noqa: RUF012
 
     def texts(self, record: Record, key: str) -> list[str]:
-        """Return the column's text."""
+        """Return the text of the column."""
         return [text_in(record, key)]
 
 
 class AlpacaPretrainHandler(HandlerBase):
-    """Alpaca records as a chat in plain text; a record without input has no input section."""
+    """Alpaca records as a conversation in plain text; a record without input has no input section."""
 
     name = "AlpacaPretrainHandler"
     columns = ("instruction", "output")
     optional_columns = ("input",)
-    summary = "Alpaca records as a chat in plain text, every token learned"
+    summary = "Alpaca records as a conversation in plain text, with loss on every token"
     template = ALPACA_PRETRAIN
     example: Record = {"instruction": "Name a colour.", "input": "", "output": "Blue."}  # noqa: RUF012
     input_section = "### Input:\n{input}\n\n"
@@ -47,10 +48,10 @@ class AlpacaPretrainHandler(HandlerBase):
 
 
 class AlpacaPretrainHandler2023(AlpacaPretrainHandler):
-    """As in 2023: a record without input spells `###None`."""
+    """The rule of 2023: a record without input contains `###None`."""
 
     name = "AlpacaPretrainHandler2023"
-    summary = "the rule of 2023: a record without input holds the text '###None'"
+    summary = "the rule of 2023: a record without input contains '###None'"
     no_input = "###None\n\n"
 
 
@@ -59,7 +60,7 @@ class StackOverflowPythonPretrainHandler(HandlerBase):
 
     name = "StackOverflowPythonPretrainHandler"
     columns = ("title", "question_body", "answer_body")
-    summary = "questions and answers about Python, every token learned"
+    summary = "questions and answers about Python, with loss on every token"
     template = STACK_OVERFLOW
     example: Record = {  # noqa: RUF012
         "title": "How to add?",

@@ -1,1 +1,1 @@
-"""Reading inputs: files into shards, shards into records; nothing is held whole."""
+"""Read inputs as a stream: files as shards, shards as records."""

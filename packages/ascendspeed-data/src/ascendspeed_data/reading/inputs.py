@@ -1,4 +1,4 @@
-"""Find the files of a run and open them."""
+"""Find and open input files."""
 
 import glob
 import gzip
@@ -17,11 +17,11 @@ COMPRESSIONS = (".gz", ".zst")
 
 
 def find_inputs(patterns: Sequence[str]) -> list[Path]:
-    """Return the files that paths, folders and globs name, folders and globs sorted by name.
+    """Return the files of paths, folders and globs; files of a folder or glob are sorted by name.
 
     Raises:
-        ConfigError: an ending that is not read.
-        DataError: a pattern that names nothing, or a folder that may not be read.
+        ConfigError: a file has an unsupported format.
+        DataError: a pattern matches no file, or a folder cannot be read.
     """
     found: list[Path] = []
     for pattern in patterns:
@@ -31,31 +31,31 @@ def find_inputs(patterns: Sequence[str]) -> list[Path]:
         else:
             matches = [path] if path.is_file() else [Path(name) for name in sorted(glob.glob(pattern))]  # noqa: PTH207 - absolute patterns
         if not matches:
-            raise DataError(f"input {pattern} names no file that can be read; check --input")
+            raise DataError(f"input {pattern} matches no supported file; check --input")
         found += matches
     for path in found:
         if format_of(path) is None:
             known = ", ".join((*TEXT_FORMATS, *COLUMN_FORMATS))
             raise ConfigError(
-                f"input {path} has an ending that is not read; read are {known}, the first four also "
+                f"input {path} has an unsupported format; supported are {known}, the first four also "
                 f"with {' or '.join(COMPRESSIONS)}"
             )
     return found
 
 
 def _files_below(folder: Path) -> list[Path]:
-    def refuse(error: OSError) -> None:
+    def fail(error: OSError) -> None:
         raise DataError(f"{error.filename} cannot be read: {error.strerror}; check its permissions") from None
 
     return sorted(
         Path(parent) / name
-        for parent, _, names in os.walk(folder, onerror=refuse, followlinks=True)
+        for parent, _, names in os.walk(folder, onerror=fail, followlinks=True)
         for name in names
     )
 
 
 def format_of(path: Path) -> str | None:
-    """Return the ending that tells how a file is read, without that of a compression; `None` if it is not read."""
+    """Return the format of a file, which is its suffix without that of a compression; `None` if unsupported."""
     compressed = path.suffix in COMPRESSIONS
     suffix = Path(path.stem).suffix if compressed else path.suffix
     known = TEXT_FORMATS if compressed else (*TEXT_FORMATS, *COLUMN_FORMATS)
@@ -63,12 +63,12 @@ def format_of(path: Path) -> str | None:
 
 
 def is_compressed(path: Path) -> bool:
-    """Whether bytes of the content lie at other places than in the file."""
+    """Return whether a file is compressed, so that offsets in its content are not offsets in the file."""
     return path.suffix in COMPRESSIONS
 
 
 def open_bytes(path: Path) -> BinaryIO:
-    """Open a file for reading what it holds, decompressed."""
+    """Open a file to read its decompressed content."""
     if path.suffix == ".gz":
         return cast(BinaryIO, gzip.open(path, "rb"))
     if path.suffix == ".zst":
@@ -78,7 +78,7 @@ def open_bytes(path: Path) -> BinaryIO:
 
 @contextmanager
 def read_errors(path: Path) -> Iterator[None]:
-    """Turn what goes wrong while a file is read into one line that names it."""
+    """Turn errors of reading a file into a `DataError` that names the file."""
     import zlib
 
     import zstandard
@@ -86,11 +86,11 @@ def read_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (UnicodeDecodeError, EOFError, OSError, zlib.error, zstandard.ZstdError) as error:
-        raise DataError(f"{path} cannot be read: {error}; it is damaged or was cut short") from None
+        raise DataError(f"{path} cannot be read: {error}; the file is damaged or incomplete") from None
 
 
 class _ZstandardFile:
-    """A `.zst` file of one or several frames; the end of the file inside a frame is an error."""
+    """A `.zst` file with one or more frames; a file that ends inside a frame is an error."""
 
     def __init__(self, path: Path) -> None:
         import zstandard
@@ -102,7 +102,7 @@ class _ZstandardFile:
         self._ready = b""
 
     def read(self, size: int) -> bytes:
-        """Return `size` bytes, fewer at the end."""
+        """Return `size` bytes, or fewer at the end."""
         while len(self._ready) < size:
             compressed = self._rest or self._file.read(1 << 17)
             self._rest = b""

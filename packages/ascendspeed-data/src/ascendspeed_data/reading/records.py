@@ -4,20 +4,20 @@ import io
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from ascendspeed_data.errors import DataError
 from ascendspeed_data.reading.inputs import format_of, read_errors
-from ascendspeed_data.reading.shards import READ_BYTES, Record, Shard, shards_of
+from ascendspeed_data.reading.shards import READ_BYTES, Shard, shards_of_file
+from ascendspeed_data.sample import Record, text_in
 
 
-def records_of(shard: Shard) -> Iterator[tuple[int, Record]]:
-    """Yield the records of a shard with their number in it (of lines: the line's), from 0.
+def records_of_shard(shard: Shard) -> Iterator[tuple[int, Record]]:
+    """Yield the records of a shard with their index in it; for files of lines, the index of the line.
 
-    A `.txt` is one record per line, its column `text`.
+    Each line of a `.txt` file is a record with the column `text`.
 
     Raises:
-        DataError: something is damaged; the message names the line.
+        DataError: a record is damaged; the message names its line.
     """
     content = shard.content
     if content is None:
@@ -34,16 +34,16 @@ def records_of(shard: Shard) -> Iterator[tuple[int, Record]]:
 
 def _line_records(shard: Shard, content: bytes) -> Iterator[tuple[int, Record]]:
     is_text = format_of(shard.path) == ".txt"
-    # Line by line: of a large document no copy more than needed is held.
+    # Line by line, so that memory holds no unnecessary copy of a large document.
     for number, raw in enumerate(io.BytesIO(content)):
         try:
             line = raw.decode("utf-8-sig" if number == shard.start == 0 else "utf-8")
         except UnicodeDecodeError as error:
-            raise DataError(f"{place_of(shard, number)} cannot be read as UTF-8: {error.reason}") from None
+            raise DataError(f"{location_of(shard, number)} cannot be read as UTF-8: {error.reason}") from None
         if is_text:
             if "\0" in line:
                 raise DataError(
-                    f"{place_of(shard, number)}: holds a NUL byte, so it is no text; repair the file"
+                    f"{location_of(shard, number)}: contains a NUL byte, so it is not text; repair the file"
                 )
             yield number, {"text": line.removesuffix("\n").removesuffix("\r")}
             continue
@@ -52,21 +52,21 @@ def _line_records(shard: Shard, content: bytes) -> Iterator[tuple[int, Record]]:
         except json.JSONDecodeError as error:
             if not line.strip():
                 continue
-            hint = "; the line holds NUL bytes, as after a crash" if "\0" in line else ""
+            hint = "; the line contains NUL bytes, as files do after a crash" if "\0" in line else ""
             raise DataError(
-                f"{place_of(shard, number)}: not JSON: {error.msg} at column {error.colno}{hint}"
+                f"{location_of(shard, number)}: not JSON: {error.msg} at column {error.colno}{hint}"
             ) from None
         except RecursionError:
-            raise DataError(f"{place_of(shard, number)}: not a record: nested too deeply") from None
+            raise DataError(f"{location_of(shard, number)}: JSON is nested too deeply") from None
         if not isinstance(record, dict):
             raise DataError(
-                f"{place_of(shard, number)}: not an object with columns but {type(record).__name__}"
+                f"{location_of(shard, number)}: expected a JSON object, found {type(record).__name__}"
             )
         yield number, record
 
 
-def place_of(shard: Shard, number: int) -> str:
-    """Return file and line, or file and record, of a record of a shard."""
+def location_of(shard: Shard, number: int) -> str:
+    """Return file and line (or record number) of a record, for messages."""
     if isinstance(shard.content, bytes):
         return f"{shard.path}, line {shard.first_line + number}"
     if shard.content is not None:
@@ -88,39 +88,34 @@ def read_records(path: Path, columns: Sequence[str] | None = None) -> Iterator[R
     """Yield the records of one file in order.
 
     Raises:
-        DataError: the file is empty or damaged; the message names the line.
+        DataError: the file has no records or is damaged; the message names the line.
     """
     empty = True
-    for shard in shards_of(path, 0, 0, READ_BYTES, columns):
-        for _, record in records_of(shard):
+    for shard in shards_of_file(path, 0, 0, READ_BYTES, columns):
+        for _, record in records_of_shard(shard):
             empty = False
             yield record
     if empty:
-        raise no_record(path)
+        raise no_record_error(path)
 
 
-def no_record(path: Path) -> DataError:
-    """Return the complaint about an input without records."""
-    return DataError(f"{path} holds no record; remove it from --input")
+def no_record_error(path: Path) -> DataError:
+    """Return the error for an input without records."""
+    return DataError(f"{path} has no records; remove it from --input")
 
 
-def check_columns(record: Record, wanted: Sequence[str], option: str) -> None:
-    """Raise `DataError` unless a record has the columns; the message lists what it has."""
+def check_columns(record: Record, wanted: Sequence[str], reason: str) -> None:
+    """Raise `DataError` unless a record has the columns; the message lists the columns that it has."""
     missing = [column for column in wanted if column not in record]
     if missing:
-        raise DataError(f"no column {missing[0]!r}; there are {', '.join(map(str, record))} ({option})")
+        raise DataError(f"no column {missing[0]!r} ({reason}); the record has {', '.join(map(str, record))}")
 
 
 def text_of(record: Record, key: str) -> str:
-    """Return the text in one column of a record.
+    """Return the text in a column of a record; null is an empty text.
 
     Raises:
-        DataError: no such column, or no text in it.
+        DataError: the column is missing or does not hold text.
     """
     check_columns(record, [key], "--json-key")
-    value: Any = record[key]
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise DataError(f"column {key!r} holds {type(value).__name__}, not text")
-    return value
+    return text_in(record, key)

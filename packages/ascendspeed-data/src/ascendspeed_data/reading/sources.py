@@ -1,4 +1,4 @@
-"""Where records come from: files, or whatever `datasets.load_dataset` opens."""
+"""Sources of records: files, or a dataset of `datasets.load_dataset`."""
 
 import hashlib
 import json
@@ -11,13 +11,14 @@ from typing import Any, Protocol
 
 from ascendspeed_data.errors import ConfigError, DataError
 from ascendspeed_data.reading.inputs import format_of, sha256_of
-from ascendspeed_data.reading.records import no_record
-from ascendspeed_data.reading.shards import Record, Shard, shards_of
+from ascendspeed_data.reading.records import no_record_error
+from ascendspeed_data.reading.shards import Shard, shards_of_file
+from ascendspeed_data.sample import Record
 
 
 @dataclass(frozen=True)
 class InputFile:
-    """What a manifest says of one input."""
+    """Name, size and hash of an input, for the manifest."""
 
     name: str
     num_bytes: int
@@ -28,15 +29,15 @@ class Source(Protocol):
     """One input of a run."""
 
     def identity(self) -> list[Any]:
-        """Return what tells whether the input is still the same; the name comes first."""
+        """Return the name, and values that change when the input changes."""
         ...
 
     def shards(self, number: int, start: int, shard_bytes: int) -> Iterator[Shard]:
-        """Cut it from place `start` on."""
+        """Yield the shards of the input from offset `start`."""
         ...
 
     def describe(self) -> list[InputFile]:
-        """Hash it."""
+        """Return name, size and hash of each file."""
         ...
 
 
@@ -45,38 +46,38 @@ class FileSource:
     """A file.
 
     Attributes:
-        path: of the file.
-        columns: needed columns, `None` for all.
+        path: path of the file.
+        columns: columns to read, `None` for all.
     """
 
     path: Path
     columns: Sequence[str] | None = None
 
     def identity(self) -> list[Any]:
-        """Return name, size and time of change."""
+        """Return name, size and modification time."""
         stat = self.path.stat()
         return [str(self.path), stat.st_size, stat.st_mtime_ns]
 
     def shards(self, number: int, start: int, shard_bytes: int) -> Iterator[Shard]:
-        """Cut the file from place `start` on; a file without records is an error."""
+        """Yield the shards of the file from offset `start`; a file without records is an error."""
         empty = start == 0
-        for shard in shards_of(self.path, number, start, shard_bytes, self.columns):
+        for shard in shards_of_file(self.path, number, start, shard_bytes, self.columns):
             empty = False
             yield shard
         if empty:
-            raise no_record(self.path)
+            raise no_record_error(self.path)
 
     def describe(self) -> list[InputFile]:
-        """Hash the file."""
+        """Return name, size and hash of the file."""
         return [InputFile(self.path.name, self.path.stat().st_size, sha256_of(self.path))]
 
 
 class DatasetsSource:
-    """What `datasets.load_dataset` opens with the arguments in a JSON file.
+    """A dataset of `datasets.load_dataset`, with arguments from a JSON file.
 
     Args:
         params_file: the JSON file.
-        streaming: stream even if the file does not say so.
+        streaming: stream the dataset, whatever the file says.
     """
 
     def __init__(self, params_file: Path, streaming: bool) -> None:
@@ -87,36 +88,36 @@ class DatasetsSource:
         self.params.setdefault("split", "train")
 
     def identity(self) -> list[Any]:
-        """Return the arguments, and size and time of change of every file below a local folder."""
+        """Return the arguments; for a local folder also size and modification time of its files."""
         files = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in self._files()]
         return [str(self.path), self.params, files]
 
     def shards(self, number: int, start: int, shard_bytes: int) -> Iterator[Shard]:
-        """Read records from number `start` on."""
+        """Yield shards from record `start`."""
         records = self._open(start)
         try:
             yield from self._collect(records, number, start, shard_bytes)
         except (OSError, ValueError, RuntimeError) as error:
-            raise self._complaint(error) from None
+            raise self._load_error(error) from None
 
     def _collect(
         self, records: Iterator[Record], number: int, start: int, shard_bytes: int
     ) -> Iterator[Shard]:
         held: list[Record] = []
-        size, place = 0, start
+        size, offset = 0, start
         for record in records:
             held.append(record)
             size += sum(len(value) if isinstance(value, str) else 8 for value in record.values())
             if size >= shard_bytes:
-                yield Shard(number, self.path, place, place + len(held), held)
-                place, held, size = place + len(held), [], 0
+                yield Shard(number, self.path, offset, offset + len(held), held)
+                offset, held, size = offset + len(held), [], 0
         if held:
-            yield Shard(number, self.path, place, place + len(held), held)
-        if place + len(held) == 0:
-            raise no_record(self.path)
+            yield Shard(number, self.path, offset, offset + len(held), held)
+        if offset + len(held) == 0:
+            raise no_record_error(self.path)
 
     def describe(self) -> list[InputFile]:
-        """Hash the files below a local folder; for anything else, the arguments."""
+        """Return the hash of the arguments; for a local folder also of its files."""
         files = [InputFile(file.name, file.stat().st_size, sha256_of(file)) for file in self._files()]
         content = json.dumps(self.params, sort_keys=True).encode()
         return [
@@ -130,7 +131,7 @@ class DatasetsSource:
         return [file for file in files if file.is_file() and format_of(file)]
 
     def _open(self, start: int) -> Iterator[Record]:
-        # The library imports torch where it is installed, which costs seconds and is of no use here.
+        # datasets would import torch if it is installed, which takes seconds and is not needed.
         os.environ.setdefault("USE_TORCH", "0")
         try:
             import datasets
@@ -142,12 +143,12 @@ class DatasetsSource:
         try:
             opened = datasets.load_dataset(**self.params)
         except (OSError, ValueError, RuntimeError, TypeError) as error:
-            raise self._complaint(error) from None
+            raise self._load_error(error) from None
         if isinstance(opened, dict):
-            raise ConfigError(f"{self.path}: split names no single split; there are {', '.join(opened)}")
+            raise ConfigError(f"{self.path}: split must name one split; choose from {', '.join(opened)}")
         return iter(opened.skip(start) if start else opened)
 
-    def _complaint(self, error: Exception) -> DataError:
+    def _load_error(self, error: Exception) -> DataError:
         reason = " ".join(str(error).split())
         return DataError(f"{self.path}: load_dataset failed: {type(error).__name__}: {reason[:400]}")
 
@@ -159,17 +160,19 @@ def _read_params(path: Path) -> dict[str, Any]:
         raise DataError(f"hf_datasets_params={path} cannot be read: {error.strerror}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(
-            f"hf_datasets_params={path} is not JSON: {error} (names stand between two quotes, true is lower case)"
+            f"hf_datasets_params={path} is not JSON: {error} (write names in double quotes, and true in lower case)"
         ) from None
     if not isinstance(params, dict) or "path" not in params:
         raise DataError(
-            f"hf_datasets_params={path} is no object with 'path', as datasets.load_dataset takes it"
+            f"hf_datasets_params={path} is not a JSON object with the key 'path', which datasets.load_dataset needs"
         )
     if params.get("trust_remote_code"):
-        raise DataError(f"hf_datasets_params={path} asks to run code of a dataset, which is never done")
+        raise DataError(
+            f"hf_datasets_params={path} has trust_remote_code, but code of a dataset never runs; remove it"
+        )
     return params
 
 
-def first_records(sources: Sequence[Source], shard_bytes: int) -> Iterator[Shard]:
-    """Yield shards from the beginning of the first input, to look at."""
+def first_shards(sources: Sequence[Source], shard_bytes: int) -> Iterator[Shard]:
+    """Yield shards from the start of the first input."""
     return chain.from_iterable(source.shards(0, 0, shard_bytes) for source in sources[:1])

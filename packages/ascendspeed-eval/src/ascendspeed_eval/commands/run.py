@@ -1,4 +1,4 @@
-"""`asd-eval run`: its options are its own and those of the installed backends."""
+"""`asd-eval run`: its own options and those of the installed backends."""
 
 import inspect
 import sys
@@ -12,109 +12,127 @@ import typer
 
 from ascendspeed_eval.backends import Backends, find_backends
 from ascendspeed_eval.errors import EvaluationError, UsageError
+from ascendspeed_eval.evaluation import Evaluation, prepare_evaluation
 from ascendspeed_eval.hub import PREFIX, write_files
+from ascendspeed_eval.model import EvaluatedModel
 from ascendspeed_eval.progress import log
 from ascendspeed_eval.report import markdown, warnings
-from ascendspeed_eval.runner import Evaluation, prepare
-from ascendspeed_eval.runner import run as run_evaluation
-from ascendspeed_eval.tasks.base import AskSettings
-from ascendspeed_eval.tasks.registry import find_protocol, find_task
+from ascendspeed_eval.runner import evaluate
+from ascendspeed_eval.tasks.base import GenerationSettings, Task
+from ascendspeed_eval.tasks.registry import find_task, find_variant
 
 
-def evaluate(
+def run_command(
     task: Annotated[
-        str, typer.Option(help="Benchmark; asd-eval tasks lists them. Or a .yaml or .py file of your own.")
+        str,
+        typer.Option(help="Benchmark; `asd-eval tasks` lists them. Or your own task: a .yaml or .py file."),
     ],
     task_data_path: Annotated[
         str | None,
         typer.Option(
-            help="Its files: a file, a folder, hf:NAME for a Hugging Face dataset, or `sample` for the small file that "
-            "is included."
+            help="Data of the benchmark: a file, a folder, hf:NAME for a Hugging Face dataset, or `sample` for the "
+            "small file that the package contains."
         ),
     ] = None,
     output_dir: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of results.json, samples.jsonl, report.md and .html. [default: keep nothing]"
+            help="Folder for results.json, samples.jsonl, report.md and report.html. [default: write no files]"
         ),
     ] = None,
-    protocol: Annotated[str | None, typer.Option(help="How the task is asked and scored.")] = None,
+    protocol: Annotated[
+        str | None,
+        typer.Option(
+            help="How to prompt and score the task; `asd-eval tasks` lists the protocols of each task."
+        ),
+    ] = None,
     subset: Annotated[
-        list[str] | None, typer.Option(help="Only these subjects or groups of them. [default: all]")
+        list[str] | None, typer.Option(help="Evaluate only these subjects or groups. [default: all]")
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Only the first so many samples of each subset.")
+        int | None, typer.Option(min=1, help="Evaluate only the first LIMIT samples of each subset.")
     ] = None,
     num_fewshot: Annotated[
-        int | None, typer.Option(min=0, help="Examples in the prompt. [default: the protocol's]")
+        int | None, typer.Option(min=0, help="Examples in the prompt. [default: as the protocol says]")
     ] = None,
     prompt_template: Annotated[
-        Path | None, typer.Option(help="File with another prompt; fields of a record in braces.")
+        Path | None, typer.Option(help="File with your own prompt; write fields of a record in braces.")
     ] = None,
     max_new_tokens: Annotated[
         int | None,
         typer.Option(
-            "--max-new-tokens", "--max-new-token", min=1, help="Limit of generated answers, where any are."
+            "--max-new-tokens",
+            "--max-new-token",
+            min=1,
+            help="Length limit of generated answers. [default: as the protocol says]",
         ),
     ] = None,
-    num_samples: Annotated[int, typer.Option(min=1, help="Texts per question, for pass@k.")] = 1,
+    num_samples: Annotated[int, typer.Option(min=1, help="Answers per question, for pass@k.")] = 1,
     temperature: Annotated[
-        float, typer.Option(min=0, help="Of the draws; 0 takes the likeliest token.")
+        float, typer.Option(min=0, help="Sampling temperature; 0 is greedy decoding.")
     ] = 0.0,
     allow_code_execution: Annotated[
-        bool, typer.Option("--allow-code-execution", help="Consent to running programs that the model wrote.")
+        bool,
+        typer.Option("--allow-code-execution", help="Allow running programs that the model wrote."),
     ] = False,
-    seed: Annotated[int, typer.Option(help="Of the draws, where there are any.")] = 1234,
+    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 1234,
     **options: Any,
 ) -> None:
-    """Measure a model on a benchmark.
+    """Evaluate a model on a benchmark.
 
-    Samples are written as they are answered: the same command goes on where an earlier one stopped, also with another
-    batch size or number of devices.
+    Each sample is written as soon as it is scored. Run the same command again to resume an interrupted run; batch size
+    and number of devices may differ.
     """
     found_task = find_task(task)
-    found_protocol = find_protocol(found_task, protocol)
+    variant = find_variant(found_task, protocol)
     backend, own = find_backends().choose(options)
     if task_data_path is None:
         raise UsageError(
-            f"--task-data-path is missing; {task} reads {found_task.format}; `--task-data-path sample` takes the small "
-            "file that comes with the package"
+            f"--task-data-path is missing; {task} reads {found_task.format}; `--task-data-path sample` reads the small "
+            "file that the package contains"
         )
-    if found_task.runs_code and not allow_code_execution:
-        raise UsageError(f"{task} runs programs that the model wrote; consent with --allow-code-execution")
-    if num_samples > 1 and temperature == 0:
-        raise UsageError(
-            f"num_samples={num_samples} at temperature 0 gives the same text again; give --temperature 0.8"
-        )
+    generation = GenerationSettings(max_new_tokens, num_samples, temperature, seed, allow_code_execution)
+    _check_generation(found_task, generation)
     if prompt_template is not None:
-        found_protocol = replace(found_protocol, template=_read_template(prompt_template))
-    if max_new_tokens is not None and not found_protocol.max_new_tokens:
-        log(f"{task}, protocol {found_protocol.name}: no text is generated, --max-new-tokens changes nothing")
-        max_new_tokens = None
-    if "seq_length" in {option.name for option in backend.options} and found_protocol.seq_length:
-        own.setdefault("seq_length", found_protocol.seq_length)
-    ask = AskSettings(max_new_tokens, num_samples, temperature, seed, allow_code_execution)
+        variant = replace(variant, template=_read_template(prompt_template))
+    if max_new_tokens is not None and not variant.max_new_tokens:
+        log(f"{task}, protocol {variant.name}, generates no text; --max-new-tokens has no effect")
+        generation = replace(generation, max_new_tokens=None)
+    if "seq_length" in {option.name for option in backend.options} and variant.seq_length:
+        own.setdefault("seq_length", variant.seq_length)
     with TemporaryDirectory(prefix="asd-eval-data-") as scratch:
         if task_data_path.startswith(PREFIX):
             task_data_path = write_files(found_task.name, task_data_path, Path(scratch))
-        evaluation = prepare(
-            found_task, found_protocol, task_data_path, subsets=subset or (), limit=limit, num_fewshot=num_fewshot,
-            ask=ask, seed=seed,
+        evaluation = prepare_evaluation(
+            found_task, variant, task_data_path, subsets=subset or (), limit=limit, num_fewshot=num_fewshot,
+            generation=generation, seed=seed,
         )  # fmt: skip
         if backend.launch(own, sys.argv[1:]):
             return
         with backend.open(own) as model:
             if model is not None:
-                _measure(evaluation, model, output_dir)
+                _evaluate_and_print(evaluation, model, output_dir)
 
 
-def _measure(evaluation: Evaluation, model: Any, output_dir: Path | None) -> None:
+def _check_generation(task: Task, generation: GenerationSettings) -> None:
+    if task.runs_code and not generation.allow_code_execution:
+        raise UsageError(
+            f"{task.name} runs programs that the model wrote; allow it with --allow-code-execution"
+        )
+    if generation.num_samples > 1 and generation.temperature == 0:
+        raise UsageError(
+            f"num_samples={generation.num_samples} at temperature 0 generates the same text each time; give "
+            "--temperature 0.8"
+        )
+
+
+def _evaluate_and_print(evaluation: Evaluation, model: EvaluatedModel, output_dir: Path | None) -> None:
     if output_dir is not None:
-        results = run_evaluation(evaluation, model, output_dir)
+        results = evaluate(evaluation, model, output_dir)
         log(f"wrote {output_dir}/results.json, samples.jsonl, report.md, report.html")
     else:
         with TemporaryDirectory() as scratch:
-            results = run_evaluation(evaluation, model, Path(scratch))
+            results = evaluate(evaluation, model, Path(scratch))
     for warning in warnings(results):
         log(f"note: {warning}")
     print(markdown(results))
@@ -127,7 +145,7 @@ def _read_template(path: Path) -> str:
 
 
 def with_backend_options(function: Callable[..., None], backends: Backends) -> Callable[..., None]:
-    """Add the options of the installed backends to a command; those not given are left out of its call."""
+    """Add the options of the installed backends to a command; the command receives only those that were given."""
     own = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
     added = {}
     for backend in backends.found.values():
@@ -157,4 +175,4 @@ def with_backend_options(function: Callable[..., None], backends: Backends) -> C
     return command
 
 
-run = with_backend_options(evaluate, find_backends())
+run = with_backend_options(run_command, find_backends())

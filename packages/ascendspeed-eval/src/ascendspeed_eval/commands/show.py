@@ -5,43 +5,47 @@ from typing import Annotated
 
 import typer
 
-from ascendspeed_eval.report import joined
+from ascendspeed_eval.report import join_runs
 from ascendspeed_eval.tasks.base import Record, Task
-from ascendspeed_eval.tasks.registry import all_tasks, find_protocol, find_task
+from ascendspeed_eval.tasks.registry import all_tasks, find_task, find_variant
 
 
 def tasks(
-    task: Annotated[str | None, typer.Option(help="Only this one; also a .yaml or .py file.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="Show only this task: a name, or a .yaml or .py file.")
+    ] = None,
     task_data_path: Annotated[
-        str | None, typer.Option(help="Its files: then the first prompt of each protocol is shown.")
+        str | None, typer.Option(help="Data of --task: shows the first prompt of each protocol.")
     ] = None,
 ) -> None:
-    """List the benchmarks with their protocols; * marks the default."""
+    """List the benchmarks and their protocols; * marks the default protocol."""
     chosen = [find_task(task)] if task is not None else list(all_tasks().values())
     for one in chosen:
         print(f"{one.name} (version {one.version}, {one.size}): {one.summary}; reads {one.format}")
-        for protocol in one.protocols.values():
-            mark = "*" if protocol.name == one.default_protocol else " "
-            print(f"  {mark} {protocol.name}: {protocol.summary}")
-            if protocol.template:
-                print(f"      question: {protocol.template!r}")
+        for variant in one.variants.values():
+            mark = "*" if variant.name == one.default_variant else " "
+            print(f"  {mark} {variant.name}: {variant.summary}")
+            if variant.template:
+                print(f"      question: {variant.template!r}")
             if task_data_path is not None and task is not None:
-                print(_first_prompt(one, protocol.name, task_data_path))
+                print(_first_prompt(one, variant.name, task_data_path))
 
 
-def _first_prompt(task: Task, protocol: str, path: str) -> str:
+def _first_prompt(task: Task, variant: str, path: str) -> str:
     benchmark = task.read(path)
     first: list[Record] = list(benchmark.records[:1])
-    (sample, *_) = task.samples(type(benchmark)(first, benchmark.examples, ()), find_protocol(task, protocol))
+    (sample, *_) = task.samples(type(benchmark)(first, benchmark.examples, ()), find_variant(task, variant))
     return "\n".join("      | " + line for line in sample.prompt.split("\n"))
 
 
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs.")],
-    output: Annotated[Path | None, typer.Option(help="Write the table there instead of to stdout.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Write the table to this file. [default: stdout]")
+    ] = None,
 ) -> None:
-    """Join runs into one Markdown table, with the published scores of their tasks."""
-    table = joined(runs)
+    """Put several runs into one Markdown table, with the published scores of their tasks."""
+    table = join_runs(runs)
     if output is None:
         print(table, end="")
     else:
@@ -51,9 +55,9 @@ def report(
 def compare(
     first: Annotated[Path, typer.Argument(help="Folder of a run.")],
     second: Annotated[Path, typer.Argument(help="Folder of another run on the same data.")],
-    show: Annotated[int, typer.Option(min=0, help="List so many samples that changed.")] = 20,
+    show: Annotated[int, typer.Option(min=0, help="Number of changed samples to list.")] = 20,
 ) -> None:
-    """Tell whether two runs differ by more than chance, and on which samples."""
-    from ascendspeed_eval.compare import compare as compare_runs
+    """Test whether two runs differ significantly, and list the samples whose scores differ."""
+    from ascendspeed_eval.compare import compare_runs
 
     print(compare_runs(first, second, show), end="")

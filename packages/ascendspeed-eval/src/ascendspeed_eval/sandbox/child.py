@@ -83,7 +83,7 @@ class _Program(ctypes.Structure):
 
 
 def limit_system_calls(libc: ctypes.CDLL) -> bool:
-    """Install the seccomp filter; say whether the kernel took it."""
+    """Install the seccomp filter; return whether the kernel accepted it."""
     if platform.machine() not in ARCHITECTURES:
         return False
     code = _filter(*ARCHITECTURES[platform.machine()])
@@ -98,7 +98,7 @@ WRITE_RIGHTS_BY_ABI = {1: 0x1FFF, 2: 0x3FFF, 3: 0x7FFF}
 
 
 def limit_files(libc: ctypes.CDLL, scratch: str) -> bool:
-    """Allow reading Python's own files, and all in the scratch folder, with Landlock; say whether the kernel has it."""
+    """With Landlock, allow only Python's files and the scratch folder; return whether the kernel has it."""
     abi = libc.syscall(LANDLOCK_CREATE, None, ctypes.c_size_t(0), ctypes.c_uint(1))
     if abi < 1:
         return False
@@ -107,7 +107,7 @@ def limit_files(libc: ctypes.CDLL, scratch: str) -> bool:
     ruleset = libc.syscall(LANDLOCK_CREATE, attributes, ctypes.c_size_t(8), ctypes.c_uint(0))
     if ruleset < 0:
         return False
-    places = {
+    readable = {
         str(Path(os.__file__).parent),
         sys.base_prefix + "/lib",
         "/usr/lib",
@@ -115,17 +115,17 @@ def limit_files(libc: ctypes.CDLL, scratch: str) -> bool:
         "/lib64",
         "/usr/share/zoneinfo",
     }
-    rules = [(place, READ_RIGHTS) for place in places] + [
+    rules = [(path, READ_RIGHTS) for path in readable] + [
         (scratch, handled & ~1),
         ("/dev/null", 2 | 4),
         ("/dev/urandom", 4),
     ]
-    for place, rights in rules:
+    for path, rights in rules:
         try:
-            folder = os.open(place, os.O_PATH | os.O_CLOEXEC)
+            folder = os.open(path, os.O_PATH | os.O_CLOEXEC)
         except OSError:
             continue
-        if not Path(place).is_dir():
+        if not Path(path).is_dir():
             rights &= 1 | 2 | 4
         rule = struct.pack("=Qi", rights, folder)
         if libc.syscall(LANDLOCK_ADD, ruleset, ctypes.c_int(1), rule, ctypes.c_uint(0)) < 0:
@@ -137,7 +137,7 @@ def limit_files(libc: ctypes.CDLL, scratch: str) -> bool:
 
 
 def leave_root() -> bool:
-    """Become nobody, if this is root and nobody can read Python's files; say whether that was done."""
+    """Switch from root to nobody if nobody can read Python's files; return whether it worked."""
     if not all(folder.stat().st_mode & 0o001 for folder in Path(os.__file__).parents):
         return False
     if os.getuid() != 0:
@@ -152,13 +152,13 @@ def leave_root() -> bool:
 
 
 def drop_capabilities(libc: ctypes.CDLL) -> bool:
-    """Give up what root may do beyond its own files; say whether the kernel agreed."""
+    """Drop all capabilities; return whether the kernel accepted it."""
     header = struct.pack("Ii", 0x20080522, 0)
     return bool(libc.capset(header, struct.pack("6I", *[0] * 6)) == 0)
 
 
 def confine(scratch: str, memory_bytes: int, file_bytes: int, seconds: int) -> list[str]:
-    """Give up everything that the program does not need; return the names of what held."""
+    """Give up everything that the program does not need; return the names of the active protections."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)
     for what, value in (
@@ -180,7 +180,7 @@ def confine(scratch: str, memory_bytes: int, file_bytes: int, seconds: int) -> l
 
 
 def main() -> None:
-    """Confine, run, and say so."""
+    """Confine this process, run the program, and report."""
     scratch, secret_in, verdict_out, memory_bytes, file_bytes, seconds = sys.argv[1:7]
     secret = os.read(int(secret_in), 64)
     os.close(int(secret_in))

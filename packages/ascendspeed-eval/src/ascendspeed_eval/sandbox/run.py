@@ -1,4 +1,4 @@
-"""Run one untrusted program in a process of its own, and say what became of it."""
+"""Run one untrusted program in its own process and return the result."""
 
 import os
 import secrets
@@ -16,8 +16,8 @@ CHILD = Path(__file__).with_name("child.py")
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What a program may use.
+class SandboxLimits:
+    """Resource limits of a program.
 
     Attributes:
         seconds: wall-clock and processor time.
@@ -33,13 +33,13 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What became of a program.
+class ProgramResult:
+    """How a program ended.
 
     Attributes:
-        passed: it ran to its end without an exception.
+        passed: whether it ran to its end without an exception.
         reason: `passed`, `timed out`, `too much output`, the exception, or how it ended.
-        protections: what confined it besides resource limits: `user` (not root), `capabilities`,
+        protections: confinement besides resource limits: `user` (not root), `capabilities`,
             `landlock`, `seccomp`.
     """
 
@@ -48,17 +48,16 @@ class Outcome:
     protections: tuple[str, ...]
 
 
-def run_program(program: str, limits: Limits | None = None) -> Outcome:
+def run_program(program: str, limits: SandboxLimits | None = None) -> ProgramResult:
     """Run a program to its end or to a limit.
 
     The process has an empty environment, no stdin, no file descriptors but its output, a scratch folder that is
     deleted afterwards, resource limits, and, where the kernel has them, seccomp (no network, no processes, no signals
     to others) and Landlock (no reading outside Python's own files, no writing outside the scratch folder).
 
-    It counts as passed only if it hands back a secret that is written after its last line; ending by itself with
-    status 0 is a failure.
+    A program passes only if it returns a secret that is written after its last line; exit status 0 alone is a failure.
     """
-    limits = limits or Limits()
+    limits = limits or SandboxLimits()
     scratch = Path(tempfile.mkdtemp(prefix="asd-eval-"))
     scratch.chmod(0o777)
     try:
@@ -68,7 +67,7 @@ def run_program(program: str, limits: Limits | None = None) -> Outcome:
         _remove(scratch)
 
 
-def _supervise(scratch: Path, limits: Limits) -> Outcome:
+def _supervise(scratch: Path, limits: SandboxLimits) -> ProgramResult:
     secret = secrets.token_hex(16)
     verdict, verdict_out = os.pipe()
     secret_in, secret_out = os.pipe()
@@ -100,14 +99,14 @@ def _supervise(scratch: Path, limits: Limits) -> Outcome:
     lines = said.decode("utf-8", "replace").splitlines()
     protections = tuple(lines[0].split()) if lines else ()
     if stopped:
-        return Outcome(False, stopped, protections)
+        return ProgramResult(False, stopped, protections)
     if secret in lines[1:]:
-        return Outcome(True, "passed", protections)
-    return Outcome(False, _reason(process.returncode, output), protections)
+        return ProgramResult(True, "passed", protections)
+    return ProgramResult(False, _reason(process.returncode, output), protections)
 
 
-def _read_output(process: "subprocess.Popen[bytes]", limits: Limits) -> tuple[bytes, str | None]:
-    """Read until the program ends or goes beyond a limit."""
+def _read_output(process: "subprocess.Popen[bytes]", limits: SandboxLimits) -> tuple[bytes, str | None]:
+    """Read until the program ends or exceeds a limit."""
     assert process.stdout is not None
     deadline = time.monotonic() + limits.seconds
     output = b""
@@ -134,7 +133,7 @@ def _read_output(process: "subprocess.Popen[bytes]", limits: Limits) -> tuple[by
 
 
 def _kill(process: "subprocess.Popen[bytes]") -> None:
-    """End the program and what is left of its session."""
+    """Kill the program and all processes of its session."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except (ProcessLookupError, PermissionError):
@@ -154,7 +153,7 @@ def _reason(status: int, output: bytes) -> str:
 
 
 def _remove(folder: Path) -> None:
-    """Delete a folder, also one whose rights were taken away."""
+    """Delete a folder, even if the program removed its permissions."""
     for root, folders, _ in os.walk(folder):
         for name in folders:
             path = Path(root) / name

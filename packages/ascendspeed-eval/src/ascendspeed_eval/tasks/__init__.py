@@ -1,1 +1,1 @@
-"""Benchmarks: what is asked, and how answers are scored."""
+"""Benchmarks: their prompts and how their answers are scored."""

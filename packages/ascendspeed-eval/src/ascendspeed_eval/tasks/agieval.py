@@ -10,7 +10,7 @@ from typing import Any
 from ascendspeed_eval.errors import EvaluationError
 from ascendspeed_eval.tasks.base import Benchmark, Extracted, Record, Task, TaskVariant, without_first_space
 from ascendspeed_eval.tasks.math_answers import find_answer, same_answer
-from ascendspeed_eval.tasks.reading import Kinds, find_folder, read_csv, read_json_lines
+from ascendspeed_eval.tasks.reading import KeyTypes, find_folder, read_csv, read_json_lines
 
 ENGLISH = (
     "aqua-rat", "gaokao-english", "logiqa-en", "lsat-ar", "lsat-lr", "lsat-rc", "sat-en", "sat-en-without-passage",
@@ -21,58 +21,58 @@ CHINESE = (
     "gaokao-physics", "jec-qa-ca", "jec-qa-kd", "logiqa-zh",
 )  # fmt: skip
 CLOZE = ("gaokao-mathcloze", "math")
-SEVERAL = ("gaokao-physics", "jec-qa-ca", "jec-qa-kd")
+MULTI_ANSWER = ("gaokao-physics", "jec-qa-ca", "jec-qa-kd")
 """Subsets whose questions may have several right choices."""
 
 EXAMPLES_2023 = {
     "gaokao-chinese": 1, "gaokao-english": 1, "jec-qa-ca": 3, "jec-qa-kd": 4, "logiqa-en": 2, "lsat-ar": 2,
     "lsat-lr": 1, "lsat-rc": 1, "sat-en": 1,
 }  # fmt: skip
-"""How many examples the prompts of 2023 show; all others show every one (three or five)."""
+"""Number of examples in the prompts of 2023; prompts of other subsets show all (three or five)."""
 
 LETTERS = "ABCDEFG"
 
 
 def is_chinese(subset: str) -> bool:
-    """Tell whether a subset is asked in Chinese."""
+    """Return whether the prompts of a subset are Chinese."""
     return subset in CHINESE or subset == "gaokao-mathcloze"
 
 
 def line_of_2023(text: str, record: Record) -> Extracted:
     """Strict is the rule of 2023: the first line without `$`. Flexible: the rule of the authors."""
     line = without_first_space(text).split("\n")[0].replace("$", "")
-    return {"strict": line, "flexible": _author(text, record)}
+    return {"strict": line, "flexible": _authors_answer(text, record)}
 
 
 def line_matches(answer: Any, record: Record) -> bool:
     """Compare with the labels joined by a comma, or the answer without `$`; a list by the authors' rule."""
-    if isinstance(answer, _Found):
-        return _author_matches(answer, record)
+    if isinstance(answer, _AuthorsAnswer):
+        return _authors_match(answer, record)
     right = ",".join(record.target) if isinstance(record.target, list) else record.target.replace("$", "")
     return bool(answer == right)
 
 
-def author_answer(text: str, record: Record) -> Extracted:
+def authors_answer(text: str, record: Record) -> Extracted:
     """The authors' rule for zero-shot answers (post_process.py), under both names."""
-    found = _author(text, record)
+    found = _authors_answer(text, record)
     return {"strict": found, "flexible": found}
 
 
-class _Found(list[str]):
-    """What the authors' rule found: letters, or one answer of a cloze question."""
+class _AuthorsAnswer(list[str]):
+    """The answer by the authors' rule: letters, or one answer of a cloze question."""
 
 
-def _author(text: str, record: Record) -> "_Found":
+def _authors_answer(text: str, record: Record) -> "_AuthorsAnswer":
     if record.subset in CLOZE:
         answer = find_answer(_without_prefix(text))
-        return _Found([] if answer is None else [answer])
-    if record.subset in SEVERAL:
-        return _Found(re.findall(r"\(*([A-F])\)*", text))
+        return _AuthorsAnswer([] if answer is None else [answer])
+    if record.subset in MULTI_ANSWER:
+        return _AuthorsAnswer(re.findall(r"\(*([A-F])\)*", text))
     letter = re.search(r"[A-F]", text)
-    return _Found(letter[0] if letter else [])
+    return _AuthorsAnswer(letter[0] if letter else [])
 
 
-def _author_matches(answer: Any, record: Record) -> bool:
+def _authors_match(answer: Any, record: Record) -> bool:
     if record.subset in CLOZE:
         return bool(answer) and same_answer(answer[0], record.target)
     return set(answer) == set(record.target)
@@ -86,14 +86,14 @@ def _without_prefix(text: str) -> str:
 
 
 def lm_eval_answer(text: str, record: Record) -> Extracted:
-    """Take the text whole; `lm_eval_matches` finds the answer in it and in the target alike."""
-    return {"strict": text, "flexible": _author(text, record)}
+    """Return the whole text; `lm_eval_matches` finds the answer in it, as in the target."""
+    return {"strict": text, "flexible": _authors_answer(text, record)}
 
 
 def lm_eval_matches(answer: Any, record: Record) -> bool:
     """Find the answers in both texts, and compare (agieval/utils.py of lm-evaluation-harness)."""
-    if isinstance(answer, _Found):
-        return _author_matches(answer, record)
+    if isinstance(answer, _AuthorsAnswer):
+        return _authors_match(answer, record)
     ours, theirs = find_answer(answer), find_answer(record.target)
     if ours is None or theirs is None:
         return ours is theirs
@@ -101,12 +101,12 @@ def lm_eval_matches(answer: Any, record: Record) -> bool:
 
 
 def options(record: Record) -> Sequence[str]:
-    """Return the choices, with their letters, after a space."""
+    """Return the choices with their letters, each after a space."""
     return [" " + option for option in record.fields["options"]]
 
 
-def numbers(record: Record) -> Sequence[int]:
-    """Return the numbers of the right choices."""
+def target_indices(record: Record) -> Sequence[int]:
+    """Return the indices of the right choices."""
     return [LETTERS.index(letter) for letter in record.target if letter in LETTERS]
 
 
@@ -127,7 +127,7 @@ class AGIEval(Task):
         }
     )
     reference_scores = (("LLaMA-7B", "2023 README", 0.210),)
-    protocols = MappingProxyType(
+    variants = MappingProxyType(
         {
             "ascendspeed": TaskVariant(
                 "ascendspeed",
@@ -149,7 +149,7 @@ class AGIEval(Task):
                 "lm-evaluation-harness 0.4)",
                 "",
                 options,
-                numbers,
+                target_indices,
                 normalised=True,
                 extract=lm_eval_answer,
                 matches=lm_eval_matches,
@@ -162,8 +162,8 @@ class AGIEval(Task):
                 "zero-shot, greedy text; the first letter, all letters where several can be right, or the cloze answer "
                 "compared as mathematics (ruixiangcui/AGIEval)",
                 "",
-                extract=author_answer,
-                matches=lambda answer, record: _author_matches(answer, record),
+                extract=authors_answer,
+                matches=_authors_match,
                 max_new_tokens=64,
                 main="strict",
             ),
@@ -172,8 +172,8 @@ class AGIEval(Task):
 
     def read(self, path: str) -> Benchmark:
         """Read every subset, and the examples."""
-        place = Path(path)
-        where = str(place / "v1") if (place / "v1").is_dir() else path
+        version_1 = Path(path) / "v1"
+        where = str(version_1) if version_1.is_dir() else path
         folder = find_folder(
             where,
             tuple(f"{name}.jsonl" for name in (*ENGLISH, *CHINESE, *CLOZE)),
@@ -192,9 +192,9 @@ class AGIEval(Task):
         examples = read_examples(prompts) if prompts is not None else {}
         return Benchmark(records, examples, [*files, *([prompts] if prompts is not None else [])])
 
-    def header(self, protocol: TaskVariant, record: Record) -> str:
+    def header(self, variant: TaskVariant, record: Record) -> str:
         """Return the line of the exam."""
-        if protocol.name != "ascendspeed":
+        if variant.name != "ascendspeed":
             return ""
         return (
             "以下是考试中各个问题的答案。\n"
@@ -202,9 +202,9 @@ class AGIEval(Task):
             else "Here are the answers for the problems in the exam.\n"
         )
 
-    def question(self, protocol: TaskVariant, record: Record) -> str:
+    def question(self, variant: TaskVariant, record: Record) -> str:
         """Return the question in the form of 2023, or the authors' zero-shot one, which the harness has too."""
-        if protocol.name == "ascendspeed":
+        if variant.name == "ascendspeed":
             return _question_2023(record)
         fields, chinese = record.fields, is_chinese(record.subset)
         text = str(fields["passage"] or "") + ("问题：" if chinese else "Q: ") + str(fields["question"])
@@ -216,14 +216,14 @@ class AGIEval(Task):
             return f"{text} 选项：{shown}\n答案：从A到{last}, 我们应选择"
         return f"{text} Answer Choices: {shown}\nA: Among A through {last}, the answer is"
 
-    def answer(self, protocol: TaskVariant, record: Record) -> str:
+    def answer(self, variant: TaskVariant, record: Record) -> str:
         """Return the labels joined by a comma, or the answer."""
         return ",".join(record.target) if isinstance(record.target, list) else str(record.target)
 
-    def choose_examples(
-        self, protocol: TaskVariant, benchmark: Benchmark, record: Record, count: int
+    def fewshot_examples(
+        self, variant: TaskVariant, benchmark: Benchmark, record: Record, count: int
     ) -> Sequence[Record]:
-        """Return as many examples as the prompts of 2023 have for this subset, numbered."""
+        """Return the numbered examples that the prompts of 2023 show for this subset."""
         wanted = benchmark.examples.get(
             "sat-en" if record.subset == "sat-en-without-passage" else record.subset, ()
         )
@@ -237,50 +237,52 @@ class AGIEval(Task):
         return shown
 
     def samples(
-        self, benchmark: Benchmark, protocol: TaskVariant, num_fewshot: int | None = None
+        self, benchmark: Benchmark, variant: TaskVariant, num_fewshot: int | None = None
     ) -> list[Any]:
-        """Make the prompts; the number of examples is a limit, as not all subsets have five."""
-        if protocol.name != "ascendspeed":
+        """Build the prompts; some subsets have fewer examples than `num_fewshot`."""
+        if variant.name != "ascendspeed":
             if num_fewshot:
                 raise EvaluationError(
-                    f"num_fewshot={num_fewshot}: protocol {protocol.name} of agieval is zero-shot; leave it out"
+                    f"num_fewshot={num_fewshot}: agieval ({variant.name}) is zero-shot; leave --num-fewshot out"
                 )
-            return super().samples(benchmark, protocol, 0)
+            return super().samples(benchmark, variant, 0)
         made = []
         for record in benchmark.records:
             count = len(
-                self.choose_examples(
-                    protocol, benchmark, record, protocol.num_fewshot if num_fewshot is None else num_fewshot
+                self.fewshot_examples(
+                    variant, benchmark, record, variant.num_fewshot if num_fewshot is None else num_fewshot
                 )
             )
-            fields = {**record.fields, "number": count + 1, "asked": True}
+            fields = {**record.fields, "number": count + 1, "is_question": True}
             asked = Record(record.id, record.subset, fields, record.target)
-            made += super().samples(Benchmark([asked], benchmark.examples, ()), protocol, count)
+            made += super().samples(Benchmark([asked], benchmark.examples, ()), variant, count)
         return made
 
-    def ask(self, model: Any, samples: Sequence[Any], protocol: TaskVariant, settings: Any) -> list[Any]:
-        """Compare options; for cloze questions generate text."""
+    def evaluate_samples(
+        self, model: Any, samples: Sequence[Any], variant: TaskVariant, settings: Any
+    ) -> list[Any]:
+        """Compare the options; generate text for cloze questions."""
         from dataclasses import replace
 
-        if protocol.choices is None:
-            return super().ask(model, samples, protocol, settings)
+        if variant.choices is None:
+            return super().evaluate_samples(model, samples, variant, settings)
         cloze = [sample for sample in samples if sample.record.subset in CLOZE]
         choice = [sample for sample in samples if sample.record.subset not in CLOZE]
-        scored = super().ask(model, choice, protocol, settings) if choice else []
+        scored = super().evaluate_samples(model, choice, variant, settings) if choice else []
         if cloze:
-            scored += super().ask(model, cloze, replace(protocol, choices=None), settings)
-        place = {one.id: one for one in scored}
-        return [place[sample.record.id] for sample in samples]
+            scored += super().evaluate_samples(model, cloze, replace(variant, choices=None), settings)
+        by_id = {one.id: one for one in scored}
+        return [by_id[sample.record.id] for sample in samples]
 
-    def baselines(self, records: Sequence[Record], protocol: TaskVariant) -> dict[str, float]:
-        """Return chance over the questions with choices, under a protocol that compares them."""
-        return super().baselines([r for r in records if r.subset not in CLOZE], protocol)
+    def baselines(self, records: Sequence[Record], variant: TaskVariant) -> dict[str, float]:
+        """Return the score of guessing on the questions with choices, if the variant compares choices."""
+        return super().baselines([r for r in records if r.subset not in CLOZE], variant)
 
     @staticmethod
     def _records(file: Path) -> list[Record]:
         cloze = file.stem in CLOZE
-        wanted: Kinds = {"answer": str} if cloze else {"options": list, "label": (str, list)}
-        keys: Kinds = {"question": str, **wanted}
+        wanted: KeyTypes = {"answer": str} if cloze else {"options": list, "label": (str, list)}
+        keys: KeyTypes = {"question": str, **wanted}
         records = []
         for number, fields in read_json_lines(file, keys):
             target = fields["answer"] if cloze else fields["label"]
@@ -288,7 +290,9 @@ class AGIEval(Task):
                 target = list(target)
                 # Some lists hold a stray "。" beside the letters; the authors compare them as they are.
                 if not any(letter in LETTERS[: len(fields["options"])] for letter in target):
-                    raise EvaluationError(f"{file}, line {number}: label={fields['label']!r} names no option")
+                    raise EvaluationError(
+                        f"{file}, line {number}: label={fields['label']!r} names none of its options"
+                    )
             records.append(Record(f"{file.stem}/{number}", file.stem, {"passage": None, **fields}, target))
         return records
 
@@ -297,10 +301,10 @@ def _question_2023(record: Record) -> str:
     fields, chinese = record.fields, is_chinese(record.subset)
     text, asked = str(fields["passage"] or ""), str(fields["question"])
     start = f"问题 {fields['number']}.   " if chinese else f"Problem {fields['number']}.   "
-    if fields.get("asked"):
-        # 2023 asked the English questions of the Gaokao in Chinese, after English examples.
+    if fields.get("is_question"):
+        # The program of 2023 asked gaokao-english in Chinese, after English examples.
         chinese = chinese or record.subset == "gaokao-english"
-        # The question that is asked has its passage in a line of its own; examples have it before a space.
+        # The question has its passage on a line of its own; in examples a space follows the passage.
         text += ("\n" if text else "") + asked
         shown = "\n".join(fields["options"] or ())
         choose = "\n从以下选项中选择:\n" if chinese else "\nChoose from the following options:\n"

@@ -1,4 +1,4 @@
-"""What a task and a protocol are, and how samples become requests and answers become scores."""
+"""Tasks and their variants: how records become prompts, prompts become requests, and answers become scores."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -8,7 +8,7 @@ from typing import Any
 
 from ascendspeed_eval.errors import UsageError
 from ascendspeed_eval.model import EvaluatedModel, GenerateRequest, LoglikelihoodRequest
-from ascendspeed_eval.tasks.template import fill
+from ascendspeed_eval.tasks.template import fill_template
 
 
 @dataclass(frozen=True)
@@ -17,9 +17,9 @@ class Record:
 
     Attributes:
         id: unique within the task.
-        subset: subject or sub-task it belongs to.
-        fields: as read.
-        target: numbers of the right choices, or the right text.
+        subset: its subject or sub-task.
+        fields: its content.
+        target: indices of the right choices, or the right text.
     """
 
     id: str
@@ -30,12 +30,12 @@ class Record:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What was read.
+    """The records and examples read from a benchmark's files.
 
     Attributes:
-        records: to be asked.
-        examples: records that prompts may show, by subset.
-        files: what was read, for the hash of the data.
+        records: the questions.
+        examples: few-shot examples, by subset.
+        files: the files read; `run.json` records their hash.
     """
 
     records: Sequence[Record]
@@ -47,17 +47,17 @@ Extracted = Mapping[str, Any]
 
 
 def whole_text(text: str, record: Record) -> Extracted:
-    """Take the answer as it is."""
+    """Return the whole text as the answer."""
     return {"strict": text, "flexible": text.strip()}
 
 
 def without_first_space(text: str) -> str:
-    """Drop the space that begins an answer, as the tokenizers of 2023 did when they decoded it."""
+    """Drop one space at the start, as the tokenizers of 2023 did when decoding."""
     return text.removeprefix(" ")
 
 
-def own_target(record: Record) -> Sequence[int]:
-    """Take the record's target as the numbers of its right choices."""
+def target_choices(record: Record) -> Sequence[int]:
+    """Return the record's target, which holds the indices of its right choices."""
     numbers: Sequence[int] = record.target
     return numbers
 
@@ -69,33 +69,33 @@ def equals_target(answer: Any, record: Record) -> bool:
 
 @dataclass(frozen=True)
 class TaskVariant:
-    """One way to ask and score.
+    """One way to prompt and score a task; users choose it with `--protocol`.
 
     Attributes:
         name: as given to `--protocol`.
         summary: what it does, for the report.
         template: the question, with the record's fields in braces.
-        choices: continuations whose likelihoods are compared; `None` when text is generated.
-        targets: numbers of the right choices.
-        header: what stands before the examples, with fields in braces.
+        choices: continuations to compare by likelihood; `None` if the model generates text.
+        targets: indices of the right choices.
+        header: text before the examples, with fields in braces.
         num_fewshot: examples in the prompt.
-        separator: what stands between examples.
-        last_separator: what stands between the examples and the question, where it differs.
-        answer_prefix: what stands between an example's question and its answer.
-        normalised: also report accuracy by likelihood per character of the choice.
-        extract: finds answers in a generated text: one `strict`, one `flexible`.
-        matches: whether an extracted answer is right.
-        max_new_tokens: limit of generated text.
-        stop: texts that end it.
-        seq_length: longest prompt and answer in tokens, where the protocol says one.
-        main: the score that counts of several.
+        separator: text between examples.
+        last_separator: text between the last example and the question, if it differs.
+        answer_prefix: text between question and answer.
+        normalised: also report accuracy by log-likelihood per character of the choice.
+        extract: finds the answers in a generated text: one `strict`, one `flexible`.
+        matches: returns whether an extracted answer is right.
+        max_new_tokens: length limit of generated text.
+        stop: strings that end generated text.
+        seq_length: tokens of prompt and answer together, if the variant limits them.
+        main: the metric reported as the score.
     """
 
     name: str
     summary: str
     template: str
     choices: Callable[[Record], Sequence[str]] | None = None
-    targets: Callable[[Record], Sequence[int]] = own_target
+    targets: Callable[[Record], Sequence[int]] = target_choices
     header: str = ""
     num_fewshot: int = 0
     separator: str = "\n\n"
@@ -112,12 +112,12 @@ class TaskVariant:
 
 @dataclass(frozen=True)
 class Sample:
-    """One record, ready to be asked.
+    """One record with its prompt.
 
     Attributes:
         record: the record.
         prompt: full text.
-        shared_characters: beginning of the prompt that is the same for the whole subset.
+        shared_characters: length of the prefix that all prompts of the subset share.
     """
 
     record: Record
@@ -126,21 +126,21 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Scored:
-    """One answered sample, a line of `samples.jsonl`.
+class ScoredSample:
+    """One scored sample, a line of `samples.jsonl`.
 
     Attributes:
         id: of the record.
         subset: of the record.
-        prompt: as asked.
+        prompt: as sent to the model.
         target: of the record.
         scores: by name, 0 to 1.
         truncated_tokens: tokens of the prompt that did not fit.
-        choices: whose likelihoods were compared.
+        choices: the continuations compared.
         logprobs: of the choices.
-        answer: number of the likeliest choice.
+        answer: index of the likeliest choice.
         outputs: generated texts.
-        extracted: answers found in the first of them; HumanEval: what became of each program.
+        extracted: answers found in the first text; for HumanEval the result of each program.
     """
 
     id: str
@@ -162,22 +162,22 @@ class Scored:
 
 
 @dataclass(frozen=True)
-class AskSettings:
-    """Choices of the user that change answers.
+class GenerationSettings:
+    """Settings of the user that change generated answers.
 
     Attributes:
-        max_new_tokens: limit of generated text instead of the protocol's.
-        num_samples: texts per record.
-        temperature: of the draws; 0 takes the likeliest token.
-        seed: of the draws.
-        run_code: the user consents to running generated programs.
+        max_new_tokens: length limit of an answer; the variant's by default.
+        num_samples: answers per record, for pass@k.
+        temperature: of sampling; 0 is greedy decoding.
+        seed: of sampling.
+        allow_code_execution: the user allows running generated programs.
     """
 
     max_new_tokens: int | None = None
     num_samples: int = 1
     temperature: float = 0.0
     seed: int = 1234
-    run_code: bool = False
+    allow_code_execution: bool = False
 
 
 class Task(ABC):
@@ -185,23 +185,23 @@ class Task(ABC):
 
     Attributes:
         name: as given to `--task`.
-        version: raised when a score would change.
+        version: raised whenever scores would change.
         summary: one line.
-        size: records of the whole benchmark.
-        protocols: by name.
-        default_protocol: the one used unless another is named.
-        format: what files are read, for messages.
-        groups: name of a group to its subsets, such as MMLU's categories.
+        size: number of records in the whole benchmark.
+        variants: by name.
+        default_variant: name of the variant used unless `--protocol` names another.
+        format: the files that the task reads, for messages.
+        groups: subsets of each group, such as MMLU's categories.
         runs_code: whether scoring runs generated programs.
-        reference_scores: published scores: model, protocol or source, score.
+        reference_scores: published scores: model, source, score.
     """
 
     name: str
     version: int = 1
     summary: str = ""
     size: str = ""
-    protocols: Mapping[str, TaskVariant]
-    default_protocol: str = "ascendspeed"
+    variants: Mapping[str, TaskVariant]
+    default_variant: str = "ascendspeed"
     format: str
     groups: Mapping[str, Sequence[str]] = {}
     runs_code: bool = False
@@ -209,72 +209,76 @@ class Task(ABC):
 
     @abstractmethod
     def read(self, path: str) -> Benchmark:
-        """Read what `--task-data-path` names.
+        """Read the benchmark from `--task-data-path`.
 
         Raises:
-            EvaluationError: something is missing or is not what it should be.
+            EvaluationError: a file is missing or not valid.
         """
 
-    def header(self, protocol: TaskVariant, record: Record) -> str:
-        """Return what stands before the examples."""
-        return fill(protocol.header, record.fields)
+    def header(self, variant: TaskVariant, record: Record) -> str:
+        """Return the text before the examples."""
+        return fill_template(variant.header, record.fields)
 
-    def question(self, protocol: TaskVariant, record: Record) -> str:
-        """Return the question as asked."""
-        return fill(protocol.template, record.fields)
+    def question(self, variant: TaskVariant, record: Record) -> str:
+        """Return the question as the prompt shows it."""
+        return fill_template(variant.template, record.fields)
 
-    def answer(self, protocol: TaskVariant, record: Record) -> str:
-        """Return the right answer, as an example shows it."""
-        if protocol.choices is not None:
-            return protocol.choices(record)[protocol.targets(record)[0]].removeprefix(protocol.answer_prefix)
+    def answer(self, variant: TaskVariant, record: Record) -> str:
+        """Return the right answer, as examples show it."""
+        if variant.choices is not None:
+            return variant.choices(record)[variant.targets(record)[0]].removeprefix(variant.answer_prefix)
         return str(record.target)
 
-    def choose_examples(
-        self, protocol: TaskVariant, benchmark: Benchmark, record: Record, count: int
+    def fewshot_examples(
+        self, variant: TaskVariant, benchmark: Benchmark, record: Record, count: int
     ) -> Sequence[Record]:
         """Return the first examples of the record's subset."""
         return benchmark.examples.get(record.subset, ())[:count]
 
     def samples(
-        self, benchmark: Benchmark, protocol: TaskVariant, num_fewshot: int | None = None
+        self, benchmark: Benchmark, variant: TaskVariant, num_fewshot: int | None = None
     ) -> list[Sample]:
-        """Make the prompts of all records.
+        """Build the prompts of all records.
 
         Raises:
-            UsageError: there are fewer examples than asked for.
+            UsageError: a subset has fewer than `num_fewshot` examples.
         """
-        count = protocol.num_fewshot if num_fewshot is None else num_fewshot
+        count = variant.num_fewshot if num_fewshot is None else num_fewshot
         made = []
         for record in benchmark.records:
-            examples = self.choose_examples(protocol, benchmark, record, count)
+            examples = self.fewshot_examples(variant, benchmark, record, count)
             if len(examples) < count:
                 raise UsageError(
                     f"num_fewshot={count} is more than the {len(examples)} examples that {self.name}, subset "
                     f"{record.subset}, has; give --num-fewshot {len(examples)} or the files with examples"
                 )
             shown = [
-                self.question(protocol, example) + protocol.answer_prefix + self.answer(protocol, example)
+                self.question(variant, example) + variant.answer_prefix + self.answer(variant, example)
                 for example in examples
             ]
-            last = protocol.separator if protocol.last_separator is None else protocol.last_separator
-            head = self.header(protocol, record) + protocol.separator.join(shown) + (last if shown else "")
-            shared = len(head) if self.shares_examples(protocol) else 0
-            made.append(Sample(record, head + self.question(protocol, record), shared))
+            last = variant.separator if variant.last_separator is None else variant.last_separator
+            head = self.header(variant, record) + variant.separator.join(shown) + (last if shown else "")
+            shared = len(head) if self.shares_examples(variant) else 0
+            made.append(Sample(record, head + self.question(variant, record), shared))
         return made
 
-    def shares_examples(self, protocol: TaskVariant) -> bool:
-        """Tell whether all records of a subset are shown the same examples."""
+    def shares_examples(self, variant: TaskVariant) -> bool:
+        """Return whether all prompts of a subset show the same examples."""
         return True
 
-    def ask(
-        self, model: EvaluatedModel, samples: Sequence[Sample], protocol: TaskVariant, settings: AskSettings
-    ) -> list[Scored]:
-        """Put samples to the model and score its answers."""
-        if protocol.choices is not None:
-            return _compare_choices(model, samples, protocol, protocol.choices)
-        texts, truncated = generate_texts(model, samples, protocol, settings)
+    def evaluate_samples(
+        self,
+        model: EvaluatedModel,
+        samples: Sequence[Sample],
+        variant: TaskVariant,
+        settings: GenerationSettings,
+    ) -> list[ScoredSample]:
+        """Run the model on samples and score its answers."""
+        if variant.choices is not None:
+            return _compare_choices(model, samples, variant, variant.choices)
+        texts, truncated = generate_texts(model, samples, variant, settings)
         return [
-            self.score_texts(sample, own, cut, protocol, settings)
+            self.score_texts(sample, own, cut, variant, settings)
             for sample, own, cut in zip(samples, texts, truncated, strict=True)
         ]
 
@@ -283,17 +287,17 @@ class Task(ABC):
         sample: Sample,
         texts: Sequence[str],
         truncated_tokens: int,
-        protocol: TaskVariant,
-        settings: AskSettings,
-    ) -> Scored:
-        """Score the texts generated for one sample; with several, a score is the share of right ones."""
+        variant: TaskVariant,
+        settings: GenerationSettings,
+    ) -> ScoredSample:
+        """Score the texts of one sample; with several texts, a score is the share of right answers."""
         record = sample.record
-        found = [dict(protocol.extract(text, record)) for text in texts]
+        found = [dict(variant.extract(text, record)) for text in texts]
         scores = {
-            name: sum(protocol.matches(one[name], record) for one in found) / len(found) for name in found[0]
+            name: sum(variant.matches(one[name], record) for one in found) / len(found) for name in found[0]
         }
-        ordered = {name: scores[name] for name in sorted(scores, key=lambda name: name != protocol.main)}
-        return Scored(
+        ordered = {name: scores[name] for name in sorted(scores, key=lambda name: name != variant.main)}
+        return ScoredSample(
             record.id,
             record.subset,
             sample.prompt,
@@ -304,31 +308,31 @@ class Task(ABC):
             extracted=found[0],
         )
 
-    def baselines(self, records: Sequence[Record], protocol: TaskVariant) -> dict[str, float]:
-        """Return scores that need no model: guessing, and always giving the most frequent answer."""
-        if protocol.choices is None or not records:
+    def baselines(self, records: Sequence[Record], variant: TaskVariant) -> dict[str, float]:
+        """Return the scores of guessing and of always giving the most frequent answer."""
+        if variant.choices is None or not records:
             return {}
-        chance = sum(len(protocol.targets(r)) / len(protocol.choices(r)) for r in records) / len(records)
-        numbers = {number for record in records for number in protocol.targets(record)}
-        majority = max(sum(number in protocol.targets(r) for r in records) for number in numbers) / len(
+        chance = sum(len(variant.targets(r)) / len(variant.choices(r)) for r in records) / len(records)
+        numbers = {number for record in records for number in variant.targets(record)}
+        majority = max(sum(number in variant.targets(r) for r in records) for number in numbers) / len(
             records
         )
         return {"chance": chance, "majority": majority}
 
 
 def generate_texts(
-    model: EvaluatedModel, samples: Sequence[Sample], protocol: TaskVariant, settings: AskSettings
+    model: EvaluatedModel, samples: Sequence[Sample], variant: TaskVariant, settings: GenerationSettings
 ) -> tuple[list[list[str]], list[int]]:
     """Generate `num_samples` texts per sample.
 
     Returns:
-        The texts of each sample, and how many tokens of its prompt did not fit.
+        The texts of each sample, and the number of tokens dropped from its prompt.
     """
     requests = [
         GenerateRequest(
             sample.prompt,
-            settings.max_new_tokens or protocol.max_new_tokens,
-            protocol.stop,
+            settings.max_new_tokens or variant.max_new_tokens,
+            variant.stop,
             settings.temperature,
             settings.seed + number,
             sample.shared_characters,
@@ -345,10 +349,10 @@ def generate_texts(
 def _compare_choices(
     model: EvaluatedModel,
     samples: Sequence[Sample],
-    protocol: TaskVariant,
+    variant: TaskVariant,
     choices: Callable[[Record], Sequence[str]],
-) -> list[Scored]:
-    """Score every choice of every sample by log-likelihood; the likeliest is the answer, the first of equals."""
+) -> list[ScoredSample]:
+    """Score the choices of each sample by log-likelihood; the first of the likeliest is the answer."""
     requests = [
         LoglikelihoodRequest(sample.prompt, choice, sample.shared_characters)
         for sample in samples
@@ -358,18 +362,18 @@ def _compare_choices(
     scored = []
     for sample in samples:
         record, shown = sample.record, list(choices(sample.record))
-        right = list(protocol.targets(record))
+        right = list(variant.targets(record))
         own = [next(results) for _ in shown]
         logprobs = [result.logprob for result in own]
         answer = logprobs.index(max(logprobs))
         scores = {"accuracy": float(answer in right)}
-        if protocol.normalised:
-            lengths = [len(choice.removeprefix(protocol.answer_prefix)) for choice in shown]
+        if variant.normalised:
+            lengths = [len(choice.removeprefix(variant.answer_prefix)) for choice in shown]
             per_character = [value / length for value, length in zip(logprobs, lengths, strict=True)]
             best = per_character.index(max(per_character))
             scores["accuracy_normalised"] = float(best in right)
         scored.append(
-            Scored(
+            ScoredSample(
                 record.id,
                 record.subset,
                 sample.prompt,

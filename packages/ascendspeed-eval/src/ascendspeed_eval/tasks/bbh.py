@@ -15,10 +15,10 @@ QUESTION = "Q: {input}\nA:"
 
 
 def first_line(text: str, record: Record) -> Extracted:
-    """Strict is the rule of 2023: the first line, which begins with a space. Flexible: the same without spaces.
+    """Strict is the rule of 2023: the first line. Flexible compares it loosely.
 
-    The 2023 program compared ` False` with `False`; its model's tokenizer dropped the space when decoding. So spaces
-    at both ends do not count here either; flexible also ignores case, brackets and a final full stop.
+    The tokenizer of 2023 dropped the space before an answer when it decoded. So both ignore spaces at both ends;
+    flexible also ignores case, brackets and a final full stop.
     """
     line = text.lstrip("\n").split("\n")[0].strip() if text.strip() else ""
     return {"strict": line, "flexible": line}
@@ -27,7 +27,7 @@ def first_line(text: str, record: Record) -> Extracted:
 def after_answer_is(text: str, record: Record) -> Extracted:
     """Find what follows "the answer is": strict to the last character of the line but one, as lm-evaluation-harness.
 
-    Flexible takes the last such place, in any case, up to a full stop at the end of the line.
+    Flexible takes the last match, in any case, up to a full stop at the end of the line.
     """
     strict = re.findall(r"(?<=the answer is )(.*)(?=.)", text)
     flexible = re.findall(r"answer is:?\s*(.*?)\.?\s*$", text, re.IGNORECASE | re.MULTILINE)
@@ -38,17 +38,17 @@ def after_answer_is(text: str, record: Record) -> Extracted:
 
 
 def exact_text(text: str, record: Record) -> Extracted:
-    """Take the text as it is; flexible: its first line."""
+    """Return the whole text; flexible: its first line."""
     return {"strict": text, "flexible": text.strip().split("\n")[0]}
 
 
-class _Loose(str):
-    """An answer that is compared without case, brackets and a final full stop."""
+class _LooseAnswer(str):
+    """An answer to compare without case, brackets and a final full stop."""
 
 
 def matches(answer: Any, record: Record) -> bool:
-    """Compare exactly, or loosely when the answer was found loosely."""
-    if isinstance(answer, _Loose):
+    """Compare a `_LooseAnswer` loosely, any other answer exactly."""
+    if isinstance(answer, _LooseAnswer):
         return _plain(answer) == _plain(record.target)
     return bool(answer == record.target)
 
@@ -62,7 +62,7 @@ def _plain(text: str) -> str:
 def _loosely(extract: Any) -> Any:
     def both(text: str, record: Record) -> Extracted:
         found = extract(text, record)
-        return {"strict": found["strict"], "flexible": _Loose(found["flexible"])}
+        return {"strict": found["strict"], "flexible": _LooseAnswer(found["flexible"])}
 
     return both
 
@@ -76,7 +76,7 @@ class BBH(Task):
     size = "6,511, 27 tasks"
     format = "folders bbh (<task>.json) and cot-prompts (<task>.txt)"
     reference_scores = (("LLaMA-7B", "2023 README, 3-shot", 0.334),)
-    protocols = MappingProxyType(
+    variants = MappingProxyType(
         {
             "ascendspeed": TaskVariant(
                 "ascendspeed",
@@ -141,9 +141,9 @@ class BBH(Task):
             read += [file, *([prompt] if prompt.is_file() else [])]
         return Benchmark(records, examples, read)
 
-    def answer(self, protocol: TaskVariant, record: Record) -> str:
+    def answer(self, variant: TaskVariant, record: Record) -> str:
         """Return the reasoning, or the answer alone."""
-        return str(record.fields["reasoning"]) if protocol.name == "lm-eval" else str(record.target)
+        return str(record.fields["reasoning"]) if variant.name == "lm-eval" else str(record.target)
 
 
 def read_prompt(path: Path) -> tuple[str, list[Record]]:
@@ -157,7 +157,9 @@ def read_prompt(path: Path) -> tuple[str, list[Record]]:
         reasoning = reasoning.lstrip()
         answer = re.search(r"So the answer is (.*)\.\s*$", reasoning, re.DOTALL)
         if not answer:
-            raise EvaluationError(f"{path}, example {number + 1}: it does not end in 'So the answer is ...'")
+            raise EvaluationError(
+                f"{path}, example {number + 1}: the text does not end in 'So the answer is ...'"
+            )
         fields = {"input": question, "description": description, "reasoning": reasoning}
         examples.append(Record(f"example/{number}", path.stem, fields, answer[1]))
     return description, examples

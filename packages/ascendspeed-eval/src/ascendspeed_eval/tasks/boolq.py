@@ -14,7 +14,7 @@ CHOICES = {"ascendspeed": (" Yes", " No"), "lm-eval": (" no", " yes")}
 class BoolQ(Task):
     """The development file of BoolQ; a `train.jsonl` beside it gives examples.
 
-    A target is "yes" or "no"; which number that is depends on the protocol's order of choices.
+    A target is "yes" or "no"; its index depends on the variant's order of choices.
     """
 
     name = "boolq"
@@ -23,7 +23,7 @@ class BoolQ(Task):
     size = "3,270 (development split)"
     format = "JSON lines with question, passage and answer (true or false)"
     reference_scores = (("LLaMA-7B", "2023 README, zero-shot", 0.742),)
-    protocols = MappingProxyType(
+    variants = MappingProxyType(
         {
             "ascendspeed": TaskVariant(
                 "ascendspeed",
@@ -46,14 +46,13 @@ class BoolQ(Task):
     )
 
     def read(self, path: str) -> Benchmark:
-        """Read a file, a folder's `dev.jsonl` or other `*.jsonl`, or for `sample` the small file of the package."""
+        """Read a file, a folder's `dev.jsonl` or other `*.jsonl`, or for `sample` the package's small file."""
         if path == "sample":
             files = [Path(str(resources.files("ascendspeed_eval") / "samples" / "boolq.jsonl"))]
         else:
-            place = Path(path)
-            hint = f"boolq reads {self.format} (--task-data-path sample takes the small file of the package)"
+            hint = f"boolq reads {self.format} (--task-data-path sample reads the small file that the package contains)"
             found = find_files(path, ("*.jsonl",), hint)
-            files = [file for file in found if file.stem != "train"] if place.is_dir() else found
+            files = [file for file in found if file.stem != "train"] if Path(path).is_dir() else found
         train = files[0].parent / "train.jsonl" if files else None
         records = [record for file in files for record in self._records(file)]
         not_empty(records, files, f"boolq reads {self.format}")

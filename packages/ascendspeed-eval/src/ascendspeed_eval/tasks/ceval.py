@@ -29,7 +29,7 @@ def letter_in(text: str, record: Record) -> Extracted:
 
 
 def is_letter(answer: Any, record: Record) -> bool:
-    """Compare a letter with the number of the right choice."""
+    """Compare a letter with the index of the right choice."""
     return bool(record.target and answer == "ABCD"[record.target[0]])
 
 
@@ -39,7 +39,7 @@ def _by_category() -> dict[str, tuple[str, ...]]:
 
 
 class CEval(Task):
-    """The folders `dev` (five examples per subject), `val` (asked) and `test` (asked for a submission; no labels)."""
+    """The folders `dev` (five examples per subject), `val` (the questions) and `test` (unlabelled)."""
 
     name = "ceval"
     version = 1
@@ -50,7 +50,7 @@ class CEval(Task):
     )
     groups = MappingProxyType(_by_category())
     reference_scores = (("LLaMA-7B", "2023 README, 5-shot, val split", 0.408),)
-    protocols = MappingProxyType(
+    variants = MappingProxyType(
         {
             "ascendspeed": TaskVariant(
                 "ascendspeed",
@@ -94,7 +94,9 @@ class CEval(Task):
         for file in sorted((folder / split).glob(f"*_{split}.csv")):
             subject = file.name.removesuffix(f"_{split}.csv")
             if subject not in SUBJECTS:
-                raise EvaluationError(f"{file}: {subject} is no subject of C-Eval; rename or remove the file")
+                raise EvaluationError(
+                    f"{file}: {subject} is not a subject of C-Eval; rename or remove the file"
+                )
             records += self._records(file, subject, labels=split == "val")
             dev = folder / "dev" / f"{subject}_dev.csv"
             if dev.is_file():
@@ -102,14 +104,14 @@ class CEval(Task):
             read += [file, *([dev] if dev.is_file() else [])]
         return Benchmark(records, examples, read)
 
-    def question(self, protocol: TaskVariant, record: Record) -> str:
-        """Return the question; lm-evaluation-harness strips it."""
-        if protocol.name == "lm-eval":
+    def question(self, variant: TaskVariant, record: Record) -> str:
+        """Return the question; under `lm-eval` without spaces at both ends."""
+        if variant.name == "lm-eval":
             fields = {**record.fields, "question": record.fields["question"].strip()}
             record = Record(record.id, record.subset, fields, record.target)
-        return super().question(protocol, record)
+        return super().question(variant, record)
 
-    def answer(self, protocol: TaskVariant, record: Record) -> str:
+    def answer(self, variant: TaskVariant, record: Record) -> str:
         """Return the letter."""
         return "ABCD"[record.target[0]]
 

@@ -1,10 +1,10 @@
-"""A task of one's own in one YAML file.
+"""Your own task in one YAML file.
 
     name: capitals
     data: capitals.jsonl            # beside this file; --task-data-path names another
     question: "Q: {{ country }}\nA:"
-    choices: [" Paris", " Rome"]    # or a template that gives a list; without it text is generated
-    target: "{{ capital }}"         # the right text, or the number of the right choice
+    choices: [" Paris", " Rome"]    # or a template that renders a list; without choices the model generates text
+    target: "{{ capital }}"         # the right text, or the index of the right choice
     max_new_tokens: 8
     stop: ["\n"]
     extract: "([A-Z][a-z]+)"        # group 1 of the first match is the answer
@@ -44,11 +44,11 @@ def read_task(path: Path) -> Task:
     except yaml.YAMLError as error:
         raise EvaluationError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
-        raise EvaluationError(f"{path} holds no keys and values; it needs {', '.join(REQUIRED)}")
+        raise EvaluationError(f"{path} is not a YAML mapping; it needs {', '.join(REQUIRED)}")
     for key, value in content.items():
         if key not in KEYS:
             raise EvaluationError(
-                f"{path}: {key} is unknown{did_you_mean(str(key), KEYS)}; there are {', '.join(KEYS)}"
+                f"{path}: {key} is unknown{did_you_mean(str(key), KEYS)}; known keys are {', '.join(KEYS)}"
             )
         if not isinstance(value, KEYS[key]):
             raise EvaluationError(f"{path}: {key}={value!r} has the wrong type")
@@ -59,7 +59,7 @@ def read_task(path: Path) -> Task:
 
 
 class YamlTask(Task):
-    """What `read_task` found."""
+    """A task that a YAML file describes."""
 
     format = "JSON lines, CSV with a header, or a JSON list"
 
@@ -69,39 +69,39 @@ class YamlTask(Task):
         self.version = content.get("version", 1)
         self.summary = content.get("summary", f"described in {path.name}")
         self.size = "as in its files"
-        self.default_protocol = "own"
+        self.default_variant = "own"
         self._question = _compile(content["question"], path, "question")
         self._target = _compile(content["target"], path, "target")
         self._header = _compile(content.get("header", ""), path, "header")
         self._subset = _compile(content.get("subset", self.name), path, "subset")
-        self.protocols = {"own": self._protocol()}
+        self.variants = {"own": self._variant()}
 
     def read(self, path: str) -> Benchmark:
-        """Read the records; `beside` means the file that the YAML names."""
+        """Read the records; `sample` means the file that the key `data` names."""
         named = self._content.get("data")
         if path == "sample":
             if named is None:
-                raise EvaluationError(f"{self._path} has no key data; give --task-data-path")
+                raise EvaluationError(f"{self._path} has no key data; give --task-data-path FILE")
             path = str(self._path.parent / named)
         files = find_files(path, ("*.jsonl", "*.csv", "*.json"), f"{self.name} reads {self.format}")
         records = [record for file in files for record in self._records(file)]
         not_empty(records, files, f"{self.name} reads {self.format}")
         shown: dict[str, list[Record]] = {}
         if "examples" in self._content:
-            place = self._path.parent / self._content["examples"]
-            for record in self._records(place):
+            example_file = self._path.parent / self._content["examples"]
+            for record in self._records(example_file):
                 shown.setdefault(record.subset, []).append(record)
-            files = [*files, place]
+            files = [*files, example_file]
         return Benchmark(records, shown, [*files, self._path])
 
-    def header(self, protocol: TaskVariant, record: Record) -> str:
+    def header(self, variant: TaskVariant, record: Record) -> str:
         """Render the header."""
         return str(self._header.render(record.fields))
 
-    def question(self, protocol: TaskVariant, record: Record) -> str:
-        """Render the question; a prompt given on the command line has fields in braces."""
-        if protocol.template != self._content["question"]:
-            return super().question(protocol, record)
+    def question(self, variant: TaskVariant, record: Record) -> str:
+        """Render the question; a `--prompt-template` has fields in braces instead."""
+        if variant.template != self._content["question"]:
+            return super().question(variant, record)
         return str(self._question.render(record.fields))
 
     def _records(self, file: Path) -> list[Record]:
@@ -139,10 +139,10 @@ class YamlTask(Task):
             return [str(choice) for choice in json.loads(text)]
         except json.JSONDecodeError:
             raise EvaluationError(
-                f"{self._path}: choices renders to {text!r}, no list; use `| tojson`"
+                f"{self._path}: choices renders to {text!r}, which is not a JSON list; use `| tojson`"
             ) from None
 
-    def _protocol(self) -> TaskVariant:
+    def _variant(self) -> TaskVariant:
         content = self._content
         pattern = content.get("extract")
 
@@ -176,7 +176,7 @@ def _compile(template: str, path: Path, key: str) -> Any:
             undefined=StrictUndefined, keep_trailing_newline=True
         ).from_string(template)
     except TemplateSyntaxError as error:
-        raise EvaluationError(f"{path}: {key} is no template: {error.message}") from None
+        raise EvaluationError(f"{path}: {key} is not a valid template: {error.message}") from None
 
 
 def _render(template: Any, fields: Mapping[str, Any], where: str) -> str:

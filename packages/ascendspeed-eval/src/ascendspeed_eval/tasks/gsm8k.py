@@ -31,7 +31,7 @@ EXAMPLES_2023 = (
 """The first three examples of Wei et al. (2022), Chain-of-Thought Prompting, table 20."""
 
 EXAMPLES_SEED = 1234
-"""lm-evaluation-harness draws the examples of all questions, one after the other, from one generator of this seed."""
+"""lm-evaluation-harness draws the examples of all questions from one generator with this seed."""
 
 INVALID = "[invalid]"
 
@@ -79,7 +79,7 @@ class GSM8K(Task):
     size = "1,319 (test split)"
     format = 'JSON lines with question and answer, which ends in "#### <number>" (or a JSON list, as in 2023)'
     reference_scores = (("LLaMA-7B", "2023 README, 3-shot", 0.102),)
-    protocols = MappingProxyType(
+    variants = MappingProxyType(
         {
             "ascendspeed": TaskVariant(
                 "ascendspeed",
@@ -111,20 +111,19 @@ class GSM8K(Task):
 
     def read(self, path: str) -> Benchmark:
         """Read a file, or a folder's `test.jsonl`, and the `train.jsonl` beside it."""
-        place = Path(path)
         found = find_files(path, ("*.jsonl", "*.json"), f"gsm8k reads {self.format}")
         files = [f for f in found if f.stem == "test"] or [f for f in found if f.stem != "train"]
-        files = files if place.is_dir() else found
+        files = files if Path(path).is_dir() else found
         records = [record for file in files for record in self._records(file)]
         not_empty(records, found, f"gsm8k reads {self.format}")
         train = files[0].parent / "train.jsonl"
         examples = self._records(train) if train.is_file() and train not in files else []
         return Benchmark(records, {"gsm8k": examples}, [*files, *([train] if examples else [])])
 
-    def choose_examples(
-        self, protocol: TaskVariant, benchmark: Benchmark, record: Record, count: int
+    def fewshot_examples(
+        self, variant: TaskVariant, benchmark: Benchmark, record: Record, count: int
     ) -> Sequence[Record]:
-        """Return the three examples of 2023."""
+        """Return the three examples of 2023; under `lm-eval` those of `train.jsonl`."""
         made = [
             Record(
                 f"example/{number}", "gsm8k", {"question": f"Q: {question}\n\nA:", "answer": answer}, answer
@@ -133,29 +132,29 @@ class GSM8K(Task):
         ]
         return (
             made[:count]
-            if protocol.name == "ascendspeed"
-            else super().choose_examples(protocol, benchmark, record, count)
+            if variant.name == "ascendspeed"
+            else super().fewshot_examples(variant, benchmark, record, count)
         )
 
     def samples(
-        self, benchmark: Benchmark, protocol: TaskVariant, num_fewshot: int | None = None
+        self, benchmark: Benchmark, variant: TaskVariant, num_fewshot: int | None = None
     ) -> list[Sample]:
-        """Make the prompts; under lm-eval each question has examples of its own."""
-        count = protocol.num_fewshot if num_fewshot is None else num_fewshot
+        """Build the prompts; under `lm-eval` each question has its own examples."""
+        count = variant.num_fewshot if num_fewshot is None else num_fewshot
         pool = benchmark.examples["gsm8k"]
-        if protocol.name != "lm-eval" or count == 0 or len(pool) < count:
-            return super().samples(benchmark, protocol, num_fewshot)
+        if variant.name != "lm-eval" or count == 0 or len(pool) < count:
+            return super().samples(benchmark, variant, num_fewshot)
         draw = random.Random(EXAMPLES_SEED)
         made = []
         for record in benchmark.records:
             shown = "".join(
-                self.question(protocol, one) + " " + one.fields["answer"] + protocol.separator
+                self.question(variant, one) + " " + one.fields["answer"] + variant.separator
                 for one in draw.sample(list(pool), count)
             )
-            made.append(Sample(record, shown + self.question(protocol, record), 0))
+            made.append(Sample(record, shown + self.question(variant, record), 0))
         return made
 
-    def answer(self, protocol: TaskVariant, record: Record) -> str:
+    def answer(self, variant: TaskVariant, record: Record) -> str:
         """Return the worked answer."""
         return str(record.fields["answer"])
 

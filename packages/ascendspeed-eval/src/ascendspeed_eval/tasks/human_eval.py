@@ -1,4 +1,4 @@
-"""HumanEval (Chen et al., 2021): programs that must pass tests; they run in a sandbox."""
+"""HumanEval (Chen et al., 2021): programs that must pass tests and run in a sandbox."""
 
 import re
 from collections.abc import Sequence
@@ -9,11 +9,11 @@ from ascendspeed_eval.errors import UsageError
 from ascendspeed_eval.sandbox.run import run_program
 from ascendspeed_eval.statistics import pass_at_k
 from ascendspeed_eval.tasks.base import (
-    AskSettings,
     Benchmark,
+    GenerationSettings,
     Record,
     Sample,
-    Scored,
+    ScoredSample,
     Task,
     TaskVariant,
     without_first_space,
@@ -23,7 +23,7 @@ from ascendspeed_eval.tasks.reading import find_files, not_empty, read_json_line
 STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 """Texts that end an answer (Chen et al., 2021, section 2.1)."""
 
-PASS_AT = (1, 10, 100)
+PASS_AT_K = (1, 10, 100)
 
 
 class HumanEval(Task):
@@ -36,7 +36,7 @@ class HumanEval(Task):
     format = "JSON lines (.jsonl or .jsonl.gz) with task_id, prompt, entry_point and test"
     runs_code = True
     reference_scores = (("LLaMA-7B", "2023 README, pass@1", 0.116),)
-    protocols = MappingProxyType(
+    variants = MappingProxyType(
         {
             "ascendspeed": TaskVariant(
                 "ascendspeed",
@@ -78,27 +78,27 @@ class HumanEval(Task):
         sample: Sample,
         texts: Sequence[str],
         truncated_tokens: int,
-        protocol: TaskVariant,
-        settings: AskSettings,
-    ) -> Scored:
+        variant: TaskVariant,
+        settings: GenerationSettings,
+    ) -> ScoredSample:
         """Run each program against the tests.
 
         Raises:
-            UsageError: without the user's consent.
+            UsageError: the user has not allowed code execution.
         """
-        if not settings.run_code:
+        if not settings.allow_code_execution:
             raise UsageError(
-                f"{self.name} runs programs that the model wrote; consent with --allow-code-execution"
+                f"{self.name} runs programs that the model wrote; allow it with --allow-code-execution"
             )
         fields = sample.record.fields
-        outcomes = [run_program(self.program(protocol, fields, text)) for text in texts]
+        outcomes = [run_program(self.program(variant, fields, text)) for text in texts]
         right = sum(outcome.passed for outcome in outcomes)
-        scores = {f"pass@{k}": pass_at_k(len(texts), right, k) for k in PASS_AT if k <= len(texts)}
+        scores = {f"pass@{k}": pass_at_k(len(texts), right, k) for k in PASS_AT_K if k <= len(texts)}
         extracted: dict[str, Any] = {
             "outcomes": [outcome.reason for outcome in outcomes],
             "protections": sorted({name for outcome in outcomes for name in outcome.protections}),
         }
-        return Scored(
+        return ScoredSample(
             sample.record.id,
             sample.record.subset,
             sample.prompt,
@@ -110,9 +110,9 @@ class HumanEval(Task):
         )
 
     @staticmethod
-    def program(protocol: TaskVariant, fields: Any, text: str) -> str:
-        """Return the program that passes or fails."""
-        if protocol.name == "ascendspeed":
+    def program(variant: TaskVariant, fields: Any, text: str) -> str:
+        """Return answer and tests as one program."""
+        if variant.name == "ascendspeed":
             body = "from typing import List\nimport math\n" + kept_lines(
                 fields["prompt"] + " " + without_first_space(text), fields["entry_point"]
             )
@@ -130,8 +130,7 @@ def kept_lines(answer: str, entry_point: str) -> str:
         if line[0].isspace() or line.startswith(("from", "import")):
             kept.append(line)
         elif line.startswith("def"):
-            # Split at spaces, the name keeps its bracket ("add(a,"), so 2023 never saw a function with arguments
-            # written without a space before them. The name alone is compared here.
+            # The program of 2023 split at spaces only, so it missed "def add(a, b)". The name alone is compared here.
             seen = seen or re.split(r"[\s(]+", line)[1] == entry_point
             kept.append(line)
         elif seen:

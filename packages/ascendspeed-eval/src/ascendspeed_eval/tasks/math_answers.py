@@ -1,13 +1,13 @@
 r"""Find and compare answers to mathematical questions.
 
 The rules are those of AGIEval (post_process.py) and of the MATH benchmark (Hendrycks et al., 2021,
-math_equivalence.py): spellings of the same value in LaTeX, such as `\frac12`, `\dfrac{1}{2}`, `1/2` and `0.5`, are
-brought to one form and then compared as text.
+math_equivalence.py): spellings of the same value in LaTeX, such as `\frac12`, `\dfrac{1}{2}`, `1/2` and `0.5`, have
+one canonical form, and the forms are compared as text.
 """
 
 import re
 
-NOTHING = (r"\!", r"\left", r"\right", r"^{\circ}", r"^\circ", r"\$")
+DROPPED_LATEX = (r"\!", r"\left", r"\right", r"^{\circ}", r"^\circ", r"\$")
 
 
 def find_answer(text: str) -> str | None:
@@ -34,33 +34,33 @@ def _after_equals(text: str) -> str:
 def _boxed(text: str) -> str | None:
     start = text.rfind(r"\boxed")
     depth = 0
-    for place in range(start, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[place], 0)
-        if text[place] == "}" and depth == 0:
-            inside = text[start : place + 1]
+    for position in range(start, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[position], 0)
+        if text[position] == "}" and depth == 0:
+            inside = text[start : position + 1]
             return _after_equals(inside[len(r"\boxed{") : -1]) if inside.startswith(r"\boxed{") else None
     return None
 
 
 def same_answer(first: str, second: str) -> bool:
-    """Compare two answers in one form; those that have none are compared as they are."""
+    """Compare the canonical forms of two answers; without canonical forms compare the texts."""
     try:
-        return one_form(first) == one_form(second)
+        return canonical_form(first) == canonical_form(second)
     except (IndexError, ValueError):
         return first == second
 
 
-def one_form(text: str) -> str:
-    """Return the form in which answers are compared.
+def canonical_form(text: str) -> str:
+    """Return the canonical form of an answer.
 
     Raises:
-        IndexError: LaTeX that breaks off.
+        IndexError: incomplete LaTeX.
         ValueError: more than one unit.
     """
     text = text.replace("\n", "").replace(r"\!", "").replace("\\\\", "\\")
     text = text.replace("tfrac", "frac").replace("dfrac", "frac")
-    for nothing in NOTHING[1:]:
-        text = text.replace(nothing, "")
+    for command in DROPPED_LATEX[1:]:
+        text = text.replace(command, "")
     if r"\text{ " in text:
         text, _ = text.split(r"\text{ ")
     text = text.replace(r"\%", "").replace(" .", " 0.").replace("{.", "{0.")

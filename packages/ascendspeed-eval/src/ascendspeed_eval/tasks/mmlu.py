@@ -36,12 +36,12 @@ def first_letter(text: str, record: Record) -> Extracted:
 
 
 def is_letter(answer: Any, record: Record) -> bool:
-    """Compare a letter with the number of the right choice."""
+    """Compare a letter with the index of the right choice."""
     return bool(answer == "ABCD"[record.target[0]])
 
 
 class MMLU(Task):
-    """The folders `dev` (five examples per subject), `val` and `test`; asked are the questions of `test`."""
+    """The folders `dev` (five examples per subject), `val` and `test` (the questions)."""
 
     name = "mmlu"
     version = 1
@@ -55,7 +55,7 @@ class MMLU(Task):
         ("LLaMA-65B", "lm-evaluation-harness of January 2023 (the same)", 0.488),
         ("LLaMA-65B", "HELM (the same)", 0.636),
     )
-    protocols = MappingProxyType(
+    variants = MappingProxyType(
         {
             "ascendspeed": TaskVariant(
                 "ascendspeed",
@@ -100,7 +100,9 @@ class MMLU(Task):
         for file in files:
             subject = file.name.removesuffix("_test.csv")
             if subject not in known:
-                raise EvaluationError(f"{file}: {subject} is no subject of MMLU; rename or remove the file")
+                raise EvaluationError(
+                    f"{file}: {subject} is not a subject of MMLU; rename or remove the file"
+                )
             records += self._records(file, subject)
             dev = folder / "dev" / f"{subject}_dev.csv"
             if dev.is_file():
@@ -108,14 +110,14 @@ class MMLU(Task):
             read += [file, *([dev] if dev.is_file() else [])]
         return Benchmark(records, examples, read)
 
-    def question(self, protocol: TaskVariant, record: Record) -> str:
-        """Return the question; lm-evaluation-harness strips it."""
-        if protocol.name == "lm-eval":
+    def question(self, variant: TaskVariant, record: Record) -> str:
+        """Return the question; under `lm-eval` without spaces at both ends."""
+        if variant.name == "lm-eval":
             fields = {**record.fields, "question": record.fields["question"].strip()}
             record = Record(record.id, record.subset, fields, record.target)
-        return super().question(protocol, record)
+        return super().question(variant, record)
 
-    def answer(self, protocol: TaskVariant, record: Record) -> str:
+    def answer(self, variant: TaskVariant, record: Record) -> str:
         """Return the letter."""
         return "ABCD"[record.target[0]]
 

@@ -1,4 +1,4 @@
-"""Read the files of benchmarks, and say precisely what is wrong with them."""
+"""Read the files of benchmarks; errors name file, line and what is wrong."""
 
 import csv
 import gzip
@@ -10,42 +10,42 @@ from typing import Any
 
 from ascendspeed_eval.errors import EvaluationError
 
-Kinds = Mapping[str, type | tuple[type, ...]]
+KeyTypes = Mapping[str, type | tuple[type, ...]]
 
 
-def find_folder(path: str, holds: Sequence[str], wanted: str) -> Path:
-    """Return the folder that has one of `holds`: the one named, the one above it, or one right below it.
+def find_folder(path: str, patterns: Sequence[str], wanted: str) -> Path:
+    """Return the folder with a file of `patterns`: the folder named, its parent, or a folder directly inside it.
 
     Args:
         path: as given to `--task-data-path`.
-        holds: glob patterns of files that show that it is the right one.
-        wanted: what is looked for, for the message.
+        patterns: glob patterns; the right folder matches at least one.
+        wanted: what the folder should contain, for the message.
     """
     named = Path(path)
     if not named.exists():
         raise EvaluationError(f"task_data_path={path} does not exist; check --task-data-path")
     below = sorted(entry for entry in named.iterdir() if entry.is_dir()) if named.is_dir() else []
-    for place in (named, *below, named.parent):
-        if place.is_dir() and any(next(place.glob(pattern), None) for pattern in holds):
-            return place
-    raise EvaluationError(f"task_data_path={path} holds no {wanted}; name the folder that has {holds[0]}")
+    for folder in (named, *below, named.parent):
+        if folder.is_dir() and any(next(folder.glob(pattern), None) for pattern in patterns):
+            return folder
+    raise EvaluationError(f"task_data_path={path} has no {wanted}; give the folder with {patterns[0]}")
 
 
 def find_files(path: str, patterns: Sequence[str], wanted: str) -> list[Path]:
-    """Return the file named, or those of a folder that fit a pattern."""
-    place = Path(path)
-    if place.is_file():
-        return [place]
-    files = sorted({file for pattern in patterns for file in place.glob(pattern)}) if place.is_dir() else []
+    """Return the file named, or the files of the folder that match a pattern."""
+    named = Path(path)
+    if named.is_file():
+        return [named]
+    files = sorted({file for pattern in patterns for file in named.glob(pattern)}) if named.is_dir() else []
     if not files:
         raise EvaluationError(
-            f"task_data_path={path} holds no {' or '.join(p.removeprefix('*') for p in patterns)} file; {wanted}"
+            f"task_data_path={path} has no {' or '.join(p.removeprefix('*') for p in patterns)} file; {wanted}"
         )
     return files
 
 
 def read_text(path: Path) -> str:
-    """Return the text of a file, which may be compressed with gzip."""
+    """Return the text of a file; `.gz` is decompressed."""
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         return data.decode("utf-8")
@@ -53,8 +53,8 @@ def read_text(path: Path) -> str:
         raise EvaluationError(f"{path} cannot be read: {error}") from None
 
 
-def read_json_lines(path: Path, keys: Kinds) -> list[tuple[int, dict[str, Any]]]:
-    """Return the records of JSON lines with their line numbers; a file that is one JSON list is read too."""
+def read_json_lines(path: Path, keys: KeyTypes) -> list[tuple[int, dict[str, Any]]]:
+    """Return the records of a JSON-lines file, or of one JSON list, with their line numbers."""
     text = read_text(path)
     if text.lstrip().startswith("["):
         try:
@@ -67,7 +67,7 @@ def read_json_lines(path: Path, keys: Kinds) -> list[tuple[int, dict[str, Any]]]
         if numbered and not isinstance(records[0], dict):
             numbered = [(1, records)]
     else:
-        # Not splitlines(): it also cuts at characters that JSON allows within a text.
+        # Not splitlines(), which also splits at characters that JSON allows inside a string.
         numbered = [
             (number, _parse(line, f"{path}, line {number}"))
             for number, line in enumerate(text.split("\n"), 1)
@@ -85,14 +85,14 @@ def _parse(line: str, where: str) -> Any:
         raise EvaluationError(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
 
 
-def check_keys(record: Any, keys: Kinds, where: str) -> None:
+def check_keys(record: Any, keys: KeyTypes, where: str) -> None:
     """Raise `EvaluationError` unless a record has keys of these types."""
     for key, kind in keys.items():
         if not isinstance(record, dict) or not isinstance(record.get(key), kind):
             have = ", ".join(record) if isinstance(record, dict) else type(record).__name__
             kinds = kind if isinstance(kind, tuple) else (kind,)
             named = " or ".join(one.__name__ for one in kinds)
-            raise EvaluationError(f"{where}: {key} is missing or no {named}; the record has {have}")
+            raise EvaluationError(f"{where}: {key} is missing or not {named}; the record has {have}")
 
 
 def read_csv(path: Path, columns: Sequence[str] | None = None) -> list[dict[str, str]]:
@@ -100,7 +100,7 @@ def read_csv(path: Path, columns: Sequence[str] | None = None) -> list[dict[str,
 
     Args:
         path: the file.
-        columns: names, when the file has no header.
+        columns: column names, if the file has no header.
     """
     rows = list(csv.reader(io.StringIO(read_text(path), newline="")))
     names = (
@@ -111,7 +111,7 @@ def read_csv(path: Path, columns: Sequence[str] | None = None) -> list[dict[str,
     for number, row in enumerate(body, 1 if columns is not None else 2):
         if row and len(row) != len(names):
             raise EvaluationError(
-                f"{path}, row {number}: {len(row)} columns instead of {len(names)} ({', '.join(names)})"
+                f"{path}, row {number}: {len(row)} columns, expected {len(names)} ({', '.join(names)})"
             )
         if row:
             found.append(dict(zip(names, row, strict=True)))
@@ -119,14 +119,14 @@ def read_csv(path: Path, columns: Sequence[str] | None = None) -> list[dict[str,
 
 
 def letter_index(letter: str, where: str, letters: str = "ABCD") -> int:
-    """Return the number of an answer letter."""
+    """Return the index of an answer letter."""
     if len(letter) != 1 or letter not in letters:
-        raise EvaluationError(f"{where}: answer={letter!r} is none of {', '.join(letters)}")
+        raise EvaluationError(f"{where}: answer={letter!r} is not one of {', '.join(letters)}")
     return letters.index(letter)
 
 
 def not_empty(records: Sequence[Any], files: Iterable[Path], wanted: str) -> None:
-    """Raise `EvaluationError` when nothing was read."""
+    """Raise `EvaluationError` if there is no record."""
     if not records:
         first = next(iter(files), None)
-        raise EvaluationError(f"{first} holds no record; {wanted}")
+        raise EvaluationError(f"{first} has no record; {wanted}")

@@ -1,4 +1,4 @@
-"""The tasks that are known: built in, from packages under the entry-point group `ascendspeed_eval.tasks`, or a file."""
+"""Find tasks: built in, from packages (entry-point group `ascendspeed_eval.tasks`), or from a file."""
 
 import importlib.util
 import inspect
@@ -15,25 +15,25 @@ from ascendspeed_eval.tasks.gsm8k import GSM8K
 from ascendspeed_eval.tasks.human_eval import HumanEval
 from ascendspeed_eval.tasks.mmlu import MMLU
 
-ENTRY_POINTS = "ascendspeed_eval.tasks"
+ENTRY_POINT_GROUP = "ascendspeed_eval.tasks"
 BUILT_IN: tuple[type[Task], ...] = (BoolQ, MMLU, GSM8K, HumanEval, AGIEval, BBH, CEval)
 
 
 def all_tasks() -> dict[str, Task]:
     """Return every task by name."""
     tasks: dict[str, Task] = {kind.name: kind() for kind in BUILT_IN}
-    for point in metadata.entry_points(group=ENTRY_POINTS):
+    for point in metadata.entry_points(group=ENTRY_POINT_GROUP):
         task: Task = point.load()()
         tasks[task.name] = task
     return tasks
 
 
 def find_task(name: str) -> Task:
-    """Return the task of that name, or that a `.yaml` or `.py` file describes.
+    """Return the task with this name, or the task that a `.yaml` or `.py` file describes.
 
     Raises:
-        UsageError: there is none of that name.
-        EvaluationError: the file is missing or wrong.
+        UsageError: the name is unknown.
+        EvaluationError: the file is missing or not valid.
     """
     if name.endswith((".yaml", ".yml")):
         from ascendspeed_eval.tasks.custom import read_task
@@ -44,7 +44,7 @@ def find_task(name: str) -> Task:
     tasks = all_tasks()
     if name not in tasks:
         raise UsageError(
-            f"task={name} is unknown; there are {', '.join(tasks)}, or a .yaml or .py file of your own"
+            f"task={name} is unknown; choose from {', '.join(tasks)}, or give your own .yaml or .py file"
             f"{did_you_mean(name, tasks)}"
         )
     return tasks[name]
@@ -63,17 +63,21 @@ def _load_class(path: Path) -> Task:
         if inspect.isclass(kind) and issubclass(kind, Task) and kind.__module__ == module.__name__
     ]
     if len(found) != 1:
-        raise EvaluationError(f"{path} defines {len(found)} subclasses of Task; define one")
+        raise EvaluationError(f"{path} defines {len(found)} subclasses of Task; define exactly one")
     task: Task = found[0]()
     return task
 
 
-def find_protocol(task: Task, name: str | None) -> TaskVariant:
-    """Return a protocol of a task, by default its own default, or raise `UsageError`."""
-    wanted = name or task.default_protocol
-    if wanted not in task.protocols:
-        known = ", ".join(task.protocols)
+def find_variant(task: Task, name: str | None) -> TaskVariant:
+    """Return a variant of a task; the default variant if `name` is `None`.
+
+    Raises:
+        UsageError: the task has no variant with this name.
+    """
+    wanted = name or task.default_variant
+    if wanted not in task.variants:
+        known = ", ".join(task.variants)
         raise UsageError(
-            f"protocol={wanted} is unknown for {task.name}; there are {known}{did_you_mean(wanted, task.protocols)}"
+            f"protocol={wanted} is unknown for {task.name}; choose from {known}{did_you_mean(wanted, task.variants)}"
         )
-    return task.protocols[wanted]
+    return task.variants[wanted]

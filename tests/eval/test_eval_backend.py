@@ -62,7 +62,9 @@ def theirs(folder: Path, samples: list[dict[str, Any]]) -> list[list[float]]:
     ],
     ids=["alone", "tp2", "zero3", "tp2zero1"],
 )
-def test_the_sample_under_a_layout(folder: Path, tmp_path: Path, tp: int, flags: list[object]) -> None:
+def test_log_likelihoods_under_every_layout_equal_transformers(
+    folder: Path, tmp_path: Path, tp: int, flags: list[object]
+) -> None:
     results, samples = evaluate(folder, "sample", tmp_path / "out", "--limit", 12, *flags)
     for sample, want in zip(samples, theirs(folder, samples), strict=True):
         # fp32 sums in another order, in padded batches.
@@ -73,7 +75,7 @@ def test_the_sample_under_a_layout(folder: Path, tmp_path: Path, tp: int, flags:
 
 
 @needs_shared_data
-def test_a_trained_model_on_the_benchmark_itself(tmp_path: Path) -> None:
+def test_scores_of_a_trained_model_equal_transformers(tmp_path: Path) -> None:
     data = SHARED_DATA / "benchmarks" / "BoolQ" / "dev.jsonl"
     results, samples = evaluate(STORIES, data, tmp_path / "out", "--limit", 20)
     task = results["tasks"]["boolq"]

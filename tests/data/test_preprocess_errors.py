@@ -62,25 +62,25 @@ FILES: dict[str, tuple[str, bytes | Callable[[Path], None], int, str]] = {
                                          "record 2: not JSON: Expecting ':' delimiter"),
     "a column that is not there": ("x.jsonl", b'{"body": "a", "id": 1}\n', 1, "there are body, id (--json-key)"),
     "a number for a text": ("x.jsonl", b'{"text": 5}\n', 1, "holds int, not text"),
-    "an empty file": ("x.jsonl", b"", 1, "holds no record"),
-    "an empty JSON list": ("x.json", b"[]", 1, "holds no record"),
-    "only empty texts": ("x.jsonl", b'{"text": ""}\n' * 3, 1, "holds no text"),
+    "an empty file": ("x.jsonl", b"", 1, "has no records"),
+    "an empty JSON list": ("x.json", b"[]", 1, "has no records"),
+    "only empty texts": ("x.jsonl", b'{"text": ""}\n' * 3, 1, "has no text"),
     "NUL bytes after a crash": (
-        "x.jsonl", LINES[: LINES.index(b"\n") + 1] + b"\0" * 500, 1, "NUL bytes, as after a crash",
+        "x.jsonl", LINES[: LINES.index(b"\n") + 1] + b"\0" * 500, 1, "NUL bytes, as files do after a crash",
     ),
-    "NUL bytes in plain text": ("x.txt", b"some text\nmore\0text\n", 1, "line 2: holds a NUL byte"),
+    "NUL bytes in plain text": ("x.txt", b"some text\nmore\0text\n", 1, "line 2: contains a NUL byte"),
     "half a surrogate pair": (
-        "x.jsonl", b'{"text": "ok"}\n{"text": "a\\ud83d"}\n', 1, "line 2: holds half a surrogate pair",
+        "x.jsonl", b'{"text": "ok"}\n{"text": "a\\ud83d"}\n', 1, "line 2: half a surrogate pair",
     ),
     "Latin-1 for UTF-8": (
         "x.jsonl", '{"text": "ok"}\n{"text": "Zürich"}\n'.encode("latin-1"), 1, "line 2 cannot be read as UTF-8",
     ),
-    "a CSV row with too many values": ("x.csv", b"id,text\n1,a\n2,b,c\n", 1, "line 3: more values"),
+    "a CSV row with too many values": ("x.csv", b"id,text\n1,a\n2,b,c\n", 1, "line 3: the line has more values"),
     "a CSV quote that never ends": ("x.csv", b'id,text\n1,"a\n2,b\n', 1, "not CSV: unexpected end of data"),
     "a Parquet file with flipped bytes": ("x.parquet", parquet, 1, "cannot be read: Corrupt snappy"),
-    "an Arrow file that is none": ("x.arrow", b"ARROW1", 1, "not a whole Arrow file"),
+    "an Arrow file that is none": ("x.arrow", b"ARROW1", 1, "damaged or not an Arrow file"),
     "JSON nested 100,000 deep": ("x.jsonl", b'{"text": ' + b"[" * 100_000, 1, "nested too deeply"),
-    "an ending that is not read": ("x.docx", b"x", 2, "has an ending that is not read"),
+    "an ending that is not read": ("x.docx", b"x", 2, "has an unsupported format"),
 }  # fmt: skip
 
 TABLE = "Bad input"
@@ -100,7 +100,9 @@ def run(tmp_path: Path, tokenizer: Path, source: Path, *flags: object) -> Finish
 
 
 @pytest.mark.parametrize("case", FILES)
-def test_bad_files(tmp_path: Path, tokenizer_folder: Path, case: str, report: ReportTables) -> None:
+def test_damaged_files_are_reported_with_their_line(
+    tmp_path: Path, tokenizer_folder: Path, case: str, report: ReportTables
+) -> None:
     name, content, status, complaint = FILES[case]
     source = tmp_path / name
     if isinstance(content, bytes):
@@ -126,22 +128,22 @@ def damage(prefix: Path, place: int, value: bytes, suffix: str = ".idx") -> None
 INDICES: dict[str, tuple[Callable[[Path], None], str]] = {
     "an .idx with a count beyond the file": (
         lambda p: damage(p, 18, struct.pack("<Q", 1 << 40)),
-        "its counts",
+        "document boundaries need",
     ),
     "an .idx with a pointer beyond the .bin": (
         lambda p: damage(p, 34 + 4 * 200, struct.pack("<q", 1 << 50)),
-        "lies outside",
+        "is outside",
     ),
     "a .bin that was cut short": (
         lambda p: Path(f"{p}.bin").write_bytes(Path(f"{p}.bin").read_bytes()[:-2]) and None,
-        "lies outside",
+        "is outside",
     ),
     "one id of a .bin changed": (lambda p: damage(p, 100, b"\x07\x00", ".bin"), "its SHA-256 differs"),
 }
 
 
 @pytest.mark.parametrize("case", INDICES)
-def test_bad_indices(tmp_path: Path, dataset: Path, case: str, report: ReportTables) -> None:
+def test_damaged_indexes_are_reported(tmp_path: Path, dataset: Path, case: str, report: ReportTables) -> None:
     for suffix in (".bin", ".idx", ".manifest.json"):
         shutil.copy(f"{dataset}{suffix}", tmp_path / f"{dataset.name}{suffix}")
     change, complaint = INDICES[case]
@@ -154,7 +156,9 @@ def test_bad_indices(tmp_path: Path, dataset: Path, case: str, report: ReportTab
     assert complaint in done.complaint
 
 
-def test_two_runs_on_one_prefix(tmp_path: Path, tokenizer_folder: Path, report: ReportTables) -> None:
+def test_a_second_run_on_the_same_prefix_fails(
+    tmp_path: Path, tokenizer_folder: Path, report: ReportTables
+) -> None:
     from ascendspeed_data.lock import output_lock
 
     source = write_json_lines(tmp_path / "x.jsonl", make_texts(3))
@@ -170,7 +174,7 @@ def test_two_runs_on_one_prefix(tmp_path: Path, tokenizer_folder: Path, report: 
 
 
 @pytest.mark.parametrize(("kind", "limit"), [("ascii", 1024), ("chinese", 2048)])
-def test_a_document_of_50_megabytes(
+def test_a_document_of_50_megabytes_is_tokenized(
     tmp_path: Path, tokenizer_folder: Path, report: ReportTables, kind: str, limit: int
 ) -> None:
     """It is no error. Text without spaces costs more: the tokenizer merges it as one word of 17 million characters."""
@@ -195,7 +199,9 @@ def test_a_document_of_50_megabytes(
     assert megabytes < limit
 
 
-def test_a_folder_without_permission(tmp_path: Path, tokenizer_folder: Path, report: ReportTables) -> None:
+def test_a_folder_without_permission_is_reported(
+    tmp_path: Path, tokenizer_folder: Path, report: ReportTables
+) -> None:
     """The superuser may read everything, so the command runs as another user where the tests do not."""
     folder = tmp_path / "in" / "closed"
     folder.mkdir(parents=True)
@@ -228,7 +234,9 @@ def test_a_folder_without_permission(tmp_path: Path, tokenizer_folder: Path, rep
     assert "closed cannot be read: Permission denied" in finished.complaint
 
 
-def test_a_full_disk(tmp_path: Path, tokenizer_folder: Path, report: ReportTables) -> None:
+def test_a_full_disk_is_reported_and_the_run_resumes(
+    tmp_path: Path, tokenizer_folder: Path, report: ReportTables
+) -> None:
     """On a tmpfs of a megabyte the run stops, keeps what it wrote, and goes on when there is room."""
     source = write_json_lines(tmp_path / "x.jsonl", make_texts(15_000))
     small = tmp_path / "small"
@@ -248,12 +256,12 @@ def test_a_full_disk(tmp_path: Path, tokenizer_folder: Path, report: ReportTable
         assert done.status == 1, done.stderr
         assert "no space left" in done.complaint
         assert "Traceback" not in done.stderr
-        assert "documents are kept" in done.stderr
+        assert "documents are finished" in done.stderr
         assert not (small / "out_text_document.bin").exists()
         subprocess.run(["mount", "-o", "remount,size=100m", small], check=True)
         finished = run_command(*command)
         assert finished.status == 0, finished.stderr
-        assert "going on after" in finished.stderr
+        assert "resuming after" in finished.stderr
         undisturbed = run(tmp_path, tokenizer_folder, source)
         assert undisturbed.status == 0
         for suffix in (".bin", ".idx"):
@@ -263,7 +271,7 @@ def test_a_full_disk(tmp_path: Path, tokenizer_folder: Path, report: ReportTable
         subprocess.run(["umount", small], check=True)
 
 
-def test_long_lines_are_refused_where_they_are_read(
+def test_too_long_lines_are_refused(
     tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shards, "MAX_RECORD_BYTES", 1 << 13)

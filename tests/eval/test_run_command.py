@@ -62,7 +62,7 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_scores_and_files(data: Path, answers: Path, tmp_path: Path) -> None:
+def test_a_run_writes_scores_and_files(data: Path, answers: Path, tmp_path: Path) -> None:
     done = run(data, answers, tmp_path / "out")
     assert done.status == 0, done.stderr
     task = json.loads((tmp_path / "out" / "results.json").read_text())["tasks"]["boolq"]
@@ -80,7 +80,7 @@ def test_scores_and_files(data: Path, answers: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "run.lock").exists()
 
 
-def test_the_protocol_of_lm_evaluation_harness(data: Path, answers: Path, tmp_path: Path) -> None:
+def test_the_lm_eval_protocol_is_chosen_by_flag(data: Path, answers: Path, tmp_path: Path) -> None:
     done = run(data, answers, tmp_path / "out", "--protocol", "lm-eval")
     assert done.status == 0
     samples = lines_of(tmp_path / "out" / "samples.jsonl")
@@ -90,7 +90,7 @@ def test_the_protocol_of_lm_evaluation_harness(data: Path, answers: Path, tmp_pa
     assert [sample["scores"]["accuracy"] for sample in samples] == [0, 1, 0, 0, 0]
 
 
-def test_an_interrupted_run_goes_on(data: Path, answers: Path, tmp_path: Path) -> None:
+def test_an_interrupted_run_resumes(data: Path, answers: Path, tmp_path: Path) -> None:
     assert run(data, answers, tmp_path / "whole").status == 0
     assert run(data, answers, tmp_path / "out").status == 0
     samples = tmp_path / "out" / "samples.jsonl"
@@ -99,7 +99,7 @@ def test_an_interrupted_run_goes_on(data: Path, answers: Path, tmp_path: Path) -
     (tmp_path / "out" / "results.json").unlink()
     done = run(data, answers, tmp_path / "out")
     assert done.status == 0, done.stderr
-    assert "2 of 5 samples are there already" in done.stderr
+    assert "2 of 5 samples are finished" in done.stderr
     assert samples.read_text() == "".join(kept)
     assert (tmp_path / "out" / "results.json").read_text() == (
         tmp_path / "whole" / "results.json"
@@ -109,13 +109,13 @@ def test_an_interrupted_run_goes_on(data: Path, answers: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("flags", "key"),
     [
-        (["--protocol", "lm-eval"], "protocol='ascendspeed', this one has 'lm-eval'"),
+        (["--protocol", "lm-eval"], "protocol='ascendspeed', but this run has protocol='lm-eval'"),
         (["--limit", 3], "samples_sha256"),
         (["--num-fewshot", 0, "--seed", 1], "settings"),
         (["--seed", 3], "settings"),
     ],
 )
-def test_another_measurement_in_the_same_folder_is_refused(
+def test_a_run_with_other_settings_refuses_the_folder(
     data: Path, answers: Path, tmp_path: Path, flags: list[object], key: str
 ) -> None:
     assert run(data, answers, tmp_path / "out").status == 0
@@ -126,7 +126,7 @@ def test_another_measurement_in_the_same_folder_is_refused(
     assert (tmp_path / "out" / "results.json").read_text() == before
 
 
-def test_a_template_of_ones_own(data: Path, answers: Path, tmp_path: Path) -> None:
+def test_a_prompt_template_replaces_the_prompt(data: Path, answers: Path, tmp_path: Path) -> None:
     (tmp_path / "prompt.txt").write_text("{question} {passage} {other}")
     done = run(data, answers, tmp_path / "out", "--prompt-template", tmp_path / "prompt.txt")
     assert done.status == 0, done.stderr
@@ -134,13 +134,13 @@ def test_a_template_of_ones_own(data: Path, answers: Path, tmp_path: Path) -> No
     assert prompts[0] == "is water wet Water is wet. {other}"
 
 
-def test_braces_in_a_record_are_text(data: Path, answers: Path, tmp_path: Path) -> None:
+def test_braces_in_a_record_stay_text(data: Path, answers: Path, tmp_path: Path) -> None:
     assert run(data, answers, tmp_path / "out").status == 0
     prompt = lines_of(tmp_path / "out" / "samples.jsonl")[2]["prompt"]
     assert prompt == "It {question} is.\nQuestion: is {passage} a word?\nAnswer:"
 
 
-def test_the_sample_that_ships_with_the_package(tmp_path: Path) -> None:
+def test_the_included_sample_runs(tmp_path: Path) -> None:
     answers = write_lines(tmp_path / "a.jsonl", [{"contains": "", "logprobs": {" Yes": -1, " No": -2}}])
     done = run("sample", answers, None)
     assert done.status == 0
@@ -151,9 +151,9 @@ def test_the_sample_that_ships_with_the_package(tmp_path: Path) -> None:
     assert f"majority {max(share, 1 - share):.3f}" in done.stdout
 
 
-def test_runs_join_into_a_table(data: Path, answers: Path, tmp_path: Path) -> None:
-    for name, protocol in (("a", "ascendspeed"), ("b", "lm-eval")):
-        assert run(data, answers, tmp_path / name, "--protocol", protocol).status == 0
+def test_several_runs_give_one_table(data: Path, answers: Path, tmp_path: Path) -> None:
+    for name, variant in (("a", "ascendspeed"), ("b", "lm-eval")):
+        assert run(data, answers, tmp_path / name, "--protocol", variant).status == 0
     done = call("asd-eval", "report", tmp_path / "a", tmp_path / "b")
     assert [line.split(" | ")[0] for line in done.stdout.splitlines()[2:4]] == ["| a", "| b"]
     assert "is not complete" in call("asd-eval", "report", tmp_path).complaint
@@ -167,15 +167,15 @@ def test_tasks_are_listed() -> None:
 
 BAD_DATA: dict[str, tuple[str, str]] = {
     "not JSON": ('{"question": \n', "line 1: not JSON"),
-    "no passage": ('{"question": "q", "answer": true}\n', "passage is missing or no str"),
-    "an answer as text": ('{"question": "q", "passage": "p", "answer": "yes"}\n', "answer is missing or no bool"),
+    "no passage": ('{"question": "q", "answer": true}\n', "passage is missing or not str"),
+    "an answer as text": ('{"question": "q", "passage": "p", "answer": "yes"}\n', "answer is missing or not bool"),
     "a list": ("[1]\n", "question is missing"),
-    "nothing": ("", "holds no record"),
+    "nothing": ("", "has no record"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", BAD_DATA)
-def test_bad_data(answers: Path, tmp_path: Path, case: str) -> None:
+def test_bad_data_is_reported(answers: Path, tmp_path: Path, case: str) -> None:
     content, complaint = BAD_DATA[case]
     (tmp_path / "bad.jsonl").write_text(content)
     done = run(tmp_path / "bad.jsonl", answers, tmp_path / "out")
@@ -184,7 +184,7 @@ def test_bad_data(answers: Path, tmp_path: Path, case: str) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_bad_flags(data: Path, answers: Path, tmp_path: Path) -> None:
+def test_bad_flags_are_refused(data: Path, answers: Path, tmp_path: Path) -> None:
     def complaint(*flags: object, status: int = 2) -> str:
         done = call("asd-eval", "run", *flags)
         assert done.status == status, done.stderr
@@ -194,21 +194,21 @@ def test_bad_flags(data: Path, answers: Path, tmp_path: Path) -> None:
     scripted: list[object] = ["--scripted-answers", answers]
     assert "did you mean boolq" in complaint("--task", "boolqq", *scripted)
     assert "did you mean lm-eval" in complaint(*task, *scripted, "--protocol", "lm-evl")
-    assert "no model is asked for; installed backends are" in complaint(*task)
-    assert "several models are asked for" in complaint(*task, *scripted, "--load", "x")
-    assert "--bf16 is no option of the backend scripted" in complaint(*task, *scripted, "--bf16")
+    assert "no model is given; choose one. Installed backends:" in complaint(*task)
+    assert "the options name several models" in complaint(*task, *scripted, "--load", "x")
+    assert "--bf16 is not an option of the backend scripted" in complaint(*task, *scripted, "--bf16")
     assert "--task-data-path is missing" in complaint("--task", "boolq", *scripted)
-    assert "holds no .jsonl file" in complaint(
+    assert "has no .jsonl file" in complaint(
         "--task", "boolq", "--task-data-path", tmp_path / "none", *scripted, status=1
     )
-    assert "has no answer for a prompt" in complaint(
+    assert "has no answer for the prompt" in complaint(
         *task, "--scripted-answers", write_lines(tmp_path / "few.jsonl", ANSWERS[:1]), status=1
     )
     assert "does not exist" in complaint(*task, "--scripted-answers", tmp_path / "none", status=1)
     assert "checkpoint /nowhere does not exist" in complaint(*task, "--load", "/nowhere", status=1)
 
 
-def test_statistics() -> None:
+def test_errors_and_intervals_have_known_values() -> None:
     assert standard_error(0.5, 101) == pytest.approx(0.05)
     assert standard_error(1.0, 1) == 0.0
     # Brown, Cai and DasGupta (2001), Interval Estimation for a Binomial Proportion: Wilson for 0 of 10 and 5 of 10.

@@ -124,7 +124,9 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any], str, str, str]] = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_each_layout(tmp_path: Path, tokenizer_folder: Path, layout: str) -> None:
+def test_each_format_of_pairs_gives_the_expected_samples(
+    tmp_path: Path, tokenizer_folder: Path, layout: str
+) -> None:
     handler, record, prompt, chosen, rejected = LAYOUTS[layout]
     (tmp_path / "chat.jinja").write_text(CHAT)
     data = made(tmp_path, handler, [record], tokenizer_folder, "--chat-template", tmp_path / "chat.jinja")
@@ -147,7 +149,7 @@ def test_each_layout(tmp_path: Path, tokenizer_folder: Path, layout: str) -> Non
         assert through_tokenizer(prompt).startswith(before)
 
 
-def test_marked_templates_learn_the_last_answer_alone(tmp_path: Path, tokenizer_folder: Path) -> None:
+def test_marked_templates_train_the_last_answer_only(tmp_path: Path, tokenizer_folder: Path) -> None:
     handler, record, *_ = LAYOUTS["ultrafeedback"]
     labels = []
     for name, template in (("chat", CHAT), ("marked", MARKED)):
@@ -162,7 +164,7 @@ def test_marked_templates_learn_the_last_answer_alone(tmp_path: Path, tokenizer_
     assert ASK not in labels[0][0]
 
 
-def test_pairs_through_every_command(tmp_path: Path, tokenizer_folder: Path) -> None:
+def test_every_command_handles_pairs(tmp_path: Path, tokenizer_folder: Path) -> None:
     texts = make_texts(90, seed=3)
     records = [
         {"prompt": a + "\n", "chosen": b, "rejected": c}
@@ -171,7 +173,7 @@ def test_pairs_through_every_command(tmp_path: Path, tokenizer_folder: Path) -> 
     same = {"prompt": "a", "chosen": "b", "rejected": "b"}
     done = preprocess(tmp_path, "TextPairHandler", [*records, same], tokenizer_folder)
     assert done.status == 0, done.stderr
-    assert "1 with two answers alike skipped" in done.stderr
+    assert "1 pairs with equal answers skipped" in done.stderr
     assert "30 documents" in done.stderr
     first = tmp_path / "out"
     manifest = open_dataset(first).manifest
@@ -219,15 +221,15 @@ def test_workers_do_not_change_the_bytes(tmp_path: Path, tokenizer_folder: Path)
         ("AlpacaPairHandler", {"instruction": "a", "chosen": "b"}, "a pair needs both"),
         ("AlpacaPairHandler", {"instruction": "a", "output": ["b"]}, "no pair"),
         ("AlpacaPairHandler", {"instruction": "a", "output": ["b", "c"], "history": "d"}, "'history'"),
-        ("MessagesPairHandler", {"chosen": "b", "rejected": "c"}, "'prompt' must be a text too"),
+        ("MessagesPairHandler", {"chosen": "b", "rejected": "c"}, "'prompt' must be text too"),
         ("MessagesPairHandler", {"chosen": [], "rejected": said("a", "b")}, "column 'chosen'"),
         ("MessagesPairHandler", {"prompt": "z", "chosen": said("a", "b"), "rejected": said("a", "c")}, "'prompt'"),
-        ("MessagesPairHandler", {"chosen": said("a", "b"), "rejected": said("a")}, "no assistant turn"),
+        ("MessagesPairHandler", {"chosen": said("a", "b"), "rejected": said("a")}, "no assistant message"),
         ("ShareGPTPairHandler", {"conversations": [{"from": "human", "value": "a"}], "chosen": "b",
                                  "rejected": "c"}, "turn 1"),
     ],
 )  # fmt: skip
-def test_records_that_are_no_pair(
+def test_records_without_a_pair_are_reported(
     tmp_path: Path, tokenizer_folder: Path, handler: str, record: dict[str, Any], complaint: str
 ) -> None:
     (tmp_path / "chat.jinja").write_text(CHAT)

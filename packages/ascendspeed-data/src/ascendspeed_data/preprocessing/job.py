@@ -1,4 +1,4 @@
-"""What a run is to do, and what of it decides the output."""
+"""The job of a preprocessing run, and which of its settings decide the output."""
 
 import hashlib
 import inspect
@@ -6,39 +6,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ascendspeed_data.encoding import ATTENTION_MASK, INPUT_IDS, LABELS
-from ascendspeed_data.errors import ConfigError, DataError
+from ascendspeed_data.errors import ConfigError
 from ascendspeed_data.handlers import SampleHandler, TextHandler, find_handler, kind_of
 from ascendspeed_data.reading.inputs import find_inputs
 from ascendspeed_data.reading.sources import DatasetsSource, FileSource, Source
 from ascendspeed_data.tokenizer import Tokenizer
 
-ARRAYS = (INPUT_IDS, ATTENTION_MASK, LABELS)
 SHARD_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
 class PreprocessJob:
-    """What to tokenize, and how.
+    """Inputs, output, tokenizer, handler and options of a preprocessing run.
 
     Attributes:
-        inputs: files, folders, globs.
-        output_prefix: text gives `<prefix>_<column>_document.bin` and `.idx`, samples
-            `<prefix>_packed_<array>_document` with the three arrays.
+        inputs: files, folders and globs.
+        output_prefix: text becomes `<prefix>_<column>_document.bin` and `.idx`, samples
+            become `<prefix>_packed_<array>_document`, one pair for each of three arrays.
         tokenizer: folder or file.
         tokenizer_type: one of `ascendspeed_data.tokenizer.KINDS`.
-        use_fast: whether gigatoken may be used.
-        json_keys: columns; `text` if empty.
-        handler_name: how a record becomes documents.
-        append_eod: end each document with the tokenizer's end-of-sequence id.
+        use_fast: whether gigatoken is allowed.
+        json_keys: columns to tokenize; `text` if empty.
+        handler_name: handler that turns records into documents or samples.
+        append_eod: end each document with the end-of-sequence id.
         seq_length: tokens of a training sequence.
-        pack: fill sequences of `seq_length` from several samples.
-        chat_template: file with a template in place of the tokenizer's own.
-        hf_datasets_params: JSON file with arguments of `datasets.load_dataset`, in place of `inputs`.
-        streaming: stream the dataset that it names.
-        workers: processes that tokenize.
-        shard_bytes: input that goes into one piece of work.
-        overwrite: replace outputs that exist, discard an unfinished run.
+        pack: pack several samples into each sequence of `seq_length`.
+        chat_template: file with a chat template to use instead of the tokenizer's.
+        hf_datasets_params: JSON file with arguments of `datasets.load_dataset`, instead of `inputs`.
+        streaming: stream that dataset.
+        workers: number of processes that tokenize.
+        shard_bytes: size of the input that a worker takes at a time.
+        overwrite: replace existing outputs and discard an interrupted run.
     """
 
     inputs: tuple[str, ...]
@@ -60,62 +58,67 @@ class PreprocessJob:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """The columns."""
+        """The columns to tokenize."""
         return self.json_keys or ("text",)
 
-    def prefix_of(self, key: str) -> Path:
+    def column_prefix(self, key: str) -> Path:
         """Return the dataset prefix of a column."""
         return self.output_prefix.with_name(f"{self.output_prefix.name}_{key}_document")
 
     def packed_prefix(self, array: str) -> Path:
-        """Return the dataset prefix of an array of samples."""
-        return self.prefix_of(f"packed_{array}")
+        """Return the dataset prefix of one array of samples."""
+        return self.column_prefix(f"packed_{array}")
 
-    def beside(self, ending: str) -> Path:
-        """Return the output prefix with an ending."""
-        return self.output_prefix.with_name(self.output_prefix.name + ending)
+    def path_with_suffix(self, suffix: str) -> Path:
+        """Return the output prefix with a suffix."""
+        return self.output_prefix.with_name(self.output_prefix.name + suffix)
 
     def handler(self) -> TextHandler | SampleHandler:
-        """Find the handler, and check that the options fit it.
+        """Return the handler, after checking the options against it.
 
         Raises:
-            ConfigError: an option that the handler would ignore.
+            ConfigError: the handler is unknown, or would ignore an option.
         """
         handler = find_handler(self.handler_name)
         if self.json_keys and handler.columns:
             raise ConfigError(
-                f"json_key={' '.join(self.json_keys)} has no meaning for {handler.name}, which reads the columns "
+                f"json_key={' '.join(self.json_keys)} has no effect: {handler.name} reads the columns "
                 f"{', '.join(handler.columns)}; leave it out"
             )
         if len(set(self.json_keys)) != len(self.json_keys):
-            raise ConfigError(f"json_key={' '.join(self.json_keys)} names a column twice; name each once")
+            raise ConfigError(
+                f"json_key={' '.join(self.json_keys)} names a column twice; name each column once"
+            )
         if self.pack and not isinstance(handler, SampleHandler):
             raise ConfigError(
-                f"--pack is for handlers of samples, {handler.name} makes text, which training packs itself; "
+                f"--pack needs a handler of samples, but {handler.name} makes text, which training packs itself; "
                 "leave --pack out"
             )
         if self.pack and kind_of(handler) == "pairs":
             raise ConfigError(
-                f"--pack fills sequences with samples, {handler.name} makes pairs, which stay together; leave --pack "
-                "out"
+                f"--pack packs samples, but {handler.name} makes pairs, which must stay together; leave --pack out"
             )
         if self.pack and self.seq_length is None:
-            raise ConfigError("--pack needs --seq-length, the tokens of a sequence to fill")
+            raise ConfigError("--pack needs --seq-length, the length of the sequences to fill")
         return handler
 
     def sources(self, handler: TextHandler | SampleHandler) -> list[Source]:
-        """Open the inputs."""
+        """Open the inputs.
+
+        Raises:
+            ConfigError: there is no input.
+        """
         if self.hf_datasets_params is not None:
             return [DatasetsSource(self.hf_datasets_params, self.streaming)]
         if not self.inputs:
-            raise ConfigError("no input; give --input, or --hf-datasets-params")
+            raise ConfigError("no input is given; give --input or --hf-datasets-params")
         columns = [*handler.columns, *getattr(handler, "optional_columns", ())] or list(self.keys)
         return [FileSource(path, columns) for path in find_inputs(self.inputs)]
 
     def identity(
         self, tokenizer: Tokenizer, handler: TextHandler | SampleHandler, encoder: str
     ) -> dict[str, Any]:
-        """Return what decides the bytes of the output besides the inputs."""
+        """Return all settings that decide the bytes of the output; the inputs are not included."""
         return {
             "tokenizer": tokenizer.fingerprint,
             "encoder": encoder,
@@ -130,7 +133,7 @@ class PreprocessJob:
 
 
 def template_of(handler: TextHandler | SampleHandler, tokenizer: Tokenizer) -> str:
-    """Return the text around the columns; of a chat, the tokenizer's template."""
+    """Return the text around the columns; for a chat handler, the tokenizer's chat template."""
     template = str(getattr(handler, "template", ""))
     if template == "the tokenizer's chat template":
         return tokenizer.chat_template or ""
@@ -138,17 +141,9 @@ def template_of(handler: TextHandler | SampleHandler, tokenizer: Tokenizer) -> s
 
 
 def handler_code(handler: TextHandler | SampleHandler) -> str:
-    """Return the hash of a handler's source, so that a changed handler is not taken for the same one."""
+    """Return the hash of a handler's source; an interrupted run must not resume with a changed handler."""
     try:
         source = inspect.getsource(type(handler))
     except (OSError, TypeError):
         source = repr(type(handler))
     return hashlib.sha256(source.encode()).hexdigest()[:16]
-
-
-def read_chat_template(path: Path) -> str:
-    """Return the text of a template file."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"chat_template={path} cannot be read: {error}") from None

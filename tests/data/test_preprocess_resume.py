@@ -14,7 +14,7 @@ import pytest
 
 from ascendspeed_data.dataset import open_dataset
 from ascendspeed_data.indexed import IndexedDatasetWriter
-from ascendspeed_data.journal import Journal
+from ascendspeed_data.preprocessing.journal import Journal
 from support.commands import call, command_line, environment
 from support.corpus import make_texts, write_json_lines
 from support.tables import ReportTables
@@ -85,7 +85,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_killed_at_three_points(
+def test_a_killed_run_resumes_to_the_same_bytes(
     tmp_path: Path,
     sources: list[Path],
     tokenizer_folder: Path,
@@ -102,7 +102,7 @@ def test_killed_at_three_points(
     assert 0 < kept <= 18_000
     finished = call(*command)
     assert finished.status == 0, finished.stderr
-    assert f"going on after {kept:,} documents" in finished.stderr
+    assert f"resuming after {kept:,} documents" in finished.stderr
     assert digests(tmp_path) == undisturbed
     assert call("asd-data", "verify", tmp_path / "out_text_document").status == 0
     assert {path.name for path in tmp_path.iterdir()} == {*undisturbed, "out_text_document.manifest.json"}
@@ -120,7 +120,7 @@ def test_killed_at_three_points(
         ["--tokenizer-not-use-fast"],
     ],
 )
-def test_how_the_work_is_cut_does_not_show(
+def test_workers_and_shard_size_do_not_change_the_bytes(
     tmp_path: Path,
     sources: list[Path],
     tokenizer_folder: Path,
@@ -132,7 +132,7 @@ def test_how_the_work_is_cut_does_not_show(
     assert digests(tmp_path) == undisturbed
 
 
-def test_a_kill_between_the_renames(
+def test_a_kill_between_the_renames_is_completed(
     tmp_path: Path, sources: list[Path], tokenizer_folder: Path, undisturbed: dict[str, str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -159,12 +159,12 @@ def test_a_kill_between_the_renames(
         assert len(renamed) == survivors
         done = call(*command)
         assert done.status == 0, done.stderr
-        assert "giving the files their names" in done.stderr
+        assert "renaming the files" in done.stderr
         assert digests(folder) == undisturbed
         assert call("asd-data", "verify", folder / "out_text_document").status == 0
 
 
-def test_a_bad_line_is_repaired_and_the_run_goes_on(
+def test_a_run_resumes_after_a_damaged_line_is_repaired(
     tmp_path: Path, tokenizer_folder: Path, sources: list[Path], undisturbed: dict[str, str]
 ) -> None:
     copies = [tmp_path / source.name for source in sources]
@@ -178,15 +178,15 @@ def test_a_bad_line_is_repaired_and_the_run_goes_on(
     failed = call(*command)
     assert failed.status == 1
     assert "part2.jsonl, line 1501: not JSON" in failed.complaint
-    assert "documents are kept; the same command goes on after them" in failed.stderr
+    assert "documents are finished; run the same command again to resume after them" in failed.stderr
     copies[2].write_text(good)
     done = call(*command)
     assert done.status == 0, done.stderr
-    assert "going on after 12,000 documents" in done.stderr
+    assert "resuming after 12,000 documents" in done.stderr
     assert digests(tmp_path / "made") == undisturbed
 
 
-def test_an_unfinished_run_of_another_job_is_not_overwritten(
+def test_an_interrupted_run_with_other_settings_is_not_overwritten(
     tmp_path: Path, tokenizer_folder: Path, sources: list[Path], undisturbed: dict[str, str]
 ) -> None:
     bad = tmp_path / "part3.jsonl"
@@ -195,15 +195,15 @@ def test_an_unfinished_run_of_another_job_is_not_overwritten(
     assert call(*command).status == 1
     other = call(*command, "--no-append-eod")
     assert other.status == 1
-    assert "unfinished run with other settings (append_eod was true, is false)" in other.complaint
+    assert "interrupted run with other settings (append_eod was true, now false)" in other.complaint
     fewer = call(*arguments(sources, tokenizer_folder, tmp_path / "out"))
-    assert "it read other files" in fewer.complaint
+    assert "it had other inputs" in fewer.complaint
     done = call(*arguments(sources, tokenizer_folder, tmp_path / "out", "--overwrite"))
     assert done.status == 0, done.stderr
     assert digests(tmp_path) == undisturbed
 
 
-def test_packed_samples_after_a_kill(tmp_path: Path, tokenizer_folder: Path) -> None:
+def test_a_killed_packing_run_resumes_to_the_same_bytes(tmp_path: Path, tokenizer_folder: Path) -> None:
     records = [
         {"instruction": one, "output": two} for one, two in zip(TEXTS[:9000], TEXTS[9000:], strict=True)
     ]
@@ -229,7 +229,7 @@ def test_packed_samples_after_a_kill(tmp_path: Path, tokenizer_folder: Path) -> 
     assert len(list((tmp_path / "two").iterdir())) == 7
 
 
-def test_workers_end_with_the_process_that_started_them(
+def test_workers_exit_with_their_parent_process(
     tmp_path: Path, tokenizer_folder: Path, sources: list[Path]
 ) -> None:
     journal = tmp_path / "out.journal"

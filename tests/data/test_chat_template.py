@@ -53,7 +53,9 @@ def preprocess(
 
 @pytest.mark.parametrize("marked", [False, True])
 @pytest.mark.parametrize("fast", [False, True])
-def test_chatml_is_that_of_transformers(tmp_path: Path, theirs: Any, marked: bool, fast: bool) -> None:
+def test_chatml_ids_and_labels_equal_transformers(
+    tmp_path: Path, theirs: Any, marked: bool, fast: bool
+) -> None:
     talks = conversations()
     (tmp_path / "marked.jinja").write_text(MARKED)
     flags = (["--chat-template", tmp_path / "marked.jinja"] if marked else []) + (
@@ -76,7 +78,7 @@ def test_chatml_is_that_of_transformers(tmp_path: Path, theirs: Any, marked: boo
         assert sum(mask) > 0
 
 
-def test_sharegpt_is_messages_under_other_names(tmp_path: Path, theirs: Any) -> None:
+def test_sharegpt_and_messages_give_the_same_samples(tmp_path: Path, theirs: Any) -> None:
     talks = conversations(10)
     names = {"system": "system", "user": "human", "assistant": "gpt"}
     records = [
@@ -91,7 +93,7 @@ def test_sharegpt_is_messages_under_other_names(tmp_path: Path, theirs: Any) -> 
 
 
 @needs_shared_data
-def test_special_pieces_of_a_sentencepiece_template(tmp_path: Path) -> None:
+def test_special_tokens_of_a_sentencepiece_template_become_ids(tmp_path: Path) -> None:
     """SentencePiece takes `</s>` in a text for text, so the template's own are placed as ids."""
     import sentencepiece
 
@@ -121,15 +123,18 @@ def test_special_pieces_of_a_sentencepiece_template(tmp_path: Path) -> None:
     ("template", "complaint"),
     [
         ("{% if %}", "the chat template is not valid"),
-        ("{{ raise_exception('roles must alternate') }}", "refuses the conversation: roles must alternate"),
-        ("{{ ''.__class__.__mro__ }}", "refuses the conversation"),
+        (
+            "{{ raise_exception('roles must alternate') }}",
+            "does not support the conversation: roles must alternate",
+        ),
+        ("{{ ''.__class__.__mro__ }}", "does not support the conversation"),
         (
             "{% for m in messages %}{{ loop.length }}{{ m.content }}{% endfor %}",
             "mark it in the template with",
         ),
     ],
 )
-def test_templates_that_cannot_be_used(tmp_path: Path, theirs: Any, template: str, complaint: str) -> None:
+def test_unusable_templates_are_refused(tmp_path: Path, theirs: Any, template: str, complaint: str) -> None:
     (tmp_path / "t.jinja").write_text(template)
     (tmp_path / "x.jsonl").write_text(json.dumps({"messages": conversations(3)[2]}))
     done = call(

@@ -11,9 +11,9 @@ import pytest
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install lm_eval==0.4.13")
 
 from ascendspeed_data.tokenizer import copy_tokenizer
-from ascendspeed_eval.runner import Evaluation, prepare
+from ascendspeed_eval.evaluation import Evaluation, prepare_evaluation
 from ascendspeed_eval.tasks.base import Record
-from ascendspeed_eval.tasks.registry import find_protocol, find_task
+from ascendspeed_eval.tasks.registry import find_task, find_variant
 from support.commands import run_command
 from support.lm_eval_tasks import harness_model, harness_requests, harness_task
 from support.models import save_hugging_face, tiny_config
@@ -23,13 +23,13 @@ from support.tables import ReportTables
 pytestmark = needs_shared_data
 
 SHOTS = {"mmlu": 5, "ceval": 5, "gsm8k": 5, "boolq": 0, "agieval": 0, "bbh": 3, "bbh-direct": 3}
-PROTOCOLS = {"bbh-direct": "lm-eval-direct"}
+VARIANTS = {"bbh-direct": "lm-eval-direct"}
 
 
 def ours(name: str, subsets: Sequence[str] = (), limit: int | None = None) -> Evaluation:
     task = find_task(name.removesuffix("-direct"))
-    protocol = find_protocol(task, PROTOCOLS.get(name, "lm-eval"))
-    return prepare(task, protocol, str(BENCHMARK_FOLDERS[task.name]), subsets=subsets, limit=limit)
+    variant = find_variant(task, VARIANTS.get(name, "lm-eval"))
+    return prepare_evaluation(task, variant, str(BENCHMARK_FOLDERS[task.name]), subsets=subsets, limit=limit)
 
 
 def subsets_of(evaluation: Evaluation) -> list[str]:
@@ -37,14 +37,14 @@ def subsets_of(evaluation: Evaluation) -> list[str]:
 
 
 @pytest.mark.parametrize("name", SHOTS)
-def test_prompts_and_continuations(name: str, report: ReportTables) -> None:
+def test_prompts_and_continuations_equal_the_harness(name: str, report: ReportTables) -> None:
     """Every subset's first two prompts, and what is scored or ends the text, character by character."""
     evaluation = ours(name, limit=2)
     compared = 0
     for subset in subsets_of(evaluation):
         own = [sample for sample in evaluation.samples if sample.record.subset == subset]
         requests = harness_requests(harness_task(name, subset, evaluation.benchmark, SHOTS[name]))
-        choices = evaluation.protocol.choices
+        choices = evaluation.variant.choices
         for number, sample in enumerate(own):
             theirs = [request for request in requests if request.doc_id == number]
             if theirs[0].request_type == "loglikelihood":
@@ -57,7 +57,7 @@ def test_prompts_and_continuations(name: str, report: ReportTables) -> None:
                 assert prompt == sample.prompt
                 assert tuple(settings["until"]) == _stops(evaluation, name)
                 wanted = settings.get("max_gen_toks", 256)
-                assert wanted == (32 if name == "agieval" else evaluation.protocol.max_new_tokens)
+                assert wanted == (32 if name == "agieval" else evaluation.variant.max_new_tokens)
             compared += 1
     report.add(
         "Prompts equal to lm-evaluation-harness's",
@@ -69,10 +69,10 @@ def test_prompts_and_continuations(name: str, report: ReportTables) -> None:
 
 
 def _stops(evaluation: Evaluation, name: str) -> tuple[str, ...]:
-    return evaluation.protocol.stop
+    return evaluation.variant.stop
 
 
-def test_prompts_of_human_eval() -> None:
+def test_human_eval_prompts_equal_the_harness() -> None:
     """Its YAML alone: its code fetches a metric from the Hugging Face hub when it is imported."""
     import lm_eval.tasks
     from lm_eval.tasks._yaml_loader import load_yaml
@@ -81,8 +81,8 @@ def test_prompts_of_human_eval() -> None:
     evaluation = ours("human_eval", limit=3)
     assert config["doc_to_text"] == "{{prompt}}"
     assert [s.prompt for s in evaluation.samples] == [s.record.fields["prompt"] for s in evaluation.samples]
-    assert tuple(config["generation_kwargs"]["until"]) == evaluation.protocol.stop
-    assert config["generation_kwargs"]["max_gen_toks"] == evaluation.protocol.max_new_tokens
+    assert tuple(config["generation_kwargs"]["until"]) == evaluation.variant.stop
+    assert config["generation_kwargs"]["max_gen_toks"] == evaluation.variant.max_new_tokens
 
 
 def made_answers(record: Record, draw: random.Random) -> str:
@@ -114,7 +114,7 @@ def made_answers(record: Record, draw: random.Random) -> str:
 
 
 @pytest.mark.parametrize("name", ["gsm8k", "bbh", "bbh-direct", "agieval"])
-def test_extraction_and_scores_of_made_outputs(name: str, report: ReportTables) -> None:
+def test_extracted_answers_and_scores_equal_the_harness(name: str, report: ReportTables) -> None:
     """200 outputs per task, through its filters and metrics and through ours."""
     subsets = ("math", "gaokao-mathcloze") if name == "agieval" else ()
     evaluation = ours(name, subsets, limit=200 if name == "gsm8k" else 100 if name == "agieval" else 8)
@@ -135,12 +135,12 @@ def test_extraction_and_scores_of_made_outputs(name: str, report: ReportTables) 
         }
         for request in requests:
             sample, text = own[request.doc_id], texts[request.doc_id]
-            found = evaluation.protocol.extract(text, sample.record)
+            found = evaluation.variant.extract(text, sample.record)
             for filtered, answer in request.filtered_resps.items():
                 metrics = task.process_results(request.doc, [answer])
                 theirs = float(next(iter(metrics.values())))
                 mine = found[names[filtered]]
-                assert float(evaluation.protocol.matches(mine, sample.record)) == theirs, (
+                assert float(evaluation.variant.matches(mine, sample.record)) == theirs, (
                     text,
                     sample.record.target,
                 )
@@ -223,7 +223,7 @@ def compare_scores(
 @pytest.mark.parametrize(
     ("model", "name"), [*(("llama", name) for name in PART), ("qwen", "mmlu"), ("stories260K", "mmlu")]
 )
-def test_log_likelihoods(
+def test_log_likelihoods_equal_the_harness(
     name: str, model: str, models: dict[str, Path], tmp_path: Path, report: ReportTables
 ) -> None:
     count, largest, cut = compare_scores(name, models[model], tmp_path / "out", *PART[name])
@@ -240,7 +240,7 @@ COLUMNS = ("task", "model", "samples", "largest difference", "cut off")
 @pytest.mark.nightly
 @pytest.mark.parametrize("name", PART)
 @pytest.mark.parametrize("model", ["llama", "qwen", "stories260K"])
-def test_log_likelihoods_of_every_subset(
+def test_log_likelihoods_of_every_subset_equal_the_harness(
     name: str, model: str, models: dict[str, Path], tmp_path: Path, report: ReportTables
 ) -> None:
     limit = 100 if name == "boolq" else 3

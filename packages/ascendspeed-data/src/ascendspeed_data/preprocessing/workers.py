@@ -1,4 +1,4 @@
-"""Encode shards in order, in this process or in several."""
+"""Encode shards in order, in this process or in worker processes."""
 
 import os
 import threading
@@ -23,14 +23,14 @@ Encoded = dict[str, EncodedOutput]
 
 @dataclass(frozen=True)
 class WorkerTask:
-    """What every worker needs to know.
+    """The settings that every worker needs.
 
     Attributes:
-        handler_name: how records become documents.
-        json_keys: columns.
+        handler_name: handler that turns records into documents or samples.
+        json_keys: columns to tokenize.
         append_eod: whether documents end with the end-of-sequence id.
-        choice: tokenizer and library.
-        chat_template: in place of the tokenizer's own.
+        choice: tokenizer and encoder.
+        chat_template: chat template to use instead of the tokenizer's.
     """
 
     handler_name: str
@@ -48,16 +48,16 @@ class WorkerTask:
         return ShardEncoder(handler, self.json_keys, self.append_eod, tokenizer, encoder)
 
 
-def encode_all(task: WorkerTask, shards: Iterator[Shard], workers: int) -> Iterator[tuple[Shard, Encoded]]:
-    """Yield every shard, without its content, with what it became; in order.
+def encode_shards(task: WorkerTask, shards: Iterator[Shard], workers: int) -> Iterator[tuple[Shard, Encoded]]:
+    """Yield every shard, without its content, and its encoded documents, in order.
 
     Raises:
-        AscendSpeedError: a worker was killed, or complains.
+        AscendSpeedError: a worker was killed, or an input is damaged.
     """
     if workers == 1:
         encoder = task.open()
         for shard in shards:
-            yield _bare(shard), encoder.encode(shard)
+            yield _without_content(shard), encoder.encode(shard)
         return
     with ProcessPoolExecutor(
         workers, mp_context=get_context("spawn"), initializer=_start, initargs=(task,)
@@ -65,37 +65,37 @@ def encode_all(task: WorkerTask, shards: Iterator[Shard], workers: int) -> Itera
         waiting: deque[tuple[Shard, Future[Encoded]]] = deque()
         try:
             for shard in shards:
-                waiting.append((_bare(shard), pool.submit(_encode, task, shard)))
+                waiting.append((_without_content(shard), pool.submit(_encode, task, shard)))
                 if len(waiting) >= workers * SHARDS_IN_FLIGHT_PER_WORKER:
-                    yield _first(waiting)
+                    yield _next_result(waiting)
             while waiting:
-                yield _first(waiting)
+                yield _next_result(waiting)
         except BrokenProcessPool:
             raise AscendSpeedError(
-                "a worker process was killed, most often for want of memory; give fewer --workers and run again: what "
-                "was done is kept"
+                "a worker process was killed, most likely because memory ran out; run the same command with fewer "
+                "--workers to resume"
             ) from None
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _first(waiting: deque[tuple[Shard, Future[Encoded]]]) -> tuple[Shard, Encoded]:
+def _next_result(waiting: deque[tuple[Shard, Future[Encoded]]]) -> tuple[Shard, Encoded]:
     shard, future = waiting.popleft()
     return shard, future.result()
 
 
-def _bare(shard: Shard) -> Shard:
-    return Shard(shard.file, shard.path, shard.start, shard.end)
+def _without_content(shard: Shard) -> Shard:
+    return Shard(shard.input_index, shard.path, shard.start, shard.end)
 
 
 def _start(task: WorkerTask) -> None:
-    """Load what is needed before the first shard comes, and end with the process that started this one."""
+    """Load tokenizer and handler before the first shard; exit when the parent process exits."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     _opened(task)
 
 
-def _end_with_parent() -> None:
+def _exit_with_parent() -> None:
     parent = parent_process()
     if parent is not None:
         connection.wait([parent.sentinel])

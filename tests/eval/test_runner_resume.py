@@ -46,7 +46,9 @@ def command(data: Path, folder: Path, output: Path, *flags: object) -> list[obje
 
 
 @pytest.mark.parametrize("devices", [1, 2])
-def test_kill_and_resume(data: Path, folder: Path, tmp_path: Path, devices: int) -> None:
+def test_a_killed_run_resumes_to_the_same_results(
+    data: Path, folder: Path, tmp_path: Path, devices: int
+) -> None:
     whole = run_command(*command(data, folder, tmp_path / "whole", "--micro-batch-size", 3))
     assert whole.status == 0, whole.stderr
     output = tmp_path / "killed"
@@ -70,12 +72,12 @@ def test_kill_and_resume(data: Path, folder: Path, tmp_path: Path, devices: int)
         *command(data, folder, output, "--micro-batch-size", 16, "--nproc-per-node", devices)
     )
     assert resumed.status == 0, resumed.stderr
-    assert f"{kept} of 320 samples are there already" in resumed.stderr
+    assert f"{kept} of 320 samples are finished" in resumed.stderr
     assert (output / "results.json").read_bytes() == (tmp_path / "whole" / "results.json").read_bytes()
     assert json.loads((output / "results.json").read_text())["tasks"]["mmlu"]["num_samples"] == 320
 
 
-def test_a_second_run_is_refused(data: Path, folder: Path, tmp_path: Path) -> None:
+def test_a_second_run_on_the_same_folder_fails(data: Path, folder: Path, tmp_path: Path) -> None:
     import fcntl
 
     (tmp_path / "out").mkdir()
@@ -88,7 +90,7 @@ def test_a_second_run_is_refused(data: Path, folder: Path, tmp_path: Path) -> No
     assert "is being written by another run (process 4711)" in done.stderr
 
 
-def test_requests_are_shared_out() -> None:
+def test_requests_are_distributed_over_ranks() -> None:
     requests = (
         [("a" * 10, n) for n in range(4)]
         + [("b" * 40, n) for n in range(4)]

@@ -1,10 +1,10 @@
-"""Fill sequences of a given length from several samples, with the boundaries kept.
+"""Pack several samples into each sequence of a given length, and keep the boundaries of the samples.
 
-A pack is a document of the indexed dataset, its samples are the sequences of that document, in the order of the input.
-So a reader takes a pack in one piece, and knows from the index where each sample begins.
+A pack is a document of the indexed dataset; its samples are the sequences of that document, in the order of the input.
+So a reader gets a pack as one document, and the index shows where each sample starts.
 
-Samples are packed in windows: within one, longest first, each into the fullest pack that still takes it (best fit
-decreasing). Memory is bounded by the window, and the packs do not depend on how the work was cut.
+Samples are packed by best fit decreasing within windows of the input: the longest first, each into the fullest pack
+with room for it. The window bounds memory, and packs do not depend on the number of workers or the shard size.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ascendspeed_data.encoding import LABELS, frequencies_of
+from ascendspeed_data.encoding import LABELS
 from ascendspeed_data.handlers import IGNORED_LABEL
 from ascendspeed_data.indexed import IndexedDatasetWriter
 
@@ -23,7 +23,7 @@ SAMPLES_PER_WINDOW = 1 << 14
 
 @dataclass
 class PackCounts:
-    """What packing came to."""
+    """Counts of packing."""
 
     num_samples: int = 0
     num_packs: int = 0
@@ -35,19 +35,19 @@ class PackCounts:
 
 
 def best_fit(lengths: NDArray[Any], capacity: int) -> list[list[int]]:
-    """Distribute items over packs.
+    """Pack items by best fit decreasing.
 
     Args:
-        lengths: of the items, none above `capacity`.
-        capacity: of a pack.
+        lengths: lengths of the items, at most `capacity`.
+        capacity: size of a pack.
 
     Returns:
-        The items of each pack in rising order; the packs by their first item.
+        The indices of the items in each pack, ascending; packs are sorted by their first item.
     """
     packs: list[list[int]] = []
     by_space: dict[int, list[int]] = {}
     spaces = 0
-    """Bit s is set if a pack has room for just s more."""
+    """Bit s is set if some pack has exactly s tokens of free space."""
     for item in np.argsort(-lengths, kind="stable").tolist():
         length = int(lengths[item])
         fitting = spaces >> length
@@ -69,11 +69,11 @@ def best_fit(lengths: NDArray[Any], capacity: int) -> list[list[int]]:
 def pack_samples(
     sources: dict[str, Path], writers: dict[str, IndexedDatasetWriter], capacity: int
 ) -> PackCounts:
-    """Read samples and write packs.
+    """Read unpacked samples and write packs.
 
     Args:
         sources: prefix of the unfinished files (`IndexedDatasetWriter.scratch_paths`) of each array, int32.
-        writers: where the packs of each array go.
+        writers: writer of the packs, by array.
         capacity: tokens of a pack.
     """
     counts = PackCounts()
@@ -105,7 +105,7 @@ def _pack_window(
     kept = np.minimum(lengths, capacity)
     counts.num_tokens_before += int(lengths.sum(dtype=np.int64))
     labels = window[LABELS]
-    # The token before a sample's first one belongs to another sample, so it is not learned from there.
+    # The first token of a sample has no loss: the token before it belongs to another sample.
     labels[starts[lengths > 0]] = IGNORED_LABEL
     too_long = lengths > capacity
     counts.num_cut_samples += int(too_long.sum())
@@ -120,20 +120,11 @@ def _pack_window(
     order = [wanted[item] for pack in packs for item in pack]
     sequences = np.fromiter(map(len, packs), np.int32, len(packs))
     for name, array in window.items():
-        pieces = [array[starts[number] : starts[number] + kept[number]] for number in order]
-        tokens = np.concatenate(pieces) if pieces else np.empty(0, np.int32)
+        parts = [array[starts[number] : starts[number] + kept[number]] for number in order]
+        tokens = np.concatenate(parts) if parts else np.empty(0, np.int32)
         writers[name].add_documents(kept[order], tokens, sequences)
         if name == LABELS:
             counts.num_trained_tokens += int((tokens != IGNORED_LABEL).sum())
     counts.num_samples += len(order)
     counts.num_packs += len(packs)
     counts.num_tokens += int(kept[order].sum(dtype=np.int64))
-
-
-def frequencies_in(path: Path, token_format: Any, vocab_size: int) -> NDArray[np.int64]:
-    """Count how often each id occurs in a file of ids."""
-    counted = np.zeros(vocab_size, np.int64)
-    with path.open("rb") as file:
-        while content := file.read(1 << 24):
-            counted += frequencies_of(np.frombuffer(content, token_format), vocab_size)
-    return counted

@@ -1,9 +1,9 @@
-"""What a run has done, so that the same command can go on after it was cut off.
+"""The journal of a preprocessing run: the same command resumes from it after an interruption.
 
-`<output prefix>.journal` holds one JSON object per line: first what decides the output, then, after every few shards,
-how far each file was flushed to the disk and which place of the input that belongs to. A run that finds the journal of
-the same job cuts its files off at the last line and goes on there. A file of the input that was changed since counts
-from its beginning, so a damaged line can be repaired without losing the files before it.
+`<output prefix>.journal` has one JSON object per line. The first line holds the settings that decide the output. A
+commit follows every few shards: the flushed size of each output file, and the position in the input up to which it
+was read. A run with the same settings truncates its files to the last commit and continues there. If an input file has
+changed since, the run reads that file again from its start. So users can repair a damaged line and resume.
 """
 
 import json
@@ -17,24 +17,24 @@ from ascendspeed_data.errors import AscendSpeedError
 from ascendspeed_data.indexed import WriterState
 
 FORMAT_VERSION = 1
-SHARE_OF_TIME = 0.1
-"""How much of a run may go into flushing: with a slow disk lines are written more seldom."""
+MAX_FLUSH_TIME_SHARE = 0.1
+"""Maximum share of the time spent on flushing; a slow disk gets fewer commits."""
 
 
 @dataclass(frozen=True)
 class Commit:
-    """One line: everything before is on the disk.
+    """A line of the journal: all documents before this position are on the disk.
 
     Attributes:
-        file: number of the input that was being read.
-        place: byte or record of it that comes next.
+        input_index: index of the input that was being read.
+        offset: its next byte or record.
         outputs: state of each output file.
-        counts: what was counted until then, by output.
-        renaming: whether the outputs are complete and only get their names.
+        counts: counts so far, by output.
+        renaming: whether the outputs are complete and only need their final names.
     """
 
-    file: int = 0
-    place: int = 0
+    input_index: int = 0
+    offset: int = 0
     outputs: dict[str, WriterState] = field(default_factory=dict)
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
     renaming: bool = False
@@ -44,9 +44,9 @@ class Journal:
     """The journal of one output.
 
     Args:
-        path: the file.
-        job: what decides the output, besides the inputs.
-        inputs: identity of each input: name, size, time of change.
+        path: the journal file.
+        job: settings that decide the output.
+        inputs: name, size and modification time of each input.
     """
 
     def __init__(self, path: Path, job: dict[str, Any], inputs: list[list[Any]]) -> None:
@@ -56,10 +56,10 @@ class Journal:
         self._seconds = 0.0
 
     def resume(self) -> Commit | None:
-        """Return where to go on, or `None` if there is no journal; lines that do not hold any more are dropped.
+        """Return the last valid commit, or `None` if there is no journal; later commits are dropped.
 
         Raises:
-            AscendSpeedError: the journal is that of another job.
+            AscendSpeedError: the journal belongs to a run with other settings.
         """
         usable = self._usable()
         if usable is None:
@@ -68,42 +68,43 @@ class Journal:
         return usable[-1] if usable else Commit()
 
     def documents_kept(self) -> int:
-        """Return how many documents of each output the next run will find."""
+        """Return the number of documents after which the next run resumes."""
         usable = self._usable()
         states = list(usable[-1].outputs.values()) if usable else []
         return states[0].num_documents if states else 0
 
     def _usable(self) -> list[Commit] | None:
-        """Return the lines that hold for the job and the inputs as they are, `None` if there is no journal."""
+        """Return the commits that are valid for these settings and inputs; `None` if there is no journal."""
         if not self.path.is_file():
             return None
         lines = _whole_lines(self.path)
         if not lines or lines[0].get("format_version") != FORMAT_VERSION:
-            raise self._other_job("it was written by another version")
+            raise self._other_job("another version wrote it")
         head = lines[0]
         for key, value in self._job.items():
             if head["job"].get(key) != value:
-                raise self._other_job(f"{key} was {_short(head['job'].get(key))}, is {_short(value)}")
+                raise self._other_job(f"{key} was {_short(head['job'].get(key))}, now {_short(value)}")
         known = head["inputs"]
         if [entry[0] for entry in known] != [entry[0] for entry in self.inputs]:
-            raise self._other_job("it read other files")
+            raise self._other_job("it had other inputs")
         changed = [number for number, entry in enumerate(known) if entry != self.inputs[number]]
         first_changed = min(changed, default=len(known))
         commits = [_commit_of(line) for line in lines[1:]]
         return [
             commit
             for commit in commits
-            if commit.file < first_changed or (commit.file == first_changed and commit.place == 0)
+            if commit.input_index < first_changed
+            or (commit.input_index == first_changed and commit.offset == 0)
         ]
 
     def _other_job(self, difference: str) -> AscendSpeedError:
         return AscendSpeedError(
-            f"{self.path} is that of an unfinished run with other settings ({difference}); give its command again to "
-            "go on with it, or --overwrite to discard it"
+            f"{self.path} belongs to an interrupted run with other settings ({difference}); run its command again to "
+            "resume it, or give --overwrite to discard it"
         )
 
     def start(self) -> None:
-        """Begin anew."""
+        """Start an empty journal."""
         self._rewrite([])
 
     def _rewrite(self, commits: list[Commit]) -> None:
@@ -118,11 +119,11 @@ class Journal:
         scratch.replace(self.path)
 
     def is_due(self) -> bool:
-        """Whether enough time has passed since the last line for another one."""
-        return time.monotonic() - self._committed_at >= self._seconds / SHARE_OF_TIME
+        """Return whether enough time has passed since the last commit."""
+        return time.monotonic() - self._committed_at >= self._seconds / MAX_FLUSH_TIME_SHARE
 
     def commit(self, commit: Commit, flush: Any) -> None:
-        """Flush the outputs by calling `flush`, then say so."""
+        """Call `flush` to flush the outputs, then append the commit."""
         started = time.monotonic()
         flush()
         with self.path.open("a", encoding="utf-8") as file:
@@ -133,12 +134,12 @@ class Journal:
         self._seconds = self._committed_at - started
 
     def remove(self) -> None:
-        """Forget the run."""
+        """Delete the journal."""
         self.path.unlink(missing_ok=True)
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a journal; the last one may have been cut off."""
+    """Return the lines of a journal without an incomplete last line."""
     found = []
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
@@ -151,8 +152,8 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
 
 def _line_of(commit: Commit) -> dict[str, Any]:
     return {
-        "file": commit.file,
-        "place": commit.place,
+        "file": commit.input_index,
+        "place": commit.offset,
         "outputs": {name: list(vars(state).values()) for name, state in commit.outputs.items()},
         "counts": commit.counts,
         "renaming": commit.renaming,

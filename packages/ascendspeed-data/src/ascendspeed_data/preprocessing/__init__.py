@@ -1,0 +1,1 @@
+"""The parts of a preprocessing run: its job, workers, output files, packing and journal."""
