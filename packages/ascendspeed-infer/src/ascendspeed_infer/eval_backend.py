@@ -148,7 +148,7 @@ def channel_of_leaders(model: "LanguageModel") -> "ControlChannel | None":
 
 
 class ServedModel:
-    """A model that answers a benchmark's requests; data-parallel replicas each compute a share of them.
+    """Compute a benchmark's requests; data-parallel replicas each compute a share of them.
 
     Args:
         model: on the first rank of a replica.
