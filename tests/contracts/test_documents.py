@@ -74,11 +74,18 @@ def test_commands_run(document: Path, inputs: Path, tmp_path: Path) -> None:
             run(["bash", "-euo", "pipefail", "-c", block], folder)
 
 
-@pytest.mark.parametrize("name", ["core", "infer"])
-def test_programs_run(name: str, inputs: Path, tmp_path: Path) -> None:
-    (program,) = fences(ROOT / f"packages/ascendspeed-{name}/README.md", "python")
+READMES_WITH_PROGRAMS = [path for path in DOCUMENTS if path.name == "README.md" and fences(path, "python")]
+
+
+@pytest.mark.parametrize("readme", READMES_WITH_PROGRAMS, ids=lambda path: path.parent.name)
+def test_programs_run(readme: Path, inputs: Path, tmp_path: Path) -> None:
+    (program,) = fences(readme, "python")
+    name = readme.parent.name.removeprefix("ascendspeed-")
     folder = tmp_path / "work"
     shutil.copytree(inputs, folder)
+    if name == "data":
+        # Its program reads what its commands made.
+        run(["bash", "-euo", "pipefail", "-c", "\n".join(fences(readme, "bash"))], folder)
     (folder / "program.py").write_text(program)
     alone = run([sys.executable, "program.py"], folder)
     assert alone

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from ascendspeed_core.optim.optimizer import MasterOptimizer as MasterOptimizer
     from ascendspeed_core.parallel.mesh import ParallelMesh as ParallelMesh
     from ascendspeed_core.training.step import StepResult as StepResult
-    from ascendspeed_core.training.step import evaluate as evaluate
     from ascendspeed_core.training.step import train_step as train_step
     from ascendspeed_core.training.trainer import Trainer as Trainer
     from ascendspeed_core.training.validate import RunPlan as RunPlan
@@ -65,7 +64,6 @@ _MODULE_OF = {
     "apply_kernels": "build",
     "build_model": "build",
     "choose_device": "device",
-    "evaluate": "training.step",
     "known_families": "models.families",
     "load_config": "config.load",
     "load_model": "build",
@@ -100,7 +98,6 @@ __all__ = [
     "apply_kernels",
     "build_model",
     "choose_device",
-    "evaluate",
     "known_families",
     "load_config",
     "load_model",
