@@ -18,7 +18,7 @@ from typing import Any
 
 SECONDS_PER_CASE = 240
 IMPORTED_ONCE = ("torch.distributed.checkpoint", "ascendspeed_core.training.trainer", "transformers")
-"""What most cases import. Importing them starts no thread, so a process that has them can be forked."""
+"""What most cases import. With OMP_NUM_THREADS=1, as nox sets it, this starts no thread, so forking is safe."""
 
 
 class WorkerPool:
