@@ -107,16 +107,45 @@ def test_the_handler_of_the_document_is_a_handler() -> None:
     assert handler.texts({"title": "A", "text": "b"}, "text") == ["A\n\nb"]
 
 
+def test_the_kernel_of_the_document_is_a_kernel() -> None:
+    from ascendspeed_core.device import Device
+    from ascendspeed_core.kernels.registry import Implementation, KernelContext
+
+    (program,) = (
+        body for body in fences(ROOT / "docs" / "extending.md", "python") if "fast_rms_norm" in body
+    )
+    names: dict[str, object] = {}
+    exec(program, names)
+    assert isinstance(names["FAST"], Implementation)
+    assert names["FAST"].auto_on == ("cuda",)
+    assert names["why_not"](KernelContext(device=Device("cpu"))) == "it needs a GPU, this is cpu"  # type: ignore[operator]
+
+
+def anchors(document: Path) -> set[str]:
+    """The anchors that GitHub and the site give to the headings of a document."""
+    text = FENCE.sub("", document.read_text(encoding="utf-8"))
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_links_lead_somewhere() -> None:
     for document in DOCUMENTS:
-        for target in re.findall(r"\]\(([^)#]+)\)", document.read_text(encoding="utf-8")):
-            if not target.startswith("http"):
-                assert (document.parent / target).exists(), f"{document}: {target}"
+        for target in re.findall(r"\]\(([^)]+)\)", document.read_text(encoding="utf-8")):
+            if target.startswith("http"):
+                continue
+            path, _, anchor = target.partition("#")
+            found = document.parent / path if path else document
+            assert found.exists(), f"{document}: {target}"
+            assert not anchor or anchor in anchors(found), f"{document}: {target}"
 
 
 def test_files_that_are_named_exist() -> None:
-    core = ROOT / "packages/ascendspeed-core/src/ascendspeed_core"
-    for path in re.findall(
-        r"`((?:training|models|parallel|weights)/\w+\.py)`", (ROOT / "docs/architecture.md").read_text()
-    ):
-        assert (core / path).is_file(), path
+    """A file that a document names by its folder is in the repository, in a package, or in ascendspeed-core."""
+    folders = [ROOT, *ROOT.glob("packages/*/src"), ROOT / "packages/ascendspeed-core/src/ascendspeed_core"]
+    missing = [
+        f"{document.relative_to(ROOT)}: {path}"
+        for document in DOCUMENTS
+        for path in re.findall(r"`((?:\w+/)+\w+\.py)\b", document.read_text(encoding="utf-8"))
+        if not any((folder / path).is_file() for folder in folders)
+    ]
+    assert missing == []
