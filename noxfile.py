@@ -51,7 +51,7 @@ def tests(session: nox.Session) -> None:
     """All tests but the long sweeps; arguments after `--` go to pytest."""
     install(session, *TEST_TOOLS)
     # Many tests wait for processes that start: two at a time use both cores of a small machine.
-    arguments = ("-m", "not nightly", "-n", "2", "--dist", "worksteal", *session.posargs)
+    arguments = ("-m", "not nightly", "-n", "2", "--dist", "worksteal", "--durations=30", *session.posargs)
     session.run("python", "-m", "pytest", *arguments, env={"OMP_NUM_THREADS": "1"})
 
 
@@ -207,5 +207,5 @@ def borrow(borrower: Path, lender: Path) -> None:
     """Let one environment import, after its own packages, those of another and what that one borrows."""
     (own,) = borrower.glob("lib/python3*/site-packages")
     (other,) = lender.glob("lib/python3*/site-packages")
-    lines = [str(other), *(path.read_text().strip() for path in other.glob("borrowed.pth"))]
+    lines = [str(other.resolve()), *(path.read_text().strip() for path in other.glob("borrowed.pth"))]
     (own / "borrowed.pth").write_text("\n".join(lines) + "\n")

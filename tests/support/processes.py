@@ -1,7 +1,8 @@
-"""One set of worker processes for a whole test session.
+"""One pool of worker processes for a whole test session.
 
-Starting torch costs seconds, so workers stay and are sent cases: functions by import path, with their arguments.
-Each case gets a fresh gloo group of just the size that it asks for.
+Importing torch and the trainer takes seconds of processor time, so it happens once: workers are forked from a server
+that has imported them, and stay. They are sent cases: functions by import path, with their arguments. Each case gets a
+fresh gloo group of just the size that it asks for.
 """
 
 import importlib
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 SECONDS_PER_CASE = 240
+IMPORTED_ONCE = ("torch.distributed.checkpoint", "ascendspeed_core.training.trainer", "transformers")
+"""What most cases import. With OMP_NUM_THREADS=1, as nox sets it, this starts no thread, so forking is safe."""
 
 
 class WorkerPool:
@@ -32,10 +35,10 @@ class WorkerPool:
         while len(self._connections) < world_size:
             self._start_worker()
         self._cases += 1
-        meeting_place = Path(self._folder.name) / f"case{self._cases}"
+        rendezvous_file = Path(self._folder.name) / f"case{self._cases}"
         for rank in range(world_size):
             self._connections[rank].send(
-                (case.__module__, case.__qualname__, rank, world_size, str(meeting_place), args, kwargs)
+                (case.__module__, case.__qualname__, rank, world_size, str(rendezvous_file), args, kwargs)
             )
         results, failures = [], []
         for rank in range(world_size):
@@ -54,7 +57,8 @@ class WorkerPool:
         return results
 
     def _start_worker(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(list(IMPORTED_ONCE))
         ours, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(theirs, sys.path), daemon=True)
         process.start()
@@ -78,13 +82,13 @@ def _serve(connection: Connection, path: list[str]) -> None:
     torch.set_num_threads(1)
     while True:
         try:
-            module, name, rank, world_size, meeting_place, args, kwargs = connection.recv()
+            module, name, rank, world_size, rendezvous_file, args, kwargs = connection.recv()
         except EOFError:
             return
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
         try:
             dist.init_process_group(
-                "gloo", init_method=f"file://{meeting_place}", rank=rank, world_size=world_size
+                "gloo", init_method=f"file://{rendezvous_file}", rank=rank, world_size=world_size
             )
             connection.send((True, getattr(importlib.import_module(module), name)(*args, **kwargs)))
         except BaseException:  # noqa: BLE001 - the traceback goes to the test
