@@ -122,7 +122,7 @@ def option_help(field: FieldInfo) -> str:
 
 def plain_type(field: FieldInfo) -> type:
     """Return `bool`, `int` or `float` for a field of such values, and `str` for any other."""
-    bare = _bare(field.annotation)
+    bare = _without_content(field.annotation)
     if get_origin(bare) is Literal:
         bare = type(get_args(bare)[0])
     return bare if bare in (bool, int, float) else str
