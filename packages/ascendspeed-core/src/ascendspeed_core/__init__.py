@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from ascendspeed_core.launch import process_group as process_group
     from ascendspeed_core.models.families import known_families as known_families
     from ascendspeed_core.models.transformer import ModelInput as ModelInput
+    from ascendspeed_core.models.transformer import ModelOutput as ModelOutput
     from ascendspeed_core.models.transformer import Transformer as Transformer
-    from ascendspeed_core.optim.optimizer import MasterOptimizer as MasterOptimizer
+    from ascendspeed_core.optim.native_engine import NativeEngine as NativeEngine
     from ascendspeed_core.parallel.mesh import ParallelMesh as ParallelMesh
     from ascendspeed_core.training.step import StepResult as StepResult
     from ascendspeed_core.training.step import train_step as train_step
@@ -47,11 +48,12 @@ _MODULE_OF = {
     "FinetuneConfig": "config.finetune",
     "InitialWeights": "weights",
     "Layout": "config.parallel",
-    "MasterOptimizer": "optim.optimizer",
     "MicroBatch": "data.micro_batch",
     "ModelConfig": "config.model",
     "ModelInput": "models.transformer",
+    "ModelOutput": "models.transformer",
     "ModelSourceConfig": "config.source",
+    "NativeEngine": "optim.native_engine",
     "OptimizerConfig": "config.training",
     "ParallelConfig": "config.parallel",
     "ParallelMesh": "parallel.mesh",
@@ -81,11 +83,12 @@ __all__ = [
     "FinetuneConfig",
     "InitialWeights",
     "Layout",
-    "MasterOptimizer",
     "MicroBatch",
     "ModelConfig",
     "ModelInput",
+    "ModelOutput",
     "ModelSourceConfig",
+    "NativeEngine",
     "OptimizerConfig",
     "ParallelConfig",
     "ParallelMesh",
