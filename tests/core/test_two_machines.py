@@ -65,7 +65,7 @@ def test_two_machines_train_save_and_resume(
     for more in (["--exit-interval", 4], []):
         done = torchrun(machines, *flags, "--auto-resume", *more)
         assert [status for status, _ in done] == [0, 0], done
-    assert "process 2: the cache of sample indices is not shared; building it here too" in done[1][1]
+    assert "rank 2: the cache of sample indices is not shared; building it here too" in done[1][1]
     assert "resumed at iteration 4" in done[0][1]
     caches = [sorted(path.name for path in (folder / "cache").iterdir()) for folder in machines]
     assert caches[0] == caches[1]
@@ -86,7 +86,7 @@ def test_two_machines_train_save_and_resume(
 def test_a_folder_for_results_that_is_not_shared(machines: list[Path]) -> None:
     done = torchrun(machines, "--save", "run")
     assert all(status for status, _ in done)
-    assert "save=run of process 2 is not the folder of process 0; give a path on a file" in done[1][1]
+    assert "save=run of rank 2 is not the folder of rank 0; give a path on a file" in done[1][1]
 
 
 def test_data_that_differs(machines: list[Path], tmp_path: Path) -> None:
@@ -95,4 +95,4 @@ def test_data_that_differs(machines: list[Path], tmp_path: Path) -> None:
     (machines[1] / "corpus.bin").write_bytes(content[2:] + content[:2])
     done = torchrun(machines, "--save", tmp_path / "run")
     assert all(status for status, _ in done)
-    assert "the training samples of process 2 are not those of process 0" in done[1][1]
+    assert "the training samples of rank 2 are not those of rank 0" in done[1][1]

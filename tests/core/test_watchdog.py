@@ -53,8 +53,7 @@ def test_the_verdict_names_who_does_not_answer() -> None:
 def test_when_all_wait_the_verdict_names_who_is_furthest_behind() -> None:
     message, blamed = verdict([status_of(0, True, 9), status_of(1, True, 8)], 2, 60)
     assert (
-        "all processes wait for each other or for their device; furthest behind: rank 1 in iteration"
-        in message
+        "all ranks wait for each other or for their device; furthest behind: rank 1 in iteration" in message
     )
     assert [answer.rank for answer in blamed] == [1]
 
@@ -86,7 +85,7 @@ def test_processes_that_hang(which: str, tmp_path: Path) -> None:
             assert f"{TESTS / 'core' / 'hanging_process.py'}:" in complaint
             assert "in read_from_a_dead_disk; ranks 0, 2 wait for others" in complaint
         else:
-            assert "all processes wait for each other" in complaint
+            assert "all ranks wait for each other" in complaint
             assert "rank 1 in iteration 7, step: " in complaint
     blamed = "read_from_a_dead_disk" if which == "disk" else "in recv"
     assert "stack of rank 1, innermost call last:" in ended[0]

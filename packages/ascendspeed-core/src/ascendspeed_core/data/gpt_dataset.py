@@ -147,7 +147,7 @@ class GPTBatchLoader:
         """Build the index on machines that do not see the first one's cache: once on each."""
         seen = [sees_folder_of_rank_0(folder, self._mesh) for folder in _cache_folders(arguments["config"])]
         if not all(seen) and world_of_environment().local_rank == 0:
-            log(f"process {self._mesh.rank}: the cache of sample indices is not shared; building it here too")
+            log(f"rank {self._mesh.rank}: the cache of sample indices is not shared; building it here too")
             build_index_alone(**arguments)
         self._mesh.barrier()
 

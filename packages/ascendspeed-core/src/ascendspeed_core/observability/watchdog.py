@@ -137,9 +137,7 @@ class Watchdog:
                     self._end(self._gather_statuses())
             except DistError as error:
                 if not self._done.wait(self._interval):
-                    log(
-                        f"watchdog of rank {self._mesh.rank}: process 0 is gone ({error}); nothing is watched"
-                    )
+                    log(f"watchdog of rank {self._mesh.rank}: rank 0 is gone ({error}); nothing is watched")
                 return
 
     def _gather_statuses(self) -> list[RankStatus]:
@@ -232,7 +230,7 @@ def verdict(
     if not parts:
         least = min(status.heartbeats for status in statuses)
         blamed = [status for status in statuses if status.heartbeats == least]
-        parts = ["all processes wait for each other or for their device; furthest behind:"]
+        parts = ["all ranks wait for each other or for their device; furthest behind:"]
         parts += [f"rank {a.rank} in iteration {a.iteration}, {a.activity}: {a.innermost}" for a in blamed]
     elif waiting:
         ranks = ", ".join(str(status.rank) for status in waiting)

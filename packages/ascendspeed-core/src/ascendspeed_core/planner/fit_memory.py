@@ -101,7 +101,7 @@ def memory_budget(given_gib: float | None, device: Device) -> int:
     if whole is None:
         raise ConfigError(
             f"checkpoint_policy=auto on {device.kind}, whose memory all processes of the machine share; give "
-            "--memory-budget-gib, what the tensors of one process may take"
+            "--memory-budget-gib, what the tensors of one rank may take"
         )
     return int(whole * ACCELERATOR_SHARE)
 

@@ -123,7 +123,7 @@ class CheckpointWriter:
         seen = gather_objects(sees_folder_of_rank_0(run_folder, mesh), mesh, self._group)
         if not all(seen):
             raise CheckpointError(
-                f"save={run_folder} of process {seen.index(False)} is not the folder of process 0; give a path on a "
+                f"save={run_folder} of rank {seen.index(False)} is not the folder of rank 0; give a path on a "
                 "file system that all machines share"
             )
 

@@ -168,7 +168,7 @@ class Trainer:
         different = next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None)
         if different is not None:
             raise DataError(
-                f"the training samples of process {different} are not those of process 0; give all machines the same "
+                f"the training samples of rank {different} are not those of rank 0; give all machines the same "
                 "data files"
             )
 
