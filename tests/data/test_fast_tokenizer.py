@@ -110,7 +110,7 @@ def test_different_ids_during_a_run_stop_it(tokenizer_folder: Path) -> None:
 
     wrong = Wrong(tokenizer, gigatoken_json(tokenizer))
     with pytest.raises(
-        AscendSpeedError, match=r"gives other ids than sentencepiece .* --tokenizer-not-use-fast"
+        AscendSpeedError, match=r"gives different ids than sentencepiece .* --tokenizer-not-use-fast"
     ):
         spot_check(tokenizer, wrong, ["the text"])
 

@@ -278,7 +278,7 @@ def test_handlers_of_users_are_found(
     with pytest.raises(AscendSpeedError, match="make the module importable"):
         find_handler("no_such_module_for_test:X")
     with pytest.raises(
-        ConfigError, match=r"there are GeneralPretrainHandler, .*did you mean GeneralPretrainHandler"
+        ConfigError, match=r"choose from GeneralPretrainHandler, .*did you mean GeneralPretrainHandler"
     ):
         find_handler("GeneralPretrain")
 
@@ -289,7 +289,7 @@ def test_handlers_of_users_are_found(
         (
             "GeneralInstructionHandler",
             {"instruction": "a"},
-            "line 1: no column 'output'; there are instruction",
+            "line 1: no column 'output' (GeneralInstructionHandler needs it); the record has instruction",
         ),
         ("GeneralInstructionHandler", {"instruction": "a", "output": 3}, "'output' holds int, not text"),
         ("BelleMultiTurnInstructionHandler", {"instruction": "Hello", "output": "a"}, "not with 'Human:'"),
@@ -327,7 +327,7 @@ def test_options_without_effect_are_refused(tmp_path: Path, tokenizer_folder: Pa
     for flags, complaint in (
         (
             ["--handler-name", "AlpacaPretrainHandler", "--json-key", "text"],
-            "has no meaning for AlpacaPretrainHandler",
+            "has no effect: AlpacaPretrainHandler reads",
         ),
         (["--pack", "--seq-length", 8], "--pack needs a handler of samples"),
         (["--handler-name", "GeneralInstructionHandler", "--pack"], "--pack needs --seq-length"),

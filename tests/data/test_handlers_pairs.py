@@ -216,7 +216,7 @@ def test_workers_do_not_change_the_bytes(tmp_path: Path, tokenizer_folder: Path)
     ("handler", "record", "complaint"),
     [
         ("TextPairHandler", {"prompt": "a", "chosen": "b"}, "rejected"),
-        ("HHRLHFHandler", {"chosen": "b", "rejected": "c"}, "holds no '\\n\\nAssistant:'"),
+        ("HHRLHFHandler", {"chosen": "b", "rejected": "c"}, "does not contain '\\n\\nAssistant:'"),
         ("HHRLHFHandler", {"chosen": "x\n\nAssistant: b", "rejected": "y\n\nAssistant: c"}, "the same prompt"),
         ("AlpacaPairHandler", {"instruction": "a", "chosen": "b"}, "a pair needs both"),
         ("AlpacaPairHandler", {"instruction": "a", "output": ["b"]}, "no pair"),

@@ -60,7 +60,7 @@ FILES: dict[str, tuple[str, bytes | Callable[[Path], None], int, str]] = {
     "a JSON list that breaks off": ("x.json", b'[{"text": "a"}, {"text": "b"', 1, "record 2: not JSON"),
     "a JSON list with an error inside": ("x.json", b'[{"text": "a"}, {"text" "b"}, {"text": "c"}]' + b" " * 99, 1,
                                          "record 2: not JSON: Expecting ':' delimiter"),
-    "a column that is not there": ("x.jsonl", b'{"body": "a", "id": 1}\n', 1, "there are body, id (--json-key)"),
+    "a column that is not there": ("x.jsonl", b'{"body": "a", "id": 1}\n', 1, "(--json-key); the record has body, id"),
     "a number for a text": ("x.jsonl", b'{"text": 5}\n', 1, "holds int, not text"),
     "an empty file": ("x.jsonl", b"", 1, "has no records"),
     "an empty JSON list": ("x.json", b"[]", 1, "has no records"),

@@ -143,5 +143,5 @@ def test_layouts_without_system_messages_refuse_them(chat_folder: Path, name: st
     layout = layout_named(name, load_tokenizer(chat_folder))
     with pytest.raises(AscendSpeedError, match="no place for a system message"):
         layout.ids([{"role": "system", "content": "Be kind."}, *FIRST])
-    with pytest.raises(AscendSpeedError, match="do not alternate"):
+    with pytest.raises(AscendSpeedError, match="messages must alternate"):
         layout.ids([*FIRST, *FIRST])

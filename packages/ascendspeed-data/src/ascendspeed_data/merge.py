@@ -91,7 +91,7 @@ def _check_format(first: Dataset, other: Dataset) -> None:
     packs = [d.manifest.pack.seq_length if d.manifest and d.manifest.pack else None for d in (first, other)]
     if packs[0] != packs[1]:
         raise DataError(
-            f"{other.prefix} has seq_length={packs[1]}, {first.prefix} {packs[0]}; pack both with one --seq-length"
+            f"{other.prefix} has seq_length={packs[1]}, {first.prefix} has {packs[0]}; pack both alike"
         )
 
 
