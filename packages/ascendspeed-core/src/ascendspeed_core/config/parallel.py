@@ -75,7 +75,7 @@ class ParallelConfig(Config):
     num_layers_per_virtual_pipeline_stage: int | None = Field(
         None,
         ge=1,
-        description="Give each device several stages of so many layers, in turn: a smaller bubble, more messages.",
+        description="Give each rank several stages of this many layers, in turn: a smaller bubble, more messages.",
     )
     pipeline_schedule: PipelineSchedule | None = Field(
         None,
@@ -306,7 +306,7 @@ class Layout:
         return self.dp * self.cp
 
     def check_micro_batches(self, count: int) -> None:
-        """Raise `ConfigError` when the schedule cannot run so many micro-batches per step and device."""
+        """Raise `ConfigError` when the schedule cannot run this number of micro-batches per step and device."""
         if self.schedule in ("interleaved", "interleaved-zb"):
             rounds = max(count // self.pp, 1)
             if count % rounds:
@@ -399,7 +399,7 @@ def stages(num_layers: int, count: int, asked_by: str) -> list[Stage]:
     Args:
         num_layers: of the model.
         count: of stages.
-        asked_by: what wants so many, for the message.
+        asked_by: what asks for this number, for the message.
 
     Raises:
         ConfigError: a stage would be without a layer.

@@ -127,7 +127,7 @@ def swap_cut(x: torch.Tensor, cut: int, joined: int, group: dist.ProcessGroup) -
     Args:
         x: this device's part; n divides dimension `cut`.
         cut: dimension of which each device gets its share.
-        joined: dimension whose shares are put behind one another.
+        joined: dimension along which shares are concatenated.
         group: the devices.
     """
     swapped: torch.Tensor = _SwapCut.apply(x, cut, joined, group)

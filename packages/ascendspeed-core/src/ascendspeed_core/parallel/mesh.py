@@ -136,8 +136,8 @@ def _make_embedding_groups(layout: Layout) -> dist.ProcessGroup | None:
         return None
     per_stage = layout.tp * layout.replicas
     mine = None
-    for place in range(per_stage):
-        ranks = [place, place + (layout.pp - 1) * per_stage]
+    for first in range(per_stage):
+        ranks = [first, first + (layout.pp - 1) * per_stage]
         group = dist.new_group(ranks)
         if dist.get_rank() in ranks:
             mine = group
