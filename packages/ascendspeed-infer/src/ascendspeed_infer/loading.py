@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ascendspeed_core.build import refuse_spread_int8
-from ascendspeed_core.config.deepspeed import answering_settings, read_deepspeed_config
+from ascendspeed_core.config.deepspeed import inference_settings, read_deepspeed_config
 from ascendspeed_core.config.parallel import ParallelConfig
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.weights import WeightSource, open_source, stored_source
@@ -127,4 +127,4 @@ def zero_settings(parallel: ParallelConfig, mesh: ParallelMesh, dtype: str) -> d
                 "holds the whole model, or its tensor-parallel part"
             )
         return None
-    return answering_settings(content, stage, dtype)
+    return inference_settings(content, stage, dtype)

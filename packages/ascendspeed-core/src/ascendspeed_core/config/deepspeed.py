@@ -237,8 +237,8 @@ def engine_settings(
     return settings | {key: value for key, value in content.items() if key in PASSED_ON and value != AUTO}
 
 
-def answering_settings(content: Mapping[str, Any], stage: int, dtype: str) -> dict[str, Any]:
-    """Return the config of `deepspeed.initialize` for a model that answers and is not trained.
+def inference_settings(content: Mapping[str, Any], stage: int, dtype: str) -> dict[str, Any]:
+    """Return the config of `deepspeed.initialize` for a model that generates and is not trained.
 
     Args:
         content: DeepSpeed's JSON, of which only the buckets of `zero_optimization` matter; empty without one.

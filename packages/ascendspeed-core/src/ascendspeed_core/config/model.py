@@ -8,7 +8,7 @@ from ascendspeed_core.config.base import Config, spellings
 from ascendspeed_data.errors import AscendSpeedError
 
 WeightQuantization = Literal["none", "int8"]
-"""How a model that answers holds its matrices: in its format, or as integers with a scale for each row."""
+"""How a model holds its matrices for inference: in its format, or as integers with a scale for each row."""
 
 
 class RotaryScaling(Config):
@@ -68,7 +68,7 @@ class ModelConfig(Config):
     rotary_base: float = Field(10000.0, gt=0, description="Base of the rotary frequencies.")
     rotary_scaling: RotaryScaling | None = Field(None, description="Change of the rotary frequencies.")
     sliding_window: int | None = Field(
-        None, ge=1, description="A token sees itself and the tokens before it, so many in all. [default: all]"
+        None, ge=1, description="Tokens that a token sees, itself included. [default: all]"
     )
     mlp: Literal["swiglu", "gelu"] = Field("swiglu", description="MLP; gelu is its tanh approximation.")
     qkv_bias: bool = Field(False, description="Queries, keys and values have a bias.")

@@ -371,10 +371,10 @@ class OptimizerConfig(Config):
     @model_validator(mode="after")
     def _options_of_the_rule(self) -> "OptimizerConfig":
         other = "adam_" if self.optimizer == "sgd" else "sgd_"
-        foreign = sorted(name for name in self.model_fields_set if name.startswith(other))
-        if foreign:
+        unused = sorted(name for name in self.model_fields_set if name.startswith(other))
+        if unused:
             raise ValueError(
-                f"{', '.join(foreign)} means nothing with optimizer={self.optimizer}; leave it out"
+                f"{', '.join(unused)} means nothing with optimizer={self.optimizer}; leave it out"
             )
         return self
 

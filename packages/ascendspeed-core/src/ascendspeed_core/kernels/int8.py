@@ -26,11 +26,11 @@ FORMATS = {
 """Formats of activations and scales in which each kind of device has the product."""
 
 INTEGER_ROWS = 16
-"""On a CPU torch's operator is the faster one in bfloat16 up to so many rows; in float32 it is scalar and never is
+"""On a CPU torch's operator is the faster one in bfloat16 up to this many rows; in float32 it is scalar and never is
 (`benchmarks/quantization.py`)."""
 
 INTEGER_COLUMNS = 16
-"""On a CPU torch's operator reads so many numbers at once, and past the end of a row that they do not divide."""
+"""On a CPU torch's operator reads this many numbers at once, and past the end of a row that they do not divide."""
 
 ALIGNED_BYTES = 64
 """On a CPU torch's operator ends the process where activations begin elsewhere than storage of their own does."""

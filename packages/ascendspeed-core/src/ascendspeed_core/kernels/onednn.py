@@ -8,7 +8,7 @@ that order already one row takes a third of the time in fp32 and half in bf16 (`
 import torch
 
 ROWS = 16
-"""oneDNN is asked which order suits so many rows; the same order is as fast for one row and for hundreds."""
+"""oneDNN is asked which order suits this number of rows; the same order is as fast for one row and for hundreds."""
 
 
 def has_packed_product(dtype: torch.dtype, device: torch.device) -> bool:

@@ -62,14 +62,14 @@ class Implementation:
         run: the function; all implementations of an operator take and give the same.
         what: what it is, for the table that a run prints.
         auto_on: kinds of devices on which `auto` takes it.
-        obstacle: why it cannot run.
+        unsupported: why it cannot run.
     """
 
     name: str
     run: Callable[..., Any]
     what: str
     auto_on: Sequence[str]
-    obstacle: UnsupportedReason
+    unsupported: UnsupportedReason
 
 
 @dataclass(frozen=True)
@@ -131,9 +131,9 @@ def _whole_vocabulary(setting: KernelContext) -> str | None:
     return None
 
 
-def _first(*obstacles: UnsupportedReason) -> UnsupportedReason:
-    """Return what names the first of several obstacles."""
-    return lambda setting: next((found for obstacle in obstacles if (found := obstacle(setting))), None)
+def _first(*reasons: UnsupportedReason) -> UnsupportedReason:
+    """Return what names the first reason of several."""
+    return lambda setting: next((found for reason in reasons if (found := reason(setting))), None)
 
 
 def _torch_rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
@@ -225,19 +225,19 @@ def choose(operator: str, asked: str, setting: KernelContext) -> tuple[Implement
     """
     passed_over: list[str] = []
     for implementation in OPERATORS[operator]:
-        obstacle = implementation.obstacle(setting)
+        unsupported = implementation.unsupported(setting)
         if asked == implementation.name:
-            if obstacle:
-                able = [other.name for other in OPERATORS[operator] if not other.obstacle(setting)]
+            if unsupported:
+                able = [other.name for other in OPERATORS[operator] if not other.unsupported(setting)]
                 raise AscendSpeedError(
-                    f"{operator}={asked} cannot run here: {obstacle}; choose auto or {', '.join(able)}"
+                    f"{operator}={asked} cannot run here: {unsupported}; choose auto or {', '.join(able)}"
                 )
             return implementation, Choice(operator, asked, f"asked for; {implementation.what}")
         if asked == "auto" and setting.device.kind in implementation.auto_on:
-            if obstacle is None:
+            if unsupported is None:
                 reason = "; ".join([implementation.what, *passed_over])
                 return implementation, Choice(operator, implementation.name, reason)
-            passed_over.append(f"not {implementation.name}: {obstacle}")
+            passed_over.append(f"not {implementation.name}: {unsupported}")
     raise ConfigError(
         f"{operator}={asked} does not exist; choose auto or {', '.join(i.name for i in OPERATORS[operator])}"
     )

@@ -1,4 +1,4 @@
-"""Weights of other kinds than torch's, for models that answer: int8, packed.
+"""Weights of other kinds than torch's, for inference: int8, packed.
 
 A layer stays the layer that it is; only its weight is of another kind, which knows its own product. So `F.linear` works
 wherever it is called: in plain layers, joined ones, cut ones and those with adapters.

@@ -1,4 +1,4 @@
-"""Weight matrices of 8-bit integers with a scale for each output row, for models that answer.
+"""Weight matrices of 8-bit integers with a scale for each output row, for inference.
 
 Row n of a matrix is `scale[n] * integers[n]` with `scale = largest of |row| / 127` and integers rounded to the nearest
 integer (symmetric, per channel: Krishnamoorthi, 2018, Quantizing deep convolutional networks, section 3.2). The scale
@@ -23,7 +23,7 @@ LARGEST = 127
 """Integers are -127 to 127: the range is symmetric."""
 
 BLOCK_ELEMENTS = 1 << 20
-"""So many weights are quantized at once: their fp32 copy stays in a CPU's cache and needs no memory to speak of."""
+"""Weights that are quantized at once: their fp32 copy stays in a CPU's cache and needs no memory to speak of."""
 
 
 class Int8Weight(InferenceWeight):

@@ -1,4 +1,4 @@
-"""Weights in the order in which a CPU's matrix product reads them, for models that answer.
+"""Weights in the order in which a CPU's matrix product reads them, for inference.
 
 They take the place of the plain ones, so a model needs no more memory.
 
