@@ -193,4 +193,4 @@ def resave(options: dict[str, Any]) -> None:
     """Load a checkpoint, and save what was loaded."""
     trainer = trainer_of(options)
     assert trainer.writer is not None
-    trainer._save(trainer.writer, None)
+    trainer._save(trainer.writer)
