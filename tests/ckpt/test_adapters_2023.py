@@ -13,7 +13,7 @@ from ascendspeed_ckpt.writers.write_plan import WritePlan
 from ascendspeed_core.weights import open_weights
 from ascendspeed_core.weights.adapters.ascendspeed import open_adapter
 from ascendspeed_core.weights.adapters.lora import loaded_adapters
-from ascendspeed_core.weights.adapters.peft import MergedAdapter
+from ascendspeed_core.weights.adapters.merge import MergedAdapter
 from ascendspeed_core.weights.shard_layout import shard_layout
 from support.commands import call
 from support.models import save_hugging_face, tiny_config

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ascendspeed_core.weights import open_weights
-from ascendspeed_core.weights.adapters.peft import Adapter, MergedAdapter
+from ascendspeed_core.weights.adapters.merge import MergedAdapter
+from ascendspeed_core.weights.adapters.peft import Adapter
 from ascendspeed_core.weights.source import CheckpointError
 from ckpt.test_formats import digests, external, to
 from support.commands import Finished, call

@@ -27,7 +27,8 @@ from ascendspeed_core.weights.adapters.lora import (
     loaded_adapters,
     plan_adapters,
 )
-from ascendspeed_core.weights.adapters.peft import Adapter, MergedAdapter
+from ascendspeed_core.weights.adapters.merge import MergedAdapter
+from ascendspeed_core.weights.adapters.peft import Adapter
 from ascendspeed_core.weights.adapters.write_peft import peft_form
 from ascendspeed_data.errors import AscendSpeedError
 from core.finetune_cases import data_config, tune, used_adapters

@@ -12,7 +12,7 @@ from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.weights import WeightSource, open_source, stored_source
 from ascendspeed_core.weights.adapters.ascendspeed import open_adapter
 from ascendspeed_core.weights.adapters.lora import loaded_adapters
-from ascendspeed_core.weights.adapters.peft import MergedAdapter
+from ascendspeed_core.weights.adapters.merge import MergedAdapter
 from ascendspeed_data.command_line import log
 from ascendspeed_data.errors import AscendSpeedError
 from ascendspeed_data.manifest import check_tokenizer

@@ -33,7 +33,7 @@ def merge_lora_command(
 
     prepare_torch(HOST.kind)
     from ascendspeed_core.weights.adapters.ascendspeed import open_adapter
-    from ascendspeed_core.weights.adapters.peft import MergedAdapter
+    from ascendspeed_core.weights.adapters.merge import MergedAdapter
 
     base = open_input(options)
     merged = MergedAdapter(base, open_adapter(lora_load, base.config))

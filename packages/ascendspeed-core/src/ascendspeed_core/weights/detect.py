@@ -36,7 +36,7 @@ def detect_kind(path: Path) -> Kind:
     if not path.exists():
         raise CheckpointError(f"checkpoint {path} does not exist; check --load")
     if path.name.endswith(INCOMPLETE):
-        raise CheckpointError(f"{path} was never completed; use an earlier checkpoint of {path.parent}")
+        raise CheckpointError(f"{path} was not completed; use an earlier checkpoint of {path.parent}")
     if (path / DESCRIPTION).is_file():
         return "native"
     if (path / TRACKER).is_file():

@@ -17,10 +17,10 @@ from ascendspeed_core.config.lora import LoraConfig
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.models.linear import LowRank
 from ascendspeed_core.models.lora import AdapterPlan
+from ascendspeed_core.weights.adapters.merge import MergedAdapter
 from ascendspeed_core.weights.adapters.peft import (
     Adapter,
     HuggingFaceTensor,
-    MergedAdapter,
     hugging_face_tensors,
 )
 from ascendspeed_core.weights.load import parameter_shapes
