@@ -54,7 +54,9 @@ def test_recorded_greedy_ids(mode: str, workers: WorkerPool) -> None:
         assert found == want
 
 
-def test_draws_beams_and_fixed_tiles(workers: WorkerPool, tmp_path: Path, tokenizer_folder: Path) -> None:
+def test_draws_beams_and_batch_invariant_texts(
+    workers: WorkerPool, tmp_path: Path, tokenizer_folder: Path
+) -> None:
     config = tiny_config(vocab_size=400, num_layers=2)
     save_hugging_face(config, tmp_path / "model", tokenizer=tokenizer_folder)
     prompts = ["the year", "it was a time of"]
