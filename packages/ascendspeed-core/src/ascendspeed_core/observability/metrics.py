@@ -66,13 +66,14 @@ def format_iteration(record: Mapping[str, Any], train_iters: int, logged_metrics
     Args:
         record: of `metrics.jsonl`.
         train_iters: steps of the whole run.
-        logged_metrics: metrics of the objective to show, with their decimal places.
+        logged_metrics: metrics of the objective to show, with their decimal decimals.
     """
     parts = [f"iteration {record['iteration']}/{train_iters}", f"loss {_format(record['lm_loss'], 4)}"]
     if "validation_loss" in record:
         parts.append(f"validation {_format(record['validation_loss'], 4)}")
     parts += [
-        f"{name.replace('_', ' ')} {_format(record[name], places)}" for name, places in logged_metrics.items()
+        f"{name.replace('_', ' ')} {_format(record[name], decimals)}"
+        for name, decimals in logged_metrics.items()
     ]
     norm = record["grad_norm"]
     parts.append("overflow, skipped" if norm is None else f"grad norm {norm:.3f}")
@@ -86,8 +87,8 @@ def format_iteration(record: Mapping[str, Any], train_iters: int, logged_metrics
     return " | ".join([*parts, f"{left:,.0f} s left"])
 
 
-def _format(value: float | None, places: int) -> str:
-    return "not finite" if value is None else f"{value:.{places}f}"
+def _format(value: float | None, decimals: int) -> str:
+    return "not finite" if value is None else f"{value:.{decimals}f}"
 
 
 def draw_loss(

@@ -55,14 +55,14 @@ def find_not_finite(model: Transformer, mesh: ParallelMesh, step: Callable[[], o
     if not findings:
         return "computed again, everything is finite: suspect a device that errs"
     rank, first = min(findings, key=lambda pair: (*_order(pair[1]), pair[0]))
-    place = f" (rank {rank} of {mesh.layout.world_size})" if mesh.layout.world_size > 1 else ""
+    where = f" (rank {rank} of {mesh.layout.world_size})" if mesh.layout.world_size > 1 else ""
     what = {
         "weight": f"{first.name} holds {first.values} before the step",
         "result": f"{first.name} is the first module whose result holds {first.values}",
         "gradient": f"all results are finite, the gradient of {first.name}'s result is the first that holds "
         f"{first.values}",
     }
-    return what[first.kind] + place
+    return what[first.kind] + where
 
 
 def _of_weights(model: Transformer) -> NonFiniteTensor | None:

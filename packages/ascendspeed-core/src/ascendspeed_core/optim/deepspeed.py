@@ -203,8 +203,8 @@ class ZeroEngine:
         mapping = parameter._hp_mapping  # type: ignore[attr-defined]
         if mapping is None:
             return None
-        place, start = mapping.lp_fragment_address, mapping.lp_fragment_address.start
-        weight = parameter.detach().flatten()[start : start + place.numel]
+        fragment, start = mapping.lp_fragment_address, mapping.lp_fragment_address.start
+        weight = parameter.detach().flatten()[start : start + fragment.numel]
         # Stage 1 in bf16 is a class of its own in DeepSpeed.
         of_bf16 = getattr(self._zero, "fp32_groups_flat_partition", None)
         flats = of_bf16 if of_bf16 is not None else self._zero.single_partition_of_fp32_groups

@@ -64,6 +64,6 @@ def load_optimizer_state(
     state = {kind: torch.empty_like(weight).copy_(value) for kind, value in memory.items()}
     if not isinstance(rule, torch.optim.SGD):
         # torch keeps the step count of a fused optimizer on the device, of others on the host.
-        place = weight.device if rule.defaults.get("fused") else HOST.torch
-        state["step"] = torch.tensor(float(num_steps), device=place)
+        holder = weight.device if rule.defaults.get("fused") else HOST.torch
+        state["step"] = torch.tensor(float(num_steps), device=holder)
     rule.state[weight] = state

@@ -61,7 +61,7 @@ class DeepSpeedPipeSource(ExternalSource):
         self.vocabulary_rows = embedding.info.shape[0] * self.tp
         shapes = parameter_shapes(self.config)
         self._sharded = ShardedTensors(shapes)
-        self._place(states, shapes)
+        self._locate(states, shapes)
         self._sharded.check_complete(self.folder, shapes)
         self._sharded.check_replicas(1 << 20)
 
@@ -92,7 +92,7 @@ class DeepSpeedPipeSource(ExternalSource):
     def _last(self) -> int:
         return FIRST_LAYER + self.config.num_layers + 1
 
-    def _place(
+    def _locate(
         self, states: dict[tuple[int, int], dict[str, StoredTensor]], shapes: Mapping[str, tuple[int, ...]]
     ) -> None:
         stage = PipelineChunk(range(self.config.num_layers), is_first=True, is_last=True)

@@ -83,7 +83,7 @@ class MpRankSource(ExternalSource):
         for (tp_rank, stage), file in self._files.items():
             check_arguments(file, self.sidecar, self.layout, tp_rank, stage)
             for number, chunk in enumerate(chunks[tp_rank, stage]):
-                self._place(file, dict(stored_tensors(chunk)), name_map, (tp_rank, stage, number))
+                self._locate(file, dict(stored_tensors(chunk)), name_map, (tp_rank, stage, number))
         self._sharded.check_complete(self.folder, shapes)
         self._sharded.check_replicas(SMALL_BYTES)
         self._check_rotary()
@@ -125,7 +125,7 @@ class MpRankSource(ExternalSource):
         """Return layout, rows of the embedding with padding, and who wrote the checkpoint."""
         return super().details() | {"written by": written_by(self.sidecar)}
 
-    def _place(
+    def _locate(
         self, file: TorchFile, stored: dict[str, StoredTensor], name_map: NameMap, rank: tuple[int, int, int]
     ) -> None:
         tp_rank, stage, chunk = rank
