@@ -78,7 +78,7 @@ def test_what_is_wrong_in_a_recipe(recipe: Path, line: str, complaint: str) -> N
         ({"data_path": ("0.3", "a", "0.7")}, "neither one prefix nor pairs"),
         ({"data_path": ("-1", "a", "0.7", "b")}, "neither one prefix nor pairs"),
         ({"split": "1,2"}, "is not three numbers"),
-        ({"rampup_batch_size": (1, 2)}, "is not START INCREMENT SFT_DATA"),
+        ({"rampup_batch_size": (1, 2)}, "is not START INCREMENT SAMPLES"),
         ({"auto_resume": True}, "needs --save DIR"),
         ({"lr_warmup_iters": 3, "lr_warmup_fraction": 0.1}, "give one"),
     ],
