@@ -134,8 +134,8 @@ class Transformer(nn.Module):
         losses: AuxiliaryLosses | None = None
         for number in stage.layers:
             inputs = by_kind[self._kind_index[number]].in_layer(number)
-            output = self.layers[str(number)](x, inputs, batch.cache, self._cache_index[number])
-            x, of_layer = split_output(output)
+            layer, cache_index = self.layers[str(number)], self._cache_index[number]
+            x, of_layer = split_output(layer(x, inputs, batch.cache, cache_index))
             if of_layer is not None:
                 losses = add_losses(losses, self._checked(of_layer, number))
         if stage.is_last and self.output_head is not None and self.final_norm is not None:

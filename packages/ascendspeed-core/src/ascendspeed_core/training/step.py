@@ -123,11 +123,13 @@ def forward_backward(
     else:
         sums = LossSums.zeros(model, mesh.device.torch)
         for number, micro_batch in enumerate(micro_batches):
-            output = engine.forward(micro_batch.input)
-            loss = share(number, output.logits)
+            logits, losses = engine.forward(micro_batch.input)
+            loss = share(number, logits)
+            # The largest activation of all: it must not outlive its use.
+            del logits
             sums.loss.add_(loss.detach())
-            sums.add(output.auxiliary_losses)
-            for auxiliary in output.auxiliary_losses.values():
+            sums.add(losses)
+            for auxiliary in losses.values():
                 loss = loss + auxiliary / count
             engine.backward(loss, scale, is_last=number == len(micro_batches) - 1)
     for auxiliary in sums.auxiliary.values():
