@@ -314,7 +314,7 @@ def test_flags_that_contradict(model: Path, tmp_path: Path) -> None:
     two_stages = ["--to", "megatron", "--pipeline-model-parallel-size", 2]
     for flags, status, complaint in (
         (["--to", "native", "--tensor-model-parallel-size", 2], 2, "does not apply to --to native"),
-        (["--deepspeed"], 2, "DeepSpeed's layout is read, not written"),
+        (["--deepspeed"], 2, "DeepSpeed checkpoints can be read but not written"),
         (["--to", "ascendspeed", "--tensor-model-parallel-size", 3], 1, "does not divide"),
         ([*two_stages, "--partition-layers", "3,2"], 2, "add up to the model's 4"),
         ([*two_stages, "--num-layers-per-virtual-pipeline-stage", 3], 2, "must divide"),
