@@ -98,14 +98,13 @@ def stream_tokens(
     engine.add_request(name, request, batch_invariant, cache_salt or name)
     num_seen = 0
     try:
-        while True:
-            # Whoever else steps the engine brings this request on too.
-            for token in request.new_tokens(num_seen):
+        # Whoever else steps the engine brings this request on too, even while its tokens are taken here.
+        while (tokens := request.new_tokens(num_seen)) or not request.is_finished:
+            for token in tokens:
                 num_seen += 1
                 yield token
-            if request.is_finished:
-                break
-            engine.step()
+            if not tokens:
+                engine.step()
         if request.error is not None:
             raise request.error
     finally:
