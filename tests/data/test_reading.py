@@ -85,7 +85,7 @@ def test_a_json_list_is_read_as_a_stream(tmp_path: Path, monkeypatch: pytest.Mon
     from ascendspeed_data.reading import shards as module
 
     largest = 0
-    original = module._Text.more
+    original = module._TextWindow.more
 
     def more(self: Any) -> bool:
         nonlocal largest
@@ -93,7 +93,7 @@ def test_a_json_list_is_read_as_a_stream(tmp_path: Path, monkeypatch: pytest.Mon
         largest = max(largest, len(self.buffer))
         return result
 
-    monkeypatch.setattr(module._Text, "more", more)
+    monkeypatch.setattr(module._TextWindow, "more", more)
     path = tmp_path / "x.json"
     path.write_text(json.dumps([{"text": "word " * 400}] * 10_000))
     assert path.stat().st_size > 20_000_000
