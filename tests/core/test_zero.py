@@ -150,7 +150,7 @@ def test_no_process_holds_the_whole_model_while_it_is_read() -> None:
     Every tensor is a mapping of its own there: otherwise the C library keeps freed ones between others, in amounts
     that differ from run to run, and what is resident says little of what is held.
     """
-    pool = WorkerPool()
+    pool = WorkerPool("spawn")
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
     try:
         ranks = pool.run(resident_while_loading, 2, LARGER, Layout(dp=2, zero_stage=3))

@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 SECONDS_PER_CASE = 240
 IMPORTED_ONCE = ("torch.distributed.checkpoint", "ascendspeed_core.training.trainer", "transformers")
@@ -22,9 +22,14 @@ IMPORTED_ONCE = ("torch.distributed.checkpoint", "ascendspeed_core.training.trai
 
 
 class WorkerPool:
-    """Worker processes, started as they are needed."""
+    """Worker processes, started as they are needed.
 
-    def __init__(self) -> None:
+    Args:
+        start_method: `spawn` gives them the environment of the moment they start; forked ones have that of the server.
+    """
+
+    def __init__(self, start_method: Literal["forkserver", "spawn"] = "forkserver") -> None:
+        self._start_method = start_method
         self._connections: list[Connection] = []
         self._processes: list[Any] = []
         self._folder = tempfile.TemporaryDirectory(prefix="asd-tests-")
@@ -52,13 +57,14 @@ class WorkerPool:
             (results if ok else failures).append(value if ok else f"rank {rank}: {value}")
         if failures:
             self.close()
-            self.__init__()  # type: ignore[misc]
+            self.__init__(self._start_method)  # type: ignore[misc]
             raise AssertionError("\n".join(failures))
         return results
 
     def _start_worker(self) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(list(IMPORTED_ONCE))
+        context = multiprocessing.get_context(self._start_method)
+        if self._start_method == "forkserver":
+            context.set_forkserver_preload(list(IMPORTED_ONCE))
         ours, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(theirs, sys.path), daemon=True)
         process.start()
