@@ -19,7 +19,7 @@ from ascendspeed_core.data.micro_batch import MicroBatch
 from ascendspeed_core.device import Device
 from ascendspeed_core.models.families.packing import Packed
 from ascendspeed_core.parallel.mesh import ParallelMesh
-from ascendspeed_core.parallel.pipeline import forward_through_stages
+from ascendspeed_core.parallel.stages import forward_through_stages
 from ascendspeed_core.parallel.tensor import gather_logits
 from ascendspeed_core.weights import BaseWeightSource, HuggingFaceSource, Index, TensorInfo, open_weights
 from ascendspeed_core.weights.load import parameter_shapes

@@ -15,7 +15,7 @@ from ascendspeed_core.kernels.npu import INT8_ROWS
 from ascendspeed_core.models.int8 import Int8Weight, largest_of_rows, quantize, weights_nbytes
 from ascendspeed_core.models.transformer import ModelInput, Transformer
 from ascendspeed_core.parallel.mesh import ParallelMesh
-from ascendspeed_core.parallel.pipeline import forward_through_stages
+from ascendspeed_core.parallel.stages import forward_through_stages
 from ascendspeed_core.parallel.tensor import gather_logits
 from ascendspeed_core.weights import InitialWeights, WeightSource, open_weights
 from ascendspeed_data.errors import AscendSpeedError, ConfigError

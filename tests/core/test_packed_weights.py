@@ -16,7 +16,7 @@ from ascendspeed_core.models.onednn_weight import OneDnnWeight, pack_weights
 from ascendspeed_core.models.projections import join_projections
 from ascendspeed_core.models.transformer import ModelInput, Transformer
 from ascendspeed_core.parallel.mesh import ParallelMesh
-from ascendspeed_core.parallel.pipeline import forward_through_stages
+from ascendspeed_core.parallel.stages import forward_through_stages
 from ascendspeed_core.weights import open_weights
 from ascendspeed_data.errors import AscendSpeedError
 from support.families import REFERENCES

@@ -14,7 +14,7 @@ from ascendspeed_core.device import Device
 from ascendspeed_core.models.transformer import ModelInput
 from ascendspeed_core.parallel.cross_entropy import cross_entropy
 from ascendspeed_core.parallel.mesh import ParallelMesh
-from ascendspeed_core.parallel.pipeline import forward_through_stages
+from ascendspeed_core.parallel.stages import forward_through_stages
 from ascendspeed_core.parallel.tensor import gather_logits
 from ascendspeed_core.weights import open_weights
 from ascendspeed_data.errors import ConfigError

@@ -12,7 +12,7 @@ from ascendspeed_core.models.cache import BLOCK_TOKENS, KeyValueCache, LayerCach
 from ascendspeed_core.models.onednn_weight import pack_weights
 from ascendspeed_core.models.transformer import ModelInput, Transformer
 from ascendspeed_core.parallel.mesh import ParallelMesh
-from ascendspeed_core.parallel.pipeline import forward_through_stages
+from ascendspeed_core.parallel.stages import forward_through_stages
 from ascendspeed_core.parallel.tensor import gather_logits
 from ascendspeed_core.weights import InitialWeights, open_weights
 from ascendspeed_data.errors import AscendSpeedError

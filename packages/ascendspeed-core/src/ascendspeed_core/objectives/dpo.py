@@ -37,7 +37,7 @@ from ascendspeed_core.objectives.reference import REFERENCE_KEY, Reference, open
 from ascendspeed_core.parallel.collectives import sum_over_group
 from ascendspeed_core.parallel.cross_entropy import cross_entropy
 from ascendspeed_core.parallel.mesh import ParallelMesh
-from ascendspeed_core.parallel.pipeline import forward_through_stages
+from ascendspeed_core.parallel.stages import forward_through_stages
 from ascendspeed_core.weights import NativeSource, WeightSource
 from ascendspeed_data.manifest import DatasetManifest
 

@@ -16,7 +16,7 @@ from ascendspeed_core.models.transformer import Transformer
 from ascendspeed_core.objectives.objective import LoadFrozen, MicroBatchLoss, Objective, ObjectiveLoss
 from ascendspeed_core.parallel.cross_entropy import cross_entropy
 from ascendspeed_core.parallel.mesh import ParallelMesh
-from ascendspeed_core.parallel.pipeline import forward_through_stages
+from ascendspeed_core.parallel.stages import forward_through_stages
 from ascendspeed_data.manifest import DatasetManifest
 
 

@@ -9,11 +9,13 @@
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ascendspeed_core.models.auxiliary_losses import AuxiliaryLosses
+from ascendspeed_core.models.transformer import Transformer
 
 
 def attach_losses(x: torch.Tensor, losses: Mapping[str, torch.Tensor], scale: float) -> torch.Tensor:
@@ -59,3 +61,28 @@ class _ScaleGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
         return gradients[0] * ctx.factor, None
+
+
+@dataclass(frozen=True)
+class LossSums:
+    """Losses added up over micro-batches, float64.
+
+    Attributes:
+        loss: the main one.
+        auxiliary: the others by name, of which every rank has the same; empty when the model has none.
+    """
+
+    loss: torch.Tensor
+    auxiliary: dict[str, torch.Tensor]
+
+    @classmethod
+    def zeros(cls, model: Transformer, device: torch.device) -> "LossSums":
+        """Return sums of nothing."""
+        names = ("", *model.auxiliary_loss_names)
+        loss, *others = torch.zeros(len(names), dtype=torch.float64, device=device).unbind()
+        return cls(loss, dict(zip(names[1:], others, strict=True)))
+
+    def add(self, losses: Mapping[str, torch.Tensor]) -> None:
+        """Add auxiliary losses, in place."""
+        for name, loss in losses.items():
+            self.auxiliary[name] += loss.detach()

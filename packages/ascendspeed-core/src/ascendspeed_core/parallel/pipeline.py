@@ -9,13 +9,11 @@ Shapes: B micro-batch size, S sequence length (S/cp under context parallelism), 
 states are [B, S, H], with sequence parallelism [B, S/tp, H].
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.pipelining import (
     PipelineStage,
@@ -28,11 +26,11 @@ from torch.distributed.pipelining import (
     ScheduleZBVZeroBubble,
 )
 
-from ascendspeed_core.config.parallel import Stage, stages_of_ranks
-from ascendspeed_core.config.sharding import chunk_range
+from ascendspeed_core.config.parallel import Stage
 from ascendspeed_core.models.transformer import ModelInput, Transformer
-from ascendspeed_core.parallel.auxiliary_losses import attach_losses
+from ascendspeed_core.parallel.auxiliary_losses import LossSums, attach_losses
 from ascendspeed_core.parallel.mesh import ParallelMesh
+from ascendspeed_core.parallel.stages import hidden_shape, logits_shape
 from ascendspeed_core.parallel.timeline import Kind, Recorder
 
 SCHEDULES: dict[str, Any] = {
@@ -44,31 +42,6 @@ SCHEDULES: dict[str, Any] = {
     "zbv": ScheduleZBVZeroBubble,
     "dualpipev": ScheduleDualPipeV,
 }
-
-
-@dataclass(frozen=True)
-class LossSums:
-    """Losses added up over micro-batches, float64.
-
-    Attributes:
-        loss: the main one.
-        auxiliary: the others by name, of which every rank has the same; empty when the model has none.
-    """
-
-    loss: torch.Tensor
-    auxiliary: dict[str, torch.Tensor]
-
-    @classmethod
-    def zeros(cls, model: Transformer, device: torch.device) -> "LossSums":
-        """Return sums of nothing."""
-        names = ("", *model.auxiliary_loss_names)
-        loss, *others = torch.zeros(len(names), dtype=torch.float64, device=device).unbind()
-        return cls(loss, dict(zip(names[1:], others, strict=True)))
-
-    def add(self, losses: Mapping[str, torch.Tensor]) -> None:
-        """Add auxiliary losses, in place."""
-        for name, loss in losses.items():
-            self.auxiliary[name] += loss.detach()
 
 
 def run_pipeline(
@@ -240,64 +213,3 @@ class _Stage(PipelineStage):
             if buffer is not None and buffer.shape[0] != self._sizes[number]:
                 fitting = buffer.new_empty(self._sizes[number], *buffer.shape[1:])
                 info.buffer = fitting.requires_grad_(buffer.requires_grad)
-
-
-def hidden_shape(tokens: torch.Tensor, model: Transformer, mesh: ParallelMesh) -> tuple[int, int, int]:
-    """Return the shape of what travels between stages for tokens, [B, S]."""
-    batch, length = tokens.shape
-    cut = mesh.layout.tp if mesh.layout.sequence_parallel else 1
-    return batch, length // cut, model.config.hidden_size
-
-
-def logits_shape(tokens: torch.Tensor, model: Transformer, mesh: ParallelMesh) -> tuple[int, int, int]:
-    """Return the shape of this rank's logits for tokens, [B, S]."""
-    mine = chunk_range(model.config.vocab_size, mesh.layout.tp, mesh.tp_rank)
-    return tokens.shape[0], tokens.shape[1], mine.stop - mine.start
-
-
-@torch.no_grad()
-def forward_through_stages(
-    model: Transformer, mesh: ParallelMesh, batch: ModelInput, is_shared: bool = True
-) -> torch.Tensor:
-    """Return this rank's logits, [B, S, V/tp], on every stage; no gradient flows.
-
-    Args:
-        model: this rank's stages, or the whole model.
-        mesh: the mesh, with this rank's coordinates.
-        batch: what the model reads, the same on every stage.
-        is_shared: send the logits to all stages; without it only the rank of the last stage has them (others get
-            hidden states), and consecutive calls overlap.
-    """
-    read_at = batch.read_at
-    if read_at is not None and mesh.layout.sequence_parallel:
-        # Indexes count in whole rows, of which the last norm has a part here.
-        everywhere = forward_through_stages(model, mesh, batch._replace(read_at=None), is_shared)
-        return everywhere.gather(1, read_at.unsqueeze(-1).expand(-1, -1, everywhere.shape[-1]))
-    group = mesh.group("pp")
-    if group is None:
-        logits: torch.Tensor = model(batch).logits
-        return logits
-    dtype = next(model.parameters()).dtype
-    holder = _holders(model, mesh)
-    tokens, out = batch.tokens, batch.tokens
-    for stage in model.stages:
-        if not stage.is_first and holder[stage.index - 1] != mesh.pp_rank:
-            out = torch.empty(hidden_shape(tokens, model, mesh), dtype=dtype, device=tokens.device)
-            dist.recv(out, group=group, group_src=holder[stage.index - 1])
-        out, _ = model.run_stage(stage, batch, None if stage.is_first else out)
-        if not stage.is_last and holder[stage.index + 1] != mesh.pp_rank:
-            dist.send(out.contiguous(), group=group, group_dst=holder[stage.index + 1])
-    if not is_shared:
-        return out
-    if not model.has_last:
-        shape = logits_shape(tokens if read_at is None else read_at, model, mesh)
-        out = torch.empty(shape, dtype=dtype, device=tokens.device)
-    out = out.contiguous()
-    dist.broadcast(out, group=group, group_src=holder[-1])
-    return out
-
-
-def _holders(model: Transformer, mesh: ParallelMesh) -> list[int]:
-    """Return by stage the pipeline rank that holds it."""
-    held = stages_of_ranks(model.config.num_layers, mesh.layout)
-    return [rank for _, rank in sorted((stage.index, rank) for rank, own in enumerate(held) for stage in own)]

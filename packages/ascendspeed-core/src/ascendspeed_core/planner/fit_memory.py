@@ -25,8 +25,8 @@ from ascendspeed_core.objectives.next_token import masked_sum
 from ascendspeed_core.optim.engine import Engine
 from ascendspeed_core.parallel.auxiliary_losses import attach_losses
 from ascendspeed_core.parallel.mesh import ParallelMesh, gather_objects
-from ascendspeed_core.parallel.pipeline import hidden_shape, logits_shape, run_pipeline
 from ascendspeed_core.parallel.recompute import recompute, recomputed
+from ascendspeed_core.parallel.stages import hidden_shape, logits_shape
 from ascendspeed_core.parallel.timeline import Recorder
 from ascendspeed_core.planner.memory import (
     PartMemory,
@@ -315,6 +315,8 @@ def _pipeline_actions(
             for number in range(len(micro_batches))
             for is_forward in (True, False)
         ]
+    from ascendspeed_core.parallel.pipeline import run_pipeline
+
     recorder = Recorder(mesh.device.synchronize)
     with ExitStack() as stack:
         for layer in layers_of(model):

@@ -10,7 +10,6 @@ from ascendspeed_core.models.transformer import ModelInput, Transformer
 from ascendspeed_core.optim.engine import Engine
 from ascendspeed_core.parallel.cross_entropy import cross_entropy
 from ascendspeed_core.parallel.mesh import ParallelMesh, gather_objects
-from ascendspeed_core.parallel.pipeline import run_pipeline
 from ascendspeed_core.parallel.timeline import Recorder, Reduction
 from ascendspeed_core.planner.micro_batches import StageCost, best_sizes
 
@@ -41,6 +40,8 @@ def record_step(
 
     def loss_of(number: int, logits: torch.Tensor) -> torch.Tensor:
         return cross_entropy(logits, inputs[number].tokens, vocab_size, group).sum() / ids.numel()
+
+    from ascendspeed_core.parallel.pipeline import run_pipeline
 
     reduces = engine is not None and mesh.layout.replicas > 1
     for _ in range(WARM_UP_STEPS + 1):

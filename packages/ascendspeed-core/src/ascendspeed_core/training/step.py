@@ -16,8 +16,8 @@ from ascendspeed_core.objectives.next_token import NextTokenLoss
 from ascendspeed_core.objectives.objective import MicroBatchLoss, ObjectiveLoss
 from ascendspeed_core.optim.engine import Engine
 from ascendspeed_core.optim.loss_scale import LossScale
+from ascendspeed_core.parallel.auxiliary_losses import LossSums
 from ascendspeed_core.parallel.mesh import ParallelMesh
-from ascendspeed_core.parallel.pipeline import LossSums, run_pipeline
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,9 @@ def forward_backward(
         return loss_of(number, logits) / count
 
     if mesh.layout.pp > 1:
+        # torch's schedules take seconds to import.
+        from ascendspeed_core.parallel.pipeline import run_pipeline
+
         sums = run_pipeline(
             model,
             mesh,

@@ -21,7 +21,7 @@ import torch
 from ascendspeed_core.models.cache import CachedPass, CacheSlot, KeyValueCache, SequenceChunk
 from ascendspeed_core.models.transformer import ModelInput, Transformer
 from ascendspeed_core.parallel.mesh import ParallelMesh
-from ascendspeed_core.parallel.pipeline import forward_through_stages
+from ascendspeed_core.parallel.stages import forward_through_stages
 from ascendspeed_core.parallel.tensor import gather_logits
 from ascendspeed_data.errors import AscendSpeedError
 from ascendspeed_infer.engine.batch_invariant import (
