@@ -134,7 +134,7 @@ def test_scaled_losses(workers: WorkerPool, layout: Layout) -> None:
 
 
 @pytest.mark.parametrize("layout", [Layout(pp=2, schedule="interleaved-zb", layers_per_stage=1)], ids=str)
-def test_adapters(workers: WorkerPool, layout: Layout) -> None:
+def test_loading_adapters(workers: WorkerPool, layout: Layout) -> None:
     """What is frozen gets no gradient of the losses; what lies before does."""
     got, want = ran(workers, layout, lora=ADAPTERS), one_process(lora=ADAPTERS)
     assert all("lora_" in name for name in want.gradients)

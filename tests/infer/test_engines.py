@@ -21,7 +21,7 @@ from ascendspeed_infer.sampling import SamplingParams
 from ascendspeed_infer.text_generator import TextGenerator
 from ascendspeed_infer.transformers_engine import TransformersEngine, load_transformers
 from ascendspeed_infer.vllm_engine import VllmEngine, log_probs_of, model_arguments, sampling_arguments
-from infer.test_adapters import make_adapter
+from infer.test_loading_adapters import make_adapter
 from support.commands import call, run_command
 from support.models import save_hugging_face, tiny_config
 from support.shared_data import STORIES, needs_shared_data

@@ -13,7 +13,7 @@ from ascendspeed_data.errors import ConfigError
 from ascendspeed_eval.model import LoglikelihoodRequest
 from ascendspeed_infer.eval_backend import backend
 from ascendspeed_infer.language_model import LanguageModel
-from infer.test_adapters import make_adapter
+from infer.test_loading_adapters import make_adapter
 from support.commands import call, run_command
 from support.models import save_hugging_face, tiny_config
 from support.processes import WorkerPool

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from ascendspeed_core.weights import open_weights
 from ascendspeed_core.weights.source import CheckpointError
-from ckpt.test_formats import NAMES, digests, external, to
+from ckpt.test_writers import NAMES, digests, external, to
 from support.families import REFERENCES
 
 REFUSED = {

@@ -12,7 +12,7 @@ from ascendspeed_core.weights import open_weights
 from ascendspeed_core.weights.adapters.merge import MergedAdapter
 from ascendspeed_core.weights.adapters.peft import Adapter
 from ascendspeed_core.weights.source import CheckpointError
-from ckpt.test_formats import digests, external, to
+from ckpt.test_writers import digests, external, to
 from support.commands import Finished, call
 from support.families import REFERENCES
 from support.models import save_hugging_face, tiny_config
