@@ -16,8 +16,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from ascendspeed_core.build import load_model
-from ascendspeed_core.config.parallel import Layout
-from ascendspeed_core.config.training import OptimizerConfig
+from ascendspeed_core.config.layout import Layout
+from ascendspeed_core.config.optimizer import OptimizerConfig
 from ascendspeed_core.data.micro_batch import MicroBatch
 from ascendspeed_core.device import Device
 from ascendspeed_core.optim.native_engine import NativeEngine

@@ -57,7 +57,7 @@ def measure(folder: Path, dtype: str, tp: int, rank: int, rounds: int) -> None:
     import torch
 
     from ascendspeed_core.build import load_model
-    from ascendspeed_core.config.parallel import Layout
+    from ascendspeed_core.config.layout import Layout
     from ascendspeed_core.device import Device
     from ascendspeed_core.parallel.mesh import ParallelMesh
     from ascendspeed_core.weights import open_weights

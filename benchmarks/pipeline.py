@@ -20,9 +20,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
+from ascendspeed_core.config.batch import MICRO_BATCH_EXAMPLES
+from ascendspeed_core.config.layout import Layout
 from ascendspeed_core.config.model import ModelConfig
-from ascendspeed_core.config.parallel import Layout
-from ascendspeed_core.config.training import MICRO_BATCH_EXAMPLES, OptimizerConfig
+from ascendspeed_core.config.optimizer import OptimizerConfig
 from ascendspeed_core.device import Device
 from ascendspeed_core.models.layer import TransformerLayer
 from ascendspeed_core.models.transformer import Transformer
@@ -119,7 +120,7 @@ class _Sleep(torch.autograd.Function):
 
 def sleeping_model(mesh: ParallelMesh, cost: LayerCost, ffn_hidden_size: int) -> Transformer:
     """This process's stages, with layers that sleep."""
-    from ascendspeed_core.config.parallel import stages_of_ranks
+    from ascendspeed_core.config.layout import stages_of_ranks
 
     config = tiny_config(
         num_layers=LAYERS_PER_DEVICE * mesh.layout.pp, vocab_size=32, ffn_hidden_size=ffn_hidden_size

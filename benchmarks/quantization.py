@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from ascendspeed_core.build import load_model
-from ascendspeed_core.config.parallel import Layout
+from ascendspeed_core.config.layout import Layout
 from ascendspeed_core.device import Device
 from ascendspeed_core.kernels import int8
 from ascendspeed_core.kernels.onednn import packed, packed_linear

@@ -67,8 +67,9 @@ def our_step(case: Case, device: str, dtype: str) -> Any:
     import torch
 
     from ascendspeed_core.build import apply_kernels, load_model
-    from ascendspeed_core.config.parallel import Layout
-    from ascendspeed_core.config.training import ComputeConfig, OptimizerConfig
+    from ascendspeed_core.config.layout import Layout
+    from ascendspeed_core.config.optimizer import OptimizerConfig
+    from ascendspeed_core.config.training import ComputeConfig
     from ascendspeed_core.data.micro_batch import MicroBatch
     from ascendspeed_core.device import Device
     from ascendspeed_core.optim.native_engine import NativeEngine

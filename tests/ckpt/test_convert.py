@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ascendspeed_core.config.parallel import Layout
+from ascendspeed_core.config.layout import Layout
 from ascendspeed_core.weights import open_weights
 from core.test_checkpoint import CONFIG, joined, write
 from support.commands import Finished, call, command_line, environment

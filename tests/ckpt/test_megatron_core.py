@@ -12,8 +12,8 @@ import torch
 from ascendspeed_ckpt import Conversion, convert
 from ascendspeed_ckpt.writers.write_plan import WritePlan
 from ascendspeed_core.build import load_model
+from ascendspeed_core.config.layout import Layout
 from ascendspeed_core.config.model import ModelConfig
-from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.device import Device
 from ascendspeed_core.models.transformer import ModelInput
 from ascendspeed_core.parallel.mesh import ParallelMesh

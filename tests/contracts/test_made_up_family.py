@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from ascendspeed_ckpt.writers.huggingface import write_hugging_face
 from ascendspeed_core.build import load_model
-from ascendspeed_core.config.parallel import Layout
+from ascendspeed_core.config.layout import Layout
 from ascendspeed_core.device import Device
 from ascendspeed_core.models.families import known_families
 from ascendspeed_core.models.transformer import ModelInput

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 
 from ascendspeed_core.build import load_model, parameter_slices
+from ascendspeed_core.config.layout import Layout
 from ascendspeed_core.config.lora import LoraConfig
 from ascendspeed_core.config.model import ModelConfig
-from ascendspeed_core.config.parallel import Layout
+from ascendspeed_core.config.optimizer import OptimizerConfig
 from ascendspeed_core.config.preference import PreferenceConfig, PreferenceDataConfig
-from ascendspeed_core.config.training import OptimizerConfig, RecomputeConfig
+from ascendspeed_core.config.training import RecomputeConfig
 from ascendspeed_core.data.padded_dataset import PaddedBatchLoader
 from ascendspeed_core.data.preference_dataset import PREFERENCE_FORMAT
 from ascendspeed_core.device import Device

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ascendspeed_core.config.parallel import Layout
+from ascendspeed_core.config.layout import Layout
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,11 @@ import torch
 
 from ascendspeed_core.build import load_model, parameter_slices
 from ascendspeed_core.config.finetune import FinetuneDataConfig
+from ascendspeed_core.config.layout import Layout
 from ascendspeed_core.config.lora import LoraConfig
 from ascendspeed_core.config.model import ModelConfig
-from ascendspeed_core.config.parallel import Layout
-from ascendspeed_core.config.training import DropoutConfig, OptimizerConfig, RecomputeConfig
+from ascendspeed_core.config.optimizer import OptimizerConfig
+from ascendspeed_core.config.training import DropoutConfig, RecomputeConfig
 from ascendspeed_core.data.padded_dataset import PaddedBatchLoader
 from ascendspeed_core.data.sft_dataset import SFT_FORMAT
 from ascendspeed_core.device import Device

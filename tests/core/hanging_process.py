@@ -6,7 +6,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from ascendspeed_core.config.parallel import Layout
+from ascendspeed_core.config.layout import Layout
 from ascendspeed_core.device import Device
 from ascendspeed_core.launch import process_group
 from ascendspeed_core.models.transformer import Transformer

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ascendspeed_core.build import apply_kernels, load_model
 from ascendspeed_core.config.compute import ComputeConfig
-from ascendspeed_core.config.parallel import Layout
+from ascendspeed_core.config.layout import Layout
 from ascendspeed_core.device import Device
 from ascendspeed_core.kernels.reference import reference_attention
 from ascendspeed_core.kernels.registry import implementations

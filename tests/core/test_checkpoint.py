@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from ascendspeed_core.build import load_model, parameter_slices
-from ascendspeed_core.config.parallel import Layout
-from ascendspeed_core.config.training import OptimizerConfig
+from ascendspeed_core.config.layout import Layout
+from ascendspeed_core.config.optimizer import OptimizerConfig
 from ascendspeed_core.device import Device
 from ascendspeed_core.optim.native_engine import NativeEngine
 from ascendspeed_core.parallel.mesh import ParallelMesh

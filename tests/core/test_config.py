@@ -6,8 +6,9 @@ import pytest
 import typer
 
 from ascendspeed_core.commands.pretrain import pretrain
+from ascendspeed_core.config.layout import Layout, stages
 from ascendspeed_core.config.load import load_config
-from ascendspeed_core.config.parallel import Layout, ParallelConfig, stages
+from ascendspeed_core.config.parallel import ParallelConfig
 from ascendspeed_core.config.training import PretrainConfig
 from ascendspeed_data.command_line.options import walk_fields
 from ascendspeed_data.errors import ConfigError

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from ascendspeed_core.config.parallel import Layout, ParallelConfig
+from ascendspeed_core.config.layout import Layout
+from ascendspeed_core.config.parallel import ParallelConfig
 from ascendspeed_core.config.training import ComputeConfig, RecomputeConfig
 from ascendspeed_core.device import Device
 from ascendspeed_core.kernels.reference import causal_attention, reference_attention

@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 
+from ascendspeed_core.config.layout import Layout
 from ascendspeed_core.config.lora import LoraConfig
-from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.config.training import RecomputeConfig
 from core.training_cases import Trained, train
 from core.zero_cases import held, resident_while_loading, train_zero, validation_loss

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from ascendspeed_core.build import load_model
+from ascendspeed_core.config.layout import Layout
 from ascendspeed_core.config.lora import LoraConfig
-from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.config.preference import PreferenceConfig
 from ascendspeed_core.config.training import RecomputeConfig
 from ascendspeed_core.data.micro_batch import MicroBatch

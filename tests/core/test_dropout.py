@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from ascendspeed_core.build import apply_kernels, load_model
-from ascendspeed_core.config.parallel import Layout
+from ascendspeed_core.config.layout import Layout
 from ascendspeed_core.config.training import ComputeConfig, DropoutConfig, RecomputeConfig
 from ascendspeed_core.device import Device
 from ascendspeed_core.kernels.registry import KernelContext

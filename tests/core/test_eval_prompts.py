@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ascendspeed_core.build import load_model
-from ascendspeed_core.config.parallel import Layout
+from ascendspeed_core.config.layout import Layout
 from ascendspeed_core.config.training import RecomputeConfig
 from ascendspeed_core.device import Device
 from ascendspeed_core.observability.metrics import read_metrics

@@ -13,8 +13,8 @@ from ascendspeed_ckpt.writers.huggingface import write_hugging_face
 from ascendspeed_ckpt.writers.huggingface_view import HuggingFaceView
 from ascendspeed_ckpt.writers.native import write_native
 from ascendspeed_core.build import load_model
+from ascendspeed_core.config.layout import Layout
 from ascendspeed_core.config.model import ModelConfig
-from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.data.micro_batch import MicroBatch
 from ascendspeed_core.device import Device
 from ascendspeed_core.models.families.packing import Packed

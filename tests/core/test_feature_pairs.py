@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ascendspeed_core.config.parallel import Layout
+from ascendspeed_core.config.layout import Layout
 from ascendspeed_core.config.training import ComputeConfig, RecomputeConfig
 from core.test_layout_equality import HEADER, TOLERANCE, differences, one_process
 from core.training_cases import join_stages, train

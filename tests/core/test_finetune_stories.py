@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from ascendspeed_core.config.layout import Layout
 from ascendspeed_core.config.lora import LoraConfig
-from ascendspeed_core.config.parallel import Layout
 from core.finetune_cases import data_config, tune
 from core.test_sft_dataset import distances
 from core.training_cases import Trained, join_stages

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from ascendspeed_core.build import load_model
-from ascendspeed_core.config.parallel import Layout
+from ascendspeed_core.config.layout import Layout
+from ascendspeed_core.config.optimizer import OptimizerConfig
 from ascendspeed_core.config.recompute import Mode
-from ascendspeed_core.config.training import OptimizerConfig
 from ascendspeed_core.data.padded_dataset import TrainingExample, collate
 from ascendspeed_core.device import Device
 from ascendspeed_core.optim.native_engine import NativeEngine

@@ -10,7 +10,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.tokenizers import MegatronTokenizer
 
-from ascendspeed_core.config.parallel import Layout
+from ascendspeed_core.config.layout import Layout
 from ascendspeed_core.config.training import DataConfig
 from ascendspeed_core.data.gpt_dataset import GPTBatchLoader, check_data, refuse_pickled_indices
 from ascendspeed_core.device import Device

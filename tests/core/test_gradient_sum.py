@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from ascendspeed_core.build import load_model, parameter_slices
+from ascendspeed_core.config.optimizer import OptimizerConfig
 from ascendspeed_core.config.sharding import Slice, chunk_range
-from ascendspeed_core.config.training import OptimizerConfig
 from ascendspeed_core.device import Device
 from ascendspeed_core.models.transformer import Transformer
 from ascendspeed_core.optim.deepspeed import refuse_other_replicas

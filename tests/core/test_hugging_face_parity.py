@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ascendspeed_core.build import load_model, parameter_slices
+from ascendspeed_core.config.layout import Layout
 from ascendspeed_core.config.model import ModelConfig
-from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.device import Device
 from ascendspeed_core.models.families import find_family
 from ascendspeed_core.models.transformer import ModelInput

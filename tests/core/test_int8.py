@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ascendspeed_core.build import load_model, parameter_slices
-from ascendspeed_core.config.parallel import Layout
+from ascendspeed_core.config.layout import Layout
 from ascendspeed_core.device import Device
 from ascendspeed_core.kernels import int8, reference
 from ascendspeed_core.kernels.npu import INT8_ROWS

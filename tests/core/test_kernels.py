@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from ascendspeed_core.build import apply_kernels, kernel_context, load_model
+from ascendspeed_core.config.batch import BatchConfig
 from ascendspeed_core.config.compute import KERNELS, ComputeConfig
 from ascendspeed_core.config.finetune import FinetuneDataConfig
-from ascendspeed_core.config.parallel import Layout
-from ascendspeed_core.config.training import BatchConfig, DataConfig, OptimizerConfig
+from ascendspeed_core.config.layout import Layout
+from ascendspeed_core.config.optimizer import OptimizerConfig
+from ascendspeed_core.config.training import DataConfig
 from ascendspeed_core.data.micro_batch import MicroBatch
 from ascendspeed_core.device import Device
 from ascendspeed_core.kernels import int8, liger, npu

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from ascendspeed_core.config.parallel import Layout
+from ascendspeed_core.config.layout import Layout
 from core.training_cases import Trained, join_stages, train, vocabulary_cross_entropy
 from support.models import tiny_config
 from support.processes import WorkerPool

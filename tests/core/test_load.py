@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from ascendspeed_ckpt.writers.huggingface import write_hugging_face
 from ascendspeed_ckpt.writers.native import write_native
 from ascendspeed_core.build import load_model
-from ascendspeed_core.config.parallel import Layout
+from ascendspeed_core.config.layout import Layout
 from ascendspeed_core.device import Device
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.weights import InitialWeights, open_weights

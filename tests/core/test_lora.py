@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from ascendspeed_core.build import load_model
+from ascendspeed_core.config.layout import Layout
 from ascendspeed_core.config.lora import LoraConfig
 from ascendspeed_core.config.model import ModelConfig
-from ascendspeed_core.config.parallel import Layout
+from ascendspeed_core.config.optimizer import OptimizerConfig
 from ascendspeed_core.config.sharding import tensor_slice
-from ascendspeed_core.config.training import DropoutConfig, OptimizerConfig, RecomputeConfig
+from ascendspeed_core.config.training import DropoutConfig, RecomputeConfig
 from ascendspeed_core.models.dropout import BEFORE_ADAPTER, DropoutMasks
 from ascendspeed_core.models.families import find_family
 from ascendspeed_core.models.linear import HALVES

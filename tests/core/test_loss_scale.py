@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from ascendspeed_core.build import load_model
-from ascendspeed_core.config.parallel import Layout
-from ascendspeed_core.config.training import LossScaleConfig, OptimizerConfig
+from ascendspeed_core.config.layout import Layout
+from ascendspeed_core.config.optimizer import OptimizerConfig
+from ascendspeed_core.config.training import LossScaleConfig
 from ascendspeed_core.device import Device
 from ascendspeed_core.models.families import find_family
 from ascendspeed_core.observability.metrics import read_metrics

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ascendspeed_core.config.parallel import Layout
+from ascendspeed_core.config.layout import Layout
 from ascendspeed_core.device import Device
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_data.errors import ConfigError

@@ -10,12 +10,14 @@ import torch
 import torch.nn.functional as F
 
 from ascendspeed_core.build import load_model
+from ascendspeed_core.config.layout import Layout
 from ascendspeed_core.config.lora import LoraConfig
-from ascendspeed_core.config.parallel import Layout
-from ascendspeed_core.config.training import DropoutConfig, OptimizerConfig, RecomputeConfig
+from ascendspeed_core.config.optimizer import OptimizerConfig
+from ascendspeed_core.config.training import DropoutConfig, RecomputeConfig
 from ascendspeed_core.device import Device
 from ascendspeed_core.models.transformer import ModelInput
-from ascendspeed_core.optim.optimizer import MasterOptimizer
+from ascendspeed_core.objectives.next_token import NextTokenLoss
+from ascendspeed_core.optim.native_engine import NativeEngine
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.training.step import forward_backward
 from ascendspeed_core.verification.parity import Candidate, _compare
@@ -193,8 +195,10 @@ def test_the_step_by_hand() -> None:
     )
     without = torch.autograd.grad(main, list(parameters.values()), allow_unused=True)
 
-    engine = MasterOptimizer(model, OptimizerConfig(), CPU)
-    sums = forward_backward(model, engine, [batch], CPU, count)
+    engine = NativeEngine(model, OptimizerConfig(), CPU)
+    num_tokens, loss_of = NextTokenLoss(model, CPU).prepare([batch])
+    assert num_tokens == count
+    sums = forward_backward(model, engine, [batch], CPU, count, loss_of)
     assert float(sums.loss) == pytest.approx(float(main), rel=1e-12)
     for name, value in by_hand.items():
         assert float(sums.auxiliary[name]) == pytest.approx(float(value) / count, rel=1e-12)

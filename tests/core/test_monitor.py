@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from ascendspeed_core.build import apply_kernels, load_model
+from ascendspeed_core.config.layout import Layout
 from ascendspeed_core.config.model import ModelConfig
-from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.config.training import ComputeConfig
 from ascendspeed_core.device import Device
 from ascendspeed_core.models.families import find_family

@@ -7,10 +7,11 @@ import torch
 
 from ascendspeed_core.build import load_model
 from ascendspeed_core.config.finetune import FinetuneConfig
+from ascendspeed_core.config.layout import Layout
 from ascendspeed_core.config.load import load_config
-from ascendspeed_core.config.parallel import Layout
+from ascendspeed_core.config.optimizer import OptimizerConfig
 from ascendspeed_core.config.preference import DpoConfig
-from ascendspeed_core.config.training import OptimizerConfig, PretrainConfig
+from ascendspeed_core.config.training import PretrainConfig
 from ascendspeed_core.data.micro_batch import MicroBatch
 from ascendspeed_core.device import Device
 from ascendspeed_core.models.transformer import Transformer

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from ascendspeed_core.build import load_model
-from ascendspeed_core.config.parallel import Layout
+from ascendspeed_core.config.layout import Layout
 from ascendspeed_core.device import Device
 from ascendspeed_core.kernels.onednn import has_packed_product, packed
 from ascendspeed_core.models.linear import LoraLinear, LowRank

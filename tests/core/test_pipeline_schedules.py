@@ -9,14 +9,10 @@ import torch
 import torch.distributed as dist
 
 from ascendspeed_core.build import load_model
-from ascendspeed_core.config.parallel import (
-    SPLIT_BACKWARD_SCHEDULES,
-    Layout,
-    ParallelConfig,
-    Stage,
-    stages_of_ranks,
-)
-from ascendspeed_core.config.training import MICRO_BATCH_EXAMPLES, BatchConfig, OptimizerConfig
+from ascendspeed_core.config.batch import MICRO_BATCH_EXAMPLES, BatchConfig
+from ascendspeed_core.config.layout import SPLIT_BACKWARD_SCHEDULES, Layout, Stage, stages_of_ranks
+from ascendspeed_core.config.optimizer import OptimizerConfig
+from ascendspeed_core.config.parallel import ParallelConfig
 from ascendspeed_core.device import Device
 from ascendspeed_core.objectives.next_token import masked_sum
 from ascendspeed_core.optim.native_engine import NativeEngine

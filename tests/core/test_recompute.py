@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ascendspeed_core.build import load_model
-from ascendspeed_core.config.parallel import Layout, PipelineSchedule
+from ascendspeed_core.config.layout import Layout, PipelineSchedule
 from ascendspeed_core.config.training import ComputeConfig, RecomputeConfig
 from ascendspeed_core.device import Device
 from ascendspeed_core.models.transformer import ModelInput

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from ascendspeed_core.config.training import BatchConfig, TrainingConfig
+from ascendspeed_core.config.batch import BatchConfig
+from ascendspeed_core.config.training import TrainingConfig
 from ascendspeed_core.observability.metrics import read_metrics
 from ascendspeed_core.optim.schedule import samples_of_run, with_iterations
 from ascendspeed_data.errors import ConfigError

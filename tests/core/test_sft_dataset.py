@@ -11,7 +11,7 @@ import torch
 
 from ascendspeed_core.build import apply_kernels, load_model
 from ascendspeed_core.config.compute import ComputeConfig
-from ascendspeed_core.config.parallel import Layout
+from ascendspeed_core.config.layout import Layout
 from ascendspeed_core.data.micro_batch import MicroBatch
 from ascendspeed_core.data.padded_dataset import (
     BlendedExamples,

@@ -5,7 +5,7 @@ from itertools import product
 
 import pytest
 
-from ascendspeed_core.config.parallel import Layout
+from ascendspeed_core.config.layout import Layout
 from ascendspeed_core.config.sharding import (
     SHARDING,
     ModuleSharding,

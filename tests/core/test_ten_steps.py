@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ascendspeed_core.build import load_model
-from ascendspeed_core.config.parallel import Layout
+from ascendspeed_core.config.layout import Layout
 from ascendspeed_core.config.training import DataConfig
 from ascendspeed_core.data.gpt_dataset import GPTBatchLoader
 from ascendspeed_core.device import Device

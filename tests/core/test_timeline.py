@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from ascendspeed_core.config.training import MICRO_BATCH_EXAMPLES
+from ascendspeed_core.config.batch import MICRO_BATCH_EXAMPLES
 from ascendspeed_core.models.families import find_family
 from ascendspeed_core.parallel.timeline import Action, Timeline, ideal
 from ascendspeed_core.planner.micro_batches import (

@@ -8,17 +8,12 @@ import torch
 import torch.distributed as dist
 
 from ascendspeed_core.build import apply_kernels, load_model, parameter_slices
+from ascendspeed_core.config.layout import Layout, Stage
 from ascendspeed_core.config.lora import LoraConfig
 from ascendspeed_core.config.model import ModelConfig
-from ascendspeed_core.config.parallel import Layout, Stage
+from ascendspeed_core.config.optimizer import OptimizerConfig
 from ascendspeed_core.config.sharding import Slice
-from ascendspeed_core.config.training import (
-    ComputeConfig,
-    DropoutConfig,
-    LossScaleConfig,
-    OptimizerConfig,
-    RecomputeConfig,
-)
+from ascendspeed_core.config.training import ComputeConfig, DropoutConfig, LossScaleConfig, RecomputeConfig
 from ascendspeed_core.data.micro_batch import MicroBatch
 from ascendspeed_core.device import Device
 from ascendspeed_core.kernels.registry import KernelContext

@@ -10,11 +10,12 @@ import torch.distributed as dist
 
 from ascendspeed_core.build import load_model, parameter_slices
 from ascendspeed_core.config.deepspeed import RunValues, engine_settings
+from ascendspeed_core.config.layout import Layout
 from ascendspeed_core.config.load import load_config
 from ascendspeed_core.config.lora import LoraConfig
 from ascendspeed_core.config.model import ModelConfig
-from ascendspeed_core.config.parallel import Layout
-from ascendspeed_core.config.training import OptimizerConfig, PretrainConfig, RecomputeConfig
+from ascendspeed_core.config.optimizer import OptimizerConfig
+from ascendspeed_core.config.training import PretrainConfig, RecomputeConfig
 from ascendspeed_core.device import Device
 from ascendspeed_core.objectives.next_token import NextTokenLoss, evaluate
 from ascendspeed_core.optim.deepspeed import ZeroEngine

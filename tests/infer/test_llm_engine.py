@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ascendspeed_core.build import load_model
-from ascendspeed_core.config.parallel import Layout
+from ascendspeed_core.config.layout import Layout
 from ascendspeed_core.device import Device
 from ascendspeed_core.models.transformer import Transformer
 from ascendspeed_core.parallel.mesh import ParallelMesh

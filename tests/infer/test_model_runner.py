@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ascendspeed_core.build import load_model
-from ascendspeed_core.config.parallel import Layout
+from ascendspeed_core.config.layout import Layout
 from ascendspeed_core.device import Device
 from ascendspeed_core.models.cache import BLOCK_TOKENS, KeyValueCache, LayerCache, SequenceChunk
 from ascendspeed_core.models.onednn_weight import pack_weights

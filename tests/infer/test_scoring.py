@@ -9,7 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ascendspeed_core.build import build_model
-from ascendspeed_core.config.parallel import Layout, ParallelConfig
+from ascendspeed_core.config.layout import Layout
+from ascendspeed_core.config.parallel import ParallelConfig
 from ascendspeed_core.device import Device
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_data.errors import AscendSpeedError

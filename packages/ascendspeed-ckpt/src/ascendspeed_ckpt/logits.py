@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from ascendspeed_core.build import load_model
-from ascendspeed_core.config.parallel import Layout
+from ascendspeed_core.config.layout import Layout
 from ascendspeed_core.device import HOST
 from ascendspeed_core.models.transformer import ModelInput
 from ascendspeed_core.parallel.mesh import ParallelMesh

@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from ascendspeed_core.build import build_model as build_model
     from ascendspeed_core.build import load_model as load_model
     from ascendspeed_core.config.finetune import FinetuneConfig as FinetuneConfig
+    from ascendspeed_core.config.layout import Layout as Layout
     from ascendspeed_core.config.load import load_config as load_config
     from ascendspeed_core.config.model import ModelConfig as ModelConfig
-    from ascendspeed_core.config.parallel import Layout as Layout
+    from ascendspeed_core.config.optimizer import OptimizerConfig as OptimizerConfig
     from ascendspeed_core.config.parallel import ParallelConfig as ParallelConfig
     from ascendspeed_core.config.preference import DpoConfig as DpoConfig
     from ascendspeed_core.config.source import ModelSourceConfig as ModelSourceConfig
-    from ascendspeed_core.config.training import OptimizerConfig as OptimizerConfig
     from ascendspeed_core.config.training import PretrainConfig as PretrainConfig
     from ascendspeed_core.data.micro_batch import MicroBatch as MicroBatch
     from ascendspeed_core.device import Device as Device
@@ -47,14 +47,14 @@ _MODULE_OF = {
     "Device": "device",
     "FinetuneConfig": "config.finetune",
     "InitialWeights": "weights",
-    "Layout": "config.parallel",
+    "Layout": "config.layout",
     "MicroBatch": "data.micro_batch",
     "ModelConfig": "config.model",
     "ModelInput": "models.transformer",
     "ModelOutput": "models.transformer",
     "ModelSourceConfig": "config.source",
     "NativeEngine": "optim.native_engine",
-    "OptimizerConfig": "config.training",
+    "OptimizerConfig": "config.optimizer",
     "ParallelConfig": "config.parallel",
     "ParallelMesh": "parallel.mesh",
     "PretrainConfig": "config.training",

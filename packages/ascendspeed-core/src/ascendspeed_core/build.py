@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ascendspeed_core.config.batch import BatchConfig
 from ascendspeed_core.config.compute import ComputeConfig
+from ascendspeed_core.config.layout import stages_of_ranks
 from ascendspeed_core.config.model import ModelConfig, WeightQuantization
-from ascendspeed_core.config.parallel import stages_of_ranks
 from ascendspeed_core.config.sharding import Slice, tensor_slice
-from ascendspeed_core.config.training import BatchConfig
 from ascendspeed_core.kernels.int8 import Workspace, refuse_missing_format
 from ascendspeed_core.kernels.registry import Choice, KernelContext, choose
 from ascendspeed_core.models.attention import Attention

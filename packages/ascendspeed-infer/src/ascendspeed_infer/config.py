@@ -6,9 +6,10 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from ascendspeed_core.config.base import Config, spellings
+from ascendspeed_core.config.layout import Layout
 from ascendspeed_core.config.load import validate
 from ascendspeed_core.config.model import ArchitectureFlags, WeightQuantization
-from ascendspeed_core.config.parallel import Layout, ParallelConfig
+from ascendspeed_core.config.parallel import ParallelConfig
 from ascendspeed_core.config.source import ModelSourceConfig
 from ascendspeed_core.config.training import LaunchConfig, PrecisionConfig
 from ascendspeed_data.errors import ConfigError

@@ -11,7 +11,7 @@ import torch
 
 from ascendspeed_ckpt.threads import ByteCounter, OnBytes, run_in_threads
 from ascendspeed_core import __version__
-from ascendspeed_core.config.parallel import Layout
+from ascendspeed_core.config.layout import Layout
 from ascendspeed_core.weights.files.distributed_writer import TensorFile, WrittenShard, write_metadata
 from ascendspeed_core.weights.native.source import DESCRIPTION, FORMAT_VERSION, TRACKER, NativeSource
 from ascendspeed_core.weights.source import TensorInfo, WeightSource

@@ -139,7 +139,7 @@ def trained_share(source: "AdaptedWeights", model: "ModelConfig") -> str:
 
 def stage_list(layout: Any, num_layers: int) -> str:
     """Return which layers each pipeline rank holds; several stages of one rank are joined by a plus."""
-    from ascendspeed_core.config.parallel import stages_of_ranks
+    from ascendspeed_core.config.layout import stages_of_ranks
 
     def named(layers: range) -> str:
         return f"{layers.start}-{layers.stop - 1}" if len(layers) > 1 else str(layers.start)

@@ -36,7 +36,7 @@ def timeline(**given: Any) -> None:
 
 def check_timeline(config: TimelineConfig, world_size: int) -> None:
     """Raise `AscendSpeedError` when there is nothing to draw, or the layout does not fit."""
-    from ascendspeed_core.config.parallel import stages_of_ranks
+    from ascendspeed_core.config.layout import stages_of_ranks
     from ascendspeed_core.weights import open_source
 
     if config.parallel.pipeline_model_parallel_size == 1:
@@ -86,7 +86,7 @@ def load_pipeline(config: TimelineConfig, mesh: Any) -> Any:
 
 def record_timeline(config: TimelineConfig) -> None:
     """Run the steps on this rank with the others; the first one draws its pipeline."""
-    from ascendspeed_core.config.training import OptimizerConfig
+    from ascendspeed_core.config.optimizer import OptimizerConfig
     from ascendspeed_core.launch import process_group
     from ascendspeed_core.observability.timeline import draw_timelines
     from ascendspeed_core.optim.native_engine import NativeEngine

@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from ascendspeed_core.config.base import Config
-from ascendspeed_core.config.parallel import SPLIT_BACKWARD_SCHEDULES, PipelineSchedule
+from ascendspeed_core.config.layout import SPLIT_BACKWARD_SCHEDULES, PipelineSchedule
 from ascendspeed_data.errors import ConfigError
 
 

@@ -5,10 +5,10 @@ from pathlib import Path
 from pydantic import Field
 
 from ascendspeed_core.config.base import Config
+from ascendspeed_core.config.batch import BatchConfig
 from ascendspeed_core.config.parallel import ParallelConfig
 from ascendspeed_core.config.source import ModelSourceConfig
 from ascendspeed_core.config.training import (
-    BatchConfig,
     ComputeConfig,
     EvaluationConfig,
     LaunchConfig,

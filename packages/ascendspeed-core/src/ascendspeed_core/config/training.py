@@ -6,11 +6,13 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from ascendspeed_core.config.base import Config
+from ascendspeed_core.config.batch import BatchConfig
 from ascendspeed_core.config.compute import ComputeConfig as ComputeConfig
 from ascendspeed_core.config.eval_prompts import EvalPromptsConfig
 from ascendspeed_core.config.lora import LoraConfig
 from ascendspeed_core.config.model import ArchitectureFlags
 from ascendspeed_core.config.monitor import MonitorConfig
+from ascendspeed_core.config.optimizer import OptimizerConfig
 from ascendspeed_core.config.parallel import ParallelConfig
 from ascendspeed_core.config.recompute import RecomputeConfig as RecomputeConfig
 from ascendspeed_core.config.source import ModelSourceConfig
@@ -163,100 +165,6 @@ class DataConfig(Config):
             raise ValueError(str(error)) from None
 
 
-MICRO_BATCH_EXAMPLES = {
-    "example-config-1": (1, 2, 3, 4, 5, 5, 5, 5, 5, 5, 5, 5, 5, 4, 3, 2),
-    "example-config-2": (1, 2, 2, 3, 4, *(5,) * 13, 4, 4, 3, 3, 3, 2),
-}
-"""The two of the 2023 system: small at both ends, where a pipeline fills and drains, large between."""
-
-
-class BatchConfig(Config):
-    """How many samples make a step, and how they are split into micro-batches."""
-
-    micro_batch_size: int = Field(1, ge=1, description="Samples of one forward pass on one rank.")
-    global_batch_size: int | None = Field(
-        None, ge=1, description="Samples of one step over all ranks. [default: one micro-batch per rank]"
-    )
-    rampup_batch_size: tuple[int, ...] = Field(
-        (), description="START INCREMENT SAMPLES: grow the global batch from START over this many samples."
-    )
-    optimized_pipeline: bool = Field(
-        False,
-        description="Micro-batches of different sizes, as --manual-mbs says: less idle time with pp > 1.",
-    )
-    manual_mbs: str | None = Field(
-        None,
-        description="Sizes of one rank's micro-batches in order, 1,2,3,3,2,1, or example-config-1 (pp 4, 64 "
-        "samples), example-config-2 (pp 8, 96 samples), or auto: measured, none above --micro-batch-size.",
-    )
-
-    @model_validator(mode="after")
-    def _rampup_is_three(self) -> "BatchConfig":
-        if self.rampup_batch_size and (len(self.rampup_batch_size) != 3 or min(self.rampup_batch_size) < 0):
-            raise ValueError(
-                f"rampup_batch_size={self.rampup_batch_size} is not START INCREMENT SAMPLES; "
-                "write for example --rampup-batch-size 16 8 300000"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _sizes_are_numbers(self) -> "BatchConfig":
-        if self.optimized_pipeline != (self.manual_mbs is not None):
-            raise ValueError(
-                "optimized_pipeline and manual_mbs go together; give --optimized-pipeline --manual-mbs SIZES, or "
-                "neither"
-            )
-        if self.optimized_pipeline and self.rampup_batch_size:
-            raise ValueError(
-                "manual_mbs fixes the samples of a step, rampup_batch_size changes them; leave one of them out"
-            )
-        if any(size < 1 for size in self.manual_sizes()):
-            raise ValueError(f"manual_mbs={self.manual_mbs}: every size must be 1 or more")
-        return self
-
-    @property
-    def finds_sizes(self) -> bool:
-        """Whether the sizes of micro-batches are found by measuring."""
-        return self.manual_mbs == "auto"
-
-    def manual_sizes(self) -> tuple[int, ...]:
-        """Return the sizes of `manual_mbs`; none without it, or when they are still to be found."""
-        if self.manual_mbs is None or self.finds_sizes:
-            return ()
-        if self.manual_mbs in MICRO_BATCH_EXAMPLES:
-            return MICRO_BATCH_EXAMPLES[self.manual_mbs]
-        try:
-            return tuple(int(size) for size in self.manual_mbs.split(","))
-        except ValueError:
-            raise ValueError(
-                f"manual_mbs={self.manual_mbs!r} is neither {' nor '.join(MICRO_BATCH_EXAMPLES)} nor auto nor numbers; "
-                "write for example 1,2,3,3,2,1"
-            ) from None
-
-    def resolve_global_batch_size(self, dp: int) -> int:
-        """Return the global batch size on `dp` data-parallel ranks, or raise `ValueError`."""
-        step = self.micro_batch_size * dp
-        size = self.global_batch_size or step
-        start, increment, _ = self.rampup_batch_size or (size, step, 0)
-        if size % step:
-            raise ValueError(
-                f"global_batch_size={size} is not a multiple of micro_batch_size x dp = "
-                f"{self.micro_batch_size} x {dp} = {step}; choose {max(size // step, 1) * step}"
-            )
-        if start % step or increment % step or start > size or (increment and (size - start) % increment):
-            raise ValueError(
-                f"rampup_batch_size={start} {increment}: both must be multiples of micro_batch_size x dp = {step}, "
-                f"and lead in whole increments to global_batch_size={size}"
-            )
-        manual = self.manual_sizes()
-        if manual and sum(manual) * dp != size:
-            raise ValueError(
-                f"manual_mbs={self.manual_mbs} makes {sum(manual)} samples per device, with dp = {dp} a step of "
-                f"{sum(manual) * dp}, not global_batch_size={size}; change one of them"
-            )
-        return size
-
-
 class TrainingConfig(Config):
     """How long the run is, and the seed of its random numbers."""
 
@@ -303,80 +211,6 @@ class LoggingConfig(Config):
     """What a run prints."""
 
     log_interval: int = Field(10, ge=1, description="Steps between two lines on the terminal.")
-
-
-class OptimizerConfig(Config):
-    """How gradients change weights: update rule, learning-rate schedule, gradient clipping."""
-
-    optimizer: Literal["adam", "fused_adam", "sgd"] = Field(
-        "adam",
-        description="adam: AdamW, with the device's kernel that needs least memory; fused_adam: the same with the "
-        "fastest one; sgd: with momentum.",
-    )
-    lr: float = Field(3e-4, gt=0, description="Peak learning rate.")
-    min_lr: float = Field(0.0, ge=0, description="Lowest learning rate.")
-    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root"] = Field(
-        "linear", description="Shape of the learning-rate decay."
-    )
-    lr_decay_iters: int | None = Field(None, ge=1, description="Steps of the decay. [default: --train-iters]")
-    lr_decay_samples: int | None = Field(
-        None, ge=1, description="Samples of the decay, with --train-samples. [default: --train-samples]"
-    )
-    lr_warmup_samples: int = Field(0, ge=0, description="Samples of linear warm-up, with --train-samples.")
-    lr_warmup_iters: int = Field(0, ge=0, description="Steps of linear warm-up.")
-    lr_warmup_fraction: float | None = Field(
-        None,
-        ge=0,
-        lt=1,
-        description="Warm-up as a share of the decay, instead of a number of steps.",
-    )
-    weight_decay: float = Field(
-        0.01, ge=0, description="Weight decay of matrices; norms and biases have none."
-    )
-    adam_beta1: float = Field(
-        0.9, ge=0, lt=1, description="Decay rate of the first moment (mean of gradients)."
-    )
-    adam_beta2: float = Field(
-        0.999, ge=0, lt=1, description="Decay rate of the second moment (mean of squared gradients)."
-    )
-    adam_eps: float = Field(1e-8, gt=0, description="Added to the square root of the second moment.")
-    sgd_momentum: float = Field(0.9, ge=0, lt=1, description="Momentum of sgd.")
-    clip_grad: float = Field(
-        1.0, ge=0, description="Gradients are clipped to this global norm; 0 does not clip."
-    )
-
-    @model_validator(mode="after")
-    def _rates_in_order(self) -> "OptimizerConfig":
-        if self.min_lr > self.lr:
-            raise ValueError(f"min_lr={self.min_lr} is above lr={self.lr}; choose a smaller one")
-        if self.lr_warmup_iters and self.lr_warmup_fraction is not None:
-            raise ValueError("lr_warmup_iters and lr_warmup_fraction were both given; give one")
-        if self.lr_warmup_samples and self.lr_warmup_fraction is not None:
-            raise ValueError("lr_warmup_samples and lr_warmup_fraction were both given; give one")
-        return self
-
-    def check_unit(self, in_samples: bool) -> None:
-        """Raise `ConfigError` when the run's length is in samples and its schedule in steps, or the other way."""
-        other = (
-            ("lr_decay_iters", "lr_warmup_iters") if in_samples else ("lr_decay_samples", "lr_warmup_samples")
-        )
-        given = [name for name in other if getattr(self, name)]
-        if given:
-            length = "train_samples" if in_samples else "train_iters"
-            unit = "samples" if in_samples else "iters"
-            raise ConfigError(
-                f"{given[0]} was given with {length}; give --{given[0].rpartition('_')[0].replace('_', '-')}-{unit}"
-            )
-
-    @model_validator(mode="after")
-    def _options_of_the_rule(self) -> "OptimizerConfig":
-        other = "adam_" if self.optimizer == "sgd" else "sgd_"
-        unused = sorted(name for name in self.model_fields_set if name.startswith(other))
-        if unused:
-            raise ValueError(
-                f"{', '.join(unused)} means nothing with optimizer={self.optimizer}; leave it out"
-            )
-        return self
 
 
 class DropoutConfig(Config):

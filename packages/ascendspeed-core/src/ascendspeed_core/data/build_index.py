@@ -10,7 +10,7 @@ import sys
 
 def main() -> None:
     """Build what stdin describes."""
-    from ascendspeed_core.config.parallel import Layout
+    from ascendspeed_core.config.layout import Layout
     from ascendspeed_core.config.training import DataConfig
     from ascendspeed_core.device import HOST, prepare_torch
 

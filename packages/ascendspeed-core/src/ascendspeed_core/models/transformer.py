@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from ascendspeed_core.config.layout import Stage
 from ascendspeed_core.config.model import ModelConfig
-from ascendspeed_core.config.parallel import Stage
 from ascendspeed_core.kernels.reference import LossFunction, token_losses
 from ascendspeed_core.models.auxiliary_losses import AuxiliaryLosses, add_losses, split_output
 from ascendspeed_core.models.cache import CachedPass, LayerCache

@@ -9,8 +9,8 @@ from ascendspeed_core.config.deepspeed import (
     engine_settings,
     read_deepspeed_config,
 )
+from ascendspeed_core.config.layout import Layout
 from ascendspeed_core.config.model import ModelConfig
-from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.config.training import PretrainConfig
 from ascendspeed_core.models.transformer import Transformer
 from ascendspeed_core.optim.engine import Engine

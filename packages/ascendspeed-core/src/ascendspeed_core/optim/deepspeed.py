@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from ascendspeed_core.build import parameter_slices
-from ascendspeed_core.config.parallel import Layout, Stage
+from ascendspeed_core.config.layout import Layout, Stage
+from ascendspeed_core.config.optimizer import OptimizerConfig
 from ascendspeed_core.config.sharding import Slice
-from ascendspeed_core.config.training import OptimizerConfig
 from ascendspeed_core.models.transformer import ModelInput, ModelOutput, Transformer
 from ascendspeed_core.optim.engine import TensorShard
 from ascendspeed_core.optim.update_rule import load_optimizer_state, make_update_rule, optimizer_state_keys

@@ -5,7 +5,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from ascendspeed_core.config.parallel import Stage
+from ascendspeed_core.config.layout import Stage
 from ascendspeed_core.config.sharding import Slice
 from ascendspeed_core.models.transformer import ModelInput, ModelOutput
 

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 
 import torch
 
-from ascendspeed_core.config.parallel import Stage
+from ascendspeed_core.config.layout import Stage
+from ascendspeed_core.config.optimizer import OptimizerConfig
 from ascendspeed_core.config.sharding import Slice
-from ascendspeed_core.config.training import OptimizerConfig
 from ascendspeed_core.models.transformer import ModelInput, ModelOutput, Transformer
 from ascendspeed_core.optim.engine import EngineMemory, TensorShard
 from ascendspeed_core.optim.optimizer import MasterOptimizer

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from ascendspeed_core.build import parameter_slices
-from ascendspeed_core.config.parallel import Stage
+from ascendspeed_core.config.layout import Stage
+from ascendspeed_core.config.optimizer import OptimizerConfig
 from ascendspeed_core.config.sharding import Slice, assign_writers
-from ascendspeed_core.config.training import OptimizerConfig
 from ascendspeed_core.models.transformer import Transformer
 from ascendspeed_core.optim.engine import TensorShard
 from ascendspeed_core.optim.gradient_sum import FinishSums, ParameterSlot, Replicas, split

@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from ascendspeed_core.config.training import BatchConfig, OptimizerConfig, TrainingConfig
+from ascendspeed_core.config.batch import BatchConfig
+from ascendspeed_core.config.optimizer import OptimizerConfig
+from ascendspeed_core.config.training import TrainingConfig
 from ascendspeed_core.megatron import megatron
 from ascendspeed_core.optim.engine import Engine
 from ascendspeed_data.errors import ConfigError

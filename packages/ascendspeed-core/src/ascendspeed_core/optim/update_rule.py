@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from ascendspeed_core.config.training import OptimizerConfig
+from ascendspeed_core.config.optimizer import OptimizerConfig
 from ascendspeed_core.device import HOST, Device
 from ascendspeed_core.kernels.adamw import adamw_implementation
 

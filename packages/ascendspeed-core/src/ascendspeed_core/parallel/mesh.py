@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from ascendspeed_core.config.parallel import V_SCHEDULES, Layout
+from ascendspeed_core.config.layout import V_SCHEDULES, Layout
 from ascendspeed_core.device import Device
 from ascendspeed_core.parallel.collectives import all_reduce_sum
 from ascendspeed_data.errors import ConfigError

@@ -1,6 +1,6 @@
 """Pipeline parallelism: the layers cut into stages, micro-batches flowing through them.
 
-Training runs torch's schedules, see `config.parallel.PipelineSchedule`. The plain one is 1F1B: after a warm-up each
+Training runs torch's schedules, see `config.layout.PipelineSchedule`. The plain one is 1F1B: after a warm-up each
 stage does one forward and one backward in turn, so that a stage keeps the activations of at most `pp` micro-batches.
 Each micro-batch enters as its number; the first stage looks its tokens up, every stage its positions, the loss its
 labels, so nothing but hidden states travels, and micro-batches may differ in size.
@@ -26,7 +26,7 @@ from torch.distributed.pipelining import (
     ScheduleZBVZeroBubble,
 )
 
-from ascendspeed_core.config.parallel import Stage
+from ascendspeed_core.config.layout import Stage
 from ascendspeed_core.models.transformer import ModelInput, Transformer
 from ascendspeed_core.parallel.auxiliary_losses import LossSums, attach_losses
 from ascendspeed_core.parallel.mesh import ParallelMesh

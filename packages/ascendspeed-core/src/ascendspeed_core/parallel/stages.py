@@ -7,7 +7,7 @@ Shapes: B micro-batch size, S sequence length (S/cp under context parallelism), 
 import torch
 import torch.distributed as dist
 
-from ascendspeed_core.config.parallel import stages_of_ranks
+from ascendspeed_core.config.layout import stages_of_ranks
 from ascendspeed_core.config.sharding import chunk_range
 from ascendspeed_core.models.transformer import ModelInput, Transformer
 from ascendspeed_core.parallel.mesh import ParallelMesh

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ascendspeed_core.config.parallel import Stage
+from ascendspeed_core.config.layout import Stage
 from ascendspeed_core.config.recompute import Mode
 from ascendspeed_core.data.micro_batch import MicroBatch
 from ascendspeed_core.device import Device

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ascendspeed_core.config.parallel import Stage
+from ascendspeed_core.config.layout import Stage
 from ascendspeed_core.models.transformer import ModelInput, Transformer
 from ascendspeed_core.optim.engine import Engine
 from ascendspeed_core.parallel.cross_entropy import cross_entropy

@@ -24,7 +24,7 @@ from ascendspeed_core import __version__
 from ascendspeed_core.config.migrate import FORMAT_VERSION as CONFIG_FORMAT_VERSION
 from ascendspeed_core.config.migrate import VERSION_KEY, migrate_config
 from ascendspeed_core.config.model import ModelConfig
-from ascendspeed_core.config.training import OptimizerConfig
+from ascendspeed_core.config.optimizer import OptimizerConfig
 from ascendspeed_core.data.shared_filesystem import sees_folder_of_rank_0
 from ascendspeed_core.device import HOST
 from ascendspeed_core.models.transformer import Transformer

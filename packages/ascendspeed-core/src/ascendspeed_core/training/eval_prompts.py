@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ascendspeed_core.config.eval_prompts import EvalPromptsConfig
+from ascendspeed_core.config.layout import Layout
 from ascendspeed_core.config.model import ModelConfig
-from ascendspeed_core.config.parallel import Layout
 from ascendspeed_core.models.transformer import Transformer
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_data.command_line import log

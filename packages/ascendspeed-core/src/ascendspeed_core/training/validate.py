@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ascendspeed_core.config.layout import Layout, stages_of_ranks
 from ascendspeed_core.config.lora import LoraConfig
 from ascendspeed_core.config.model import ModelConfig
-from ascendspeed_core.config.parallel import Layout, stages_of_ranks
 from ascendspeed_core.config.training import PretrainConfig
 from ascendspeed_core.launch import announce
 from ascendspeed_core.objectives.objective import Objective

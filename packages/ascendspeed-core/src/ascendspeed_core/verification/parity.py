@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ascendspeed_core.config.parallel import FOLD_SCHEDULES, V_SCHEDULES
+from ascendspeed_core.config.layout import V_SCHEDULES
+from ascendspeed_core.config.parallel import FOLD_SCHEDULES
 from ascendspeed_core.observability.metrics import METRICS, read_metrics
 from ascendspeed_core.weights import open_weights
 from ascendspeed_data.command_line import log

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ascendspeed_core.config.parallel import stages
+from ascendspeed_core.config.layout import stages
 from ascendspeed_data.errors import ConfigError
 
 
