@@ -33,6 +33,8 @@ def test_product_and_values(dtype: torch.dtype, rows: int) -> None:
     weight = torch.randn(125, 30, generator=draw).to(dtype)
     bias = torch.randn(125, generator=draw).to(dtype)
     x = torch.randn(2, rows, 30, generator=draw).to(dtype)
+    if not has_packed_product(dtype, torch.device("cpu")):
+        pytest.skip(f"oneDNN has no product in {dtype} on this CPU, which test_bf16 shows to be left alone")
     whole = packed(weight)
     for part, rows_of_part in (
         (OneDnnWeight(whole), slice(0, 125)),
@@ -89,7 +91,7 @@ def test_bf16(workers: WorkerPool, tmp_path: Path) -> None:
     ((found, want, count),) = workers.run(plain_and_packed, 1, str(tmp_path), Layout(), torch.bfloat16)
     # Three layers, each of which rounds to 8 bits.
     torch.testing.assert_close(found, want, rtol=0, atol=0.1)
-    assert count == 3 * 7 + 1
+    assert count == (3 * 7 + 1 if has_packed_product(torch.bfloat16, torch.device("cpu")) else 0)
 
 
 def loaded(tmp_path: Path, name: str) -> Transformer:
