@@ -408,7 +408,7 @@ def test_another_tokenizer_is_refused(
     (tmp_path / "other" / "tokenizer_config.json").write_text(json.dumps(config))
     done = call(*arguments, "--tokenizer-name-or-path", tmp_path / "other")
     assert done.status == 1
-    assert "did not make the dataset" in done.complaint
+    assert "is not the tokenizer of the dataset" in done.complaint
 
 
 def test_a_vocabulary_smaller_than_the_tokenizers(arguments: list[object], tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ascendspeed_core.device import HOST
+
 BUFFER_BYTES = 4096
 """Values that fit are sent by one broadcast, larger ones by two."""
 HEADER_BYTES = 8
@@ -66,7 +68,7 @@ def open_channel(groups: Sequence[Sequence[int]]) -> ControlChannel | None:
     """
     own = None
     for ranks in groups:
-        group = dist.new_group(list(ranks), timeout=TIMEOUT, backend="gloo")
+        group = dist.new_group(list(ranks), timeout=TIMEOUT, backend=HOST.backend)
         if dist.get_rank() in ranks:
             own = ControlChannel(group, ranks)
     return own
