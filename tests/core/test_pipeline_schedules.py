@@ -79,8 +79,8 @@ def test_weight_gradients_apart_are_added_up_in_fp32(workers: WorkerPool, layout
         assert losses == gradients == weights == 0
         assert norms < 1e-6
     else:
-        # Without AVX-512 torch's bf16 products sum in an order that depends on which operand is transposed. Adding up in
-        # bf16 instead of fp32 makes the norm wrong by 40 %.
+        # Without AVX-512 torch's bf16 products sum in an order that depends on which operand is transposed. Adding up
+        # in bf16 instead of fp32 makes the norm wrong by 40 %.
         assert max(losses, norms, gradients) < 2**-7
         assert weights < 2**-5
 

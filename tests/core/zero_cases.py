@@ -31,6 +31,7 @@ from ascendspeed_core.training.validate import plan_run
 from ascendspeed_core.weights import InitialWeights, WeightSource
 from ascendspeed_core.weights.adapters.lora import drawn_adapters, plan_adapters
 from core.training_cases import Trained, join, micro_batches, whole
+from support.models import tiny_config
 
 
 def settings_of(
@@ -141,8 +142,9 @@ def resident_while_loading(config: ModelConfig, layout: Layout) -> float:
     """
     mesh = ParallelMesh.create(Device("cpu"), layout)
     settings = settings_of(layout, "float32", largest_unit=config.vocab_size * config.hidden_size)
-    # Imported before, since it takes memory too.
+    # Modules are imported before, since they take memory too: those of DeepSpeed, and those that loading needs.
     start_deepspeed(mesh.device)
+    load_model(InitialWeights(tiny_config(), seed=5), mesh, torch.float32, zero_settings=settings)
     whole = config.num_parameters * 4
 
     def resident(line: str) -> float:
