@@ -111,7 +111,7 @@ def test_peft_reads_what_we_write_and_finds_our_logits_and_gradients(name: str, 
     (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(settings))
     theirs: Any = PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True).double()
     tokens = tokens_of(source.config.vocab_size)
-    want, got = theirs(input_ids=tokens).logits, model(tokens)
+    want, got = theirs(input_ids=tokens).logits, model(ModelInput(tokens)).logits
     assert (got - want).abs().max() < FP32
     alone = load_model(source.base, ALONE, torch.float64)(ModelInput(tokens)).logits
     assert (got - alone).abs().max() > 1e-2
@@ -154,7 +154,7 @@ def test_an_adapter_of_peft_with_a_larger_vocabulary_is_trained_further(tmp_path
     assert source.config.vocab_size == 140
     assert source.adapters.layers["layers.0.mlp.down_proj"].rank == 2
     model, tokens = load_model(source, ALONE, torch.float32), tokens_of(140)
-    assert (model(tokens) - theirs(input_ids=tokens).logits).abs().max() < FP32
+    assert (model(ModelInput(tokens)).logits - theirs(input_ids=tokens).logits).abs().max() < FP32
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert {"embedding.weight", "output_head.weight"} < trained
     assert len(trained) == 2 + 4 * 4

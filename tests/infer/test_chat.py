@@ -146,7 +146,9 @@ def test_the_history_is_not_read_again(model: LanguageModel) -> None:
         model, layout_named("tokenizer", model.tokenizer), AnswerConfig(max_new_tokens=8, ignore_eos=True)
     )
     read: list[int] = []
-    hook = model.model.register_forward_hook(lambda module, inputs, output: read.append(inputs[0].shape[1]))
+    hook = model.model.register_forward_hook(
+        lambda module, inputs, output: read.append(inputs[0].tokens.shape[1])
+    )
     firsts = []
     for number in range(8):
         read.clear()
