@@ -18,6 +18,7 @@ from ascendspeed_core.device import Device
 from ascendspeed_core.models.transformer import Transformer
 from ascendspeed_core.optim.deepspeed import refuse_other_replicas
 from ascendspeed_core.optim.engine import TensorShard
+from ascendspeed_core.optim.native_engine import NativeEngine
 from ascendspeed_core.optim.optimizer import MasterOptimizer
 from ascendspeed_core.parallel.collectives import gather_sequence
 from ascendspeed_core.parallel.mesh import ParallelMesh
@@ -92,16 +93,16 @@ def train(layout: ExpertLayout) -> tuple[list[float], list[float], Written]:
     """Losses, norms before clipping, and what this rank writes of a checkpoint after some steps."""
     model, mesh, slices = model_with_banks(layout)
     options = OptimizerConfig(lr=1e-2, weight_decay=0.1, clip_grad=0.5)
-    optimizer = MasterOptimizer(model, options, mesh, slices)
+    engine = NativeEngine(model, options, mesh, slices)
     losses, norms = [], []
     for step in range(STEPS):
-        result = train_step(model, optimizer, micro_batches(CONFIG.vocab_size, step, mesh, 4, True), mesh)
+        result = train_step(model, engine, micro_batches(CONFIG.vocab_size, step, mesh, 4, True), mesh)
         losses.append(result.loss)
         norms.append(result.grad_norm)
     return (
         losses,
         norms,
-        [(name, part, value.detach().clone()) for name, part, value in optimizer.checkpoint_shards()],
+        [TensorShard(name, part, value.detach().clone()) for name, part, value in engine.checkpoint_shards()],
     )
 
 

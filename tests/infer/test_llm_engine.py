@@ -13,7 +13,7 @@ import torch
 from ascendspeed_core.build import load_model
 from ascendspeed_core.config.layout import Layout
 from ascendspeed_core.device import Device
-from ascendspeed_core.models.transformer import Transformer
+from ascendspeed_core.models.transformer import ModelInput, Transformer
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.weights import open_weights
 from ascendspeed_data.errors import AscendSpeedError
@@ -236,7 +236,7 @@ def test_one_token_in_bf16(tmp_path: Path) -> None:
     prefill(runner, slot, ids[:3])
     for position in range(3, 6):
         logits = decode_one_token(runner, slot, ids[position], position)
-        want = wide(torch.tensor([ids[: position + 1]]))[0, -1].detach()
+        want = wide(ModelInput(torch.tensor([ids[: position + 1]]))).logits[0, -1].detach()
         assert logits.shape == want.shape
         # Numbers of 8 bits: logits of up to 3 are rounded at 2**-7, sums before them more.
         torch.testing.assert_close(logits.double(), want, rtol=0, atol=0.05)

@@ -20,14 +20,21 @@ class NativeEngine:
         model: this rank's part.
         config: of the optimizer.
         mesh: of this rank.
+        slices: which part of each parameter this rank holds, where it is not what `config.sharding` says.
 
     Attributes:
         optimizer: holds master weights and optimizer state.
     """
 
-    def __init__(self, model: Transformer, config: OptimizerConfig, mesh: ParallelMesh) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        config: OptimizerConfig,
+        mesh: ParallelMesh,
+        slices: Mapping[str, Slice] | None = None,
+    ) -> None:
         self._model = model
-        self.optimizer = MasterOptimizer(model, config, mesh)
+        self.optimizer = MasterOptimizer(model, config, mesh, slices)
 
     @property
     def rule(self) -> torch.optim.Optimizer:
