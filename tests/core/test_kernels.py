@@ -136,14 +136,14 @@ def losses_and_gradients(config: Any, compute: ComputeConfig, dtype: torch.dtype
     apply_kernels(model, compute)
     ids = torch.randint(0, config.vocab_size, (2, 33), generator=torch.Generator().manual_seed(0))
     batch = MicroBatch(ids[:, :-1], ids[:, 1:], torch.ones(2, 32))
-    loss = forward_backward(
+    sums = forward_backward(
         model,
         NativeEngine(model, OptimizerConfig(), CPU),
         [batch],
         CPU,
         *NextTokenLoss(model, CPU).prepare([batch]),
     )
-    return {"loss": loss} | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": sums.loss} | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize(
@@ -173,14 +173,14 @@ def test_a_model_computes_the_same_with_the_operators_of_an_npu() -> None:
         choices = apply_kernels(model, ComputeConfig(), taken)
         ids = torch.randint(0, config.vocab_size, (2, 33), generator=torch.Generator().manual_seed(0))
         batch = MicroBatch(ids[:, :-1], ids[:, 1:], torch.ones(2, 32))
-        loss = forward_backward(
+        sums = forward_backward(
             model,
             NativeEngine(model, OptimizerConfig(), CPU),
             [batch],
             CPU,
             *NextTokenLoss(model, CPU).prepare([batch]),
         )
-        chosen.append((loss, [p.grad for p in model.parameters()], choices))
+        chosen.append((sums.loss, [p.grad for p in model.parameters()], choices))
     assert {choice.implementation for choice in chosen[1][2]} == {"npu"}
     torch.testing.assert_close(chosen[0][0], chosen[1][0], rtol=1e-6, atol=0)
     for a, b in zip(chosen[0][1], chosen[1][1], strict=True):
