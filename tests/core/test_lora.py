@@ -62,7 +62,19 @@ def layers_of(model: ModelConfig, *targets: str) -> list[str]:
 
 
 def test_names_of_2023_and_of_hugging_face() -> None:
-    llama, bloom = tiny_config(), tiny_config(family="bloom", mlp="gelu", tie_word_embeddings=True)
+    llama, bloom = (
+        tiny_config(),
+        tiny_config(
+            family="bloom",
+            norm="layernorm",
+            mlp="gelu",
+            tie_word_embeddings=True,
+            embedding_norm=True,
+            qkv_bias=True,
+            output_bias=True,
+            mlp_bias=True,
+        ),
+    )
     attention = ["attention.k_proj", "attention.q_proj", "attention.v_proj"]
     assert layers_of(llama, "query_key_value") == layers_of(llama, "q_proj", "k_proj", "v_proj") == attention
     assert layers_of(bloom, "query_key_value") == attention
