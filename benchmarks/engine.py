@@ -23,7 +23,7 @@ from ascendspeed_core.config.optimizer import OptimizerConfig
 from ascendspeed_core.data.micro_batch import MicroBatch
 from ascendspeed_core.device import Device
 from ascendspeed_core.models.transformer import Transformer
-from ascendspeed_core.objectives.next_token import loss_sum
+from ascendspeed_core.objectives.next_token import masked_sum
 from ascendspeed_core.optim.native_engine import NativeEngine
 from ascendspeed_core.parallel.collectives import all_reduce_sum
 from ascendspeed_core.parallel.mesh import ParallelMesh
@@ -108,7 +108,7 @@ def dtensor_step(mesh: ParallelMesh) -> Callable[[], object]:
 
     def step() -> None:
         batch = batch_of(model)
-        (loss_sum(model, batch, alone) / (BATCH * LENGTH)).backward()
+        (masked_sum(model, model(batch.input).logits, batch, alone) / (BATCH * LENGTH)).backward()
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()

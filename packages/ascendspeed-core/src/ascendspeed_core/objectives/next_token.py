@@ -90,14 +90,6 @@ def masked_sum(
     return (losses * micro_batch.loss_mask).sum()
 
 
-def loss_sum(model: Transformer, micro_batch: MicroBatch, mesh: ParallelMesh) -> torch.Tensor:
-    """Return the loss of a micro-batch, added up over the tokens that count."""
-    logits = model(
-        micro_batch.tokens, micro_batch.positions, segments=micro_batch.segments, samples=micro_batch.samples
-    )
-    return masked_sum(model, logits, micro_batch, mesh)
-
-
 @torch.no_grad()
 def evaluate(model: Transformer, micro_batches: Sequence[MicroBatch], mesh: ParallelMesh) -> float:
     """Return the mean loss per token of the micro-batches of all data-parallel ranks, in nats; NaN if none counts."""

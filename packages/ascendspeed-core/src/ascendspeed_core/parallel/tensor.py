@@ -66,7 +66,7 @@ class _Border:
 def apply_tensor_parallel(model: Transformer, group: dist.ProcessGroup, layout: Layout) -> None:
     """Partition `model` over the ranks of `group`, in place.
 
-    `model(tokens)` then gives this rank's logits, [B, S, V/tp]. With sequence parallelism hidden states between
+    `model(batch)` then gives this rank's logits, [B, S, V/tp]. With sequence parallelism hidden states between
     layers, and so between pipeline stages, are [B, S/tp, H].
 
     Args:
