@@ -155,9 +155,10 @@ def test_the_history_is_not_read_again(model: LanguageModel) -> None:
         answers(chat, f"the year {number}")
         assert read[1:] == [1] * 7
         firsts.append(read[0])
-    # The last answer and the new question; twice the memory grows, and all is read once more.
-    assert sum(count > 40 for count in firsts) == 2
     hook.remove()
+    # The last answer and the new question; while the cache of the engine still grows, which is twice at most, all is
+    # read once more.
+    assert sum(count > 40 for count in firsts) <= 2
     asked, answer = chat.messages[-2:]
     (want,) = model.generate(chat.layout.ids([*chat.messages[:-2], asked]), max_new_tokens=8, ignore_eos=True)
     assert want.text.strip() == answer["content"]
