@@ -24,4 +24,4 @@ def test_the_library_example_tokenizes_a_corpus(tmp_path: Path, corpus: Path, to
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
-    assert (tmp_path / "my-corpus_text_document.idx").is_file()
+    assert (tmp_path / "from-python_text_document.idx").is_file()

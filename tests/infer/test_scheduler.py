@@ -2,7 +2,7 @@
 
 import torch
 
-from ascendspeed_core.models.cache import BLOCK_TOKENS, KeyValueCache
+from ascendspeed_core.models.cache import BLOCK_TOKENS, KeyValueCache, LayerCache
 from ascendspeed_infer.beams import BeamSettings
 from ascendspeed_infer.engine.batch_invariant import PassShapes
 from ascendspeed_infer.engine.scheduler import ScheduledRequest, Scheduler, SchedulerOutput
@@ -12,7 +12,8 @@ VOCAB = 12
 
 
 def make_scheduler(blocks: int, prefill_tokens: int = 100) -> tuple[Scheduler, KeyValueCache]:
-    cache = KeyValueCache(1, 1, blocks * BLOCK_TOKENS, 2, torch.float32, torch.device("cpu"))
+    layers = [LayerCache(((1, 2), (1, 2)))]
+    cache = KeyValueCache(layers, blocks * BLOCK_TOKENS, torch.float32, torch.device("cpu"))
     return Scheduler(cache, PassShapes(), prefill_tokens_per_step=prefill_tokens), cache
 
 
