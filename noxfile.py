@@ -16,6 +16,7 @@ PACKAGES = ("data", "core", "ckpt", "infer", "eval")
 CONSTRAINTS = ROOT / "constraints.txt"
 TEST_TOOLS = (
     "pytest",
+    "pytest-timeout",
     "pytest-xdist",
     "transformers",
     "protobuf",
@@ -59,7 +60,7 @@ def tests(session: nox.Session) -> None:
 def nightly(session: nox.Session) -> None:
     """The long sweeps; arguments after `--` go to pytest."""
     install(session, *TEST_TOOLS)
-    session.run("python", "-m", "pytest", "-m", "nightly", *session.posargs, env={"OMP_NUM_THREADS": "1"})
+    session.run("python", "-m", "pytest", "-m", "nightly", "--timeout=7200", *session.posargs, env={"OMP_NUM_THREADS": "1"})
 
 
 @nox.session
@@ -137,12 +138,12 @@ def versions(session: nox.Session) -> tuple[str, ...]:
     """Arguments that make pip take the versions of constraints.txt, or those that TEST_VERSIONS names instead."""
     other = os.environ.get("TEST_VERSIONS", "").split()
     if not other:
-        return ("--no-compile", "-c", str(CONSTRAINTS))
+        return ("-c", str(CONSTRAINTS))
     names = {name_of(requirement) for requirement in other}
     lines = [line for line in CONSTRAINTS.read_text().splitlines() if name_of(line) not in names]
     path = Path(session.create_tmp()) / "constraints.txt"
     path.write_text("\n".join([*lines, *other]) + "\n")
-    return ("--no-compile", "-c", str(path))
+    return ("-c", str(path))
 
 
 def pinned(name: str, pins: tuple[str, ...]) -> str:
@@ -190,6 +191,7 @@ def make_isolated(session: nox.Session, name: str, folder: Path, made: set[str])
         make_isolated(session, NEEDS[name], folder, made)
         borrow(environment, folder / NEEDS[name])
     pip = ("python", "-m", "pip", "--python", str(environment / "bin" / "python"))
+    # Few processes start here: each compiles what it imports, in less time than pip takes for everything.
     options = ("--quiet", "--no-compile", "-c", str(CONSTRAINTS))
     if name == "core":
         session.run(*pip, "install", *options, pinned("torch", options))
