@@ -60,7 +60,8 @@ def tests(session: nox.Session) -> None:
 def nightly(session: nox.Session) -> None:
     """The long sweeps; arguments after `--` go to pytest."""
     install(session, *TEST_TOOLS)
-    session.run("python", "-m", "pytest", "-m", "nightly", "--timeout=7200", *session.posargs, env={"OMP_NUM_THREADS": "1"})
+    arguments = ("-m", "nightly", "--timeout=7200", *session.posargs)
+    session.run("python", "-m", "pytest", *arguments, env={"OMP_NUM_THREADS": "1"})
 
 
 @nox.session
