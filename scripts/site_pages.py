@@ -54,6 +54,6 @@ def exports(module: str) -> list[str]:
     """The names in `__all__` of a package; importing the package alone needs nothing but Python."""
     sys.path.insert(0, str(ROOT / "packages" / module.replace("_", "-") / "src"))
     try:
-        return list(getattr(importlib.import_module(module), "__all__", ()))
+        return list(importlib.import_module(module).__all__)
     finally:
         del sys.path[0]

@@ -40,7 +40,7 @@ def load_transformers(folder: str, dtype: str, device: Any) -> Any:
             f"{error.name} is not installed; pip install ascendspeed-infer[transformers]"
         ) from None
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise AscendSpeedError(f"transformers cannot load {folder}: {str(error).splitlines()[0]}") from None
     return model.to(device).eval()

@@ -23,23 +23,21 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 
-from ascendspeed_core.config.finetune import PaddedDataConfig
 from ascendspeed_core.config.preference import DpoConfig, PreferenceConfig
-from ascendspeed_core.config.training import DataConfig, PretrainConfig
-from ascendspeed_core.data.loader import BatchLoader
+from ascendspeed_core.config.training import PretrainConfig
 from ascendspeed_core.data.micro_batch import MicroBatch
-from ascendspeed_core.data.padded_dataset import PaddedBatchLoader, check_padded_data
+from ascendspeed_core.data.padded_dataset import DatasetFormat
 from ascendspeed_core.data.preference_dataset import PREFERENCE_FORMAT
 from ascendspeed_core.models.lora import adapters_off
 from ascendspeed_core.models.transformer import Transformer
-from ascendspeed_core.objectives.objective import LoadFrozen, MicroBatchLoss, Objective
+from ascendspeed_core.objectives.objective import LoadFrozen, MicroBatchLoss
+from ascendspeed_core.objectives.padded import PaddedObjective
 from ascendspeed_core.objectives.reference import REFERENCE_KEY, Reference, open_reference
 from ascendspeed_core.parallel.collectives import sum_over_group
 from ascendspeed_core.parallel.cross_entropy import cross_entropy
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.stages import forward_through_stages
 from ascendspeed_core.weights import NativeSource, WeightSource
-from ascendspeed_data.manifest import DatasetManifest
 
 METRICS = (
     "reward_chosen",
@@ -54,7 +52,7 @@ share of pairs whose chosen answer has the higher one, a tie counting for half."
 
 
 @dataclass(frozen=True)
-class DirectPreferenceOptimization(Objective):
+class DirectPreferenceOptimization(PaddedObjective):
     """Prefer the chosen answer of each pair, without straying far from a reference.
 
     Attributes:
@@ -65,16 +63,11 @@ class DirectPreferenceOptimization(Objective):
     name: ClassVar[str] = "dpo"
     loss_unit: ClassVar[str] = "per pair"
     data_order: ClassVar[Mapping[str, Any]] = {"pairs": True}
+    data_format: ClassVar[DatasetFormat] = PREFERENCE_FORMAT
     logged_metrics: ClassVar[Mapping[str, int]] = {"reward_margin": 4, "reward_accuracy": 3}
 
     config: PreferenceConfig
     reference: Reference
-
-    @classmethod
-    def check_data(cls, config: DataConfig, num_samples: tuple[int, int, int]) -> DatasetManifest | None:
-        """Prove the pairs whole; see `Objective.check_data`."""
-        assert isinstance(config, PaddedDataConfig)
-        return check_padded_data(PREFERENCE_FORMAT, config, num_samples)
 
     @classmethod
     def plan(
@@ -83,19 +76,6 @@ class DirectPreferenceOptimization(Objective):
         """Open the reference: the one given, that of the run that goes on, or the weights that it starts from."""
         assert isinstance(config, DpoConfig)
         return cls(config.preference, open_reference(config, source, checkpoint))
-
-    def open_data(
-        self,
-        config: DataConfig,
-        seed: int,
-        num_samples: tuple[int, int, int],
-        vocab_size: int,
-        manifest: DatasetManifest | None,
-        mesh: ParallelMesh,
-    ) -> BatchLoader:
-        """Open pairs, padded."""
-        assert isinstance(config, PaddedDataConfig)
-        return PaddedBatchLoader(PREFERENCE_FORMAT, config, seed, num_samples, vocab_size, mesh)
 
     def make_loss(self, model: Transformer, mesh: ParallelMesh, load_frozen: LoadFrozen) -> "PreferenceLoss":
         """Return the loss of pairs, with the reference beside the model unless that is the model's own base."""

@@ -187,17 +187,16 @@ NORM_1, NORM_2 = (f"{_L}attention_norm.{{kind}}",), (f"{_L}mlp_norm.{{kind}}",)
 EMBEDDING_NORM, FINAL_NORM = ("embedding_norm.{kind}",), ("final_norm.{kind}",)
 
 
+def _gate_up(layer: str, merged_mlp: bool, up: str) -> tuple[NameRule, ...]:
+    """Return the rules of the gate and up projections, one tensor with `--mlp-layer-fusion`."""
+    if merged_mlp:
+        return (NameRule(f"{layer}mlp.proj.{{kind}}", GATE + UP),)
+    return NameRule(f"{layer}mlp.gate_proj.{{kind}}", GATE), NameRule(f"{layer}mlp.{up}.{{kind}}", UP)
+
+
 def ascendspeed_llama(merged_mlp: bool) -> NameMap:
     """Return AscendSpeed 2023's names for LLaMA-type models; with `--mlp-layer-fusion` gate and up are one tensor."""
     layer = "language_model.layers.{layer}."
-    gate_up = (
-        (NameRule(f"{layer}mlp.proj.{{kind}}", GATE + UP),)
-        if merged_mlp
-        else (
-            NameRule(f"{layer}mlp.gate_proj.{{kind}}", GATE),
-            NameRule(f"{layer}mlp.up_proj.{{kind}}", UP),
-        )
-    )
     return NameMap(
         first=(NameRule("embedding.word_embeddings.weight", (EMBEDDING,)),),
         layer=(
@@ -206,7 +205,7 @@ def ascendspeed_llama(merged_mlp: bool) -> NameMap:
             NameRule(f"{layer}attention.query_key_value.{{kind}}", QKV, by_head=True),
             NameRule(f"{layer}attention.dense.{{kind}}", OUT),
             NameRule(f"{layer}post_attention_layernorm.{{kind}}", NORM_2),
-            *gate_up,
+            *_gate_up(layer, merged_mlp, up="up_proj"),
             NameRule(f"{layer}mlp.down_proj.{{kind}}", DOWN),
         ),
         last=(NameRule("language_model.final_layernorm.{kind}", FINAL_NORM),),
@@ -241,14 +240,6 @@ def ascendspeed_gpt() -> NameMap:
 def modellink_llama(merged_mlp: bool) -> NameMap:
     """Return the names of December 2023 for LLaMA-type models, where `dense_h_to_4h` is the up projection."""
     layer = "language_model/encoder/layers.{layer}."
-    gate_up = (
-        (NameRule(f"{layer}mlp.proj.{{kind}}", GATE + UP),)
-        if merged_mlp
-        else (
-            NameRule(f"{layer}mlp.gate_proj.{{kind}}", GATE),
-            NameRule(f"{layer}mlp.dense_h_to_4h.{{kind}}", UP),
-        )
-    )
     return NameMap(
         first=(NameRule("language_model/embedding/word_embeddings/weight", (EMBEDDING,)),),
         layer=(
@@ -256,7 +247,7 @@ def modellink_llama(merged_mlp: bool) -> NameMap:
             NameRule(f"{layer}self_attention.query_key_value.{{kind}}", QKV, by_head=True),
             NameRule(f"{layer}self_attention.dense.{{kind}}", OUT),
             NameRule(f"{layer}post_attention_layernorm.{{kind}}", NORM_2),
-            *gate_up,
+            *_gate_up(layer, merged_mlp, up="dense_h_to_4h"),
             NameRule(f"{layer}mlp.dense_4h_to_h.{{kind}}", DOWN),
         ),
         last=(NameRule("language_model/encoder/final_layernorm.{kind}", FINAL_NORM),),
