@@ -207,8 +207,16 @@ def make_environment(folder: Path) -> None:
 
 
 def borrow(borrower: Path, lender: Path) -> None:
-    """Let one environment import, after its own packages, those of another and what that one borrows."""
+    """Let one environment import, after its own packages, those of another and what that one borrows.
+
+    It gets the other one's commands too (`torchrun`), run by its own Python.
+    """
     (own,) = borrower.glob("lib/python3*/site-packages")
     (other,) = lender.glob("lib/python3*/site-packages")
     lines = [str(other.resolve()), *(path.read_text().strip() for path in other.glob("borrowed.pth"))]
     (own / "borrowed.pth").write_text("\n".join(lines) + "\n")
+    for command in (lender / "bin").iterdir():
+        copy, first = borrower / "bin" / command.name, f"#!{lender / 'bin' / 'python'}"
+        if not copy.exists() and command.read_bytes().startswith(first.encode()):
+            copy.write_text(command.read_text().replace(first, f"#!{borrower / 'bin' / 'python'}", 1))
+            copy.chmod(0o755)
