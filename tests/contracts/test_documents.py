@@ -90,7 +90,15 @@ def test_programs_run(readme: Path, inputs: Path, tmp_path: Path) -> None:
     alone = run([sys.executable, "program.py"], folder)
     assert alone
     if name == "core":
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "program.py"]
+        launcher = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            "program.py",
+        ]
         want, got = (
             [float(n) for n in re.findall(r"\d+\.\d+", out)] for out in (alone, run(launcher, folder))
         )

@@ -258,8 +258,8 @@ def test_a_layout_of_four_processes_under_torchrun(arguments: list[object], tmp_
     assert call(*arguments).status == 0
     module = command_line(*arguments)[2:]
     done = subprocess.run(
-        [*command_line("asd-core")[:1], "-m", "torch.distributed.run", "--nproc-per-node", "4", "--module", *module,
-         "--tensor-model-parallel-size", "2", "--save", str(tmp_path / "four")],
+        [*command_line("asd-core")[:1], "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4",
+         "--module", *module, "--tensor-model-parallel-size", "2", "--save", str(tmp_path / "four")],
         env=environment(), capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
