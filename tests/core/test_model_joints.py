@@ -81,7 +81,7 @@ MORE_CASES: list[tuple[Layout, dict[str, Any]]] = [
     (Layout(pp=2, schedule="interleaved", layers_per_stage=1), {"micro_batch_size": (1, 5, 2, 8)}),
     (Layout(pp=2, schedule="interleaved-zb", layers_per_stage=1), {"recompute": FULL}),
     (Layout(pp=2, schedule="zbv"), {}),
-    (Layout(pp=2, schedule="dualpipev"), {"recompute": SELECTIVE}),
+    (Layout(pp=2, schedule="dualpipev"), {"recompute": ATTENTION}),
     (Layout(pp=4), {}),
     (Layout(tp=4, sequence_parallel=True), {}),
     (Layout(tp=2, cp=2), {"recompute": SELECTIVE}),
