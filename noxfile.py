@@ -120,7 +120,8 @@ def bench(session: nox.Session) -> None:
 def install(session: nox.Session, *extra: str) -> None:
     """Install all five packages editable, with the tested versions of everything else.
 
-    What the packages depend on (torch above all) is installed once and shared by the sessions.
+    What the packages depend on (torch above all) is installed once and shared by the sessions, with bytecode: tests
+    start a great many processes, and PYTHONDONTWRITEBYTECODE may keep them from writing it.
     """
     pins = versions(session)
     shared = Path(session.cache_dir) / f"dependencies-{sys.version_info.major}.{sys.version_info.minor}"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ascendspeed_core.config.load import load_config
-from ascendspeed_data.errors import ConfigError
+from ascendspeed_data.errors import AscendSpeedError, ConfigError
 from ascendspeed_data.tokenizer import load_tokenizer
 from ascendspeed_infer.chat import ANSWER
 from ascendspeed_infer.config import GenerateConfig, SamplingConfig
@@ -263,3 +263,17 @@ def test_a_model_has_the_own_engine(folder: Path) -> None:
         ConfigError, match="engine=none is not installed; known are ascendspeed, transformers, vllm"
     ):
         find_engine("none")
+
+
+def test_code_of_a_model_folder_never_runs(tmp_path: Path) -> None:
+    ran = tmp_path / "ran"
+    (tmp_path / "model").mkdir()
+    auto_map = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    (tmp_path / "model/config.json").write_text(
+        json.dumps({"model_type": "unheard-of", "auto_map": auto_map})
+    )
+    (tmp_path / "model/code.py").write_text(f"open({str(ran)!r}, 'w').close()\n")
+    with pytest.raises(AscendSpeedError, match="transformers cannot load") as caught:
+        load_transformers(str(tmp_path / "model"), "float32", "cpu")
+    assert "\n" not in str(caught.value)
+    assert not ran.exists()
