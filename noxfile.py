@@ -32,6 +32,8 @@ TEST_TOOLS = (
     "tensorboard",
 )
 DOCS_TOOLS = ("mkdocs-material", "mkdocstrings[python]", "ruff")
+TEST_VARIABLES = {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": ""}
+"""One thread for each of the many processes, and their bytecode kept, whatever the machine says of it."""
 NEEDS = {"core": "data", "ckpt": "core", "infer": "core"}
 """By package the one other package of this repository that it names in its dependencies."""
 
@@ -53,7 +55,7 @@ def tests(session: nox.Session) -> None:
     install(session, *TEST_TOOLS)
     # Many tests wait for processes that start: two at a time use both cores of a small machine.
     arguments = ("-m", "not nightly", "-n", "2", "--dist", "worksteal", "--durations=30", *session.posargs)
-    session.run("python", "-m", "pytest", *arguments, env={"OMP_NUM_THREADS": "1"})
+    session.run("python", "-m", "pytest", *arguments, env=TEST_VARIABLES)
 
 
 @nox.session
@@ -61,7 +63,7 @@ def nightly(session: nox.Session) -> None:
     """The long sweeps; arguments after `--` go to pytest."""
     install(session, *TEST_TOOLS)
     arguments = ("-m", "nightly", "--timeout=7200", *session.posargs)
-    session.run("python", "-m", "pytest", *arguments, env={"OMP_NUM_THREADS": "1"})
+    session.run("python", "-m", "pytest", *arguments, env=TEST_VARIABLES)
 
 
 @nox.session
@@ -210,11 +212,12 @@ def make_environment(folder: Path) -> None:
 def borrow(borrower: Path, lender: Path) -> None:
     """Let one environment import, after its own packages, those of another and what that one borrows.
 
-    It gets the other one's commands too (`torchrun`), run by its own Python.
+    It gets the other one's commands too (`torchrun`), run by its own Python, which their first line names in full.
     """
+    borrower, lender = borrower.absolute(), lender.absolute()
     (own,) = borrower.glob("lib/python3*/site-packages")
     (other,) = lender.glob("lib/python3*/site-packages")
-    lines = [str(other.resolve()), *(path.read_text().strip() for path in other.glob("borrowed.pth"))]
+    lines = [str(other), *(path.read_text().strip() for path in other.glob("borrowed.pth"))]
     (own / "borrowed.pth").write_text("\n".join(lines) + "\n")
     for command in (lender / "bin").iterdir():
         copy, first = borrower / "bin" / command.name, f"#!{lender / 'bin' / 'python'}"

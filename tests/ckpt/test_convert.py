@@ -1,10 +1,7 @@
 """Conversion gives the same model in the other kind, for transformers too, and nothing half-made."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ascendspeed_core.config.layout import Layout
 from ascendspeed_core.weights import open_weights
 from core.test_checkpoint import CONFIG, joined, write
-from support.commands import Finished, call, command_line, environment
+from support.commands import Finished, RunningCommand, call
 from support.models import save_hugging_face, tiny_config
 from support.processes import WorkerPool
 
@@ -240,20 +237,16 @@ def test_a_killed_conversion_leaves_the_earlier_folder(tmp_path: Path) -> None:
     before = sorted(
         (p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in (tmp_path / "native").rglob("*")
     )
-    running = subprocess.Popen(
-        command_line(
-            "asd-ckpt", "convert", "--input-model-dir", tmp_path / "hf", "--output-model-dir", tmp_path / "native",
-            "--overwrite",
-        ),
-        env=environment(), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+    running = RunningCommand(
+        "asd-ckpt", "convert", "--input-model-dir", tmp_path / "hf", "--output-model-dir", tmp_path / "native",
+        "--overwrite",
     )  # fmt: skip
     scratch = tmp_path / "native.incomplete"
     end = time.monotonic() + 60
     while not scratch.exists():
         assert time.monotonic() < end
         time.sleep(0.002)
-    os.kill(running.pid, signal.SIGKILL)
-    running.wait()
+    running.kill_session()
     assert scratch.exists()
     after = sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in (tmp_path / "native").rglob("*"))
     assert after == before

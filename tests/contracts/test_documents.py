@@ -1,16 +1,14 @@
 """Every command and every program in a document runs as it stands."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from support.commands import environment
+from support.commands import run_command, shell_variables
 from support.models import save_hugging_face, tiny_config
 
 ROOT = Path(__file__).parents[2]
@@ -50,18 +48,22 @@ def inputs(
     return folder
 
 
-def run(command: list[str], folder: Path) -> str:
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+def run_shell(block: str, folder: Path) -> None:
     done = subprocess.run(
-        command,
+        ["bash", "-euo", "pipefail", "-c", block],
         cwd=folder,
-        env=environment(PATH=path),
+        env=shell_variables(),
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
     )
-    assert done.returncode == 0, f"{command[-1]}\n{done.stdout}{done.stderr}"
+    assert done.returncode == 0, f"{block}\n{done.stdout}{done.stderr}"
+
+
+def run_program(*words: object, folder: Path) -> str:
+    done = run_command(*words, cwd=folder)
+    assert done.status == 0, done.stderr
     return done.stdout
 
 
@@ -71,7 +73,7 @@ def test_commands_run(document: Path, inputs: Path, tmp_path: Path) -> None:
     shutil.copytree(inputs, folder)
     for block in fences(document, "bash"):
         if block.strip() not in RUN_BY_HAND:
-            run(["bash", "-euo", "pipefail", "-c", block], folder)
+            run_shell(block, folder)
 
 
 READMES_WITH_PROGRAMS = [path for path in DOCUMENTS if path.name == "README.md" and fences(path, "python")]
@@ -85,23 +87,14 @@ def test_programs_run(readme: Path, inputs: Path, tmp_path: Path) -> None:
     shutil.copytree(inputs, folder)
     if name == "data":
         # Its program reads what its commands made.
-        run(["bash", "-euo", "pipefail", "-c", "\n".join(fences(readme, "bash"))], folder)
+        run_shell("\n".join(fences(readme, "bash")), folder)
     (folder / "program.py").write_text(program)
-    alone = run([sys.executable, "program.py"], folder)
+    alone = run_program("program.py", folder=folder)
     assert alone
     if name == "core":
-        launcher = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            "2",
-            "program.py",
-        ]
-        want, got = (
-            [float(n) for n in re.findall(r"\d+\.\d+", out)] for out in (alone, run(launcher, folder))
-        )
+        torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
+        together = run_program(*torchrun, "program.py", folder=folder)
+        want, got = ([float(n) for n in re.findall(r"\d+\.\d+", out)] for out in (alone, together))
         # Printed to four places; fp32 sums run in another order.
         assert got == pytest.approx(want, abs=2e-4)
 
@@ -111,7 +104,7 @@ def test_the_guide_to_generation_runs(inputs: Path, tmp_path: Path) -> None:
     folder = tmp_path / "work"
     shutil.copytree(inputs, folder)
     (folder / "program.py").write_text("\n".join(fences(ROOT / "docs/generation.md", "python")))
-    assert run([sys.executable, "program.py"], folder)
+    assert run_program("program.py", folder=folder)
 
 
 def test_the_handler_of_the_document_is_a_handler() -> None:

@@ -1,10 +1,8 @@
 """`asd-core pretrain` as a user runs it: what it leaves, how it goes on after a kill, what it refuses."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +15,7 @@ from ascendspeed_core.observability.metrics import read_metrics
 from ascendspeed_core.training.checkpoint import saved_iterations
 from ascendspeed_core.weights import open_weights
 from ascendspeed_core.weights.source import CheckpointError
-from support.commands import call, command_line, environment, run_command
+from support.commands import RunningCommand, call, command_line, run_command
 from support.models import save_hugging_face, tiny_config
 from support.tables import ReportTables
 
@@ -103,19 +101,16 @@ def test_stopping_and_going_on_changes_nothing(arguments: list[object], tmp_path
 
 
 def kill_when(condition: Callable[[], bool], arguments: list[object]) -> None:
-    """Start a command with its own process group, and kill all of it with SIGKILL once the condition holds."""
-    running = subprocess.Popen(
-        command_line(*arguments), env=environment(), stderr=subprocess.PIPE, start_new_session=True
-    )
+    """Start a command, and kill its session with SIGKILL once the condition holds."""
+    running = RunningCommand(*arguments)
     wait_for(condition, running)
-    os.killpg(running.pid, signal.SIGKILL)
-    running.wait()
+    running.kill_session()
 
 
-def wait_for(condition: Callable[[], bool], running: "subprocess.Popen[Any]") -> None:
+def wait_for(condition: Callable[[], bool], running: RunningCommand) -> None:
     end = time.monotonic() + 120
     while not condition():
-        assert running.poll() is None, running.stderr.read() if running.stderr else ""
+        assert running.poll() is None, running.stderr
         assert time.monotonic() < end
         time.sleep(0.005)
 
@@ -149,17 +144,15 @@ def test_ctrl_c_ends_all_processes_with_one_line(arguments: list[object], tmp_pa
     flags = ["--nproc-per-node", 2, "--train-iters", 100_000, "--device", "cpu"]
     running = start([*arguments, *flags], tmp_path / "run", records=2)
     running.send_signal(signal.SIGINT)
-    _, complaints = running.communicate(timeout=60)
-    assert running.returncode == 130, complaints
-    assert complaints.splitlines()[-1] == "asd-core: error: stopped by SIGINT, all processes with it"
-    assert "Traceback" not in complaints
+    done = running.finish(timeout=60)
+    assert done.status == 130, done.stderr
+    assert done.complaint == "asd-core: error: stopped by SIGINT, all processes with it"
+    assert "Traceback" not in done.stderr
 
 
-def start(arguments: list[object], run: Path, records: int) -> "subprocess.Popen[str]":
+def start(arguments: list[object], run: Path, records: int) -> RunningCommand:
     """Start a command, and return once its run has written so many records."""
-    running = subprocess.Popen(
-        command_line(*arguments), env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    running = RunningCommand(*arguments)
     metrics = run / "metrics.jsonl"
     wait_for(lambda: metrics.exists() and len(read_metrics(metrics)) >= records, running)
     return running
@@ -172,11 +165,11 @@ def test_sigterm_saves_and_exits(arguments: list[object], tmp_path: Path, proces
     flags = [*arguments, *layout, "--train-iters", 100, "--async-save"]
     running = start(flags, tmp_path / "run", records=2)
     running.send_signal(signal.SIGTERM)
-    _, complaints = running.communicate(timeout=60)
-    assert running.returncode == 143, complaints
-    assert "SIGTERM: saving after this step" in complaints
-    assert "Traceback" not in complaints
-    assert "stopped by SIGTERM" in complaints.splitlines()[-1]
+    done = running.finish(timeout=60)
+    assert done.status == 143, done.stderr
+    assert "SIGTERM: saving after this step" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "stopped by SIGTERM" in done.complaint
     reached = len(read_metrics(tmp_path / "run" / "metrics.jsonl"))
     assert 2 <= reached < 100
     assert saved_iterations(tmp_path / "run") == [reached]
@@ -256,13 +249,11 @@ def test_a_save_killed_half_way_and_resumed_under_any_layout(
 
 def test_a_layout_of_four_processes_under_torchrun(arguments: list[object], tmp_path: Path) -> None:
     assert call(*arguments).status == 0
-    module = command_line(*arguments)[2:]
-    done = subprocess.run(
-        [*command_line("asd-core")[:1], "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4",
-         "--module", *module, "--tensor-model-parallel-size", "2", "--save", str(tmp_path / "four")],
-        env=environment(), capture_output=True, text=True, check=False,
+    done = run_command(
+        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 4, "--module", *command_line(*arguments)[2:],
+        "--tensor-model-parallel-size", 2, "--save", tmp_path / "four",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert done.status == 0, done.stderr
     one, four = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("run", "four"))
     # fp32: the sums run in another order.
     assert [r["lm_loss"] for r in four] == pytest.approx([r["lm_loss"] for r in one], rel=1e-4)

@@ -12,7 +12,7 @@ import pytest
 from ascendspeed_core.models.families import find_family
 from ascendspeed_core.observability.metrics import read_metrics
 from ascendspeed_core.training.checkpoint import saved_iterations
-from support.commands import call, command_line, environment
+from support.commands import Finished, RunningCommand, call, command_line, environment
 from support.models import tiny_config
 
 
@@ -36,25 +36,42 @@ ARGUMENTS: list[object] = [
 ]  # fmt: skip
 
 
-def torchrun(machines: list[Path], *flags: object) -> list[tuple[int, str]]:
-    """Run on all machines; exit status and stderr of each."""
+def torchrun(machines: list[Path], *flags: object) -> list[Finished]:
+    """Run on all machines."""
+    commands = agents(machines, flags)
+    running = [RunningCommand(*words, cwd=folder) for words, folder in zip(commands, machines, strict=True)]
+    return [agent.finish(timeout=240) for agent in running]
+
+
+def torchrun_in_new_pythons(machines: list[Path], *flags: object) -> list[Finished]:
+    """Run on all machines; no two processes share what they imported, or a seed of hashes."""
+    running = [
+        subprocess.Popen(
+            [sys.executable, *map(str, words)],
+            cwd=folder,
+            env=environment(),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for words, folder in zip(agents(machines, flags), machines, strict=True)
+    ]
+    printed = [agent.communicate(timeout=240)[1] for agent in running]
+    return [Finished(agent.returncode, "", stderr) for agent, stderr in zip(running, printed, strict=True)]
+
+
+def agents(machines: list[Path], flags: tuple[object, ...]) -> list[list[object]]:
+    """The command of each machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    agents = []
-    for rank, folder in enumerate(machines):
-        launcher = [
-            sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "2", "--node-rank",
-            str(rank), "--master-addr", "127.0.0.1", "--master-port", str(port), "--module",
-        ]  # fmt: skip
-        module = command_line(*ARGUMENTS, *flags)[2:]
-        agents.append(
-            subprocess.Popen(
-                [*launcher, *module], cwd=folder, env=environment(), stderr=subprocess.PIPE, text=True
-            )
-        )
-    ended = [agent.communicate(timeout=240)[1] for agent in agents]
-    return [(agent.returncode, stderr) for agent, stderr in zip(agents, ended, strict=True)]
+    return [
+        [
+            "-m", "torch.distributed.run", "--nnodes", len(machines), "--nproc-per-node", 2, "--node-rank", rank,
+            "--master-addr", "127.0.0.1", "--master-port", port, "--module",
+            *command_line(*ARGUMENTS, *flags)[2:],
+        ]
+        for rank in range(len(machines))
+    ]  # fmt: skip
 
 
 def test_two_machines_train_save_and_resume(
@@ -63,10 +80,10 @@ def test_two_machines_train_save_and_resume(
     """The cache of sample indices is each machine's own; the run's folder is shared."""
     flags = ["--tensor-model-parallel-size", 2, "--use-distributed-optimizer", "--save", tmp_path / "run"]
     for more in (["--exit-interval", 4], []):
-        done = torchrun(machines, *flags, "--auto-resume", *more)
-        assert [status for status, _ in done] == [0, 0], done
-    assert "rank 2: the cache of sample indices is not shared; building it here too" in done[1][1]
-    assert "resumed at iteration 4" in done[0][1]
+        done = torchrun_in_new_pythons(machines, *flags, "--auto-resume", *more)
+        assert [machine.status for machine in done] == [0, 0], done
+    assert "rank 2: the cache of sample indices is not shared; building it here too" in done[1].stderr
+    assert "resumed at iteration 4" in done[0].stderr
     caches = [sorted(path.name for path in (folder / "cache").iterdir()) for folder in machines]
     assert caches[0] == caches[1]
     assert len(caches[0]) >= 6
@@ -85,8 +102,8 @@ def test_two_machines_train_save_and_resume(
 
 def test_a_folder_for_results_that_is_not_shared(machines: list[Path]) -> None:
     done = torchrun(machines, "--save", "run")
-    assert all(status for status, _ in done)
-    assert "save=run of rank 2 is not the folder of rank 0; give a path on a file" in done[1][1]
+    assert all(machine.status for machine in done)
+    assert "save=run of rank 2 is not the folder of rank 0; give a path on a file" in done[1].stderr
 
 
 def test_data_that_differs(machines: list[Path], tmp_path: Path) -> None:
@@ -94,5 +111,5 @@ def test_data_that_differs(machines: list[Path], tmp_path: Path) -> None:
     content = (machines[1] / "corpus.bin").read_bytes()
     (machines[1] / "corpus.bin").write_bytes(content[2:] + content[:2])
     done = torchrun(machines, "--save", tmp_path / "run")
-    assert all(status for status, _ in done)
-    assert "the training samples of rank 2 are not those of rank 0" in done[1][1]
+    assert all(machine.status for machine in done)
+    assert "the training samples of rank 2 are not those of rank 0" in done[1].stderr

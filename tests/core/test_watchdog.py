@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,7 +13,7 @@ from ascendspeed_core.models.families import find_family
 from ascendspeed_core.observability.metrics import read_metrics
 from ascendspeed_core.observability.watchdog import RankStatus, verdict
 from core.test_pretrain_command import wait_for
-from support.commands import command_line, environment, run_command
+from support.commands import RunningCommand, run_command
 from support.models import tiny_config
 
 TESTS = Path(__file__).parents[1]
@@ -65,18 +63,12 @@ def test_processes_that_hang(which: str, tmp_path: Path) -> None:
     for rank in range(3):
         place = {
             "RANK": rank, "WORLD_SIZE": 3, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-            "PYTHONPATH": TESTS,
         }  # fmt: skip
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, "-m", "core.hanging_process", which],
-                env=environment(**{name: str(value) for name, value in place.items()}),
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    ended = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.returncode for process in processes] == [1, 1, 1], ended
+        variables = {name: str(value) for name, value in place.items()}
+        processes.append(RunningCommand("-m", "core.hanging_process", which, cwd=TESTS, **variables))
+    done = [process.finish(timeout=120) for process in processes]
+    ended = [each.stderr for each in done]
+    assert [each.status for each in done] == [1, 1, 1], ended
     for stderr in ended:
         complaint = stderr.strip().splitlines()[-1]
         assert "no progress for 1 s (--hang-timeout-seconds): " in complaint
@@ -100,24 +92,22 @@ def test_a_stopped_process_of_a_run_is_named_and_ended(
         "--train-iters", 100000, "--global-batch-size", 2, "--save", tmp_path / "run", "--device", "cpu",
         "--nproc-per-node", 2, "--hang-timeout-seconds", 2,
     ]  # fmt: skip
-    running = subprocess.Popen(command_line(*arguments), env=environment(), stderr=subprocess.PIPE, text=True)
+    running = RunningCommand(*arguments)
     metrics = tmp_path / "run" / "metrics.jsonl"
     wait_for(lambda: metrics.exists() and len(read_metrics(metrics)) >= 3, running)
-    workers = [
-        child for child in psutil.Process(running.pid).children(recursive=True) if "RANK" in child.environ()
-    ]
+    workers = sorted(psutil.Process(running.pid).children(), key=lambda child: child.pid)
     assert len(workers) == 2
-    (stopped,) = (child for child in workers if child.environ()["RANK"] == "1")
-    stopped.send_signal(signal.SIGSTOP)
+    # Started in the order of their ranks.
+    workers[1].send_signal(signal.SIGSTOP)
     try:
-        _, stderr = running.communicate(timeout=120)
+        done = running.finish(timeout=120)
     finally:
-        for child in (*workers, running):
-            with suppress(psutil.NoSuchProcess, ProcessLookupError):
+        for child in workers:
+            with suppress(psutil.NoSuchProcess):
                 child.kill()
-    assert running.returncode == 1
-    assert "no progress for 2 s" in stderr.splitlines()[-1]
-    assert "rank 1 does not answer" in stderr.splitlines()[-1]
+    assert done.status == 1
+    assert "no progress for 2 s" in done.complaint
+    assert "rank 1 does not answer" in done.complaint
     assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in workers)
 
 

@@ -1,16 +1,13 @@
 """A run that was killed goes on with another batch size and number of devices, to the same results."""
 
 import json
-import os
-import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
 from ascendspeed_infer.eval_backend import split_by_work
-from support.commands import command_line, environment, run_command
+from support.commands import RunningCommand, run_command
 from support.models import save_hugging_face, tiny_config
 
 
@@ -52,19 +49,12 @@ def test_a_killed_run_resumes_to_the_same_results(
     whole = run_command(*command(data, folder, tmp_path / "whole", "--micro-batch-size", 3))
     assert whole.status == 0, whole.stderr
     output = tmp_path / "killed"
-    process = subprocess.Popen(
-        command_line(*command(data, folder, output, "--micro-batch-size", 1)),
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    process = RunningCommand(*command(data, folder, output, "--micro-batch-size", 1))
     samples = output / "samples.jsonl"
     deadline = time.monotonic() + 120
     while not (samples.is_file() and samples.stat().st_size > 0) and time.monotonic() < deadline:
         time.sleep(0.002)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    process.kill_session()
     kept = samples.read_bytes().count(b"\n")
     assert 0 < kept < 320
     assert not (output / "results.json").exists()

@@ -1,14 +1,22 @@
 """Run the project's commands as a user does."""
 
+import atexit
 import importlib
 import io
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
+import time
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from unittest.mock import patch
+
+from support.forked_command import ADDRESS, ForkedCommand
 
 MODULES = {f"asd-{name}": f"ascendspeed_{name}.cli" for name in ("core", "data", "ckpt", "infer", "eval")}
 
@@ -38,8 +46,99 @@ def environment(**more: str) -> dict[str, str]:
     return {**clean, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **more}
 
 
+class RunningCommand(ForkedCommand):
+    """A command that the fork server started, in a session of its own, and what it has printed so far.
+
+    Args:
+        args: `asd-core`, `pretrain` and so on; `-m`, a module and its arguments; or a program and its arguments.
+        cwd: its folder.
+        stdin: what it reads.
+        more: environment variables beside those of `environment`.
+    """
+
+    def __init__(self, *args: object, cwd: Path | None = None, stdin: str = "", **more: str) -> None:
+        first, *rest = [str(arg) for arg in args]
+        words = ["-m", MODULES[first], *rest] if first in MODULES else [first, *rest]
+        self._printed = [tempfile.TemporaryFile(), tempfile.TemporaryFile()]  # noqa: SIM115 - read until the end
+        with tempfile.TemporaryFile("w+") as given:
+            given.write(stdin)
+            given.seek(0)
+            streams = [stream.fileno() for stream in (given, *self._printed)]
+            variables = environment(**more, **{ADDRESS: fork_server()})
+            super().__init__(
+                variables[ADDRESS], words, variables, str(cwd or os.curdir), streams, session=True
+            )
+
+    @property
+    def stdout(self) -> str:
+        return self._text(0)
+
+    @property
+    def stderr(self) -> str:
+        return self._text(1)
+
+    def _text(self, number: int) -> str:
+        # Read at a position of its own: the process goes on writing at the file's.
+        file = self._printed[number].fileno()
+        return os.pread(file, os.fstat(file).st_size, 0).decode()
+
+    def finish(self, timeout: float = 300) -> Finished:
+        """Wait; a command that takes longer is killed with all of its session.
+
+        Raises:
+            TimeoutError: it took longer.
+        """
+        try:
+            return Finished(self.wait(timeout), self.stdout, self.stderr)
+        except TimeoutError:
+            self.kill_session()
+            raise TimeoutError(f"still running after {timeout:g} s:\n{self.stderr}") from None
+
+    def kill_session(self) -> None:
+        """Kill the process and what it started, but for what leads a session of its own; wait for it."""
+        os.killpg(self.pid, signal.SIGKILL)
+        self.wait()
+
+
+@cache
+def fork_server() -> str:
+    """Start this process's fork server, once; return its socket.
+
+    Beside it are programs that have the server run `asd-core`, `torchrun` and so on, and `python`, which its processes
+    take for the Python that they start others with.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="asd-fork-server-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    address = folder / "socket"
+    tests = str(Path(__file__).parents[1])
+    words = {name: f"'-m', {module!r}, " for name, module in MODULES.items()}
+    for name, first in {**words, "torchrun": "'-m', 'torch.distributed.run', ", "python": ""}.items():
+        program = folder / name
+        program.write_text(
+            f"#!{sys.executable} -IS\nimport sys\nsys.path.insert(0, {tests!r})\n"
+            f"from support.forked_command import main\nmain({sys.executable!r}, {first}*sys.argv[1:])\n"
+        )
+        program.chmod(0o755)
+    path = os.pathsep.join([tests, *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+    command = [sys.executable, "-m", "support.fork_server", str(address)]
+    server = subprocess.Popen(command, env=environment(PYTHONPATH=path.rstrip(os.pathsep)))
+    while not address.exists():
+        assert server.poll() is None, "the fork server ended"
+        time.sleep(0.02)
+    return str(address)
+
+
+def shell_variables() -> dict[str, str]:
+    """Return the environment with which a shell has the fork server run `asd-core`, `torchrun` and so on."""
+    address = fork_server()
+    folders = [str(Path(address).parent), str(Path(sys.executable).parent), os.environ["PATH"]]
+    return environment(**{"PATH": os.pathsep.join(folders), ADDRESS: address})
+
+
 def run_command(*args: object, cwd: Path | None = None, stdin: str = "", **more: str) -> Finished:
-    """Run `asd-core pretrain ...` in this Python, and wait."""
+    """Run `asd-core pretrain ...`, and wait; in a Python of its own if what it imports is another."""
+    if not any(name.startswith("PYTHON") for name in more):
+        return RunningCommand(*args, cwd=cwd, stdin=stdin, **more).finish()
     done = subprocess.run(
         command_line(*args),
         cwd=cwd,
@@ -59,7 +158,9 @@ def command_line(*args: object) -> list[str]:
 
 
 def call(*args: object, stdin: str = "") -> Finished:
-    """Run `asd-core pretrain ...` inside this process: no new Python, for commands that end early."""
+    """Run `asd-core pretrain ...` inside this process, or as one of its own if it starts several."""
+    if "--nproc-per-node" in args or args[1] == "parity":
+        return run_command(*args, stdin=stdin)
     module = importlib.import_module(MODULES[str(args[0])])
     out, err = io.StringIO(), io.StringIO()
     words = [str(arg) for arg in args]

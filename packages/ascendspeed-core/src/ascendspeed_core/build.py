@@ -55,7 +55,7 @@ def build_model(
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.is_meta:
-                storage = torch.empty_like(parameter, device=device)
+                storage = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
                 setattr(module, name, nn.Parameter(storage, requires_grad=parameter.requires_grad))
     model.tie_weights()
     return model

@@ -3,8 +3,9 @@
 import importlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 from ascendspeed_core.device import HOST
@@ -12,10 +13,40 @@ from ascendspeed_core.device import HOST
 
 def megatron(module: str) -> Any:
     """Return `megatron.core.<module>`."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _compiled_when_called():
         warnings.simplefilter("ignore")
         logging.getLogger("megatron.core").setLevel(logging.WARNING)
         return importlib.import_module(f"megatron.core.{module}")
+
+
+@contextmanager
+def _compiled_when_called() -> Iterator[None]:
+    """Let what is imported meanwhile decorate functions with `torch.compile` without loading the compiler yet.
+
+    megatron-core decorates two dozen functions, and loading torch's compiler takes longer than all else it imports. It
+    is loaded when the first of them is called.
+    """
+    import torch
+
+    compile_now = torch.compile
+
+    def compile_when_called(function: Callable[..., Any]) -> Callable[..., Any]:
+        compiled: Callable[..., Any] | None = None
+
+        @wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal compiled
+            if compiled is None:
+                compiled = compile_now(function)
+            return compiled(*args, **kwargs)
+
+        return call
+
+    torch.compile = compile_when_called  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = compile_now
 
 
 @contextmanager

@@ -77,7 +77,9 @@ class Transformer(nn.Module):
         self.final_norm: RMSNorm | LayerNorm | None = None
         self.output_head: nn.Linear | None = None
         if self.has_first or (self.has_last and config.tie_word_embeddings):
-            self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+            # Given a weight, torch does not draw one: doing so without storage would load its compiler, for seconds.
+            table = torch.empty(config.vocab_size, config.hidden_size)
+            self.embedding = nn.Embedding.from_pretrained(table, freeze=False)
         if self.has_first and config.embedding_norm:
             self.embedding_norm = make_norm(config)
         layers = {
@@ -235,7 +237,8 @@ def filled_in_turn(
     def filled(empty: nn.Parameter) -> nn.Parameter:
         if id(empty) in shared:
             return shared[id(empty)]
-        parameter = nn.Parameter(torch.empty_like(empty, device=device), requires_grad=empty.requires_grad)
+        storage = torch.empty(empty.shape, dtype=empty.dtype, device=device)
+        parameter = nn.Parameter(storage, requires_grad=empty.requires_grad)
         fill(names[id(empty)], parameter)
         if owners[id(empty)] > 1:
             shared[id(empty)] = parameter
