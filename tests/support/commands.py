@@ -132,7 +132,7 @@ def shell_variables() -> dict[str, str]:
     """Return the environment with which a shell has the fork server run `asd-core`, `torchrun` and so on."""
     address = fork_server()
     folders = [str(Path(address).parent), str(Path(sys.executable).parent), os.environ["PATH"]]
-    return environment(**{"PATH": os.pathsep.join(folders), ADDRESS: address})
+    return environment(PATH=os.pathsep.join(folders), **{ADDRESS: address})
 
 
 def run_command(*args: object, cwd: Path | None = None, stdin: str = "", **more: str) -> Finished:

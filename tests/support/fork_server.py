@@ -25,7 +25,6 @@ import socket
 import sys
 import threading
 import traceback
-import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -46,10 +45,13 @@ MEGATRON = (
 def main(address: str) -> None:
     """Import, listen and fork, until the process that started this one ends."""
     _end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     _import_all()
     listening = socket.socket(socket.AF_UNIX)
-    listening.bind(address)
+    listening.bind(f"{address}.new")
     listening.listen()
+    # There only when somebody listens.
+    Path(f"{address}.new").rename(address)
     gc.collect()
     gc.freeze()
     with selectors.DefaultSelector() as waiting:
@@ -85,9 +87,12 @@ def _fork(listening: socket.socket, waiting: selectors.BaseSelector) -> None:
     """Take a request, and start the process that it asks for."""
     connection, _ = listening.accept()
     message, streams, _, _ = socket.recv_fds(connection, 1 << 20, 3)
+    while not message.endswith(b"\n"):
+        message += connection.recv(1 << 20)
     request = json.loads(message)
     process = os.fork()
     if process == 0:
+        _end_with_parent()
         _run(request["words"], request["environment"], request["folder"], streams, request["session"])
     for stream in streams:
         os.close(stream)
@@ -165,27 +170,35 @@ def _run(
         os.environ.clear()
         os.environ.update(environment)
         os.chdir(folder)
-        sys.argv = list(words[1:] if words[0] == "-m" else words)
         sys.executable = str(Path(environment[ADDRESS]).with_name("python"))
-        try:
-            if words[0] == "-m":
-                sys.path[0] = folder
-                sys.modules.pop(words[1], None)
-                runpy.run_module(words[1], run_name="__main__", alter_sys=True)
-            else:
-                sys.path[0] = str(Path(words[0]).resolve().parent)
-                runpy.run_path(words[0], run_name="__main__")
-            status = 0
-        except SystemExit as end:
-            status = _status_of(end)
-        except BaseException:  # noqa: BLE001 - printed, as Python does
-            traceback.print_exc()
+        status = _run_words(words, folder)
         threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
         sys.stdout.flush()
-        sys.stderr.flush()
+    except BaseException:  # noqa: BLE001 - nothing above this process may go on in it
+        traceback.print_exc()
     finally:
         os._exit(status)
+
+
+def _run_words(words: Sequence[str], folder: str) -> int:
+    try:
+        if words[0] == "-m":
+            sys.argv, sys.path[0] = list(words[1:]), folder
+            sys.modules.pop(words[1], None)
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv, sys.path[0] = list(words), str(Path(words[0]).resolve().parent)
+            runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as end:
+        if end.code is None or isinstance(end.code, int):
+            return end.code or 0
+        print(end.code, file=sys.stderr)
+        return 1
+    except BaseException:  # noqa: BLE001 - printed, as Python does
+        traceback.print_exc()
+        return 1
+    return 0
 
 
 def _leave_parent_behind(streams: Sequence[int], session: bool) -> None:
@@ -205,14 +218,6 @@ def _leave_parent_behind(streams: Sequence[int], session: bool) -> None:
         end.atexit = False
     random.seed()
     sys.modules["numpy"].random.seed()
-    warnings.resetwarnings()
-
-
-def _status_of(end: SystemExit) -> int:
-    if end.code is None or isinstance(end.code, int):
-        return end.code or 0
-    print(end.code, file=sys.stderr)
-    return 1
 
 
 def _end_with_parent() -> None:

@@ -40,7 +40,9 @@ class ForkedCommand:
         request = {"words": words, "environment": dict(environment), "folder": place, "session": session}
         self._connection = socket.socket(socket.AF_UNIX)
         self._connection.connect(address)
-        socket.send_fds(self._connection, [json.dumps(request).encode()], list(streams))
+        message = json.dumps(request).encode() + b"\n"
+        sent = socket.send_fds(self._connection, [message], list(streams))
+        self._connection.sendall(message[sent:])
         self._received = b""
         self.pid = self._next_number(timeout=None)
         self.returncode: int | None = None
