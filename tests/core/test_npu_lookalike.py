@@ -37,10 +37,16 @@ def arguments(folder: Path, dataset: Path, dtype: str) -> list[object]:
     ("flags", "dtype"),
     [
         ([], "float32"),
-        (["--tensor-model-parallel-size", 2, "--nproc-per-node", 2], "float32"),
+        pytest.param(
+            ["--tensor-model-parallel-size", 2, "--nproc-per-node", 2], "float32", marks=pytest.mark.nightly
+        ),
         (["--tensor-model-parallel-size", 2, "--nproc-per-node", 2, "--sequence-parallel"], "bfloat16"),
-        (["--pipeline-model-parallel-size", 2, "--nproc-per-node", 2], "float32"),
-        (["--nproc-per-node", 2, "--use-distributed-optimizer"], "float32"),
+        pytest.param(
+            ["--pipeline-model-parallel-size", 2, "--nproc-per-node", 2], "float32", marks=pytest.mark.nightly
+        ),
+        pytest.param(
+            ["--nproc-per-node", 2, "--use-distributed-optimizer"], "float32", marks=pytest.mark.nightly
+        ),
     ],
     ids=["one device", "tp2", "tp2 + sp, bf16", "pp2", "dp2 + sharded optimizer"],
 )

@@ -104,7 +104,7 @@ def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("tp", [2, 4])
+@pytest.mark.parametrize("tp", [2, pytest.param(4, marks=pytest.mark.nightly)])
 def test_layouts(workers: WorkerPool, report: ReportTables, job: Job, tp: int, dtype: str) -> None:
     losses, weights = compare(job, job.train(f"tp{tp}-{dtype}", dtype, tp), dtype)
     (want,) = workers.run(gradients, 1, str(job.folder), dtype, 1)

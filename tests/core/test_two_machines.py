@@ -3,8 +3,6 @@
 import json
 import shutil
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,7 @@ import pytest
 from ascendspeed_core.models.families import find_family
 from ascendspeed_core.observability.metrics import read_metrics
 from ascendspeed_core.training.checkpoint import saved_iterations
-from support.commands import Finished, RunningCommand, call, command_line, environment
+from support.commands import Finished, RunningCommand, call, command_line
 from support.models import tiny_config
 
 
@@ -38,40 +36,18 @@ ARGUMENTS: list[object] = [
 
 def torchrun(machines: list[Path], *flags: object) -> list[Finished]:
     """Run on all machines."""
-    commands = agents(machines, flags)
-    running = [RunningCommand(*words, cwd=folder) for words, folder in zip(commands, machines, strict=True)]
-    return [agent.finish(timeout=240) for agent in running]
-
-
-def torchrun_in_new_pythons(machines: list[Path], *flags: object) -> list[Finished]:
-    """Run on all machines; no two processes share what they imported, or a seed of hashes."""
-    running = [
-        subprocess.Popen(
-            [sys.executable, *map(str, words)],
-            cwd=folder,
-            env=environment(),
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for words, folder in zip(agents(machines, flags), machines, strict=True)
-    ]
-    printed = [agent.communicate(timeout=240)[1] for agent in running]
-    return [Finished(agent.returncode, "", stderr) for agent, stderr in zip(running, printed, strict=True)]
-
-
-def agents(machines: list[Path], flags: tuple[object, ...]) -> list[list[object]]:
-    """The command of each machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    return [
-        [
+    module = command_line(*ARGUMENTS, *flags)[2:]
+    agents = [
+        RunningCommand(
             "-m", "torch.distributed.run", "--nnodes", len(machines), "--nproc-per-node", 2, "--node-rank", rank,
-            "--master-addr", "127.0.0.1", "--master-port", port, "--module",
-            *command_line(*ARGUMENTS, *flags)[2:],
-        ]
-        for rank in range(len(machines))
+            "--master-addr", "127.0.0.1", "--master-port", port, "--module", *module, cwd=folder,
+        )
+        for rank, folder in enumerate(machines)
     ]  # fmt: skip
+    return [agent.finish(timeout=240) for agent in agents]
 
 
 def test_two_machines_train_save_and_resume(
@@ -80,7 +56,7 @@ def test_two_machines_train_save_and_resume(
     """The cache of sample indices is each machine's own; the run's folder is shared."""
     flags = ["--tensor-model-parallel-size", 2, "--use-distributed-optimizer", "--save", tmp_path / "run"]
     for more in (["--exit-interval", 4], []):
-        done = torchrun_in_new_pythons(machines, *flags, "--auto-resume", *more)
+        done = torchrun(machines, *flags, "--auto-resume", *more)
         assert [machine.status for machine in done] == [0, 0], done
     assert "rank 2: the cache of sample indices is not shared; building it here too" in done[1].stderr
     assert "resumed at iteration 4" in done[0].stderr

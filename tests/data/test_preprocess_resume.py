@@ -19,15 +19,15 @@ from support.commands import call, command_line, environment
 from support.corpus import make_texts, write_json_lines
 from support.tables import ReportTables
 
-TEXTS = make_texts(18_000, seed=5)
+TEXTS = make_texts(9_000, seed=5)
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Three files, 5 MB together."""
+    """Three files, 2.5 MB together."""
     folder = tmp_path_factory.mktemp("sources")
     return [
-        write_json_lines(folder / f"part{number}.jsonl", TEXTS[number * 6000 : number * 6000 + 6000])
+        write_json_lines(folder / f"part{number}.jsonl", TEXTS[number * 3000 : number * 3000 + 3000])
         for number in range(3)
     ]
 
@@ -54,7 +54,7 @@ def undisturbed(
     folder = tmp_path_factory.mktemp("undisturbed")
     done = call(*arguments(sources, tokenizer_folder, folder / "out"))
     assert done.status == 0, done.stderr
-    assert len(open_dataset(folder / "out_text_document").ids) == 18_000
+    assert len(open_dataset(folder / "out_text_document").ids) == 9_000
     return digests(folder)
 
 
@@ -95,11 +95,11 @@ def test_a_killed_run_resumes_to_the_same_bytes(
 ) -> None:
     slow = ("--workers", workers, "--tokenizer-not-use-fast")
     command = arguments(sources, tokenizer_folder, tmp_path / "out", *slow)
-    for least in (900, 5_400, 10_800):
+    for least in (900, 3_600, 6_300):
         kill_when(partial(reached, tmp_path / "out.journal", least), command)
         assert not (tmp_path / "out_text_document.bin").exists()
     kept = documents_kept(tmp_path / "out.journal")
-    assert 0 < kept <= 18_000
+    assert 0 < kept <= 9_000
     finished = call(*command)
     assert finished.status == 0, finished.stderr
     assert f"resuming after {kept:,} documents" in finished.stderr
@@ -107,7 +107,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(
     assert call("asd-data", "verify", tmp_path / "out_text_document").status == 0
     assert {path.name for path in tmp_path.iterdir()} == {*undisturbed, "out_text_document.manifest.json"}
     report.add("Killed three times, then finished", ("workers", "documents at the last kill", "same bytes"), workers,
-               f"{kept:,} of 18,000", "yes")  # fmt: skip
+               f"{kept:,} of 9,000", "yes")  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_a_run_resumes_after_a_damaged_line_is_repaired(
     copies[2].write_text(good)
     done = call(*command)
     assert done.status == 0, done.stderr
-    assert "resuming after 12,000 documents" in done.stderr
+    assert "resuming after 6,000 documents" in done.stderr
     assert digests(tmp_path / "made") == undisturbed
 
 
@@ -205,7 +205,7 @@ def test_an_interrupted_run_with_other_settings_is_not_overwritten(
 
 def test_a_killed_packing_run_resumes_to_the_same_bytes(tmp_path: Path, tokenizer_folder: Path) -> None:
     records = [
-        {"instruction": one, "output": two} for one, two in zip(TEXTS[:9000], TEXTS[9000:], strict=True)
+        {"instruction": one, "output": two} for one, two in zip(TEXTS[:4500], TEXTS[4500:], strict=True)
     ]
     source = tmp_path / "x.jsonl"
     source.write_text("".join(json.dumps(record) + "\n" for record in records))

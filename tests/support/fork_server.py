@@ -3,8 +3,8 @@
 Importing torch, its launcher and megatron-core takes each new Python several seconds of processor time, and tests
 start some hundred commands with several ranks each. What is started here runs as it would in a Python of its own: with
 its own arguments, environment, folder, streams and session, and its ranks are children of the command, as a launcher
-has them. Only what is imported before it begins differs, and that the ranks share a seed of hashes. Tests of imports
-and some of several machines start Pythons of their own.
+has them. Only what is imported before it begins differs, and that the ranks share a seed of hashes. Tests of imports,
+and of a made-up device that PYTHONPATH leads to, start Pythons of their own.
 
 A request is one message on a socket: a line of JSON, and three descriptors for stdin, stdout and stderr. The answers
 are two lines: the number of the process, and later its exit status.

@@ -5,6 +5,7 @@ import that works only after another one of ours fails here. Libraries that are 
 import them where they use them.
 """
 
+import gc
 import importlib
 import os
 import sys
@@ -52,6 +53,8 @@ def main(package: str, libraries: list[str]) -> int:
             importlib.import_module(library)
         except ImportError:
             continue
+    gc.disable()
+    gc.freeze()
     ours = {name for name in sys.modules if name.startswith("ascendspeed")}
     assert not ours, ours
     return int(bool([module for module in modules_of(package) if fails_alone(module)]))

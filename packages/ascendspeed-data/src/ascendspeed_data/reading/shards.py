@@ -94,7 +94,9 @@ def _line_shards(path: Path, input_index: int, start: int, shard_bytes: int) -> 
 
 
 def _compressed_line_shards(path: Path, input_index: int, start: int, shard_bytes: int) -> Iterator[Shard]:
-    line, offset, buffer = 1, 0, b""
+    line, offset = 1, 0
+    # A long line comes in many reads: appending to bytes would copy it each time, and it is searched once.
+    buffer, searched = bytearray(), 0
     with open_bytes(path) as lines:
         while offset < start:
             skipped = lines.read(min(READ_BYTES, start - offset))
@@ -107,13 +109,15 @@ def _compressed_line_shards(path: Path, input_index: int, start: int, shard_byte
             buffer += more
             if len(buffer) < shard_bytes and more:
                 continue
-            cut = buffer.rfind(b"\n") + 1 if more else len(buffer)
+            cut = buffer.rfind(b"\n", searched) + 1 if more else len(buffer)
             if not cut and len(buffer) > MAX_RECORD_BYTES:
                 raise _too_long_error(path, f"line {line}")
             if cut:
-                yield Shard(input_index, path, offset, offset + cut, buffer[:cut], line)
+                yield Shard(input_index, path, offset, offset + cut, bytes(buffer[:cut]), line)
                 line += buffer.count(b"\n", 0, cut)
-                offset, buffer = offset + cut, buffer[cut:]
+                offset += cut
+                del buffer[:cut]
+            searched = len(buffer)
             if not more:
                 return
 
