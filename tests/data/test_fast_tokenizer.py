@@ -20,7 +20,8 @@ from ascendspeed_data.fast_tokenizer import (
     gigatoken_json,
     spot_check,
 )
-from ascendspeed_data.tokenizer import TokenBatch, load_tokenizer
+from ascendspeed_data.token_batch import TokenBatch
+from ascendspeed_data.tokenizer import load_tokenizer
 from support.commands import call, environment
 from support.corpus import make_texts, write_json_lines
 from support.shared_data import SHARED_DATA, TOKENIZERS, needs_shared_data
