@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -55,11 +55,12 @@ class SentencePieceTokenizer:
             raise DataError(f"{model_file} is not a SentencePiece model: {error}") from None
         self._num_pieces = int(self._model.vocab_size())
         self._is_legacy = config.is_legacy
-        self._adds_prefix_space = config.add_prefix_space is not False
-        tokens, named = self._resolve(files)
+        # What begins a text without `legacy`.
+        self._begin = "" if self._is_legacy or config.add_prefix_space is False else SPACE
+        tokens, named, given = self._resolve(files)
         self.bos_id, self.eos_id = named["bos_token"], named["eos_token"]
         self.unk_id, self.pad_id = named["unk_token"], named["pad_token"]
-        self._set_tokens(tokens)
+        self._set_tokens(tokens, given)
         self.add_bos = (
             config.add_bos_token if config.add_bos_token is not None else files.has_config
         ) and self.bos_id is not None
@@ -69,8 +70,10 @@ class SentencePieceTokenizer:
         settings = [self.add_bos, True] if add_eos else [self.add_bos]
         self.fingerprint = self._fingerprint(content, settings)
 
-    def _resolve(self, files: TokenizerFiles) -> tuple[tuple[AddedToken, ...], dict[str, int | None]]:
-        """Return the added tokens, and the ids of the named tokens of which the project makes use."""
+    def _resolve(
+        self, files: TokenizerFiles
+    ) -> tuple[tuple[AddedToken, ...], dict[str, int | None], set[str]]:
+        """Return the added tokens, the ids of the named tokens of which the project makes use, and names in files."""
         pieces: list[str] = self._model.id_to_piece(list(range(self._num_pieces)))
         model = self._model
         own = {
@@ -94,14 +97,15 @@ class SentencePieceTokenizer:
                 named[name] = None if token is None else token.id
             else:
                 named[name] = number if number >= 0 else None
-        return resolved.tokens, named
+        return resolved.tokens, named, set(resolved.named)
 
-    def _set_tokens(self, tokens: Sequence[AddedToken]) -> None:
+    def _set_tokens(self, tokens: Sequence[AddedToken], given: set[str]) -> None:
         """Decide which tokens a text is split at."""
         model, size = self._model, self._num_pieces
         control = {i: str(model.id_to_piece(i)) for i in range(size) if model.is_control(i)}
         unknown = model.unk_id()
-        named = {model.bos_id(), model.eos_id(), unknown}
+        own = {"bos_token": model.bos_id(), "eos_token": model.eos_id(), "unk_token": unknown}
+        named = {number for name, number in own.items() if name not in given}
         tokens = [replace(token, named=True) if token.id in named else token for token in tokens]
         plain = [
             token
@@ -119,20 +123,27 @@ class SentencePieceTokenizer:
         self.vocab_size = max([size - 1, *(token.id for token in tokens)]) + 1
         self.added_ids = {token.content: token.id for token in plain}
         self.special_ids = {token.content: token.id for token in [*undeclared, *tokens] if token.special}
+        self._named = {token.id for token in [*undeclared, *tokens] if token.named}
         self._skipped = {*self.special_ids.values(), *control} - {unknown}
         self._content_of = {token.id: token.content for token in plain}
         self._plain, self._rendered = TextSplitter(plain), TextSplitter([*tokens, *undeclared])
+        # Models that strip white space lose the spaces that begin a text, unless `legacy` is false.
+        self._always_splits = bool(plain) and not self._is_legacy and not self._keeps_spaces()
         self._rules = [
             [*token.rules, *(() if self._is_legacy else (token.named,))]
             for token in sorted(plain, key=lambda token: token.id)
         ]
+
+    def _keeps_spaces(self) -> bool:
+        texts = ("a", " a", "  a", " ", "a  a", "a ")
+        return all(self._encode_part(self._whole(text))[0] == self._model.encode(text) for text in texts)
 
     def _fingerprint(self, content: bytes, settings: list[bool]) -> str:
         """Return the hash of what defines the ids of a text; without added tokens that of earlier versions."""
         digest = hashlib.sha256(content)
         digest.update(json.dumps(settings).encode())
         if self._rules:
-            digest.update(json.dumps([self._is_legacy, self._adds_prefix_space, self._rules]).encode())
+            digest.update(json.dumps([self._is_legacy, self._begin, self._rules]).encode())
         return digest.hexdigest()
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -162,8 +173,8 @@ class SentencePieceTokenizer:
         return TokenBatch(np.concatenate(encoded) if len(encoded) else np.empty(0, np.int32), lengths)
 
     def finds_added_tokens(self, text: str) -> bool:
-        """Return whether a token that is not in the model, or not plain text for it, occurs in the text."""
-        return self._plain.finds_any(text)
+        """Return whether SentencePiece alone gives other ids, most often because an added token occurs in the text."""
+        return self._always_splits or self._plain.finds_any(self._whole(text))
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Return the ids of a text and the character range of each.
@@ -214,20 +225,32 @@ class SentencePieceTokenizer:
             return ids
         return [number for _, ids, _ in self._encoded_parts(text, self._plain) for number in ids]
 
+    def _whole(self, text: str) -> str:
+        """Return the text that is split; without `legacy` its spaces are written first."""
+        return text if self._is_legacy else self._begin + text.replace(SPACE, " ")
+
     def _encoded_parts(
         self, text: str, splitter: TextSplitter
-    ) -> Iterator[tuple[TextPart, list[int], list[tuple[int, int]]]]:
-        """Yield the parts of a text with their ids, and the range of each id in the text of the part."""
-        begin = "" if self._is_legacy or not self._adds_prefix_space else SPACE
-        whole = text if self._is_legacy else begin + text.replace(SPACE, " ")
-        parts = splitter.split(whole) if text else []
-        if len(parts) > 1 and parts[0].text == SPACE == begin and parts[1].token and parts[1].token.named:
-            parts = parts[1:]
-        for part in parts:
-            if part.token is not None:
-                yield part, [part.token.id], [(0, len(part.text))]
-            else:
-                yield part, *self._encode_part(part.text)
+    ) -> list[tuple[TextPart, list[int], list[tuple[int, int]]]]:
+        """Return the parts of a text with their ids, and the range of each id in the text of the part."""
+        parts = splitter.split(self._whole(text)) if text else []
+        encoded = [
+            (part, [part.token.id], [(0, len(part.text))])
+            if part.token is not None
+            else (part, *self._encode_part(part.text))
+            for part in parts
+        ]
+        if self._begin and encoded and self._begins_with_lone_space(encoded):
+            part, ids, offsets = encoded[0]
+            encoded[0] = (part, ids[1:], offsets[1:])
+        return encoded
+
+    def _begins_with_lone_space(self, encoded: Sequence[tuple[TextPart, list[int], Any]]) -> bool:
+        """Return whether a text begins with a space and a special token; transformers drops such a space."""
+        first = [number for _, ids, _ in encoded[:2] for number in ids][:2]
+        if len(first) < 2 or first[1] not in self._named:
+            return False
+        return encoded[0][0].text == SPACE or self._token_of(first[0]) == SPACE
 
     def _encode_part(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         model, lead = (self._model, "") if self._is_legacy else (self._bare, "")
@@ -250,10 +273,10 @@ class SentencePieceTokenizer:
 
     def _with_offsets(
         self,
-        parts: Iterator[tuple[TextPart, list[int], list[tuple[int, int]]]],
+        parts: Sequence[tuple[TextPart, list[int], list[tuple[int, int]]]],
     ) -> tuple[list[int], list[tuple[int, int]]]:
         """Map ranges in the parts to ranges in the whole text."""
-        shift = 0 if self._is_legacy or not self._adds_prefix_space else len(SPACE)
+        shift = len(self._begin)
         all_ids: list[int] = []
         ranges: list[tuple[int, int]] = []
         for part, ids, offsets in parts:

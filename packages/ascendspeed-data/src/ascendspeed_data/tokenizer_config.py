@@ -160,9 +160,17 @@ class TokenizerFiles:
 def _added(path: Path) -> dict[str, int]:
     content = read_json(path) or {}
     for token, number in content.items():
-        if type(number) is not int or not 0 <= number < MAX_ID or not token:
+        if type(number) is not int or not 0 <= number < MAX_ID or not token or not _is_text(token):
             raise DataError(f"{path}: {token!r}: {number!r} is not a token and its id; correct the file")
     return content
+
+
+def _is_text(token: str) -> bool:
+    try:
+        token.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _decoder(config: TokenizerConfig, path: Path) -> dict[int, TokenRecord] | None:
@@ -213,7 +221,7 @@ def _parse(model: type[Model], content: dict[str, Any] | None, path: Path) -> Mo
         return model.model_validate(content or {})
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in first["loc"][:2]) or "the file"
+        place = ".".join(str(part) for part in first["loc"][:3]) or "the file"
         raise DataError(
             f"{path}: {place}={str(first['input'])[:60]!r}: {first['msg'].lower()}; correct the file"
         ) from None
