@@ -101,8 +101,9 @@ def resolve_added_tokens(
     special = {record.content for record in (*named.values(), *additional) if record is not None}
     found = {number: _added(record, number, record.content in special) for number, record in decoder.items()}
     next_id = len({found[n].content if n in found else piece for n, piece in enumerate(pieces)} | ids.keys())
-    for record in (*named.values(), *additional):
-        if record is None or record.content in ids:
+    without_id = [record for record in (*named.values(), *additional) if record is not None]
+    for record in without_id:
+        if record.content in ids:
             continue
         number = own.get(record.content, next_id)
         if number in found:

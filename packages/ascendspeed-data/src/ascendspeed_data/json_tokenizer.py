@@ -76,12 +76,13 @@ class JsonTokenizer:
                     f"{self.path}: {record.content!r} is id {number} in the files beside tokenizer.json, which makes "
                     f"it {got}; correct one of them"
                 )
+        stated = {record.content for record in decoder.values()}
         for record in special:
-            if record.content not in vocabulary and record.content not in {
-                r.content for r in decoder.values()
-            }:
-                number = self._tokenizer.token_to_id(record.content)
-                log(f"{self.path}: {record.content!r} has no id in the files; it gets the next one, {number}")
+            if record.content not in vocabulary and record.content not in stated:
+                next_id = self._tokenizer.token_to_id(record.content)
+                log(
+                    f"{self.path}: {record.content!r} has no id in the files; it gets the next one, {next_id}"
+                )
         return {
             name: None if record is None else self._tokenizer.token_to_id(record.content)
             for name, record in named.items()
