@@ -221,9 +221,9 @@ def _parse(model: type[Model], content: dict[str, Any] | None, path: Path) -> Mo
         return model.model_validate(content or {})
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in first["loc"][:3]) or "the file"
+        where = ".".join(str(part) for part in first["loc"][:3]) or "the file"
         raise DataError(
-            f"{path}: {place}={str(first['input'])[:60]!r}: {first['msg'].lower()}; correct the file"
+            f"{path}: {where}={str(first['input'])[:60]!r}: {first['msg'].lower()}; correct the file"
         ) from None
 
 
