@@ -269,3 +269,54 @@ def test_ids_outside_the_vocabulary_have_no_text(tmp_path: Path, tokenizer_folde
     ids = ours.encode("the man", add_special_tokens=False)
     assert ours.decode([*ids, 401, 9999]) == "the man"
     assert ours.convert_ids_to_tokens([401, 9999]) == ["<|im_end|>", "<9999>"]
+
+
+VALUES = (None, True, 7, -1, 1.5, "", "x", [], {}, [None], {"content": 7}, {"content": "x"}, [["x"]], 2**80)
+"""JSON values of every type."""
+
+
+def damaged(draw: random.Random, content: bytes) -> bytes:
+    """Return the bytes of a JSON file with one value of another type, or with some bytes changed, cut or added."""
+    kind = draw.choice(("value", "value", "bits", "cut", "bytes"))
+    position = draw.randrange(len(content))
+    if kind == "bits":
+        return (
+            content[:position] + bytes([content[position] ^ 1 << draw.randrange(8)]) + content[position + 1 :]
+        )
+    if kind == "cut":
+        return content[:position]
+    if kind == "bytes":
+        return content[:position] + draw.randbytes(4) + content[position:]
+    loaded = json.loads(content)
+    at = loaded
+    while isinstance(at, dict | list) and at:
+        key = draw.choice(list(at) if isinstance(at, dict) else range(len(at)))
+        if not isinstance(at[key], dict | list) or not at[key] or draw.random() < 0.3:
+            at[key] = draw.choice(VALUES)
+            break
+        at = at[key]
+    return json.dumps(loaded).encode()
+
+
+@pytest.mark.parametrize("rounds", [300, pytest.param(20000, marks=pytest.mark.nightly)])
+def test_damaged_files_load_or_are_one_line(
+    tmp_path: Path, tokenizer_folder: Path, report: ReportTables, rounds: int
+) -> None:
+    refused = 0
+    for seed in range(rounds):
+        draw = random.Random(seed)
+        folder = tmp_path / str(seed)
+        draw_folder(draw, folder, tokenizer_folder / "tokenizer.model", draw.random() < 0.5)
+        file = draw.choice(sorted(folder.glob("*.json")))
+        file.write_bytes(damaged(draw, file.read_bytes()))
+        try:
+            load_tokenizer(folder).encode("the <|im_start|> x")
+        except DataError as error:
+            refused += 1
+            assert "\n" not in str(error)
+            assert str(folder) in str(error)
+        shutil.rmtree(folder)
+    report.add(
+        "damaged files beside a tokenizer", ("files", "refused in one line", "tracebacks"), rounds, refused, 0
+    )
+    assert refused > rounds // 5

@@ -186,6 +186,13 @@ def _merged(
     additional = _without_repeats([*files.config.additional(), *files.special.additional()])
     named = {**config, **others}
     special = {record.content for record in (*named.values(), *additional) if record is not None}
+    # added_tokens.json has ids only; how a token without a name matches may stand in the list of special tokens.
+    with_name = {record.content for record in named.values() if record is not None}
+    with_rules = {
+        record.content: record
+        for record in additional
+        if record.content not in with_name and (record.lstrip or record.rstrip or record.single_word)
+    }
     decoder: dict[int, TokenRecord] = {}
     listed = [(number, TokenRecord(content=content)) for content, number in files.added.items()]
     for number, record in (*listed, *((token.id or 0, token) for token in json_tokens)):
@@ -194,7 +201,8 @@ def _merged(
                 f"{files.folder}: id {number} is {decoder[number].content!r} and {record.content!r}; correct "
                 f"{ADDED_FILE}"
             )
-        decoder[number] = record.model_copy(update={"special": record.special or record.content in special})
+        rules = with_rules.get(record.content, record)
+        decoder[number] = rules.model_copy(update={"special": record.special or record.content in special})
     return decoder, named, additional
 
 
