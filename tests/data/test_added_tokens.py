@@ -214,6 +214,8 @@ def test_folders_without_added_tokens_keep_ids_and_fingerprint(
         ({"tokenizer_config.json": {"eos_token": 5}}, r"tokenizer_config.json: eos_token.*='5'"),
         ({"tokenizer_config.json": {"eos_token": ""}}, "eos_token is empty"),
         ({"tokenizer_config.json": {"add_bos_token": "yes"}}, "add_bos_token='yes'"),
+        ({"tokenizer_config.json": {"add_bos_token": True, "bos_token": None}}, "add_bos_token=true, but there is no"),
+        ({"tokenizer_config.json": {"add_eos_token": True, "eos_token": None}}, "add_eos_token=true, but there is no"),
         ({"tokenizer_config.json": {"chat_template": 7}}, "chat_template"),
         ({"tokenizer_config.json": {"sp_model_kwargs": {"enable_sampling": True}}}, "sp_model_kwargs"),
         ({"tokenizer_config.json": {"split_special_tokens": True}}, "split_special_tokens=true"),

@@ -1,5 +1,6 @@
 """A `tokenizer.json` with tokens of the files beside it has the ids of transformers' fast tokenizer."""
 
+import itertools
 import json
 import random
 from pathlib import Path
@@ -130,3 +131,80 @@ def test_the_fingerprint_changes_with_added_tokens_only(tmp_path: Path, tokenize
     declared[str(alone.vocab_size)] = {"content": "<x>", "special": True}
     config.write_text(json.dumps({"eos_token": "<x>", "added_tokens_decoder": declared}))
     assert load_tokenizer(tmp_path).fingerprint != alone.fingerprint
+
+
+@pytest.mark.parametrize("post_processor", [None, "BOS", "EOS", "both"])
+def test_what_begins_and_ends_a_text(
+    tmp_path: Path, tokenizer_json: str, report: ReportTables, post_processor: str | None
+) -> None:
+    """A config may repeat what `tokenizer.json` does, and is refused by name if it says something else.
+
+    transformers 5 gives the ids of `tokenizer.json`, transformers 4 those of the config.
+    """
+    content = json.loads(tokenizer_json)
+    adds_bos, adds_eos = post_processor in ("BOS", "both"), post_processor in ("EOS", "both")
+    pieces = [*(["<s>"] * adds_bos), None, *(["</s>"] * adds_eos)]
+    template = [
+        {"SpecialToken": {"id": piece, "type_id": 0}} if piece else {"Sequence": {"id": "A", "type_id": 0}}
+        for piece in pieces
+    ]
+    ids = {"<s>": 1, "</s>": 2}
+    content["post_processor"] = post_processor and {
+        "type": "TemplateProcessing", "single": template, "pair": [*template, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {piece: {"id": piece, "ids": [ids[piece]], "tokens": [piece]} for piece in pieces if piece},
+    }  # fmt: skip
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    tried = refused = 0
+    stated = (None, True, False)
+    for bos, eos, space in itertools.product(stated, stated, stated):
+        says = {"add_bos_token": bos, "add_eos_token": eos, "add_prefix_space": space}
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+        config |= {key: value for key, value in says.items() if value is not None}  # type: ignore[misc]
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        does = {"add_bos_token": adds_bos, "add_eos_token": adds_eos, "add_prefix_space": False}
+        contradictions = [key for key, value in says.items() if value is not None and value != does[key]]
+        tried += 1
+        if contradictions:
+            refused += 1
+            with pytest.raises(DataError, match=f"{contradictions[0]}=.* correct one of them"):
+                load_tokenizer(tmp_path)
+            continue
+        theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+        assert load_tokenizer(tmp_path).encode("the other man") == theirs("the other man").input_ids
+    report.add(
+        "configs beside tokenizer.json that say what begins and ends a text",
+        ("post-processor", "configs", "refused by name", "disagreements with transformers"),
+        post_processor or "none", tried, refused, 0,
+    )  # fmt: skip
+    assert refused == tried - 8
+
+
+@pytest.mark.parametrize(
+    ("part", "scheme", "adds"),
+    [
+        ("pre_tokenizer", {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "never"}, False),
+        ("pre_tokenizer", {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first"}, True),
+        ("normalizer", {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}]}, True),
+        (
+            "pre_tokenizer",
+            {
+                "type": "Sequence",
+                "pretokenizers": [
+                    {"type": "Digits", "individual_digits": True},
+                    {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+                ],
+            },
+            True,
+        ),
+    ],
+)
+def test_where_a_space_may_be_added(
+    tmp_path: Path, tokenizer_json: str, part: str, scheme: dict[str, Any], adds: bool
+) -> None:
+    content = json.loads(tokenizer_json) | {"pre_tokenizer": None, part: scheme}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_prefix_space": adds}))
+    load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_prefix_space": not adds}))
+    with pytest.raises(DataError, match="add_prefix_space"):
+        load_tokenizer(tmp_path)

@@ -1,5 +1,6 @@
 """Convert a checkpoint to another kind, and prove the result equal before the folder gets its final name."""
 
+import json
 import os
 import shutil
 import time
@@ -17,7 +18,10 @@ from ascendspeed_ckpt.writers.mp_rank import write_mp_rank
 from ascendspeed_ckpt.writers.native import write_native
 from ascendspeed_ckpt.writers.torch_dist import write_torch_dist
 from ascendspeed_ckpt.writers.write_plan import WritePlan
+from ascendspeed_core.config.model import ModelConfig
+from ascendspeed_core.models.families.config_rules import end_ids, written_end_ids
 from ascendspeed_core.weights import NativeSource, WeightSource, open_weights, stored_source
+from ascendspeed_core.weights.files.json_file import read_json
 from ascendspeed_core.weights.stream import SLAB_BYTES
 from ascendspeed_data.command_line import Progress, log
 from ascendspeed_data.errors import AscendSpeedError
@@ -229,7 +233,20 @@ def _copy_texts(conversion: Conversion, source: WeightSource, folder: Path) -> N
     elif not copy_tokenizer(tokenizer, to):
         raise AscendSpeedError(f"{tokenizer} holds no tokenizer file; check --tokenizer-name-or-path")
     if source.path is not None and (source.path / GENERATION).is_file():
-        shutil.copyfile(source.path / GENERATION, folder / GENERATION)
+        _copy_generation_config(source.path / GENERATION, folder / GENERATION, source.config)
+
+
+def _copy_generation_config(path: Path, target: Path, config: ModelConfig) -> None:
+    """Copy a generation config, with other ids that begin and end a text if the conversion changes them."""
+    shutil.copyfile(path, target)
+    content = read_json(path)
+    changed: dict[str, Any] = {}
+    if content.get("bos_token_id") not in (None, config.bos_token_id):
+        changed["bos_token_id"] = config.bos_token_id
+    if end_ids(content.get("eos_token_id")) not in ((), config.eos_token_ids):
+        changed["eos_token_id"] = written_end_ids(config)
+    if changed:
+        target.write_text(json.dumps(content | changed, indent=2) + "\n", encoding="utf-8")
 
 
 def _verify(conversion: Conversion, source: WeightSource, folder: Path) -> tuple[Comparison, tuple[str, ...]]:

@@ -4,12 +4,13 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ascendspeed_data.added_tokens import TextPart, tokens_beside_json
 from ascendspeed_data.command_line import log
 from ascendspeed_data.errors import DataError
 from ascendspeed_data.token_batch import TokenBatch
-from ascendspeed_data.tokenizer_config import TokenizerFiles, TokenRecord
+from ascendspeed_data.tokenizer_config import CONFIG_FILE, TokenizerFiles, TokenRecord
 
 
 class JsonTokenizer:
@@ -37,6 +38,7 @@ class JsonTokenizer:
         self.unk_id, self.pad_id = named.get("unk_token"), named.get("pad_token")
         self.prefix_ids, self.suffix_ids = self._prefix_and_suffix()
         self.add_bos = self.bos_id is not None and self.prefix_ids[:1] == [self.bos_id]
+        self._check_config(files)
         tokens = self._tokenizer.get_added_tokens_decoder()
         self.added_ids = {token.content: number for number, token in tokens.items()}
         self.special_ids = {token.content: number for number, token in tokens.items() if token.special}
@@ -87,6 +89,26 @@ class JsonTokenizer:
             name: None if record is None else self._tokenizer.token_to_id(record.content)
             for name, record in named.items()
         }
+
+    def _check_config(self, files: TokenizerFiles) -> None:
+        """Refuse a config that says something else than `tokenizer.json` about what begins or ends a text.
+
+        transformers 4 followed the config for some classes, transformers 5 follows `tokenizer.json`.
+        """
+        config = files.config
+        ends_with_eos = self.eos_id is not None and self.suffix_ids[-1:] == [self.eos_id]
+        spaces = _prefix_spaces(json.loads(self._content))
+        for key, stated, found in (
+            ("add_bos_token", config.add_bos_token, {self.add_bos}),
+            ("add_eos_token", config.add_eos_token, {ends_with_eos}),
+            ("add_prefix_space", config.add_prefix_space, spaces),
+        ):
+            if stated is not None and found and stated not in found:
+                raise DataError(
+                    f"{files.folder / CONFIG_FILE}: {key}={str(stated).lower()}, but {self.model_file.name} does "
+                    f"{'not ' if stated else ''}add it; correct one of them, or delete the key to go by "
+                    f"{self.model_file.name}"
+                )
 
     def _added_tokens(self) -> list[list[object]]:
         """Return what decides how a text is split at added tokens."""
@@ -145,3 +167,19 @@ class JsonTokenizer:
         """Return the text of ids, without special tokens."""
         text: str = self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
         return text
+
+
+def _prefix_spaces(content: dict[str, Any]) -> set[bool]:
+    """Return whether the parts of a `tokenizer.json` that may begin a text with a space do so."""
+    found: set[bool] = set()
+    parts = [content.get("normalizer"), content.get("pre_tokenizer")]
+    while parts:
+        part = parts.pop() or {}
+        parts += [*part.get("normalizers", ()), *part.get("pretokenizers", ())]
+        if part.get("type") == "ByteLevel" and "add_prefix_space" in part:
+            found.add(bool(part["add_prefix_space"]))
+        elif part.get("type") == "Metaspace":
+            found.add(part.get("prepend_scheme", "always") != "never")
+        elif part.get("type") == "Prepend":
+            found.add(True)
+    return found

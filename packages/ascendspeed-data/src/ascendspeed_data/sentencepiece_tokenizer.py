@@ -61,13 +61,19 @@ class SentencePieceTokenizer:
         self.bos_id, self.eos_id = named["bos_token"], named["eos_token"]
         self.unk_id, self.pad_id = named["unk_token"], named["pad_token"]
         self._set_tokens(tokens, given)
-        self.add_bos = (
-            config.add_bos_token if config.add_bos_token is not None else files.has_config
-        ) and self.bos_id is not None
-        self.prefix_ids = [self.bos_id] if self.add_bos and self.bos_id is not None else []
-        add_eos = bool(config.add_eos_token) and self.eos_id is not None
-        self.suffix_ids = [self.eos_id] if add_eos and self.eos_id is not None else []
-        settings = [self.add_bos, True] if add_eos else [self.add_bos]
+        for key, stated, number in (
+            ("add_bos_token", config.add_bos_token, self.bos_id),
+            ("add_eos_token", config.add_eos_token, self.eos_id),
+        ):
+            if stated and number is None:
+                raise DataError(
+                    f"{path / CONFIG_FILE}: {key}=true, but there is no {key.removeprefix('add_')}; correct one of them"
+                )
+        adds_bos = files.has_config if config.add_bos_token is None else config.add_bos_token
+        self.prefix_ids = [self.bos_id] if adds_bos and self.bos_id is not None else []
+        self.suffix_ids = [self.eos_id] if config.add_eos_token and self.eos_id is not None else []
+        self.add_bos = bool(self.prefix_ids)
+        settings = [self.add_bos, True] if self.suffix_ids else [self.add_bos]
         self.fingerprint = self._fingerprint(content, settings)
 
     def _resolve(

@@ -49,9 +49,10 @@ def open_input(options: ConvertOptions) -> "WeightSource":
     check_description(given, source.config, source.layout)
     change = options.change
     if change.resize_vocab_to is not None:
-        size = load_tokenizer(change.resize_vocab_to).vocab_size
+        tokenizer = load_tokenizer(change.resize_vocab_to)
+        size = tokenizer.vocab_size
         log(f"vocabulary: {source.config.vocab_size:,} -> {size:,} ids, as {change.resize_vocab_to} has")
-        return ResizedVocabulary(source, size, change.resize_vocab_to)
+        return ResizedVocabulary(source, size, tokenizer)
     if change.added_token_num:
         return ResizedVocabulary(source, source.config.vocab_size + change.added_token_num)
     return source
