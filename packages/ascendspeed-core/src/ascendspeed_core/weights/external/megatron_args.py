@@ -8,12 +8,11 @@ from typing import Any
 
 from ascendspeed_core.config.load import validate
 from ascendspeed_core.config.model import ModelConfig, RotaryScaling
-from ascendspeed_core.weights.external.sharded_tensors import LazyTensor
 from ascendspeed_core.weights.external.sidecar import Sidecar
 from ascendspeed_core.weights.files.torch_files import TorchFile
 from ascendspeed_core.weights.huggingface.config import generation_ids, read_model_config
 from ascendspeed_core.weights.shard_layout import ShardLayout
-from ascendspeed_core.weights.source import CheckpointError
+from ascendspeed_core.weights.source import CheckpointError, ReadableTensor
 from ascendspeed_data.command_line import log
 from ascendspeed_data.errors import ConfigError
 
@@ -53,7 +52,7 @@ class CheckpointFacts:
     naming: str
     folder: Path
     layout: ShardLayout
-    first: Mapping[str, LazyTensor]
+    first: Mapping[str, ReadableTensor]
     vocabulary_rows: int
 
     @property

@@ -2,25 +2,11 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
 from ascendspeed_core.weights.external.packing import PackedTensor
-from ascendspeed_core.weights.source import CheckpointError, Index, TensorInfo
-
-
-class LazyTensor(Protocol):
-    """A stored tensor."""
-
-    @property
-    def info(self) -> TensorInfo:
-        """Shape and dtype."""
-        ...
-
-    def read(self, index: Index = ()) -> torch.Tensor:
-        """Read a slice."""
-        ...
+from ascendspeed_core.weights.source import CheckpointError, Index, ReadableTensor, TensorInfo
 
 
 @dataclass(frozen=True)
@@ -38,7 +24,7 @@ class TensorShard:
     """
 
     where: str
-    tensor: LazyTensor
+    tensor: ReadableTensor
     row: int
     index: Index
     position: tuple[int, ...] = ()
@@ -69,7 +55,7 @@ class ShardedTensors:
         self.replicas: list[tuple[str, TensorShard, TensorShard]] = []
         """Name of a tensor, its first shard, and another shard that holds the same part."""
 
-    def add(self, where: str, packed: PackedTensor, stored: LazyTensor) -> None:
+    def add(self, where: str, packed: PackedTensor, stored: ReadableTensor) -> None:
         """Add a stored tensor.
 
         Raises:
