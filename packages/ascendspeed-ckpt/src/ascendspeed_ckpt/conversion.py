@@ -18,6 +18,7 @@ from ascendspeed_ckpt.writers.native import write_native
 from ascendspeed_ckpt.writers.torch_dist import write_torch_dist
 from ascendspeed_ckpt.writers.write_plan import WritePlan
 from ascendspeed_core.weights import NativeSource, WeightSource, open_weights, stored_source
+from ascendspeed_core.weights.source import LeftOut
 from ascendspeed_core.weights.stream import SLAB_BYTES
 from ascendspeed_data.command_line import Progress, log
 from ascendspeed_data.errors import AscendSpeedError
@@ -73,7 +74,9 @@ class Verdict:
     """What a conversion did and proved.
 
     Attributes:
-        num_tensors: tensors of the model; each was read once and written once.
+        num_tensors: tensors of the model; each was read once, written once and compared.
+        num_compared_bytes: bytes of these tensors.
+        left_out: tensors of the input that are no weights of the model, with the reason for each.
         num_bytes: bytes of tensors written, with copies and padding.
         seconds: from the first read until all bytes are on the disk, without checks.
         flush_seconds: the part of `seconds` that flushing to the disk took.
@@ -84,6 +87,8 @@ class Verdict:
     """
 
     num_tensors: int
+    num_compared_bytes: int
+    left_out: tuple[LeftOut, ...]
     num_bytes: int
     seconds: float
     flush_seconds: float
@@ -127,6 +132,8 @@ def convert(conversion: Conversion) -> Verdict:
         _rename(scratch, target)
     return Verdict(
         comparison.num_tensors,
+        comparison.num_bytes,
+        tuple(source.left_out()),
         num_bytes,
         flushed - started,
         flushed - written,

@@ -16,12 +16,19 @@ from ascendspeed_data.manifest import DatasetManifest
 Kind = Literal["native", "huggingface", "ascendspeed", "megatron", "torch_dist", "deepspeed"]
 """Kinds of checkpoints that are read."""
 
+WEIGHT_DTYPES = frozenset((torch.float64, torch.float32, torch.float16, torch.bfloat16))
+"""Formats of numbers that are weights as they stand."""
+
 Index = tuple[slice, ...]
 """One slice with start and stop per dimension; an empty tuple is the whole tensor."""
 
 
 class CheckpointError(AscendSpeedError):
     """A checkpoint is missing, incomplete, damaged, or does not fit the model."""
+
+
+class UnknownModelError(CheckpointError):
+    """A checkpoint may be whole, but does not say what model it is."""
 
 
 @dataclass(frozen=True)

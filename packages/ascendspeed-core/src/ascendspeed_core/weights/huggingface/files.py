@@ -4,8 +4,6 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
-
 from ascendspeed_core.launch import announce
 from ascendspeed_core.weights.files.file_tensor import StoredTensor
 from ascendspeed_core.weights.files.json_file import read_json
@@ -129,8 +127,3 @@ def read_pickled(path: Path) -> dict[str, StoredTensor]:
         other = min(str(key) for key in content if key not in found)
         raise CheckpointError(f"{path} holds {other}, which is no tensor")
     return found
-
-
-def is_weight_format(dtype: torch.dtype) -> bool:
-    """Tell whether numbers of a format are weights as they stand."""
-    return dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)

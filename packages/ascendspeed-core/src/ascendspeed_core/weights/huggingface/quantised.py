@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ascendspeed_core.weights.source import CheckpointError, TensorInfo
+from ascendspeed_core.weights.source import WEIGHT_DTYPES, CheckpointError, TensorInfo
 
 CONFIG_KEYS = ("quantization_config", "compression_config")
 """Keys of a config.json under which quantisers describe what they did."""
@@ -92,8 +92,6 @@ METHODS = (
 )
 """Methods by their marks, the more particular ones first; those without marks are known by the config alone."""
 
-_WEIGHT_DTYPES = frozenset((torch.float64, torch.float32, torch.float16, torch.bfloat16))
-
 
 def refuse_quantised(folder: Path, hf_config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
     """Raise unless the weights of a Hugging Face folder are plain numbers.
@@ -111,7 +109,7 @@ def refuse_quantised(folder: Path, hf_config: Mapping[str, Any], tensors: Mappin
     odd = sorted(
         name
         for name, info in tensors.items()
-        if name.endswith("weight") and info.dtype not in _WEIGHT_DTYPES and info.dtype != torch.bool
+        if name.endswith("weight") and info.dtype not in WEIGHT_DTYPES and info.dtype != torch.bool
     )
     if key is None and not marked and not odd:
         return

@@ -13,11 +13,12 @@ from ascendspeed_core.models.families.base import leading_shape
 from ascendspeed_core.weights.derived_tensors import derived_reason
 from ascendspeed_core.weights.files.json_file import read_json
 from ascendspeed_core.weights.huggingface.config import generation_ids
-from ascendspeed_core.weights.huggingface.files import is_weight_format, open_weight_files
+from ascendspeed_core.weights.huggingface.files import open_weight_files
 from ascendspeed_core.weights.huggingface.fit import check_names, check_shapes
 from ascendspeed_core.weights.huggingface.quantised import refuse_quantised
 from ascendspeed_core.weights.load import parameter_shapes
 from ascendspeed_core.weights.source import (
+    WEIGHT_DTYPES,
     BaseWeightSource,
     CheckpointError,
     Index,
@@ -142,7 +143,7 @@ class HuggingFaceSource(BaseWeightSource):
 
     def _info(self, theirs: str) -> TensorInfo:
         info = self._stored[theirs].info
-        if not is_weight_format(info.dtype):
+        if info.dtype not in WEIGHT_DTYPES:
             raise CheckpointError(
                 f"{self._folder}: {theirs} is stored as {info.dtype}, which is not a format of weights"
             )
