@@ -2,7 +2,6 @@
 
 import json
 import random
-import shutil
 import sys
 import types
 from argparse import Namespace
@@ -26,6 +25,7 @@ from ascendspeed_core.weights.source import CheckpointError, UnknownModelError
 from support.commands import call
 from support.converters_2023 import write_bloom_deepspeed, write_llama
 from support.families import REFERENCES, logits_of
+from support.models import save_hugging_face, tiny_config
 from support.tables import ReportTables
 
 TITLE = "Folders of other programs against transformers"
@@ -129,13 +129,11 @@ def test_a_folder_without_usable_arguments_is_read_with_a_config(
     assert len(facts["files"]) == 6
 
 
-def test_every_command_takes_such_a_folder(
-    models: dict[str, tuple[Path, Any]], tmp_path: Path, tokenizer_folder: Path, dataset: Path
-) -> None:
-    folder, _ = models["LLaMA"]
-    written = write_llama(
-        tmp_path / "there", load_file(folder / "model.safetensors"), 8, 3, 2, deepspeed=True
-    )
+def test_every_command_takes_such_a_folder(tmp_path: Path, tokenizer_folder: Path, dataset: Path) -> None:
+    folder = tmp_path / "hf"
+    save_hugging_face(tiny_config(vocab_size=401), folder)
+    weights = load_file(folder / "model.safetensors")
+    written = write_llama(tmp_path / "there", weights, 8, 4, 2, deepspeed=True)
     config = folder / "config.json"
     (tmp_path / "ids.jsonl").write_text("[1, 5, 9, 77]\n")
     flags = (
@@ -149,17 +147,19 @@ def test_every_command_takes_such_a_folder(
         "asd-core", "pretrain", "--device", "cpu", "--load", written, "--model-config", config, "--data-path", dataset,
         "--seq-length", 16, "--train-iters", 1, "--dry-run",
     )  # fmt: skip
-    assert "holds 125 ids" in plan.stderr or plan.status == 0 or "vocab" in plan.complaint, plan.stderr
+    assert plan.status == 0, plan.stderr
     lacking = call("asd-infer", "generate", "--load", written, *flags)
     assert lacking.status == 1
     assert "--model-config" in lacking.complaint
     twice = call("asd-infer", "generate", "--load", folder, "--model-config", config, *flags)
     assert twice.status != 0
     assert "leave --model-config out" in twice.complaint
-    done = call("asd-ckpt", "convert", "--load", written, "--model-config", config, "--save", tmp_path / "hf")
+    done = call(
+        "asd-ckpt", "convert", "--load", written, "--model-config", config, "--save", tmp_path / "back"
+    )
     assert done.status == 0, done.stderr
     assert "left out of the input: rotary_emb.inv_freq" in done.stdout
-    assert "left out of the input: rows 125 to 127 of embedding and head (padding)" in done.stdout
+    assert "left out of the input: rows 401 to 415 of embedding and head (padding)" in done.stdout
 
 
 def test_shares_of_zero_3_are_named(models: dict[str, tuple[Path, Any]], tmp_path: Path) -> None:
@@ -168,16 +168,24 @@ def test_shares_of_zero_3_are_named(models: dict[str, tuple[Path, Any]], tmp_pat
     (tmp_path / "run" / "latest").write_text("global_step4")
     torch.save({"module": {"a": torch.zeros(0)}}, step / "zero_pp_rank_0_mp_rank_00_model_states.pt")
     config = read_model_config(models["LLaMA"][0] / "config.json")
-    with pytest.raises(CheckpointError, match=r"lacks layer_01|shares of ZeRO-3.*zero_to_fp32"):
+    with pytest.raises(CheckpointError, match=r"shares of ZeRO-3.*zero_to_fp32"):
         open_weights(tmp_path / "run", config=config)
 
 
-CONTRADICTIONS = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_key_value_heads", "rotary_base", "tie", "vocab_size")  # fmt: skip
+CONTRADICTIONS = (
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_key_value_heads", "rotary_base", "tie",
+    "vocab_size",
+)  # fmt: skip
 
 
+@pytest.mark.parametrize("without_arguments", [False, True], ids=["arguments", "no arguments"])
 @pytest.mark.parametrize("kind", ["ascendspeed", "megatron", "torch_dist"])
 def test_a_config_that_contradicts_the_files_is_refused(
-    models: dict[str, tuple[Path, Any]], tmp_path: Path, report: ReportTables, kind: Any
+    models: dict[str, tuple[Path, Any]],
+    tmp_path: Path,
+    report: ReportTables,
+    kind: Any,
+    without_arguments: bool,
 ) -> None:
     """Drawn: the files say what they are made of, or a line names what does not fit."""
     folder, _ = models["LLaMA 2 70B"]
@@ -185,6 +193,10 @@ def test_a_config_that_contradicts_the_files_is_refused(
     plan = WritePlan(kind, shard_layout(3, tp=2, pp=1 if kind == "torch_dist" else 3))
     convert(Conversion(source, tmp_path / "there", kind, write_plan=plan, verify_logits=False, workers=1))
     (tmp_path / "there/release/ascendspeed.json").unlink()
+    for path in (tmp_path / "there").rglob("*.pt") if without_arguments else ():
+        content = torch.load(path, weights_only=False)
+        content.pop("args", None)
+        torch.save(content, path)
     draw, wrong = random.Random(kind), 0
     changes: dict[str, Any] = {
         "num_layers": {"num_layers": draw.choice([1, 2, 4])},
@@ -215,4 +227,3 @@ def test_a_config_that_contradicts_the_files_is_refused(
         wrong,
     )
     assert wrong == 0
-    shutil.rmtree(tmp_path / "there")

@@ -49,7 +49,10 @@ WRITTEN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"weight_packed": integers(), "weight_scale": torch.ones(4, 1), "weight_shape": integers(torch.int64)},
         {"quant_method": "compressed-tensors", "config_groups": {}},
     ),
-    "mxfp4": ({"weight_blocks": integers(torch.uint8), "weight_scales": integers(torch.uint8)}, {"quant_method": "mxfp4"}),
+    "mxfp4": (
+        {"weight_blocks": integers(torch.uint8), "weight_scales": integers(torch.uint8)},
+        {"quant_method": "mxfp4"},
+    ),
     "hqq": ({"W_q": integers(torch.uint8), "scale": torch.ones(1)}, {"quant_method": "hqq"}),
     "aqlm": ({"codes": integers(torch.int8), "codebooks": torch.ones(1, 4)}, {"quant_method": "aqlm"}),
     "quanto": ({"weight._data": integers(torch.int8), "weight._scale": torch.ones(1)}, {"quant_method": "quanto"}),
@@ -107,13 +110,14 @@ def test_every_command_says_it_alike(plain: Path, tmp_path: Path, kind: str) -> 
     folder = quantised(plain, tmp_path / "x", kind, with_config=True)
     ids = tmp_path / "ids.jsonl"
     ids.write_text("[1, 5]\n")
+    pretrain = ("asd-core", "pretrain", "--seq-length", 8, "--train-iters", 1)
     commands = (
         ("asd-ckpt", "inspect", folder),
         ("asd-ckpt", "convert", "--load", folder, "--save", tmp_path / "out"),
         ("asd-ckpt", "verify", folder, folder),
-        ("asd-infer", "generate", "--device", "cpu", "--load", folder, "--prompt-format", "jsonl", "--prompt-file", ids),
-        ("asd-core", "pretrain", "--load", folder, "--data-path", "x", "--seq-length", 8, "--train-iters", 1, "--dry-run"),
-    )  # fmt: skip
+        ("asd-infer", "generate", "--load", folder, "--prompt-format", "jsonl", "--prompt-file", ids),
+        (*pretrain, "--load", folder, "--data-path", "x", "--dry-run"),
+    )
     done = [call(*command) for command in commands]
     assert [one.status for one in done] == [1] * len(done)
     complaints = {one.complaint.partition("is quantised")[2] for one in done}

@@ -142,7 +142,8 @@ def write_bloom_deepspeed(
 
 
 _BLOOM_LAYER: dict[str, Any] = {
-    **{f"{norm}.{kind}": None for norm in ("input_layernorm", "post_attention_layernorm") for kind in ("weight", "bias")},
+    **{f"input_layernorm.{kind}": None for kind in ("weight", "bias")},
+    **{f"post_attention_layernorm.{kind}": None for kind in ("weight", "bias")},
     "self_attention.query_key_value.weight": rows,
     "self_attention.query_key_value.bias": rows,
     "self_attention.dense.weight": columns,

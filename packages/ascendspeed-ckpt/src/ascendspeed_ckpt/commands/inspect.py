@@ -65,7 +65,7 @@ def _show_stored(folder: Path, error: AscendSpeedError, as_json: bool) -> None:
     files = stored_contents(folder) if folder.is_dir() else []
     if not files:
         return
-    described = {
+    described: dict[str, dict[str, Any]] = {
         file.path: {
             "not known": file.error,
             "beside the tensors": list(file.others),

@@ -98,7 +98,7 @@ def _check_angles(
 
 
 def _check_causal(stored: torch.Tensor, config: ModelConfig) -> str:
-    if stored.dim() < 2 or stored.shape[-1] != stored.shape[-2]:
+    if stored.dim() < 2 or stored.shape[-1] != stored.shape[-2] or not stored.numel():
         raise ValueError(f"but has shape {list(stored.shape)}")
     square = stored.reshape(-1, *stored.shape[-2:]).double()
     lower = torch.ones(square.shape[-2:], dtype=torch.float64).tril()
@@ -109,7 +109,8 @@ def _check_causal(stored: torch.Tensor, config: ModelConfig) -> str:
     )
     # The other way round: true where nothing is seen.
     is_turned = not is_added and bool((seen == 0).all()) and bool((hidden == 1).all())
-    if not (is_causal or is_turned) or config.sliding_window is not None:
+    is_windowed = config.sliding_window is not None and config.sliding_window < stored.shape[-1]
+    if not (is_causal or is_turned) or is_windowed:
         raise ValueError("which is not the causal mask that the config means")
     return "the causal mask, which is computed"
 
@@ -130,7 +131,7 @@ DERIVED = (
     DerivedTensor(r"rotary(_pos)?_emb\.(original_)?inv_freq", "rotary frequencies", _check_frequencies),
     DerivedTensor(r"rotary(_pos)?_emb\.cos_cached", "cosines of rotary positions", _check_cosines),
     DerivedTensor(r"rotary(_pos)?_emb\.sin_cached", "sines of rotary positions", _check_sines),
-    DerivedTensor(r"(attn|attention)\.(bias|causal_mask)", "a mask", _check_causal),
+    DerivedTensor(r"(self_)?(attn|attention)\.(bias|causal_mask)", "a mask", _check_causal),
     DerivedTensor(r"(causal|future)_mask", "a mask", _check_causal),
     DerivedTensor(r"masked_bias", "the score of keys that are not seen", _check_masked),
     DerivedTensor(r"position_ids", "positions", _check_positions),

@@ -8,7 +8,7 @@ from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.source import ModelSourceConfig
 from ascendspeed_core.weights.external.deepspeed import LATEST, DeepSpeedPipeSource, step_folder
 from ascendspeed_core.weights.external.deepspeed_ranks import RANK_FILES, ZERO_3, is_deepspeed_ranks
-from ascendspeed_core.weights.external.mp_rank import MpRankSource
+from ascendspeed_core.weights.external.mp_rank import MpRankSource, follows_latest
 from ascendspeed_core.weights.external.mp_rank import iteration_folder as external_iteration_folder
 from ascendspeed_core.weights.external.torch_dist import BACKEND, TorchDistSource
 from ascendspeed_core.weights.huggingface.config import read_model_config
@@ -42,7 +42,7 @@ def detect_kind(path: Path) -> Kind:
         raise CheckpointError(f"checkpoint {path} is a file{_what_file(path)}; name the folder with --load")
     if (path / DESCRIPTION).is_file():
         return "native"
-    if (path / LATEST).is_file() and _is_deepspeed(step_folder(path)):
+    if follows_latest(path) and _is_deepspeed(step_folder(path)):
         return "deepspeed"
     if (path / TRACKER).is_file():
         return _detect_kind_of_run(path)
@@ -57,7 +57,9 @@ def detect_kind(path: Path) -> Kind:
     if any(path.glob("*.gguf")):
         raise CheckpointError(f"checkpoint {path} holds weights{_what_file(next(iter(path.glob('*.gguf'))))}")
     known = "; ".join(f"{kind}: {what}" for kind, what in KNOWN_KINDS.items())
-    raise CheckpointError(f"{path} is not a checkpoint of a known kind ({known}); check --load")
+    raise CheckpointError(
+        f"{path} is not a checkpoint of a known kind ({known}); {_inner_checkpoint(path) or 'check --load'}"
+    )
 
 
 def open_source(source: ModelSourceConfig, seed: int) -> WeightSource:
@@ -125,6 +127,21 @@ def open_weights(
     if source.kind != found:
         raise CheckpointError(f"{path} is a checkpoint of kind {source.kind}, not {found}; leave --from out")
     return source
+
+
+def _inner_checkpoint(path: Path) -> str | None:
+    """Say which folders inside look like checkpoints, where a tracker is missing."""
+    found = sorted(
+        child.name
+        for child in path.iterdir()
+        if child.is_dir()
+        and (
+            any((child / name).is_file() for name in (DESCRIPTION, BACKEND, "config.json"))
+            or any(child.glob("mp_rank_*"))
+            or _is_deepspeed(child)
+        )
+    )
+    return f"name one of the checkpoints in it: {', '.join(found)}" if found else None
 
 
 def _is_deepspeed(folder: Path) -> bool:

@@ -34,7 +34,8 @@ Rank = tuple[int, int]
 
 def is_deepspeed_ranks(folder: Path) -> bool:
     """Tell whether a folder holds such files, with the weights in them."""
-    return any(folder.glob(RANK_FILES)) and not any(folder.glob("layer_*-model_*-model_states.pt"))
+    has_ranks = any(folder.glob(RANK_FILES)) or any(folder.glob(ZERO_3))
+    return has_ranks and not any(folder.glob("layer_*-model_*-model_states.pt"))
 
 
 def open_deepspeed_ranks(folder: Path) -> tuple[dict[Rank, TorchFile], dict[Rank, ModelState]]:
@@ -92,7 +93,7 @@ def _state_of(file: TorchFile) -> ModelState:
 
 
 def _stages(files: Sequence[TorchFile], states: Sequence[ModelState]) -> list[int]:
-    """Return the stage of each file: files of one stage hold the same layers, and stand one behind the other.
+    """Return the stage of each file: files of one stage hold the same layers, and have consecutive numbers.
 
     Raises:
         CheckpointError: stages have different numbers of files, or a layer is missing.

@@ -95,9 +95,10 @@ def resolve_config(
     Raises:
         CheckpointError: nothing describes it, or what describes it contradicts the weights.
     """
-    if sidecar is not None and given is not None:
-        _check_given(facts, sidecar.model, given)
-    config = sidecar.model if sidecar is not None else given or config_beside(facts.folder)
+    recorded = sidecar.model if sidecar is not None else config_beside(facts.folder)
+    if recorded is not None and given is not None:
+        _check_given(facts, recorded, given)
+    config = recorded if sidecar is not None else given or recorded
     if config is None and not isinstance(arguments, Namespace):
         config = fallback_config()
     if config is None and not isinstance(arguments, Namespace):

@@ -175,9 +175,20 @@ def rotary_frequencies(config: ModelConfig) -> torch.Tensor:
 
 def folder_with_ranks(path: Path) -> Path:
     """Return the folder with the files of ranks, which a tracker or DeepSpeed's `latest` names."""
-    if (path / LATEST).is_file() and is_deepspeed_ranks(step_folder(path)):
-        return step_folder(path)
-    return iteration_folder(path)
+    return step_folder(path) if follows_latest(path) else iteration_folder(path)
+
+
+def follows_latest(path: Path) -> bool:
+    """Tell whether `latest` names the checkpoint: there is no tracker, or only one that names no folder here.
+
+    Megatron-DeepSpeed writes both, and the folder under the name that `latest` says.
+    """
+    if not (path / LATEST).is_file():
+        return False
+    tracker = path / TRACKER
+    text = tracker.read_text(encoding="utf-8", errors="replace").strip() if tracker.is_file() else ""
+    name = f"iter_{int(text):07d}" if text.isdecimal() else text
+    return not name or not (path / name).is_dir() or name == step_folder(path).name
 
 
 def _open_states(folder: Path) -> tuple[dict[Rank, TorchFile], dict[Rank, list[ModelState]]]:

@@ -265,6 +265,11 @@ class _Unpickler(pickle.Unpickler):
     def persistent_load(self, pid: Any) -> _Storage:
         """Take note of a storage."""
         kind, dtype, key, _, numel = pid
+        if kind == "storage" and isinstance(dtype, type) and issubclass(dtype, InertObject):
+            raise CheckpointError(
+                f"{self._path} holds tensors of {dtype.__module__}.{dtype.__name__}, a format that is not one of "
+                "weights; quantised weights are not read, use the folder that they were made from"
+            )
         if kind != "storage" or not isinstance(dtype, torch.dtype):
             raise CheckpointError(f"{self._path} refers to {kind!r} outside of itself; refused")
         return _Storage(str(key), dtype, int(numel))
