@@ -1,7 +1,9 @@
 """Checkpoints of other programs as they lie on disk: DeepSpeed's files of 2023, and files without usable arguments."""
 
+import io
 import json
 import random
+import shutil
 import sys
 import types
 from argparse import Namespace
@@ -227,3 +229,56 @@ def test_a_config_that_contradicts_the_files_is_refused(
         wrong,
     )
     assert wrong == 0
+
+
+def test_what_stands_between_the_weights_is_named(
+    models: dict[str, tuple[Path, Any]], tmp_path: Path
+) -> None:
+    folder, _ = models["LLaMA"]
+    written = write_llama(tmp_path / "there", load_file(folder / "model.safetensors"), 8, 3)
+    config = read_model_config(folder / "config.json")
+    path = written / "release" / "mp_rank_00" / "model_optim_rng.pt"
+    content = torch.load(path)
+    name = "language_model.layers.0.attention"
+    content["model"] |= {
+        f"{name}._extra_state": io.BytesIO(b"x"),
+        f"{name}.steps": 7,
+        f"{name}.nothing": None,
+    }
+    content["model"][f"{name}.attn.bias"] = torch.ones(1, 1, 6, 6).tril()
+    torch.save(content, path)
+    left = {str(one) for one in open_weights(written, config=config).left_out()}
+    assert f"{name}._extra_state (Transformer Engine's history of fp8 scales, not a weight)" in left
+    assert f"{name}.steps (7, which is no tensor)" in left
+    assert f"{name}.attn.bias (the causal mask, which is computed)" in left
+    for wrong, complaint in (
+        (strange(), rf"{name}\.scale is an object of someones_own_code\.Settings"),
+        (torch.ones(2), rf"holds 1 tensors that the model does not have, first {name}\.scale"),
+    ):
+        torch.save(content | {"model": content["model"] | {f"{name}.scale": wrong}}, path)
+        with pytest.raises(CheckpointError, match=complaint):
+            open_weights(written, config=config)
+    content["model"]["language_model.layers.0.mlp.up_proj.weight"] = torch.ones(48, 32, dtype=torch.int8)
+    torch.save(content, path)
+    with pytest.raises(CheckpointError, match=r"up_proj\.weight is stored as int8.*quantised"):
+        open_weights(written, config=config)
+
+
+def test_files_that_are_no_folder_and_folders_without_a_tracker(
+    models: dict[str, tuple[Path, Any]], tmp_path: Path
+) -> None:
+    folder, _ = models["LLaMA"]
+    with pytest.raises(CheckpointError, match="is a file, not a checkpoint's folder; name the folder"):
+        open_weights(folder / "model.safetensors")
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    with pytest.raises(CheckpointError, match=r"GGUF of llama\.cpp, which is not read"):
+        open_weights(tmp_path)
+    written = write_llama(tmp_path / "there", load_file(folder / "model.safetensors"), 8, 3)
+    (written / "latest_checkpointed_iteration.txt").unlink()
+    with pytest.raises(CheckpointError, match="name one of the checkpoints in it: release"):
+        open_weights(written)
+    weights = load_file(folder / "model.safetensors")
+    both = write_llama(tmp_path / "both", weights, 8, 3)
+    shutil.copytree(write_llama(tmp_path / "ds", weights, 8, 3, deepspeed=True), both, dirs_exist_ok=True)
+    with pytest.raises(CheckpointError, match="holds two checkpoints"):
+        open_weights(both, config=read_model_config(folder / "config.json"))
