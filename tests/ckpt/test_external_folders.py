@@ -147,7 +147,7 @@ def test_every_command_takes_such_a_folder(tmp_path: Path, tokenizer_folder: Pat
     assert (found.status, found.stdout) == (0, want.stdout), found.stderr
     plan = call(
         "asd-core", "pretrain", "--device", "cpu", "--load", written, "--model-config", config, "--data-path", dataset,
-        "--seq-length", 16, "--train-iters", 1, "--dry-run",
+        "--split", "100,0,0", "--seq-length", 16, "--train-iters", 1, "--dry-run",
     )  # fmt: skip
     assert plan.status == 0, plan.stderr
     lacking = call("asd-infer", "generate", "--load", written, *flags)

@@ -24,6 +24,7 @@ SIZES = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 32, "initializer_range": 0.2,
 }  # fmt: skip
+BLOOM_SIZES = {"vocab_size": 64, "hidden_size": 32, "n_layer": 2, "n_head": 4, "seq_length": 32}
 CLASSES = {
     "llama": ("LlamaConfig", "LlamaForCausalLM"),
     "mistral": ("MistralConfig", "MistralForCausalLM"),
@@ -45,8 +46,8 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for family, (config_name, model_name) in CLASSES.items():
         for tied in (False, True):
             torch.manual_seed(len(family) + tied)
-            sizes = SIZES | ({"n_layer": 2, "n_head": 4, "seq_length": 32} if family == "bloom" else {})
-            sizes |= {"head_dim": 8} if family == "qwen3" else {}
+            sizes = BLOOM_SIZES if family == "bloom" else SIZES
+            sizes = sizes | ({"head_dim": 8} if family == "qwen3" else {})
             config = getattr(transformers, config_name)(**sizes, tie_word_embeddings=tied)
             model = getattr(transformers, model_name)(config)
             for parameter in model.parameters():

@@ -94,10 +94,14 @@ def first_different_row(a: ReadableTensor, b: ReadableTensor) -> int | None:
 
 def _same_numbers(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Compare values, whatever format they have; not-a-number at the same place is no difference."""
-    if a.dtype == b.dtype and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)):
+    if a.dtype == b.dtype and torch.equal(_flat_bytes(a), _flat_bytes(b)):
         return True
     x, y = a.double(), b.double()
     return bool(((x == y) | (x.isnan() & y.isnan())).all())
+
+
+def _flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:

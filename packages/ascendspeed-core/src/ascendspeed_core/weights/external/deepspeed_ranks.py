@@ -52,6 +52,10 @@ def open_deepspeed_ranks(folder: Path) -> tuple[dict[Rank, TorchFile], dict[Rank
             f"{folder} holds the weights in shares of ZeRO-3 ({ZERO_3}), which are not read; join them with the "
             f"zero_to_fp32.py that DeepSpeed wrote beside: python zero_to_fp32.py {folder.parent} OUT"
         )
+    if any(path.is_dir() for path in folder.glob("mp_rank_*")):
+        raise CheckpointError(
+            f"{folder} holds two checkpoints, folders mp_rank_* and files {RANK_FILES}; move one of them elsewhere"
+        )
     names = {
         int(match[1]): path.name for path in folder.iterdir() if (match := RANK_FILE.fullmatch(path.name))
     }
