@@ -36,11 +36,13 @@ def open_weight_files(folder: Path) -> dict[str, StoredTensor]:
     Raises:
         CheckpointError: there are none, one is missing or damaged, or two files hold different tensors of a name.
     """
-    files, index = _files_to_read(folder)
+    files, index, index_name = _files_to_read(folder)
     others = sorted(
         path.name
         for path in folder.iterdir()
-        if path not in files and (_PART.fullmatch(path.name) or path.name in _whole_names())
+        if path not in files
+        and path.name != index_name
+        and (_PART.fullmatch(path.name) or path.name in _whole_names())
     )
     if others:
         announce(f"{folder}: read are {_shown(files)}; not read: {', '.join(others)}")
@@ -59,16 +61,17 @@ def open_weight_files(folder: Path) -> dict[str, StoredTensor]:
     return found
 
 
-def _files_to_read(folder: Path) -> tuple[list[Path], Mapping[str, Path]]:
-    """Return the weight files in order, and what an index says: the file of each tensor."""
+def _files_to_read(folder: Path) -> tuple[list[Path], Mapping[str, Path], str | None]:
+    """Return the weight files in order, and what an index says: the file of each tensor; and the index's name."""
     for stem, ending in FORMATS:
         if (folder / f"{stem}.{ending}").is_file():
-            return [inside(folder, f"{stem}.{ending}")], {}
+            return [inside(folder, f"{stem}.{ending}")], {}, None
         if (folder / f"{stem}.{ending}.index.json").is_file():
-            return _indexed(folder, f"{stem}.{ending}.index.json")
+            name = f"{stem}.{ending}.index.json"
+            return *_indexed(folder, name), name
         parts = _parts_without_index(folder, stem, ending)
         if parts:
-            return parts, {}
+            return parts, {}, None
     for name, what in OTHER_WEIGHTS.items():
         if (folder / name).is_file():
             raise CheckpointError(f"{folder} has no weights that are read, only {name}: {what}")
@@ -106,7 +109,7 @@ def _parts_without_index(folder: Path, stem: str, ending: str) -> list[Path]:
 
 
 def _whole_names() -> Sequence[str]:
-    return [f"{stem}.{ending}" for stem, ending in FORMATS]
+    return [f"{stem}.{ending}{more}" for stem, ending in FORMATS for more in ("", ".index.json")]
 
 
 def _shown(files: Sequence[Path]) -> str:
