@@ -184,7 +184,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "a tensor too many": (add_tensor, "holds 1 tensors that llama does not have, first model.layers.9.extra"),
     "a path that leads out": (lead_out, "outside the folder; refused"),
     "code among the weights": (code_in_weights, "which no checkpoint needs; refused, nothing of it was run"),
-    "another architecture": (lambda f: (f / "config.json").write_text("{}"), "names neither architectures nor model_type"),
+    "no architecture": (lambda f: (f / "config.json").write_text("{}"), "names neither architectures nor"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "no weights (model.safetensors"),
     "a config that is none": (lambda f: (f / "config.json").write_text("{"), "is not JSON"),
 }  # fmt: skip
