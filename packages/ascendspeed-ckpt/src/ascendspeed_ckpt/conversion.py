@@ -22,6 +22,7 @@ from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.models.families.config_rules import end_ids, written_end_ids
 from ascendspeed_core.weights import NativeSource, WeightSource, open_weights, stored_source
 from ascendspeed_core.weights.files.json_file import read_json
+from ascendspeed_core.weights.source import LeftOut
 from ascendspeed_core.weights.stream import SLAB_BYTES
 from ascendspeed_data.command_line import Progress, log
 from ascendspeed_data.errors import AscendSpeedError
@@ -77,7 +78,9 @@ class Verdict:
     """What a conversion did and proved.
 
     Attributes:
-        num_tensors: tensors of the model; each was read once and written once.
+        num_tensors: tensors of the model; each was read once, written once and compared.
+        num_compared_bytes: bytes of these tensors.
+        left_out: tensors of the input that are no weights of the model, with the reason for each.
         num_bytes: bytes of tensors written, with copies and padding.
         seconds: from the first read until all bytes are on the disk, without checks.
         flush_seconds: the part of `seconds` that flushing to the disk took.
@@ -88,6 +91,8 @@ class Verdict:
     """
 
     num_tensors: int
+    num_compared_bytes: int
+    left_out: tuple[LeftOut, ...]
     num_bytes: int
     seconds: float
     flush_seconds: float
@@ -131,6 +136,8 @@ def convert(conversion: Conversion) -> Verdict:
         _rename(scratch, target)
     return Verdict(
         comparison.num_tensors,
+        comparison.num_bytes,
+        tuple(source.left_out()),
         num_bytes,
         flushed - started,
         flushed - written,
