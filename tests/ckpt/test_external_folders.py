@@ -282,3 +282,32 @@ def test_files_that_are_no_folder_and_folders_without_a_tracker(
     shutil.copytree(write_llama(tmp_path / "ds", weights, 8, 3, deepspeed=True), both, dirs_exist_ok=True)
     with pytest.raises(CheckpointError, match="holds two checkpoints"):
         open_weights(both, config=read_model_config(folder / "config.json"))
+
+
+@pytest.mark.parametrize("to", ["huggingface", "native"])
+def test_what_is_said_of_a_folder_that_says_itself_what_it_is_is_compared(
+    models: dict[str, tuple[Path, Any]], tmp_path: Path, to: Any
+) -> None:
+    folder, _ = models["LLaMA"]
+    there = tmp_path / "there"
+    convert(Conversion(open_weights(folder), there, to, verify_logits=False, workers=1))
+    config = read_model_config(folder / "config.json")
+    assert open_weights(there, config=config, vocab_size=config.vocab_size).config == config
+    for change in (
+        {"rotary_base": 5e5},
+        {"num_layers": 2},
+        {"tie_word_embeddings": True},
+        {"vocab_size": 64},
+    ):
+        with pytest.raises(CheckpointError, match=rf"the config given says {next(iter(change))}="):
+            open_weights(there, config=config.model_copy(update=change))
+    with pytest.raises(CheckpointError, match="orig_vocab_size=64 contradicts"):
+        open_weights(there, vocab_size=64)
+    (tmp_path / "other.json").write_text(
+        json.dumps(json.loads((folder / "config.json").read_text()) | {"rms_norm_eps": 0.5})
+    )
+    for flags in (("--model-config", tmp_path / "other.json"), ("--orig-vocab-size", 64)):
+        done = call("asd-ckpt", "convert", "--load", there, "--save", tmp_path / "new", *flags)
+        assert done.status == 1
+        assert not (tmp_path / "new").exists()
+        assert f"leave {flags[0]} out" in done.complaint

@@ -266,6 +266,19 @@ def test_a_special_token_without_id_gets_the_next_one(
     assert "'<|end|>' has no id in the files; it gets the next one, 400" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["LlamaTokenizerFast", "GemmaTokenizer", "ChatGLMTokenizer", None])
+def test_a_class_that_is_not_known_is_named(
+    tmp_path: Path, tokenizer_folder: Path, capsys: pytest.CaptureFixture[str], name: str | None
+) -> None:
+    """Such a class may add tokens that stand in no file."""
+    shutil.copy(tokenizer_folder / "tokenizer.model", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name}))
+    load_tokenizer(tmp_path)
+    said = capsys.readouterr().err
+    assert ("tokenizer_class=ChatGLMTokenizer is not known" in said) == (name == "ChatGLMTokenizer")
+    assert len(said.splitlines()) == (name == "ChatGLMTokenizer")
+
+
 def test_ids_outside_the_vocabulary_have_no_text(tmp_path: Path, tokenizer_folder: Path) -> None:
     ours = load_tokenizer(chat_folder(tmp_path / "chat", tokenizer_folder, {}))
     ids = ours.encode("the man", add_special_tokens=False)

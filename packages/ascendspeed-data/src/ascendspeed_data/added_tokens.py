@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ascendspeed_data.command_line import log
+from ascendspeed_data.command_line import announce
 from ascendspeed_data.errors import DataError
 from ascendspeed_data.tokenizer_config import (
     ADDED_FILE,
@@ -93,7 +93,7 @@ def resolve_added_tokens(
             )
         ids[record.content] = number
         if number < len(pieces) and pieces[number] != record.content:
-            log(
+            announce(
                 f"{files.folder}: id {number} is {record.content!r} in {_sources(files)} and {pieces[number]!r} in the "
                 "model; both texts have this id"
             )
@@ -112,7 +112,9 @@ def resolve_added_tokens(
                 f"{found[number].content!r}; give it an id in {ADDED_FILE}"
             )
         if record.content not in own:
-            log(f"{files.folder}: {record.content!r} has no id in the files; it gets the next one, {number}")
+            announce(
+                f"{files.folder}: {record.content!r} has no id in the files; it gets the next one, {number}"
+            )
             next_id += 1
         ids[record.content] = number
         found[number] = _added(record, number, True)
@@ -136,7 +138,7 @@ def tokens_beside_json(
 def _log_unknown_names(files: TokenizerFiles, known: set[str]) -> None:
     for name, content in files.config.unknown_names().items():
         if content not in known:
-            log(f"{files.folder}: {name}={content!r} of {CONFIG_FILE} has no id and is not used")
+            announce(f"{files.folder}: {name}={content!r} of {CONFIG_FILE} has no id and is not used")
 
 
 def _added(record: TokenRecord, number: int, named: bool) -> AddedToken:
@@ -221,7 +223,7 @@ def _check_unread(files: TokenizerFiles, own: dict[str, int], config: dict[str, 
         if _content(record) not in (None, _content(config.get(name))):
             if _content(record) not in known:
                 raise DataError(_missing(files, f"{name}={_content(record)!r}"))
-            log(
+            announce(
                 f"{files.folder}: {name} of {MAP_FILE} is not used; with added_tokens_decoder that of {CONFIG_FILE} "
                 "counts"
             )

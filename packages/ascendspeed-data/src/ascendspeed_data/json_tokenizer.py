@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ascendspeed_data.added_tokens import TextPart, tokens_beside_json
-from ascendspeed_data.command_line import log
+from ascendspeed_data.command_line import announce
 from ascendspeed_data.errors import DataError
 from ascendspeed_data.token_batch import TokenBatch
 from ascendspeed_data.tokenizer_config import CONFIG_FILE, TokenizerFiles, TokenRecord
@@ -82,7 +82,7 @@ class JsonTokenizer:
         for record in special:
             if record.content not in vocabulary and record.content not in stated:
                 next_id = self._tokenizer.token_to_id(record.content)
-                log(
+                announce(
                     f"{self.path}: {record.content!r} has no id in the files; it gets the next one, {next_id}"
                 )
         return {

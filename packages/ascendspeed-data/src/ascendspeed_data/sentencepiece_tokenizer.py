@@ -16,12 +16,19 @@ from ascendspeed_data.added_tokens import (
     added_tokens_of_json,
     resolve_added_tokens,
 )
+from ascendspeed_data.command_line import announce
 from ascendspeed_data.errors import DataError
 from ascendspeed_data.token_batch import TokenBatch
 from ascendspeed_data.tokenizer_config import CONFIG_FILE, TokenizerFiles, read_json
 
 SPACE = "▁"
 """How SentencePiece writes a space."""
+
+CLASSES = (
+    "LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "LLaMATokenizer", "BaichuanTokenizer",
+    "InternLMTokenizer", "PreTrainedTokenizer", "TokenizersBackend", "SentencePieceBackend",
+)  # fmt: skip
+"""Classes of transformers, with or without `Fast`, that give the ids of their SentencePiece model."""
 
 _WITHOUT_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 """`normalizer_spec { add_dummy_prefix: false }`; protobuf merges what follows a message into it."""
@@ -46,6 +53,11 @@ class SentencePieceTokenizer:
         if config.sp_model_kwargs:
             raise DataError(
                 f"{path / CONFIG_FILE}: sp_model_kwargs={config.sp_model_kwargs} is not supported; delete the key"
+            )
+        if config.tokenizer_class is not None and config.tokenizer_class.removesuffix("Fast") not in CLASSES:
+            announce(
+                f"{path / CONFIG_FILE}: tokenizer_class={config.tokenizer_class} is not known; the ids are those of "
+                f"{model_file.name} and of the tokens in the files beside it"
             )
         content = model_file.read_bytes()
         try:

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
 
-from ascendspeed_data.command_line import log
+from ascendspeed_data.command_line import announce
 from ascendspeed_data.errors import DataError
 
 CONFIG_FILE, MAP_FILE, ADDED_FILE = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
@@ -140,7 +140,7 @@ class TokenizerFiles:
         content = read_json(folder / CONFIG_FILE)
         config = _parse(TokenizerConfig, content, folder / CONFIG_FILE)
         if config.tokenizer_class == "LLaMATokenizer":
-            log(f"{folder / CONFIG_FILE} names LLaMATokenizer, an old name of LlamaTokenizer")
+            announce(f"{folder / CONFIG_FILE} names LLaMATokenizer, an old name of LlamaTokenizer")
         if config.split_special_tokens:
             raise DataError(
                 f"{folder / CONFIG_FILE}: split_special_tokens=true is not supported; special tokens of a text always "

@@ -8,6 +8,7 @@ from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.source import ModelSourceConfig
 from ascendspeed_core.weights.external.deepspeed import LATEST, DeepSpeedPipeSource, step_folder
 from ascendspeed_core.weights.external.deepspeed_ranks import RANK_FILES, ZERO_3, is_deepspeed_ranks
+from ascendspeed_core.weights.external.megatron_args import check_given
 from ascendspeed_core.weights.external.mp_rank import MpRankSource, follows_latest
 from ascendspeed_core.weights.external.mp_rank import iteration_folder as external_iteration_folder
 from ascendspeed_core.weights.external.torch_dist import BACKEND, TorchDistSource
@@ -101,7 +102,7 @@ def open_weights(
     Args:
         path: folder of the checkpoint.
         kind: its kind; by default it is detected.
-        config: the architecture, for external checkpoints that do not include it.
+        config: the architecture, for external checkpoints that do not include it; of others it is compared.
         vocab_size: vocabulary size without padding, for external checkpoints that do not record it.
         fallback_config: called for the architecture when neither the checkpoint nor `config` gives it.
 
@@ -115,18 +116,35 @@ def open_weights(
             f"from={kind} is unknown; known: {', '.join(get_args(Kind))}{did_you_mean(kind, get_args(Kind))}"
         )
     found = detect_kind(path) if kind is None else kind
-    if found == "native":
-        return NativeSource(path)
-    if found == "huggingface":
-        return HuggingFaceSource(path)
-    if found == "torch_dist":
-        return TorchDistSource(path, config, vocab_size, fallback_config)
-    if found == "deepspeed" and not is_deepspeed_ranks(step_folder(path)):
-        return DeepSpeedPipeSource(path, config, fallback_config)
-    source = MpRankSource(path, config, vocab_size, fallback_config)
+    source = _open_kind(path, found, config, vocab_size, fallback_config)
     if source.kind != found:
         raise CheckpointError(f"{path} is a checkpoint of kind {source.kind}, not {found}; leave --from out")
+    if config is not None and found in ("native", "huggingface"):
+        check_given(path, source.config, config)
+    if vocab_size not in (None, source.config.vocab_size):
+        raise CheckpointError(
+            f"{path}: orig_vocab_size={vocab_size} contradicts the checkpoint, which has vocab_size="
+            f"{source.config.vocab_size}; leave --orig-vocab-size out"
+        )
     return source
+
+
+def _open_kind(
+    path: Path,
+    kind: Kind,
+    config: ModelConfig | None,
+    vocab_size: int | None,
+    fallback_config: Callable[[], ModelConfig | None],
+) -> WeightSource:
+    if kind == "native":
+        return NativeSource(path)
+    if kind == "huggingface":
+        return HuggingFaceSource(path)
+    if kind == "torch_dist":
+        return TorchDistSource(path, config, vocab_size, fallback_config)
+    if kind == "deepspeed" and not is_deepspeed_ranks(step_folder(path)):
+        return DeepSpeedPipeSource(path, config, fallback_config)
+    return MpRankSource(path, config, vocab_size, fallback_config)
 
 
 def _inner_checkpoint(path: Path) -> str | None:

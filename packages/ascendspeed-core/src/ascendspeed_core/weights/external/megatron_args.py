@@ -97,7 +97,7 @@ def resolve_config(
     """
     recorded = sidecar.model if sidecar is not None else config_beside(facts.folder)
     if recorded is not None and given is not None:
-        _check_given(facts, recorded, given)
+        check_given(facts.folder, recorded, given)
     config = recorded if sidecar is not None else given or recorded
     if config is None and not isinstance(arguments, Namespace):
         config = fallback_config()
@@ -170,8 +170,8 @@ def _class(value: Any) -> str:
     return f"{type(value).__module__}.{type(value).__name__}"
 
 
-def _check_given(facts: CheckpointFacts, recorded: ModelConfig, given: ModelConfig) -> None:
-    """Raise when a config that a user names is not that of the model that was written."""
+def check_given(folder: Path, recorded: ModelConfig, given: ModelConfig) -> None:
+    """Raise `CheckpointError` when a config that a user names is not that of the model that was written."""
     ours, theirs = recorded.model_dump(), given.model_dump()
     different = [
         f"{name}={theirs[name]!r} (recorded: {ours[name]!r})"
@@ -180,7 +180,7 @@ def _check_given(facts: CheckpointFacts, recorded: ModelConfig, given: ModelConf
     ]
     if different:
         raise CheckpointError(
-            f"{facts.folder}: the config given says {', '.join(different)}; leave --model-config out, the checkpoint "
+            f"{folder}: the config given says {', '.join(different)}; leave --model-config out, the checkpoint "
             "records its own"
         )
 
