@@ -96,12 +96,13 @@ class JsonTokenizer:
         transformers 4 followed the config for some classes, transformers 5 follows `tokenizer.json`.
         """
         config = files.config
-        ends_with_eos = self.eos_id is not None and self.suffix_ids[-1:] == [self.eos_id]
-        spaces = _prefix_spaces(json.loads(self._content))
+        # Without a named token, whatever the post-processor adds is taken for it.
+        begin = [self.bos_id] if self.bos_id is not None else self.prefix_ids[:1]
+        end = [self.eos_id] if self.eos_id is not None else self.suffix_ids[-1:]
         for key, stated, found in (
-            ("add_bos_token", config.add_bos_token, {self.add_bos}),
-            ("add_eos_token", config.add_eos_token, {ends_with_eos}),
-            ("add_prefix_space", config.add_prefix_space, spaces),
+            ("add_bos_token", config.add_bos_token, {bool(begin) and self.prefix_ids[:1] == begin}),
+            ("add_eos_token", config.add_eos_token, {bool(end) and self.suffix_ids[-1:] == end}),
+            ("add_prefix_space", config.add_prefix_space, _prefix_spaces(json.loads(self._content))),
         ):
             if stated is not None and found and stated not in found:
                 raise DataError(

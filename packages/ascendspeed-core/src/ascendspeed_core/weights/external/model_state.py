@@ -10,6 +10,7 @@ from ascendspeed_core.weights.source import CheckpointError
 
 EXTRA_STATE = "_extra_state"
 """Under which Transformer Engine keeps its history of fp8 scales; weights beside it are plain numbers."""
+EXTRA_STATE_REASON = "Transformer Engine's history of fp8 scales, not a weight"
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,7 @@ def _collect(content: Any, name: str, path: Path, state: ModelState) -> None:
             _collect(value, f"{name}.{key}" if name else str(key), path, state)
     elif name.endswith(EXTRA_STATE):
         is_empty = content is None or (isinstance(content, StoredTensor) and 0 in content.info.shape)
-        state.left_out[name] = (
-            "empty" if is_empty else "Transformer Engine's history of fp8 scales, not a weight"
-        )
+        state.left_out[name] = "empty" if is_empty else EXTRA_STATE_REASON
     elif isinstance(content, StoredTensor):
         state.tensors[name] = content
     elif isinstance(content, InertObject):

@@ -21,6 +21,7 @@ import torch
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.weights.derived_tensors import derived_reason
 from ascendspeed_core.weights.external.megatron_args import CheckpointFacts, read_arguments, resolve_config
+from ascendspeed_core.weights.external.model_state import EXTRA_STATE, EXTRA_STATE_REASON
 from ascendspeed_core.weights.external.mp_rank import iteration_folder
 from ascendspeed_core.weights.external.name_maps import megatron
 from ascendspeed_core.weights.external.sharded_tensors import ShardedTensors
@@ -114,6 +115,8 @@ class TorchDistSource(ExternalSource):
                 )
             self._sharded.add(f"{self.folder}: {packed.key}", packed, found.pop(packed.key))
         self._note_left_out(found)
+        states = {name.partition("/")[0] for name in self.stored.objects() if EXTRA_STATE in name}
+        self._left_out |= dict.fromkeys(sorted(states), EXTRA_STATE_REASON)
         if found:
             raise CheckpointError(
                 f"{self.folder} holds {len(found)} tensors that the model does not have, first {min(found)}"
@@ -138,8 +141,10 @@ class TorchDistSource(ExternalSource):
 
     def other_contents(self) -> list[str]:
         """Name what is stored beside the weights of the model."""
-        kinds = {"optimizer" for name in self.stored.names() if name.startswith(_OPTIMIZER)}
-        return sorted(kinds)
+        objects = [name for name in self.stored.objects() if EXTRA_STATE not in name]
+        optimizer = {name for name in (*self.stored.names(), *objects) if name.startswith(_OPTIMIZER)}
+        others = {name.partition("/")[0] for name in objects if name not in optimizer}
+        return sorted(others | ({"optimizer"} if optimizer else set()))
 
     def check(self) -> bool:
         """Read everything once and compare the checksums."""
