@@ -143,7 +143,8 @@ def test_we_read_what_megatron_core_wrote(
     if kind == "mp_rank":
         assert source.other_contents() == ["optimizer"]
     else:
-        metadata = FileSystemReader(folder / "written/torch_dist/iter_0000007").read_metadata()
+        (place,) = (folder / "written" / kind).rglob(".metadata")
+        metadata = FileSystemReader(place.parent).read_metadata()
         objects = {
             name.partition("/")[0]
             for name, stored in metadata.state_dict_metadata.items()

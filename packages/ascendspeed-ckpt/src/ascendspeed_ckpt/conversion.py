@@ -18,8 +18,7 @@ from ascendspeed_ckpt.writers.mp_rank import write_mp_rank
 from ascendspeed_ckpt.writers.native import write_native
 from ascendspeed_ckpt.writers.torch_dist import write_torch_dist
 from ascendspeed_ckpt.writers.write_plan import WritePlan
-from ascendspeed_core.config.model import ModelConfig
-from ascendspeed_core.models.families.config_rules import end_ids, written_end_ids
+from ascendspeed_core.models.families.config_rules import written_end_ids
 from ascendspeed_core.weights import NativeSource, WeightSource, open_weights, stored_source
 from ascendspeed_core.weights.files.json_file import read_json
 from ascendspeed_core.weights.source import LeftOut
@@ -240,20 +239,20 @@ def _copy_texts(conversion: Conversion, source: WeightSource, folder: Path) -> N
     elif not copy_tokenizer(tokenizer, to):
         raise AscendSpeedError(f"{tokenizer} holds no tokenizer file; check --tokenizer-name-or-path")
     if source.path is not None and (source.path / GENERATION).is_file():
-        _copy_generation_config(source.path / GENERATION, folder / GENERATION, source.config)
+        _copy_generation_config(source, source.path / GENERATION, folder / GENERATION)
 
 
-def _copy_generation_config(path: Path, target: Path, config: ModelConfig) -> None:
-    """Copy a generation config, with other ids that begin and end a text if the conversion changes them."""
+def _copy_generation_config(source: WeightSource, path: Path, target: Path) -> None:
+    """Copy a generation config, with the ids that begin and end a text where the conversion changes them."""
     shutil.copyfile(path, target)
-    content = read_json(path)
+    before, after = stored_source(source).config, source.config
     changed: dict[str, Any] = {}
-    if content.get("bos_token_id") not in (None, config.bos_token_id):
-        changed["bos_token_id"] = config.bos_token_id
-    if end_ids(content.get("eos_token_id")) not in ((), config.eos_token_ids):
-        changed["eos_token_id"] = written_end_ids(config)
+    if after.bos_token_id != before.bos_token_id:
+        changed["bos_token_id"] = after.bos_token_id
+    if after.eos_token_ids != before.eos_token_ids:
+        changed["eos_token_id"] = written_end_ids(after)
     if changed:
-        target.write_text(json.dumps(content | changed, indent=2) + "\n", encoding="utf-8")
+        target.write_text(json.dumps(read_json(path) | changed, indent=2) + "\n", encoding="utf-8")
 
 
 def _verify(conversion: Conversion, source: WeightSource, folder: Path) -> tuple[Comparison, tuple[str, ...]]:
