@@ -8,6 +8,8 @@ from typing import Any, cast
 
 import pytest
 import torch
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from ascendspeed_ckpt import Conversion, convert
 from ascendspeed_ckpt.writers.write_plan import WritePlan
@@ -140,6 +142,17 @@ def test_we_read_what_megatron_core_wrote(
         assert torch.equal(source.read("layers.2.mlp.up_proj.weight")[rank * half :][:half], up)
     if kind == "mp_rank":
         assert source.other_contents() == ["optimizer"]
+    else:
+        (place,) = (folder / "written" / kind).rglob(".metadata")
+        metadata = FileSystemReader(place.parent).read_metadata()
+        objects = {
+            name.partition("/")[0]
+            for name, stored in metadata.state_dict_metadata.items()
+            if isinstance(stored, BytesStorageMetadata)
+        }
+        named = {name for left in source.left_out() for name in left.names}
+        assert objects
+        assert objects <= {*named, *source.other_contents()}
 
 
 def test_both_of_its_layouts_are_one_model(folder: Path) -> None:

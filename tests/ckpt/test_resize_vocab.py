@@ -1,6 +1,7 @@
 """Merged adapters equal peft's, however the base is kept and cut; vocabularies grow and shrink by their rule."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -194,3 +195,29 @@ def test_shrinking_to_a_tokenizer(tmp_path: Path, tokenizer_folder: Path) -> Non
     assert done.status == 0, done.stderr
     small, before = (load_file(f / "model.safetensors") for f in (tmp_path / "small", tmp_path / "hf"))
     assert torch.equal(small["lm_head.weight"], before["lm_head.weight"][:400])
+
+
+@pytest.mark.parametrize(
+    ("ends", "written"),
+    [((2,), [2, 401]), ((450,), 401), ((401, 2), [401, 2]), ((5, 450, 401), 401), ((), 401)],
+)
+def test_ids_that_begin_and_end_a_text_are_those_of_the_tokenizer(
+    tmp_path: Path, tokenizer_folder: Path, ends: tuple[int, ...], written: int | list[int]
+) -> None:
+    """450 is no id any more, 5 is an ordinary piece, and 401 the tokenizer's end of a text."""
+    save_hugging_face(tiny_config(vocab_size=500, bos_token_id=450, eos_token_ids=ends), tmp_path / "hf")
+    shutil.copytree(tokenizer_folder, tmp_path / "tokenizer")
+    (tmp_path / "tokenizer" / "added_tokens.json").write_text(
+        json.dumps({"<|im_start|>": 400, "<|im_end|>": 401})
+    )
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        path = tmp_path / "tokenizer" / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": "<|im_end|>"}))
+    done = call("asd-ckpt", "convert", "--load", tmp_path / "hf", "--save", tmp_path / "small", "--to", "hf",
+                "--resize-vocab-to", tmp_path / "tokenizer")  # fmt: skip
+    assert done.status == 0, done.stderr
+    for name in ("config.json", "generation_config.json"):
+        content = json.loads((tmp_path / "small" / name).read_text())
+        assert (content["bos_token_id"], content["eos_token_id"]) == (1, written)
+    assert "bos_token_id: 450 -> 1, by the tokenizer" in done.stderr
+    assert ("eos_token_ids" in done.stderr) == (ends != (401, 2))

@@ -73,7 +73,8 @@ def test_what_is_wrong_in_a_recipe(recipe: Path, line: str, complaint: str) -> N
 @pytest.mark.parametrize(
     ("given", "complaint"),
     [
-        ({"load": "a"}, "both of --load and --model-config given"),
+        ({"model_config_file": None, "load": "a", "orig_vocab_size": 0}, "orig_vocab_size=0"),
+        ({"orig_vocab_size": 5}, "but no --load was given"),
         ({"model_config_file": None}, "neither of --load and --model-config given"),
         ({"seq_length": 0}, "seq_length=0"),
         ({"min_lr": 1.0}, r"min_lr=1.0 is above lr=0.001"),

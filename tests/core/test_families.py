@@ -260,7 +260,7 @@ def test_bloom_without_its_head_has_shorter_names(
     folder, model = folders["Bloom"]
     model.transformer.save_pretrained(tmp_path)
     source, whole = open_weights(tmp_path), open_weights(folder)
-    assert not any(name.startswith("transformer.") for name in source._file_of_tensor)  # type: ignore[union-attr]
+    assert not any(name.startswith("transformer.") for name in source._stored)  # type: ignore[union-attr]
     assert source.tensors() == whole.tensors()
     assert all(torch.equal(source.read(name), whole.read(name)) for name in whole.tensors())
 

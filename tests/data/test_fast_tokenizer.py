@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,8 @@ from ascendspeed_data.fast_tokenizer import (
     gigatoken_json,
     spot_check,
 )
-from ascendspeed_data.tokenizer import TokenBatch, load_tokenizer
+from ascendspeed_data.token_batch import TokenBatch
+from ascendspeed_data.tokenizer import load_tokenizer
 from support.commands import call, environment
 from support.corpus import make_texts, write_json_lines
 from support.shared_data import SHARED_DATA, TOKENIZERS, needs_shared_data
@@ -50,6 +52,24 @@ def test_llama_uses_gigatoken_with_the_ids_of_sentencepiece() -> None:
     texts = odd_texts(5000)
     batch = choice.encoder_of(tokenizer).encode_without_special_tokens(texts)
     assert [ids.tolist() for ids in batch.split()] == [model.encode(text) for text in texts]
+
+
+@needs_gigatoken
+@needs_shared_data
+@pytest.mark.parametrize("legacy", [True, False])
+def test_texts_with_added_tokens_have_the_ids_of_the_tokenizer(tmp_path: Path, legacy: bool) -> None:
+    shutil.copy(TOKENIZERS / "llama" / "tokenizer.model", tmp_path)
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|im_start|>": 32000, "<the>": 32001}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"legacy": legacy}))
+    tokenizer = load_tokenizer(tmp_path)
+    choice = choose_encoder(tokenizer, "PretrainedFromHF", True, make_texts(20))
+    assert choice.name.startswith("gigatoken")
+    draw = random.Random(3)
+    texts = [text + draw.choice(("", "<|im_start|>", " <the> ", "\0")) + text for text in odd_texts(1000)]
+    batch = choice.encoder_of(tokenizer).encode_without_special_tokens(texts)
+    assert [ids.tolist() for ids in batch.split()] == [
+        tokenizer.encode(text, add_special_tokens=False) for text in texts
+    ]
 
 
 @needs_gigatoken

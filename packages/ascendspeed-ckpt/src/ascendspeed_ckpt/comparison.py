@@ -21,12 +21,14 @@ class Comparison:
 
     Attributes:
         num_tensors: tensors compared.
+        num_bytes: bytes of these tensors, as the first checkpoint holds them.
         num_different: of these, how many differ by more than the tolerance.
         largest: largest absolute difference of any element.
         findings: the first differences, in words.
     """
 
     num_tensors: int = 0
+    num_bytes: int = 0
     num_different: int = 0
     largest: float = 0.0
     findings: list[str] = field(default_factory=list)
@@ -76,6 +78,7 @@ def compare(
             finding, largest = _difference(name, a, b, (have[name], other[name]), dtype, tolerance)
             with lock:
                 found.num_tensors += 1
+                found.num_bytes += have[name].num_bytes
                 found.largest = max(found.largest, largest)
                 if finding is not None:
                     differences[name] = finding

@@ -1,5 +1,6 @@
 """Convert a checkpoint to another kind, and prove the result equal before the folder gets its final name."""
 
+import json
 import os
 import shutil
 import time
@@ -17,7 +18,10 @@ from ascendspeed_ckpt.writers.mp_rank import write_mp_rank
 from ascendspeed_ckpt.writers.native import write_native
 from ascendspeed_ckpt.writers.torch_dist import write_torch_dist
 from ascendspeed_ckpt.writers.write_plan import WritePlan
+from ascendspeed_core.models.families.config_rules import written_end_ids
 from ascendspeed_core.weights import NativeSource, WeightSource, open_weights, stored_source
+from ascendspeed_core.weights.files.json_file import read_json
+from ascendspeed_core.weights.source import LeftOut
 from ascendspeed_core.weights.stream import SLAB_BYTES
 from ascendspeed_data.command_line import Progress, log
 from ascendspeed_data.errors import AscendSpeedError
@@ -73,7 +77,9 @@ class Verdict:
     """What a conversion did and proved.
 
     Attributes:
-        num_tensors: tensors of the model; each was read once and written once.
+        num_tensors: tensors of the model; each was read once, written once and compared.
+        num_compared_bytes: bytes of these tensors.
+        left_out: tensors of the input that are no weights of the model, with the reason for each.
         num_bytes: bytes of tensors written, with copies and padding.
         seconds: from the first read until all bytes are on the disk, without checks.
         flush_seconds: the part of `seconds` that flushing to the disk took.
@@ -84,6 +90,8 @@ class Verdict:
     """
 
     num_tensors: int
+    num_compared_bytes: int
+    left_out: tuple[LeftOut, ...]
     num_bytes: int
     seconds: float
     flush_seconds: float
@@ -127,6 +135,8 @@ def convert(conversion: Conversion) -> Verdict:
         _rename(scratch, target)
     return Verdict(
         comparison.num_tensors,
+        comparison.num_bytes,
+        tuple(source.left_out()),
         num_bytes,
         flushed - started,
         flushed - written,
@@ -229,7 +239,20 @@ def _copy_texts(conversion: Conversion, source: WeightSource, folder: Path) -> N
     elif not copy_tokenizer(tokenizer, to):
         raise AscendSpeedError(f"{tokenizer} holds no tokenizer file; check --tokenizer-name-or-path")
     if source.path is not None and (source.path / GENERATION).is_file():
-        shutil.copyfile(source.path / GENERATION, folder / GENERATION)
+        _copy_generation_config(source, source.path / GENERATION, folder / GENERATION)
+
+
+def _copy_generation_config(source: WeightSource, path: Path, target: Path) -> None:
+    """Copy a generation config, with the ids that begin and end a text where the conversion changes them."""
+    shutil.copyfile(path, target)
+    before, after = stored_source(source).config, source.config
+    changed: dict[str, Any] = {}
+    if after.bos_token_id != before.bos_token_id:
+        changed["bos_token_id"] = after.bos_token_id
+    if after.eos_token_ids != before.eos_token_ids:
+        changed["eos_token_id"] = written_end_ids(after)
+    if changed:
+        target.write_text(json.dumps(read_json(path) | changed, indent=2) + "\n", encoding="utf-8")
 
 
 def _verify(conversion: Conversion, source: WeightSource, folder: Path) -> tuple[Comparison, tuple[str, ...]]:

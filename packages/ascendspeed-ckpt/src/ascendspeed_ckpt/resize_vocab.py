@@ -3,12 +3,15 @@
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.weights import BaseWeightSource, Index, TensorInfo, WeightSource
 from ascendspeed_core.weights.stream import slabs
+from ascendspeed_data.command_line import log
+from ascendspeed_data.tokenizer import Tokenizer
 
 VOCABULARY = ("embedding.weight", "output_head.weight")
 
@@ -22,15 +25,16 @@ class ResizedVocabulary(BaseWeightSource):
     Args:
         source: the model.
         vocab_size: ids that it is to have.
-        tokenizer: folder that goes along from now on.
+        tokenizer: what goes along from now on.
     """
 
-    def __init__(self, source: WeightSource, vocab_size: int, tokenizer: Path | None = None) -> None:
+    def __init__(self, source: WeightSource, vocab_size: int, tokenizer: Tokenizer | None = None) -> None:
         self.kind, self.path = source.kind, source.path
         self.base: WeightSource = source
-        self._tokenizer = tokenizer
+        self._tokenizer = None if tokenizer is None else tokenizer.path
         self._old = source.config.vocab_size
-        self.config: ModelConfig = source.config.model_copy(update={"vocab_size": vocab_size})
+        changed = {} if tokenizer is None else _begin_and_end(source.config, tokenizer)
+        self.config: ModelConfig = source.config.model_copy(update={"vocab_size": vocab_size, **changed})
 
     @property
     def tokenizer(self) -> Path | None:
@@ -74,3 +78,17 @@ class ResizedVocabulary(BaseWeightSource):
                     total += slab.double().sum(0)
                 means[name] = total / info.shape[0]
         return means
+
+
+def _begin_and_end(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return the ids that begin and end a text: the model's that are special in the tokenizer, and its own."""
+    special = set(tokenizer.special_ids.values())
+    ends = [number for number in config.eos_token_ids if number in special or number == tokenizer.eos_id]
+    if tokenizer.eos_id is not None and tokenizer.eos_id not in ends:
+        ends.append(tokenizer.eos_id)
+    begin = config.bos_token_id if config.bos_token_id in {None, *special} else tokenizer.bos_id
+    changed = {"bos_token_id": begin, "eos_token_ids": tuple(ends)}
+    for name, value in changed.items():
+        if value != getattr(config, name):
+            log(f"{name}: {getattr(config, name)} -> {value}, by the tokenizer {tokenizer.path}")
+    return changed

@@ -50,12 +50,9 @@ class ChatTemplate:
         source: the Jinja template.
         special_tokens: `bos_token`, `eos_token` ... for the template to use.
         special_ids: ids of the special tokens; the rendered text encodes to these ids.
-        splits_text: whether to split special tokens off the text, because the tokenizer would encode them as text.
     """
 
-    def __init__(
-        self, source: str, special_tokens: dict[str, str], special_ids: dict[str, int], splits_text: bool
-    ) -> None:
+    def __init__(self, source: str, special_tokens: dict[str, str], special_ids: dict[str, int]) -> None:
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlocks, loopcontrols]
         )
@@ -71,7 +68,6 @@ class ChatTemplate:
         self._special_ids = special_ids
         longest_first = sorted(special_ids, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-        self._splits_text = splits_text
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Tokenizer, source: str | None = None) -> "ChatTemplate":
@@ -95,12 +91,9 @@ class ChatTemplate:
         tokens = tuple(
             (key, tokenizer.convert_ids_to_tokens([i])[0]) for key, i in named.items() if i is not None
         )
-        return _compiled(
-            source,
-            tokens,
-            tuple(tokenizer.special_ids.items()),
-            tokenizer.kind == "sentencepiece",
-        )
+        # A token may end a turn without being special; one that only a message contains does not.
+        in_source = {token: number for token, number in tokenizer.added_ids.items() if token in source}
+        return _compiled(source, tokens, tuple({**tokenizer.special_ids, **in_source}.items()))
 
     def render(self, messages: list[Message], tools: Any = None, add_generation_prompt: bool = False) -> str:
         """Return the conversation as text; `add_generation_prompt` adds the start of an assistant message.
@@ -132,12 +125,12 @@ class ChatTemplate:
         last = next(p for p in reversed(segments) if not str(p.content).isspace())
         if last.trained and not self._is_special_end(last):
             segments.append(Segment(None, True))
-        return Sample(tuple(segments), add_special_tokens=False)
+        return Sample(tuple(segments), add_special_tokens=False, is_rendered=True)
 
     def prompt(self, messages: list[Message], tools: Any = None) -> Sample:
         """Format a conversation up to the start of an answer, without loss."""
         text = _without_marks(self.render(messages, tools, add_generation_prompt=True))
-        return Sample(tuple(self._segments(text, False)), add_special_tokens=False)
+        return Sample(tuple(self._segments(text, False)), add_special_tokens=False, is_rendered=True)
 
     def end_of_turn(self) -> tuple[int, ...]:
         """Return the id of the special token that ends an answer, if the template has one."""
@@ -183,29 +176,20 @@ class ChatTemplate:
         return [*parts, (whole[done:], False)]
 
     def _segments(self, text: str, trained: bool) -> list[Segment]:
-        """Split off special tokens if the tokenizer does not; white space after the last one has no loss."""
+        """Return a text as segments; white space after a special token that ends it has no loss."""
         kept, rest = text, ""
         if trained and self._ends_with_special(text.rstrip()):
             kept = text.rstrip()
             rest = text[len(kept) :]
-        segments = self._split_special(kept, trained) if self._splits_text else [Segment(kept, trained)]
-        return [segment for segment in (*segments, Segment(rest, False)) if segment.content != ""]
+        return [
+            segment for segment in (Segment(kept, trained), Segment(rest, False)) if segment.content != ""
+        ]
 
     def _ends_with_special(self, text: str) -> bool:
         return any(text.endswith(token) for token in self._special_ids)
 
     def _is_special_end(self, segment: Segment) -> bool:
-        return isinstance(segment.content, int) or self._ends_with_special(str(segment.content).rstrip())
-
-    def _split_special(self, text: str, trained: bool) -> list[Segment]:
-        segments, start = [], 0
-        for match in self._special.finditer(text):
-            segments += [
-                Segment(text[start : match.start()], trained),
-                Segment(self._special_ids[match[0]], trained),
-            ]
-            start = match.end()
-        return [*segments, Segment(text[start:], trained)]
+        return self._ends_with_special(str(segment.content).rstrip())
 
 
 def read_chat_template(path: Path) -> str:
@@ -222,9 +206,9 @@ def read_chat_template(path: Path) -> str:
 
 @lru_cache(maxsize=4)
 def _compiled(
-    source: str, tokens: tuple[tuple[str, str], ...], special: tuple[tuple[str, int], ...], splits_text: bool
+    source: str, tokens: tuple[tuple[str, str], ...], special: tuple[tuple[str, int], ...]
 ) -> ChatTemplate:
-    return ChatTemplate(source, dict(tokens), dict(special), splits_text)
+    return ChatTemplate(source, dict(tokens), dict(special))
 
 
 def _to_json(value: Any, indent: int | None = None, sort_keys: bool = False, **more: Any) -> str:

@@ -14,8 +14,9 @@ from ascendspeed_data.handlers import IGNORED_LABEL, Sample, SampleHandler, Segm
 from ascendspeed_data.indexed import optimal_token_format
 from ascendspeed_data.reading.records import check_columns, location_of, records_of_shard, text_of
 from ascendspeed_data.reading.shards import Shard
+from ascendspeed_data.token_batch import TokenBatch
 from ascendspeed_data.token_frequencies import count_ids
-from ascendspeed_data.tokenizer import TokenBatch, Tokenizer
+from ascendspeed_data.tokenizer import Tokenizer
 
 INPUT_IDS, ATTENTION_MASK, LABELS = "input_ids", "attention_mask", "labels"
 SAMPLE_ARRAYS = (INPUT_IDS, ATTENTION_MASK, LABELS)
@@ -197,12 +198,38 @@ class _TextSpan:
     """Character positions at which `trained` changes."""
     first_trained: bool
 
+    def trained_characters(self) -> NDArray[np.bool_]:
+        """Return which characters are trained, bool [characters]."""
+        flags = np.empty(len(self.text), bool)
+        for number, (start, end) in enumerate(pairwise([0, *self.edges, len(self.text)])):
+            flags[start:end] = self.first_trained ^ bool(number % 2)
+        return flags
+
+    def trained_ids(self, offsets: Sequence[tuple[int, int]]) -> NDArray[np.bool_]:
+        """Return which ids contain a trained character, bool [ids], by the character range of each id."""
+        if not offsets:
+            return np.empty(0, bool)
+        before = np.concatenate([[0], np.cumsum(self.trained_characters())])
+        bounds = np.minimum(
+            np.array([(begin, max(end, begin + 1)) for begin, end in offsets]), len(self.text)
+        )
+        learned: NDArray[np.bool_] = before[bounds[:, 1]] > before[bounds[:, 0]]
+        return learned
+
+
+@dataclass(frozen=True)
+class _EncodedSpan:
+    """Ids of a text that the encoder of the run cannot encode."""
+
+    ids: NDArray[np.int32]
+    trained: NDArray[np.bool_]
+
 
 def encode_samples(
     samples: Sequence[Sample], tokenizer: Tokenizer, encoder: Encoder, suffix: Sequence[int], append_eod: bool
 ) -> list[tuple[NDArray[np.int32], NDArray[np.int32]]]:
     """Return the ids and labels of each sample, both int32 [tokens]."""
-    spans = [_merge_adjacent_texts(sample) for sample in samples]
+    spans = [_spans(sample, tokenizer) for sample in samples]
     texts: list[str] = []
     for spans_of_sample in spans:
         for span in spans_of_sample:
@@ -225,6 +252,8 @@ def encode_samples(
                 _append(ids, labels, whole, trained)
                 if sample.encode_separately:
                     _append(ids, labels, np.array(tokenizer.suffix_ids, np.int32), span.first_trained)
+            elif isinstance(span, _EncodedSpan):
+                _append(ids, labels, span.ids, span.trained)
             elif span.content is not None:
                 _append(ids, labels, np.array([span.content], np.int32), span.trained)
                 if span.label is not None:
@@ -235,6 +264,32 @@ def encode_samples(
             _append(ids, labels, np.array(suffix, np.int32), True)
         rows.append((_joined(ids), _joined(labels)))
     return rows
+
+
+def _spans(sample: Sample, tokenizer: Tokenizer) -> list[_TextSpan | _EncodedSpan | Segment]:
+    """Return the texts of a sample, split at special tokens if a chat template made them, and its ids."""
+    found: list[_TextSpan | _EncodedSpan | Segment] = []
+    for span in _merge_adjacent_texts(sample):
+        if not sample.is_rendered or isinstance(span, Segment):
+            found.append(span)
+            continue
+        parts = tokenizer.split_rendered(span.text)
+        if parts is None:
+            ids, offsets = tokenizer.encode_rendered(span.text)
+            found.append(_EncodedSpan(np.array(ids, np.int32), span.trained_ids(offsets)))
+            continue
+        if len(parts) == 1 and parts[0].text == span.text and parts[0].token is None:
+            found.append(span)
+            continue
+        characters = span.trained_characters()
+        for part in parts:
+            trained = characters[part.positions()]
+            if part.token is None:
+                edges = np.flatnonzero(np.diff(trained)) + 1
+                found.append(_TextSpan(part.text, tuple(edges.tolist()), bool(trained[0])))
+            else:
+                found.append(Segment(part.token.id, bool(trained.any())))
+    return found
 
 
 def _merge_adjacent_texts(sample: Sample) -> list[_TextSpan | Segment]:
@@ -278,19 +333,12 @@ def _trained_tokens(
         for number, (start, end) in enumerate(pairwise(bounds)):
             flags[start:end] = span.first_trained ^ bool(number % 2)
         return flags
-    characters = np.empty(len(span.text), np.int64)
-    edges = [0, *span.edges, len(span.text)]
-    for number, (start, end) in enumerate(pairwise(edges)):
-        characters[start:end] = span.first_trained ^ bool(number % 2)
-    before = np.concatenate([[0], np.cumsum(characters)])
     ids, offsets = tokenizer.encode_with_offsets(span.text)
     if not np.array_equal(ids, whole):
         raise DataError(
             f"the tokenizer encodes {span.text[:60]!r} differently with offsets; remove the record"
         )
-    bounds_of = np.minimum(np.array([(begin, max(end, begin + 1)) for begin, end in offsets]), len(span.text))
-    learned: NDArray[np.bool_] = before[bounds_of[:, 1]] > before[bounds_of[:, 0]]
-    return learned
+    return span.trained_ids(offsets)
 
 
 def _append(

@@ -14,13 +14,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from ascendspeed_data.errors import AscendSpeedError
-from ascendspeed_data.tokenizer import (
-    JsonTokenizer,
-    SentencePieceTokenizer,
-    TokenBatch,
-    Tokenizer,
-    load_tokenizer,
-)
+from ascendspeed_data.json_tokenizer import JsonTokenizer
+from ascendspeed_data.sentencepiece_tokenizer import SentencePieceTokenizer
+from ascendspeed_data.token_batch import TokenBatch
+from ascendspeed_data.tokenizer import Tokenizer, load_tokenizer
 
 PROBE_TEXTS = (
     "", " ", "  ", "a", " a", "  a", "a ", "a  b   c", "\n", "\t", "a\nb\n\n  c\n", "\r\n", "\u00a0x\u3000y", "\ufeffa",
@@ -86,19 +83,23 @@ class FastEncoder:
     def encode_without_special_tokens(self, texts: Sequence[str]) -> TokenBatch:
         """Return the ids of several texts without BOS and EOS, on one thread.
 
-        A vocabulary may contain the character NUL, which gigatoken uses and SentencePiece never does.
+        A vocabulary may contain the character NUL, which gigatoken uses and SentencePiece never does. The tokens added
+        to a SentencePiece model are unknown to gigatoken.
         """
-        with_nul = [index for index, text in enumerate(texts) if "\0" in text]
-        if with_nul:
-            return self._encode_apart(texts, with_nul)
+        apart = [index for index, text in enumerate(texts) if "\0" in text or self._finds_added_tokens(text)]
+        if apart:
+            return self._encode_apart(texts, apart)
         encoded = self._backend.encode_batch(list(texts), parallel=False).layout
         return TokenBatch(encoded.content.data, np.diff(encoded.offsets.data))
 
-    def _encode_apart(self, texts: Sequence[str], with_nul: Sequence[int]) -> TokenBatch:
-        chosen = set(with_nul)
-        exact = iter(
-            self._tokenizer.encode_without_special_tokens([texts[index] for index in with_nul]).split()
+    def _finds_added_tokens(self, text: str) -> bool:
+        return isinstance(self._tokenizer, SentencePieceTokenizer) and self._tokenizer.finds_added_tokens(
+            text
         )
+
+    def _encode_apart(self, texts: Sequence[str], apart: Sequence[int]) -> TokenBatch:
+        chosen = set(apart)
+        exact = iter(self._tokenizer.encode_without_special_tokens([texts[index] for index in apart]).split())
         others = [text for index, text in enumerate(texts) if index not in chosen]
         fast = iter(self.encode_without_special_tokens(others).split() if others else [])
         parts = [next(exact if index in chosen else fast) for index in range(len(texts))]
@@ -173,7 +174,10 @@ def choose_encoder(
         )
     except (ValueError, RuntimeError, NotImplementedError, UnicodeDecodeError, KeyError) as error:
         return exact(f"gigatoken cannot read this tokenizer: {_short(str(error))}")
-    texts = [*PROBE_TEXTS, *_random_texts(), *samples]
+    added = [
+        text for token in sorted(tokenizer.added_ids)[:100] for text in (token, f"a {token} b", f"1{token}x")
+    ]
+    texts = [*PROBE_TEXTS, *_random_texts(), *added, *samples]
     different = first_difference(tokenizer, fast, texts)
     if different is not None:
         return exact(f"gigatoken gives different ids, first for {different[:40]!r}")
@@ -227,9 +231,9 @@ def gigatoken_json(tokenizer: SentencePieceTokenizer | JsonTokenizer) -> str:
 
     It omits the control tokens of a SentencePiece model, because SentencePiece encodes them in a text as plain text.
     """
+    if isinstance(tokenizer, JsonTokenizer):
+        return tokenizer.to_json()
     data = tokenizer.model_file.read_bytes()
-    if tokenizer.kind != "sentencepiece":
-        return data.decode("utf-8")
     from gigatoken._load.sentencepiece import sentencepiece_to_tokenizer_json
 
     content = json.loads(sentencepiece_to_tokenizer_json(data))

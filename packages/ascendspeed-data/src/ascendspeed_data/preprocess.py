@@ -25,6 +25,7 @@ from ascendspeed_data.fast_tokenizer import EncoderChoice, ExactEncoder, choose_
 from ascendspeed_data.files import INCOMPLETE, full_disk_named
 from ascendspeed_data.handlers import SampleHandler, TextHandler, kind_of
 from ascendspeed_data.indexed import IndexedDatasetWriter
+from ascendspeed_data.json_tokenizer import JsonTokenizer
 from ascendspeed_data.lock import output_lock
 from ascendspeed_data.manifest import (
     DatasetManifest,
@@ -41,8 +42,9 @@ from ascendspeed_data.preprocessing.workers import WorkerTask, encode_shards
 from ascendspeed_data.reading.inputs import sha256_of
 from ascendspeed_data.reading.shards import Shard
 from ascendspeed_data.reading.sources import InputFile, Source, first_shards
+from ascendspeed_data.sentencepiece_tokenizer import SentencePieceTokenizer
 from ascendspeed_data.token_frequencies import count_ids_in_file, unigram_entropy_nats
-from ascendspeed_data.tokenizer import JsonTokenizer, SentencePieceTokenizer, load_tokenizer
+from ascendspeed_data.tokenizer import load_tokenizer
 
 SAMPLE_CHARACTERS = 200_000
 """Amount of input on which gigatoken is compared with the tokenizer."""

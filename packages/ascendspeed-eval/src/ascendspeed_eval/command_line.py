@@ -9,10 +9,12 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import typer
 from typer.core import TyperCommand, TyperGroup
+
+from ascendspeed_eval.errors import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,8 @@ class SpaceSeparatedCommand(TyperCommand):
             for param in self.params
             for spelling in (*param.opts, *param.secondary_opts)
         }
-        return list(super().parse_args(ctx, expand_arguments(args, spellings)))
+        choices = {spelling: _choices_of(param) for param in self.params for spelling in param.opts}
+        return list(super().parse_args(ctx, usual_choices(expand_arguments(args, spellings), choices)))
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the options, grouped by config."""
@@ -95,6 +98,76 @@ def expand_arguments(args: Sequence[str], spellings: dict[str, bool]) -> list[st
         else:
             expanded.append(arg)
     return expanded
+
+
+ALIASES = {
+    "hf": "huggingface",
+    "transformers": "huggingface",
+    "megatron-lm": "megatron",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "half": "float16",
+    "fp32": "float32",
+    "fp64": "float64",
+}
+"""Other names of choices, in the words of other programs."""
+
+HINTS = {
+    "mcore": "megatron (files of each rank) or torch_dist",
+    "megatron-core": "megatron (files of each rank) or torch_dist",
+    "dist-ckpt": "torch_dist",
+    "dcp": "torch_dist",
+    "safetensors": "huggingface with --weights-format safetensors",
+    "bin": "huggingface with --weights-format bin",
+    "llama": "huggingface",
+    "ds": "deepspeed",
+}
+"""What someone may mean who gives one of these for a format; they are not exact enough to be taken for it."""
+
+
+def usual_choices(args: Sequence[str], choices: dict[str, list[str]]) -> list[str]:
+    """Replace other names of choices: `--to hf` is `--to huggingface`; case, dashes and underscores do not matter.
+
+    Args:
+        args: the command line after the name of the command.
+        choices: the choices of each flag; empty for flags that take any value.
+    """
+    written: list[str] = []
+    flag = ""
+    for position, arg in enumerate(args):
+        if arg == "--":
+            return [*written, *args[position:]]
+        name, equals, value = arg.partition("=") if arg.startswith("--") else (flag, "", arg)
+        chosen = _choice_of(value, choices.get(name, []))
+        if arg.startswith("--"):
+            written.append(f"{name}={chosen}" if equals else arg)
+            flag = "" if equals else name
+        else:
+            written.append(chosen)
+            flag = ""
+    return written
+
+
+def _choices_of(param: Any) -> list[str]:
+    """Return the choices of an option; empty if it takes any value."""
+    annotation = getattr(getattr(param, "type_descriptor", None), "annotation", None)
+    found = getattr(getattr(param, "type", None), "choices", ())
+    for part in (annotation, *get_args(annotation)):
+        if get_origin(part) is Literal:
+            found = get_args(part)
+    return [str(choice) for choice in found]
+
+
+def _choice_of(value: str, choices: Sequence[str]) -> str:
+    def plain(name: str) -> str:
+        return name.lower().replace("_", "-")
+
+    wanted = {plain(value), plain(ALIASES.get(plain(value), value))}
+    return (
+        next((choice for choice in choices if plain(choice) in wanted), value)
+        if value not in choices
+        else value
+    )
 
 
 class _LazyGroup(TyperGroup):
@@ -185,6 +258,12 @@ def _one_line(error: typer.TyperException, words: Sequence[str]) -> str:
     values = [value for word, value in pairwise(words) if word in flags]
     if values:
         line = line.replace("Invalid value for", f"Invalid value {values[-1]!r} for", 1)
+        choices = _choices_of(getattr(error, "param", None))
+        hint = HINTS.get(values[-1].lower().replace("_", "-"))
+        if hint and hint.split()[0] in choices:
+            line = f"{line.rstrip('.')}; did you mean {hint}?"
+        elif choices:
+            line = line.rstrip(".") + did_you_mean(values[-1], choices)
     return line
 
 

@@ -154,8 +154,9 @@ def find_engine(name: str) -> EngineKind:
     points = {point.name: point for point in metadata.entry_points(group=ENTRY_POINTS)}
     if name not in points:
         known = (NATIVE, *sorted(points))
+        meant = "transformers" if name.lower() in ("hf", "huggingface") else name
         raise ConfigError(
-            f"engine={name} is not installed; known are {', '.join(known)}{did_you_mean(name, known)}"
+            f"engine={name} is not installed; known are {', '.join(known)}{did_you_mean(meant, known)}"
         )
     try:
         kind: EngineKind = points[name].load()

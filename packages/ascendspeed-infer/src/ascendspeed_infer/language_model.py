@@ -74,6 +74,7 @@ class LanguageModel(TextGenerator):
         adapter: Path | str | None = None,
         merge_adapter: bool = True,
         weight_quantization: WeightQuantization = "none",
+        model_config: Path | str | None = None,
     ) -> "LanguageModel":
         """Load a checkpoint of any kind: a training run's folder, a Hugging Face folder, shards of 2023 or Megatron-LM.
 
@@ -86,11 +87,13 @@ class LanguageModel(TextGenerator):
             adapter: folder of a LoRA adapter in peft's format.
             merge_adapter: add it to the weights as they are read; otherwise layers compute it beside them.
             weight_quantization: `int8` holds the matrices of layers and head as integers; arithmetic stays in `dtype`.
+            model_config: config.json of a checkpoint of another program that does not say what model it is.
 
         Raises:
             AscendSpeedError: nothing there, not recognised, damaged, no tokenizer, or an adapter of another model.
         """
-        source = open_source(ModelSourceConfig(load=Path(path)), seed=0)
+        described = Path(model_config) if model_config is not None else None
+        source = open_source(ModelSourceConfig(load=Path(path), model_config_file=described), seed=0)
         given = validate(AdapterConfig, {"lora_load": adapter, "merge_adapter": merge_adapter})
         return cls.from_source(
             with_adapter(source, given), tokenizer, device, dtype, parallel, False, weight_quantization

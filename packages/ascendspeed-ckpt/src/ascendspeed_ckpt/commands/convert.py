@@ -49,9 +49,10 @@ def open_input(options: ConvertOptions) -> "WeightSource":
     check_description(given, source.config, source.layout)
     change = options.change
     if change.resize_vocab_to is not None:
-        size = load_tokenizer(change.resize_vocab_to).vocab_size
+        tokenizer = load_tokenizer(change.resize_vocab_to)
+        size = tokenizer.vocab_size
         log(f"vocabulary: {source.config.vocab_size:,} -> {size:,} ids, as {change.resize_vocab_to} has")
-        return ResizedVocabulary(source, size, change.resize_vocab_to)
+        return ResizedVocabulary(source, size, tokenizer)
     if change.added_token_num:
         return ResizedVocabulary(source, source.config.vocab_size + change.added_token_num)
     return source
@@ -157,8 +158,15 @@ def report(verdict: "Verdict", conversion: "Conversion") -> None:
         f"written: {verdict.num_bytes:,} bytes in {verdict.seconds:.2f} s ({rate:,.0f} MB/s), "
         f"{verdict.flush_seconds:.2f} s of it to the disk; checked in {verdict.check_seconds:.2f} s"
     )
-    print(f"tensors: {verdict.num_tensors}, each used once, read back and equal to the source bit for bit"
-          + (f" as {str(conversion.dtype).removeprefix('torch.')}" if conversion.dtype else ""))  # fmt: skip
+    as_dtype = f" as {str(conversion.dtype).removeprefix('torch.')}" if conversion.dtype else ""
+    print(
+        f"tensors: {verdict.num_tensors} ({verdict.num_compared_bytes:,} bytes), each used once, read back and equal "
+        f"to the source bit for bit{as_dtype}"
+    )
+    for left in verdict.left_out:
+        print(f"left out of the input: {left}")
+    for what in verdict.not_converted:
+        print(f"not converted, not compared: {what}")
     for line in verdict.checked:
         print(line)
     print("verdict: the same model")

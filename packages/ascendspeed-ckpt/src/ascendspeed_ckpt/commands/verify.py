@@ -28,12 +28,20 @@ def verify_command(
 
     config = read_model_config(model_config) if model_config is not None else None
     sources = [open_weights(folder, None, config, orig_vocab_size) for folder in (first, second)]
-    for source in sources:
-        source.check()
+    checked = [source.check() for source in sources]
     found = compare(sources[0], sources[1], tolerance=tolerance, workers=len(os.sched_getaffinity(0)))
     if not found.equal:
         raise AscendSpeedError(
             f"{first} and {second} differ in {found.num_different} of {found.num_tensors} tensors (largest difference "
             f"{found.largest:.3e}): {found.summary()}"
         )
-    print(f"the same model: {found.num_tensors} tensors, largest difference {found.largest:.3e}")
+    for folder, source, is_checked in zip((first, second), sources, checked, strict=True):
+        for left in source.left_out():
+            print(f"{folder}: left out: {left}")
+        if source.other_contents():
+            print(f"{folder}: not compared: {', '.join(source.other_contents())}")
+        print(f"{folder}: {'checksums are right' if is_checked else 'has no checksums'}")
+    print(
+        f"the same model: {found.num_tensors} tensors ({found.num_bytes:,} bytes), largest difference "
+        f"{found.largest:.3e}"
+    )

@@ -18,16 +18,26 @@ class ModelSourceConfig(Config):
     )
     model_config_file: Path | None = Field(
         None,
-        description="Start from random weights of this Hugging Face config.json.",
+        description="Start from random weights of this Hugging Face config.json. With --load: the architecture of a "
+        "checkpoint of AscendSpeed 2023, Megatron-LM or DeepSpeed that does not say it.",
         json_schema_extra=spellings("--model-config"),
+    )
+    orig_vocab_size: int | None = Field(
+        None,
+        ge=1,
+        description="With --load: vocabulary size without padding, for checkpoints that do not record it.",
     )
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        if (self.load is None) == (self.model_config_file is None):
-            have = "both" if self.load else "neither"
+        if self.load is None and self.model_config_file is None:
             raise ValueError(
-                f"{have} of --load and --model-config given; give --load DIR to start from weights, or "
+                "neither of --load and --model-config given; give --load DIR to start from weights, or "
                 "--model-config FILE to start from random ones"
+            )
+        if self.load is None and self.orig_vocab_size is not None:
+            raise ValueError(
+                f"orig_vocab_size={self.orig_vocab_size} speaks of a checkpoint, but no --load was given; leave "
+                "--orig-vocab-size out"
             )
         return self

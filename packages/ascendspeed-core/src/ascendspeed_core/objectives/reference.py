@@ -71,7 +71,7 @@ def open_reference(config: DpoConfig, source: WeightSource, checkpoint: NativeSo
             f"to compare with: {source.path}, which is without it, or a folder that `asd-ckpt merge-lora` made"
         )
     base = source.base if isinstance(source, AdaptedWeights) else source
-    opened = base if given is None else open_weights(given)
+    opened = base if given is None else open_weights(given, fallback_config=lambda: base.config)
     assert opened.path is not None
     folder = opened.folder if isinstance(opened, NativeSource) else opened.path
     mark = fingerprint(opened)

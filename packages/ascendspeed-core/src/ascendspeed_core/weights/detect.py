@@ -6,8 +6,10 @@ from typing import get_args
 
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.source import ModelSourceConfig
-from ascendspeed_core.weights.external.deepspeed import LATEST, DeepSpeedPipeSource
-from ascendspeed_core.weights.external.mp_rank import MpRankSource
+from ascendspeed_core.weights.external.deepspeed import LATEST, DeepSpeedPipeSource, step_folder
+from ascendspeed_core.weights.external.deepspeed_ranks import RANK_FILES, ZERO_3, is_deepspeed_ranks
+from ascendspeed_core.weights.external.megatron_args import check_given
+from ascendspeed_core.weights.external.mp_rank import MpRankSource, follows_latest
 from ascendspeed_core.weights.external.mp_rank import iteration_folder as external_iteration_folder
 from ascendspeed_core.weights.external.torch_dist import BACKEND, TorchDistSource
 from ascendspeed_core.weights.huggingface.config import read_model_config
@@ -23,7 +25,7 @@ KNOWN_KINDS = {
     "huggingface": "a folder with config.json and model.safetensors or pytorch_model.bin",
     "ascendspeed, megatron": "a folder with mp_rank_* folders, or with a tracker that names one",
     "torch_dist": f"a folder with {BACKEND}, or with a tracker that names one",
-    "deepspeed": f"a folder with layer_* files, or with {LATEST} that names one",
+    "deepspeed": f"a folder with layer_* or mp_rank_*_model_states.pt files, or with {LATEST} that names one",
 }
 
 
@@ -37,20 +39,28 @@ def detect_kind(path: Path) -> Kind:
         raise CheckpointError(f"checkpoint {path} does not exist; check --load")
     if path.name.endswith(INCOMPLETE):
         raise CheckpointError(f"{path} was not completed; use an earlier checkpoint of {path.parent}")
+    if path.is_file():
+        raise CheckpointError(f"checkpoint {path} is a file{_what_file(path)}; name the folder with --load")
     if (path / DESCRIPTION).is_file():
         return "native"
+    if follows_latest(path) and _is_deepspeed(step_folder(path)):
+        return "deepspeed"
     if (path / TRACKER).is_file():
         return _detect_kind_of_run(path)
     if (path / BACKEND).is_file():
         return "torch_dist"
+    if (path / LATEST).is_file() or _is_deepspeed(path):
+        return "deepspeed"
     if any(path.glob("mp_rank_*")):
         return MpRankSource.kind_in(path)
-    if (path / LATEST).is_file() or any(path.glob("layer_*-model_*-model_states.pt")):
-        return "deepspeed"
     if (path / "config.json").is_file():
         return "huggingface"
+    if any(path.glob("*.gguf")):
+        raise CheckpointError(f"checkpoint {path} holds weights{_what_file(next(iter(path.glob('*.gguf'))))}")
     known = "; ".join(f"{kind}: {what}" for kind, what in KNOWN_KINDS.items())
-    raise CheckpointError(f"{path} is not a checkpoint of a known kind ({known}); check --load")
+    raise CheckpointError(
+        f"{path} is not a checkpoint of a known kind ({known}); {_inner_checkpoint(path) or 'check --load'}"
+    )
 
 
 def open_source(source: ModelSourceConfig, seed: int) -> WeightSource:
@@ -64,11 +74,20 @@ def open_source(source: ModelSourceConfig, seed: int) -> WeightSource:
         CheckpointError: there is no checkpoint, or it is of no known kind, incomplete or of an unsupported
             architecture.
     """
-    if source.load is not None:
-        return open_weights(source.load)
     path = source.model_config_file
-    assert path is not None
-    return InitialWeights(read_model_config(path), seed)
+    if source.load is None:
+        assert path is not None
+        return InitialWeights(read_model_config(path), seed)
+    if path is not None or source.orig_vocab_size is not None:
+        kind = detect_kind(source.load)
+        if kind in ("native", "huggingface"):
+            flag = "--model-config" if path is not None else "--orig-vocab-size"
+            raise ConfigError(
+                f"{flag} was given with --load {source.load}, a checkpoint of kind {kind}, which says itself what "
+                f"model it is; leave {flag} out"
+            )
+    config = read_model_config(path) if path is not None else None
+    return open_weights(source.load, config=config, vocab_size=source.orig_vocab_size)
 
 
 def open_weights(
@@ -83,7 +102,7 @@ def open_weights(
     Args:
         path: folder of the checkpoint.
         kind: its kind; by default it is detected.
-        config: the architecture, for external checkpoints that do not include it.
+        config: the architecture, for external checkpoints that do not include it; of others it is compared.
         vocab_size: vocabulary size without padding, for external checkpoints that do not record it.
         fallback_config: called for the architecture when neither the checkpoint nor `config` gives it.
 
@@ -97,18 +116,64 @@ def open_weights(
             f"from={kind} is unknown; known: {', '.join(get_args(Kind))}{did_you_mean(kind, get_args(Kind))}"
         )
     found = detect_kind(path) if kind is None else kind
-    if found == "native":
-        return NativeSource(path)
-    if found == "huggingface":
-        return HuggingFaceSource(path)
-    if found == "torch_dist":
-        return TorchDistSource(path, config, vocab_size)
-    if found == "deepspeed":
-        return DeepSpeedPipeSource(path, config)
-    source = MpRankSource(path, config, vocab_size, fallback_config)
+    source = _open_kind(path, found, config, vocab_size, fallback_config)
     if source.kind != found:
         raise CheckpointError(f"{path} is a checkpoint of kind {source.kind}, not {found}; leave --from out")
+    if config is not None and found in ("native", "huggingface"):
+        check_given(path, source.config, config)
+    if vocab_size not in (None, source.config.vocab_size):
+        raise CheckpointError(
+            f"{path}: orig_vocab_size={vocab_size} contradicts the checkpoint, which has vocab_size="
+            f"{source.config.vocab_size}; leave --orig-vocab-size out"
+        )
     return source
+
+
+def _open_kind(
+    path: Path,
+    kind: Kind,
+    config: ModelConfig | None,
+    vocab_size: int | None,
+    fallback_config: Callable[[], ModelConfig | None],
+) -> WeightSource:
+    if kind == "native":
+        return NativeSource(path)
+    if kind == "huggingface":
+        return HuggingFaceSource(path)
+    if kind == "torch_dist":
+        return TorchDistSource(path, config, vocab_size, fallback_config)
+    if kind == "deepspeed" and not is_deepspeed_ranks(step_folder(path)):
+        return DeepSpeedPipeSource(path, config, fallback_config)
+    return MpRankSource(path, config, vocab_size, fallback_config)
+
+
+def _inner_checkpoint(path: Path) -> str | None:
+    """Say which folders inside look like checkpoints, where a tracker is missing."""
+    found = sorted(
+        child.name
+        for child in path.iterdir()
+        if child.is_dir()
+        and (
+            any((child / name).is_file() for name in (DESCRIPTION, BACKEND, "config.json"))
+            or any(child.glob("mp_rank_*"))
+            or _is_deepspeed(child)
+        )
+    )
+    return f"name one of the checkpoints in it: {', '.join(found)}" if found else None
+
+
+def _is_deepspeed(folder: Path) -> bool:
+    """Tell whether a folder holds files of DeepSpeed: one for each layer, or one for each rank."""
+    return any(
+        any(folder.glob(pattern)) for pattern in ("layer_*-model_*-model_states.pt", RANK_FILES, ZERO_3)
+    )
+
+
+def _what_file(path: Path) -> str:
+    """Say of a file of weights in another form what it is."""
+    if path.suffix == ".gguf":
+        return " in the format GGUF of llama.cpp, which is not read: name the Hugging Face folder that it was made from"
+    return ", not a checkpoint's folder"
 
 
 def _detect_kind_of_run(path: Path) -> Kind:

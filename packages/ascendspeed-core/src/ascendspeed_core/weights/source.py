@@ -1,6 +1,6 @@
 """`WeightSource`: the one interface through which weights are read, whatever holds them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -16,12 +16,19 @@ from ascendspeed_data.manifest import DatasetManifest
 Kind = Literal["native", "huggingface", "ascendspeed", "megatron", "torch_dist", "deepspeed"]
 """Kinds of checkpoints that are read."""
 
+WEIGHT_DTYPES = frozenset((torch.float64, torch.float32, torch.float16, torch.bfloat16))
+"""Formats of numbers that are weights as they stand."""
+
 Index = tuple[slice, ...]
 """One slice with start and stop per dimension; an empty tuple is the whole tensor."""
 
 
 class CheckpointError(AscendSpeedError):
     """A checkpoint is missing, incomplete, damaged, or does not fit the model."""
+
+
+class UnknownModelError(CheckpointError):
+    """A checkpoint may be whole, but does not say what model it is."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,37 @@ class TensorInfo:
         for length in self.shape:
             size *= length
         return size
+
+
+class ReadableTensor(Protocol):
+    """A stored tensor."""
+
+    @property
+    def info(self) -> TensorInfo:
+        """Shape and dtype."""
+        ...
+
+    def read(self, index: Index = ()) -> torch.Tensor:
+        """Read a slice."""
+        ...
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Something in the files that is no weight of the model as it is read.
+
+    Attributes:
+        names: what it is called there.
+        reason: why nothing is lost with it, or what is.
+    """
+
+    names: tuple[str, ...]
+    reason: str
+
+    def __str__(self) -> str:
+        """Return it in one line: the first name, how many there are, the reason."""
+        more = f" and {len(self.names) - 1} more" if len(self.names) > 1 else ""
+        return f"{self.names[0]}{more} ({self.reason})"
 
 
 class WeightSource(Protocol):
@@ -92,6 +130,10 @@ class WeightSource(Protocol):
         """Name what is stored beside the weights of the model, such as `optimizer`."""
         ...
 
+    def left_out(self) -> Sequence[LeftOut]:
+        """Name the stored tensors that are no weights, such as a copy of another one, with the reason for each."""
+        ...
+
     def details(self) -> dict[str, Any]:
         """Return what this kind of checkpoint says of itself beyond weights and architecture, as JSON values."""
         ...
@@ -129,6 +171,10 @@ class BaseWeightSource:
         """Return nothing: only weights are stored."""
         return []
 
+    def left_out(self) -> Sequence[LeftOut]:
+        """Return what the source underneath leaves out, if there is one."""
+        return self.base.left_out() if self.base is not None else ()
+
     def details(self) -> dict[str, Any]:
         """Return nothing."""
         return {}
@@ -143,6 +189,18 @@ def stored_source(source: WeightSource) -> WeightSource:
     while source.base is not None:
         source = source.base
     return source
+
+
+def group_left_out(reasons: Mapping[str, str]) -> list[LeftOut]:
+    """Return what is left out, names with the same reason together.
+
+    Args:
+        reasons: by name.
+    """
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        names.setdefault(reason, []).append(name)
+    return [LeftOut(tuple(found), reason) for reason, found in names.items()]
 
 
 def inside(folder: Path, name: str) -> Path:

@@ -5,7 +5,7 @@ from typing import Protocol
 
 import torch
 
-from ascendspeed_core.weights.source import CheckpointError, Index, TensorInfo
+from ascendspeed_core.weights.source import CheckpointError, Index, ReadableTensor, TensorInfo
 
 SLAB_BYTES = 1 << 21
 """Most bytes of a tensor that are in memory at once, unless one row is larger."""
@@ -68,6 +68,40 @@ def as_format(tensor: torch.Tensor, dtype: torch.dtype | None, name: str) -> tor
             f"{str(dtype).removeprefix('torch.')}; choose bfloat16 or float32"
         )
     return converted
+
+
+def equal_tensors(a: ReadableTensor, b: ReadableTensor) -> bool:
+    """Tell whether two stored tensors hold the same numbers; both are read, as far as they are equal."""
+    return a == b or first_different_row(a, b) is None
+
+
+def first_different_row(a: ReadableTensor, b: ReadableTensor) -> int | None:
+    """Return the number of the first row in which two stored tensors differ, `None` when they are equal."""
+    shape = a.info.shape
+    if shape != b.info.shape:
+        return 0
+    if not shape:
+        return None if _same_numbers(a.read(), b.read()) else 0
+    rows = max(SLAB_BYTES // max(a.info.num_bytes // max(shape[0], 1), 1), 1)
+    for start in range(0, shape[0], rows):
+        part = (slice(start, min(start + rows, shape[0])), *(slice(0, length) for length in shape[1:]))
+        first, second = a.read(part), b.read(part)
+        if not _same_numbers(first, second):
+            same = [_same_numbers(x, y) for x, y in zip(first, second, strict=True)]
+            return start + same.index(False)
+    return None
+
+
+def _same_numbers(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Compare values, whatever format they have; not-a-number at the same place is no difference."""
+    if a.dtype == b.dtype and torch.equal(_flat_bytes(a), _flat_bytes(b)):
+        return True
+    x, y = a.double(), b.double()
+    return bool(((x == y) | (x.isnan() & y.isnan())).all())
+
+
+def _flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:

@@ -4,6 +4,6 @@
 """
 
 from ascendspeed_data.command_line.app import Command, build_app, run_app
-from ascendspeed_data.command_line.progress import Progress, log
+from ascendspeed_data.command_line.progress import Progress, announce, log
 
-__all__ = ["Command", "Progress", "build_app", "log", "run_app"]
+__all__ = ["Command", "Progress", "announce", "build_app", "log", "run_app"]

@@ -1,7 +1,9 @@
 """Progress of long work on stderr: a bar on a terminal, plain lines in a log."""
 
+import os
 import sys
 import time
+from multiprocessing import parent_process
 from types import TracebackType
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -10,6 +12,12 @@ SECONDS_BETWEEN_LINES = 10.0
 def log(message: str) -> None:
     """Print one line on stderr; data belongs on stdout."""
     print(message, file=sys.stderr, flush=True)
+
+
+def announce(message: str) -> None:
+    """Log a line that every process of a run would find out: not in worker processes, of torchrun's ranks in rank 0."""
+    if parent_process() is None and os.environ.get("RANK", "0") == "0":
+        log(message)
 
 
 class Progress:

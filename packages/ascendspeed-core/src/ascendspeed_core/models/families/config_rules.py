@@ -112,10 +112,17 @@ class Rotary:
 
     def read(self, hf: Mapping[str, Any]) -> dict[str, Any]:
         """Return base and scaling; a kind or key that is not known is refused."""
+        _refuse_two_scalings(hf)
         stated = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
         kind = stated.pop("rope_type", stated.pop("type", "default"))
         stated.pop("type", None)
-        base = stated.pop("rope_theta", None) or hf.get("rope_theta") or 10000.0
+        inner, outer = stated.pop("rope_theta", None), hf.get("rope_theta")
+        if inner is not None and outer is not None and inner != outer:
+            raise AscendSpeedError(
+                f"config.json: rope_theta={outer!r} contradicts the rope_theta={inner!r} of its rope_parameters or "
+                "rope_scaling; correct one of them"
+            )
+        base = next(value for value in (inner, outer, 10000.0) if value is not None)
         scaling = None
         if kind in SCALING_KEYS:
             scaling = {"kind": kind, "factor": stated.pop("factor", None)}
@@ -149,6 +156,23 @@ class Rotary:
             stated = {name: getattr(scaling, name) for name in names}
             written = {"rope_type": scaling.kind} | {k: v for k, v in stated.items() if v is not None}
         return {"rope_theta": config.rotary_base, "rope_scaling": written}
+
+
+def _refuse_two_scalings(hf: Mapping[str, Any]) -> None:
+    """Raise when the keys of transformers 4 and 5 are both there and say different things."""
+    found = [hf[key] for key in ("rope_parameters", "rope_scaling") if isinstance(hf.get(key), Mapping)]
+    said = [
+        {
+            ("rope_type" if name == "type" else name): value
+            for name, value in one.items()
+            if name != "rope_theta"
+        }
+        for one in found
+    ]
+    if len(said) == 2 and all(found) and said[0] != said[1]:
+        raise AscendSpeedError(
+            f"config.json: rope_parameters={found[0]!r} and rope_scaling={found[1]!r} contradict each other; leave one"
+        )
 
 
 class EndIds:

@@ -6,9 +6,7 @@ Other packages add theirs under the entry-point group `ascendspeed_core.families
 from collections.abc import Mapping
 from importlib import metadata
 from types import MappingProxyType
-from typing import Any
 
-from ascendspeed_core.launch import announce
 from ascendspeed_core.models.families.aquila import AQUILA
 from ascendspeed_core.models.families.baichuan import BAICHUAN
 from ascendspeed_core.models.families.base import Family
@@ -57,27 +55,3 @@ def find_family(name: str) -> Family:
             f"family={name} is unknown; known are {', '.join(families)}{did_you_mean(name, families)}"
         )
     return families[name]
-
-
-def family_of_hugging_face(hf_config: Mapping[str, Any], where: str) -> Family:
-    """Return the family that a Hugging Face config names in `architectures`.
-
-    Code that the config names is never imported; one line says so.
-
-    Raises:
-        AscendSpeedError: no family claims it.
-    """
-    named = [str(name) for name in hf_config.get("architectures") or []]
-    families = known_families()
-    found = next((f for f in families.values() if set(named) & set(f.architectures)), None)
-    if found is None:
-        known = [name for family in families.values() for name in family.architectures]
-        raise AscendSpeedError(
-            f"{where}: architectures={named} is not supported; supported are {', '.join(known)}"
-        )
-    asked = [key for key in ("auto_map", "trust_remote_code") if hf_config.get(key)]
-    if asked:
-        announce(
-            f"{where}: {' and '.join(asked)} not followed, no code of a model is run; read as {found.name}"
-        )
-    return found

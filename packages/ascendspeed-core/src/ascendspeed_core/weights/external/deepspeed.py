@@ -8,24 +8,24 @@ Layer files are numbered by the pipeline's pseudo layers: 1 is the embedding, la
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from ascendspeed_core.config.model import ModelConfig
+from ascendspeed_core.weights.external.deepspeed_ranks import FIRST_LAYER
 from ascendspeed_core.weights.external.megatron_args import config_beside
-from ascendspeed_core.weights.external.name_maps import ascendspeed_gpt
+from ascendspeed_core.weights.external.model_state import model_state
+from ascendspeed_core.weights.external.name_maps import EMBEDDING, ascendspeed_gpt
 from ascendspeed_core.weights.external.sharded_tensors import ShardedTensors
 from ascendspeed_core.weights.external.source import ExternalSource
 from ascendspeed_core.weights.files.file_tensor import StoredTensor
-from ascendspeed_core.weights.files.torch_files import TorchFile, stored_tensors
+from ascendspeed_core.weights.files.torch_files import TorchFile
 from ascendspeed_core.weights.load import parameter_shapes
 from ascendspeed_core.weights.shard_layout import PipelineChunk
-from ascendspeed_core.weights.source import CheckpointError, inside
+from ascendspeed_core.weights.source import CheckpointError, UnknownModelError, inside
 
 LATEST = "latest"
 _FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
-FIRST_LAYER = 3
-"""Number of the first layer's file."""
 
 
 class DeepSpeedPipeSource(ExternalSource):
@@ -34,16 +34,23 @@ class DeepSpeedPipeSource(ExternalSource):
     Args:
         path: the folder with `latest`, or the one with the layer files.
         config: the architecture, unless its config.json lies beside the files.
+        fallback_config: called for the architecture when neither gives it.
     """
 
     kind = "deepspeed"
 
-    def __init__(self, path: Path, config: ModelConfig | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        config: ModelConfig | None = None,
+        fallback_config: Callable[[], ModelConfig | None] = lambda: None,
+    ) -> None:
+        super().__init__()
         self.path: Path | None = path
         self.folder = step_folder(path)
-        found = config or config_beside(self.folder)
+        found = config or config_beside(self.folder) or fallback_config()
         if found is None:
-            raise CheckpointError(
+            raise UnknownModelError(
                 f"{self.folder} does not say what model it is; put the model's config.json into it, or name it with "
                 "--model-config"
             )
@@ -52,7 +59,8 @@ class DeepSpeedPipeSource(ExternalSource):
         self.tp = max(rank for _, rank in files) + 1
         self._check_files(set(files))
         states = {
-            number_and_rank: dict(stored_tensors(file.content)) for number_and_rank, file in files.items()
+            number_and_rank: model_state(file.content, file.path).tensors
+            for number_and_rank, file in files.items()
         }
         self._files = files
         embedding = states[1, 0].get("word_embeddings.weight")
@@ -63,7 +71,7 @@ class DeepSpeedPipeSource(ExternalSource):
         self._sharded = ShardedTensors(shapes)
         self._locate(states, shapes)
         self._sharded.check_complete(self.folder, shapes)
-        self._sharded.check_replicas(1 << 20)
+        self._sharded.check_replicas(1 << 20, whole=(EMBEDDING,))
 
     def other_contents(self) -> list[str]:
         """Name the other files of the folder."""

@@ -8,12 +8,12 @@ from typing import Any
 
 from ascendspeed_core.config.load import validate
 from ascendspeed_core.config.model import ModelConfig, RotaryScaling
-from ascendspeed_core.weights.external.sharded_tensors import LazyTensor
+from ascendspeed_core.launch import announce
 from ascendspeed_core.weights.external.sidecar import Sidecar
-from ascendspeed_core.weights.files.torch_files import TorchFile
+from ascendspeed_core.weights.files.torch_files import InertObject, TorchFile, UnknownObject
 from ascendspeed_core.weights.huggingface.config import generation_ids, read_model_config
 from ascendspeed_core.weights.shard_layout import ShardLayout
-from ascendspeed_core.weights.source import CheckpointError
+from ascendspeed_core.weights.source import CheckpointError, ReadableTensor, UnknownModelError
 from ascendspeed_data.command_line import log
 from ascendspeed_data.errors import ConfigError
 
@@ -33,7 +33,23 @@ _COMPARED = {
     "hidden_size": "hidden_size",
     "num_attention_heads": "num_attention_heads",
     "ffn_hidden_size": "ffn_hidden_size",
+    "kv_channels": "head_dim",
 }
+
+_SAID = {"norm_epsilon": "norm_epsilon", "layernorm_epsilon": "norm_epsilon", "rotary_base": "rotary_base"}
+"""Arguments that scripts leave at their defaults; a line says where a given config differs from them."""
+
+_WITHOUT_EFFECT = frozenset(
+    (
+        "family",
+        "bos_token_id",
+        "eos_token_ids",
+        "pad_token_id",
+        "initializer_range",
+        "max_position_embeddings",
+    )
+)
+"""Fields of a config that change no logit."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +69,7 @@ class CheckpointFacts:
     naming: str
     folder: Path
     layout: ShardLayout
-    first: Mapping[str, LazyTensor]
+    first: Mapping[str, ReadableTensor]
     vocabulary_rows: int
 
     @property
@@ -79,26 +95,27 @@ def resolve_config(
     Raises:
         CheckpointError: nothing describes it, or what describes it contradicts the weights.
     """
-    config = sidecar.model if sidecar is not None else given or config_beside(facts.folder)
+    recorded = sidecar.model if sidecar is not None else config_beside(facts.folder)
+    if recorded is not None and given is not None:
+        check_given(facts.folder, recorded, given)
+    config = recorded if sidecar is not None else given or recorded
     if config is None and not isinstance(arguments, Namespace):
         config = fallback_config()
     if config is None and not isinstance(arguments, Namespace):
-        raise CheckpointError(
-            f"{facts.folder} does not include its architecture (it holds no arguments); put the model's config.json "
+        held = "no arguments" if arguments is None else f"arguments that are not read, {_class(arguments)}"
+        raise UnknownModelError(
+            f"{facts.folder} does not include its architecture (it holds {held}); put the model's config.json "
             "into it, or name it with --model-config"
         )
     if config is None:
         config = config_of_arguments(facts, arguments, vocab_size).model_copy(update=_ids(facts.folder))
     elif vocab_size is not None and vocab_size != config.vocab_size:
-        config = config.model_copy(update={"vocab_size": vocab_size})
+        raise CheckpointError(
+            f"{facts.folder}: orig_vocab_size={vocab_size} contradicts the model's config, which says "
+            f"{config.vocab_size}; leave --orig-vocab-size out, or correct the config"
+        )
     if isinstance(arguments, Namespace):
-        for theirs, ours in _COMPARED.items():
-            said, known = getattr(arguments, theirs, None), getattr(config, ours)
-            if isinstance(said, int) and said != known:
-                raise CheckpointError(
-                    f"{facts.folder}: its arguments say {theirs}={said}, the model's config {known}; "
-                    "name the right config or another checkpoint"
-                )
+        _compare_arguments(facts, arguments, config)
     if config.num_layers != facts.num_layers:
         raise CheckpointError(
             f"{facts.folder} holds {facts.num_layers} layers, the model has {config.num_layers}; files are missing or "
@@ -112,6 +129,62 @@ def resolve_config(
     return config
 
 
+def _compare_arguments(facts: CheckpointFacts, arguments: Namespace, config: ModelConfig) -> None:
+    """Raise where arguments contradict the config; say where they may have been left at a default."""
+    compared = dict(_COMPARED)
+    if getattr(arguments, "group_query_attention", False) is True:
+        compared["num_query_groups"] = "num_key_value_heads"
+    for theirs, ours in compared.items():
+        said, known = getattr(arguments, theirs, None), getattr(config, ours)
+        if isinstance(said, int) and said != known:
+            raise CheckpointError(
+                f"{facts.folder}: its arguments say {theirs}={said}, the model's config {known}; "
+                "name the right config or another checkpoint"
+            )
+    for theirs, ours in _SAID.items():
+        said, known = getattr(arguments, theirs, None), getattr(config, ours)
+        if isinstance(said, int | float) and said != known:
+            announce(f"{facts.folder}: its arguments say {theirs}={said:g}, used is the config's {known:g}")
+
+
+def read_arguments(file: TorchFile) -> Any:
+    """Return the arguments that lie beside the weights as a `Namespace`, if they can be read as one.
+
+    Dictionaries and `SimpleNamespace`s are arguments too. What cannot be read is returned as it is, and `None` means
+    that there are none. Values that are objects of unknown packages stay unread, which a line says.
+    """
+    content = file.content
+    found = content.get("args") if isinstance(content, dict) else None
+    if isinstance(found, InertObject) and isinstance(getattr(found, "state", None), dict):
+        found = found.state
+    if isinstance(found, dict) and all(isinstance(name, str) for name in found):
+        found = Namespace(**found)
+    if isinstance(found, Namespace):
+        unread = sorted({_class(value) for value in vars(found).values() if isinstance(value, UnknownObject)})
+        if unread:
+            announce(f"{file.path}: of its arguments not read: objects of {', '.join(unread)}")
+    return found
+
+
+def _class(value: Any) -> str:
+    return f"{type(value).__module__}.{type(value).__name__}"
+
+
+def check_given(folder: Path, recorded: ModelConfig, given: ModelConfig) -> None:
+    """Raise `CheckpointError` when a config that a user names is not that of the model that was written."""
+    ours, theirs = recorded.model_dump(), given.model_dump()
+    different = [
+        f"{name}={theirs[name]!r} (recorded: {ours[name]!r})"
+        for name in ours
+        if ours[name] != theirs[name] and name not in _WITHOUT_EFFECT
+    ]
+    if different:
+        raise CheckpointError(
+            f"{folder}: the config given says {', '.join(different)}; leave --model-config out, the checkpoint "
+            "records its own"
+        )
+
+
 def config_of_arguments(facts: CheckpointFacts, arguments: Namespace, vocab_size: int | None) -> ModelConfig:
     """Return the architecture that arguments and tensors describe together.
 
@@ -120,7 +193,7 @@ def config_of_arguments(facts: CheckpointFacts, arguments: Namespace, vocab_size
     """
     for name, allowed in _MUST_BE.items():
         if getattr(arguments, name, allowed[0]) not in allowed:
-            raise CheckpointError(
+            raise UnknownModelError(
                 f"{facts.folder}: its arguments say {name}={getattr(arguments, name)!r}, which they do not describe "
                 "fully; name the model's config.json with --model-config"
             )
@@ -248,7 +321,7 @@ def _vocab_size(facts: CheckpointFacts, arguments: Namespace) -> int:
     said = getattr(arguments, "vocab_size", None)
     if isinstance(said, int) and 0 < said <= facts.vocabulary_rows:
         return said
-    raise CheckpointError(
+    raise UnknownModelError(
         f"{facts.folder}: its embedding has {facts.vocabulary_rows:,} rows, but nothing says how many of them are "
         "padding; give --orig-vocab-size, or --model-config with the model's config.json"
     )
@@ -257,7 +330,7 @@ def _vocab_size(facts: CheckpointFacts, arguments: Namespace) -> int:
 def _number(facts: CheckpointFacts, arguments: Namespace, name: str) -> int:
     value = getattr(arguments, name, None)
     if not isinstance(value, int):
-        raise CheckpointError(
+        raise UnknownModelError(
             f"{facts.folder}: its arguments do not say {name}; name the model's config.json with --model-config"
         )
     return value

@@ -6,24 +6,33 @@ AscendSpeed of 2023 and Megatron-LM share this layout; names and packing differ,
     iter_0000100/ or release/
         mp_rank_00_000/model_optim_rng.pt    args, iteration, model (or model0, model1, ... with a virtual pipeline)
         ascendspeed.json                     only where asd-ckpt wrote it, see `sidecar`
+
+The files of DeepSpeed's engine hold the same models, see `deepspeed_ranks`.
 """
 
 import re
-from collections.abc import Callable
-from functools import cached_property
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ascendspeed_core.config.model import ModelConfig
+from ascendspeed_core.weights.derived_tensors import derived_reason
+from ascendspeed_core.weights.external.deepspeed import LATEST, step_folder
+from ascendspeed_core.weights.external.deepspeed_ranks import Rank, is_deepspeed_ranks, open_deepspeed_ranks
 from ascendspeed_core.weights.external.detect_format import STATES, detect_name_map
-from ascendspeed_core.weights.external.megatron_args import CheckpointFacts, check_arguments, resolve_config
-from ascendspeed_core.weights.external.name_maps import ROTARY, NameMap
+from ascendspeed_core.weights.external.megatron_args import (
+    CheckpointFacts,
+    check_arguments,
+    read_arguments,
+    resolve_config,
+)
+from ascendspeed_core.weights.external.model_state import ModelState, model_state
+from ascendspeed_core.weights.external.name_maps import EMBEDDING, ROTARY, NameMap
 from ascendspeed_core.weights.external.sharded_tensors import ShardedTensors
 from ascendspeed_core.weights.external.sidecar import read_sidecar, written_by
 from ascendspeed_core.weights.external.source import ExternalSource
-from ascendspeed_core.weights.files.file_tensor import StoredTensor
 from ascendspeed_core.weights.files.torch_files import TorchFile, stored_tensors
 from ascendspeed_core.weights.load import parameter_shapes
 from ascendspeed_core.weights.native.source import TRACKER
@@ -53,39 +62,42 @@ class MpRankSource(ExternalSource):
         vocab_size: int | None = None,
         fallback_config: Callable[[], ModelConfig | None] = lambda: None,
     ) -> None:
+        super().__init__()
         self.path: Path | None = path
-        self.folder = iteration_folder(path)
-        self._files = open_rank_files(self.folder)
+        self.folder = folder_with_ranks(path)
+        self._files, chunks = _open_states(self.folder)
         self.tp, pp = (max(rank[i] for rank in self._files) + 1 for i in (0, 1))
         self.sidecar = read_sidecar(self.folder)
-        chunks = {rank: model_chunks(file) for rank, file in self._files.items()}
         counts = [
-            [count_layers(chunk, self._files[0, stage].path) for chunk in chunks[0, stage]]
+            [_count_layers(chunk.tensors, self._files[0, stage].path) for chunk in chunks[0, stage]]
             for stage in range(pp)
         ]
         self.layout: ShardLayout = from_counts(self.tp, counts)
-        first = dict(stored_tensors(chunks[0, 0][0]))
+        first = dict(chunks[0, 0][0].tensors)
         kind, name_map, self.naming = detect_name_map(first, self.folder)
-        self.kind: str = kind
-        content = self._files[0, 0].content
-        self.arguments: Any = content.get("args") if isinstance(content, dict) else None
+        self.kind: str = "deepspeed" if is_deepspeed_ranks(self.folder) else kind
+        self.arguments: Any = read_arguments(self._files[0, 0])
         embedding = next(iter(first[key] for key in first if key.endswith("word_embeddings.weight")), None)
         if embedding is None:
-            raise CheckpointError(f"{self._files[0, 0].path} holds no embedding; it is no first stage")
+            raise CheckpointError(
+                f"{self._files[0, 0].path} holds no embedding; it is no first stage, or several stages were written "
+                "under one name: convert the model again with one stage"
+            )
         self.vocabulary_rows = embedding.info.shape[0] * self.tp
-        facts = CheckpointFacts(self.kind, self.naming, self.folder, self.layout, first, self.vocabulary_rows)
+        facts = CheckpointFacts(kind, self.naming, self.folder, self.layout, first, self.vocabulary_rows)
         self.config: ModelConfig = resolve_config(
             facts, self.sidecar, self.arguments, config, vocab_size, fallback_config
         )
         shapes = parameter_shapes(self.config)
         self._shapes = shapes | {ROTARY: (self.config.head_dim // 2,)}
         self._sharded = ShardedTensors(self._shapes)
+        self.num_stored = sum(len(chunk.tensors) for states in chunks.values() for chunk in states)
         for (tp_rank, stage), file in self._files.items():
             check_arguments(file, self.sidecar, self.layout, tp_rank, stage)
             for number, chunk in enumerate(chunks[tp_rank, stage]):
-                self._locate(file, dict(stored_tensors(chunk)), name_map, (tp_rank, stage, number))
+                self._locate(file, chunk, name_map, (tp_rank, stage, number))
         self._sharded.check_complete(self.folder, shapes)
-        self._sharded.check_replicas(SMALL_BYTES)
+        self._sharded.check_replicas(SMALL_BYTES, whole=(EMBEDDING,))
         self._check_rotary()
 
     @classmethod
@@ -95,20 +107,12 @@ class MpRankSource(ExternalSource):
         kind: Kind = detect_name_map(dict(stored_tensors(model_chunks(file)[0])), folder)[0]
         return kind
 
-    @cached_property
-    def num_stored(self) -> int:
-        """Stored tensors in all files."""
-        return sum(
-            1 for file in self._files.values() for chunk in model_chunks(file) for _ in stored_tensors(chunk)
-        )
-
     def other_contents(self) -> list[str]:
-        """Name what is stored in the files beside the weights of the model."""
+        """Name what is stored in the files beside the weights of the model, and other files beside them."""
         content = self._files[0, 0].content
-        known = {"model", "args", "checkpoint_version", "iteration", "tokens", "ascendspeed"}
-        return sorted(
-            str(key) for key in content if key not in known and not re.fullmatch(r"model\d+", str(key))
-        )
+        known = {"model", "module", "args", "checkpoint_version", "iteration", "tokens", "ascendspeed"}
+        found = {str(key) for key in content if key not in known and not re.fullmatch(r"model\d+", str(key))}
+        return sorted(found.union(path.name for path in self.folder.glob("*zero_pp_rank_*")))
 
     def check(self) -> bool:
         """Read everything once: compare checksums, and all parts that several files hold.
@@ -126,9 +130,10 @@ class MpRankSource(ExternalSource):
         return super().details() | {"written by": written_by(self.sidecar)}
 
     def _locate(
-        self, file: TorchFile, stored: dict[str, StoredTensor], name_map: NameMap, rank: tuple[int, int, int]
+        self, file: TorchFile, state: ModelState, name_map: NameMap, rank: tuple[int, int, int]
     ) -> None:
         tp_rank, stage, chunk = rank
+        stored = state.tensors
         layers = self.layout.stage(stage, chunk)
         for packed in name_map.of_chunk(self._shapes, self.config, layers, self.vocabulary_rows):
             key = packed.key.replace("/", ".")
@@ -137,31 +142,64 @@ class MpRankSource(ExternalSource):
                     continue
                 raise CheckpointError(f"{file.path} lacks {key}; the copy is incomplete, or of another model")
             self._sharded.add(f"{file.path}: {key}", packed.of_rank(tp_rank, self.tp), stored.pop(key))
-        extra = sorted(key for key in stored if not key.endswith("_extra_state"))
+        self._note_left_out(file, state)
+        extra = sorted(stored)
         if extra:
             raise CheckpointError(
                 f"{file.path} holds {len(extra)} tensors that the model does not have, first {extra[0]}; "
                 "they would be lost"
             )
 
+    def _note_left_out(self, file: TorchFile, state: ModelState) -> None:
+        """Take what is no weight out of a state, after a comparison with what it must be."""
+        self._left_out |= state.left_out
+        for key in list(state.tensors):
+            reason = derived_reason(key, state.tensors[key], self.config, file.path)
+            if reason is not None:
+                self._left_out[key] = reason
+                del state.tensors[key]
+
     def _check_rotary(self) -> None:
-        """Compare stored rotary frequencies with what the config says."""
-        if ROTARY not in set(self._sharded.names()):
-            return
-        stored = self._sharded.read(ROTARY).double()
-        expected = rotary_frequencies(self.config).double()
-        # Stored in as little as 16 bits, which round by up to 2^-8.
-        if not torch.allclose(stored, expected, rtol=2**-8, atol=2**-14):
-            raise CheckpointError(
-                f"{self.folder}: its rotary frequencies are not those of rotary_base={self.config.rotary_base:g}; "
-                "name the model's config"
-            )
+        """Compare stored rotary frequencies with what the config says; all layers have the same."""
+        if ROTARY in set(self._sharded.names()):
+            name, stored = f"rotary_emb.{ROTARY.partition('.')[2]}", self._sharded.shard(ROTARY)
+            reason = derived_reason(name, stored.tensor, self.config, stored.where)
+            self._left_out[f"{name} of {self.config.num_layers} layers"] = str(reason)
 
 
 def rotary_frequencies(config: ModelConfig) -> torch.Tensor:
     """Return the rotary frequencies that some external formats store, base^(-2i/D), [D/2], in fp32."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
     return (1.0 / config.rotary_base**exponents).float()
+
+
+def folder_with_ranks(path: Path) -> Path:
+    """Return the folder with the files of ranks, which a tracker or DeepSpeed's `latest` names."""
+    return step_folder(path) if follows_latest(path) else iteration_folder(path)
+
+
+def follows_latest(path: Path) -> bool:
+    """Tell whether `latest` names the checkpoint: there is no tracker, or only one that names no folder here.
+
+    Megatron-DeepSpeed writes both, and the folder under the name that `latest` says.
+    """
+    if not (path / LATEST).is_file():
+        return False
+    tracker = path / TRACKER
+    text = tracker.read_text(encoding="utf-8", errors="replace").strip() if tracker.is_file() else ""
+    name = f"iter_{int(text):07d}" if text.isdecimal() else text
+    return not name or not (path / name).is_dir() or name == step_folder(path).name
+
+
+def _open_states(folder: Path) -> tuple[dict[Rank, TorchFile], dict[Rank, list[ModelState]]]:
+    """Return all files, and the state of each of their chunks, by tensor rank and stage."""
+    if is_deepspeed_ranks(folder):
+        files, states = open_deepspeed_ranks(folder)
+        return files, {rank: [state] for rank, state in states.items()}
+    files = open_rank_files(folder)
+    return files, {
+        rank: [model_state(chunk, file.path) for chunk in model_chunks(file)] for rank, file in files.items()
+    }
 
 
 def iteration_folder(path: Path) -> Path:
@@ -233,7 +271,11 @@ def count_layers(chunk: Any, path: Path) -> int:
     Raises:
         CheckpointError: one is missing.
     """
-    numbers = {int(match.group(1)) for key, _ in stored_tensors(chunk) if (match := _LAYER.search(key))}
+    return _count_layers((key for key, _ in stored_tensors(chunk)), path)
+
+
+def _count_layers(names: Iterable[str], path: Path) -> int:
+    numbers = {int(match.group(1)) for key in names if (match := _LAYER.search(key))}
     if numbers != set(range(len(numbers))):
         missing = min(set(range(max(numbers) + 1)) - numbers)
         raise CheckpointError(f"{path} lacks layer {missing} of its stage; the copy is incomplete")

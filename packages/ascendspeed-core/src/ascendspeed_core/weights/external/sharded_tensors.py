@@ -1,26 +1,13 @@
 """Logical tensors put together from shards, which may lie in several files."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
 from ascendspeed_core.weights.external.packing import PackedTensor
-from ascendspeed_core.weights.source import CheckpointError, Index, TensorInfo
-
-
-class LazyTensor(Protocol):
-    """A stored tensor."""
-
-    @property
-    def info(self) -> TensorInfo:
-        """Shape and dtype."""
-        ...
-
-    def read(self, index: Index = ()) -> torch.Tensor:
-        """Read a slice."""
-        ...
+from ascendspeed_core.weights.source import WEIGHT_DTYPES, CheckpointError, Index, ReadableTensor, TensorInfo
+from ascendspeed_core.weights.stream import SLAB_BYTES
 
 
 @dataclass(frozen=True)
@@ -38,7 +25,7 @@ class TensorShard:
     """
 
     where: str
-    tensor: LazyTensor
+    tensor: ReadableTensor
     row: int
     index: Index
     position: tuple[int, ...] = ()
@@ -69,12 +56,17 @@ class ShardedTensors:
         self.replicas: list[tuple[str, TensorShard, TensorShard]] = []
         """Name of a tensor, its first shard, and another shard that holds the same part."""
 
-    def add(self, where: str, packed: PackedTensor, stored: LazyTensor) -> None:
+    def add(self, where: str, packed: PackedTensor, stored: ReadableTensor) -> None:
         """Add a stored tensor.
 
         Raises:
             CheckpointError: it has another shape or dtype than the others of its kind.
         """
+        if stored.info.dtype not in WEIGHT_DTYPES:
+            raise CheckpointError(
+                f"{where} is stored as {_name(stored.info.dtype)}, which is not a format of weights; quantised weights "
+                "are not read, use the checkpoint that they were made from"
+            )
         if stored.info.shape != packed.shape:
             raise CheckpointError(
                 f"{where} has shape {list(stored.info.shape)}, the model's is {list(packed.shape)}; "
@@ -130,18 +122,35 @@ class ShardedTensors:
                     f"{where} lacks {'part of ' if shards else ''}{name}; the copy is incomplete"
                 )
 
-    def check_replicas(self, max_bytes: int | None = None) -> None:
+    def shard(self, name: str) -> TensorShard:
+        """Return the first shard of a tensor."""
+        return self._shards[name][0]
+
+    def copies(self, name: str) -> list[str]:
+        """Return under which other names a tensor is stored again, such as the embedding for a tied head."""
+        names = {other.where.rpartition(": ")[2] for copied, _, other in self.replicas if copied == name}
+        return sorted(names - {self.shard(name).where.rpartition(": ")[2]})
+
+    def check_replicas(self, max_bytes: int | None = None, whole: Sequence[str] = ()) -> None:
         """Compare shards that hold the same part, except those larger than `max_bytes`.
+
+        Args:
+            max_bytes: of what is compared; `None` for all.
+            whole: tensors whose shards are compared whatever their size.
 
         Raises:
             CheckpointError: two differ.
         """
         for name, first, other in self.replicas:
-            if max_bytes is not None and _size(first.index) * first.tensor.info.dtype.itemsize > max_bytes:
+            size = _size(first.index) * first.tensor.info.dtype.itemsize
+            if max_bytes is not None and size > max_bytes and name not in whole:
                 continue
-            if not torch.equal(first.read(first.index), other.read(other.index)):
+            if not _are_equal(first, other):
                 raise CheckpointError(
-                    f"{name} should be the same in {first.where} and {other.where}, but is not; "
+                    f"{name} should be the same in {first.where} and {other.where}, but is not; they are files of "
+                    "different checkpoints, or a head of its own under a config with tie_word_embeddings=true"
+                    if name in whole
+                    else f"{name} should be the same in {first.where} and {other.where}, but is not; "
                     "they are files of different checkpoints"
                 )
 
@@ -171,6 +180,18 @@ class ShardedTensors:
             sizes = [max(part.stop - part.start, 0) for part in wanted]
             return torch.empty(sizes, dtype=self.info(name).dtype)
         return result
+
+
+def _are_equal(first: TensorShard, other: TensorShard) -> bool:
+    """Compare two shards of the same part, a few rows at a time."""
+    rows, *rest = first.index
+    width = _size(tuple(rest)) * first.tensor.info.dtype.itemsize
+    step = max(SLAB_BYTES // max(width, 1), 1)
+    for start in range(rows.start, rows.stop, step):
+        part = (slice(start, min(start + step, rows.stop)), *rest)
+        if not torch.equal(first.read(part), other.read(part)):
+            return False
+    return True
 
 
 def _size(index: Index) -> int:

@@ -1,6 +1,6 @@
 """What the sources of external checkpoints have in common."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from ascendspeed_core.config.model import ModelConfig
-from ascendspeed_core.weights.external.name_maps import ROTARY
+from ascendspeed_core.weights.external.name_maps import EMBEDDING, ROTARY
 from ascendspeed_core.weights.external.sharded_tensors import ShardedTensors
-from ascendspeed_core.weights.source import BaseWeightSource, Index, TensorInfo
+from ascendspeed_core.weights.source import BaseWeightSource, Index, LeftOut, TensorInfo, group_left_out
 from ascendspeed_data.tokenizer import DEFINING_FILES
 
 
@@ -29,6 +29,9 @@ class ExternalSource(BaseWeightSource):
     config: ModelConfig
     vocabulary_rows: int
     _sharded: ShardedTensors
+
+    def __init__(self) -> None:
+        self._left_out: dict[str, str] = {}
 
     @property
     def tokenizer(self) -> Path | None:
@@ -50,6 +53,17 @@ class ExternalSource(BaseWeightSource):
     def read(self, name: str, index: Index = ()) -> torch.Tensor:
         """Read a slice of a weight."""
         return self._sharded.read(name, index)
+
+    def left_out(self) -> Sequence[LeftOut]:
+        """Return padding, copies of other tensors and what the config says too."""
+        rows = self.vocabulary_rows - self.config.vocab_size
+        padding = {
+            f"rows {self.config.vocab_size} to {self.vocabulary_rows - 1} of embedding and head": "padding"
+        }
+        copies = dict.fromkeys(
+            self._sharded.copies(EMBEDDING), "equal to the embedding, to which the head is tied"
+        )
+        return group_left_out(self._left_out | copies | (padding if rows else {}))
 
     def details(self) -> dict[str, Any]:
         """Return the layout of the files, and the rows of the embedding with padding."""

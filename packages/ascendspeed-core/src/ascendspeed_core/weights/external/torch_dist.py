@@ -11,6 +11,7 @@ not alike (`non_homogeneous_layers`); both are read, the first is written, which
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ from typing import Any
 import torch
 
 from ascendspeed_core.config.model import ModelConfig
-from ascendspeed_core.weights.external.megatron_args import CheckpointFacts, resolve_config
+from ascendspeed_core.weights.derived_tensors import derived_reason
+from ascendspeed_core.weights.external.megatron_args import CheckpointFacts, read_arguments, resolve_config
+from ascendspeed_core.weights.external.model_state import EXTRA_STATE, EXTRA_STATE_REASON
 from ascendspeed_core.weights.external.mp_rank import iteration_folder
 from ascendspeed_core.weights.external.name_maps import megatron
 from ascendspeed_core.weights.external.sharded_tensors import ShardedTensors
@@ -29,10 +32,12 @@ from ascendspeed_core.weights.files.torch_files import TorchFile
 from ascendspeed_core.weights.load import parameter_shapes
 from ascendspeed_core.weights.shard_layout import ShardLayout, shard_layout
 from ascendspeed_core.weights.source import CheckpointError, Index, TensorInfo
+from ascendspeed_core.weights.stream import equal_tensors
 
 BACKEND = "metadata.json"
 COMMON = "common.pt"
 LAYER_NAME = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
+HEAD = "output_layer.weight"
 _OPTIMIZER = ("optimizer.", "chained_")
 
 
@@ -63,18 +68,25 @@ class TorchDistSource(ExternalSource):
         path: the folder with the tracker, or the one with `metadata.json`.
         config: the architecture, where the checkpoint does not include it.
         vocab_size: vocabulary size without padding, where the checkpoint does not record it.
+        fallback_config: called for the architecture when neither the checkpoint nor `config` gives it.
     """
 
     kind = "torch_dist"
 
-    def __init__(self, path: Path, config: ModelConfig | None = None, vocab_size: int | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        config: ModelConfig | None = None,
+        vocab_size: int | None = None,
+        fallback_config: Callable[[], ModelConfig | None] = lambda: None,
+    ) -> None:
+        super().__init__()
         self.path: Path | None = path
         self.folder = iteration_folder(path)
         self.sidecar = read_sidecar(self.folder)
         self.stored = DistributedTensors(self.folder)
         common = self.folder / COMMON
-        content = TorchFile(common).content if common.is_file() else {}
-        self.arguments: Any = content.get("args") if isinstance(content, dict) else None
+        self.arguments: Any = read_arguments(TorchFile(common)) if common.is_file() else None
         prefix = next(
             (p for p in ("", "model.") if f"{p}embedding.word_embeddings.weight" in self.stored.names()), None
         )
@@ -90,7 +102,9 @@ class TorchDistSource(ExternalSource):
         facts = CheckpointFacts(
             "megatron", "Transformer Engine", self.folder, self.layout, found, self.vocabulary_rows
         )
-        self.config: ModelConfig = resolve_config(facts, self.sidecar, self.arguments, config, vocab_size)
+        self.config: ModelConfig = resolve_config(
+            facts, self.sidecar, self.arguments, config, vocab_size, fallback_config
+        )
         shapes = parameter_shapes(self.config)
         self._sharded = ShardedTensors(shapes)
         name_map, stage = megatron(True), self.layout.stage(0, 0)
@@ -100,16 +114,37 @@ class TorchDistSource(ExternalSource):
                     f"{self.folder} lacks {packed.key}; it is of another model, or incomplete"
                 )
             self._sharded.add(f"{self.folder}: {packed.key}", packed, found.pop(packed.key))
+        self._note_left_out(found)
+        states = {name.partition("/")[0] for name in self.stored.objects() if EXTRA_STATE in name}
+        self._left_out |= dict.fromkeys(sorted(states), EXTRA_STATE_REASON)
         if found:
             raise CheckpointError(
                 f"{self.folder} holds {len(found)} tensors that the model does not have, first {min(found)}"
             )
         self._sharded.check_complete(self.folder, shapes)
 
+    def _note_left_out(self, found: dict[str, _LayerOf]) -> None:
+        """Take out what repeats the config or, under a tied one, the embedding; each is compared."""
+        for key, tensor in list(found.items()):
+            reason = derived_reason(key, tensor, self.config, self.folder)
+            if key == HEAD and self.config.tie_word_embeddings:
+                embedding = _LayerOf(self.stored, f"{self._prefix}embedding.word_embeddings.weight", None)
+                if not equal_tensors(tensor, embedding):
+                    raise CheckpointError(
+                        f"{self.folder}: {key} differs from the embedding, to which the model's config ties it; name a "
+                        "config with tie_word_embeddings=false"
+                    )
+                reason = "equal to the embedding, to which the head is tied"
+            if reason is not None:
+                self._left_out[key] = reason
+                del found[key]
+
     def other_contents(self) -> list[str]:
         """Name what is stored beside the weights of the model."""
-        kinds = {"optimizer" for name in self.stored.names() if name.startswith(_OPTIMIZER)}
-        return sorted(kinds)
+        objects = [name for name in self.stored.objects() if EXTRA_STATE not in name]
+        optimizer = {name for name in (*self.stored.names(), *objects) if name.startswith(_OPTIMIZER)}
+        others = {name.partition("/")[0] for name in objects if name not in optimizer}
+        return sorted(others | ({"optimizer"} if optimizer else set()))
 
     def check(self) -> bool:
         """Read everything once and compare the checksums."""

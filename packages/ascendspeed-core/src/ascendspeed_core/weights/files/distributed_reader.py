@@ -82,6 +82,10 @@ class DistributedTensors:
             name for name, found in self._metadata.state_dict_metadata.items() if hasattr(found, "chunks")
         ]
 
+    def objects(self) -> list[str]:
+        """Return the names of everything that is no tensor; none of it is read."""
+        return sorted(set(self._metadata.state_dict_metadata) - set(self.names()))
+
     def info(self, name: str) -> TensorInfo:
         """Return shape and format of a tensor."""
         found = self._metadata.state_dict_metadata[name]

@@ -30,6 +30,8 @@ _OTHER_DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_QUANTISED = frozenset(("F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"))
+"""Formats that only quantised weights and their scales have."""
 _LENGTH_BYTES = 8
 _MOST_HEADER_BYTES = 100_000_000
 """The format's own limit."""
@@ -64,6 +66,11 @@ def _tensors(file: StoredFile) -> dict[str, StoredTensor]:
     found = {}
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         start, end = entry["data_offsets"]
+        if entry["dtype"] in _QUANTISED:
+            raise CheckpointError(
+                f"{file.path}: {name} is stored as {entry['dtype']}, so the folder is quantised, which is not read; "
+                "load the folder that it was made from, whose weights are not quantised"
+            )
         dtype = SAFETENSORS_DTYPES.get(entry["dtype"]) or _OTHER_DTYPES[entry["dtype"]]
         info = TensorInfo(tuple(entry["shape"]), dtype)
         if any(type(size) is not int or size < 0 for size in (*info.shape, start, end)):

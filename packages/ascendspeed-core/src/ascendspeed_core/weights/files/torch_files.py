@@ -2,11 +2,14 @@
 
 A `.pt` file is a zip archive: `NAME/data.pkl`, a pickle whose tensors say only which storage they look at, and one
 uncompressed record `NAME/data/KEY` for each storage. The pickle is read by an allow-list; classes are replaced by
-our own, so that none of its code is ever called. Storages stay where they are until a slice of one is asked for.
+our own, so that none of its code is ever called: objects of arguments become inert ones, which matters only where
+someone asks for them; functions of the standard library that a file asks for are refused, and with them the file.
+Storages stay where they are until a slice of one is asked for.
 """
 
 import pickle
 import struct
+import sys
 import zipfile
 import zlib
 from argparse import Namespace
@@ -46,6 +49,19 @@ INERT_PACKAGES = (
 )
 """Packages whose objects lie beside weights (arguments, random states); they become `InertObject`s."""
 
+STANDARD_DATA = frozenset(
+    (
+        "pathlib.PosixPath", "pathlib.PurePosixPath", "pathlib.WindowsPath", "pathlib.PureWindowsPath", "pathlib.Path",
+        "pathlib._local.PosixPath", "pathlib._local.WindowsPath", "_io.BytesIO", "io.BytesIO", "_io.StringIO",
+        "collections.defaultdict", "collections.deque", "collections.Counter", "types.SimpleNamespace",
+        "datetime.datetime", "datetime.timedelta", "datetime.date", "datetime.timezone", "decimal.Decimal", "uuid.UUID",
+        "functools.partial", "builtins.object", "builtins.complex", "builtins.frozenset", "builtins.slice",
+        "builtins.range", "builtins.int", "builtins.float", "builtins.str", "builtins.bool", "builtins.list",
+        "builtins.dict", "builtins.tuple", "copyreg._reconstructor", "copy_reg._reconstructor",
+    )
+)  # fmt: skip
+"""What arguments of the standard library hold; they become `InertObject`s. Everything else of it is refused."""
+
 _LOCAL_HEADER_BYTES = 30
 
 
@@ -72,6 +88,10 @@ class InertObject:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}{self.arguments}"
+
+
+class UnknownObject(InertObject):
+    """Stands for an object of a package that is not known; what it would be is not found out."""
 
 
 class TorchFile:
@@ -223,9 +243,13 @@ class _Unpickler(pickle.Unpickler):
         """Return what an allowed class becomes, or refuse it."""
         if (module, name) in self._allowed:
             return self._allowed[module, name]
-        if module.partition(".")[0] in INERT_PACKAGES:
-            return type(name.rpartition(".")[2], (InertObject,), {})
-        raise self._refusal(f"{module}.{name}")
+        package = module.partition(".")[0]
+        short = name.rpartition(".")[2]
+        if package in INERT_PACKAGES or f"{module}.{name}" in STANDARD_DATA:
+            return type(short, (InertObject,), {"__module__": module})
+        if package in sys.stdlib_module_names or package == "__builtin__":
+            raise self._refusal(f"{module}.{name}")
+        return type(short, (UnknownObject,), {"__module__": module})
 
     def _member(self, owner: Any, name: Any) -> InertObject:
         """Members of enumerations are pickled as attributes of their class."""
@@ -241,6 +265,11 @@ class _Unpickler(pickle.Unpickler):
     def persistent_load(self, pid: Any) -> _Storage:
         """Take note of a storage."""
         kind, dtype, key, _, numel = pid
+        if kind == "storage" and isinstance(dtype, type) and issubclass(dtype, InertObject):
+            raise CheckpointError(
+                f"{self._path} holds tensors of {dtype.__module__}.{dtype.__name__}, a format that is not one of "
+                "weights; quantised weights are not read, use the folder that they were made from"
+            )
         if kind != "storage" or not isinstance(dtype, torch.dtype):
             raise CheckpointError(f"{self._path} refers to {kind!r} outside of itself; refused")
         return _Storage(str(key), dtype, int(numel))

@@ -7,15 +7,29 @@ from pathlib import Path
 
 import torch
 
+from ascendspeed_core.launch import announce
 from ascendspeed_core.models.families import Family, TensorMapping, family_of_hugging_face
 from ascendspeed_core.models.families.base import leading_shape
-from ascendspeed_core.weights.files.file_tensor import StoredTensor
+from ascendspeed_core.weights.derived_tensors import derived_reason
 from ascendspeed_core.weights.files.json_file import read_json
-from ascendspeed_core.weights.files.safetensors_files import SAFETENSORS_DTYPES, read_safetensors
-from ascendspeed_core.weights.files.torch_files import TorchFile, stored_tensors
 from ascendspeed_core.weights.huggingface.config import generation_ids
-from ascendspeed_core.weights.source import BaseWeightSource, CheckpointError, Index, TensorInfo, inside
+from ascendspeed_core.weights.huggingface.files import open_weight_files
+from ascendspeed_core.weights.huggingface.fit import check_names, check_shapes
+from ascendspeed_core.weights.huggingface.quantised import refuse_quantised
+from ascendspeed_core.weights.load import parameter_shapes
+from ascendspeed_core.weights.source import (
+    WEIGHT_DTYPES,
+    BaseWeightSource,
+    CheckpointError,
+    Index,
+    LeftOut,
+    TensorInfo,
+    group_left_out,
+)
+from ascendspeed_core.weights.stream import first_different_row
 from ascendspeed_data.tokenizer import DEFINING_FILES
+
+EMBEDDING = "embedding.weight"
 
 
 class HuggingFaceSource(BaseWeightSource):
@@ -28,11 +42,18 @@ class HuggingFaceSource(BaseWeightSource):
         self._folder = path
         self.hf_config = read_json(path / "config.json")
         self.family: Family = family_of_hugging_face(self.hf_config, str(path / "config.json"))
+        self._stored = open_weight_files(path)
+        refuse_quantised(path, self.hf_config, {name: stored.info for name, stored in self._stored.items()})
+        self._left_out: dict[str, str] = {}
+        self._embedding_is_head = False
         self.config = self.family.read_config(self.hf_config | generation_ids(path))
-        self._opened: dict[Path, dict[str, StoredTensor]] = {}
+        if self.config.tie_word_embeddings:
+            self._compare_head()
         self._mappings = self._mappings_of_this_folder()
         self._leading_shapes = self._leading_shapes_of_fused()
         self._check_names()
+        names = {ours: mappings[0].theirs for ours, mappings in self._mappings.items()}
+        check_shapes(path, self.family, self.config, self._infos, parameter_shapes(self.config), names)
 
     @property
     def tokenizer(self) -> Path | None:
@@ -46,6 +67,10 @@ class HuggingFaceSource(BaseWeightSource):
     @cached_property
     def _infos(self) -> dict[str, TensorInfo]:
         return {ours: self._info_of(mappings) for ours, mappings in self._mappings.items()}
+
+    def left_out(self) -> Sequence[LeftOut]:
+        """Return copies of other tensors, and buffers that the config says too; each was compared."""
+        return group_left_out(self._left_out)
 
     def read(self, name: str, index: Index = ()) -> torch.Tensor:
         """Read a slice; only its bytes leave the disk."""
@@ -94,15 +119,17 @@ class HuggingFaceSource(BaseWeightSource):
         return shape[::-1] if mapping.transposed and len(shape) == 2 else shape
 
     def _read(self, theirs: str, index: Index) -> torch.Tensor:
-        return self._open(self._file_of_tensor[theirs])[theirs].read(index)
+        return self._stored[theirs].read(index)
 
     def _mappings_of_this_folder(self) -> dict[str, list[TensorMapping]]:
         """The family's table by our names; a folder of a model without its head leaves the prefix out."""
         prefix = self.family.prefix
-        has_prefix = not prefix or any(name.startswith(prefix) for name in self._file_of_tensor)
+        has_prefix = not prefix or any(name.startswith(prefix) for name in self._stored)
         found: dict[str, list[TensorMapping]] = {}
         for mapping in self.family.weights(self.config):
             theirs = mapping.theirs if has_prefix else mapping.theirs.removeprefix(prefix)
+            if mapping.ours == EMBEDDING and self._embedding_is_head:
+                theirs = self._head_name()
             found.setdefault(mapping.ours, []).append(replace(mapping, theirs=theirs))
         return found
 
@@ -114,38 +141,13 @@ class HuggingFaceSource(BaseWeightSource):
                 positions.setdefault(mapping.theirs, []).append(mapping.their_position)
         return {theirs: leading_shape(found) for theirs, found in positions.items()}
 
-    @cached_property
-    def _file_of_tensor(self) -> dict[str, Path]:
-        """File of each tensor."""
-        for index_name in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
-            if (self._folder / index_name).is_file():
-                weight_map = read_json(self._folder / index_name).get("weight_map", {})
-                return {name: inside(self._folder, file) for name, file in weight_map.items()}
-        for single in ("model.safetensors", "pytorch_model.bin"):
-            path = self._folder / single
-            if path.is_file():
-                return dict.fromkeys(self._open(inside(self._folder, single)), path)
-        raise CheckpointError(
-            f"{self._folder} has a config.json but no weights (model.safetensors or pytorch_model.bin); "
-            "download them, or name the file with --model-config to start from random weights"
-        )
-
-    def _open(self, path: Path) -> dict[str, StoredTensor]:
-        if path not in self._opened:
-            read = read_safetensors if path.suffix == ".safetensors" else _read_pickled
-            self._opened[path] = read(path)
-        return self._opened[path]
-
     def _info(self, theirs: str) -> TensorInfo:
-        file = self._file_of_tensor[theirs]
-        stored = self._open(file).get(theirs)
-        if stored is None:
-            raise CheckpointError(f"{file} lacks {theirs}, though the index of {self._folder} names it there")
-        if stored.info.dtype not in SAFETENSORS_DTYPES.values():
+        info = self._stored[theirs].info
+        if info.dtype not in WEIGHT_DTYPES:
             raise CheckpointError(
-                f"{self._folder}: {theirs} is stored as {stored.info.dtype}, which is not a format of weights"
+                f"{self._folder}: {theirs} is stored as {info.dtype}, which is not a format of weights"
             )
-        return stored.info
+        return info
 
     def _info_of(self, mappings: Sequence[TensorMapping]) -> TensorInfo:
         """Return shape and dtype of one of our tensors."""
@@ -177,36 +179,41 @@ class HuggingFaceSource(BaseWeightSource):
             )
         return TensorInfo((packed.num_rows(self.config, shape[0]), *shape[1:]), info.dtype)
 
-    def _check_names(self) -> None:
-        """Every tensor of the model is there, and none that we would drop."""
-        wanted = {mapping.theirs for mappings in self._mappings.values() for mapping in mappings}
-        missing = sorted(wanted - set(self._file_of_tensor))
-        if missing:
-            raise CheckpointError(f"{self._folder} lacks {len(missing)} tensors, first {missing[0]}")
-        extra = sorted(name for name in set(self._file_of_tensor) - wanted if not self._derived(name))
-        if extra:
-            raise CheckpointError(
-                f"{self._folder} holds {len(extra)} tensors that {self.family.name} does not have, first {extra[0]}"
-            )
-
-    def _derived(self, name: str) -> bool:
-        """Tell tensors that repeat what the config or another tensor says."""
-        return name.endswith("rotary_emb.inv_freq") or (
-            self.config.tie_word_embeddings and name == "lm_head.weight"
+    def _compare_head(self) -> None:
+        """Under a tied config: a head of its own in the files counts, as in transformers 5; a copy is left out."""
+        prefix, head = self.family.prefix, self._head_name()
+        embedding = next(rule.theirs for rule in self.family.rules if rule.ours == EMBEDDING)
+        embedding = next(
+            (name for name in (embedding, embedding.removeprefix(prefix)) if name in self._stored), embedding
         )
+        if head not in self._stored:
+            return
+        if embedding not in self._stored:
+            announce(f"{self._folder}: no {embedding}; the embedding is {head}, which the config ties to it")
+            self._embedding_is_head = True
+            return
+        different = first_different_row(self._stored[head], self._stored[embedding])
+        if different is None:
+            self._left_out[head] = f"equal to {embedding}, which the config ties to it"
+            return
+        announce(
+            f"{self._folder}: config.json says tie_word_embeddings=true, but {head} differs from {embedding}, first in "
+            f"row {different}; it is read as a head of its own"
+        )
+        self.config = self.config.model_copy(update={"tie_word_embeddings": False})
 
+    def _head_name(self) -> str:
+        """Their name of the head; families without one of their own would keep it under this one."""
+        return next((rule.theirs for rule in self.family.rules if rule.tied), "lm_head.weight")
 
-def _read_pickled(path: Path) -> dict[str, StoredTensor]:
-    """Open a `.bin` file, whose tensors stay in it.
-
-    Raises:
-        CheckpointError: it is damaged, or of torch before 1.6, which wrote another format.
-    """
-    content = TorchFile(path).content
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no dictionary of tensors")
-    found = dict(stored_tensors(content))
-    if len(found) != len(content):
-        other = min(str(key) for key in content if key not in found)
-        raise CheckpointError(f"{path} holds {other}, which is no tensor")
-    return found
+    def _check_names(self) -> None:
+        """Every tensor of the model is there, and none that we would drop unseen."""
+        wanted = {mapping.theirs for mappings in self._mappings.values() for mapping in mappings}
+        extra = []
+        for name in sorted(set(self._stored) - wanted - set(self._left_out)):
+            reason = derived_reason(name, self._stored[name], self.config, self._folder)
+            if reason is None:
+                extra.append(name)
+            else:
+                self._left_out[name] = reason
+        check_names(self._folder, self.family, self.config, sorted(wanted - set(self._stored)), extra)

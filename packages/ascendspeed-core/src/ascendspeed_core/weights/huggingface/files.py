@@ -1,0 +1,132 @@
+"""The weight files of a Hugging Face folder: which of them are read, and all tensors in them by name."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ascendspeed_core.launch import announce
+from ascendspeed_core.weights.files.file_tensor import StoredTensor
+from ascendspeed_core.weights.files.json_file import read_json
+from ascendspeed_core.weights.files.safetensors_files import read_safetensors
+from ascendspeed_core.weights.files.torch_files import TorchFile, stored_tensors
+from ascendspeed_core.weights.source import CheckpointError, inside
+from ascendspeed_core.weights.stream import equal_tensors
+
+FORMATS = (("model", "safetensors"), ("pytorch_model", "bin"))
+"""Name and ending of weight files, in the order in which transformers looks for them."""
+
+_PART = re.compile(r"(model|pytorch_model)-(\d+)-of-(\d+)\.(safetensors|bin)")
+
+OTHER_WEIGHTS = {
+    "adapter_model.safetensors": "an adapter; give it with --lora-load, and its base with --load",
+    "adapter_model.bin": "an adapter; give it with --lora-load, and its base with --load",
+    "consolidated.safetensors": "weights under Mistral's own names; use the model.safetensors files of the same model",
+    "consolidated.00.pth": "weights under Meta's own names; use the model.safetensors files of the same model",
+    "tf_model.h5": "TensorFlow's weights; use the model.safetensors files of the same model",
+    "flax_model.msgpack": "Flax's weights; use the model.safetensors files of the same model",
+}
+"""Files of weights in other formats that lie in such folders, and what to do instead."""
+
+
+def open_weight_files(folder: Path) -> dict[str, StoredTensor]:
+    """Return all tensors of a folder by name; none is read. A line names weight files that are left unread.
+
+    What an index does not name, but lies in one of its files, is there all the same.
+
+    Raises:
+        CheckpointError: there are none, one is missing or damaged, or two files hold different tensors of a name.
+    """
+    files, index, index_name = _files_to_read(folder)
+    others = sorted(
+        path.name
+        for path in folder.iterdir()
+        if path not in files
+        and path.name != index_name
+        and (_PART.fullmatch(path.name) or path.name in _whole_names())
+    )
+    if others:
+        announce(f"{folder}: read are {_shown(files)}; not read: {', '.join(others)}")
+    found: dict[str, StoredTensor] = {}
+    for path in files:
+        opened = read_safetensors(path) if path.suffix == ".safetensors" else read_pickled(path)
+        for name, tensor in opened.items():
+            if name in found and not equal_tensors(found[name], tensor):
+                raise CheckpointError(
+                    f"{folder}: {found[name].file.path.name} and {path.name} hold different tensors {name}; one of the "
+                    "files is of another model, copy the folder again"
+                )
+            found.setdefault(name, tensor)
+        for name in (name for name, file in index.items() if file == path and name not in opened):
+            raise CheckpointError(f"{path} lacks {name}, though the index of {folder} names it there")
+    return found
+
+
+def _files_to_read(folder: Path) -> tuple[list[Path], Mapping[str, Path], str | None]:
+    """Return the weight files in order, and what an index says: the file of each tensor; and the index's name."""
+    for stem, ending in FORMATS:
+        if (folder / f"{stem}.{ending}").is_file():
+            return [inside(folder, f"{stem}.{ending}")], {}, None
+        if (folder / f"{stem}.{ending}.index.json").is_file():
+            name = f"{stem}.{ending}.index.json"
+            return *_indexed(folder, name), name
+        parts = _parts_without_index(folder, stem, ending)
+        if parts:
+            return parts, {}, None
+    for name, what in OTHER_WEIGHTS.items():
+        if (folder / name).is_file():
+            raise CheckpointError(f"{folder} has no weights that are read, only {name}: {what}")
+    raise CheckpointError(
+        f"{folder} has a config.json but no weights (model.safetensors or pytorch_model.bin); "
+        "download them, or name the file with --model-config to start from random weights"
+    )
+
+
+def _indexed(folder: Path, name: str) -> tuple[list[Path], Mapping[str, Path]]:
+    weight_map = read_json(folder / name).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CheckpointError(f"{folder / name} has no weight_map of file names; copy it again")
+    index = {name: inside(folder, file) for name, file in weight_map.items()}
+    if not index:
+        raise CheckpointError(f"{folder / name} names no tensor; copy it again")
+    return sorted(set(index.values())), index
+
+
+def _parts_without_index(folder: Path, stem: str, ending: str) -> list[Path]:
+    """Return the numbered files of a folder that lost its index; all must be there."""
+    matches = [match for path in folder.iterdir() if (match := _PART.fullmatch(path.name))]
+    matches = [match for match in matches if (match[1], match[4]) == (stem, ending)]
+    if not matches:
+        return []
+    numbers = {int(match[2]) for match in matches}
+    counts = {int(match[3]) for match in matches}
+    if len(counts) > 1 or numbers != set(range(1, max(counts) + 1)):
+        raise CheckpointError(
+            f"{folder} has {len(matches)} files {stem}-*-of-*.{ending} without an index, which are not all parts of "
+            "one model; copy it again"
+        )
+    announce(f"{folder}: no index, read are all {len(matches)} files {stem}-*.{ending}")
+    return sorted(inside(folder, match[0]) for match in matches)
+
+
+def _whole_names() -> Sequence[str]:
+    return [f"{stem}.{ending}{more}" for stem, ending in FORMATS for more in ("", ".index.json")]
+
+
+def _shown(files: Sequence[Path]) -> str:
+    return files[0].name + (f" and {len(files) - 1} more" if len(files) > 1 else "")
+
+
+def read_pickled(path: Path) -> dict[str, StoredTensor]:
+    """Open a `.bin` file, whose tensors stay in it.
+
+    Raises:
+        CheckpointError: it is damaged, of torch before 1.6, which wrote another format, or holds something else.
+    """
+    content = TorchFile(path).content
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds no dictionary of tensors")
+    found = dict(stored_tensors(content))
+    if len(found) != len(content):
+        other = min(str(key) for key in content if key not in found)
+        raise CheckpointError(f"{path} holds {other}, which is no tensor")
+    return found

@@ -1,0 +1,186 @@
+"""A `tokenizer.json`, with the tokens that the files beside it add."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ascendspeed_data.added_tokens import TextPart, tokens_beside_json
+from ascendspeed_data.command_line import announce
+from ascendspeed_data.errors import DataError
+from ascendspeed_data.token_batch import TokenBatch
+from ascendspeed_data.tokenizer_config import CONFIG_FILE, TokenizerFiles, TokenRecord
+
+
+class JsonTokenizer:
+    """A `tokenizer.json` with the tokens of the files beside it."""
+
+    kind = "tokenizer.json"
+
+    def __init__(self, path: Path, json_file: Path, files: TokenizerFiles) -> None:
+        from tokenizers import Tokenizer as FastTokenizer
+
+        self.path, self.model_file = path, json_file
+        self.chat_template = files.chat_template
+        self._content = json_file.read_bytes()
+        try:
+            self._tokenizer = FastTokenizer.from_str(self._content.decode("utf-8"))
+        except Exception as error:  # noqa: BLE001 - tokenizers raises bare Exception
+            raise DataError(f"{json_file} is not a tokenizer: {error}") from None
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        before = self._added_tokens()
+        named = self._add_tokens(files)
+        self._is_extended = self._added_tokens() != before
+        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self.bos_id, self.eos_id = named.get("bos_token"), named.get("eos_token")
+        self.unk_id, self.pad_id = named.get("unk_token"), named.get("pad_token")
+        self.prefix_ids, self.suffix_ids = self._prefix_and_suffix()
+        self.add_bos = self.bos_id is not None and self.prefix_ids[:1] == [self.bos_id]
+        self._check_config(files)
+        tokens = self._tokenizer.get_added_tokens_decoder()
+        self.added_ids = {token.content: number for number, token in tokens.items()}
+        self.special_ids = {token.content: number for number, token in tokens.items() if token.special}
+        extension = json.dumps(self._added_tokens()).encode() if self._is_extended else b""
+        self.fingerprint = hashlib.sha256(self._content + extension).hexdigest()
+
+    def _add_tokens(self, files: TokenizerFiles) -> dict[str, int | None]:
+        """Add the tokens of the files, as transformers does, and return the ids of named tokens.
+
+        Raises:
+            DataError: a token gets another id than the files say.
+        """
+        from tokenizers import AddedToken
+
+        def added(record: TokenRecord, special: bool) -> AddedToken:
+            normalized = not record.special if record.normalized is None else record.normalized
+            return AddedToken(
+                record.content, single_word=record.single_word, lstrip=record.lstrip, rstrip=record.rstrip,
+                normalized=normalized, special=special,
+            )  # fmt: skip
+
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        decoder, named, special = tokens_beside_json(files, vocabulary)
+        contents = {record.content for record in special}
+        known = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
+        known |= {record.content for record in decoder.values()}
+        new = [
+            added(record, bool(record.special) or record.content in contents)
+            for _, record in sorted(decoder.items())
+        ]
+        new += [added(record, True) for record in special if record.content not in known]
+        self._tokenizer.add_tokens(new)
+        for number, record in decoder.items():
+            got = self._tokenizer.token_to_id(record.content)
+            if got != number:
+                raise DataError(
+                    f"{self.path}: {record.content!r} is id {number} in the files beside tokenizer.json, which makes "
+                    f"it {got}; correct one of them"
+                )
+        stated = {record.content for record in decoder.values()}
+        for record in special:
+            if record.content not in vocabulary and record.content not in stated:
+                next_id = self._tokenizer.token_to_id(record.content)
+                announce(
+                    f"{self.path}: {record.content!r} has no id in the files; it gets the next one, {next_id}"
+                )
+        return {
+            name: None if record is None else self._tokenizer.token_to_id(record.content)
+            for name, record in named.items()
+        }
+
+    def _check_config(self, files: TokenizerFiles) -> None:
+        """Refuse a config that says something else than `tokenizer.json` about what begins or ends a text.
+
+        transformers 4 followed the config for some classes, transformers 5 follows `tokenizer.json`.
+        """
+        config = files.config
+        # Without a named token, whatever the post-processor adds is taken for it.
+        begin = [self.bos_id] if self.bos_id is not None else self.prefix_ids[:1]
+        end = [self.eos_id] if self.eos_id is not None else self.suffix_ids[-1:]
+        for key, stated, found in (
+            ("add_bos_token", config.add_bos_token, {bool(begin) and self.prefix_ids[:1] == begin}),
+            ("add_eos_token", config.add_eos_token, {bool(end) and self.suffix_ids[-1:] == end}),
+            ("add_prefix_space", config.add_prefix_space, _prefix_spaces(json.loads(self._content))),
+        ):
+            if stated is not None and found and stated not in found:
+                raise DataError(
+                    f"{files.folder / CONFIG_FILE}: {key}={str(stated).lower()}, but {self.model_file.name} does "
+                    f"{'not ' if stated else ''}add it; correct one of them, or delete the key to go by "
+                    f"{self.model_file.name}"
+                )
+
+    def _added_tokens(self) -> list[list[object]]:
+        """Return what decides how a text is split at added tokens."""
+        return [
+            [n, t.content, t.single_word, t.lstrip, t.rstrip, t.normalized, t.special]
+            for n, t in sorted(self._tokenizer.get_added_tokens_decoder().items())
+        ]
+
+    def to_json(self) -> str:
+        """Return a `tokenizer.json` that gives the ids, the tokens of the other files included."""
+        return str(self._tokenizer.to_str()) if self._is_extended else self._content.decode("utf-8")
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Return the ids of a text."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of several texts."""
+        return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))]
+
+    def encode_without_special_tokens(self, texts: Sequence[str]) -> TokenBatch:
+        """Return the ids of several texts without prefix and suffix."""
+        encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return TokenBatch.from_lists([encoding.ids for encoding in encoded])
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return the ids of a text and the character range of each."""
+        encoded = self._tokenizer.encode(text, add_special_tokens=False)
+        return list(encoded.ids), list(encoded.offsets)
+
+    def encode_rendered(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return ids and character ranges of a rendered conversation."""
+        return self.encode_with_offsets(text)
+
+    def split_rendered(self, text: str) -> list[TextPart] | None:
+        """Return the whole text: the tokenizer finds special tokens itself."""
+        return [TextPart(text, ((0, len(text)),))]
+
+    def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str]:
+        """Return the token of each id."""
+        return [self._tokenizer.id_to_token(int(i)) or f"<{int(i)}>" for i in ids]
+
+    def _prefix_and_suffix(self) -> tuple[list[int], list[int]]:
+        """Return the ids that the post-processor adds before and after a text."""
+        bare = self._tokenizer.encode("a", add_special_tokens=False).ids
+        whole = self._tokenizer.encode("a").ids
+        for start in range(len(whole) - len(bare) + 1):
+            if whole[start : start + len(bare)] == bare:
+                return whole[:start], whole[start + len(bare) :]
+        raise DataError(
+            f"{self.path}: the post-processor changes ids inside a text, which is not supported; use another tokenizer"
+        )
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ids, without special tokens."""
+        text: str = self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+        return text
+
+
+def _prefix_spaces(content: dict[str, Any]) -> set[bool]:
+    """Return whether the parts of a `tokenizer.json` that may begin a text with a space do so."""
+    found: set[bool] = set()
+    parts = [content.get("normalizer"), content.get("pre_tokenizer")]
+    while parts:
+        part = parts.pop() or {}
+        parts += [*part.get("normalizers", ()), *part.get("pretokenizers", ())]
+        if part.get("type") == "ByteLevel" and "add_prefix_space" in part:
+            found.add(bool(part["add_prefix_space"]))
+        elif part.get("type") == "Metaspace":
+            found.add(part.get("prepend_scheme", "always") != "never")
+        elif part.get("type") == "Prepend":
+            found.add(True)
+    return found
