@@ -41,7 +41,7 @@ class RecomputeConfig(Config):
     def _policy_means_recompute(self) -> "RecomputeConfig":
         given = self.model_fields_set
         if "checkpoint_policy" in given and "checkpoint_activations" not in given:
-            # It stays a field that was not given: `is_implied` tells the two apart.
+            # It stays a field that was not given: `note` tells the two apart.
             object.__setattr__(self, "checkpoint_activations", True)
         return self
 
@@ -75,9 +75,11 @@ class RecomputeConfig(Config):
         return self
 
     @property
-    def is_implied(self) -> bool:
-        """Whether `checkpoint_policy` alone says that activations are recomputed, as in the README of 2023."""
-        return self.checkpoint_activations and "checkpoint_activations" not in self.model_fields_set
+    def note(self) -> str | None:
+        """A line for the log where `checkpoint_policy` alone means recompute, as in the README of 2023."""
+        if not self.checkpoint_activations or "checkpoint_activations" in self.model_fields_set:
+            return None
+        return f"recompute: policy {self.checkpoint_policy} (--checkpoint-policy alone means --checkpoint-activations too)"
 
     @property
     def is_fitted(self) -> bool:

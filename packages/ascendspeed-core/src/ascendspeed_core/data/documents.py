@@ -74,14 +74,14 @@ def find_end_of_document(config: DataConfig, tokenizer: Path | None) -> int:
         announce(f"{config.prefixes()[0]}: no manifest beside it; its documents end where {tokenizer} says")
     if not known:
         raise DataError(
-            f"{asked} need to know which token ends a document, and {config.prefixes()[0]} has no manifest; give its "
+            f"{asked}: which token ends a document is not known, as {config.prefixes()[0]} has no manifest; give its "
             "tokenizer with --tokenizer-name-or-path"
         )
     where, end = next(iter(known.items()))
     if end is None:
         raise DataError(
-            f"{asked} need a token that ends a document, and the tokenizer of {where} has no eos token; leave the "
-            "option out, or tokenize with another tokenizer"
+            f"{asked}: no token ends a document, as the tokenizer of {where} has no eos token; leave the option out, "
+            "or tokenize with another tokenizer"
         )
     for prefix in config.prefixes():
         _refuse_without_ends(prefix, end, asked)

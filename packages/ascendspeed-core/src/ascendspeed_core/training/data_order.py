@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ascendspeed_core.config.data import DOCUMENT_OPTIONS, OWN_PATHS, DataConfig
-from ascendspeed_core.config.migrate import migrate_config
 from ascendspeed_core.config.split import SPLITS, split_fractions
 from ascendspeed_core.config.training import PretrainConfig
 from ascendspeed_core.data.content import dataset_content, describe_change
 from ascendspeed_core.launch import announce
-from ascendspeed_core.weights import NativeSource
 from ascendspeed_data.data_path import parse_blend
 from ascendspeed_data.errors import AscendSpeedError, ConfigError
 
@@ -53,18 +51,23 @@ def _parts(data: DataConfig, split_index: int) -> list[dict[str, Any]]:
     ]
 
 
-def check_data_order(source: NativeSource, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def check_data_order(
+    where: str, run: Mapping[str, Any], before: Mapping[str, Any], now: Mapping[str, Any]
+) -> None:
     """Check that a run goes on with the samples that it began with.
 
     Args:
-        source: its checkpoint, for messages and for what checkpoints of earlier releases keep elsewhere.
+        where: its checkpoint, for messages.
+        run: the options that the checkpoint keeps, in the sections of today.
         before: the `data_order` of the checkpoint.
         now: that of the run.
 
     Raises:
         AscendSpeedError: an option or a file would change samples or their order.
     """
-    before = _completed(source, before)
+    # Checkpoints of release 0.1.0 have these options with the others, or did not know them.
+    stored = run.get("data", {})
+    before = {name: bool(stored.get(name, False)) for name in DOCUMENT_OPTIONS} | dict(before)
     changed = [_change_of_files(before.get("data"), now["data"])]
     changed += [
         f"{key} was {before.get(key)}, is {value}"
@@ -74,16 +77,14 @@ def check_data_order(source: NativeSource, before: Mapping[str, Any], now: Mappi
     found = [text for text in changed if text]
     if found:
         raise AscendSpeedError(
-            f"{source.path}: the order of samples would change, or what they hold ({'; '.join(found)}), so samples "
-            "would be seen twice or never; keep these options and the data, stop early with --exit-interval, or give "
-            "--finetune to start the data anew"
+            f"{where}: the samples or their order would change ({'; '.join(found)}), so data would be seen twice or "
+            "never; keep these options and the data, stop early with --exit-interval, or give --finetune to start the "
+            "data anew"
         )
     for key in HELD_OUT:
         text = _change_of_files(before.get(key, []), now.get(key, []))
         if text:
-            announce(
-                f"{key} data is not that of the run so far ({text}); its losses do not continue the earlier ones"
-            )
+            announce(f"{key}: {text}; its losses do not continue those of the run so far")
 
 
 def with_spelling_of(before: Mapping[str, Any], data: DataConfig) -> DataConfig:
@@ -105,14 +106,6 @@ def with_spelling_of(before: Mapping[str, Any], data: DataConfig) -> DataConfig:
     if before.get("split") is not None and not data.has_own_paths:
         update["split"] = before["split"]
     return data.model_copy(update=update)
-
-
-def _completed(source: NativeSource, before: Mapping[str, Any]) -> dict[str, Any]:
-    """Add what checkpoints of earlier releases keep with the options of their run, or did not know."""
-    run, _ = migrate_config(source.description.get("run", {}), str(source.folder))
-    stored = run.get("data", {})
-    given = {name: bool(stored.get(name, False)) for name in DOCUMENT_OPTIONS}
-    return given | dict(before)
 
 
 def _is_same(key: str, before: Any, now: Any) -> bool:

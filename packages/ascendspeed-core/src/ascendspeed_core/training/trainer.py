@@ -59,6 +59,7 @@ class Trainer:
         self.dtype: torch.dtype = getattr(torch, config.precision.dtype_name)
         torch.manual_seed(config.training.seed + mesh.rank)
         self.writer = self._checkpoint_writer()
+        self._record_of_plan = plan.checkpoint_record() if self.writer and mesh.rank == 0 else {}
         self.metrics: MetricsFile | None = None
 
         settings = zero_settings(config, plan.model, plan.layout)
@@ -331,7 +332,7 @@ class Trainer:
             self.plan.state.data_order,
             self.data.order_digest(self.schedule.consumed_samples),
         )
-        run_config = self.config.model_dump(mode="json") | self.plan.objective.checkpoint_record()
+        run_config = self.config.model_dump(mode="json") | self._record_of_plan
         writer.save(state, self.model, self.engine, run_config, self.loss_scale)
         if self.metrics:
             picture = self.metrics.path.with_name(PICTURE)

@@ -6,6 +6,7 @@ from typing import Any
 
 from ascendspeed_core.config.layout import Layout, stages_of_ranks
 from ascendspeed_core.config.lora import LoraConfig
+from ascendspeed_core.config.migrate import migrate_config
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.training import PretrainConfig
 from ascendspeed_core.launch import announce
@@ -31,9 +32,13 @@ from ascendspeed_core.weights.adapters.lora import (
     plan_adapters,
     resumed_adapters,
 )
+from ascendspeed_core.weights.fingerprint import fingerprint
 from ascendspeed_core.weights.native.source import DESCRIPTION, TRACKER
 from ascendspeed_data.errors import AscendSpeedError, ConfigError
 from ascendspeed_data.manifest import DatasetManifest
+
+BASE_KEY = "base_fingerprint"
+"""Key in the `run` of a checkpoint's description: which weights its adapters were trained beside."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,13 @@ class RunPlan:
     def resumes(self) -> bool:
         """Whether the run goes on from a checkpoint with its iteration, optimizer and data position."""
         return self.checkpoint is not None and self.state.iteration > 0
+
+    def checkpoint_record(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps of the run beside its config, read anew from the files."""
+        record = self.objective.checkpoint_record()
+        if isinstance(self.source, AdaptedWeights):
+            record[BASE_KEY] = fingerprint(self.source.base)
+        return record
 
     @property
     def unigram_entropy_nats(self) -> float | None:
@@ -113,6 +125,7 @@ def plan_run(config: PretrainConfig, world_size: int) -> RunPlan:
     if checkpoint is not None and state.iteration > 0:
         began = load_train_state(checkpoint).data_order
         config = config.model_copy(update={"data": with_spelling_of(began, config.data)})
+        _check_base(source, checkpoint)
     _check_save_folder(config, checkpoint, state)
     objective = kind.plan(config, source, checkpoint if state.iteration > 0 else None)
     tokenizer = config.data.tokenizer_name_or_path or source.tokenizer
@@ -161,6 +174,16 @@ def _find_adapted(
         return loaded_adapters(base, open_adapter(load, base.config)), None
     where = str(base.path or config.start.model_config_file)
     return drawn_adapters(base, plan_adapters(lora, base.config, where), config.training.seed), None
+
+
+def _check_base(source: WeightSource, checkpoint: NativeSource) -> None:
+    """Refuse adapters beside other weights than those that they were trained beside."""
+    known = checkpoint.description.get("run", {}).get(BASE_KEY)
+    if isinstance(source, AdaptedWeights) and known is not None and known != fingerprint(source.base):
+        raise AscendSpeedError(
+            f"{source.path} holds other weights than the adapters in {checkpoint.path} were trained beside; give the "
+            "same --load, or start anew with another --save and --lora-load"
+        )
 
 
 def _check_pipeline(config: PretrainConfig, layout: Layout, model: ModelConfig) -> None:
@@ -253,7 +276,8 @@ def _initial_state(config: PretrainConfig, source: NativeSource | None, order: d
     state = load_train_state(source)
     if state.iteration == 0:
         return TrainState(0, 0, 0, 0, order)
-    check_data_order(source, state.data_order, order)
+    run, _ = migrate_config(source.description.get("run", {}), str(source.folder))
+    check_data_order(str(source.path), run, state.data_order, order)
     if config.start.load_optim:
         check_optimizer(source, config.optimizer)
     steps = state.optimizer_steps if config.start.load_optim else 0
