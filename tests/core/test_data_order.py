@@ -1,6 +1,5 @@
 """A sample index and a run belong to the content of their files, and settings to what they mean."""
 
-import os
 import random
 import shutil
 from collections.abc import Sequence
@@ -226,7 +225,7 @@ def test_other_settings_of_a_run_that_goes_on(tmp_path: Path) -> None:
     check_data_order("run", {"data": {"eod_mask_loss": False}}, old, now)
     with pytest.raises(AscendSpeedError, match="eod_mask_loss was True, is False"):
         check_data_order("run", {"data": {"eod_mask_loss": True}}, old, now)
-    with pytest.raises(AscendSpeedError, match="the blend was 0.9 a 0.1 b, is 1 a 1 b"):
+    with pytest.raises(AscendSpeedError, match=r"the blend was 0\.9 a 0\.1 b, is 1 a 1 b"):
         check_data_order("run", {}, old | {"data": ["0.9", "a", "0.1", "b"]}, now)
     with pytest.raises(AscendSpeedError, match="it was c"):
         check_data_order("run", {}, old | {"data": ["1", "c", "1", "b"]}, now)
@@ -387,5 +386,5 @@ def test_write_dataset_is_read_by_both_names(tmp_path: Path) -> None:
     """A prefix and a link to its files are one data set to a run."""
     prefix = write_dataset(tmp_path / "data", VOCABULARY)
     for suffix in (".bin", ".idx"):
-        os.symlink(f"{prefix}{suffix}", tmp_path / f"link{suffix}")
+        (tmp_path / f"link{suffix}").symlink_to(f"{prefix}{suffix}")
     assert complaint(run_of([str(prefix)]), run_of([str(tmp_path / "link")])) is None

@@ -79,7 +79,8 @@ class RecomputeConfig(Config):
         """A line for the log where `checkpoint_policy` alone means recompute, as in the README of 2023."""
         if not self.checkpoint_activations or "checkpoint_activations" in self.model_fields_set:
             return None
-        return f"recompute: policy {self.checkpoint_policy} (--checkpoint-policy alone means --checkpoint-activations too)"
+        policy = self.checkpoint_policy
+        return f"recompute: policy {policy} (--checkpoint-policy alone means --checkpoint-activations too)"
 
     @property
     def is_fitted(self) -> bool:

@@ -31,12 +31,14 @@ class NextToken(Objective):
     Attributes:
         end_of_document: id of the token that ends documents, where an option needs it.
         options: those that need it.
+        position: how the model knows positions.
     """
 
     name: ClassVar[str] = "next_token"
 
     end_of_document: int | None = None
     options: tuple[str, ...] = ()
+    position: str = "rotary"
 
     @classmethod
     def check_data(cls, config: DataConfig, num_samples: tuple[int, int, int]) -> DatasetManifest | None:
@@ -57,13 +59,16 @@ class NextToken(Objective):
         if not options:
             return cls()
         tokenizer = config.data.tokenizer_name_or_path or source.tokenizer
-        return cls(find_end_of_document(config.data, tokenizer), options)
+        return cls(find_end_of_document(config.data, tokenizer), options, source.config.position)
 
     def describe(self) -> list[str]:
         """Say where documents end, and what follows from it."""
         if not self.options:
             return []
-        return [f"documents: each ends with id {self.end_of_document} ({', '.join(self.options)})"]
+        lines = [f"documents: each ends with id {self.end_of_document} ({', '.join(self.options)})"]
+        if self.position == "alibi" and "reset_position_ids" in self.options:
+            lines.append("documents: reset_position_ids changes nothing, as ALiBi knows distances only")
+        return lines
 
     def open_data(
         self,
