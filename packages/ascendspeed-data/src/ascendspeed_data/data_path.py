@@ -29,8 +29,9 @@ def parse_blend(words: Sequence[str], option: str = "data_path") -> Blend:
     if (
         not weights
         or len(weights) != len(prefixes)
-        or not all(weight > 0 for weight in weights)
         or not math.isfinite(sum(weights))
+        or min(weights) <= 0
+        or min(weights) / sum(weights) == 0
     ):
         raise ConfigError(
             f"{option}={' '.join(words)} is neither one prefix nor pairs of a positive weight and a prefix; write for "

@@ -107,9 +107,10 @@ class DataConfig(Config):
             return [], None
         name = OWN_PATHS[split_index] if self.has_own_paths else "data_path"
         try:
-            return parse_blend(words, name)
+            prefixes, weights = parse_blend(words, name)
         except ConfigError as error:
             raise ValueError(str(error)) from None
+        return [str(Path(prefix)) for prefix in prefixes], weights
 
     def prefixes(self) -> list[str]:
         """Return the prefixes of all splits, each once."""

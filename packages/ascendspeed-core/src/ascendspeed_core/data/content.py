@@ -19,7 +19,7 @@ BLOCKS = 256
 Content = Mapping[str, Mapping[str, str]]
 """By array of a dataset: `documents`, `size` and `tokens`, and `sha256` where the manifest recorded it."""
 
-WORDS = {
+WORDS: Mapping[str, str] = {
     "documents": "other documents or lengths",
     "size": "another number of bytes",
     "tokens": "other tokens",

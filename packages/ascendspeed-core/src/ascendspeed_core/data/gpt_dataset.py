@@ -53,6 +53,7 @@ def check_data(config: DataConfig, num_samples: tuple[int, int, int]) -> Dataset
     for prefix in prefixes:
         _refuse_labels(Path(prefix))
     check_splits(config, num_samples)
+    _announce_short_splits(config, num_samples)
     manifests = []
     for prefix in prefixes:
         manifest = load_manifest(Path(prefix))
@@ -90,6 +91,18 @@ def check_splits(config: DataConfig, num_samples: tuple[int, int, int]) -> None:
             tokens = tokens_of_split(config, prefix, split_index)
             if not tokens:
                 _refuse_empty(config, prefix, split_index)
+
+
+def _announce_short_splits(config: DataConfig, num_samples: tuple[int, int, int]) -> None:
+    """Say of each file where a split has less than one sample, which megatron-core fills by repeating it."""
+    for split_index, wanted in enumerate(num_samples):
+        for prefix in config.blend(split_index)[0] if wanted else ():
+            tokens = tokens_of_split(config, prefix, split_index)
+            if tokens <= config.seq_length:
+                announce(
+                    f"{prefix}: its {tokens:,} {SPLITS[split_index]} tokens are less than one sample "
+                    f"(seq_length={config.seq_length} and the token after it); each sample repeats them"
+                )
 
 
 def _refuse_empty(config: DataConfig, prefix: str, split_index: int) -> None:

@@ -34,7 +34,7 @@ def data_order(config: PretrainConfig, more: Mapping[str, Any]) -> dict[str, Any
     data = config.data
     order: dict[str, Any] = {
         "data": _parts(data, 0),
-        "split": None if data.has_own_paths else data.split,
+        "split": data.shares(0),
         "seq_length": data.seq_length,
         "seed": config.training.seed,
     }
@@ -103,7 +103,7 @@ def with_spelling_of(before: Mapping[str, Any], data: DataConfig) -> DataConfig:
         for prefix, part in zip(data.blend()[0], known, strict=True):
             words += [prefix] if part["weight"] is None else [repr(part["weight"]), prefix]
         update[OWN_PATHS[0] if data.has_own_paths else "data_path"] = tuple(words)
-    if before.get("split") is not None and not data.has_own_paths:
+    if not data.has_own_paths and "split" in before:
         update["split"] = before["split"]
     return data.model_copy(update=update)
 
