@@ -439,6 +439,10 @@ def test_a_run_is_saved_resumed_merged_and_read_by_peft(
     other = finetune(tmp_path / "two", base, *flags, "--lora-r", 2, "--auto-resume", run=call)
     assert other.status == 1
     assert "has adapters of other layers, ranks or scales" in other.complaint
+    save_hugging_face(config(), tmp_path / "other", seed=1, tokenizer=tokenizer_folder)
+    other = finetune(tmp_path / "two", tmp_path / "other", *flags, "--auto-resume", run=call)
+    assert other.status == 1
+    assert "holds other weights than the adapters in" in other.complaint
 
 
 def test_options_that_mean_nothing_are_refused(sets: tuple[Path, Path], tmp_path: Path) -> None:
