@@ -153,7 +153,14 @@ def _find_adapted(
             )
         return source, checkpoint
     if load is not None:
-        return loaded_adapters(base, open_adapter(load, base.config)), None
+        adapter = open_adapter(load, base.config, base.path)
+        adapter.announce(base.path)
+        if adapter.frozen:
+            raise AscendSpeedError(
+                f"{load} replaces {', '.join(sorted(adapter.frozen))} without naming them in modules_to_save or bias, "
+                "so that peft would keep them as they are; merge it first (asd-ckpt merge-lora), and train the result"
+            )
+        return loaded_adapters(base, adapter), None
     where = str(base.path or config.start.model_config_file)
     return drawn_adapters(base, plan_adapters(lora, base.config, where), config.training.seed), None
 

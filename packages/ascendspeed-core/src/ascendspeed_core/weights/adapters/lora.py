@@ -17,12 +17,10 @@ from ascendspeed_core.config.lora import LoraConfig
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.models.linear import LowRank
 from ascendspeed_core.models.lora import AdapterPlan
+from ascendspeed_core.weights.adapters.hugging_face import HuggingFaceTensor, hugging_face_tensors
 from ascendspeed_core.weights.adapters.merge import MergedAdapter
-from ascendspeed_core.weights.adapters.peft import (
-    Adapter,
-    HuggingFaceTensor,
-    hugging_face_tensors,
-)
+from ascendspeed_core.weights.adapters.peft import Adapter
+from ascendspeed_core.weights.adapters.untied import UntiedWeights
 from ascendspeed_core.weights.load import parameter_shapes
 from ascendspeed_core.weights.native.source import NativeSource
 from ascendspeed_core.weights.random_init import seed_of
@@ -206,15 +204,16 @@ def loaded_adapters(base: WeightSource, adapter: Adapter) -> AdaptedWeights:
         layers[layer] = LowRank(update.a.shape[0], update.scale, adapter.dropout)
         tensors[f"{layer}.lora_A.weight"] = update.a
         tensors[f"{layer}.lora_B.weight"] = update.b if hf.rows is None else update.b[hf.rows]
-    trained = {name for name, hf in hf_tensors.items() if hf.name in adapter.saved}
-    packed = sorted(name for name in trained if hf_tensors[name].rows is not None)
+    replaced = {name for name, hf in hf_tensors.items() if hf.name in adapter.saved}
+    packed = sorted(name for name in replaced if hf_tensors[name].rows is not None)
     if packed:
         raise CheckpointError(
             f"{adapter.folder} replaces {hf_tensors[packed[0]].name} as a whole, which packs several tensors; "
             "merge the adapter"
         )
     infos = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-    plan = AdapterPlan(layers, frozenset(trained))
+    trained = frozenset(name for name in replaced if hf_tensors[name].name not in adapter.frozen)
+    plan = AdapterPlan(layers, trained)
     return AdaptedWeights(whole, plan, whole.config, infos, lambda name, index: tensors[name][index])
 
 
@@ -225,6 +224,9 @@ def resumed_adapters(base: WeightSource, checkpoint: NativeSource) -> AdaptedWei
         CheckpointError: the base is another model.
     """
     kept = checkpoint.description["adapters"]
+    if base.config.tie_word_embeddings and not checkpoint.config.tie_word_embeddings:
+        # An adapter that changed one of the tied two was trained further.
+        base = UntiedWeights(base)
     different = [
         key
         for key, value in base.config.model_dump(mode="json").items()
