@@ -188,14 +188,12 @@ class TransformersKind:
 
 
 def _load_adapter(model: Any, folder: Path) -> None:
+    """Let peft put an adapter into the layers of `model`, in place."""
+    from peft import PeftModel
+
     try:
-        model.load_adapter(str(folder))
-    except ImportError:
-        raise AscendSpeedError(
-            "peft is not installed, with which transformers reads adapters; pip install peft, or merge the "
-            "adapter: asd-ckpt merge-lora"
-        ) from None
-    except (OSError, ValueError) as error:
+        PeftModel.from_pretrained(model, str(folder))
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise AscendSpeedError(f"peft cannot load {folder}: {str(error).splitlines()[0]}") from None
 
 
