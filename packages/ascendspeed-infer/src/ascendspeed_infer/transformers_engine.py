@@ -5,6 +5,7 @@ Importing this module imports neither torch nor transformers.
 
 import queue
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -192,9 +193,15 @@ def _load_adapter(model: Any, folder: Path) -> None:
     from peft import PeftModel
 
     try:
-        PeftModel.from_pretrained(model, str(folder))
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise AscendSpeedError(f"peft cannot load {folder}: {str(error).splitlines()[0]}") from None
+        with warnings.catch_warnings():
+            # Weights under names that peft does not know would be left out.
+            warnings.filterwarnings("error", "Found missing adapter keys")
+            PeftModel.from_pretrained(model, str(folder))
+    except (OSError, ValueError, KeyError, RuntimeError, UserWarning) as error:
+        raise AscendSpeedError(
+            f"peft cannot load {folder}: {str(error).splitlines()[0]}; merge it: asd-ckpt merge-lora --load BASE "
+            f"--lora-load {folder} --save OUT"
+        ) from None
 
 
 kind = TransformersKind()

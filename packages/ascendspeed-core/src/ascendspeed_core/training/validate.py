@@ -26,6 +26,7 @@ from ascendspeed_core.weights.adapters.ascendspeed import open_adapter
 from ascendspeed_core.weights.adapters.lora import (
     AdaptedWeights,
     drawn_adapters,
+    frozen_changes,
     loaded_adapters,
     plan_adapters,
     resumed_adapters,
@@ -155,9 +156,10 @@ def _find_adapted(
     if load is not None:
         adapter = open_adapter(load, base.config, base.path)
         adapter.announce(base.path)
-        if adapter.frozen:
+        changed = frozen_changes(base, adapter)
+        if changed:
             raise AscendSpeedError(
-                f"{load} replaces {', '.join(sorted(adapter.frozen))} without naming them in modules_to_save or bias, "
+                f"{load} replaces {', '.join(changed)} without naming them in modules_to_save or bias, "
                 "so that peft would keep them as they are; merge it first (asd-ckpt merge-lora), and train the result"
             )
         return loaded_adapters(base, adapter), None

@@ -70,7 +70,9 @@ def hugging_face_modules(config: ModelConfig) -> Mapping[str, ModuleKind]:
         elif mapping.ours == "embedding.weight":
             modules[module] = "embedding"
         elif mapping.ours.endswith(".weight"):
-            modules[module] = "linear" if len(shapes[mapping.ours]) == 2 else "other"
+            # A head that divides by the lengths of its rows is no linear layer in that code either.
+            is_plain = mapping.ours != "output_head.weight" or not config.normalised_head
+            modules[module] = "linear" if len(shapes[mapping.ours]) == 2 and is_plain else "other"
     if config.tie_word_embeddings:
         modules[TIED_HEAD.removesuffix(".weight")] = "linear"
     return modules

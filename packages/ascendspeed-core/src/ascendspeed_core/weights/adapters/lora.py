@@ -217,6 +217,25 @@ def loaded_adapters(base: WeightSource, adapter: Adapter) -> AdaptedWeights:
     return AdaptedWeights(whole, plan, whole.config, infos, lambda name, index: tensors[name][index])
 
 
+def frozen_changes(base: WeightSource, adapter: Adapter) -> list[str]:
+    """Name what an adapter replaces with other values but does not train further.
+
+    peft also writes what it has not changed: the base's own embedding beside an adapter of embedding or head.
+
+    Args:
+        base: the model.
+        adapter: from peft.
+    """
+    whole = MergedAdapter(base, adapter, only_saved=True)
+    changed = set()
+    for name, hf in hugging_face_tensors(whole.config).items():
+        if hf.name in adapter.frozen:
+            before, after = whole.base.tensors()[name], whole.tensors()[name]
+            if before.shape != after.shape or not torch.equal(whole.base.read(name), whole.read(name)):
+                changed.add(hf.name)
+    return sorted(changed)
+
+
 def resumed_adapters(base: WeightSource, checkpoint: NativeSource) -> AdaptedWeights:
     """Take what a run had trained from its checkpoint, and the rest from the base that it named.
 
