@@ -136,21 +136,35 @@ VALUES = (
 )
 
 
+NOT_KEPT = (
+    "eva_config",
+    "loftq_config",
+    "corda_config",
+    "lora_ga_config",
+    "runtime_config",
+    "peft_version",
+    "unknown",
+)
+"""Fields that peft's class changes or drops; all without effect."""
+
+
 def test_values_of_any_type_are_taken_or_refused(tmp_path: Path, report: ReportTables) -> None:
     """No traceback, whatever stands in a field; what is taken is what peft's class makes of it."""
     names = [field.name for field in HONOURED] + [field.name for field in REFUSED if "=" not in field.name]
+    path = write(tmp_path / "adapter") / "adapter_config.json"
     taken = refused = 0
     for name in (*names, "unknown"):
         for value in VALUES:
-            folder = write(tmp_path / "adapter", {name: value})
+            path.write_text(json.dumps(CONFIG | {name: value}))
             try:
-                config = read_adapter_config(folder / "adapter_config.json")
-                open_adapter(folder, MODEL)
+                found = getattr(read_adapter_config(path), name, None)
                 taken += 1
-                assert value in (None, "", [], {}) or name == "unknown" or hasattr(config, name)
             except CheckpointError as error:
                 refused += 1
                 assert "\n" not in str(error)
+                continue
+            if name not in NOT_KEPT:
+                assert (sorted(found) if isinstance(found, set) else found) == (value or found), name
     report.add("Fields of an adapter's config with values of any type", ("tried", "taken", "refused", "tracebacks"),
                taken + refused, taken, refused, 0)  # fmt: skip
     assert refused > taken > 100

@@ -38,6 +38,7 @@ from support.commands import call
 from support.families import REFERENCES
 from support.instruction import LENGTH
 from support.models import save_hugging_face, tiny_config
+from support.peft_adapters import TOKENS, make, reloaded_logits
 from support.processes import WorkerPool
 from support.tables import ReportTables
 
@@ -352,6 +353,27 @@ def test_first_values_are_those_of_peft_in_spread_and_the_same_at_any_layout() -
     )
     assert not source.read("layers.2.mlp.down_proj.lora_B.weight").any()
     assert not torch.equal(a, source.read("layers.1.mlp.down_proj.lora_A.weight"))
+
+
+def test_an_adapter_that_unties_is_trained_further_and_read_by_peft(
+    sets: tuple[Path, Path], tmp_path: Path, tokenizer_folder: Path
+) -> None:
+    base = tmp_path / "base"
+    save_hugging_face(config(tie_word_embeddings=True), base, tokenizer=tokenizer_folder)
+    options = {"r": 4, "target_modules": ["q_proj", "lm_head"], "modules_to_save": ["embed_tokens"]}
+    make(base, tmp_path / "adapter", options)
+    flags = ("--data-path", sets[1], "--lora-load", tmp_path / "adapter")
+    for name, more in (("one", ()), ("two", ("--exit-interval", 2)), ("two", ("--auto-resume",))):
+        done = finetune(tmp_path / name, base, *flags, *more, run=call)
+        assert done.status == 0, done.stderr
+    assert "resumed at iteration 2" in done.stderr
+    want, got = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    assert [r["lm_loss"] for r in got] == pytest.approx([r["lm_loss"] for r in want], rel=1e-9)
+    folder = tmp_path / "two" / "iter_0000004"
+    ours = load_model(opened(base, folder), ALONE, torch.float32)(ModelInput(TOKENS)).logits[0]
+    # Both in fp32, sums in another order; logits are of the order of 1.
+    assert (ours - reloaded_logits(base, folder)).abs().max() < 1e-4
+    assert (ours - reloaded_logits(base, tmp_path / "adapter")).abs().max() > 1e-3
 
 
 def test_a_run_is_saved_resumed_merged_and_read_by_peft(

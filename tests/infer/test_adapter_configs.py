@@ -236,7 +236,7 @@ def compare(bases: dict[str, Path], folder: Path, seed: int) -> tuple[str, float
             with pytest.raises(CheckpointError):
                 open_adapter(folder / "adapter", source.config)
         return f"peft refuses it: {type(error).__name__}", 0.0
-    respell(folder / "adapter", folder / "respelt", draw)
+    respell(folder / "adapter", folder / "respelt", options.get("target_modules"), draw)
     worst, outcome = 0.0, "equal"
     for spelling in ("adapter", "respelt"):
         try:

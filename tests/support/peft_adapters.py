@@ -1,5 +1,6 @@
 """Adapters that peft makes, and what a model computes after peft has loaded one again."""
 
+import json
 import random
 import shutil
 import warnings
@@ -44,8 +45,14 @@ def reloaded_logits(base: Path, folder: Path) -> torch.Tensor:
     return logits
 
 
-def respell(folder: Path, target: Path, draw: random.Random) -> str:
+def respell(folder: Path, target: Path, targets: Any, draw: random.Random) -> str:
     """Write an adapter once more as other programs do: pickled, without peft's prefix, with the adapter's name.
+
+    Args:
+        folder: of the adapter.
+        target: folder that is made.
+        targets: `target_modules` as they were given; peft writes names in place of `all-linear` and of nothing.
+        draw: chooses.
 
     Returns:
         How it is written.
@@ -55,6 +62,9 @@ def respell(folder: Path, target: Path, draw: random.Random) -> str:
     tensors = load_file(path)
     path.unlink()
     spelling = []
+    if not isinstance(targets, list):
+        config = json.loads((target / "adapter_config.json").read_text())
+        (target / "adapter_config.json").write_text(json.dumps(config | {"target_modules": targets}))
     if draw.random() < 0.4:
         spelling.append("no prefix")
         tensors = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}

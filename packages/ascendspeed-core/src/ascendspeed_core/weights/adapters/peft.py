@@ -27,8 +27,7 @@ ROWS_AT_ONCE = 256
 
 _HALF = re.compile(r"(?P<module>.+)\.lora_(?P<half>[AB])(?:\.(?P<adapter>\w+))?\.weight")
 _EMBEDDING_HALF = re.compile(r"(?P<module>.+)\.lora_embedding_(?P<half>[AB])(?:\.(?P<adapter>\w+))?")
-_SAVED = re.compile(r"(?P<module>.+)\.modules_to_save(?:\.(?P<adapter>\w+))?\.(?P<kind>weight|bias)")
-_UNDER = re.compile(r"(?P<module>.+)\.(?P<under>base_layer|original_module)\.(?P<kind>weight|bias)")
+_WRAPPED = re.compile(r"(?P<module>.+?)\.(?P<part>modules_to_save|original_module|base_layer)\.(?P<rest>.+)")
 
 
 @dataclass(frozen=True)
@@ -183,33 +182,45 @@ class _Content:
                 f"{where} holds values that are no finite numbers; the training that wrote it diverged"
             )
         name = key.removeprefix(PREFIX)
-        under = _UNDER.fullmatch(name)
-        found = _HALF.fullmatch(name) or _EMBEDDING_HALF.fullmatch(name)
-        saved = _SAVED.fullmatch(name)
-        match = found or saved
-        if match and match["adapter"]:
-            self._adapters.add(match["adapter"])
-        if found:
-            self._add_half(where, found["module"], found["half"], "embedding" in found.re.pattern, tensor)
-        elif saved and self._is_saved(saved["module"]):
-            self._put(self._copies, f"{saved['module']}.{saved['kind']}", tensor, where)
-        elif under and self._is_wrapped(under["module"], under["under"]):
-            self._put(self._replaced, f"{under['module']}.{under['kind']}", tensor, where)
-        elif name in self._names and self._is_saved(name.rpartition(".")[0]):
+        half, wrapped = _HALF.fullmatch(name) or _EMBEDDING_HALF.fullmatch(name), _WRAPPED.fullmatch(name)
+        owner = name.rpartition(".")[0]
+        if half:
+            if half["adapter"]:
+                self._adapters.add(half["adapter"])
+            self._add_half(where, half["module"], half["half"], half.re is _EMBEDDING_HALF, tensor)
+        elif wrapped:
+            self._add_wrapped(where, wrapped["module"], wrapped["part"], wrapped["rest"], tensor)
+        elif name in self._names and self._is_saved(owner):
             self._put(self._copies, name, tensor, where)
-        elif name in self._names and name.rpartition(".")[0] not in self._promise.layers:
+        elif name in self._names and owner not in self._promise.layers:
             self._put(self._replaced, name, tensor, where)
         else:
-            raise CheckpointError(
-                f"{where} is a tensor that {CONFIG} does not speak of, or that this model does not have; the adapter "
-                "is of another model, or its two files are not of one adapter"
-            )
+            raise self._unread(where)
+
+    def _add_wrapped(self, where: str, module: str, part: str, rest: str, tensor: torch.Tensor) -> None:
+        """Take a tensor of a module that peft keeps beside the base's, or of the base's own under it."""
+        name = f"{module}.{rest}"
+        if part == "base_layer":
+            is_promised, into = module in self._promise.layers, self._replaced
+        else:
+            is_promised = module in self._promise.saved
+            into = self._copies if part == "modules_to_save" else self._replaced
+        if part == "modules_to_save" and name not in self._names:
+            adapter, _, rest = rest.partition(".")
+            self._adapters.add(adapter)
+            name = f"{module}.{rest}"
+        if not is_promised or name not in self._names:
+            raise self._unread(where)
+        self._put(into, name, tensor, where)
+
+    def _unread(self, where: str) -> CheckpointError:
+        return CheckpointError(
+            f"{where} is a tensor that {CONFIG} does not speak of, or that this model does not have; the adapter is of "
+            "another model, or its two files are not of one adapter"
+        )
 
     def _is_saved(self, module: str) -> bool:
         return any(module == one or module.startswith(f"{one}.") for one in self._promise.saved)
-
-    def _is_wrapped(self, module: str, under: str) -> bool:
-        return self._is_saved(module) if under == "original_module" else module in self._promise.layers
 
     def _add_half(self, where: str, module: str, half: str, is_embedding: bool, tensor: torch.Tensor) -> None:
         layer = self._promise.layers.get(module)
