@@ -9,8 +9,10 @@ A stage counts its layers from 0. Beside a weight that is cut by rows B is cut a
 beside one that is cut by columns A is cut, and B is whole. A packed projection has one A for all of its parts.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
+
+import torch
 
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.sharding import sharded_dim
@@ -94,11 +96,37 @@ def _read(folder: Path, model: ModelConfig) -> Adapter:
                 )
     names = set(sharded.names())
     sharded.check_complete(folder, names)
+    _check_layers(folder, names, linear)
     sharded.check_replicas(SMALL_BYTES)
     scale = _alpha(files[0, 0]) / rank
     adapted = {name: LowRank(rank, scale) for name in linear if f"{name}.lora_B.weight" in names}
-    form = peft_form(AdapterPlan(adapted, frozenset(names & {EMBEDDING, HEAD})), model, sharded.read)
+
+    def read(name: str) -> torch.Tensor:
+        tensor = sharded.read(name)
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(
+                f"{folder}: {name} holds values that are no finite numbers; the training that wrote it diverged"
+            )
+        return tensor
+
+    form = peft_form(AdapterPlan(adapted, frozenset(names & {EMBEDDING, HEAD})), model, read)
     return form.adapter(folder)
+
+
+def _check_layers(folder: Path, names: Collection[str], linear: Sequence[str]) -> None:
+    """Refuse halves of pairs, and layers without an adapter that others have: a name meant all layers in 2023."""
+    halves = [(name, f"{name}.lora_{half}.weight") for name in linear for half in "AB"]
+    kinds = {_in_layer(name) for name, half in halves if half in names}
+    lacking = sorted(half for name, half in halves if _in_layer(name) in kinds and half not in names)
+    if lacking:
+        raise CheckpointError(
+            f"{folder} lacks {lacking[0]}, though other layers have adapters there; copy the adapter again"
+        )
+
+
+def _in_layer(name: str) -> str:
+    """Return what a module is called inside its layer; the whole name of one outside."""
+    return name.split(".", 2)[2] if name.startswith("layers.") else name
 
 
 def _of_chunk(name_map: NameMap, packer: Packer, chunk: PipelineChunk) -> Iterator[PackedTensor]:

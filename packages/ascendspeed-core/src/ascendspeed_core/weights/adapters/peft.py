@@ -177,6 +177,9 @@ class _Content:
             raise CheckpointError(
                 f"{where} is of {tensor.dtype}, no floating-point number; copy the adapter again"
             )
+        if tensor.dtype.itemsize == 1:
+            # torch computes with few of the 8-bit types; peft, too, holds them as fp32.
+            tensor = tensor.float()
         if not torch.isfinite(tensor).all():
             raise CheckpointError(
                 f"{where} holds values that are no finite numbers; the training that wrote it diverged"
