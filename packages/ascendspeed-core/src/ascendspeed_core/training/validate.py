@@ -28,6 +28,7 @@ from ascendspeed_core.weights.adapters.ascendspeed import open_adapter
 from ascendspeed_core.weights.adapters.lora import (
     AdaptedWeights,
     drawn_adapters,
+    frozen_changes,
     loaded_adapters,
     plan_adapters,
     resumed_adapters,
@@ -81,7 +82,7 @@ class RunPlan:
         """Return what a checkpoint keeps of the run beside its config, read anew from the files."""
         record = self.objective.checkpoint_record()
         if isinstance(self.source, AdaptedWeights):
-            record[BASE_KEY] = fingerprint(self.source.base)
+            record[BASE_KEY] = fingerprint(self.source.untouched)
         return record
 
     @property
@@ -171,7 +172,15 @@ def _find_adapted(
             )
         return source, checkpoint
     if load is not None:
-        return loaded_adapters(base, open_adapter(load, base.config)), None
+        adapter = open_adapter(load, base.config, base.path)
+        adapter.announce(base.path)
+        changed = frozen_changes(base, adapter)
+        if changed:
+            raise AscendSpeedError(
+                f"{load} replaces {', '.join(changed)} without naming them in modules_to_save or bias, "
+                "so that peft would keep them as they are; merge it first (asd-ckpt merge-lora), and train the result"
+            )
+        return loaded_adapters(base, adapter), None
     where = str(base.path or config.start.model_config_file)
     return drawn_adapters(base, plan_adapters(lora, base.config, where), config.training.seed), None
 
@@ -179,7 +188,7 @@ def _find_adapted(
 def _check_base(source: WeightSource, checkpoint: NativeSource) -> None:
     """Refuse adapters beside other weights than those that they were trained beside."""
     known = checkpoint.description.get("run", {}).get(BASE_KEY)
-    if isinstance(source, AdaptedWeights) and known is not None and known != fingerprint(source.base):
+    if isinstance(source, AdaptedWeights) and known is not None and known != fingerprint(source.untouched):
         raise AscendSpeedError(
             f"{source.path} holds other weights than the adapters in {checkpoint.path} were trained beside; give the "
             "same --load, or start anew with another --save and --lora-load"
