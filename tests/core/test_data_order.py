@@ -23,7 +23,7 @@ from ascendspeed_core.data.content import BLOCK_BYTES, BLOCKS, dataset_content, 
 from ascendspeed_core.data.gpt_dataset import GPTBatchLoader, check_data, samples_of_epochs
 from ascendspeed_core.device import Device
 from ascendspeed_core.parallel.mesh import ParallelMesh
-from ascendspeed_core.training.data_order import check_data_order, data_order, with_spelling_of
+from ascendspeed_core.training.data_order import as_it_began, check_data_order, data_order
 from ascendspeed_data.errors import AscendSpeedError, DataError
 from ascendspeed_data.indexed import IndexedDatasetWriter
 from support.corpus import write_dataset
@@ -183,17 +183,20 @@ def test_a_blend_is_what_its_weights_mean(tmp_path: Path, report: ReportTables) 
         factor = draw.choice((Fraction(1), Fraction(2), Fraction(10), Fraction(3)))
         first = [word for pair in zip(map(str, map(float, weights)), parts, strict=True) for word in pair]
         same = [spelled(draw, weight * factor) for weight in weights]
-        second = [word for pair in zip(same, parts, strict=True) for word in pair]
+        pairs = list(zip(same, parts, strict=True))
+        draw.shuffle(pairs)
+        second = [word for pair in pairs for word in pair]
         began, goes_on = run_of(first), run_of(second)
         wrong += complaint(began, goes_on) is not None
         # What is read is what the run began with, to the last bit.
-        used = with_spelling_of(data_order(began, {}), goes_on.data)
+        used, order = as_it_began(data_order(began, {}), goes_on.data, data_order(goes_on, {}))
         wrong += used.blend() != began.data.blend()
+        wrong += order != data_order(began, {})
         other = list(weights)
         other[0] += Fraction(draw.randint(1, 9), 1000)
         third = [word for pair in zip(map(str, map(float, other)), parts, strict=True) for word in pair]
         wrong += "the blend was" not in str(complaint(began, run_of(third)))
-    report.add(TITLE, HEADER, "blends in other spellings, and other blends", 3 * tried, wrong)
+    report.add(TITLE, HEADER, "blends in other spellings and sequences, and other blends", 3 * tried, wrong)
     assert not wrong
 
 
@@ -202,8 +205,30 @@ def test_a_blend_of_one_is_its_only_part(tmp_path: Path) -> None:
     alone, weighted = run_of([prefix]), run_of(["0.3", prefix])
     assert complaint(alone, weighted) is None
     assert complaint(weighted, alone) is None
-    assert with_spelling_of(data_order(weighted, {}), alone.data).data_path == ("0.3", prefix)
-    assert with_spelling_of(data_order(alone, {}), weighted.data).data_path == (prefix,)
+    for began, now in ((weighted, alone), (alone, weighted)):
+        used, order = as_it_began(data_order(began, {}), now.data, data_order(now, {}))
+        assert used.data_path == began.data.data_path
+        assert order == data_order(began, {})
+
+
+def test_the_same_data_twice_goes_by_weight(tmp_path: Path) -> None:
+    a, b = (str(write(tmp_path / name, [[1, 2, 3]])) for name in "ab")
+    began, now = run_of(["0.3", a, "0.7", b]), run_of(["7", a, "3", b])
+    assert complaint(began, now) is None
+    used, _ = as_it_began(data_order(began, {}), now.data, data_order(now, {}))
+    assert used.blend() == ([b, a], [0.3, 0.7])
+
+
+def test_held_out_data_keeps_its_sequence(tmp_path: Path) -> None:
+    draw = random.Random(17)
+    a, b, c = (str(write(tmp_path / name, drawn_documents(draw, 20))) for name in "abc")
+    given: dict[str, Any] = {"train_data_path": (a,), "eval_iters": 1}
+    began = run_of([], valid_data_path=("1", b, "2", c), **given)
+    now = run_of([], valid_data_path=("4", c, "2", b), **given)
+    assert complaint(began, now) is None
+    used, order = as_it_began(data_order(began, {}), now.data, data_order(now, {}))
+    assert used.blend(1) == began.data.blend(1)
+    assert order == data_order(began, {})
 
 
 def test_other_settings_of_a_run_that_goes_on(tmp_path: Path) -> None:

@@ -87,25 +87,37 @@ def check_data_order(
             announce(f"{key}: {text}; its losses do not continue those of the run so far")
 
 
-def with_spelling_of(before: Mapping[str, Any], data: DataConfig) -> DataConfig:
-    """Return the options of the data with weights and shares as a run began with them, to the last bit.
+def as_it_began(
+    before: Mapping[str, Any], data: DataConfig, now: Mapping[str, Any]
+) -> tuple[DataConfig, dict[str, Any]]:
+    """Return the options of the data, and their order, with parts, weights and shares as a run began with them.
 
-    Proportions that mean the same may differ in their last bits, and then round to another number of samples.
+    Proportions that mean the same may differ in their last bits, and then round to another number of samples; parts in
+    another sequence are drawn in another one.
 
     Args:
         before: the `data_order` of a checkpoint that means the same.
         data: the options given.
+        now: their `data_order`.
     """
     update: dict[str, Any] = {}
-    known = _listed(before["data"])
-    if known is not None:
+    order = dict(now)
+    for split_index, key in enumerate(("data", *HELD_OUT)):
+        known, parts = _listed(before.get(key)), now.get(key)
+        if known is None or not parts or _change_of_files(known, parts):
+            continue
+        places, prefixes = _places(known, parts), data.blend(split_index)[0]
+        weights = [part["weight"] for part in known]
         words: list[str] = []
-        for prefix, part in zip(data.blend()[0], known, strict=True):
-            words += [prefix] if part["weight"] is None else [repr(part["weight"]), prefix]
-        update[OWN_PATHS[0] if data.has_own_paths else "data_path"] = tuple(words)
+        for place, weight in zip(places, weights, strict=True):
+            words += [prefixes[place]] if weight is None else [repr(weight), prefixes[place]]
+        update[OWN_PATHS[split_index] if data.has_own_paths else "data_path"] = tuple(words)
+        order[key] = [
+            parts[place] | {"weight": weight} for place, weight in zip(places, weights, strict=True)
+        ]
     if not data.has_own_paths and "split" in before:
-        update["split"] = before["split"]
-    return data.model_copy(update=update)
+        update["split"] = order["split"] = before["split"]
+    return data.model_copy(update=update), order
 
 
 def _is_same(key: str, before: Any, now: Any) -> bool:
@@ -141,16 +153,36 @@ def _change_of_files(before: Any, now: list[dict[str, Any]]) -> str | None:
         return f"the data was {_named(before)}, is {_names(now)}" if before or now else None
     if len(known) != len(now):
         return f"the data was {_names(known)}, is {_names(now)}"
+    now = [now[place] for place in _places(known, now)]
     for old, new in zip(known, now, strict=True):
-        if old["content"] is None:
-            text = None if old["name"] == new["name"] else f"it was {old['name']}"
-        else:
-            text = describe_change(old["content"], new["content"])
+        text = _change_of_part(old, new)
         if text:
             return f"the data {new['name']} is not what it was: {text}"
     if not _is_close(_fractions(known), _fractions(now)):
         return f"the blend was {_names(known)}, is {_names(now)}"
     return None
+
+
+def _change_of_part(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
+    if old["content"] is None:
+        return None if old["name"] == new["name"] else f"it was {old['name']}"
+    return describe_change(old["content"], new["content"])
+
+
+def _places(known: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Return for each part of a blend which of today's parts it is; they may be given in another sequence.
+
+    The same data twice goes by weight. Where a part is missing, all are taken in their sequence.
+    """
+    before, today = _fractions(known), _fractions(now)
+    left, found = list(range(len(now))), []
+    for number, part in enumerate(known):
+        same = [place for place in left if _change_of_part(part, now[place]) is None]
+        if not same:
+            return list(range(len(now)))
+        found.append(min(same, key=lambda place: abs(today[place] - before[number])))
+        left.remove(found[-1])
+    return found
 
 
 def _fractions(parts: Sequence[Mapping[str, Any]]) -> list[float]:

@@ -1,6 +1,6 @@
 """Plan a run: check everything that can be wrong before a process group or a model exists."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from ascendspeed_core.training.checkpoint import (
     load_train_state,
     saved_iterations,
 )
-from ascendspeed_core.training.data_order import check_data_order, data_order, with_spelling_of
+from ascendspeed_core.training.data_order import as_it_began, check_data_order, data_order
 from ascendspeed_core.training.eval_prompts import EvalPromptsPlan, plan_eval_prompts
 from ascendspeed_core.weights import NativeSource, WeightSource, open_source, open_weights
 from ascendspeed_core.weights.adapters.ascendspeed import open_adapter
@@ -125,7 +125,8 @@ def plan_run(config: PretrainConfig, world_size: int) -> RunPlan:
     state = _initial_state(config, checkpoint, data_order(config, kind.data_order))
     if checkpoint is not None and state.iteration > 0:
         began = load_train_state(checkpoint).data_order
-        config = config.model_copy(update={"data": with_spelling_of(began, config.data)})
+        data, order = as_it_began(began, config.data, state.data_order)
+        config, state = config.model_copy(update={"data": data}), replace(state, data_order=order)
         _check_base(source, checkpoint)
     _check_save_folder(config, checkpoint, state)
     objective = kind.plan(config, source, checkpoint if state.iteration > 0 else None)
