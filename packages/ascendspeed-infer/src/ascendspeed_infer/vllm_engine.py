@@ -195,6 +195,8 @@ def lora_rank(folder: Path, model: "ModelConfig") -> int:
     beyond = [name for name in ("rank_pattern", "alpha_pattern") if getattr(config, name)]
     if adapter.saved:
         beyond.append(f"its own {', '.join(sorted(adapter.saved))}")
+    if adapter.unties:
+        beyond.append("a head that its embedding is not tied to")
     if beyond:
         raise ConfigError(
             f"engine=vllm takes adapters of one rank and scale that replace nothing, {folder} has {beyond[0]}; merge "

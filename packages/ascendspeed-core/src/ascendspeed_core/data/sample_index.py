@@ -48,19 +48,7 @@ def build_datasets(
     """
     gpt = megatron("datasets.gpt_dataset")
     blended = megatron("datasets.blended_megatron_dataset_builder")
-    # Only the ids of the tokenizer matter here: no padding occurs, and the end of a document may mask the loss.
-    # The identifiers name the cached index: beside those of a tokenizer without a class of its own stands what the
-    # index is made from, as files made anew under the same name need another one.
-    tokenizer = SimpleNamespace(
-        eod=-1 if end_of_document is None else end_of_document,
-        pad=-2,
-        vocab_size=None,
-        unique_identifiers={
-            "class": "ids",
-            "vocab_size": vocab_size,
-            "documents": [index_digest(prefix) for prefix in config.prefixes()],
-        },
-    )
+    tokenizer = _tokenizer(config, vocab_size, end_of_document)
     blends = [config.blend(number) if wanted else None for number, wanted in enumerate(num_samples)]
     files: dict[str, Any] = {"blend": config.blend(), "split": config.split}
     dataset_config = gpt.GPTDatasetConfig(
@@ -92,6 +80,24 @@ def build_datasets(
         )
         built: list[Any] = builder.build()
     return built
+
+
+def _tokenizer(config: DataConfig, vocab_size: int, end_of_document: int | None) -> SimpleNamespace:
+    """Return what megatron-core asks of a tokenizer: ids, and identifiers that name the cached index.
+
+    No padding occurs, and the end of a document may mask the loss. Beside the identifiers of a tokenizer without a
+    class of its own stands what the index is made from, as files made anew under the same name need another one.
+    """
+    return SimpleNamespace(
+        eod=-1 if end_of_document is None else end_of_document,
+        pad=-2,
+        vocab_size=None,
+        unique_identifiers={
+            "class": "ids",
+            "vocab_size": vocab_size,
+            "documents": [index_digest(prefix) for prefix in config.prefixes()],
+        },
+    )
 
 
 def blend_surplus(config: DataConfig, split_index: int, num_samples: int, usual: float) -> float:
