@@ -238,7 +238,7 @@ def test_other_settings_of_a_run_that_goes_on(tmp_path: Path) -> None:
     assert complaint(began, run_of([a], split="0.9/0.10/0.")) is None
     assert complaint(run_of([a], split="7,0,0"), run_of([], train_data_path=(a,))) is None
     assert "split was 90,10,0, is 80,20,0" in str(complaint(began, run_of([a], split="80,20,0")))
-    for name in ("reset_attention_mask", "reset_position_ids", "eod_mask_loss"):
+    for name in ("reset_attention_mask", "reset_position_ids", "eod_mask_loss", "no_shuffle"):
         assert f"{name} was False, is True" in str(
             complaint(began, run_of([a], split="90,10,0", **{name: True}))
         )
@@ -353,6 +353,34 @@ def test_less_than_one_sample_is_repeated_and_said(
         DataError, match="num_train_epochs=1 of 4 training tokens fill no sample of seq_length=32"
     ):
         samples_of_epochs(config, 1)
+
+
+def test_samples_in_the_sequence_of_the_file(tmp_path: Path, report: ReportTables) -> None:
+    """They are the joined documents, cut; of a blend, those of each part, one after the other."""
+    draw, tried, wrong = random.Random(18), 12, 0
+    for number in range(tried):
+        texts = [drawn_documents(draw, draw.randint(1, 20)) for _ in "ab"]
+        a, b = (
+            str(write(tmp_path / f"{name}{number}", part)) for name, part in zip("ab", texts, strict=True)
+        )
+        given: dict[str, Any] = {"seq_length": LENGTH, "split": "1,0,0", "no_shuffle": True}
+        samples = draw.randint(1, 30)
+        streams = [
+            torch.tensor([id_ for text in part for id_ in text]).repeat(samples * LENGTH + 1)
+            for part in texts
+        ]
+        (batch,) = loaded(DataConfig(data_path=(a,), **given), samples).micro_batches(0, (samples,))
+        whole = streams[0][: samples * LENGTH + 1]
+        wrong += not torch.equal(batch.tokens.flatten(), whole[:-1])
+        wrong += not torch.equal(batch.labels.flatten(), whole[1:])
+        blend = DataConfig(data_path=("0.4", a, "0.6", b), data_cache_path=tmp_path / "cache", **given)
+        data = loaded(blend, samples)
+        (batch,) = data.micro_batches(0, (samples,))
+        for part, stream in enumerate(streams):
+            mine = batch.tokens[torch.from_numpy(data.train.dataset_index[:samples] == part)]
+            wrong += not torch.equal(mine.flatten(), stream[: mine.numel()])
+    report.add(TITLE, HEADER, "samples in the sequence of the file", 3 * tried, wrong)
+    assert not wrong
 
 
 def test_each_split_can_have_data_of_its_own(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ RECIPES: dict[str, type[PretrainConfig]] = {
 
 DATA_SINCE: dict[str, Any] = {
     "train_data_path": [], "valid_data_path": [], "test_data_path": [], "reset_attention_mask": False,
-    "reset_position_ids": False,
+    "reset_position_ids": False, "no_shuffle": False,
 }  # fmt: skip
 """Options that later releases added, which an old recipe leaves alone."""
 

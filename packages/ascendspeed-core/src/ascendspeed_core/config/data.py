@@ -37,6 +37,11 @@ class DataConfig(Config):
     )
     split: str = Field("969,30,1", description="Shares of the documents for training, validation and test.")
     seq_length: int = Field(ge=1, description="Tokens of one sample, S.")
+    no_shuffle: bool = Field(
+        False,
+        description="Samples in the sequence of the files, the same in each pass.",
+        json_schema_extra={"off": ""},
+    )
     data_cache_path: Path | None = Field(
         None, description="Folder of the sample index. [default: `cache` beside the data]"
     )

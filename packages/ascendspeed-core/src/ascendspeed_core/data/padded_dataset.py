@@ -260,9 +260,8 @@ class PaddedBatchLoader:
                 )
                 for prefix in prefixes
             ]
-            return BlendedExamples(
-                parts, weights, seed, num_samples[split_index], is_shuffled=split_index == 0
-            )
+            is_shuffled = split_index == 0 and not config.no_shuffle
+            return BlendedExamples(parts, weights, seed, num_samples[split_index], is_shuffled)
 
         self.train, self.validation, self.test = order(0), order(1), order(2)
 

@@ -73,13 +73,28 @@ def build_datasets(
             part if wanted else None
             for part, wanted in zip(dataset_config.split_matrix, num_samples, strict=True)
         ]
+    kind = _unshuffled(gpt.GPTDataset) if config.no_shuffle else gpt.GPTDataset
     with warnings.catch_warnings(), group_for_megatron():
         warnings.simplefilter("ignore")
-        builder = blended.BlendedMegatronDatasetBuilder(
-            gpt.GPTDataset, list(num_samples), lambda: True, dataset_config
-        )
+        builder = blended.BlendedMegatronDatasetBuilder(kind, list(num_samples), lambda: True, dataset_config)
         built: list[Any] = builder.build()
     return built
+
+
+def _unshuffled(gpt_dataset: Any) -> Any:
+    """Return megatron-core's class of datasets with documents and samples in the sequence of the file; never cached."""
+
+    class UnshuffledDataset(gpt_dataset):  # type: ignore[misc]
+        def _build_document_sample_shuffle_indices(self) -> tuple[Any, Any, Any]:
+            tokens = self._get_num_tokens_per_epoch()
+            epochs = self._get_num_epochs(tokens)
+            documents = np.tile(self.indices, epochs).astype(np.int32)
+            samples = megatron("datasets.helpers").build_sample_idx(
+                self.dataset.sequence_lengths, documents, self.config.sequence_length, epochs, tokens
+            )
+            return documents, samples, np.arange(len(samples) - 1)
+
+    return UnshuffledDataset
 
 
 def _tokenizer(config: DataConfig, vocab_size: int, end_of_document: int | None) -> SimpleNamespace:

@@ -20,6 +20,9 @@ from ascendspeed_data.errors import AscendSpeedError, ConfigError
 HELD_OUT = ("validation", "test")
 """Keys of held-out data of its own."""
 
+ORDER_OPTIONS = (*DOCUMENT_OPTIONS, "no_shuffle")
+"""Options of the data that release 0.1.0 kept with the others, or did not know."""
+
 CLOSE = 1e-9
 """Relative difference of proportions that are the same, as decimals are rounded."""
 
@@ -40,7 +43,7 @@ def data_order(config: PretrainConfig, more: Mapping[str, Any]) -> dict[str, Any
     }
     if data.has_own_paths:
         order |= {SPLITS[number]: _parts(data, number) for number in (1, 2)}
-    return order | {name: getattr(data, name) for name in DOCUMENT_OPTIONS} | dict(more)
+    return order | {name: getattr(data, name) for name in ORDER_OPTIONS} | dict(more)
 
 
 def _parts(data: DataConfig, split_index: int) -> list[dict[str, Any]]:
@@ -65,9 +68,8 @@ def check_data_order(
     Raises:
         AscendSpeedError: an option or a file would change samples or their order.
     """
-    # Checkpoints of release 0.1.0 have these options with the others, or did not know them.
     stored = run.get("data", {})
-    before = {name: bool(stored.get(name, False)) for name in DOCUMENT_OPTIONS} | dict(before)
+    before = {name: bool(stored.get(name, False)) for name in ORDER_OPTIONS} | dict(before)
     changed = [_change_of_files(before.get("data"), now["data"])]
     changed += [
         f"{key} was {before.get(key)}, is {value}"
