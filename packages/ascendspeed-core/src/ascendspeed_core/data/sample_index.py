@@ -84,7 +84,7 @@ def build_datasets(
 def _unshuffled(gpt_dataset: Any) -> Any:
     """Return megatron-core's class of datasets with documents and samples in the sequence of the file; never cached."""
 
-    class UnshuffledDataset(gpt_dataset):  # type: ignore[misc]
+    class UnshuffledDataset(gpt_dataset):
         def _build_document_sample_shuffle_indices(self) -> tuple[Any, Any, Any]:
             tokens = self._get_num_tokens_per_epoch()
             epochs = self._get_num_epochs(tokens)

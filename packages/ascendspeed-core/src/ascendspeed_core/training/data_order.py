@@ -47,10 +47,11 @@ def data_order(config: PretrainConfig, more: Mapping[str, Any]) -> dict[str, Any
 
 
 def _parts(data: DataConfig, split_index: int) -> list[dict[str, Any]]:
-    prefixes, weights = data.blend(split_index)
+    prefixes, given = data.blend(split_index)
+    weights: Sequence[float | None] = given or [None] * len(prefixes)
     return [
         {"name": Path(prefix).name, "weight": weight, "content": dataset_content(prefix)}
-        for prefix, weight in zip(prefixes, weights or [None] * len(prefixes), strict=True)
+        for prefix, weight in zip(prefixes, weights, strict=True)
     ]
 
 
@@ -139,12 +140,12 @@ def _listed(data: Any) -> list[dict[str, Any]] | None:
     if all(isinstance(part, dict) for part in data):
         return data
     try:
-        names, weights = parse_blend([str(word) for word in data])
+        names, given = parse_blend([str(word) for word in data])
     except ConfigError:
         return None
+    weights: Sequence[float | None] = given or [None] * len(names)
     return [
-        {"name": name, "weight": weight, "content": None}
-        for name, weight in zip(names, weights or [None] * len(names), strict=True)
+        {"name": name, "weight": weight, "content": None} for name, weight in zip(names, weights, strict=True)
     ]
 
 
