@@ -22,7 +22,7 @@ from ascendspeed_infer.language_model import LanguageModel
 from core.test_sft_dataset import ALONE
 from support.commands import call
 from support.families import REFERENCES
-from support.peft_adapters import TOKENS, make, reloaded_logits, respell
+from support.peft_adapters import TOKENS, make, reloaded, reloaded_logits, respell, unread
 from support.tables import ReportTables
 
 TOLERANCE = 2e-4
@@ -230,7 +230,9 @@ def compare(bases: dict[str, Path], folder: Path, seed: int) -> tuple[str, float
     source = open_weights(base)
     try:
         make(base, folder / "adapter", options, seed)
-        want = reloaded_logits(base, folder / "adapter")
+        theirs = reloaded(base, folder / "adapter")
+        with torch.no_grad():
+            want = theirs(TOKENS).logits[0]
     except Exception as error:  # noqa: BLE001 - peft refuses in many ways; then there is nothing to compare with
         if (folder / "adapter" / "adapter_config.json").is_file():
             with pytest.raises(CheckpointError):
@@ -244,7 +246,9 @@ def compare(bases: dict[str, Path], folder: Path, seed: int) -> tuple[str, float
             worst = max(worst, float((logits_of(MergedAdapter(source, adapter)) - want).abs().max()))
             worst = max(worst, float((logits_of(loaded_adapters(source, adapter)) - want).abs().max()))
         except CheckpointError as error:
-            assert ALLOWED.search(str(error)), f"seed {seed}, {options}: {error}"
+            # With ensure_weight_tying peft writes a head that its own reload of the config does not find.
+            is_unread = "target_modules does not mean" in str(error) and unread(theirs, folder / "adapter")
+            assert is_unread or ALLOWED.search(str(error)), f"seed {seed}, {options}: {error}"
             outcome = "merged alone" if "merge the adapter" in str(error) else "refused by name"
     assert worst < TOLERANCE, f"seed {seed}, {kind}, {options}: {worst}"
     return outcome, worst

@@ -38,6 +38,13 @@ def reloaded(base: Path, folder: Path) -> Any:
         return PeftModel.from_pretrained(_base(base), str(folder)).eval()
 
 
+def unread(model: Any, folder: Path) -> set[str]:
+    """Return the tensors of an adapter's file that peft's model of it has no place for; peft says nothing of them."""
+    from peft import get_peft_model_state_dict
+
+    return load_file(folder / "adapter_model.safetensors").keys() - get_peft_model_state_dict(model).keys()
+
+
 @torch.no_grad()
 def reloaded_logits(base: Path, folder: Path) -> torch.Tensor:
     """Return the logits after peft has loaded an adapter: [S, V]."""
