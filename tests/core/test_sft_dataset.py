@@ -193,7 +193,7 @@ def step_tokens(prefix: Path, dp: int) -> list[list[int]]:
 def test_rows_come_in_the_sequence_of_the_file(sets: tuple[Path, Path]) -> None:
     rows = rows_of(sets[0], LENGTH)
     count = 2 * len(rows) + 1
-    config = data_config(sets[0], LENGTH).model_copy(update={"no_shuffle": True})
+    config = data_config(sets[0], LENGTH, split="100,0,0", no_shuffle=True)
     data = PaddedBatchLoader(SFT_FORMAT, config, 3, (count, 0, 0), VOCABULARY, ALONE)
     assert data.train is not None
     assert [data.train.locate(number) for number in range(count)] == [
