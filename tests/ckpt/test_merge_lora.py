@@ -2,6 +2,7 @@
 
 import json
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ import torch
 
 from ascendspeed_ckpt import Conversion, convert
 from ascendspeed_ckpt.writers.write_plan import WritePlan
+from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.weights import open_weights
 from ascendspeed_core.weights.adapters.ascendspeed import open_adapter
 from ascendspeed_core.weights.adapters.lora import loaded_adapters
 from ascendspeed_core.weights.adapters.merge import MergedAdapter
 from ascendspeed_core.weights.shard_layout import shard_layout
+from ascendspeed_core.weights.source import CheckpointError
 from support.commands import call
 from support.models import save_hugging_face, tiny_config
 
@@ -91,12 +94,26 @@ def test_merged(tmp_path: Path, name: str, merged_mlp: bool) -> None:
     assert torch.equal(q, v)
 
 
-def test_a_command_merges_it_and_bad_files_are_refused(tmp_path: Path) -> None:
+def adapter_of_two_ranks(folder: Path) -> tuple[Path, ModelConfig]:
+    """Make a model and an adapter of it as two tensor ranks saved it."""
     config = tiny_config(vocab_size=130, num_key_value_heads=8)
-    save_hugging_face(config, tmp_path / "hf")
+    save_hugging_face(config, folder / "hf")
     target = WritePlan("ascendspeed", shard_layout(config.num_layers, tp=2))
-    convert(Conversion(tmp_path / "hf", tmp_path / "base", "ascendspeed", write_plan=target))
-    adapt(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    convert(Conversion(folder / "hf", folder / "base", "ascendspeed", write_plan=target))
+    adapt(folder / "base", folder / "adapter", folder / "merged")
+    return folder / "adapter", config
+
+
+def change(adapter: Path, spoil: Callable[[dict[str, Any]], None]) -> None:
+    """Change what every rank saved."""
+    for path in adapter.glob("iter_0000007/mp_rank_*/model_optim_rng.pt"):
+        content = torch.load(path, weights_only=False)
+        spoil(content)
+        torch.save(content, path)
+
+
+def test_a_command_merges_it_and_bad_files_are_refused(tmp_path: Path) -> None:
+    adapter_of_two_ranks(tmp_path)
 
     def merge(save: str) -> Any:
         return call(
@@ -115,3 +132,36 @@ def test_a_command_merges_it_and_bad_files_are_refused(tmp_path: Path) -> None:
     content["model"]["language_model.layers.2.attention.query_key_value.lora_C.default.weight"] = part
     torch.save(content, path)
     assert "lora_C.default.weight, which is no part of an adapter" in merge("extra").complaint
+
+
+@pytest.mark.parametrize(
+    "ends", [("lora_A.default.weight",), ("lora_B.default.weight",), ("weight",)], ids=str
+)
+def test_what_all_ranks_lack_is_refused(tmp_path: Path, ends: tuple[str, ...]) -> None:
+    """Half of a pair, or a whole layer, in no file."""
+    adapter, base = adapter_of_two_ranks(tmp_path)
+
+    def spoil(content: dict[str, Any]) -> None:
+        for key in [
+            key for key in content["model"] if ".layers.2.mlp.down_proj." in key and key.endswith(ends)
+        ]:
+            del content["model"][key]
+
+    change(adapter, spoil)
+    with pytest.raises(
+        CheckpointError, match=r"lacks layers\.2\.mlp\.down_proj\.lora_[AB]\.weight, though other"
+    ):
+        open_adapter(adapter, base)
+
+
+def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    adapter, base = adapter_of_two_ranks(tmp_path)
+
+    def spoil(content: dict[str, Any]) -> None:
+        content["model"]["language_model.layers.1.mlp.up_proj.lora_A.default.weight"][0, 3] = float("nan")
+
+    change(adapter, spoil)
+    with pytest.raises(
+        CheckpointError, match=r"layers\.1\.mlp\.up_proj\.lora_A\.weight holds values that are no"
+    ):
+        open_adapter(adapter, base)

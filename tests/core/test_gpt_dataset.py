@@ -12,7 +12,8 @@ from megatron.core.tokenizers import MegatronTokenizer
 
 from ascendspeed_core.config.layout import Layout
 from ascendspeed_core.config.training import DataConfig
-from ascendspeed_core.data.gpt_dataset import GPTBatchLoader, check_data, refuse_pickled_indices
+from ascendspeed_core.data.gpt_dataset import GPTBatchLoader, check_data
+from ascendspeed_core.data.sample_index import refuse_pickled_indices
 from ascendspeed_core.device import Device
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_data.errors import DataError

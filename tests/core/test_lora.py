@@ -1,6 +1,5 @@
 """Adapters: peft's numbers, peft's files, every layout alike, nothing kept for what is frozen."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from ascendspeed_core.observability.metrics import read_metrics
 from ascendspeed_core.optim.optimizer import MasterOptimizer
 from ascendspeed_core.parallel.dropout import apply_dropout
 from ascendspeed_core.weights import InitialWeights, open_weights
+from ascendspeed_core.weights.adapters.ascendspeed import open_adapter
 from ascendspeed_core.weights.adapters.lora import (
     AdaptedWeights,
     drawn_adapters,
@@ -29,7 +29,6 @@ from ascendspeed_core.weights.adapters.lora import (
     plan_adapters,
 )
 from ascendspeed_core.weights.adapters.merge import MergedAdapter
-from ascendspeed_core.weights.adapters.peft import Adapter
 from ascendspeed_core.weights.adapters.write_peft import peft_form
 from ascendspeed_data.errors import AscendSpeedError
 from core.finetune_cases import data_config, tune, used_adapters
@@ -39,6 +38,7 @@ from support.commands import call
 from support.families import REFERENCES
 from support.instruction import LENGTH
 from support.models import save_hugging_face, tiny_config
+from support.peft_adapters import TOKENS, make, reloaded_logits
 from support.processes import WorkerPool
 from support.tables import ReportTables
 
@@ -99,6 +99,12 @@ def test_names_of_2023_and_of_hugging_face() -> None:
     assert plan_adapters(both, tiny_config(tie_word_embeddings=True), "").trained == {"embedding.weight"}
 
 
+def opened(base: Path, adapter: Path) -> AdaptedWeights:
+    """Return a model with an adapter beside its weights."""
+    source = open_weights(base)
+    return loaded_adapters(source, open_adapter(adapter, source.config))
+
+
 def tokens_of(vocab_size: int, length: int = 20) -> torch.Tensor:
     return torch.randint(0, vocab_size, (2, length), generator=torch.Generator().manual_seed(4))
 
@@ -109,18 +115,12 @@ FAMILIES = ["LLaMA with all biases", "Qwen 3", "InternLM", "Bloom", "Mistral"]
 @pytest.mark.parametrize("name", FAMILIES)
 def test_peft_reads_what_we_write_and_finds_our_logits_and_gradients(name: str, tmp_path: Path) -> None:
     from peft import PeftModel
-    from safetensors.torch import save_file
 
     base = REFERENCES[name].save(tmp_path / "base").double()
     source = used_adapters(open_weights(tmp_path / "base"), lora("all-linear", lora_modules_to_save=SAVED))
     model = load_model(source, ALONE, torch.float64)
-    tensors, settings = peft_form(source.adapters, source.config, source.read)
     (tmp_path / "adapter").mkdir()
-    save_file(
-        {key: value.contiguous().clone() for key, value in tensors.items()},
-        tmp_path / "adapter/adapter_model.safetensors",
-    )
-    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(settings))
+    peft_form(source.adapters, source.config, source.read).save(tmp_path / "adapter", None)
     theirs: Any = PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True).double()
     tokens = tokens_of(source.config.vocab_size)
     want, got = theirs(input_ids=tokens).logits, model(ModelInput(tokens)).logits
@@ -162,7 +162,7 @@ def test_an_adapter_of_peft_with_a_larger_vocabulary_is_trained_further(tmp_path
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, 0.0, 0.1, generator=torch.Generator().manual_seed(len(name)))
     theirs.save_pretrained(tmp_path / "adapter")
-    source = loaded_adapters(open_weights(tmp_path / "base"), Adapter(tmp_path / "adapter"))
+    source = opened(tmp_path / "base", tmp_path / "adapter")
     assert source.config.vocab_size == 140
     assert source.adapters.layers["layers.0.mlp.down_proj"].rank == 2
     model, tokens = load_model(source, ALONE, torch.float32), tokens_of(140)
@@ -185,7 +185,7 @@ def test_a_fused_adapter_becomes_one_for_each_projection(tmp_path: Path) -> None
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, 0.0, 0.1, generator=torch.Generator().manual_seed(len(name)))
     theirs.save_pretrained(tmp_path / "adapter")
-    source = loaded_adapters(open_weights(tmp_path / "base"), Adapter(tmp_path / "adapter"))
+    source = opened(tmp_path / "base", tmp_path / "adapter")
     q, k = (source.read(f"layers.1.attention.{n}_proj.lora_A.weight") for n in "qk")
     assert torch.equal(q, k)
     tokens = tokens_of(source.config.vocab_size)
@@ -290,17 +290,14 @@ def test_dropout_drops_the_same_under_every_layout(workers: WorkerPool, sets: tu
 def test_dropout_is_where_peft_has_it(tmp_path: Path) -> None:
     """peft's own layers, with our masks in place of those that torch draws."""
     from peft import PeftModel
-    from safetensors.torch import save_file
 
     base = REFERENCES["LLaMA with all biases"].save(tmp_path / "base").double()
     source = used_adapters(open_weights(tmp_path / "base"), lora("all-linear", lora_dropout=0.25))
     model = load_model(source, ALONE, torch.float64)
     apply_dropout(model, DropoutConfig(), 9, ALONE)
-    tensors, settings = peft_form(source.adapters, source.config, source.read)
-    assert settings["lora_dropout"] == 0.25
-    save_file({key: value.clone() for key, value in tensors.items()}, tmp_path / "adapter_model.safetensors")
-    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    peft_form(source.adapters, source.config, source.read).save(tmp_path, None)
     theirs: Any = PeftModel.from_pretrained(base, tmp_path).double()
+    assert theirs.peft_config["default"].lora_dropout == 0.25
     tokens, samples = tokens_of(source.config.vocab_size), torch.tensor([4, 2**33])
     assert model.dropout is not None
     draws = model.dropout.masks(samples, model.positions.heads)
@@ -358,6 +355,27 @@ def test_first_values_are_those_of_peft_in_spread_and_the_same_at_any_layout() -
     assert not torch.equal(a, source.read("layers.1.mlp.down_proj.lora_A.weight"))
 
 
+def test_an_adapter_that_unties_is_trained_further_and_read_by_peft(
+    sets: tuple[Path, Path], tmp_path: Path, tokenizer_folder: Path
+) -> None:
+    base = tmp_path / "base"
+    save_hugging_face(config(tie_word_embeddings=True), base, tokenizer=tokenizer_folder)
+    options = {"r": 4, "target_modules": ["q_proj", "lm_head"], "modules_to_save": ["embed_tokens"]}
+    make(base, tmp_path / "adapter", options)
+    flags = ("--data-path", sets[1], "--lora-load", tmp_path / "adapter")
+    for name, more in (("one", ()), ("two", ("--exit-interval", 2)), ("two", ("--auto-resume",))):
+        done = finetune(tmp_path / name, base, *flags, *more, run=call)
+        assert done.status == 0, done.stderr
+    assert "resumed at iteration 2" in done.stderr
+    want, got = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    assert [r["lm_loss"] for r in got] == pytest.approx([r["lm_loss"] for r in want], rel=1e-9)
+    folder = tmp_path / "two" / "iter_0000004"
+    ours = load_model(opened(base, folder), ALONE, torch.float32)(ModelInput(TOKENS)).logits[0]
+    # Both in fp32, sums in another order; logits are of the order of 1.
+    assert (ours - reloaded_logits(base, folder)).abs().max() < 1e-4
+    assert (ours - reloaded_logits(base, tmp_path / "adapter")).abs().max() > 1e-3
+
+
 def test_a_run_is_saved_resumed_merged_and_read_by_peft(
     sets: tuple[Path, Path],
     tmp_path: Path,
@@ -399,8 +417,9 @@ def test_a_run_is_saved_resumed_merged_and_read_by_peft(
     theirs: Any = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64), folder
     ).double()
-    adapter, tokens = Adapter(tmp_path / "one"), tokens_of(400)
-    source = loaded_adapters(open_weights(base), adapter)
+    tokens = tokens_of(400)
+    adapter = open_adapter(tmp_path / "one", open_weights(base).config)
+    source = opened(base, tmp_path / "one")
     assert isinstance(source, AdaptedWeights)
     ours = load_model(source, ALONE, torch.float64)(ModelInput(tokens)).logits
     assert (ours - theirs(input_ids=tokens).logits).abs().max() < FP32
@@ -439,6 +458,10 @@ def test_a_run_is_saved_resumed_merged_and_read_by_peft(
     other = finetune(tmp_path / "two", base, *flags, "--lora-r", 2, "--auto-resume", run=call)
     assert other.status == 1
     assert "has adapters of other layers, ranks or scales" in other.complaint
+    save_hugging_face(config(), tmp_path / "other", seed=1, tokenizer=tokenizer_folder)
+    other = finetune(tmp_path / "two", tmp_path / "other", *flags, "--auto-resume", run=call)
+    assert other.status == 1
+    assert "holds other weights than the adapters in" in other.complaint
 
 
 def test_options_that_mean_nothing_are_refused(sets: tuple[Path, Path], tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def test_recompute_that_fits_a_budget(arguments: list[object], tmp_path: Path) -
     ("flags", "complaint"),
     [
         (["--triangle-attn", "--attention", "sdpa"], "triangle_attn and attention=sdpa were both given"),
-        (["--checkpoint-policy", "full"], "means nothing without --checkpoint-activations"),
+        (["--checkpoint-block-layer", 2], "means nothing without --checkpoint-activations or --checkpoint-policy"),
         (
             ["--checkpoint-activations", "--memory-budget-gib", 1],
             "memory_budget_gib=1.0 means nothing with checkpoint_policy=full",

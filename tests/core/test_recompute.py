@@ -116,7 +116,18 @@ def test_which_layers() -> None:
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        ({"checkpoint_policy": "block"}, "means nothing without --checkpoint-activations"),
+        (
+            {"checkpoint_activations": False, "checkpoint_policy": "block"},
+            "checkpoint_policy means nothing with checkpoint_activations=false",
+        ),
+        (
+            {"memory_budget_gib": 1.0},
+            "memory_budget_gib means nothing without --checkpoint-activations or --checkpoint-policy",
+        ),
+        (
+            {"checkpoint_activations": True, "checkpoint_block_layer": 3},
+            "checkpoint_block_layer=3 means nothing with checkpoint_policy=full",
+        ),
         ({"checkpoint_activations": True, "checkpoint_policy": "custom"}, "give both or neither"),
         (
             {"checkpoint_activations": True, "recomputation_layer_num": (1,)},
@@ -127,6 +138,17 @@ def test_which_layers() -> None:
 def test_options_that_contradict(options: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         RecomputeConfig(**options)
+
+
+@pytest.mark.parametrize("name", ["full", "block", "selective", "attention", "auto"])
+def test_a_policy_alone_means_recompute(name: str) -> None:
+    alone, both = RecomputeConfig(checkpoint_policy=name), policy(name)
+    assert alone.model_dump() == both.model_dump()
+    assert alone.note == (
+        f"recompute: policy {name} (--checkpoint-policy alone means --checkpoint-activations too)"
+    )
+    assert both.note is None
+    assert RecomputeConfig().note is None
 
 
 def test_numbers_that_do_not_fit_the_stages() -> None:

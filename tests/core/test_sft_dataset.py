@@ -190,6 +190,17 @@ def step_tokens(prefix: Path, dp: int) -> list[list[int]]:
     return [row for batch in data.micro_batches(16, (2,) * (4 // dp)) for row in batch.tokens.tolist()]
 
 
+def test_rows_come_in_the_sequence_of_the_file(sets: tuple[Path, Path]) -> None:
+    rows = rows_of(sets[0], LENGTH)
+    count = 2 * len(rows) + 1
+    config = data_config(sets[0], LENGTH, split="100,0,0", no_shuffle=True)
+    data = PaddedBatchLoader(SFT_FORMAT, config, 3, (count, 0, 0), VOCABULARY, ALONE)
+    assert data.train is not None
+    assert [data.train.locate(number) for number in range(count)] == [
+        (0, n % len(rows)) for n in range(count)
+    ]
+
+
 def write_samples(prefix: Path, samples: list[tuple[list[int], list[int], list[int]]]) -> Path:
     """Ids, mask and labels of each sample, without a manifest."""
     for place, name in enumerate(("input_ids", "attention_mask", "labels")):

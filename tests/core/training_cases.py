@@ -14,6 +14,7 @@ from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.optimizer import OptimizerConfig
 from ascendspeed_core.config.sharding import Slice
 from ascendspeed_core.config.training import ComputeConfig, DropoutConfig, LossScaleConfig, RecomputeConfig
+from ascendspeed_core.data.documents import document_positions
 from ascendspeed_core.data.micro_batch import MicroBatch
 from ascendspeed_core.device import Device
 from ascendspeed_core.kernels.registry import KernelContext
@@ -43,12 +44,26 @@ class Trained:
     auxiliary_losses: list[dict[str, float]] = field(default_factory=list)
 
 
+END_OF_DOCUMENT = 7
+
+
 def micro_batches(
-    vocab_size: int, step: int, mesh: ParallelMesh, size: int | Sequence[int], masked: bool
+    vocab_size: int,
+    step: int,
+    mesh: ParallelMesh,
+    size: int | Sequence[int],
+    masked: bool,
+    documents: bool = False,
 ) -> list[MicroBatch]:
-    """This rank's share, in micro-batches of one size or of several, of a global batch that depends on the step."""
+    """This rank's share, in micro-batches of one size or of several, of a global batch that depends on the step.
+
+    With `documents` each row holds several of random lengths, between which attention does not look.
+    """
     generator = torch.Generator().manual_seed(step)
     ids = torch.randint(0, vocab_size, (SAMPLES, LENGTH + 1), generator=generator)
+    if documents:
+        ids = torch.where(ids % 8 == 0, END_OF_DOCUMENT, ids)
+    positions, segments = document_positions(ids[:, :-1], END_OF_DOCUMENT)
     mask = torch.ones(SAMPLES, LENGTH)
     if masked:
         # Rows differ in how many tokens count, one counts none: a mean per micro-batch would be wrong.
@@ -58,7 +73,17 @@ def micro_batches(
     starts = [sum(sizes[:number]) * mesh.layout.dp + mesh.dp_rank * own for number, own in enumerate(sizes)]
     rows = [slice(start, start + own) for start, own in zip(starts, sizes, strict=True)]
     numbers = torch.arange(SAMPLES) + step * SAMPLES
-    batches = [MicroBatch(ids[r, :-1], ids[r, 1:], mask[r], samples=numbers[r]) for r in rows]
+    batches = [
+        MicroBatch(
+            ids[r, :-1],
+            ids[r, 1:],
+            mask[r],
+            positions[r] if documents else None,
+            segments[r] if documents else None,
+            numbers[r],
+        )
+        for r in rows
+    ]
     return [batch.part_of_sequence(mesh) for batch in batches]
 
 
@@ -107,6 +132,7 @@ def train(
     dropout: DropoutConfig | None = None,
     lora: LoraConfig | None = None,
     scale: float = 1.0,
+    documents: bool = False,
     **optimizer_options: Any,
 ) -> Trained:
     """Train from seeded weights and return losses, norms, first-step gradients and final weights."""
@@ -126,13 +152,13 @@ def train(
     apply_dropout(model, dropout, 1234, mesh)
     apply_recompute(model, recompute or RecomputeConfig(), mesh.pp_rank)
     options: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.1, "clip_grad": 0.5}
-    batches = micro_batches(config.vocab_size, 0, mesh, micro_batch_size, masked)
+    batches = micro_batches(config.vocab_size, 0, mesh, micro_batch_size, masked, documents)
     gradients = first_gradients(model, batches, mesh, scale=scale)
     engine = NativeEngine(model, OptimizerConfig(**(options | optimizer_options)), mesh)
     losses, norms, auxiliary = [], [], []
     loss_scale = LossScale.create(LossScaleConfig(loss_scale=scale), is_fp16=scale != 1.0)
     for step in range(steps):
-        batches = micro_batches(config.vocab_size, step, mesh, micro_batch_size, masked)
+        batches = micro_batches(config.vocab_size, step, mesh, micro_batch_size, masked, documents)
         result = train_step(model, engine, batches, mesh, loss_scale)
         losses.append(result.loss)
         norms.append(result.grad_norm)

@@ -65,6 +65,7 @@ def train_zero(
     micro_batch_size: int = 4,
     recompute: RecomputeConfig | None = None,
     lora: LoraConfig | None = None,
+    documents: bool = False,
     **optimizer_options: Any,
 ) -> Trained:
     """Train from seeded weights as `training_cases.train` does, under DeepSpeed if the layout says so."""
@@ -85,7 +86,7 @@ def train_zero(
     optimizer = OptimizerConfig(**(options | optimizer_options))
     make = partial(ZeroEngine, settings=settings) if layout.zero_stage else NativeEngine
     engine: Engine = make(model, optimizer, mesh)
-    batches = micro_batches(config.vocab_size, 0, mesh, micro_batch_size, masked=True)
+    batches = micro_batches(config.vocab_size, 0, mesh, micro_batch_size, masked=True, documents=documents)
     first = forward_backward(model, engine, batches, mesh, *NextTokenLoss(model, mesh).prepare(batches))
     gradients = {}
     for name, parameter in model.named_parameters():
@@ -95,7 +96,9 @@ def train_zero(
         gradients[name] = whole(gradient, slices[name], mesh.group("tp"))
     losses, norms = [float(mesh.sum_over("replicas", first.loss))], [engine.step()]
     for step in range(1, steps):
-        batches = micro_batches(config.vocab_size, step, mesh, micro_batch_size, masked=True)
+        batches = micro_batches(
+            config.vocab_size, step, mesh, micro_batch_size, masked=True, documents=documents
+        )
         result = train_step(model, engine, batches, mesh)
         losses.append(result.loss)
         norms.append(result.grad_norm)

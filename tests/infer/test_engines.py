@@ -20,7 +20,13 @@ from ascendspeed_infer.language_model import LanguageModel
 from ascendspeed_infer.sampling import SamplingParams
 from ascendspeed_infer.text_generator import TextGenerator
 from ascendspeed_infer.transformers_engine import TransformersEngine, load_transformers
-from ascendspeed_infer.vllm_engine import VllmEngine, log_probs_of, model_arguments, sampling_arguments
+from ascendspeed_infer.vllm_engine import (
+    VllmEngine,
+    log_probs_of,
+    lora_rank,
+    model_arguments,
+    sampling_arguments,
+)
 from infer.test_loading_adapters import make_adapter
 from support.commands import call, run_command
 from support.models import save_hugging_face, tiny_config
@@ -49,7 +55,7 @@ RULES: dict[str, list[object]] = {
 def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
     path = tmp_path_factory.mktemp("model")
     save_hugging_face(tiny_config(vocab_size=400), path, tokenizer=tokenizer_folder)
-    make_adapter(path, path / "adapter", target_modules="all-linear")
+    make_adapter(path, path / "adapter", target_modules="all-linear", modules_to_save=["norm"])
     return path
 
 
@@ -202,6 +208,30 @@ def test_a_model_in_words_of_vllm(tmp_path: Path) -> None:
     assert arguments.items() >= layout.items()
     with pytest.raises(ConfigError, match="rank 512 at most, this one has 513"):
         model_arguments(load_config(GenerateConfig, None, given), tmp_path, "bfloat16", 513)
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"target_modules": "all-linear"}, None),
+        ({"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"v_proj": 2}}, "has rank_pattern"),
+        ({"target_modules": ["q_proj", "v_proj"], "alpha_pattern": {"v_proj": 2}}, "has alpha_pattern"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["norm"]}, r"has its own model\.norm\.weight"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "has a head that its embedding is not tied to"),
+    ],
+    ids=str,
+)
+def test_adapters_that_vllm_computes_as_peft_does(
+    tmp_path: Path, options: dict[str, Any], complaint: str | None
+) -> None:
+    config = tiny_config(vocab_size=400, tie_word_embeddings="lm_head" in options["target_modules"])
+    save_hugging_face(config, tmp_path / "base")
+    make_adapter(tmp_path / "base", tmp_path / "adapter", **options)
+    if complaint is None:
+        assert lora_rank(tmp_path / "adapter", config) == 4
+    else:
+        with pytest.raises(ConfigError, match=f"{complaint}; merge it: asd-ckpt merge-lora"):
+            lora_rank(tmp_path / "adapter", config)
 
 
 def test_log_probabilities_of_vllm() -> None:

@@ -96,7 +96,13 @@ class LanguageModel(TextGenerator):
         source = open_source(ModelSourceConfig(load=Path(path), model_config_file=described), seed=0)
         given = validate(AdapterConfig, {"lora_load": adapter, "merge_adapter": merge_adapter})
         return cls.from_source(
-            with_adapter(source, given), tokenizer, device, dtype, parallel, False, weight_quantization
+            with_adapter(source, given, announces=True),
+            tokenizer,
+            device,
+            dtype,
+            parallel,
+            False,
+            weight_quantization,
         )
 
     @classmethod

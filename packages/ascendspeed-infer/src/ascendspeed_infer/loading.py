@@ -22,16 +22,29 @@ from ascendspeed_infer.engines import EngineKind
 from ascendspeed_infer.text_generator import TextGenerator
 
 
-def open_model_source(config: LoadedModelConfig) -> WeightSource:
-    """Open the weights and the adapter that a command names."""
-    return with_adapter(open_source(config.source, config.sampling.seed), config.adapter)
+def open_model_source(config: LoadedModelConfig, announces: bool = False) -> WeightSource:
+    """Open the weights and the adapter that a command names.
+
+    Args:
+        config: the options.
+        announces: log what the user should know of the adapter.
+    """
+    return with_adapter(open_source(config.source, config.sampling.seed), config.adapter, announces)
 
 
-def with_adapter(source: WeightSource, config: AdapterConfig) -> WeightSource:
-    """Put an adapter into a source: added to the weights, or computed beside them by the layers that it changes."""
+def with_adapter(source: WeightSource, config: AdapterConfig, announces: bool = False) -> WeightSource:
+    """Put an adapter into a source: added to the weights, or computed beside them by the layers that it changes.
+
+    Args:
+        source: the model.
+        config: the options.
+        announces: log what the user should know of the adapter.
+    """
     if config.lora_load is None:
         return source
-    adapter = open_adapter(config.lora_load, source.config)
+    adapter = open_adapter(config.lora_load, source.config, source.path)
+    if announces:
+        adapter.announce(source.path)
     return MergedAdapter(source, adapter) if config.merge_adapter else loaded_adapters(source, adapter)
 
 
@@ -42,7 +55,7 @@ def check_source(config: LoadedModelConfig, is_own_layout: bool = True) -> None:
         config: the options.
         is_own_layout: whether this program distributes the model, which must then fit the layout.
     """
-    source = open_model_source(config)
+    source = open_model_source(config, announces=True)
     if config.precision.weight_quantization == "int8":
         refuse_spread_int8(config.parallel.resolved_zero_stage())
     config.model.check(source.config, str(source.path or config.source.model_config_file))

@@ -5,6 +5,7 @@ Importing this module imports neither torch nor transformers.
 
 import queue
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -188,15 +189,19 @@ class TransformersKind:
 
 
 def _load_adapter(model: Any, folder: Path) -> None:
+    """Let peft put an adapter into the layers of `model`, in place."""
+    from peft import PeftModel
+
     try:
-        model.load_adapter(str(folder))
-    except ImportError:
+        with warnings.catch_warnings():
+            # Weights under names that peft does not know would be left out.
+            warnings.filterwarnings("error", "Found missing adapter keys")
+            PeftModel.from_pretrained(model, str(folder))
+    except (OSError, ValueError, KeyError, RuntimeError, UserWarning) as error:
         raise AscendSpeedError(
-            "peft is not installed, with which transformers reads adapters; pip install peft, or merge the "
-            "adapter: asd-ckpt merge-lora"
+            f"peft cannot load {folder}: {str(error).splitlines()[0]}; merge it: asd-ckpt merge-lora --load BASE "
+            f"--lora-load {folder} --save OUT"
         ) from None
-    except (OSError, ValueError) as error:
-        raise AscendSpeedError(f"peft cannot load {folder}: {str(error).splitlines()[0]}") from None
 
 
 kind = TransformersKind()

@@ -6,7 +6,6 @@ Importing this module imports neither torch nor vllm.
 """
 
 import importlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from ascendspeed_infer.config import LoadedModelConfig, SamplingConfig
 from ascendspeed_infer.engines import TokenRequest, adapter_folder, hugging_face_folder
 
 if TYPE_CHECKING:
+    from ascendspeed_core.config.model import ModelConfig
     from ascendspeed_infer.engine.sequence import CompletionOutput, GenerationSettings, TokenOutput
 
 TEMPERATURES = (0.01, 2.0)
@@ -178,6 +178,33 @@ def _reason(stated: str | None) -> Any:
     return stated
 
 
+def lora_rank(folder: Path, model: "ModelConfig") -> int:
+    """Return the rank of an adapter that vLLM computes as peft does.
+
+    Args:
+        folder: of the adapter, in peft's format.
+        model: architecture of its base.
+
+    Raises:
+        ConfigError: vLLM ignores or refuses a part of it.
+    """
+    from ascendspeed_core.weights.adapters.adapter_config import CONFIG, read_adapter_config
+    from ascendspeed_core.weights.adapters.ascendspeed import open_adapter
+
+    adapter, config = open_adapter(folder, model), read_adapter_config(folder / CONFIG)
+    beyond = [name for name in ("rank_pattern", "alpha_pattern") if getattr(config, name)]
+    if adapter.saved:
+        beyond.append(f"its own {', '.join(sorted(adapter.saved))}")
+    if adapter.unties:
+        beyond.append("a head that its embedding is not tied to")
+    if beyond:
+        raise ConfigError(
+            f"engine=vllm takes adapters of one rank and scale that replace nothing, {folder} has {beyond[0]}; merge "
+            f"it: asd-ckpt merge-lora --load BASE --lora-load {folder} --save OUT"
+        )
+    return int(config.r)
+
+
 class VllmKind:
     """The entry point `vllm`."""
 
@@ -200,10 +227,8 @@ class VllmKind:
             ) from None
         from ascendspeed_core.weights import open_weights
 
-        rank = None
-        if adapter is not None:
-            rank = int(json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["r"])
         model = open_weights(folder).config
+        rank = None if adapter is None else lora_rank(adapter, model)
         llm = vllm.LLM(**model_arguments(config, folder, dtype, rank))
         request = None if adapter is None else lora.LoRARequest(adapter.name, 1, str(adapter))
         limits = (model.max_position_embeddings, model.vocab_size)

@@ -36,5 +36,6 @@ def merge_lora_command(
     from ascendspeed_core.weights.adapters.merge import MergedAdapter
 
     base = open_input(options)
-    merged = MergedAdapter(base, open_adapter(lora_load, base.config))
-    run(plan(options, merged, max_shard_bytes), dry_run)
+    adapter = open_adapter(lora_load, base.config, base.path)
+    adapter.announce(base.path)
+    run(plan(options, MergedAdapter(base, adapter), max_shard_bytes), dry_run)

@@ -22,6 +22,18 @@ def parity(
         typer.Option("--model-config-file", "--model-config", help="Random weights of this config.json."),
     ] = None,
     seq_length: Annotated[int, typer.Option(min=1, help="Tokens of one sample.")] = 128,
+    reset_attention_mask: Annotated[
+        bool, typer.Option("--reset-attention-mask", help="Attention stays inside a document.")
+    ] = False,
+    reset_position_ids: Annotated[
+        bool, typer.Option("--reset-position-ids", help="Positions begin at 0 again in each document.")
+    ] = False,
+    eod_mask_loss: Annotated[
+        bool, typer.Option("--eod-mask-loss", help="Leave the loss at end-of-document tokens out.")
+    ] = False,
+    tokenizer_name_or_path: Annotated[
+        Path | None, typer.Option(help="Tokenizer of data without a manifest, which ends its documents.")
+    ] = None,
     micro_batch_size: Annotated[int, typer.Option(min=1, help="Samples of one forward pass.")] = 1,
     global_batch_size: Annotated[int, typer.Option(min=1, help="Samples of one step.")] = 8,
     train_iters: Annotated[int, typer.Option(min=1, help="Steps.")] = 5,
@@ -59,6 +71,14 @@ def parity(
             )
     limit = TOLERANCE[dtype] if tolerance is None else tolerance
     source = ["--load", str(load), "--finetune"] if load else ["--model-config", str(model_config_file)]
+    flags = {
+        "--reset-attention-mask": reset_attention_mask,
+        "--reset-position-ids": reset_position_ids,
+        "--eod-mask-loss": eod_mask_loss,
+    }
+    source += [flag for flag, is_given in flags.items() if is_given]
+    if tokenizer_name_or_path is not None:
+        source += ["--tokenizer-name-or-path", str(tokenizer_name_or_path)]
     arguments = [
         *source, "--data-path", *data_path, "--split", "1,0,0", "--seq-length", seq_length, "--micro-batch-size",
         micro_batch_size, "--global-batch-size", global_batch_size, "--train-iters", train_iters, "--lr", lr, "--dtype",

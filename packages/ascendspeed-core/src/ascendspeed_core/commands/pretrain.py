@@ -116,6 +116,8 @@ def describe(plan: "RunPlan") -> None:
     if plan.config.compute.mlp_layer_fusion:
         joined = ["queries, keys and values"] + ["gate and up"] * (model.mlp == "swiglu")
         log(f"one matrix product each for {'; '.join(joined)} (--mlp-layer-fusion)")
+    if plan.config.recompute.note:
+        log(plan.config.recompute.note)
     if plan.layout.pp > 1:
         log(f"stages: {stage_list(plan.layout, model.num_layers)}")
     for line in plan.objective.describe():

@@ -28,6 +28,8 @@ def timeline(**given: Any) -> None:
 
         prepare_torch(config.launch.device)
         check_timeline(config, world_size)
+        if config.recompute.note and not is_worker():
+            log(config.recompute.note)
         if world_size > 1 and not is_worker():
             launch("ascendspeed_core.cli", sys.argv[1:], config.launch.nproc_per_node, config.launch.device)
             return

@@ -24,6 +24,18 @@ class PaddedDataConfig(DataConfig):
         """Whether samples are padded to the longest of their step, rather than to `seq_length`."""
         return self.variable_seq_lengths
 
+    def refuse_document_options(self, labels: str) -> None:
+        """Raise `ValueError` when an option of plain text is given.
+
+        Args:
+            labels: what says of the samples what is learned.
+        """
+        for name in self.document_options:
+            why = (
+                labels if name == "eod_mask_loss" else "attention and positions are each sample's own anyway"
+            )
+            raise ValueError(f"{name}=true is for plain text; {why}: leave it out")
+
 
 class FinetuneDataConfig(PaddedDataConfig):
     """Which samples are trained on."""
@@ -43,11 +55,8 @@ class FinetuneDataConfig(PaddedDataConfig):
                 f"{', '.join(sorted(given))} means nothing without --is-instruction-dataset; give it too, or leave it "
                 "out"
             )
-        if self.is_instruction_dataset and self.eod_mask_loss:
-            raise ValueError(
-                "eod_mask_loss=true is for plain text; the labels of an instruction set say what is learned: leave it "
-                "out"
-            )
+        if self.is_instruction_dataset:
+            self.refuse_document_options("the labels of an instruction set say what is learned")
         return self
 
     @property

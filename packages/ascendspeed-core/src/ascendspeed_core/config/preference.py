@@ -14,10 +14,7 @@ class PreferenceDataConfig(PaddedDataConfig):
 
     @model_validator(mode="after")
     def _labels_say_what_is_learned(self) -> Self:
-        if self.eod_mask_loss:
-            raise ValueError(
-                "eod_mask_loss=true is for plain text; the labels of a pair say what is compared: leave it out"
-            )
+        self.refuse_document_options("the labels of a pair say what is compared")
         return self
 
 

@@ -19,9 +19,10 @@ class RecomputeConfig(Config):
     )
     checkpoint_policy: Literal["full", "block", "custom", "selective", "attention", "auto"] = Field(
         "full",
-        description="full: all layers; block: the first --checkpoint-block-layer of each stage; custom: as "
-        "--recomputation-layer-num says; selective: in all layers everything but matrix products and attention; "
-        "attention: the attention of all layers; auto: as little as --memory-budget-gib allows.",
+        description="What is recomputed; given alone it means --checkpoint-activations too. full: all layers; block: "
+        "the first --checkpoint-block-layer of each stage; custom: as --recomputation-layer-num says; selective: in "
+        "all layers everything but matrix products and attention; attention: the attention of all layers; auto: as "
+        "little as --memory-budget-gib allows.",
     )
     memory_budget_gib: float | None = Field(
         None,
@@ -37,10 +38,29 @@ class RecomputeConfig(Config):
     )
 
     @model_validator(mode="after")
+    def _policy_means_recompute(self) -> "RecomputeConfig":
+        given = self.model_fields_set
+        if "checkpoint_policy" in given and "checkpoint_activations" not in given:
+            # It stays a field that was not given: `note` tells the two apart.
+            object.__setattr__(self, "checkpoint_activations", True)
+        return self
+
+    @model_validator(mode="after")
     def _options_belong_together(self) -> "RecomputeConfig":
-        if not self.checkpoint_activations and self.model_fields_set - {"checkpoint_activations"}:
-            given = ", ".join(sorted(self.model_fields_set - {"checkpoint_activations"}))
-            raise ValueError(f"{given} means nothing without --checkpoint-activations; give it too")
+        others = ", ".join(sorted(self.model_fields_set - {"checkpoint_activations"}))
+        if not self.checkpoint_activations and others:
+            if "checkpoint_activations" in self.model_fields_set:
+                raise ValueError(
+                    f"{others} means nothing with checkpoint_activations=false; leave one of them out"
+                )
+            raise ValueError(
+                f"{others} means nothing without --checkpoint-activations or --checkpoint-policy; give one too"
+            )
+        if "checkpoint_block_layer" in self.model_fields_set and self.checkpoint_policy != "block":
+            raise ValueError(
+                f"checkpoint_block_layer={self.checkpoint_block_layer} means nothing with "
+                f"checkpoint_policy={self.checkpoint_policy}; give --checkpoint-policy block, or leave it out"
+            )
         if (self.checkpoint_policy == "custom") != bool(self.recomputation_layer_num):
             raise ValueError(
                 "checkpoint_policy=custom and recomputation_layer_num go together; give both or neither"
@@ -53,6 +73,14 @@ class RecomputeConfig(Config):
         if any(count < 0 for count in self.recomputation_layer_num):
             raise ValueError(f"recomputation_layer_num={self.recomputation_layer_num}: 0 is the least")
         return self
+
+    @property
+    def note(self) -> str | None:
+        """A line for the log where `checkpoint_policy` alone means recompute, as in the README of 2023."""
+        if not self.checkpoint_activations or "checkpoint_activations" in self.model_fields_set:
+            return None
+        policy = self.checkpoint_policy
+        return f"recompute: policy {policy} (--checkpoint-policy alone means --checkpoint-activations too)"
 
     @property
     def is_fitted(self) -> bool:

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from ascendspeed_core.config.base import Config
 from ascendspeed_core.config.batch import BatchConfig
 from ascendspeed_core.config.compute import ComputeConfig as ComputeConfig
+from ascendspeed_core.config.data import DataConfig as DataConfig
 from ascendspeed_core.config.eval_prompts import EvalPromptsConfig
 from ascendspeed_core.config.lora import LoraConfig
 from ascendspeed_core.config.model import ArchitectureFlags
@@ -17,8 +18,6 @@ from ascendspeed_core.config.parallel import ParallelConfig
 from ascendspeed_core.config.recompute import RecomputeConfig as RecomputeConfig
 from ascendspeed_core.config.source import ModelSourceConfig
 from ascendspeed_core.device import DeviceChoice
-from ascendspeed_data.data_path import parse_blend
-from ascendspeed_data.errors import ConfigError
 
 
 class LaunchConfig(Config):
@@ -118,60 +117,13 @@ class CheckpointConfig(Config):
     )
 
 
-class DataConfig(Config):
-    """Which tokens are trained on."""
-
-    data_path: tuple[str, ...] = Field(
-        (),
-        min_length=1,
-        description="Prefix of a .bin/.idx pair, or a blend: WEIGHT PREFIX WEIGHT PREFIX ...",
-    )
-    split: str = Field("969,30,1", description="Shares of the documents for training, validation and test.")
-    seq_length: int = Field(ge=1, description="Tokens of one sample, S.")
-    data_cache_path: Path | None = Field(
-        None, description="Folder of the sample index. [default: `cache` beside the data]"
-    )
-    eod_mask_loss: bool = Field(False, description="Leave the loss at end-of-document tokens out.")
-    tokenizer_type: str | None = Field(
-        None, description="PretrainedFromHF; checked against the data's manifest."
-    )
-    tokenizer_name_or_path: Path | None = Field(
-        None, description="Tokenizer folder; compared with the one that made the data."
-    )
-    tokenizer_not_use_fast: bool = Field(
-        False,
-        description="Accepted for old scripts: no tokenizer runs while training.",
-        json_schema_extra={"off": ""},
-    )
-
-    @model_validator(mode="after")
-    def _blend_is_pairs(self) -> "DataConfig":
-        self.blend()
-        parts = self.split.replace("/", ",").split(",")
-        if len(parts) != 3 or not all(part.strip().replace(".", "", 1).isdigit() for part in parts):
-            raise ValueError(f"split={self.split!r} is not three numbers; write for example 969,30,1")
-        return self
-
-    @property
-    def lengths_vary(self) -> bool:
-        """Whether samples are padded to the longest of their step, rather than to `seq_length`."""
-        return False
-
-    def blend(self) -> tuple[list[str], list[float] | None]:
-        """Return the prefixes, and their weights when there are several."""
-        try:
-            return parse_blend(self.data_path)
-        except ConfigError as error:
-            raise ValueError(str(error)) from None
-
-
 class TrainingConfig(Config):
     """How long the run is, and the seed of its random numbers."""
 
     train_iters: int = Field(
         0,
         ge=0,
-        description="Steps of the whole run; 0: as many as --train-samples fills.",
+        description="Steps of the whole run; 0: as many as --train-samples or --num-train-epochs fills.",
         validate_default=True,
     )
     train_samples: int | None = Field(
@@ -179,6 +131,13 @@ class TrainingConfig(Config):
         ge=1,
         description="Samples of the whole run, in place of --train-iters; a step that they do not fill is "
         "left out.",
+    )
+    num_train_epochs: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Passes over the training data, in place of --train-iters; the last step, which they may not "
+        "fill, begins another pass.",
     )
     exit_interval: int | None = Field(
         None,
@@ -189,14 +148,19 @@ class TrainingConfig(Config):
 
     @model_validator(mode="after")
     def _one_length(self) -> "TrainingConfig":
-        if not self.train_iters and self.train_samples is None:
+        lengths = {
+            "train_iters": self.train_iters or None,
+            "train_samples": self.train_samples,
+            "num_train_epochs": self.num_train_epochs,
+        }
+        given = [f"{name}={value}" for name, value in lengths.items() if value is not None]
+        if not given:
             raise ValueError(
-                "train_iters=0 or missing, and no train_samples; give --train-iters or --train-samples"
+                "train_iters=0 or missing, and neither train_samples nor num_train_epochs; give --train-iters, "
+                "--train-samples or --num-train-epochs"
             )
-        if self.train_iters and self.train_samples is not None:
-            raise ValueError(
-                f"train_iters={self.train_iters} and train_samples={self.train_samples} were both given; give one"
-            )
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} were both given; give one")
         return self
 
 
@@ -273,4 +237,22 @@ class PretrainConfig(Config):
     def _resume_needs_save(self) -> Self:
         if self.start.auto_resume and self.checkpoint.save is None:
             raise ValueError("auto_resume=true needs --save DIR, where the checkpoints are")
+        return self
+
+    @model_validator(mode="after")
+    def _held_out_data_is_measured(self) -> Self:
+        data, measured = self.data, self.evaluation.eval_iters
+        for name, words in (
+            ("valid_data_path", data.valid_data_path),
+            ("test_data_path", data.test_data_path),
+        ):
+            if words and not measured:
+                raise ValueError(
+                    f"{name} is measured by nothing with eval_iters=0; give --eval-iters N, its number of batches"
+                )
+        if measured and data.has_own_paths and not data.valid_data_path and not data.test_data_path:
+            raise ValueError(
+                f"eval_iters={measured} has nothing to measure beside train_data_path; give --valid-data-path, or "
+                "leave it out"
+            )
         return self

@@ -5,24 +5,26 @@ data-parallel rank and micro-batch that Megatron-LM's sequential sampler gives i
 """
 
 import hashlib
-import json
-import os
-import subprocess
-import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 
-from ascendspeed_core.config.training import DataConfig
+from ascendspeed_core.config.data import DataConfig
+from ascendspeed_core.config.split import SPLITS
+from ascendspeed_core.data.documents import document_positions
 from ascendspeed_core.data.micro_batch import MicroBatch
+from ascendspeed_core.data.sample_index import (
+    build_datasets,
+    build_index_alone,
+    cache_folders,
+    digest_order,
+    refuse_pickled_indices,
+    tokens_of_split,
+)
 from ascendspeed_core.data.shared_filesystem import sees_folder_of_rank_0
 from ascendspeed_core.launch import announce, world_of_environment
-from ascendspeed_core.megatron import group_for_megatron, megatron
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_data.command_line import log
 from ascendspeed_data.dataset import open_dataset, samples_prefix
@@ -30,14 +32,8 @@ from ascendspeed_data.errors import DataError
 from ascendspeed_data.indexed import IndexedDataset
 from ascendspeed_data.manifest import DatasetManifest, load_manifest
 
-DIGEST_ENTRIES = 1_000_000
-"""Entries of an index that go into the digest of the sample order."""
-
 DIGEST_SAMPLES = 64
 """Samples whose tokens are compared between machines."""
-
-
-SPLITS = ("training", "validation", "test")
 
 
 def check_data(config: DataConfig, num_samples: tuple[int, int, int]) -> DatasetManifest | None:
@@ -53,11 +49,13 @@ def check_data(config: DataConfig, num_samples: tuple[int, int, int]) -> Dataset
     Raises:
         DataError: a file is missing or damaged, a split has no tokens, or two tokenizers made the parts of a blend.
     """
-    for prefix in config.blend()[0]:
+    prefixes = config.prefixes()
+    for prefix in prefixes:
         _refuse_labels(Path(prefix))
     check_splits(config, num_samples)
+    _announce_short_splits(config, num_samples)
     manifests = []
-    for prefix in config.blend()[0]:
+    for prefix in prefixes:
         manifest = load_manifest(Path(prefix))
         if manifest is None:
             announce(f"{prefix}: no manifest beside it; its tokenizer cannot be checked")
@@ -88,20 +86,55 @@ def check_splits(config: DataConfig, num_samples: tuple[int, int, int]) -> None:
 
     megatron-core would count epochs of nothing for ever.
     """
-    shares = [float(part) for part in config.split.replace("/", ",").split(",")]
-    edges = [sum(shares[:n]) / sum(shares) for n in range(4)]
-    for prefix in config.blend()[0]:
-        dataset = IndexedDataset(Path(prefix))
-        bounds = [round(edge * len(dataset)) for edge in edges]
-        for split_index, split in enumerate(SPLITS):
-            if (
-                num_samples[split_index]
-                and not dataset.lengths[bounds[split_index] : bounds[split_index + 1]].any()
-            ):
-                raise DataError(
-                    f"split={config.split} leaves no {split} document of {prefix} ({len(dataset)} documents); give "
-                    f"{split} a larger share"
+    for split_index, wanted in enumerate(num_samples):
+        for prefix in config.blend(split_index)[0] if wanted else ():
+            tokens = tokens_of_split(config, prefix, split_index)
+            if not tokens:
+                _refuse_empty(config, prefix, split_index)
+
+
+def _announce_short_splits(config: DataConfig, num_samples: tuple[int, int, int]) -> None:
+    """Say of each file where a split has less than one sample, which megatron-core fills by repeating it."""
+    for split_index, wanted in enumerate(num_samples):
+        for prefix in config.blend(split_index)[0] if wanted else ():
+            tokens = tokens_of_split(config, prefix, split_index)
+            if tokens <= config.seq_length:
+                announce(
+                    f"{prefix}: its {tokens:,} {SPLITS[split_index]} tokens are less than one sample "
+                    f"(seq_length={config.seq_length} and the token after it); each sample repeats them"
                 )
+
+
+def _refuse_empty(config: DataConfig, prefix: str, split_index: int) -> None:
+    split, count = SPLITS[split_index], len(IndexedDataset(Path(prefix)))
+    if not count:
+        raise DataError(
+            f"{prefix} holds no document, so nothing for {split}; preprocess again, or leave it out"
+        )
+    remedy = "give data with tokens" if config.has_own_paths else f"give {split} a larger share"
+    raise DataError(
+        f"{config.describe_split(split_index)} leaves no {split} document of {prefix} ({count} documents) with any "
+        f"token; {remedy}"
+    )
+
+
+def samples_of_epochs(config: DataConfig, epochs: float) -> int:
+    """Return how many samples passes over the training documents have, all files of a blend together.
+
+    Raises:
+        DataError: a file has no token for training, or all have less than one sample.
+    """
+    check_splits(config, (1, 0, 0))
+    tokens = [tokens_of_split(config, prefix, 0) for prefix in config.blend()[0]]
+    # A sample needs one token more, to predict its last.
+    samples = sum(max(int(epochs * own) - 1, 0) // config.seq_length for own in tokens)
+    if not samples:
+        raise DataError(
+            f"num_train_epochs={epochs:g} of {sum(tokens):,} training tokens fill no sample of "
+            f"seq_length={config.seq_length} and the token after it; give more data, more epochs or a shorter "
+            "--seq-length"
+        )
+    return samples
 
 
 class GPTBatchLoader:
@@ -112,7 +145,7 @@ class GPTBatchLoader:
         seed: of the order.
         num_samples: samples of the whole run: (training, validation, test).
         vocab_size: ids must be below.
-        end_of_document: id at which `eod_mask_loss` masks.
+        end_of_document: id of the token that ends documents; `None` where no option needs it.
         mesh: of this rank; all ranks build together, and rank 0 writes the index to the cache.
     """
 
@@ -129,7 +162,7 @@ class GPTBatchLoader:
         self._mesh = mesh
         self._vocab_size = vocab_size
         if mesh.rank == 0:
-            for cache in _cache_folders(config):
+            for cache in cache_folders(config):
                 refuse_pickled_indices(cache)
         mesh.barrier()
         self._build_on_other_machines(
@@ -139,13 +172,14 @@ class GPTBatchLoader:
             vocab_size=vocab_size,
             end_of_document=end_of_document,
         )
-        self.train, self.validation, _ = _build_datasets(
+        self._config, self._end_of_document = config, end_of_document
+        self.train, self.validation, self.test = build_datasets(
             config, seed, num_samples, vocab_size, end_of_document
         )
 
     def _build_on_other_machines(self, **arguments: Any) -> None:
         """Build the index on machines that do not see the first one's cache: once on each."""
-        seen = [sees_folder_of_rank_0(folder, self._mesh) for folder in _cache_folders(arguments["config"])]
+        seen = [sees_folder_of_rank_0(folder, self._mesh) for folder in cache_folders(arguments["config"])]
         if not all(seen) and world_of_environment().local_rank == 0:
             log(f"rank {self._mesh.rank}: the cache of sample indices is not shared; building it here too")
             build_index_alone(**arguments)
@@ -154,7 +188,7 @@ class GPTBatchLoader:
     def order_digest(self, consumed: int) -> str:
         """Return a digest of which samples the first `consumed` ones are; equal digests continue each other."""
         digest = hashlib.sha256()
-        _digest_order(self.train, consumed, digest)
+        digest_order(self.train, consumed, digest)
         return digest.hexdigest()
 
     def content_digest(self, num_samples: int) -> str:
@@ -172,6 +206,10 @@ class GPTBatchLoader:
         """Return this rank's micro-batches of the evaluation that follows `evaluated` samples."""
         return list(self._take(self.validation, evaluated, sizes))
 
+    def test_batches(self, sizes: Sequence[int]) -> list[MicroBatch]:
+        """Return this rank's micro-batches of the test data."""
+        return list(self._take(self.test, 0, sizes))
+
     def sample_numbers(self, consumed: int, sizes: Sequence[int]) -> list[range]:
         """Return the sample numbers of this rank's micro-batches, see `numbers_of_rank`."""
         return numbers_of_rank(consumed, sizes, self._mesh)
@@ -182,9 +220,22 @@ class GPTBatchLoader:
             tokens, labels, loss_mask = (
                 torch.stack([sample[key] for sample in samples]) for key in ("tokens", "labels", "loss_mask")
             )
-            batch = MicroBatch(tokens, labels, loss_mask, samples=torch.tensor(list(numbers)))
+            batch = MicroBatch(
+                tokens, labels, loss_mask, *self._documents(tokens), samples=torch.tensor(list(numbers))
+            )
             refuse_unknown_ids(batch, self._vocab_size)
             yield batch.part_of_sequence(self._mesh).to(self._mesh.device.torch)
+
+    def _documents(self, tokens: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Return positions and segments of tokens, [B, S] each, where they follow documents."""
+        config = self._config
+        if self._end_of_document is None or not (config.reset_position_ids or config.reset_attention_mask):
+            return None, None
+        found = document_positions(tokens, self._end_of_document)
+        return (
+            found.positions if config.reset_position_ids else None,
+            found.segments if config.reset_attention_mask else None,
+        )
 
 
 def numbers_of_rank(consumed: int, sizes: Sequence[int], mesh: ParallelMesh) -> list[range]:
@@ -211,114 +262,3 @@ def refuse_unknown_ids(batch: MicroBatch, vocab_size: int) -> None:
             f"the data holds token id {highest}, the model's vocabulary ends at {vocab_size - 1}; "
             "tokenize with the model's tokenizer"
         )
-
-
-def _build_datasets(
-    config: DataConfig,
-    seed: int,
-    num_samples: tuple[int, int, int],
-    vocab_size: int,
-    end_of_document: int | None,
-) -> list[Any]:
-    gpt = megatron("datasets.gpt_dataset")
-    blended = megatron("datasets.blended_megatron_dataset_builder")
-    prefixes, weights = config.blend()
-    # Only the ids of the tokenizer matter here: no padding occurs, and the end of a document may mask the loss.
-    # The identifiers name the cached index; they are those of a tokenizer without a class of its own.
-    tokenizer = SimpleNamespace(
-        eod=-1 if end_of_document is None else end_of_document,
-        pad=-2,
-        vocab_size=None,
-        unique_identifiers={"class": "ids", "vocab_size": vocab_size},
-    )
-    dataset_config = gpt.GPTDatasetConfig(
-        random_seed=seed,
-        sequence_length=config.seq_length,
-        blend=(prefixes, weights),
-        split=config.split,
-        path_to_cache=str(config.data_cache_path) if config.data_cache_path else None,
-        tokenizer=tokenizer,
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=config.eod_mask_loss,
-        create_attention_mask=False,
-    )
-    # A split that nothing is drawn from is not built.
-    dataset_config.split_matrix = [
-        part if wanted else None
-        for part, wanted in zip(dataset_config.split_matrix, num_samples, strict=True)
-    ]
-    with warnings.catch_warnings(), group_for_megatron():
-        warnings.simplefilter("ignore")
-        builder = blended.BlendedMegatronDatasetBuilder(
-            gpt.GPTDataset, list(num_samples), lambda: True, dataset_config
-        )
-        built: list[Any] = builder.build()
-    return built
-
-
-def _digest_order(dataset: Any, consumed: int, digest: Any) -> None:
-    """Feed the parts of a dataset that decide its first samples; of long tables, a regular selection of entries."""
-    if hasattr(dataset, "datasets"):
-        tables = [dataset.dataset_index[:consumed], dataset.dataset_sample_index[:consumed]]
-        for part in dataset.datasets:
-            _digest_order(part, min(consumed, len(part)), digest)
-    else:
-        tables = [dataset.document_index, dataset.shuffle_index[:consumed]]
-    for table in tables:
-        digest.update(str(table.shape).encode())
-        digest.update(table[:: len(table) // DIGEST_ENTRIES + 1].astype(np.int64).tobytes())
-
-
-def _cache_folders(config: DataConfig) -> list[Path]:
-    """Return where megatron-core keeps the sample index: the folder given, or one beside each prefix."""
-    if config.data_cache_path:
-        return [config.data_cache_path]
-    return [Path(prefix) / "cache" / "GPTDataset_indices" for prefix in config.blend()[0]]
-
-
-def refuse_pickled_indices(cache: Path) -> None:
-    """Look at every cached index before megatron-core opens it, which would unpickle; damaged ones are removed.
-
-    Raises:
-        DataError: a file holds Python objects instead of numbers.
-    """
-    for path in sorted(cache.glob("*.npy")):
-        try:
-            np.load(path, mmap_mode="r", allow_pickle=False)
-        except ValueError as error:
-            if any(words in str(error) for words in ("Object arrays", "Python objects", "pickle")):
-                raise DataError(
-                    f"{path} holds pickled objects, which an index never does; delete it"
-                ) from None
-            log(f"{path} is damaged ({error}); it is built again")
-            path.unlink()
-        except (EOFError, OSError) as error:
-            log(f"{path} is damaged ({error}); it is built again")
-            path.unlink()
-
-
-def build_index_alone(**arguments: Any) -> None:
-    """Start a process that builds the index, and wait for it.
-
-    Args:
-        **arguments: those of `GPTBatchLoader` but `mesh`.
-
-    Raises:
-        DataError: it failed; the message is its own.
-    """
-    clean = {
-        name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    }
-    wanted = arguments | {"config": arguments["config"].model_dump(mode="json")}
-    done = subprocess.run(
-        [sys.executable, "-m", "ascendspeed_core.data.build_index"],
-        input=json.dumps(wanted),
-        env=clean,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or ["no output"]
-        raise DataError(f"the sample index could not be built on this machine: {lines[-1]}")

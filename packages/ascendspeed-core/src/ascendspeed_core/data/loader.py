@@ -17,6 +17,10 @@ class BatchLoader(Protocol):
         """Return this rank's micro-batches of the evaluation that follows `evaluated` samples."""
         ...
 
+    def test_batches(self, sizes: Sequence[int]) -> list[MicroBatch]:
+        """Return this rank's micro-batches of the test data."""
+        ...
+
     def order_digest(self, consumed: int) -> str:
         """Return a digest of which samples the first `consumed` ones are; equal digests continue each other."""
         ...

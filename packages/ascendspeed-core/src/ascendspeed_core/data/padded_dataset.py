@@ -20,7 +20,8 @@ import torch
 from numpy.typing import NDArray
 
 from ascendspeed_core.config.finetune import PaddedDataConfig
-from ascendspeed_core.data.gpt_dataset import DIGEST_SAMPLES, SPLITS, numbers_of_rank, refuse_unknown_ids
+from ascendspeed_core.config.split import SPLITS, parse_split
+from ascendspeed_core.data.gpt_dataset import DIGEST_SAMPLES, numbers_of_rank, refuse_unknown_ids
 from ascendspeed_core.data.micro_batch import MicroBatch
 from ascendspeed_core.launch import announce
 from ascendspeed_core.megatron import megatron
@@ -134,7 +135,7 @@ class BlendedExamples:
 def split_documents(dataset: Dataset, split: str, split_index: int) -> NDArray[np.int64]:
     """Return where the documents of one split begin in the sequences of the file, and where the last ends."""
     documents: NDArray[np.int64] = dataset.ids.documents
-    shares = [float(part) for part in split.replace("/", ",").split(",")]
+    shares = parse_split(split)
     edges = [round(sum(shares[:n]) / sum(shares) * (len(documents) - 1)) for n in range(4)]
     return documents[edges[split_index] : edges[split_index + 1] + 1]
 
@@ -189,21 +190,31 @@ def check_padded_data(
     Raises:
         DataError: a file is missing or damaged, holds something else, or has nothing to learn in a split.
     """
-    datasets = [dataset_format.open(prefix) for prefix in config.blend()[0]]
-    for dataset in datasets:
+    opened = {prefix: dataset_format.open(prefix) for prefix in config.prefixes()}
+    datasets = list(opened.values())
+    for prefix, dataset in opened.items():
         check_same_tokenizer(datasets[0], dataset)
-        for split_index, split in enumerate(SPLITS[:2]):
-            if num_samples[split_index]:
-                examples = dataset_format.open_split(dataset, config.split, split_index, config.seq_length)
+        for split_index, split in enumerate(SPLITS):
+            parts = config.blend(split_index)[0]
+            if num_samples[split_index] and prefix in parts:
+                examples = dataset_format.open_split(
+                    dataset, config.shares(split_index), split_index, config.seq_length
+                )
                 seen = (
-                    f", seen {num_samples[split_index] / len(examples):.2f} times"
-                    if len(datasets) == 1
-                    else ""
+                    f", seen {num_samples[split_index] / len(examples):.2f} times" if len(parts) == 1 else ""
                 )
                 announce(
                     f"{dataset.prefix}: {len(examples):,} {split} {examples.unit}{seen}{_shortened(examples, config)}"
                 )
     return datasets[0].manifest
+
+
+def count_examples(dataset_format: DatasetFormat, config: PaddedDataConfig) -> int:
+    """Return how many training examples all datasets have together."""
+    return sum(
+        len(dataset_format.open_split(dataset_format.open(prefix), config.shares(0), 0, config.seq_length))
+        for prefix in config.blend()[0]
+    )
 
 
 def _shortened(examples: ExampleDataset, config: PaddedDataConfig) -> str:
@@ -238,21 +249,21 @@ class PaddedBatchLoader:
     ) -> None:
         self._config, self._mesh, self._vocab_size = config, mesh, vocab_size
         self._collate = dataset_format.collate
-        prefixes, weights = config.blend()
-        datasets = [dataset_format.open(prefix) for prefix in prefixes]
 
         def order(split_index: int) -> BlendedExamples | None:
             if not num_samples[split_index]:
                 return None
+            prefixes, weights = config.blend(split_index)
             parts = [
-                dataset_format.open_split(dataset, config.split, split_index, config.seq_length)
-                for dataset in datasets
+                dataset_format.open_split(
+                    dataset_format.open(prefix), config.shares(split_index), split_index, config.seq_length
+                )
+                for prefix in prefixes
             ]
-            return BlendedExamples(
-                parts, weights, seed, num_samples[split_index], is_shuffled=split_index == 0
-            )
+            is_shuffled = split_index == 0 and not config.no_shuffle
+            return BlendedExamples(parts, weights, seed, num_samples[split_index], is_shuffled)
 
-        self.train, self.validation = order(0), order(1)
+        self.train, self.validation, self.test = order(0), order(1), order(2)
 
     def order_digest(self, consumed: int) -> str:
         """Return a digest of the order, of whose beginning the first `consumed` rows are."""
@@ -273,6 +284,10 @@ class PaddedBatchLoader:
     def validation_batches(self, evaluated: int, sizes: Sequence[int]) -> list[MicroBatch]:
         """Return this rank's micro-batches of the evaluation that follows `evaluated` rows."""
         return list(self._take(self.validation, evaluated, sizes))
+
+    def test_batches(self, sizes: Sequence[int]) -> list[MicroBatch]:
+        """Return this rank's micro-batches of the test data."""
+        return list(self._take(self.test, 0, sizes))
 
     def _take(
         self, order: BlendedExamples | None, consumed: int, sizes: Sequence[int]

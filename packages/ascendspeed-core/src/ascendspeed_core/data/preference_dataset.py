@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ascendspeed_core.data.gpt_dataset import SPLITS
+from ascendspeed_core.config.split import SPLITS
 from ascendspeed_core.data.micro_batch import MicroBatch
 from ascendspeed_core.data.padded_dataset import (
     DatasetFormat,

@@ -4,12 +4,15 @@ Shapes: B micro-batch size, S sequence length (S/cp under context parallelism), 
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import nan
+from typing import ClassVar
 
 import torch
 
-from ascendspeed_core.config.training import DataConfig
-from ascendspeed_core.data.gpt_dataset import GPTBatchLoader, check_data
+from ascendspeed_core.config.training import DataConfig, PretrainConfig
+from ascendspeed_core.data.documents import find_end_of_document
+from ascendspeed_core.data.gpt_dataset import GPTBatchLoader, check_data, samples_of_epochs
 from ascendspeed_core.data.loader import BatchLoader
 from ascendspeed_core.data.micro_batch import MicroBatch, count_tokens
 from ascendspeed_core.models.transformer import Transformer
@@ -17,18 +20,55 @@ from ascendspeed_core.objectives.objective import LoadFrozen, MicroBatchLoss, Ob
 from ascendspeed_core.parallel.cross_entropy import cross_entropy
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.stages import forward_through_stages
+from ascendspeed_core.weights import NativeSource, WeightSource
 from ascendspeed_data.manifest import DatasetManifest
 
 
+@dataclass(frozen=True)
 class NextToken(Objective):
-    """Predict every next token of plain text."""
+    """Predict every next token of plain text.
 
-    name = "next_token"
+    Attributes:
+        end_of_document: id of the token that ends documents, where an option needs it.
+        options: those that need it.
+        position: how the model knows positions.
+    """
+
+    name: ClassVar[str] = "next_token"
+
+    end_of_document: int | None = None
+    options: tuple[str, ...] = ()
+    position: str = "rotary"
 
     @classmethod
     def check_data(cls, config: DataConfig, num_samples: tuple[int, int, int]) -> DatasetManifest | None:
         """Prove the files of plain text whole; see `Objective.check_data`."""
         return check_data(config, num_samples)
+
+    @classmethod
+    def samples_of_epochs(cls, config: DataConfig, epochs: float) -> int:
+        """Count whole samples of joined documents; see `Objective.samples_of_epochs`."""
+        return samples_of_epochs(config, epochs)
+
+    @classmethod
+    def plan(
+        cls, config: PretrainConfig, source: WeightSource, checkpoint: NativeSource | None
+    ) -> "NextToken":
+        """Find out where documents end, if an option needs it."""
+        options = tuple(config.data.document_options)
+        if not options:
+            return cls()
+        tokenizer = config.data.tokenizer_name_or_path or source.tokenizer
+        return cls(find_end_of_document(config.data, tokenizer), options, source.config.position)
+
+    def describe(self) -> list[str]:
+        """Say where documents end, and what follows from it."""
+        if not self.options:
+            return []
+        lines = [f"documents: each ends with id {self.end_of_document} ({', '.join(self.options)})"]
+        if self.position == "alibi" and "reset_position_ids" in self.options:
+            lines.append("documents: reset_position_ids changes nothing, as ALiBi knows distances only")
+        return lines
 
     def open_data(
         self,
@@ -36,12 +76,10 @@ class NextToken(Objective):
         seed: int,
         num_samples: tuple[int, int, int],
         vocab_size: int,
-        manifest: DatasetManifest | None,
         mesh: ParallelMesh,
     ) -> BatchLoader:
         """Open plain text, cut into samples as megatron-core cuts it."""
-        end_of_document = manifest.tokenizer.eos_id if manifest else None
-        return GPTBatchLoader(config, seed, num_samples, vocab_size, end_of_document, mesh)
+        return GPTBatchLoader(config, seed, num_samples, vocab_size, self.end_of_document, mesh)
 
     def make_loss(self, model: Transformer, mesh: ParallelMesh, load_frozen: LoadFrozen) -> ObjectiveLoss:
         """Return the loss of every token that counts."""

@@ -83,6 +83,19 @@ class Objective(ABC):
         """
 
     @classmethod
+    @abstractmethod
+    def samples_of_epochs(cls, config: DataConfig, epochs: float) -> int:
+        """Return how many samples passes over the training data have; of a blend, over all its parts together.
+
+        Args:
+            config: files and split.
+            epochs: passes.
+
+        Raises:
+            DataError: they hold no whole sample.
+        """
+
+    @classmethod
     def plan(
         cls, config: PretrainConfig, source: WeightSource, checkpoint: NativeSource | None
     ) -> "Objective":
@@ -102,7 +115,6 @@ class Objective(ABC):
         seed: int,
         num_samples: tuple[int, int, int],
         vocab_size: int,
-        manifest: DatasetManifest | None,
         mesh: ParallelMesh,
     ) -> BatchLoader:
         """Open the data of a run; all ranks call together.
@@ -112,7 +124,6 @@ class Objective(ABC):
             seed: of the order.
             num_samples: samples of the whole run: (training, validation, test).
             vocab_size: ids must be below.
-            manifest: of the data, if it has one.
             mesh: of this rank.
         """
 

@@ -1,11 +1,17 @@
 """What objectives of padded samples share: how their data is checked and opened."""
 
+from math import ceil
 from typing import ClassVar
 
 from ascendspeed_core.config.finetune import PaddedDataConfig
 from ascendspeed_core.config.training import DataConfig
 from ascendspeed_core.data.loader import BatchLoader
-from ascendspeed_core.data.padded_dataset import DatasetFormat, PaddedBatchLoader, check_padded_data
+from ascendspeed_core.data.padded_dataset import (
+    DatasetFormat,
+    PaddedBatchLoader,
+    check_padded_data,
+    count_examples,
+)
 from ascendspeed_core.objectives.objective import Objective
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_data.manifest import DatasetManifest
@@ -26,13 +32,18 @@ class PaddedObjective(Objective):
         assert isinstance(config, PaddedDataConfig)
         return check_padded_data(cls.data_format, config, num_samples)
 
+    @classmethod
+    def samples_of_epochs(cls, config: DataConfig, epochs: float) -> int:
+        """Count examples, without those that are left out; see `Objective.samples_of_epochs`."""
+        assert isinstance(config, PaddedDataConfig)
+        return ceil(epochs * count_examples(cls.data_format, config))
+
     def open_data(
         self,
         config: DataConfig,
         seed: int,
         num_samples: tuple[int, int, int],
         vocab_size: int,
-        manifest: DatasetManifest | None,
         mesh: ParallelMesh,
     ) -> BatchLoader:
         """Open the datasets; see `Objective.open_data`."""

@@ -71,6 +71,8 @@ def format_iteration(record: Mapping[str, Any], train_iters: int, logged_metrics
     parts = [f"iteration {record['iteration']}/{train_iters}", f"loss {_format(record['lm_loss'], 4)}"]
     if "validation_loss" in record:
         parts.append(f"validation {_format(record['validation_loss'], 4)}")
+    if "test_loss" in record:
+        parts.append(f"test {_format(record['test_loss'], 4)}")
     parts += [
         f"{name.replace('_', ' ')} {_format(record[name], decimals)}"
         for name, decimals in logged_metrics.items()

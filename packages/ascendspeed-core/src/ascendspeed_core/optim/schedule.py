@@ -81,6 +81,29 @@ def with_iterations(training: TrainingConfig, batch: BatchConfig, dp: int) -> Tr
     return training.model_copy(update={"train_iters": iterations})
 
 
+def with_epochs(
+    training: TrainingConfig, batch: BatchConfig, dp: int, samples: int
+) -> tuple[TrainingConfig, int]:
+    """Return `training` with the steps that take all of some samples, and how many samples these steps take.
+
+    Args:
+        training: length of the run.
+        batch: batch sizes, ramp-up.
+        dp: data-parallel ranks.
+        samples: of all epochs.
+    """
+    size = batch.resolve_global_batch_size(dp)
+    consumed = iterations = 0
+    if batch.rampup_batch_size:
+        calculator = _micro_batch_calculator(batch, size, dp)
+        while consumed < samples and consumed <= batch.rampup_batch_size[2]:
+            consumed += int(calculator.get_current_running_global_batch_size())
+            iterations += 1
+            calculator.update(consumed, consistency_check=False)
+    full = max(-(-(samples - consumed) // size), 0)
+    return training.model_copy(update={"train_iters": iterations + full}), consumed + full * size
+
+
 def samples_of_run(training: TrainingConfig, batch: BatchConfig, dp: int) -> int:
     """Return how many samples all steps of a run consume, ramp-up included."""
     size = batch.resolve_global_batch_size(dp)

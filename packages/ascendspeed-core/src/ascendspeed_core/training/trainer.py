@@ -59,6 +59,7 @@ class Trainer:
         self.dtype: torch.dtype = getattr(torch, config.precision.dtype_name)
         torch.manual_seed(config.training.seed + mesh.rank)
         self.writer = self._checkpoint_writer()
+        self._record_of_plan = plan.checkpoint_record() if self.writer and mesh.rank == 0 else {}
         self.metrics: MetricsFile | None = None
 
         settings = zero_settings(config, plan.model, plan.layout)
@@ -87,7 +88,6 @@ class Trainer:
             config.training.seed,
             plan.num_samples,
             plan.model.vocab_size,
-            plan.manifest,
             mesh,
         )
         self._check_same_data()
@@ -135,6 +135,7 @@ class Trainer:
                 if scale is not None or result.is_empty:
                     record["skipped"] = result.is_skipped
                 self._evaluate(record)
+                self._test(record)
                 self._report(record, result)
                 if stop_signal is not None:
                     self._save_if_due(stop_signal)
@@ -267,18 +268,30 @@ class Trainer:
         prompts, evaluation = self.eval_prompts, self.config.evaluation
         if prompts is not None and self.iteration % prompts.plan.interval == 0:
             record["samples"] = prompts.write(self.iteration)
-        if not evaluation.eval_iters or self.iteration % evaluation.eval_interval:
+        if not self.plan.num_samples[1] or self.iteration % evaluation.eval_interval:
             return
         with self.monitor.watching(self.iteration, "validation"):
             # The samples belong to the iteration, so that a resumed run measures the same.
-            size, micro_batch_size = self.schedule.global_batch_size, self.config.batch.micro_batch_size
+            size = self.schedule.global_batch_size
             evaluated = (self.iteration // evaluation.eval_interval - 1) * evaluation.eval_iters * size
-            per_batch = size // (micro_batch_size * self.mesh.layout.dp)
-            micro_batches = self.data.validation_batches(
-                evaluated, (micro_batch_size,) * (evaluation.eval_iters * per_batch)
-            )
+            micro_batches = self.data.validation_batches(evaluated, self._evaluation_sizes())
             found = finite_or_none(self.objective.evaluate(micro_batches))
         record |= {f"validation_{name}": value for name, value in found.items()}
+
+    def _test(self, record: dict[str, Any]) -> None:
+        """Measure the loss of the test data after the last step."""
+        if not self.plan.num_samples[2] or self.iteration != self.config.training.train_iters:
+            return
+        with self.monitor.watching(self.iteration, "test"):
+            micro_batches = self.data.test_batches(self._evaluation_sizes())
+            found = finite_or_none(self.objective.evaluate(micro_batches))
+        record |= {f"test_{name}": value for name, value in found.items()}
+
+    def _evaluation_sizes(self) -> tuple[int, ...]:
+        """Return the sizes of this rank's micro-batches in one evaluation."""
+        size = self.config.batch.micro_batch_size
+        per_batch = self.schedule.global_batch_size // (size * self.mesh.layout.dp)
+        return (size,) * (self.config.evaluation.eval_iters * per_batch)
 
     def _report(self, record: dict[str, Any], result: StepResult) -> None:
         """Write a record to the log, to TensorBoard and to `metrics.jsonl`."""
@@ -319,7 +332,7 @@ class Trainer:
             self.plan.state.data_order,
             self.data.order_digest(self.schedule.consumed_samples),
         )
-        run_config = self.config.model_dump(mode="json") | self.plan.objective.checkpoint_record()
+        run_config = self.config.model_dump(mode="json") | self._record_of_plan
         writer.save(state, self.model, self.engine, run_config, self.loss_scale)
         if self.metrics:
             picture = self.metrics.path.with_name(PICTURE)

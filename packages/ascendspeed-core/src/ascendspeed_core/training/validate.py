@@ -1,11 +1,12 @@
 """Plan a run: check everything that can be wrong before a process group or a model exists."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ascendspeed_core.config.layout import Layout, stages_of_ranks
 from ascendspeed_core.config.lora import LoraConfig
+from ascendspeed_core.config.migrate import migrate_config
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.training import PretrainConfig
 from ascendspeed_core.launch import announce
@@ -13,26 +14,32 @@ from ascendspeed_core.objectives.objective import Objective
 from ascendspeed_core.objectives.registry import objective_of
 from ascendspeed_core.observability.monitor import check_monitor
 from ascendspeed_core.optim.build_engine import check_zero
-from ascendspeed_core.optim.schedule import samples_of_run, with_iterations
+from ascendspeed_core.optim.schedule import samples_of_run, with_epochs, with_iterations
 from ascendspeed_core.training.checkpoint import (
     TrainState,
     check_optimizer,
     load_train_state,
     saved_iterations,
 )
+from ascendspeed_core.training.data_order import as_it_began, check_data_order, data_order
 from ascendspeed_core.training.eval_prompts import EvalPromptsPlan, plan_eval_prompts
 from ascendspeed_core.weights import NativeSource, WeightSource, open_source, open_weights
 from ascendspeed_core.weights.adapters.ascendspeed import open_adapter
 from ascendspeed_core.weights.adapters.lora import (
     AdaptedWeights,
     drawn_adapters,
+    frozen_changes,
     loaded_adapters,
     plan_adapters,
     resumed_adapters,
 )
+from ascendspeed_core.weights.fingerprint import fingerprint
 from ascendspeed_core.weights.native.source import DESCRIPTION, TRACKER
 from ascendspeed_data.errors import AscendSpeedError, ConfigError
 from ascendspeed_data.manifest import DatasetManifest
+
+BASE_KEY = "base_fingerprint"
+"""Key in the `run` of a checkpoint's description: which weights its adapters were trained beside."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,7 @@ class RunPlan:
     """What a run will do, checked.
 
     Attributes:
-        config: as given, with the number of iterations that `train_samples` makes.
+        config: as given, with the number of iterations that `train_samples` or `num_train_epochs` makes.
         layout: ranks along each dimension.
         source: where the weights come from.
         state: where the run stands at its first step.
@@ -70,6 +77,13 @@ class RunPlan:
     def resumes(self) -> bool:
         """Whether the run goes on from a checkpoint with its iteration, optimizer and data position."""
         return self.checkpoint is not None and self.state.iteration > 0
+
+    def checkpoint_record(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps of the run beside its config, read anew from the files."""
+        record = self.objective.checkpoint_record()
+        if isinstance(self.source, AdaptedWeights):
+            record[BASE_KEY] = fingerprint(self.source.untouched)
+        return record
 
     @property
     def unigram_entropy_nats(self) -> float | None:
@@ -103,11 +117,17 @@ def plan_run(config: PretrainConfig, world_size: int) -> RunPlan:
     _check_pipeline(config, layout, source.config)
     check_zero(config, layout)
     _check_length(config, source.config, where)
-    samples = _num_samples(config, layout.dp)
     kind = objective_of(config)
+    config = _with_epochs(config, kind, layout.dp)
+    samples = _num_samples(config, layout.dp)
     manifest = kind.check_data(config.data, samples)
     _check_vocabulary(config, source, manifest)
-    state = _initial_state(config, checkpoint, _data_order(config, kind))
+    state = _initial_state(config, checkpoint, data_order(config, kind.data_order))
+    if checkpoint is not None and state.iteration > 0:
+        began = load_train_state(checkpoint).data_order
+        data, order = as_it_began(began, config.data, state.data_order)
+        config, state = config.model_copy(update={"data": data}), replace(state, data_order=order)
+        _check_base(source, checkpoint)
     _check_save_folder(config, checkpoint, state)
     objective = kind.plan(config, source, checkpoint if state.iteration > 0 else None)
     tokenizer = config.data.tokenizer_name_or_path or source.tokenizer
@@ -153,9 +173,27 @@ def _find_adapted(
             )
         return source, checkpoint
     if load is not None:
-        return loaded_adapters(base, open_adapter(load, base.config)), None
+        adapter = open_adapter(load, base.config, base.path)
+        adapter.announce(base.path)
+        changed = frozen_changes(base, adapter)
+        if changed:
+            raise AscendSpeedError(
+                f"{load} replaces {', '.join(changed)} without naming them in modules_to_save or bias, "
+                "so that peft would keep them as they are; merge it first (asd-ckpt merge-lora), and train the result"
+            )
+        return loaded_adapters(base, adapter), None
     where = str(base.path or config.start.model_config_file)
     return drawn_adapters(base, plan_adapters(lora, base.config, where), config.training.seed), None
+
+
+def _check_base(source: WeightSource, checkpoint: NativeSource) -> None:
+    """Refuse adapters beside other weights than those that they were trained beside."""
+    known = checkpoint.description.get("run", {}).get(BASE_KEY)
+    if isinstance(source, AdaptedWeights) and known is not None and known != fingerprint(source.untouched):
+        raise AscendSpeedError(
+            f"{source.path} holds other weights than the adapters in {checkpoint.path} were trained beside; give the "
+            "same --load, or start anew with another --save and --lora-load"
+        )
 
 
 def _check_pipeline(config: PretrainConfig, layout: Layout, model: ModelConfig) -> None:
@@ -205,7 +243,7 @@ def _check_vocabulary(config: PretrainConfig, source: WeightSource, manifest: Da
         return
     if manifest.tokenizer.vocab_size > source.config.vocab_size:
         raise AscendSpeedError(
-            f"{config.data.data_path[-1]} was made with a tokenizer of vocab_size={manifest.tokenizer.vocab_size}, "
+            f"{config.data.words()[-1]} was made with a tokenizer of vocab_size={manifest.tokenizer.vocab_size}, "
             f"the model has vocab_size={source.config.vocab_size}; tokenize with the model's tokenizer"
         )
     tokenizer = config.data.tokenizer_name_or_path or source.tokenizer
@@ -216,45 +254,44 @@ def _check_vocabulary(config: PretrainConfig, source: WeightSource, manifest: Da
         check_tokenizer(manifest, load_tokenizer(tokenizer))
 
 
+def _with_epochs(config: PretrainConfig, kind: type[Objective], dp: int) -> PretrainConfig:
+    """Return the config with the steps that `num_train_epochs` takes; as it is without."""
+    epochs = config.training.num_train_epochs
+    if epochs is None:
+        return config
+    samples = kind.samples_of_epochs(config.data, epochs)
+    training, consumed = with_epochs(config.training, config.batch, dp, samples)
+    beyond = f", the last of which begins another pass with {consumed - samples} of its samples"
+    announce(
+        f"num_train_epochs={epochs:g}: {samples:,} samples, {training.train_iters:,} iterations"
+        f"{beyond if consumed > samples else ''}"
+    )
+    return config.model_copy(update={"training": training})
+
+
 def _num_samples(config: PretrainConfig, dp: int) -> tuple[int, int, int]:
     batch, evaluation = config.batch, config.evaluation
+    of_one = evaluation.eval_iters * batch.resolve_global_batch_size(dp)
     evaluations = config.training.train_iters // evaluation.eval_interval + 1
-    held_out = evaluations * evaluation.eval_iters * batch.resolve_global_batch_size(dp)
-    return samples_of_run(config.training, batch, dp), held_out, 0
+    held_out = evaluations * of_one if config.data.words(1) else 0
+    # The third share of --split is left alone; test data of its own is measured once.
+    tested = of_one if config.data.test_data_path else 0
+    return samples_of_run(config.training, batch, dp), held_out, tested
 
 
-def _data_order(config: PretrainConfig, kind: type[Objective]) -> dict[str, Any]:
-    """Options that decide the order of samples; the number of epochs does too, see `GPTBatchLoader.order_digest`."""
-    return {
-        "data": [Path(part).name for part in config.data.data_path],
-        "split": config.data.split,
-        "seq_length": config.data.seq_length,
-        "seed": config.training.seed,
-        **kind.data_order,
-    }
-
-
-def _initial_state(
-    config: PretrainConfig, source: NativeSource | None, data_order: dict[str, Any]
-) -> TrainState:
+def _initial_state(config: PretrainConfig, source: NativeSource | None, order: dict[str, Any]) -> TrainState:
     is_anew = config.start.finetune or (config.takes_weights_only and not _is_of_run(config, source))
     if source is None or is_anew:
-        return TrainState(0, 0, 0, 0, data_order)
+        return TrainState(0, 0, 0, 0, order)
     state = load_train_state(source)
     if state.iteration == 0:
-        return TrainState(0, 0, 0, 0, data_order)
-    changed = {key: (state.data_order.get(key), value) for key, value in data_order.items()}
-    changed = {key: pair for key, pair in changed.items() if pair[0] != pair[1]}
-    if changed:
-        listed = "; ".join(f"{key} was {old}, is {new}" for key, (old, new) in changed.items())
-        raise AscendSpeedError(
-            f"{source.path}: the order of samples would change ({listed}), so samples would be seen twice or never; "
-            "keep these options, stop early with --exit-interval, or give --finetune to start the data anew"
-        )
+        return TrainState(0, 0, 0, 0, order)
+    run, _ = migrate_config(source.description.get("run", {}), str(source.folder))
+    check_data_order(str(source.path), run, state.data_order, order)
     if config.start.load_optim:
         check_optimizer(source, config.optimizer)
     steps = state.optimizer_steps if config.start.load_optim else 0
-    return TrainState(state.iteration, state.consumed_samples, state.skipped_samples, steps, data_order)
+    return TrainState(state.iteration, state.consumed_samples, state.skipped_samples, steps, order)
 
 
 def _is_of_run(config: PretrainConfig, source: NativeSource | None) -> bool:

@@ -84,10 +84,13 @@ class Journal:
         for key, value in self._job.items():
             if head["job"].get(key) != value:
                 raise self._other_job(f"{key} was {_short(head['job'].get(key))}, now {_short(value)}")
-        known = head["inputs"]
-        if [entry[0] for entry in known] != [entry[0] for entry in self.inputs]:
+        known, inputs = (
+            [[str(Path(name).resolve()), *values] for name, *values in entries]
+            for entries in (head["inputs"], self.inputs)
+        )
+        if [entry[0] for entry in known] != [entry[0] for entry in inputs]:
             raise self._other_job("it had other inputs")
-        changed = [number for number, entry in enumerate(known) if entry != self.inputs[number]]
+        changed = [number for number, entry in enumerate(known) if entry != inputs[number]]
         first_changed = min(changed, default=len(known))
         commits = [_commit_of(line) for line in lines[1:]]
         return [

@@ -1,5 +1,6 @@
 """Sources of records: files, or a dataset of `datasets.load_dataset`."""
 
+import glob
 import hashlib
 import json
 import os
@@ -88,7 +89,7 @@ class DatasetsSource:
         self.params.setdefault("split", "train")
 
     def identity(self) -> list[Any]:
-        """Return the arguments; for a local folder also size and modification time of its files."""
+        """Return the arguments; of local files also size and modification time."""
         files = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in self._files()]
         return [str(self.path), self.params, files]
 
@@ -117,7 +118,7 @@ class DatasetsSource:
             raise no_record_error(self.path)
 
     def describe(self) -> list[InputFile]:
-        """Return the hash of the arguments; for a local folder also of its files."""
+        """Return the hash of the arguments, and of local files."""
         files = [InputFile(file.name, file.stat().st_size, sha256_of(file)) for file in self._files()]
         content = json.dumps(self.params, sort_keys=True).encode()
         return [
@@ -126,9 +127,19 @@ class DatasetsSource:
         ]
 
     def _files(self) -> list[Path]:
-        folder = Path(str(self.params["path"]))
-        files = sorted(folder.rglob("*")) if folder.is_dir() else []
-        return [file for file in files if file.is_file() and format_of(file)]
+        """Return the local files that the arguments name: those of a folder, of `data_dir`, of `data_files`."""
+        folder, inner = Path(str(self.params["path"])), str(self.params.get("data_dir") or "")
+        found = {
+            file
+            for place in {folder, Path(inner)} - {Path()}
+            if place.is_dir()
+            for file in place.rglob("*")
+            if format_of(file)
+        }
+        for name in _texts_in(self.params.get("data_files")):
+            for place in (folder / inner, folder, Path(inner), Path()):
+                found |= {Path(path) for path in glob.glob(str(place / name), recursive=True)}  # noqa: PTH207 - absolute patterns
+        return sorted(file for file in found if file.is_file())
 
     def _open(self, start: int) -> Iterator[Record]:
         # datasets would import torch if it is installed, which takes seconds and is not needed.
@@ -151,6 +162,14 @@ class DatasetsSource:
     def _load_error(self, error: Exception) -> DataError:
         reason = " ".join(str(error).split())
         return DataError(f"{self.path}: load_dataset failed: {type(error).__name__}: {reason[:400]}")
+
+
+def _texts_in(value: Any) -> list[str]:
+    """Return all texts inside lists and objects."""
+    if isinstance(value, dict | list | tuple):
+        inner = value.values() if isinstance(value, dict) else value
+        return [text for part in inner for text in _texts_in(part)]
+    return [value] if isinstance(value, str) else []
 
 
 def _read_params(path: Path) -> dict[str, Any]:

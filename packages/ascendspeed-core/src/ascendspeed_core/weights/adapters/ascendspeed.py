@@ -9,9 +9,8 @@ A stage counts its layers from 0. Beside a weight that is cut by rows B is cut a
 beside one that is cut by columns A is cut, and B is whole. A packed projection has one A for all of its parts.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -19,7 +18,7 @@ from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.sharding import sharded_dim
 from ascendspeed_core.models.linear import LowRank
 from ascendspeed_core.models.lora import AdapterPlan
-from ascendspeed_core.weights.adapters.peft import CONFIG, Adapter
+from ascendspeed_core.weights.adapters.peft import Adapter, has_peft_config, read_adapter
 from ascendspeed_core.weights.adapters.write_peft import peft_form
 from ascendspeed_core.weights.external.detect_format import detect_name_map
 from ascendspeed_core.weights.external.mp_rank import (
@@ -42,24 +41,27 @@ UNUSED = ("original_module.weight", "_extra_state")
 SMALL_BYTES = 1 << 20
 
 
-def open_adapter(path: Path, model: ModelConfig) -> Adapter:
+def open_adapter(path: Path, model: ModelConfig, base: Path | None = None) -> Adapter:
     """Open an adapter of any kind: of peft, of a training run, or of AscendSpeed 2023.
 
     Args:
         path: its folder.
         model: architecture of the model that it belongs to.
+        base: path of that model, to compare with the name that the adapter gives it.
 
     Raises:
-        CheckpointError: there is no adapter, or it is damaged or of another model.
+        CheckpointError: there is no adapter, or it is damaged, of another model, or of a kind that is not done here.
     """
-    if (path / CONFIG).is_file():
-        return Adapter(path)
+    if has_peft_config(path):
+        return read_adapter(path, model, base)
+    if not path.is_dir():
+        raise CheckpointError(f"{path} does not exist; check --lora-load")
     folder = iteration_folder(path)
-    return Adapter(folder, _read(folder, model)) if any(folder.glob("mp_rank_*")) else Adapter(path)
+    return _read(folder, model) if any(folder.glob("mp_rank_*")) else read_adapter(folder, model, base)
 
 
-def _read(folder: Path, model: ModelConfig) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Return the adapter in peft's form."""
+def _read(folder: Path, model: ModelConfig) -> Adapter:
+    """Read what all ranks wrote, and put it together under the names of the Hugging Face model."""
     files = open_rank_files(folder)
     tp, pp = (max(rank[i] for rank in files) + 1 for i in (0, 1))
     first = dict(stored_tensors(model_chunks(files[0, 0])[0]))
@@ -94,10 +96,37 @@ def _read(folder: Path, model: ModelConfig) -> tuple[dict[str, torch.Tensor], di
                 )
     names = set(sharded.names())
     sharded.check_complete(folder, names)
+    _check_layers(folder, names, linear)
     sharded.check_replicas(SMALL_BYTES)
     scale = _alpha(files[0, 0]) / rank
     adapted = {name: LowRank(rank, scale) for name in linear if f"{name}.lora_B.weight" in names}
-    return peft_form(AdapterPlan(adapted, frozenset(names & {EMBEDDING, HEAD})), model, sharded.read)
+
+    def read(name: str) -> torch.Tensor:
+        tensor = sharded.read(name)
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(
+                f"{folder}: {name} holds values that are no finite numbers; the training that wrote it diverged"
+            )
+        return tensor
+
+    form = peft_form(AdapterPlan(adapted, frozenset(names & {EMBEDDING, HEAD})), model, read)
+    return form.adapter(folder)
+
+
+def _check_layers(folder: Path, names: Collection[str], linear: Sequence[str]) -> None:
+    """Refuse halves of pairs, and layers without an adapter that others have: a name meant all layers in 2023."""
+    halves = [(name, f"{name}.lora_{half}.weight") for name in linear for half in "AB"]
+    kinds = {_in_layer(name) for name, half in halves if half in names}
+    lacking = sorted(half for name, half in halves if _in_layer(name) in kinds and half not in names)
+    if lacking:
+        raise CheckpointError(
+            f"{folder} lacks {lacking[0]}, though other layers have adapters there; copy the adapter again"
+        )
+
+
+def _in_layer(name: str) -> str:
+    """Return what a module is called inside its layer; the whole name of one outside."""
+    return name.split(".", 2)[2] if name.startswith("layers.") else name
 
 
 def _of_chunk(name_map: NameMap, packer: Packer, chunk: PipelineChunk) -> Iterator[PackedTensor]:

@@ -17,12 +17,10 @@ from ascendspeed_core.config.lora import LoraConfig
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.models.linear import LowRank
 from ascendspeed_core.models.lora import AdapterPlan
+from ascendspeed_core.weights.adapters.hugging_face import HuggingFaceTensor, hugging_face_tensors
 from ascendspeed_core.weights.adapters.merge import MergedAdapter
-from ascendspeed_core.weights.adapters.peft import (
-    Adapter,
-    HuggingFaceTensor,
-    hugging_face_tensors,
-)
+from ascendspeed_core.weights.adapters.peft import Adapter
+from ascendspeed_core.weights.adapters.untied import UntiedWeights
 from ascendspeed_core.weights.load import parameter_shapes
 from ascendspeed_core.weights.native.source import NativeSource
 from ascendspeed_core.weights.random_init import seed_of
@@ -132,6 +130,7 @@ class AdaptedWeights(BaseWeightSource):
         config: the architecture, with the vocabulary that trained embeddings have.
         infos: the further tensors.
         read: reads one of them by name and slice.
+        untouched: the base without anything of the adapter's, where `base` already has some of it.
     """
 
     def __init__(
@@ -141,9 +140,11 @@ class AdaptedWeights(BaseWeightSource):
         config: ModelConfig,
         infos: Mapping[str, TensorInfo],
         read: Callable[[str, Index], torch.Tensor],
+        untouched: WeightSource | None = None,
     ) -> None:
         self.kind, self.path = base.kind, base.path
         self.base: WeightSource = base
+        self.untouched: WeightSource = untouched or base
         self.adapters: AdapterPlan = adapters
         self.config = config
         self._more, self._read = infos, read
@@ -206,16 +207,36 @@ def loaded_adapters(base: WeightSource, adapter: Adapter) -> AdaptedWeights:
         layers[layer] = LowRank(update.a.shape[0], update.scale, adapter.dropout)
         tensors[f"{layer}.lora_A.weight"] = update.a
         tensors[f"{layer}.lora_B.weight"] = update.b if hf.rows is None else update.b[hf.rows]
-    trained = {name for name, hf in hf_tensors.items() if hf.name in adapter.saved}
-    packed = sorted(name for name in trained if hf_tensors[name].rows is not None)
+    replaced = {name for name, hf in hf_tensors.items() if hf.name in adapter.saved}
+    packed = sorted(name for name in replaced if hf_tensors[name].rows is not None)
     if packed:
         raise CheckpointError(
             f"{adapter.folder} replaces {hf_tensors[packed[0]].name} as a whole, which packs several tensors; "
             "merge the adapter"
         )
     infos = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-    plan = AdapterPlan(layers, frozenset(trained))
-    return AdaptedWeights(whole, plan, whole.config, infos, lambda name, index: tensors[name][index])
+    trained = frozenset(name for name in replaced if hf_tensors[name].name not in adapter.frozen)
+    plan = AdapterPlan(layers, trained)
+    return AdaptedWeights(whole, plan, whole.config, infos, lambda name, index: tensors[name][index], base)
+
+
+def frozen_changes(base: WeightSource, adapter: Adapter) -> list[str]:
+    """Name what an adapter replaces with other values but does not train further.
+
+    peft also writes what it has not changed: the base's own embedding beside an adapter of embedding or head.
+
+    Args:
+        base: the model.
+        adapter: from peft.
+    """
+    whole = MergedAdapter(base, adapter, only_saved=True)
+    changed = set()
+    for name, hf in hugging_face_tensors(whole.config).items():
+        if hf.name in adapter.frozen:
+            before, after = whole.base.tensors()[name], whole.tensors()[name]
+            if before.shape != after.shape or not torch.equal(whole.base.read(name), whole.read(name)):
+                changed.add(hf.name)
+    return sorted(changed)
 
 
 def resumed_adapters(base: WeightSource, checkpoint: NativeSource) -> AdaptedWeights:
@@ -224,7 +245,10 @@ def resumed_adapters(base: WeightSource, checkpoint: NativeSource) -> AdaptedWei
     Raises:
         CheckpointError: the base is another model.
     """
-    kept = checkpoint.description["adapters"]
+    kept, untouched = checkpoint.description["adapters"], base
+    if base.config.tie_word_embeddings and not checkpoint.config.tie_word_embeddings:
+        # An adapter that changed one of the tied two was trained further.
+        base = UntiedWeights(base)
     different = [
         key
         for key, value in base.config.model_dump(mode="json").items()
@@ -236,7 +260,7 @@ def resumed_adapters(base: WeightSource, checkpoint: NativeSource) -> AdaptedWei
             f"{', '.join(different)}: give the same --load"
         )
     infos = dict(checkpoint.tensors())
-    return AdaptedWeights(base, plan_of(kept), checkpoint.config, infos, checkpoint.read)
+    return AdaptedWeights(base, plan_of(kept), checkpoint.config, infos, checkpoint.read, untouched)
 
 
 def plan_of(description: Mapping[str, Any]) -> AdapterPlan:

@@ -12,7 +12,9 @@ from pathlib import Path
 import torch
 
 from ascendspeed_core.config.model import ModelConfig
-from ascendspeed_core.weights.adapters.peft import TIED_HEAD, Adapter, Update, hugging_face_tensors
+from ascendspeed_core.weights.adapters.hugging_face import hugging_face_tensors
+from ascendspeed_core.weights.adapters.peft import Adapter, Update
+from ascendspeed_core.weights.adapters.untied import UntiedWeights
 from ascendspeed_core.weights.load import parameter_shapes
 from ascendspeed_core.weights.native.source import TOKENIZER, find_data_manifest
 from ascendspeed_core.weights.source import (
@@ -40,6 +42,8 @@ class MergedAdapter(BaseWeightSource):
 
     def __init__(self, source: WeightSource, adapter: Adapter, only_saved: bool = False) -> None:
         self.kind, self.path = source.kind, source.path
+        if adapter.unties:
+            source = UntiedWeights(source)
         self.base: WeightSource = source
         self.adapter, self._only_saved = adapter, only_saved
         hf_tensors = hugging_face_tensors(source.config)
@@ -51,16 +55,10 @@ class MergedAdapter(BaseWeightSource):
                     f"{adapter.folder} changes {module}, which {source.path} ({source.config.family}) does not have"
                 )
         for name in adapter.saved:
-            if name not in known and not self._is_tied_copy(name):
+            if name not in known:
                 raise CheckpointError(f"{adapter.folder} replaces {name}, which {source.path} does not have")
         self.config: ModelConfig = self._resized(source.config)
         self._check_shapes()
-
-    def _is_tied_copy(self, name: str) -> bool:
-        """Whether a replaced head is the replaced embedding, with which this model shares it."""
-        embedding = self.adapter.saved.get(self._hf_tensors["embedding.weight"].name)
-        is_head = name == TIED_HEAD and self.base.config.tie_word_embeddings
-        return is_head and embedding is not None and torch.equal(self.adapter.saved[name], embedding)
 
     @property
     def tokenizer(self) -> Path | None:
@@ -134,11 +132,12 @@ class MergedAdapter(BaseWeightSource):
             expected = (sizes[hf.name], *shapes[name][1:])
             update = self.adapter.updates.get(hf.name.removesuffix(".weight"))
             saved = self.adapter.saved.get(hf.name)
-            found = (
-                update.shape if update is not None else tuple(saved.shape) if saved is not None else expected
-            )
-            if hf.name.endswith(".weight") and found != expected:
-                raise CheckpointError(
-                    f"{self.adapter.folder}: {hf.name} is changed with shape {list(found)}, the model's is "
-                    f"{list(expected)}; the adapter is of another model"
-                )
+            found = [] if saved is None else [tuple(saved.shape)]
+            if update is not None and hf.name.endswith(".weight"):
+                found.append(update.shape)
+            for shape in found:
+                if shape != expected:
+                    raise CheckpointError(
+                        f"{self.adapter.folder}: {hf.name} is changed with shape {list(shape)}, the model's is "
+                        f"{list(expected)}; the adapter is of another model"
+                    )
