@@ -6,13 +6,15 @@ Importing this module imports neither torch nor vllm.
 """
 
 import importlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import BaseModel
+
 from ascendspeed_data.errors import AscendSpeedError, ConfigError
+from ascendspeed_data.small_files import read_json
 from ascendspeed_infer.config import LoadedModelConfig, SamplingConfig
 from ascendspeed_infer.engines import TokenRequest, adapter_folder, hugging_face_folder
 
@@ -178,6 +180,12 @@ def _reason(stated: str | None) -> Any:
     return stated
 
 
+class _AdapterConfig(BaseModel):
+    """What vLLM has to be told of an adapter."""
+
+    r: int
+
+
 class VllmKind:
     """The entry point `vllm`."""
 
@@ -202,7 +210,7 @@ class VllmKind:
 
         rank = None
         if adapter is not None:
-            rank = int(json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["r"])
+            rank = read_json(adapter / "adapter_config.json", _AdapterConfig).r
         model = open_weights(folder).config
         llm = vllm.LLM(**model_arguments(config, folder, dtype, rank))
         request = None if adapter is None else lora.LoRARequest(adapter.name, 1, str(adapter))

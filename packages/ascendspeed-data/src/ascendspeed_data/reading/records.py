@@ -29,7 +29,15 @@ def records_of_shard(shard: Shard) -> Iterator[tuple[int, Record]]:
     elif isinstance(content, list):
         yield from enumerate(content)
     else:
-        yield from enumerate(content.to_pylist())
+        import pyarrow
+
+        try:
+            records = content.to_pylist()
+        except (pyarrow.ArrowException, ValueError, OverflowError) as error:
+            raise DataError(
+                f"{shard.path}, records {shard.start + 1} to {shard.end}: {error}; the file is damaged"
+            ) from None
+        yield from enumerate(records)
 
 
 def _line_records(shard: Shard, content: bytes) -> Iterator[tuple[int, Record]]:
@@ -56,8 +64,11 @@ def _line_records(shard: Shard, content: bytes) -> Iterator[tuple[int, Record]]:
             raise DataError(
                 f"{location_of(shard, number)}: not JSON: {error.msg} at column {error.colno}{hint}"
             ) from None
-        except RecursionError:
-            raise DataError(f"{location_of(shard, number)}: JSON is nested too deeply") from None
+        except (RecursionError, ValueError) as error:
+            reason = (
+                "JSON is nested too deeply" if isinstance(error, RecursionError) else f"not JSON: {error}"
+            )
+            raise DataError(f"{location_of(shard, number)}: {reason}") from None
         if not isinstance(record, dict):
             raise DataError(
                 f"{location_of(shard, number)}: expected a JSON object, found {type(record).__name__}"

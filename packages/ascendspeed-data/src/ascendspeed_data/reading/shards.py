@@ -154,6 +154,7 @@ def _json_records(path: Path) -> Iterator[tuple[Record, int]]:
         while True:
             offset = space.match(text.buffer, offset).end()  # type: ignore[union-attr]
             if offset < len(text.buffer) and text.buffer[offset] == "]":
+                _check_nothing_follows(path, text, offset + 1)
                 return
             try:
                 value, end = decoder.raw_decode(text.buffer, offset)
@@ -169,6 +170,9 @@ def _json_records(path: Path) -> Iterator[tuple[Record, int]]:
                     f"{path}, record {number + 1}: not JSON: {error.msg}"
                     + (" (the file is incomplete)" if cut else "")
                 ) from None
+            except (RecursionError, ValueError) as error:
+                reason = "nested too deeply" if isinstance(error, RecursionError) else error
+                raise DataError(f"{path}, record {number + 1}: not JSON: {reason}") from None
             number += 1
             if not isinstance(value, dict):
                 raise DataError(
@@ -179,6 +183,16 @@ def _json_records(path: Path) -> Iterator[tuple[Record, int]]:
             if offset > READ_BYTES:
                 text.drop(offset)
                 offset = 0
+
+
+def _check_nothing_follows(path: Path, text: "_TextWindow", offset: int) -> None:
+    """Raise `DataError` if something but space follows the end of a list."""
+    text.drop(offset)
+    while not text.buffer.strip():
+        text.drop(len(text.buffer))
+        if not text.more():
+            return
+    raise DataError(f"{path}: {text.buffer.strip()[:20]!r} follows the end of the list; repair the file")
 
 
 class _TextWindow:
@@ -213,6 +227,10 @@ def _csv_shards(path: Path, input_index: int, start: int, shard_bytes: int) -> I
                     if "" in record and "" not in (reader.fieldnames or ()):
                         raise DataError(
                             f"{path}, line {reader.line_num}: the line has more values than the header has columns"
+                        )
+                    if None in record.values():
+                        raise DataError(
+                            f"{path}, line {reader.line_num}: the line has fewer values than the header has columns"
                         )
                     yield record, sum(len(value or "") for value in record.values())
             except csv.Error as error:
@@ -270,6 +288,7 @@ def _parquet_shards(
                     use_threads=False,
                 )
                 for batch in batches:
+                    batch.validate(full=True)
                     rest = batch.slice(max(0, start - offset))
                     if rest.num_rows:
                         end = offset + batch.num_rows
@@ -291,6 +310,7 @@ def _arrow_shards(path: Path, input_index: int, start: int) -> Iterator[Shard]:
                 batches = (opened.get_batch(number) for number in range(opened.num_record_batches))
             offset = 0
             for batch in batches:
+                batch.validate(full=True)
                 for first in range(0, batch.num_rows, ARROW_ROWS_PER_SHARD):
                     part = batch.slice(first, ARROW_ROWS_PER_SHARD)
                     rest = part.slice(max(0, start - offset))

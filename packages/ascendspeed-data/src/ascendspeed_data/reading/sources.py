@@ -14,6 +14,7 @@ from ascendspeed_data.reading.inputs import format_of, sha256_of
 from ascendspeed_data.reading.records import no_record_error
 from ascendspeed_data.reading.shards import Shard, shards_of_file
 from ascendspeed_data.sample import Record
+from ascendspeed_data.small_files import JsonObject, read_json
 
 
 @dataclass(frozen=True)
@@ -154,15 +155,9 @@ class DatasetsSource:
 
 
 def _read_params(path: Path) -> dict[str, Any]:
-    try:
-        params = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"hf_datasets_params={path} cannot be read: {error.strerror}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"hf_datasets_params={path} is not JSON: {error} (write names in double quotes, and true in lower case)"
-        ) from None
-    if not isinstance(params, dict) or "path" not in params:
+    remedy = "write names in double quotes, and true in lower case"
+    params = read_json(path, JsonObject, f"hf_datasets_params={path}", remedy, option="--hf-datasets-params")
+    if not isinstance(params.get("path"), str):
         raise DataError(
             f"hf_datasets_params={path} is not a JSON object with the key 'path', which datasets.load_dataset needs"
         )

@@ -8,9 +8,10 @@ from types import MappingProxyType
 from typing import Any
 
 from ascendspeed_eval.errors import EvaluationError
+from ascendspeed_eval.small_files import KeyTypes
 from ascendspeed_eval.tasks.base import Benchmark, Extracted, Record, Task, TaskVariant, without_first_space
 from ascendspeed_eval.tasks.math_answers import find_answer, same_answer
-from ascendspeed_eval.tasks.reading import KeyTypes, find_folder, read_csv, read_json_lines
+from ascendspeed_eval.tasks.reading import find_folder, read_csv, read_json_lines
 
 ENGLISH = (
     "aqua-rat", "gaokao-english", "logiqa-en", "lsat-ar", "lsat-lr", "lsat-rc", "sat-en", "sat-en-without-passage",

@@ -67,7 +67,8 @@ def family_of_hugging_face(hf_config: Mapping[str, Any], where: str) -> Family:
     Raises:
         AscendSpeedError: no family claims it.
     """
-    named = [str(name) for name in hf_config.get("architectures") or []]
+    stated = hf_config.get("architectures") or []
+    named = [str(name) for name in (stated if isinstance(stated, list | tuple) else [stated])]
     families = known_families()
     found = next((f for f in families.values() if set(named) & set(f.architectures)), None)
     if found is None:

@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from pydantic import BaseModel
 
 from ascendspeed_core.models.families import Family, TensorMapping, family_of_hugging_face
 from ascendspeed_core.models.families.base import leading_shape
@@ -16,6 +17,12 @@ from ascendspeed_core.weights.files.torch_files import TorchFile, stored_tensors
 from ascendspeed_core.weights.huggingface.config import generation_ids
 from ascendspeed_core.weights.source import BaseWeightSource, CheckpointError, Index, TensorInfo, inside
 from ascendspeed_data.tokenizer import DEFINING_FILES
+
+
+class _WeightIndex(BaseModel):
+    """`model.safetensors.index.json`: the file of each tensor, by name; totals beside it are not read."""
+
+    weight_map: dict[str, str]
 
 
 class HuggingFaceSource(BaseWeightSource):
@@ -119,8 +126,8 @@ class HuggingFaceSource(BaseWeightSource):
         """File of each tensor."""
         for index_name in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
             if (self._folder / index_name).is_file():
-                weight_map = read_json(self._folder / index_name).get("weight_map", {})
-                return {name: inside(self._folder, file) for name, file in weight_map.items()}
+                index = read_json(self._folder / index_name, _WeightIndex)
+                return {name: inside(self._folder, file) for name, file in index.weight_map.items()}
         for single in ("model.safetensors", "pytorch_model.bin"):
             path = self._folder / single
             if path.is_file():

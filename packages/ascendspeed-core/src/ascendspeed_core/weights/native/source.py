@@ -23,12 +23,12 @@ import torch
 from ascendspeed_core.config.load import validate
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.weights.files.distributed_reader import DistributedTensors
-from ascendspeed_core.weights.files.json_file import read_json
+from ascendspeed_core.weights.files.json_file import read_iteration
+from ascendspeed_core.weights.native.description import read_description
 from ascendspeed_core.weights.source import BaseWeightSource, CheckpointError, Index, TensorInfo
 from ascendspeed_data.errors import ConfigError
 from ascendspeed_data.manifest import DatasetManifest, read_manifest
 
-FORMAT_VERSION = 1
 TRACKER = "latest_checkpointed_iteration.txt"
 DESCRIPTION = "checkpoint.json"
 TOKENIZER = "tokenizer"
@@ -49,13 +49,7 @@ class NativeSource(BaseWeightSource):
     def __init__(self, path: Path, is_adapter: bool = False) -> None:
         self.path: Path | None = path
         self.folder = iteration_folder(path)
-        self.description = read_json(self.folder / DESCRIPTION)
-        version = self.description.get("format_version")
-        if version != FORMAT_VERSION:
-            raise CheckpointError(
-                f"{self.folder}: format_version={version}, this version reads {FORMAT_VERSION}; "
-                "use the ascendspeed-core that wrote it"
-            )
+        self.description = read_description(self.folder / DESCRIPTION)
         adapters = self.description.get("adapters")
         if adapters and not is_adapter:
             raise CheckpointError(
@@ -68,7 +62,7 @@ class NativeSource(BaseWeightSource):
             )
         try:
             self.config: ModelConfig = validate(ModelConfig, self.description["model"])
-        except (ConfigError, KeyError) as error:
+        except ConfigError as error:
             raise CheckpointError(f"{self.folder / DESCRIPTION}: no valid model config: {error}") from None
         self.stored = DistributedTensors(self.folder)
 
@@ -135,7 +129,7 @@ def iteration_folder(path: Path) -> Path:
     tracker = path / TRACKER
     if not tracker.is_file():
         raise CheckpointError(f"{path} holds no checkpoint: neither {DESCRIPTION} nor {TRACKER} is there")
-    text = tracker.read_text(encoding="utf-8").strip()
+    text = read_iteration(tracker)
     if not text.isdecimal():
         raise CheckpointError(
             f"{tracker} says {text!r}, not an iteration; write the number of a complete checkpoint"
