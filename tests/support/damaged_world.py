@@ -21,7 +21,7 @@ from typing import Any
 from support.commands import Finished, call
 from support.corpus import make_chat_tokenizer, make_texts, write_json_lines
 from support.damage import damage
-from support.instruction import make_instruction_sets
+from support.instruction import LENGTH, make_instruction_sets
 from support.models import save_hugging_face, tiny_config
 
 CONSISTENT = frozenset(
@@ -191,7 +191,7 @@ class DamagedWorld:
         def add(name: str, folder: Path, to: str, **options: Any) -> None:
             self._add(
                 name, folder,
-                ("asd-ckpt", "inspect", folder), ("asd-ckpt", "verify", folder),
+                ("asd-ckpt", "inspect", folder), ("asd-ckpt", "verify", folder, folder),
                 convert(folder, "--to", to), (*more, folder), self._train("--load", folder), **options,
             )  # fmt: skip
 
@@ -211,21 +211,33 @@ class DamagedWorld:
             _ok(*_to(convert(native, "--to", kind, *flags), folder))
             add(kind, folder / "c", "huggingface", unnoticed=("ascendspeed.json", "tokenizer*", "special*"))
 
-    def _train(self, *flags: object) -> tuple[object, ...]:
+    def _train(self, *flags: object, data: Path | None = None) -> tuple[object, ...]:
         return (
-            "asd-core", "pretrain", "--device", "cpu", "--data-path", self.prefix, "--seq-length", 32,
+            "asd-core", "pretrain", "--device", "cpu", "--data-path", data or self.prefix, "--seq-length", 32,
             "--split", "100,0,0", "--global-batch-size", 2, "--lr", 0.01, "--train-iters", 1, *flags,
         )  # fmt: skip
 
     def _runs(self) -> None:
         run = self._folder("run")
         model_config = ("--model-config", self.model / "config.json")
+        data = self._folder("training-data")
+        shutil.copytree(self.prefix.parent, data, dirs_exist_ok=True)
+        shutil.copytree(self.folder / "packs", data, dirs_exist_ok=True)
+        self._add(
+            "data in training", data,
+            self._train(*model_config, data=data / self.prefix.name),
+            (
+                "asd-core", "finetune", *self._train(*model_config, data=data / "packs")[2:],
+                "--is-instruction-dataset", "--seq-length", LENGTH,
+            ),
+            unnoticed=("*.bin", "*.manifest.json"), left_alone=("plain*", "records*", "template*", "*.npy"),
+        )  # fmt: skip
         # Fixed length of the schedule, so that a run can go on.
         train = (*self._train("--save", run, "--save-interval", 1, *model_config), "--train-iters", 2)
         _ok(*(*train, "--exit-interval", 1))
         (run / "loss.png").unlink(missing_ok=True)
         self._add(
-            "run", run, train, ("asd-core", "compare-loss", run, run), ("asd-ckpt", "verify", run),
+            "run", run, train, ("asd-core", "compare-loss", run, run), ("asd-ckpt", "verify", run, run),
             unnoticed=("checkpoint.json", "metrics.jsonl", "data.manifest.json"), left_alone=("*.png",),
         )  # fmt: skip
         adapter = self._folder("adapter")

@@ -281,7 +281,8 @@ def check_optimizer(source: NativeSource, config: OptimizerConfig) -> None:
     lacking = [kind for kind in wanted if kind not in held]
     if lacking:
         run, _ = migrate_config(source.description.get("run", {}), str(source.folder / DESCRIPTION))
-        written_by = run.get("optimizer", {}).get("optimizer", "another optimizer")
+        section = run.get("optimizer")
+        written_by = (section if isinstance(section, dict) else {}).get("optimizer", "another optimizer")
         raise CheckpointError(
             f"{source.folder} lacks the {' and '.join(lacking)} of --optimizer {config.optimizer}, it was written by "
             f"{written_by} and holds {', '.join(held) or 'no state'}; give the same --optimizer, or --no-load-optim to "

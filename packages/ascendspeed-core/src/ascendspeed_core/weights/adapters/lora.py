@@ -224,11 +224,11 @@ def resumed_adapters(base: WeightSource, checkpoint: NativeSource) -> AdaptedWei
     Raises:
         CheckpointError: the base is another model.
     """
-    kept = checkpoint.description["adapters"]
+    kept, theirs = checkpoint.description["adapters"], checkpoint.config.model_dump(mode="json")
     different = [
         key
         for key, value in base.config.model_dump(mode="json").items()
-        if value != checkpoint.description["model"][key] and key != "vocab_size"
+        if value != theirs[key] and key != "vocab_size"
     ]
     if different:
         raise CheckpointError(

@@ -72,6 +72,6 @@ def read_sidecar(folder: Path) -> Sidecar | None:
         )
     check_shape(content, _Content, f"{path} is damaged", COPY_AGAIN, CheckpointError)
     try:
-        return Sidecar(**content | {"model": validate(ModelConfig, content["model"])})
+        return Sidecar(**content | {"model": validate(ModelConfig, content["model"], strict=True)})
     except ConfigError as error:
         raise CheckpointError(f"{path} is damaged: {error}; copy it again") from None

@@ -187,8 +187,17 @@ class DistributedTensors:
                 f"{path} is damaged at {name}: {error}; use an earlier checkpoint"
             ) from None
         content = stored.content
-        expected = self._checksums.get(name, {}).get(",".join(map(str, offsets)))
-        if not isinstance(content, StoredTensor) or expected not in (None, stored.checksums()["data/0"]):
+        position = ",".join(map(str, offsets))
+        expected = self._checksums.get(name, {}).get(position)
+        if self._checksums and expected is None:
+            raise CheckpointError(
+                f"{self.folder / CHECKSUMS} lacks {name} at {position or 0}; use an earlier checkpoint"
+            )
+        chunks = self._metadata.state_dict_metadata[name].chunks
+        sizes = next(tuple(chunk.sizes) for chunk in chunks if chunk.offsets == offsets)
+        wanted = TensorInfo(sizes, self.info(name).dtype)
+        is_right = isinstance(content, StoredTensor) and content.info == wanted
+        if not is_right or expected not in (None, stored.checksums().get("data/0")):
             raise CheckpointError(
                 f"{path} holds something else where {name} should be; files were swapped, copy the checkpoint again"
             )
