@@ -166,7 +166,7 @@ def read_prompts(path: Path) -> tuple[str, ...]:
 
 
 def _prompt_of(path: Path, number: int, line: str) -> str:
-    value: Any = parse_json(line, Any, f"{path}, line {number}", "correct it")
+    value: Any = parse_json(line, object, f"{path}, line {number}", "correct it")
     prompt = value.get("prompt") if isinstance(value, dict) else value
     if not isinstance(prompt, str):
         raise DataError(f"{path}, line {number} is neither a text nor an object with `prompt`, a text")
