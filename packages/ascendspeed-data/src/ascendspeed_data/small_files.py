@@ -7,7 +7,7 @@ readers check them as they go.
 
 import codecs
 import json
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -169,7 +169,7 @@ def check_shape(
 
     try:
         # As JSON, so that strictly a list may be a tuple but a text no number.
-        return cast(Shape, _adapter(shape).validate_json(json.dumps(value), strict=True))
+        return cast(Shape, _adapter(cast(Hashable, shape)).validate_json(json.dumps(value), strict=True))
     except ValidationError as cause:
         first = cause.errors()[0]
         message = first["msg"].removeprefix("Value error, ").replace("Input should be", "it must be")
@@ -197,7 +197,7 @@ def _decode(content: bytes, name: str, remedy: str, error: type[AscendSpeedError
 
 
 @cache
-def _adapter(shape: Any) -> Any:
+def _adapter(shape: Hashable) -> Any:
     from pydantic import TypeAdapter
 
     return TypeAdapter(shape)

@@ -53,7 +53,7 @@ def read_prompts(text: str, format_: Format, where: str) -> list[PromptRecord]:
 
 
 def _read_json_line(line: str, where: str) -> PromptRecord:
-    value = parse_json(line, object, where, "correct it")
+    value: Any = parse_json(line, object, where, "correct it")
     fields = value if isinstance(value, dict) else {"prompt": value}
     prompts = [fields[name] for name in ("prompt", "prompt_token_ids") if name in fields]
     if len(prompts) != 1 or not _is_prompt(prompts[0]):

@@ -23,10 +23,11 @@ from ascendspeed_eval.small_files import is_a, parse_json, read_text
 from ascendspeed_eval.tasks.base import Benchmark, Extracted, Record, Task, TaskVariant
 from ascendspeed_eval.tasks.reading import find_files, not_empty, read_csv, read_json_lines
 
-KEYS: Mapping[str, type | tuple[type, ...]] = {
-    "name": str, "version": int, "summary": str, "data": str, "examples": str, "question": str,
-    "choices": (str, list), "target": str, "header": str, "num_fewshot": int, "separator": str,
-    "answer_prefix": str, "subset": str, "max_new_tokens": int, "stop": list, "extract": str, "seq_length": int,
+KEYS: Mapping[str, tuple[type, ...]] = {
+    "name": (str,), "version": (int,), "summary": (str,), "data": (str,), "examples": (str,), "question": (str,),
+    "choices": (str, list), "target": (str,), "header": (str,), "num_fewshot": (int,), "separator": (str,),
+    "answer_prefix": (str,), "subset": (str,), "max_new_tokens": (int,), "stop": (list,), "extract": (str,),
+    "seq_length": (int,),
 }  # fmt: skip
 REQUIRED = ("name", "question", "target")
 
@@ -51,7 +52,7 @@ def read_task(path: Path) -> Task:
             raise EvaluationError(
                 f"{path}: {key} is unknown{did_you_mean(str(key), KEYS)}; known keys are {', '.join(KEYS)}"
             )
-        kinds = KEYS[key] if isinstance(KEYS[key], tuple) else (KEYS[key],)
+        kinds = KEYS[key]
         is_right = is_a(value, kinds) and (not isinstance(value, list) or all(is_a(x, (str,)) for x in value))
         if not is_right or (isinstance(value, int) and value < 0):
             named = " or ".join({str: "a text", int: "a number", list: "a list of texts"}[x] for x in kinds)

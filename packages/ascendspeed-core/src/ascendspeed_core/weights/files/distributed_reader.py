@@ -196,8 +196,8 @@ class DistributedTensors:
         chunks = self._metadata.state_dict_metadata[name].chunks
         sizes = next(tuple(chunk.sizes) for chunk in chunks if chunk.offsets == offsets)
         wanted = TensorInfo(sizes, self.info(name).dtype)
-        is_right = isinstance(content, StoredTensor) and content.info == wanted
-        if not is_right or expected not in (None, stored.checksums().get("data/0")):
+        is_same = expected in (None, stored.checksums().get("data/0"))
+        if not isinstance(content, StoredTensor) or content.info != wanted or not is_same:
             raise CheckpointError(
                 f"{path} holds something else where {name} should be; files were swapped, copy the checkpoint again"
             )

@@ -1,13 +1,19 @@
 """Read the small files of checkpoints; whatever is wrong with one is a `CheckpointError`."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
 from ascendspeed_core.weights.source import CheckpointError
 from ascendspeed_data import small_files
 from ascendspeed_data.small_files import JsonObject
 
+Shape = TypeVar("Shape")
 
+
+@overload
+def read_json(path: Path) -> JsonObject: ...
+@overload
+def read_json(path: Path, shape: type[Shape]) -> Shape: ...
 def read_json(path: Path, shape: Any = JsonObject) -> Any:
     """Read a JSON file, an object unless `shape` says otherwise.
 
