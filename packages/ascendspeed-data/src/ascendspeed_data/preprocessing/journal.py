@@ -16,7 +16,7 @@ from typing import Any
 from ascendspeed_data.errors import AscendSpeedError
 from ascendspeed_data.indexed import WriterState
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MAX_FLUSH_TIME_SHARE = 0.1
 """Maximum share of the time spent on flushing; a slow disk gets fewer commits."""
 
@@ -36,7 +36,7 @@ class Commit:
     input_index: int = 0
     offset: int = 0
     outputs: dict[str, WriterState] = field(default_factory=dict)
-    counts: dict[str, dict[str, int]] = field(default_factory=dict)
+    counts: dict[str, dict[str, Any]] = field(default_factory=dict)
     renaming: bool = False
 
 

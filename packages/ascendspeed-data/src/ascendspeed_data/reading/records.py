@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ascendspeed_data.errors import DataError
 from ascendspeed_data.reading.inputs import format_of, read_errors
+from ascendspeed_data.reading.nested import records_of_batch
 from ascendspeed_data.reading.shards import READ_BYTES, Shard, shards_of_file
 from ascendspeed_data.sample import Record, text_in
 
@@ -29,7 +30,7 @@ def records_of_shard(shard: Shard) -> Iterator[tuple[int, Record]]:
     elif isinstance(content, list):
         yield from enumerate(content)
     else:
-        yield from enumerate(content.to_pylist())
+        yield from enumerate(records_of_batch(content))
 
 
 def _line_records(shard: Shard, content: bytes) -> Iterator[tuple[int, Record]]:
