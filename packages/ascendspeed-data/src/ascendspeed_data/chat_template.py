@@ -70,7 +70,6 @@ class ChatTemplate:
             trim_blocks=True,
             lstrip_blocks=True,
             extensions=[GenerationBlocks, loopcontrols],
-            finalize=_without_null,
         )
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise_exception
@@ -157,7 +156,7 @@ class ChatTemplate:
             return self._template.render(
                 messages=messages, add_generation_prompt=add_generation_prompt, **given
             )
-        except (TemplateError, TypeError) as error:
+        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
             raise DataError(f"the chat template does not support the conversation: {error}") from None
 
     def _whole(
@@ -361,11 +360,6 @@ def _to_json(
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
-
-
-def _without_null(value: Any) -> Any:
-    """Print null, which stands beside tool calls for an empty content, as nothing."""
-    return "" if value is None else value
 
 
 def _raise_exception(message: str) -> None:

@@ -121,8 +121,8 @@ def conversation_of(
 def _message(message: Mapping[str, Any], unused: dict[str, None]) -> Message:
     for name, value in message.items():
         known = field_of(name, "message")
-        if known in (PARTLY_LEARNED, MESSAGE_MEDIA) and filled(value):
-            raise DataError(f"key {name!r} {known.reason}; {known.remedy}")  # type: ignore[union-attr]
+        if known is not None and known in (PARTLY_LEARNED, MESSAGE_MEDIA) and filled(value):
+            raise DataError(f"key {name!r} {known.reason}; {known.remedy}")
     kept: Message = {
         name: value
         for name, value in message.items()

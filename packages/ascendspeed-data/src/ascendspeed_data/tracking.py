@@ -36,17 +36,17 @@ class TrackedObject(dict[str, Any]):
     def keys(self) -> KeysView[str]:  # type: ignore[override]
         """Return the keys, and note all."""
         self._ask_for_all()
-        return super().keys()  # type: ignore[return-value]
+        return super().keys()
 
     def values(self) -> ValuesView[Any]:  # type: ignore[override]
         """Return the values, and note all keys."""
         self._ask_for_all()
-        return super().values()  # type: ignore[return-value]
+        return super().values()
 
     def items(self) -> ItemsView[str, Any]:  # type: ignore[override]
         """Return keys and values, and note all keys."""
         self._ask_for_all()
-        return super().items()  # type: ignore[return-value]
+        return super().items()
 
     def copy(self) -> dict[str, Any]:
         """Return a plain copy, and note all keys."""
