@@ -33,6 +33,7 @@ ALLOWED = {
     "ascendspeed_data/indexed.py": "tokens are mapped; sizes are checked before",
     "ascendspeed_data/preprocessing/packing.py": "its own scratch files",
     "ascendspeed_data/reading/records.py": "training records, whose errors name their lines",
+    "ascendspeed_data/conversation.py": "JSON text inside training records, whose errors name their lines",
     "ascendspeed_data/fast_tokenizer.py": "JSON that a library made in this process",
     "ascendspeed_data/tokenizer.py": "files of tokenizers, whose errors name the key",
     "ascendspeed_data/chat_template.py": "templates, whose errors name their lines",

@@ -13,7 +13,7 @@ from ascendspeed_data.handlers.base import Kind
 from ascendspeed_data.small_files import JsonObject, check_shape, read_json
 from ascendspeed_data.tokenizer import Tokenizer, tokenizer_files
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 def _from_version_1(content: dict[str, Any]) -> dict[str, Any]:
@@ -35,7 +35,12 @@ def _from_version_1(content: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_version_1}
+def _from_version_2(content: dict[str, Any]) -> dict[str, Any]:
+    """Version 2 does not count what nothing read."""
+    return {**content, "unused_columns": {}}
+
+
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_version_1, 2: _from_version_2}
 """For each old version, the function that converts its content to the next version."""
 
 
@@ -96,7 +101,11 @@ class PackRecord(_Frozen):
 
 
 class DatasetManifest(_Frozen):
-    """The settings that decide the bytes of a dataset, and the counts and hashes of the result."""
+    """The settings that decide the bytes of a dataset, and the counts and hashes of the result.
+
+    `unused_columns` names the columns and the keys of messages that nothing read, with the number of records in which
+    they are filled.
+    """
 
     format_version: int = FORMAT_VERSION
     kind: Kind
@@ -116,6 +125,7 @@ class DatasetManifest(_Frozen):
     num_tokens: int
     num_trained_tokens: int
     num_text_bytes: int
+    unused_columns: dict[str, int]
     unigram_entropy_nats: float
     inputs: tuple[FileRecord, ...]
     files: tuple[FileRecord, ...]

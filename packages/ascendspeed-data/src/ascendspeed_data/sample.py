@@ -38,11 +38,13 @@ class Sample:
         segments: in order.
         add_special_tokens: whether to add what the tokenizer adds to a text, most often BOS at the start.
         encode_separately: whether to encode each text separately, with its own BOS and EOS, as rules of 2023 do.
+        unused: keys inside the record that have no effect, to be counted.
     """
 
     segments: tuple[Segment, ...]
     add_special_tokens: bool = True
     encode_separately: bool = False
+    unused: tuple[str, ...] = ()
 
 
 def text_in(record: Record, column: str) -> str:

@@ -20,7 +20,7 @@ from ascendspeed_data.errors import AscendSpeedError, DataError
 from ascendspeed_data.indexed import WriterState
 from ascendspeed_data.small_files import parse_json, read_text
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MAX_FLUSH_TIME_SHARE = 0.1
 """Maximum share of the time spent on flushing; a slow disk gets fewer commits."""
 
@@ -40,7 +40,7 @@ class Commit:
     input_index: int = 0
     offset: int = 0
     outputs: dict[str, WriterState] = field(default_factory=dict)
-    counts: dict[str, dict[str, int]] = field(default_factory=dict)
+    counts: dict[str, dict[str, Any]] = field(default_factory=dict)
     renaming: bool = False
 
 
@@ -142,7 +142,7 @@ class Journal:
 class _Head(BaseModel):
     """The first line."""
 
-    format_version: Literal[1]
+    format_version: Literal[2]
     job: dict[str, Any]
     inputs: Annotated[list[Annotated[list[Any], Field(min_length=1)]], Field(min_length=1)]
 
@@ -153,7 +153,7 @@ class _Line(BaseModel):
     file: int = Field(ge=0)
     place: int = Field(ge=0)
     outputs: dict[str, tuple[int, int, int]]
-    counts: dict[str, dict[str, int]]
+    counts: dict[str, dict[str, int | dict[str, int]]]
     renaming: bool
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ascendspeed_data.errors import DataError
 from ascendspeed_data.reading.inputs import format_of, read_errors
+from ascendspeed_data.reading.nested import records_of_batch
 from ascendspeed_data.reading.shards import READ_BYTES, Shard, shards_of_file
 from ascendspeed_data.sample import Record, text_in
 
@@ -32,7 +33,7 @@ def records_of_shard(shard: Shard) -> Iterator[tuple[int, Record]]:
         import pyarrow
 
         try:
-            records = content.to_pylist()
+            records = list(records_of_batch(content))
         except (pyarrow.ArrowException, ValueError, OverflowError) as error:
             raise DataError(
                 f"{shard.path}, records {shard.start + 1} to {shard.end}: {error}; the file is damaged"

@@ -36,6 +36,7 @@ class Shard:
         content: decompressed lines, records, or a pyarrow batch; `None` if the worker itself reads the bytes from
             `start` to `end`.
         first_line: number of the first line, for messages; 0 if unknown.
+        unread_columns: columns of the input that the records lack, because only some columns were to be read.
     """
 
     input_index: int
@@ -44,6 +45,7 @@ class Shard:
     end: int
     content: bytes | list[Record] | Any = None
     first_line: int = 0
+    unread_columns: tuple[str, ...] = ()
 
 
 Reader = Callable[[Path, int, int, int], Iterator[Shard]]
@@ -274,6 +276,8 @@ def _parquet_shards(
         with pyarrow.parquet.ParquetFile(path, memory_map=True) as opened:
             names = set(opened.schema_arrow.names)
             wanted = [name for name in columns if name in names] if columns else None
+            # Without any of the columns the records have all, so that an error can name them.
+            unread = tuple(name for name in opened.schema_arrow.names if name not in wanted) if wanted else ()
             offset = 0
             for group in range(opened.num_row_groups):
                 metadata = opened.metadata.row_group(group)
@@ -292,7 +296,7 @@ def _parquet_shards(
                     rest = batch.slice(max(0, start - offset))
                     if rest.num_rows:
                         end = offset + batch.num_rows
-                        yield Shard(input_index, path, end - rest.num_rows, end, rest)
+                        yield Shard(input_index, path, end - rest.num_rows, end, rest, unread_columns=unread)
                     offset += batch.num_rows
     except pyarrow.ArrowException as error:
         raise DataError(f"{path} is damaged or not a Parquet file: {error}") from None

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from ascendspeed_data.errors import ConfigError, DataError
 from ascendspeed_data.reading.inputs import format_of, sha256_of
+from ascendspeed_data.reading.nested import without_null_keys
 from ascendspeed_data.reading.records import no_record_error
 from ascendspeed_data.reading.shards import Shard, shards_of_file
 from ascendspeed_data.sample import Record
@@ -106,7 +107,9 @@ class DatasetsSource:
     ) -> Iterator[Shard]:
         held: list[Record] = []
         size, offset = 0, start
-        for record in records:
+        for loaded in records:
+            # datasets keeps records in Arrow, which adds null keys to nested objects.
+            record = {column: without_null_keys(value) for column, value in loaded.items()}
             held.append(record)
             size += sum(len(value) if isinstance(value, str) else 8 for value in record.values())
             if size >= shard_bytes:
