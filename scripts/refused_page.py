@@ -63,6 +63,22 @@ def input_formats() -> Iterator[Row]:
     yield code(COLUMN_FORMATS), "they compress themselves"
 
 
+def record_keys() -> Iterator[Row]:
+    from ascendspeed_data.fields import FIELDS
+
+    for field in FIELDS:
+        yield field.level, code(field.names), field.reason, field.remedy
+
+
+def handler_columns() -> Iterator[Row]:
+    from ascendspeed_data.handlers import SampleHandler, all_handlers
+
+    for handler, origin in all_handlers():
+        if isinstance(handler, SampleHandler) and origin == "built in":
+            read = [*handler.columns, *handler.optional_columns]
+            yield f"`{handler.name}`", code(read), code(handler.refused_columns)
+
+
 def model_keys() -> Iterator[Row]:
     from ascendspeed_core.models.families import FAMILIES
 
@@ -85,6 +101,13 @@ def largest_models() -> Iterator[Row]:
         limit = next((found.le for found in field.metadata if getattr(found, "le", None) is not None), None)
         if limit is not None:
             yield f"`{name}`", f"{limit:,}"
+
+
+def megatron_arguments() -> Iterator[Row]:
+    from ascendspeed_core.weights.external.megatron_args import MUST_BE
+
+    for name, values in MUST_BE.items():
+        yield f"`{name}`", code(shown(value) for value in values if value is not None)
 
 
 def deepspeed_keys() -> Iterator[Row]:
@@ -184,6 +207,20 @@ TABLES = (
         input_formats,
     ),
     Table(
+        "Keys of records",
+        "These keys can change what is learned. A filled one that the handler or the chat template does not read, or "
+        "whose value is not supported, ends the run; [handlers](handlers.md#keys-that-change-what-is-learned) say "
+        "which are read. Handlers of text only count them.",
+        ("of", "keys", "why", "remedy"),
+        record_keys,
+    ),
+    Table(
+        "Columns that handlers read",
+        "Another column is refused if it is one of the keys above, and counted if it is not.",
+        ("handler of samples or pairs", "columns", "refused besides"),
+        handler_columns,
+    ),
+    Table(
         "Keys of a model's `config.json`",
         "The code computes one value of these keys. Another one would be another model, so it is refused.",
         ("family", "key", "what is computed"),
@@ -200,6 +237,13 @@ TABLES = (
         "A config beyond them is damaged; nothing is allocated for it.",
         ("size", "at most"),
         largest_models,
+    ),
+    Table(
+        "Arguments in checkpoints of Megatron-LM and AscendSpeed 2023",
+        "The arguments pickled beside the weights describe a model only with these values. With others the model's "
+        "own config is needed: `--model-config`.",
+        ("argument", "value, if it is there"),
+        megatron_arguments,
     ),
     Table(
         "Keys of a DeepSpeed JSON",

@@ -36,8 +36,8 @@ class ContentForms:
     def fit(self, messages: Sequence[Message]) -> list[Message]:
         """Return messages whose content has a form that the template takes.
 
-        A list of parts stays a list if the template takes lists. Otherwise its texts are joined by line breaks, as vLLM
-        joins them. Text becomes a list of one part if the template takes lists only.
+        A list of parts stays a list if the template takes lists, as in transformers and vLLM. Otherwise its texts are
+        joined, see `joined_text`. Text becomes a list of one part if the template takes lists only.
         """
         return [{**message, "content": self._content(message)} for message in messages]
 
@@ -88,7 +88,12 @@ class ContentForms:
 
 
 def joined_text(content: str | list[dict[str, str]] | None) -> str:
-    """Return content as one text; parts are joined by line breaks, as vLLM joins them."""
+    """Return content as one text; parts are joined by line breaks.
+
+    So does vLLM for a template that takes no lists (`_parse_chat_message_content_parts` in
+    vllm/entrypoints/chat_utils.py). `apply_chat_template` of transformers joins nothing: it hands the list to the
+    template.
+    """
     if isinstance(content, list):
         return "\n".join(part["text"] for part in content)
     return content or ""

@@ -257,24 +257,26 @@ def _check_pointers(
     prefix: Path, token_format: np.dtype[Any], lengths: NDArray[Any], starts: NDArray[Any], size: int
 ) -> None:
     ends = np.cumsum(lengths, dtype=np.int64) * token_format.itemsize
-    expected = ends - lengths.astype(np.int64) * token_format.itemsize
     bad = np.flatnonzero((lengths < 0) | (starts < 0) | (ends > size) | (starts > size))
-    if not len(bad) and (starts != expected).any():
-        number = int((starts != expected).argmax())
-        raise DataError(
-            f"{prefix}.idx: sequence {number} begins at byte {int(starts[number])}, but the sequences before it end "
-            f"at byte {int(expected[number])}; the .idx is damaged, so preprocess again"
-        )
-    if not len(bad) and size != (int(ends[-1]) if len(ends) else 0):
-        raise DataError(
-            f"{prefix}.bin has {size} bytes, but {prefix}.idx ends at byte {int(ends[-1]) if len(ends) else 0}; the "
-            ".bin was added to or belongs to another .idx"
-        )
     if len(bad):
         number = int(bad[0])
         raise DataError(
             f"{prefix}.idx: sequence {number} ({int(lengths[number])} tokens at byte {int(starts[number])}) is "
             f"outside {prefix}.bin, which has {size} bytes; the .bin is incomplete or belongs to another .idx"
+        )
+    expected = ends - lengths.astype(np.int64) * token_format.itemsize
+    misplaced = np.flatnonzero(starts != expected)
+    if len(misplaced):
+        number = int(misplaced[0])
+        raise DataError(
+            f"{prefix}.idx: sequence {number} begins at byte {int(starts[number])}, but the sequences before it end "
+            f"at byte {int(expected[number])}; the .idx is damaged, so preprocess again"
+        )
+    total = int(ends[-1]) if len(ends) else 0
+    if size != total:
+        raise DataError(
+            f"{prefix}.bin has {size} bytes, but {prefix}.idx ends at byte {total}; the .bin was added to or belongs "
+            "to another .idx"
         )
 
 
