@@ -12,11 +12,7 @@ from ascendspeed_data.reading.shards import Shard
 from support.commands import Finished, call
 
 PROMPT = "{% if add_generation_prompt %}<assistant>{% endif %}"
-
-
 PLAIN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|im_end|>{% endfor %}" + PROMPT
-
-
 TALK: list[dict[str, Any]] = [
     {"role": "user", "content": "one"},
     {"role": "assistant", "content": "two"},

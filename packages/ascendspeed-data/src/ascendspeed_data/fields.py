@@ -41,8 +41,8 @@ LEARNED = Field(
     "give 0 or 1, and 1 only to assistant messages",
 )  # fmt: skip
 PARTLY_LEARNED = Field(
-    ("mask", "masked", "ignore", "ignored", "skip", "no_loss", "train_detail", "training_detail", "train_on_input",
-     "labels", "token_weights"),
+    ("mask", "masked", "mask_loss", "ignore", "ignored", "ignore_loss", "skip", "no_loss", "no_train", "train_detail",
+     "training_detail", "train_on_input", "labels", "weights", "token_weights"),
     "message",
     "refused if filled",
     "says which part of the conversation is learned, in a way that is not supported",
@@ -82,21 +82,12 @@ RECORD_LABELS = Field(
     "give each message that is not to be learned weight 0, and remove the column",
 )  # fmt: skip
 RECORD_CONTENT = Field(
-    (
-        "system",
-        "history",
-        "reasoning_content",
-        "reasoning",
-        "thinking",
-        "thoughts",
-        "tool_calls",
-        "function_call",
-    ),
+    ("system", "history", "reasoning_content", "reasoning", "thinking", "thoughts", "tool_calls", "function_call"),
     "record",
     "used where the table of the handler says so; otherwise refused if filled",
     "is part of the conversation, but this handler has no place for it",
     "move it into the columns that the handler reads, or remove the column",
-)
+)  # fmt: skip
 RECORD_SYSTEM = Field(
     ("system_prompt", "system_message", "sys_prompt"),
     "record",

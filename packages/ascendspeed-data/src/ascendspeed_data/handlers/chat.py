@@ -5,7 +5,6 @@ from typing import Any
 
 from ascendspeed_data.chat_template import ChatTemplate
 from ascendspeed_data.conversation import (
-    Conversation,
     Message,
     conversation_of,
     json_value,
@@ -55,7 +54,7 @@ class MessagesHandler(HandlerBase):
 
     def samples(self, record: Record, tokenizer: Tokenizer) -> list[Sample]:
         """Return the conversation as one sample; a conversation whose answers all have weight 0 is skipped."""
-        conversation: Conversation = conversation_of(self.messages(record), variables_in(record))
+        conversation = conversation_of(self.messages(record), variables_in(record))
         if conversation.is_masked:
             return []
         return [ChatTemplate.from_tokenizer(tokenizer).sample(conversation)]
