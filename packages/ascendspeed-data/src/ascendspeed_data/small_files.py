@@ -197,7 +197,7 @@ def _decode(content: bytes, name: str, remedy: str, error: type[AscendSpeedError
 
 
 @cache
-def _adapter(shape: Hashable) -> Any:
+def _adapter(shape: Any) -> Any:
     from pydantic import TypeAdapter
 
     return TypeAdapter(shape)
