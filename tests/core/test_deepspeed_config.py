@@ -87,9 +87,9 @@ def test_files_that_are_no_config(tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
     assert "does not exist; check --deepspeed_config" in complaint(deepspeed=True, deepspeed_config=path)
     path.write_text("{")
-    assert "is no JSON" in complaint(deepspeed=True, deepspeed_config=path)
+    assert "is not JSON" in complaint(deepspeed=True, deepspeed_config=path)
     path.write_text("[]")
-    assert "it must be an object" in complaint(deepspeed=True, deepspeed_config=path)
+    assert "it must be a valid object" in complaint(deepspeed=True, deepspeed_config=path)
 
 
 def test_flag_and_json_must_agree(tmp_path: Path) -> None:

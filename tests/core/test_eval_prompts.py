@@ -140,7 +140,7 @@ def test_prompts_of_json_lines(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="line 2 is neither a text nor an object"):
         read_prompts(tmp_path / "p.jsonl")
     (tmp_path / "p.jsonl").write_text("one\n")
-    with pytest.raises(DataError, match="line 1 is no JSON"):
+    with pytest.raises(DataError, match="line 1 is not JSON"):
         read_prompts(tmp_path / "p.jsonl")
 
 
@@ -158,7 +158,9 @@ def test_bad_input_is_one_line(
     assert "eval_prompts with sequence_parallel=true" in complaint(*samples(base), *layout, status=2)
     context = ("--context-parallel-size", 2, "--nproc-per-node", 2)
     assert "eval_prompts with context_parallel_size=2" in complaint(*samples(base), *context, status=2)
-    assert "cannot be read" in complaint(*samples(base, "--eval-prompts", tmp_path / "none.txt"))
+    assert "none.txt does not exist; check --eval-prompts" in complaint(
+        *samples(base, "--eval-prompts", tmp_path / "none.txt")
+    )
     (tmp_path / "empty.txt").write_text("\n")
     assert "holds no prompt" in complaint(*samples(base, "--eval-prompts", tmp_path / "empty.txt"))
     assert "prompt 1 has" in complaint(*samples(base, "--eval-max-new-tokens", 64))

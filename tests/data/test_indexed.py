@@ -82,7 +82,8 @@ DAMAGE: dict[str, tuple[Any, str]] = {
     "a negative length": (lambda b, i: put(i, LENGTHS_AT, struct.pack("<i", -1)), "is outside"),
     "a pointer beyond the file": (lambda b, i: put(i, STARTS_AT, struct.pack("<q", 1 << 50)), "is outside"),
     "a negative pointer": (lambda b, i: put(i, STARTS_AT, struct.pack("<q", -2)), "is outside"),
-    "a pointer between two ids": (lambda b, i: put(i, STARTS_AT, struct.pack("<q", 1)), "is outside"),
+    "a pointer between two ids": (lambda b, i: put(i, STARTS_AT, struct.pack("<q", 1)), "begins at byte 1"),
+    "a .bin that was added to": (lambda b, i: b.write_bytes(b.read_bytes() + b"\0"), r"\.bin has .* bytes"),
     "boundaries that fall": (lambda b, i: put(i, DOCUMENTS_AT + 8, struct.pack("<q", 6)), "do not increase"),
 }
 

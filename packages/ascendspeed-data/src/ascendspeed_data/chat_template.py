@@ -6,20 +6,30 @@ rendering a conversation with and without an assistant message shows which text 
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError, nodes
+from jinja2 import TemplateError, meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from ascendspeed_data.content_forms import ContentForms
+from ascendspeed_data.conversation import Conversation, Message, conversation_of
 from ascendspeed_data.errors import DataError
+from ascendspeed_data.fields import (
+    MESSAGE_CONTENT,
+    REASONING,
+    TEMPLATE_VARIABLES,
+    field_of,
+    filled,
+    message_key,
+)
 from ascendspeed_data.sample import Sample, Segment
 from ascendspeed_data.tokenizer import Tokenizer
+from ascendspeed_data.tracking import TrackedObject, unread_of
 
-Message = dict[str, Any]
 GENERATION_BEGIN, GENERATION_END = "\x02generation\x03", "\x02endgeneration\x03"
 """Delimiters of `{% generation %}` blocks in rendered text; conversations must not contain them."""
 
@@ -54,13 +64,16 @@ class ChatTemplate:
 
     def __init__(self, source: str, special_tokens: dict[str, str], special_ids: dict[str, int]) -> None:
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlocks, loopcontrols]
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[GenerationBlocks, loopcontrols],
         )
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise_exception
         # No strftime_now: samples would depend on the date of preprocessing. Templates fall back to a fixed date.
         try:
             self._template = environment.from_string(source)
+            self._variables = meta.find_undeclared_variables(environment.parse(source))
         except TemplateError as error:
             raise DataError(f"the chat template is not valid: {error}") from None
         self._marks_generation = re.search(r"\{%-?\s*generation\s*-?%\}", source) is not None
@@ -68,6 +81,7 @@ class ChatTemplate:
         self._special_ids = special_ids
         longest_first = sorted(special_ids, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self._forms = ContentForms(self._render)
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Tokenizer, source: str | None = None) -> "ChatTemplate":
@@ -95,77 +109,134 @@ class ChatTemplate:
         in_source = {token: number for token, number in tokenizer.added_ids.items() if token in source}
         return _compiled(source, tokens, tuple({**tokenizer.special_ids, **in_source}.items()))
 
-    def render(self, messages: list[Message], tools: Any = None, add_generation_prompt: bool = False) -> str:
-        """Return the conversation as text; `add_generation_prompt` adds the start of an assistant message.
+    def sample(self, conversation: Conversation) -> Sample:
+        """Format a conversation, with loss on every assistant message to learn and the special token that ends it.
 
         Raises:
-            DataError: the template does not support the conversation.
+            DataError: the template does not support the conversation, or leaves out a part of it that says something;
+                or there is nothing to learn.
         """
-        try:
-            return self._template.render(
-                messages=messages,
-                tools=tools,
-                add_generation_prompt=add_generation_prompt,
-                **self._special_tokens,
-            )
-        except (TemplateError, TypeError) as error:
-            raise DataError(f"the chat template does not support the conversation: {error}") from None
-
-    def sample(self, messages: list[Message], tools: Any = None, first_trained: int = 0) -> Sample:
-        """Format a conversation, with loss on every assistant message and the special token that ends it.
-
-        Assistant messages before message `first_trained` are context without loss.
-        """
+        messages, whole, unused = self._whole(conversation, add_generation_prompt=False)
         split = self._split_at_marks if self._marks_generation else self._split_by_comparing
         segments: list[Segment] = []
-        for text, trained in split(messages, tools, first_trained):
+        for text, trained in split(messages, whole, conversation):
             segments += self._segments(text, trained)
         if not any(segment.trained for segment in segments):
-            raise DataError("the conversation has no assistant message, so there is nothing to learn")
+            raise DataError(
+                "the conversation has no assistant message to learn, so there is nothing to learn"
+            )
         last = next(p for p in reversed(segments) if not str(p.content).isspace())
         if last.trained and not self._is_special_end(last):
             segments.append(Segment(None, True))
+        return Sample(tuple(segments), add_special_tokens=False, is_rendered=True, unused=unused)
+
+    def prompt(self, messages: Sequence[Message], tools: Any = None) -> Sample:
+        """Format a conversation up to the start of an answer, without loss.
+
+        Raises:
+            DataError: the template does not support the conversation, or leaves out a part of it that says something.
+        """
+        conversation = conversation_of(messages, {"tools": tools})
+        _, text, _ = self._whole(conversation, add_generation_prompt=True)
+        segments = self._segments(_without_marks(text), False)
         return Sample(tuple(segments), add_special_tokens=False, is_rendered=True)
 
-    def prompt(self, messages: list[Message], tools: Any = None) -> Sample:
-        """Format a conversation up to the start of an answer, without loss."""
-        text = _without_marks(self.render(messages, tools, add_generation_prompt=True))
-        return Sample(tuple(self._segments(text, False)), add_special_tokens=False, is_rendered=True)
+    def _render(
+        self, messages: Sequence[Message], variables: Mapping[str, Any], add_generation_prompt: bool = False
+    ) -> str:
+        """Return messages as text; `add_generation_prompt` adds the start of an assistant message."""
+        given = {"tools": None, "documents": None, **variables, **self._special_tokens}
+        try:
+            return self._template.render(
+                messages=messages, add_generation_prompt=add_generation_prompt, **given
+            )
+        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+            raise DataError(f"the chat template does not support the conversation: {error}") from None
+
+    def _whole(
+        self, conversation: Conversation, add_generation_prompt: bool
+    ) -> tuple[list[TrackedObject], str, tuple[str, ...]]:
+        """Render a conversation, and check that the template reads what says something.
+
+        Returns:
+            The messages as the template gets them, the text, and the keys without effect.
+        """
+        for name in conversation.variables:
+            if name not in self._variables:
+                raise DataError(
+                    f"column {name!r}: {TEMPLATE_VARIABLES.reason}; {TEMPLATE_VARIABLES.remedy}"
+                    if name in TEMPLATE_VARIABLES.names
+                    else f"column 'chat_template_kwargs' sets {name!r}, which the template does not read; remove it"
+                )
+        messages = [_tracked(message) for message in self._forms.fit(conversation.messages)]
+        text = self._render(messages, conversation.variables, add_generation_prompt)
+        unused = dict.fromkeys(conversation.unused)
+        for number, message in enumerate(messages, 1):
+            try:
+                unused |= dict.fromkeys(_unread_keys(message))
+            except DataError as error:
+                raise DataError(f"message {number}: {error}") from None
+        return messages, text, tuple(unused)
 
     def end_of_turn(self) -> tuple[int, ...]:
         """Return the id of the special token that ends an answer, if the template has one."""
         answer = "The answer."
         turns = [{"role": "user", "content": "A question."}, {"role": "assistant", "content": answer}]
-        text = _without_marks(self.render(turns))
+        text = _without_marks(self._render(self._forms.fit(turns), {}))
         found = self._special.match(text.rpartition(answer)[2].lstrip())
         return () if found is None else (self._special_ids[found[0]],)
 
     def _split_at_marks(
-        self, messages: list[Message], tools: Any, first_trained: int
+        self, messages: Sequence[Message], whole: str, conversation: Conversation
     ) -> list[tuple[str, bool]]:
-        text = self.render(messages, tools)
-        context = self.render(messages[:first_trained], tools).count(GENERATION_BEGIN) if first_trained else 0
-        parts: list[tuple[str, bool]] = []
-        for number, block in enumerate(text.split(GENERATION_BEGIN)):
-            inside, end, outside = block.partition(GENERATION_END) if number else ("", "", block)
-            if number and not end:
+        blocks = whole.split(GENERATION_BEGIN)
+        learned = self._learned_blocks(messages, conversation, len(blocks) - 1)
+        parts: list[tuple[str, bool]] = [(blocks[0], False)]
+        for block, is_learned in zip(blocks[1:], learned, strict=True):
+            inside, end, outside = block.partition(GENERATION_END)
+            if not end:
                 raise DataError("the conversation contains the delimiter of a generation block; remove it")
-            parts += [(inside, number > context), (outside, False)]
+            parts += [(inside, is_learned), (outside, False)]
         return parts
 
+    def _learned_blocks(
+        self, messages: Sequence[Message], conversation: Conversation, num_blocks: int
+    ) -> list[bool]:
+        """Return whether each generation block belongs to a message that is learned.
+
+        Rendering the messages up to one whose mask differs from the next one's shows how many blocks belong to them.
+        """
+        answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        flags: list[bool] = []
+        for number, following in zip(answers, [*answers[1:], None], strict=True):
+            learned = conversation.learned[number]
+            if following is None:
+                end = num_blocks
+            elif conversation.learned[following] == learned:
+                continue
+            else:
+                end = self._render(messages[:following], conversation.variables).count(GENERATION_BEGIN)
+            if not len(flags) <= end <= num_blocks:
+                raise DataError(
+                    f"message {number + 1}: the chat template marks another number of answers if others follow, so "
+                    "those to learn are unknown; give all answers the same weight"
+                )
+            flags += [learned] * (end - len(flags))
+        return flags or [True] * num_blocks
+
     def _split_by_comparing(
-        self, messages: list[Message], tools: Any, first_trained: int
+        self, messages: Sequence[Message], whole: str, conversation: Conversation
     ) -> list[tuple[str, bool]]:
-        whole = self.render(messages, tools)
+        variables = conversation.variables
         parts: list[tuple[str, bool]] = []
         done = 0
         for number, message in enumerate(messages):
-            if message.get("role") != "assistant" or number < first_trained:
+            if message["role"] != "assistant" or not conversation.learned[number]:
                 continue
-            before = self.render(messages[:number], tools, add_generation_prompt=True)
-            after = self.render(messages[: number + 1], tools)
+            before = self._render(messages[:number], variables, add_generation_prompt=True)
+            after = self._render(messages[: number + 1], variables)
             if not (whole.startswith(after) and after.startswith(before) and len(before) >= done):
-                before = self.render(messages[:number], tools)
+                before = self._render(messages[:number], variables)
             if not (whole.startswith(after) and after.startswith(before) and len(before) >= done):
                 raise DataError(
                     f"message {number + 1}: the chat template renders this message differently if others follow, so "
@@ -211,8 +282,69 @@ def _compiled(
     return ChatTemplate(source, dict(tokens), dict(special))
 
 
-def _to_json(value: Any, indent: int | None = None, sort_keys: bool = False, **more: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent, sort_keys=sort_keys)
+def _tracked(message: Message) -> TrackedObject:
+    """Return a message that notes which keys the template reads, also in its tool calls."""
+    made = dict(message)
+    if "tool_calls" in made:
+        made["tool_calls"] = [
+            TrackedObject(
+                {**call, "function": TrackedObject(call["function"])} if "function" in call else call
+            )
+            for call in made["tool_calls"]
+        ]
+    return TrackedObject(made)
+
+
+def _unread_keys(message: TrackedObject) -> list[str]:
+    """Return the keys without effect of a message that was rendered.
+
+    Raises:
+        DataError: a key that says something was not read.
+    """
+    unread = unread_of(message)
+    role = dict.get(message, "role")
+    counted = []
+    for name, value in unread.items():
+        if name == "role" or not filled(value) or value is False:
+            continue
+        if name in REASONING and any(other in message and other not in unread for other in REASONING):
+            continue
+        if name == "content" and any(
+            n not in unread for n in ("tool_calls", "function_call") if n in message
+        ):
+            text = value if isinstance(value, str) else "".join(part["text"] for part in value)
+            if not text.strip():
+                continue
+        if field_of(name, "message") is None or (name == "name" and role in ("tool", "function")):
+            counted.append(message_key(name))
+        else:
+            shown = (
+                " or ".join(repr(n) for n in REASONING if n in message) if name in REASONING else repr(name)
+            )
+            raise DataError(
+                f"key {shown} (role {role!r}): {MESSAGE_CONTENT.reason}; {MESSAGE_CONTENT.remedy}"
+            )
+    if "tool_calls" not in unread:
+        for number, call in enumerate(dict.get(message, "tool_calls") or (), 1):
+            inner = dict.get(call, "function")
+            for named in (call, inner) if isinstance(inner, TrackedObject) else (call,):
+                for name in ("function", "name", "arguments"):
+                    if filled(unread_of(named).get(name)):
+                        raise DataError(f"tool_calls[{number}]: key {name!r}: {MESSAGE_CONTENT.reason}")
+    return counted
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Return JSON text; the arguments are those of transformers."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 def _raise_exception(message: str) -> None:

@@ -1,6 +1,7 @@
 """Encode records and samples into token ids, attention masks and labels."""
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 
 from ascendspeed_data.errors import DataError
 from ascendspeed_data.fast_tokenizer import Encoder, spot_check
+from ascendspeed_data.fields import check_record, filled
 from ascendspeed_data.handlers import IGNORED_LABEL, Sample, SampleHandler, Segment, TextHandler, kind_of
 from ascendspeed_data.indexed import optimal_token_format
 from ascendspeed_data.reading.records import check_columns, location_of, records_of_shard, text_of
@@ -17,6 +19,7 @@ from ascendspeed_data.reading.shards import Shard
 from ascendspeed_data.token_batch import TokenBatch
 from ascendspeed_data.token_frequencies import count_ids
 from ascendspeed_data.tokenizer import Tokenizer
+from ascendspeed_data.tracking import TrackedObject, unread_of
 
 INPUT_IDS, ATTENTION_MASK, LABELS = "input_ids", "attention_mask", "labels"
 SAMPLE_ARRAYS = (INPUT_IDS, ATTENTION_MASK, LABELS)
@@ -33,11 +36,20 @@ class Counts:
     num_trained_tokens: int = 0
     num_empty_documents: int = 0
     num_text_bytes: int = 0
+    unused_columns: dict[str, int] = field(default_factory=dict)
+    """Columns and keys that nothing read, with the number of records in which they are filled."""
 
     def add(self, other: "Counts") -> None:
         """Add other counts."""
         for name, value in vars(other).items():
-            setattr(self, name, getattr(self, name) + value)
+            if name != "unused_columns":
+                setattr(self, name, getattr(self, name) + value)
+        self.add_unused(other.unused_columns)
+
+    def add_unused(self, counts: Mapping[str, int]) -> None:
+        """Add numbers of records with columns and keys that nothing read."""
+        for name, count in counts.items():
+            self.unused_columns[name] = self.unused_columns.get(name, 0) + count
 
 
 @dataclass(frozen=True)
@@ -87,17 +99,23 @@ class ShardEncoder:
             return {"": self._encode_samples(self.handler, shard)}
         return self._encode_texts(self.handler, shard)
 
-    def texts(self, shard: Shard) -> Iterator[tuple[int, list[list[str]]]]:
-        """Yield the number of each record and its texts by column."""
+    def texts(
+        self, shard: Shard, unused: Counter[str] | None = None
+    ) -> Iterator[tuple[int, list[list[str]]]]:
+        """Yield the number of each record and its texts by column; count columns that nothing read in `unused`."""
         assert isinstance(self.handler, TextHandler)
-        for number, record in records_of_shard(shard):
+        for number, plain in records_of_shard(shard):
+            record = TrackedObject(plain)
             try:
                 if self.handler.columns:
-                    check_columns(record, self.handler.columns, f"{self.handler.name} needs it")
+                    check_columns(plain, self.handler.columns, f"{self.handler.name} needs it")
                 else:
                     for key in self.json_keys:
-                        text_of(record, key)
-                yield number, [self.handler.texts(record, key) for key in self.json_keys]
+                        text_of(plain, key)
+                made = [self.handler.texts(record, key) for key in self.json_keys]
+                if unused is not None:
+                    unused.update(name for name, value in unread_of(record).items() if filled(value))
+                yield number, made
             except DataError as error:
                 raise DataError(f"{location_of(shard, number)}: {error}") from None
 
@@ -105,7 +123,10 @@ class ShardEncoder:
         texts: dict[str, list[str]] = {key: [] for key in self.json_keys}
         num_empty = dict.fromkeys(self.json_keys, 0)
         num_bytes = dict.fromkeys(self.json_keys, 0)
-        for number, of_outputs in self.texts(shard):
+        unused: Counter[str] = Counter()
+        num_records = 0
+        for number, of_outputs in self.texts(shard, unused):
+            num_records += 1
             for key, of_record in zip(self.json_keys, of_outputs, strict=True):
                 for text in of_record:
                     if text:
@@ -113,6 +134,7 @@ class ShardEncoder:
                         texts[key].append(text)
                     else:
                         num_empty[key] += 1
+        unused.update(dict.fromkeys(shard.unread_columns, num_records))
         encoded = {}
         for key, kept in texts.items():
             batch = self.encoder.encode_without_special_tokens(kept)
@@ -124,7 +146,9 @@ class ShardEncoder:
             whole = add_prefix_and_suffix(batch, self.tokenizer.prefix_ids, self._suffix)
             ids = whole.ids
             frequencies = count_ids(ids, self.tokenizer.vocab_size)
-            counts = Counts(num_documents, num_documents, len(ids), len(ids), num_empty[key], num_bytes[key])
+            counts = Counts(
+                num_documents, num_documents, len(ids), len(ids), num_empty[key], num_bytes[key], dict(unused)
+            )
             encoded[key] = EncodedOutput(
                 {key: ids}, whole.lengths.astype(np.int32), None, counts, frequencies
             )
@@ -135,10 +159,16 @@ class ShardEncoder:
         samples: list[Sample] = []
         sequences: list[int] = []
         counts = Counts()
-        for number, record in records_of_shard(shard):
+        for number, plain in records_of_shard(shard):
             try:
-                check_columns(record, handler.columns, f"{handler.name} needs it")
+                check_columns(plain, handler.columns, f"{handler.name} needs it")
+                record = TrackedObject(plain)
                 made = handler.samples(record, self.tokenizer)
+                refused = getattr(handler, "refused_columns", ())
+                unused = dict.fromkeys(check_record(unread_of(record), handler.name, refused), 1)
+                for sample in made:
+                    unused |= dict.fromkeys(sample.unused, 1)
+                counts.add_unused(unused)
                 if is_pairs and len(made) not in (0, 2):
                     raise DataError(f"{handler.name} made {len(made)} samples of a record; a pair has two")
             except DataError as error:

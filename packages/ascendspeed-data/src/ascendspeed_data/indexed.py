@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from ascendspeed_data.errors import DataError
 from ascendspeed_data.files import INCOMPLETE
+from ascendspeed_data.reading.inputs import read_errors
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -189,13 +190,14 @@ class IndexedDataset:
 
     def __init__(self, prefix: Path) -> None:
         self.prefix = prefix
-        self._format, self.lengths, self._starts, self.documents = _read_index(prefix)
-        bin_path = _existing(prefix, ".bin")
-        size = bin_path.stat().st_size
-        _check_pointers(prefix, self._format, self.lengths, self._starts, size)
-        self._tokens: NDArray[Any] = (
-            np.memmap(bin_path, dtype=self._format, mode="r") if size else np.empty(0, self._format)
-        )
+        with read_errors(prefix):
+            self._format, self.lengths, self._starts, self.documents = _read_index(prefix)
+            bin_path = _existing(prefix, ".bin")
+            size = bin_path.stat().st_size
+            _check_pointers(prefix, self._format, self.lengths, self._starts, size)
+            self._tokens: NDArray[Any] = (
+                np.memmap(bin_path, dtype=self._format, mode="r") if size else np.empty(0, self._format)
+            )
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -254,15 +256,27 @@ def _read_index(prefix: Path) -> tuple[np.dtype[Any], NDArray[Any], NDArray[Any]
 def _check_pointers(
     prefix: Path, token_format: np.dtype[Any], lengths: NDArray[Any], starts: NDArray[Any], size: int
 ) -> None:
-    if len(lengths) == 0:
-        return
-    ends = starts + lengths.astype(np.int64) * token_format.itemsize
-    bad = np.flatnonzero((lengths < 0) | (starts < 0) | (ends > size) | (starts % token_format.itemsize != 0))
+    ends = np.cumsum(lengths, dtype=np.int64) * token_format.itemsize
+    bad = np.flatnonzero((lengths < 0) | (starts < 0) | (ends > size) | (starts > size))
     if len(bad):
         number = int(bad[0])
         raise DataError(
             f"{prefix}.idx: sequence {number} ({int(lengths[number])} tokens at byte {int(starts[number])}) is "
             f"outside {prefix}.bin, which has {size} bytes; the .bin is incomplete or belongs to another .idx"
+        )
+    expected = ends - lengths.astype(np.int64) * token_format.itemsize
+    misplaced = np.flatnonzero(starts != expected)
+    if len(misplaced):
+        number = int(misplaced[0])
+        raise DataError(
+            f"{prefix}.idx: sequence {number} begins at byte {int(starts[number])}, but the sequences before it end "
+            f"at byte {int(expected[number])}; the .idx is damaged, so preprocess again"
+        )
+    total = int(ends[-1]) if len(ends) else 0
+    if size != total:
+        raise DataError(
+            f"{prefix}.bin has {size} bytes, but {prefix}.idx ends at byte {total}; the .bin was added to or belongs "
+            "to another .idx"
         )
 
 

@@ -1,19 +1,19 @@
 """The manifest of a dataset: tokenizer, handler, counts and hashes. Training and inference check the tokenizer."""
 
 import hashlib
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from ascendspeed_data.errors import DataError
 from ascendspeed_data.handlers.base import Kind
+from ascendspeed_data.small_files import JsonObject, check_shape, read_json
 from ascendspeed_data.tokenizer import Tokenizer, tokenizer_files
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 def _from_version_1(content: dict[str, Any]) -> dict[str, Any]:
@@ -35,7 +35,12 @@ def _from_version_1(content: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_version_1}
+def _from_version_2(content: dict[str, Any]) -> dict[str, Any]:
+    """Version 2 does not count what nothing read."""
+    return {**content, "unused_columns": {}}
+
+
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_version_1, 2: _from_version_2}
 """For each old version, the function that converts its content to the next version."""
 
 
@@ -96,7 +101,11 @@ class PackRecord(_Frozen):
 
 
 class DatasetManifest(_Frozen):
-    """The settings that decide the bytes of a dataset, and the counts and hashes of the result."""
+    """The settings that decide the bytes of a dataset, and the counts and hashes of the result.
+
+    `unused_columns` names the columns and the keys of messages that nothing read, with the number of records in which
+    they are filled.
+    """
 
     format_version: int = FORMAT_VERSION
     kind: Kind
@@ -116,6 +125,7 @@ class DatasetManifest(_Frozen):
     num_tokens: int
     num_trained_tokens: int
     num_text_bytes: int
+    unused_columns: dict[str, int]
     unigram_entropy_nats: float
     inputs: tuple[FileRecord, ...]
     files: tuple[FileRecord, ...]
@@ -145,12 +155,13 @@ def read_manifest(path: Path) -> DatasetManifest:
     Raises:
         DataError: the file is damaged, or a newer version wrote it.
     """
+    remedy = "delete it to continue without its checks"
+    content = read_json(path, JsonObject, f"{path} is damaged: it", remedy)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return DatasetManifest.model_validate(migrate(content, MIGRATIONS, path))
-    except (json.JSONDecodeError, UnicodeDecodeError, ValidationError) as error:
-        first = " ".join(str(error).split())[:200]
-        raise DataError(f"{path} is damaged: {first}; delete it to continue without its checks") from None
+        content = migrate(content, MIGRATIONS, path)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is damaged: {error!r}; {remedy}") from None
+    return check_shape(content, DatasetManifest, f"{path} is damaged", remedy)
 
 
 def migrate(
@@ -158,9 +169,8 @@ def migrate(
 ) -> dict[str, Any]:
     """Convert the content of a manifest to the current version, one version at a time."""
     newest = max([FORMAT_VERSION, *(version + 1 for version in migrations)])
-    while content.get("format_version") != newest:
-        version = content.get("format_version")
-        if version not in migrations:
+    while (version := content.get("format_version")) != newest:
+        if type(version) is not int or version not in migrations:
             raise DataError(
                 f"{path}: format_version={version} is not supported; this version reads up to {newest}, so update "
                 "ascendspeed-data"

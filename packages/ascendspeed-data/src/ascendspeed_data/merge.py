@@ -1,6 +1,7 @@
 """Merge datasets that have the same tokenizer."""
 
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -137,6 +138,9 @@ def _manifest(
         "num_documents", "num_sequences", "num_empty_documents", "num_tokens", "num_trained_tokens", "num_text_bytes",
     )  # fmt: skip
     sums = {name: sum(getattr(manifest, name) for manifest in known) for name in counted}
+    unused = Counter[str]()
+    for manifest in known:
+        unused.update(manifest.unused_columns)
     handlers = list(dict.fromkeys(manifest.handler for manifest in known))
     pack = None
     if first.pack is not None:
@@ -152,6 +156,7 @@ def _manifest(
     return first.model_copy(
         update={
             **sums,
+            "unused_columns": dict(unused),
             "handler": " + ".join(handlers),
             "pack": pack,
             "unigram_entropy_nats": unigram_entropy_nats(frequencies),

@@ -223,8 +223,12 @@ class _PreprocessRun:
     def _check_not_empty(self, outputs: dict[str, DatasetWriter]) -> None:
         for key, output in outputs.items():
             if output.counts.num_documents == 0:
-                what = f"column {key!r}" if key else "the handler's output"
-                raise DataError(f"{what} of {' '.join(self.job.inputs)} has no text; check --json-key")
+                read = " ".join(self.job.inputs) or self.job.hf_datasets_params
+                if not key:
+                    raise DataError(
+                        f"no record of {read} has something to learn; check --handler-name and its columns"
+                    )
+                raise DataError(f"column {key!r} of {read} has no text; check --json-key")
 
     def _keep_finished(self, outputs: dict[str, DatasetWriter]) -> None:
         """After an error, keep the documents that the journal records; if there are none, delete everything."""

@@ -7,10 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ascendspeed_data.chat_template import ChatTemplate, Message, read_chat_template
+from ascendspeed_data.chat_template import ChatTemplate, read_chat_template
+from ascendspeed_data.content_forms import joined_text
+from ascendspeed_data.conversation import Message, conversation_of
 from ascendspeed_data.encoding import encode_samples
 from ascendspeed_data.errors import ConfigError, DataError, did_you_mean
 from ascendspeed_data.fast_tokenizer import ExactEncoder
+from ascendspeed_data.fields import filled
 from ascendspeed_data.handlers import Sample, Segment
 from ascendspeed_data.handlers.chat import MessagesHandler, ShareGPTHandler
 from ascendspeed_data.handlers.instruction import (
@@ -160,14 +163,19 @@ def exchanges_of(messages: Sequence[Message]) -> list[Exchange]:
     Raises:
         DataError: there is a system message, or the roles do not alternate.
     """
-    roles = [message["role"] for message in messages]
+    read = conversation_of(messages).messages
+    for number, message in enumerate(read, 1):
+        others = [name for name in message if name not in ("role", "content") and filled(message[name])]
+        if others:
+            raise DataError(f"message {number}: this chat template has no place for {others[0]!r}; remove it")
+    roles = [message["role"] for message in read]
     if "system" in roles:
         raise DataError("this chat template has no place for a system message; leave --system out")
     if roles != ["user", "assistant"] * (len(roles) // 2) + ["user"]:
         raise DataError(
             "messages must alternate between user and assistant, and the last one must be of the user"
         )
-    texts = [str(message["content"]) for message in messages]
+    texts = [joined_text(message["content"]) for message in read]
     return list(zip(texts[::2], [*texts[1::2], ""], strict=True))
 
 

@@ -39,12 +39,14 @@ class Sample:
         add_special_tokens: whether to add what the tokenizer adds to a text, most often BOS at the start.
         encode_separately: whether to encode each text separately, with its own BOS and EOS, as rules of 2023 do.
         is_rendered: whether a chat template made the texts: special tokens in them become their ids.
+        unused: keys inside the record that have no effect, to be counted.
     """
 
     segments: tuple[Segment, ...]
     add_special_tokens: bool = True
     encode_separately: bool = False
     is_rendered: bool = False
+    unused: tuple[str, ...] = ()
 
 
 def text_in(record: Record, column: str) -> str:

@@ -113,13 +113,20 @@ def _sentences(inputs: Sequence[str], json_key: str, sample_bytes: int) -> Itera
             except DataError as error:
                 raise DataError(f"{path}: record {number}: {error}") from None
             for sentence in _split_text(text):
-                size = len(sentence.encode("utf-8"))
+                size = _size_of(sentence, f"{path}: record {number}")
                 if taken + size > sample_bytes:
                     log(f"training on the first {taken:,} bytes of text (--sample-bytes)")
                     return
                 taken += size
                 yield sentence
     log(f"training on all {taken:,} bytes of text")
+
+
+def _size_of(text: str, where: str) -> int:
+    try:
+        return len(text.encode("utf-8"))
+    except UnicodeEncodeError:
+        raise DataError(f"{where}: half a surrogate pair is not valid text; repair the record") from None
 
 
 def _split_text(text: str) -> Iterator[str]:

@@ -129,7 +129,10 @@ def _load(name: str, config: str, split: str, needed: bool) -> HubRows | None:
         raise EvaluationError(f"{folder} has neither {config}/{split}*.parquet nor {split}*.parquet")
     if not files:
         return None
-    loaded: HubRows = [
-        row for file in files for row in datasets.Dataset.from_parquet(str(file), cache_dir=None)
-    ]
+    loaded: list[HubRow] = []
+    for file in files:
+        try:
+            loaded += datasets.Dataset.from_parquet(str(file), cache_dir=None)
+        except Exception as error:  # noqa: BLE001 - datasets raises errors of many libraries
+            raise EvaluationError(f"{file} cannot be read: {error}; download it again") from None
     return loaded

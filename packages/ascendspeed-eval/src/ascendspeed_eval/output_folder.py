@@ -8,12 +8,13 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import MISSING, Field, asdict, fields
 from pathlib import Path
 from typing import Any
 
 from ascendspeed_eval.errors import EvaluationError
 from ascendspeed_eval.progress import log
+from ascendspeed_eval.small_files import KeyTypes, check_keys, is_a, parse_json, read_bytes, read_text
 from ascendspeed_eval.tasks.base import ScoredSample
 
 SAMPLES, RESULTS, SETTINGS, SUBMISSION = "samples.jsonl", "results.json", "run.json", "submission.json"
@@ -54,7 +55,8 @@ def resume_samples(folder: Path, identity: Mapping[str, Any]) -> list[ScoredSamp
     """Return the finished samples of an interrupted run with the same identity; an incomplete last line is dropped."""
     settings = folder / SETTINGS
     if settings.is_file():
-        earlier = json.loads(settings.read_text(encoding="utf-8"))
+        earlier = parse_json(read_text(settings), str(settings))
+        check_keys(earlier, {}, str(settings))
         for key, value in identity.items():
             if earlier.get(key) != value:
                 raise EvaluationError(
@@ -66,13 +68,11 @@ def resume_samples(folder: Path, identity: Mapping[str, Any]) -> list[ScoredSamp
     path = folder / SAMPLES
     if not path.is_file():
         return []
-    done = []
-    # Read bytes: a killed process may have left half a character. Split at \n only: texts hold other line separators.
-    for line in path.read_bytes().split(b"\n"):
-        try:
-            done.append(ScoredSample(**json.loads(line)))
-        except ValueError:
-            break
+    # A killed process may have left half a character. Split at \n only: texts hold other line separators.
+    *lines, rest = read_bytes(path).split(b"\n")
+    done = [_sample(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+    if rest:
+        log(f"{path}: its last line is incomplete; that sample is computed again")
     write_atomically(path, "".join(json.dumps(asdict(s), ensure_ascii=False) + "\n" for s in done))
     return done
 
@@ -86,7 +86,50 @@ def read_samples(folder: Path) -> list[ScoredSample]:
     path = folder / SAMPLES
     if not path.is_file():
         raise EvaluationError(f"{path} does not exist; the run in {folder} is not complete")
-    return [ScoredSample(**json.loads(line)) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    lines = read_bytes(path).split(b"\n")
+    return [_sample(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line]
+
+
+_TYPES: KeyTypes = {
+    "id": str, "subset": str, "prompt": str, "scores": dict, "truncated_tokens": int, "choices": list,
+    "logprobs": list, "answer": (int, type(None)), "outputs": list, "extracted": dict,
+}  # fmt: skip
+
+
+def _sample(line: bytes, where: str) -> ScoredSample:
+    """Return what a line of `samples.jsonl` says.
+
+    Raises:
+        EvaluationError: it is damaged, or another version wrote it.
+    """
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise EvaluationError(
+            f"{where} is not UTF-8 ({error.reason}); delete the line, or choose another --output-dir"
+        ) from None
+    given = parse_json(text, where)
+    check_keys(given, {}, where)
+    known = {one.name for one in fields(ScoredSample)}
+    unknown = [key for key in given if key not in known]
+    missing = [one.name for one in fields(ScoredSample) if _is_required(one) and one.name not in given]
+    if unknown or missing:
+        raise EvaluationError(
+            f"{where}: {', '.join(unknown or missing)} is {'unknown' if unknown else 'missing'}; another version wrote "
+            "it, or it is damaged: choose another --output-dir"
+        )
+    check_keys(given, {key: kind for key, kind in _TYPES.items() if key in given}, where)
+    sample = ScoredSample(**given)
+    numbers = [*sample.scores.values(), *sample.logprobs]
+    texts = [*sample.choices, *sample.outputs]
+    is_whole = all(is_a(one, (int, float)) for one in numbers) and all(is_a(one, (str,)) for one in texts)
+    if not is_whole or (sample.answer is not None and not 0 <= sample.answer < len(sample.choices)):
+        raise EvaluationError(f"{where}: a value has the wrong type; delete the line")
+    return sample
+
+
+def _is_required(field: Field[Any]) -> bool:
+    return field.default is MISSING and field.default_factory is MISSING
 
 
 def write_submission(folder: Path, scored: Sequence[ScoredSample]) -> None:

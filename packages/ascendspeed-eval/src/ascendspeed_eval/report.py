@@ -1,12 +1,12 @@
 """The report of a run in Markdown: scores, and everything that produced them."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ascendspeed_eval.errors import EvaluationError
 from ascendspeed_eval.report_html import html_report
+from ascendspeed_eval.small_files import KeyTypes, check_keys, is_a, parse_json, read_text
 from ascendspeed_eval.tasks.base import ScoredSample
 
 TOY_MODEL_PARAMETERS = 100_000_000
@@ -69,8 +69,40 @@ def read_results(folder: Path) -> dict[str, Any]:
     path = folder / "results.json"
     if not path.is_file():
         raise EvaluationError(f"{path} does not exist; the run in {folder} is not complete")
-    results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    results: dict[str, Any] = parse_json(read_text(path), str(path))
+    check_keys(results, {"model": dict, "run": dict, "tasks": dict}, str(path))
+    check_keys(results["model"], {"name": str}, f"{path}: model")
+    check_keys(results["run"], {"data_sha256": str, "protocol": str}, f"{path}: run")
+    for name, task in results["tasks"].items():
+        where = f"{path}: tasks: {name}"
+        check_keys(task, _TASK_TYPES, where)
+        interval, references = task["confidence_interval_95"], task["reference_scores"]
+        check_keys(task["baselines"], dict.fromkeys(task["baselines"], _NUMBER), f"{where}: baselines")
+        if len(interval) != 2 or not all(is_a(one, _NUMBER) for one in interval):
+            raise EvaluationError(f"{where}: confidence_interval_95 is not two numbers; evaluate again")
+        if not all(_is_reference(one) for one in references):
+            raise EvaluationError(
+                f"{where}: reference_scores are not model, source and score; evaluate again"
+            )
     return results
+
+
+_NUMBER = (int, float)
+_TASK_TYPES: KeyTypes = {
+    "score": _NUMBER, "stderr": _NUMBER, "macro": _NUMBER, "metric": str, "protocol": str, "num_samples": int,
+    "num_scored": int, "confidence_interval_95": list, "baselines": dict, "reference_scores": list,
+}  # fmt: skip
+"""What is read again of an entry of `tasks`."""
+
+
+def _is_reference(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == 3
+        and is_a(value[0], (str,))
+        and is_a(value[1], (str,))
+        and is_a(value[2], _NUMBER)
+    )
 
 
 def join_runs(folders: Sequence[Path]) -> str:

@@ -1,6 +1,5 @@
 """A backend that reads its answers from a file: for trying tasks and for tests."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ from ascendspeed_eval.model import (
     LoglikelihoodResult,
     ModelDescription,
 )
+from ascendspeed_eval.small_files import check_keys, parse_json, read_text
 
 Answer = dict[str, Any]
 
@@ -79,16 +79,20 @@ class ScriptedBackend:
     def open(self, options: Mapping[str, Any]) -> Iterator[EvaluatedModel | None]:
         """Read the file."""
         path = Path(options["scripted_answers"])
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-            answers = [json.loads(line) for line in lines if line.strip()]
-        except FileNotFoundError:
-            raise EvaluationError(
-                f"scripted_answers={path} does not exist; check --scripted-answers"
-            ) from None
-        except json.JSONDecodeError as error:
-            raise EvaluationError(f"{path} is not JSON lines: {error}") from None
-        yield ScriptedModel(answers, path.name)
+        text = read_text(path, f"scripted_answers={path}", "--scripted-answers")
+        # Not splitlines(), which also splits at characters that JSON allows inside a string.
+        lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+        yield ScriptedModel([_answer(line, f"{path}, line {number}") for number, line in lines], path.name)
+
+
+def _answer(line: str, where: str) -> Answer:
+    answer: Answer = {"contains": "", "logprobs": {}, "text": ""}
+    given = parse_json(line, where)
+    check_keys(given, {}, where)
+    answer |= given
+    check_keys(answer, {"contains": str, "logprobs": dict, "text": str}, where)
+    check_keys(answer["logprobs"], dict.fromkeys(answer["logprobs"], (int, float)), f"{where}: logprobs")
+    return answer
 
 
 backend = ScriptedBackend()

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterator
 
 from ascendspeed_core.weights import WeightSource
-from ascendspeed_data.chat_template import Message
 from ascendspeed_data.command_line import log
+from ascendspeed_data.conversation import Message
 from ascendspeed_data.errors import AscendSpeedError, ConfigError
 from ascendspeed_data.manifest import DatasetManifest
 from ascendspeed_data.prompting import LAYOUT_NAMES, PromptLayout, layout_named, recorded_layout

@@ -1,12 +1,12 @@
 """Prompts in lines: texts, or JSON with ids, seeds, and what belongs to a prompt."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ascendspeed_data.errors import AscendSpeedError, ConfigError, DataError
+from ascendspeed_data.errors import ConfigError, DataError
+from ascendspeed_data.small_files import parse_json, read_text
 
 Format = Literal["text", "jsonl"]
 
@@ -28,12 +28,7 @@ class PromptRecord:
 
 def read_prompt_file(file: Path) -> str:
     """Return the text of a file of prompts."""
-    if not file.is_file():
-        raise AscendSpeedError(f"prompt_file={file} does not exist; check --prompt-file")
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"prompt_file={file} is not UTF-8: {error}") from None
+    return read_text(file, f"prompt_file={file}", "save it as UTF-8", option="--prompt-file")
 
 
 def read_prompts(text: str, format_: Format, where: str) -> list[PromptRecord]:
@@ -58,10 +53,7 @@ def read_prompts(text: str, format_: Format, where: str) -> list[PromptRecord]:
 
 
 def _read_json_line(line: str, where: str) -> PromptRecord:
-    try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where} is not JSON: {error}") from None
+    value: Any = parse_json(line, object, where, "correct it")
     fields = value if isinstance(value, dict) else {"prompt": value}
     prompts = [fields[name] for name in ("prompt", "prompt_token_ids") if name in fields]
     if len(prompts) != 1 or not _is_prompt(prompts[0]):

@@ -13,7 +13,8 @@ from ascendspeed_ckpt.threads import ByteCounter, OnBytes, run_in_threads
 from ascendspeed_core import __version__
 from ascendspeed_core.config.layout import Layout
 from ascendspeed_core.weights.files.distributed_writer import TensorFile, WrittenShard, write_metadata
-from ascendspeed_core.weights.native.source import DESCRIPTION, FORMAT_VERSION, TRACKER, NativeSource
+from ascendspeed_core.weights.native.description import FORMAT_VERSION
+from ascendspeed_core.weights.native.source import DESCRIPTION, TRACKER, NativeSource
 from ascendspeed_core.weights.source import TensorInfo, WeightSource
 from ascendspeed_core.weights.stream import slabs
 from ascendspeed_data.files import write_durably

@@ -1,12 +1,12 @@
 """A DeepSpeed JSON beside the run's own options: what it may say, and where it contradicts them; no DeepSpeed here."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ascendspeed_data.errors import AscendSpeedError, did_you_mean
+from ascendspeed_data.small_files import JsonObject, read_json
 
 AUTO = "auto"
 """Value of a key that takes over what the run says, as in Hugging Face's examples."""
@@ -133,13 +133,10 @@ def read_deepspeed_config(path: Path) -> dict[str, Any]:
     Raises:
         AscendSpeedError: it cannot be read, or names no ZeRO stage that exists.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise AscendSpeedError(f"{path} does not exist; check --deepspeed_config") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise AscendSpeedError(f"{path} is no JSON: {error}") from None
-    if not isinstance(content, dict) or not isinstance(content.get("zero_optimization", {}), dict):
+    content = read_json(
+        path, JsonObject, f"deepspeed_config={path}", "correct it", option="--deepspeed_config"
+    )
+    if not isinstance(content.get("zero_optimization", {}), dict):
         raise AscendSpeedError(f"{path} is no DeepSpeed config; it must be an object of objects")
     return content
 

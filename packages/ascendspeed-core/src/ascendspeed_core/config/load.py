@@ -1,6 +1,6 @@
 """Make a config from a TOML recipe and the flags that were given; flags win."""
 
-import tomllib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 from ascendspeed_core.config.migrate import FORMAT_VERSION, VERSION_KEY, describe_moves, migrate_config
 from ascendspeed_data.command_line import log
 from ascendspeed_data.errors import ConfigError, did_you_mean
+from ascendspeed_data.small_files import read_toml
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -48,13 +49,20 @@ def load_config(
     return validate(config, merged)
 
 
-def validate(config: type[Model], values: dict[str, Any]) -> Model:
+def validate(config: type[Model], values: dict[str, Any], strict: bool = False) -> Model:
     """Return `config(**values)`, with pydantic's complaint as one line.
+
+    Args:
+        config: the config.
+        values: its fields, as JSON values.
+        strict: a text is no number, and a number no switch; flags may be texts, files may not.
 
     Raises:
         ConfigError: a value breaks a rule.
     """
     try:
+        if strict:
+            return config.model_validate_json(json.dumps(values), strict=True)
         return config.model_validate(values)
     except ValidationError as error:
         raise ConfigError(_first_complaint(error)) from None
@@ -68,22 +76,15 @@ def _section(annotation: Any) -> type[BaseModel]:
 
 def _read_recipe(recipe: Path, say: Callable[[str], None]) -> dict[str, Any]:
     """Return the sections of a recipe, in those of today."""
-    sections, moves = migrate_config(_read_toml(recipe), str(recipe))
+    sections, moves = migrate_config(
+        read_toml(recipe, f"recipe {recipe}", ConfigError, "--config"), str(recipe)
+    )
     if moves:
         say(
             f"{recipe}: read as a recipe of release 0.1.0; to bring it up to date, move {describe_moves(moves)}, and "
             f"begin it with {VERSION_KEY} = {FORMAT_VERSION}"
         )
     return sections
-
-
-def _read_toml(recipe: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(recipe.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"recipe {recipe} does not exist; check --config") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"recipe {recipe} is not TOML: {error}") from None
 
 
 def _first_complaint(error: ValidationError) -> str:

@@ -7,6 +7,9 @@ from pydantic import Field, model_validator
 from ascendspeed_core.config.base import Config, spellings
 from ascendspeed_data.errors import AscendSpeedError
 
+MOST_LAYERS, WIDEST, MOST_IDS = 10_000, 1 << 20, 1 << 26
+"""No model comes near these sizes; a config that goes beyond them is damaged, and nothing is allocated for it."""
+
 WeightQuantization = Literal["none", "int8"]
 """How a model holds its matrices for inference: in its format, or as integers with a scale for each row."""
 
@@ -48,15 +51,15 @@ class ModelConfig(Config):
     """
 
     family: str = Field(description="Name of the family's table, see `asd-core models`.")
-    vocab_size: int = Field(ge=1, description="Rows of the embedding.")
-    hidden_size: int = Field(ge=1, description="Width of the residual stream, H.")
-    ffn_hidden_size: int = Field(ge=1, description="Width inside the MLP, F.")
-    num_layers: int = Field(ge=1, description="Transformer layers, L.")
-    num_attention_heads: int = Field(ge=1, description="Query heads, N.")
+    vocab_size: int = Field(ge=1, le=MOST_IDS, description="Rows of the embedding.")
+    hidden_size: int = Field(ge=1, le=WIDEST, description="Width of the residual stream, H.")
+    ffn_hidden_size: int = Field(ge=1, le=WIDEST, description="Width inside the MLP, F.")
+    num_layers: int = Field(ge=1, le=MOST_LAYERS, description="Transformer layers, L.")
+    num_attention_heads: int = Field(ge=1, le=WIDEST, description="Query heads, N.")
     num_key_value_heads: int = Field(
-        ge=1, description="Key and value heads, K; K < N is grouped-query attention."
+        ge=1, le=WIDEST, description="Key and value heads, K; K < N is grouped-query attention."
     )
-    head_dim: int = Field(ge=1, description="Width of one head, D.")
+    head_dim: int = Field(ge=1, le=WIDEST, description="Width of one head, D.")
     max_position_embeddings: int = Field(
         ge=1, description="Longest sequence the model was made for, in tokens."
     )

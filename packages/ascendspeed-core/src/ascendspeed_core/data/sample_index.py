@@ -186,7 +186,7 @@ def refuse_pickled_indices(cache: Path) -> None:
                 ) from None
             log(f"{path} is damaged ({error}); it is built again")
             path.unlink()
-        except (EOFError, OSError) as error:
+        except (EOFError, OSError, SyntaxError, TypeError) as error:
             log(f"{path} is damaged ({error}); it is built again")
             path.unlink()
 

@@ -10,7 +10,9 @@ from ascendspeed_core.config.preference import DpoConfig
 from ascendspeed_core.weights import NativeSource, WeightSource, open_weights
 from ascendspeed_core.weights.adapters.lora import AdaptedWeights
 from ascendspeed_core.weights.fingerprint import fingerprint
+from ascendspeed_core.weights.native.source import DESCRIPTION
 from ascendspeed_data.errors import AscendSpeedError
+from ascendspeed_data.small_files import check_shape
 
 REFERENCE_KEY = "reference"
 """Key in the `run` of a checkpoint's description."""
@@ -52,7 +54,11 @@ def open_reference(config: DpoConfig, source: WeightSource, checkpoint: NativeSo
     known: Mapping[str, Any] | None = None
     if checkpoint is not None:
         run, _ = migrate_config(checkpoint.description["run"], str(checkpoint.folder))
-        known = run.get(REFERENCE_KEY)
+        stated = run.get(REFERENCE_KEY)
+        where = f"{checkpoint.folder / DESCRIPTION}, run.{REFERENCE_KEY}"
+        known = (
+            None if stated is None else check_shape(stated, dict[str, str], where, "use another checkpoint")
+        )
         if known is None:
             raise AscendSpeedError(
                 f"{checkpoint.folder} was not written by preference tuning, and names no reference; give another --save"

@@ -6,11 +6,25 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict
+
 from ascendspeed_data.command_line import log
 from ascendspeed_data.files import INCOMPLETE, write_durably
+from ascendspeed_data.small_files import read_json_lines
 
 METRICS = "metrics.jsonl"
 PICTURE = "loss.png"
+
+
+class Iteration(BaseModel):
+    """One line of `metrics.jsonl`, as far as it is read again."""
+
+    model_config = ConfigDict(extra="allow")
+
+    iteration: int
+    lm_loss: float | None
+    grad_norm: float | None = None
+    validation_loss: float | None = None
 
 
 class MetricsFile:
@@ -23,11 +37,12 @@ class MetricsFile:
 
     def __init__(self, run_folder: Path, iteration: int) -> None:
         self.path = run_folder / METRICS
-        self.records = [record for record in read_metrics(self.path) if record["iteration"] <= iteration]
+        written, is_cut = _read_lines(self.path)
+        self.records = [record for record in written if record["iteration"] <= iteration]
         if self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").count("\n")
-            if lines > len(self.records):
-                log(f"{self.path}: dropped {lines - len(self.records)} lines past iteration {iteration}")
+            dropped = len(written) - len(self.records) + is_cut
+            if dropped:
+                log(f"{self.path}: dropped {dropped} lines past iteration {iteration}")
             write_durably(self.path, "".join(json.dumps(record) + "\n" for record in self.records))
         self._file = self.path.open("a", encoding="utf-8")
 
@@ -43,16 +58,20 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a metrics file; a last line that a crash cut short is left out."""
+    """Return the records of a metrics file; a last line that a crash cut short is left out.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    return _read_lines(path)[0]
+
+
+def _read_lines(path: Path) -> tuple[list[dict[str, Any]], bool]:
+    """Return the records of a metrics file, and whether a crash cut its last line short."""
     if not path.exists():
-        return []
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
+        return [], False
+    lines, is_cut = read_json_lines(path, Iteration, "delete the line, or give another --save")
+    return [line.model_dump(exclude_unset=True) for line in lines], is_cut
 
 
 def finite_or_none(values: Mapping[str, float]) -> dict[str, float | None]:

@@ -35,9 +35,9 @@ from ascendspeed_core.parallel.mesh import ParallelMesh, gather_objects
 from ascendspeed_core.weights.adapters.lora import description_of, plan_of
 from ascendspeed_core.weights.adapters.write_peft import write_adapter
 from ascendspeed_core.weights.files.distributed_writer import TensorFile, WrittenShard, write_metadata
+from ascendspeed_core.weights.native.description import FORMAT_VERSION
 from ascendspeed_core.weights.native.source import (
     DESCRIPTION,
-    FORMAT_VERSION,
     ITERATION_FOLDER,
     TRACKER,
     NativeSource,
@@ -265,14 +265,9 @@ def _tensors_to_write(engine: Engine, mesh: ParallelMesh) -> list[TensorShard]:
 
 def load_train_state(source: NativeSource) -> TrainState:
     """Return where the run that wrote a checkpoint stood."""
-    try:
-        return TrainState(
-            **{key: source.description[key] for key in (field.name for field in fields(TrainState))}
-        )
-    except KeyError as error:
-        raise CheckpointError(
-            f"{source.folder / DESCRIPTION} lacks {error}; use another checkpoint"
-        ) from None
+    return TrainState(
+        **{key: source.description[key] for key in (field.name for field in fields(TrainState))}
+    )
 
 
 def check_optimizer(source: NativeSource, config: OptimizerConfig) -> None:
@@ -286,7 +281,8 @@ def check_optimizer(source: NativeSource, config: OptimizerConfig) -> None:
     lacking = [kind for kind in wanted if kind not in held]
     if lacking:
         run, _ = migrate_config(source.description.get("run", {}), str(source.folder / DESCRIPTION))
-        written_by = run.get("optimizer", {}).get("optimizer", "another optimizer")
+        section = run.get("optimizer")
+        written_by = (section if isinstance(section, dict) else {}).get("optimizer", "another optimizer")
         raise CheckpointError(
             f"{source.folder} lacks the {' and '.join(lacking)} of --optimizer {config.optimizer}, it was written by "
             f"{written_by} and holds {', '.join(held) or 'no state'}; give the same --optimizer, or --no-load-optim to "

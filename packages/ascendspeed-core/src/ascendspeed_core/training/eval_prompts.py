@@ -5,11 +5,13 @@ group `ascendspeed_core.continue_texts`; ascendspeed-infer does.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
+
+from pydantic import BaseModel, ConfigDict
 
 from ascendspeed_core.config.eval_prompts import EvalPromptsConfig
 from ascendspeed_core.config.layout import Layout
@@ -19,6 +21,7 @@ from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_data.command_line import log
 from ascendspeed_data.errors import AscendSpeedError, ConfigError, DataError
 from ascendspeed_data.files import write_durably
+from ascendspeed_data.small_files import parse_json, read_json_lines, read_text
 from ascendspeed_data.tokenizer import load_tokenizer
 
 ENTRY_POINTS = "ascendspeed_core.continue_texts"
@@ -136,16 +139,25 @@ def find_continue_texts() -> ContinueTexts:
     return found
 
 
+class _Completion(BaseModel):
+    """One line of `samples.jsonl`."""
+
+    model_config = ConfigDict(extra="allow")
+
+    iteration: int
+    prompt: str
+    text: str
+
+
 def read_prompts(path: Path) -> tuple[str, ...]:
     """Return the prompts of a file; empty lines of plain text are left out.
 
     Raises:
         DataError: it is missing, holds none, or a line of JSON that is no text.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"eval_prompts={path} cannot be read: {error}; check --eval-prompts") from None
+    # Not splitlines, which also cuts at characters that belong to a text.
+    text = read_text(path, f"eval_prompts={path}", "save it as UTF-8", option="--eval-prompts")
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
     given = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     prompts = [_prompt_of(path, *one) for one in given] if path.suffix == ".jsonl" else [x for _, x in given]
     if not prompts:
@@ -154,13 +166,10 @@ def read_prompts(path: Path) -> tuple[str, ...]:
 
 
 def _prompt_of(path: Path, number: int, line: str) -> str:
-    try:
-        value: Any = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}: line {number} is no JSON: {error}") from None
+    value: Any = parse_json(line, object, f"{path}, line {number}", "correct it")
     prompt = value.get("prompt") if isinstance(value, dict) else value
     if not isinstance(prompt, str):
-        raise DataError(f"{path}: line {number} is neither a text nor an object with `prompt`, a text")
+        raise DataError(f"{path}, line {number} is neither a text nor an object with `prompt`, a text")
     return prompt
 
 
@@ -190,12 +199,13 @@ class EvalPromptsWriter:
             self._drop_later(self._path, iteration)
 
     def _drop_later(self, path: Path, iteration: int) -> None:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        # A last line without its end was cut short by a crash.
-        kept = [x for x in lines if x.endswith("\n") and json.loads(x)["iteration"] <= iteration]
-        if len(kept) < len(lines):
-            log(f"{path}: dropped {len(lines) - len(kept)} lines past iteration {iteration}")
-            write_durably(path, "".join(kept))
+        lines, is_cut = read_json_lines(
+            path, _Completion, f"delete it, or give another --save: {path.parent}"
+        )
+        kept = [line for line in lines if line.iteration <= iteration]
+        if len(kept) < len(lines) or is_cut:
+            log(f"{path}: dropped {len(lines) - len(kept) + is_cut} lines past iteration {iteration}")
+            write_durably(path, "".join(_json_line(line.model_dump()) for line in kept))
 
     def write(self, iteration: int) -> int:
         """Complete all prompts, write and log the completions, and return how many; all ranks call together."""
@@ -210,5 +220,9 @@ class EvalPromptsWriter:
                 log(f"sample at iteration {iteration}: {record['prompt']!r} -> {record['text']!r}")
         if self._path is not None:
             with self._path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+                file.writelines(map(_json_line, records))
         return len(records)
+
+
+def _json_line(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=False) + "\n"

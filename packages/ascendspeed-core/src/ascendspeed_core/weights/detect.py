@@ -12,6 +12,7 @@ from ascendspeed_core.weights.external.megatron_args import check_given
 from ascendspeed_core.weights.external.mp_rank import MpRankSource, follows_latest
 from ascendspeed_core.weights.external.mp_rank import iteration_folder as external_iteration_folder
 from ascendspeed_core.weights.external.torch_dist import BACKEND, TorchDistSource
+from ascendspeed_core.weights.files.json_file import read_iteration
 from ascendspeed_core.weights.huggingface.config import read_model_config
 from ascendspeed_core.weights.huggingface.source import HuggingFaceSource
 from ascendspeed_core.weights.native.source import DESCRIPTION, TRACKER, NativeSource
@@ -178,7 +179,7 @@ def _what_file(path: Path) -> str:
 
 def _detect_kind_of_run(path: Path) -> Kind:
     """Return the kind of a folder with a tracker."""
-    text = (path / TRACKER).read_text(encoding="utf-8").strip()
+    text = read_iteration(path / TRACKER)
     if text == "release":
         return detect_kind(external_iteration_folder(path))
     if text.isdecimal():

@@ -212,7 +212,7 @@ def inside(folder: Path, name: str) -> Path:
     path = folder / name
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise CheckpointError(f"{folder}: its index names {name!r}, which is outside the folder; refused")
-    if not path.is_file():
+    if not _is_file(path):
         raise CheckpointError(
             f"{path} is missing, though the index of {folder} names it; copy the folder again"
         )
@@ -221,6 +221,14 @@ def inside(folder: Path, name: str) -> Path:
             f"{path} is a link to {path.resolve()}, which is outside the folder; refused, copy the file itself"
         )
     return path
+
+
+def _is_file(path: Path) -> bool:
+    """Tell whether a file is there; a name that no file can have is none."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def _lies_in(folder: Path, path: Path) -> bool:

@@ -6,9 +6,17 @@ from typing import Annotated
 import typer
 
 from ascendspeed_data.command_line import log
+from ascendspeed_data.fields import unused_summary
 from ascendspeed_data.manifest import DatasetManifest
 from ascendspeed_data.preprocess import check_options, preprocess_dataset
 from ascendspeed_data.preprocessing.job import PreprocessJob
+
+SKIPPED = {
+    "text": "empty documents",
+    "samples": "records with nothing to learn",
+    "pairs": "pairs with equal answers",
+}
+"""What a handler leaves out, by kind of dataset."""
 
 
 def preprocess_command(
@@ -120,7 +128,11 @@ def preprocess_command(
         shard_bytes=shard_size << 10,
         overwrite=overwrite,
     )
-    for key, manifest in preprocess_dataset(job, log_interval).items():
+    manifests = preprocess_dataset(job, log_interval)
+    unused = next(iter(manifests.values())).unused_columns
+    if unused:
+        log(unused_summary(unused))
+    for key, manifest in manifests.items():
         prefix = job.column_prefix(key) if key else job.packed_prefix("*")
         log(f"wrote {prefix}.bin: {summary(manifest)}")
 
@@ -136,8 +148,7 @@ def summary(manifest: DatasetManifest) -> str:
         samples = "chosen and rejected" if manifest.kind == "pairs" else f"{manifest.num_sequences:,} samples"
         text += f"; {samples}, {manifest.num_trained_tokens:,} tokens trained"
     if manifest.num_empty_documents:
-        what = "pairs with equal answers" if manifest.kind == "pairs" else "empty documents"
-        text += f"; {manifest.num_empty_documents:,} {what} skipped"
+        text += f"; {manifest.num_empty_documents:,} {SKIPPED[manifest.kind]} skipped"
     if manifest.pack is not None:
         pack = manifest.pack
         text += (

@@ -14,6 +14,7 @@ class Handler(Protocol):
         name: as given to `--handler-name`.
         columns: columns that a record must have; empty for a text handler that reads the columns of `--json-key`.
         optional_columns: columns that it reads if they exist.
+        refused_columns: columns that have a meaning in its format, but that it does not read.
         summary: one line.
         template: the text around the columns; the manifest records it.
         example: an example record.
@@ -22,6 +23,7 @@ class Handler(Protocol):
     name: str
     columns: Sequence[str]
     optional_columns: Sequence[str]
+    refused_columns: Sequence[str]
     summary: str
     template: str
     example: Record
@@ -60,6 +62,7 @@ class HandlerBase:
     name: str = ""
     columns: Sequence[str] = ()
     optional_columns: Sequence[str] = ()
+    refused_columns: Sequence[str] = ()
     summary: str = ""
     template: str = ""
     example: Record = {}  # noqa: RUF012 - never changed

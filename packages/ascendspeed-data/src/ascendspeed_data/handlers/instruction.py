@@ -6,7 +6,9 @@ only the last answer of a conversation, and the end-of-sequence id only with `--
 
 from collections.abc import Sequence
 
+from ascendspeed_data.conversation import json_value
 from ascendspeed_data.errors import DataError
+from ascendspeed_data.fields import filled
 from ascendspeed_data.handlers.base import HandlerBase
 from ascendspeed_data.sample import Record, Sample, Segment, text_in
 
@@ -22,16 +24,19 @@ Exchange = tuple[str, str]
 """A user message and its answer."""
 
 
-def conversation(exchanges: Sequence[Exchange], first_trained: int = 0, end_of_each: bool = True) -> Sample:
+def conversation(
+    exchanges: Sequence[Exchange], first_trained: int = 0, end_of_each: bool = True, system: str = ""
+) -> Sample:
     """Return a conversation as one sample.
 
     Args:
         exchanges: user messages with their answers.
         first_trained: exchanges before this index are context without loss.
         end_of_each: end every answer with the end-of-sequence id, not only the last.
+        system: the system text; that of 2023 if empty.
     """
     segments: list[Segment] = []
-    lead = f"\n{SYSTEM}\n"
+    lead = f"\n{system or SYSTEM}\n"
     for number, (user, assistant) in enumerate(exchanges):
         trained = number >= first_trained
         segments += [
@@ -44,20 +49,39 @@ def conversation(exchanges: Sequence[Exchange], first_trained: int = 0, end_of_e
     return Sample(tuple(segments))
 
 
+def history_of(record: Record) -> list[Exchange]:
+    """Return the earlier exchanges in the column `history`, decoded if they are held as JSON text.
+
+    Raises:
+        DataError: the column is not a list of pairs of texts.
+    """
+    history = record.get("history")
+    if not filled(history):
+        return []
+    history = json_value(history, "column 'history'")
+    if not isinstance(history, list) or not all(
+        isinstance(turn, list | tuple) and len(turn) == 2 and all(isinstance(text, str) for text in turn)
+        for turn in history
+    ):
+        raise DataError("column 'history' is not a list of [question, answer]")
+    return [(turn[0], turn[1]) for turn in history]
+
+
 class GeneralInstructionHandler(HandlerBase):
-    """Alpaca records, with loss on the answer."""
+    """Alpaca records, with loss on the answer and on those in `history`, as LLaMA-Factory learns them."""
 
     name = "GeneralInstructionHandler"
     columns: Sequence[str] = ("instruction", "output")
-    optional_columns = ("input",)
-    summary = "Alpaca records, with loss on the answer and the end-of-sequence id"
+    optional_columns = ("input", "history", "system")
+    summary = "Alpaca records, with loss on every answer and the end-of-sequence id"
     template = LAYOUT.replace("{user}", "{instruction}\n{input}").replace("{assistant}", "{output}")
     example: Record = {"instruction": "Name a colour.", "input": "", "output": "Blue."}  # noqa: RUF012
 
     def samples(self, record: Record, tokenizer: object) -> list[Sample]:
         """Return the record as one sample."""
         user = text_in(record, "instruction") + "\n" + text_in(record, "input")
-        return [conversation([(user, text_in(record, "output"))])]
+        exchanges = [*history_of(record), (user, text_in(record, "output"))]
+        return [conversation(exchanges, system=text_in(record, "system"))]
 
 
 class LeetcodePythonInstructionHandler(HandlerBase):
@@ -85,6 +109,7 @@ class BelleMultiTurnInstructionHandler(HandlerBase):
 
     name = "BelleMultiTurnInstructionHandler"
     columns = ("instruction", "output")
+    refused_columns = ("input",)
     summary = (
         "Human:/Assistant: turns in `instruction`, the last answer in `output`, with loss on every answer"
     )

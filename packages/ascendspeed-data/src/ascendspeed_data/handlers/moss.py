@@ -3,7 +3,9 @@
 from dataclasses import replace
 from typing import Any
 
+from ascendspeed_data.conversation import json_value
 from ascendspeed_data.errors import DataError
+from ascendspeed_data.fields import check_turn, filled
 from ascendspeed_data.handlers.base import HandlerBase
 from ascendspeed_data.handlers.instruction import LAYOUT, Exchange, conversation
 from ascendspeed_data.sample import Record, Sample, Segment
@@ -22,6 +24,8 @@ def moss_exchanges(record: Record) -> list[Exchange]:
         DataError: the record has another structure.
     """
     chat = record.get("chat")
+    if isinstance(chat, str) and chat.lstrip().startswith("{"):
+        chat = json_value(chat, "column 'chat'")
     if not isinstance(chat, dict):
         raise DataError(f"column 'chat' holds {type(chat).__name__}, not an object of turns")
     exchanges = []
@@ -35,6 +39,24 @@ def moss_exchanges(record: Record) -> list[Exchange]:
     if not exchanges:
         raise DataError("column 'chat' has no turns")
     return exchanges
+
+
+def unused_keys(record: Record) -> tuple[str, ...]:
+    """Return the keys of turns that the rules of 2023 leave out: thoughts, commands and results of tools.
+
+    Raises:
+        DataError: a turn has a key that can change what is learned.
+    """
+    chat = record.get("chat")
+    chat = json_value(chat, "column 'chat'")
+    found: dict[str, None] = {}
+    for name, turn in chat.items():
+        if filled(turn):
+            try:
+                found |= dict.fromkeys(f"key {key!r} of turns" for key in check_turn(turn, ("Human", "MOSS")))
+            except DataError as error:
+                raise DataError(f"{name} of column 'chat': {error}") from None
+    return tuple(found)
 
 
 def _text(turn: Any, name: str, role: str) -> str:
@@ -59,7 +81,11 @@ class MOSSInstructionHandler(HandlerBase):
     def samples(self, record: Record, tokenizer: Tokenizer) -> list[Sample]:
         """Return one sample per answer."""
         exchanges = moss_exchanges(record)
-        return [conversation(exchanges[:end], first_trained=end - 1) for end in range(1, len(exchanges) + 1)]
+        unused = unused_keys(record)
+        return [
+            replace(conversation(exchanges[:end], first_trained=end - 1), unused=unused)
+            for end in range(1, len(exchanges) + 1)
+        ]
 
 
 class MOSSInstructionHandler2023(MOSSInstructionHandler):
@@ -89,7 +115,7 @@ class MOSSMultiTurnHandler(HandlerBase):
 
     def samples(self, record: Record, tokenizer: Tokenizer) -> list[Sample]:
         """Return the conversation as one sample."""
-        return [conversation(moss_exchanges(record))]
+        return [replace(conversation(moss_exchanges(record)), unused=unused_keys(record))]
 
 
 class MOSSMultiTurnHandler2023(HandlerBase):
@@ -120,4 +146,5 @@ class MOSSMultiTurnHandler2023(HandlerBase):
                 Segment(assistant, True),
             ]
         segments.append(Segment(tokenizer.eos_id, True))
-        return [Sample(tuple(segments), add_special_tokens=False, encode_separately=True)]
+        unused = unused_keys(record)
+        return [Sample(tuple(segments), add_special_tokens=False, encode_separately=True, unused=unused)]

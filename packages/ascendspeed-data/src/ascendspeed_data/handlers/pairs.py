@@ -9,11 +9,13 @@ from collections.abc import Sequence
 from itertools import takewhile
 from typing import Any
 
-from ascendspeed_data.chat_template import ChatTemplate, Message
+from ascendspeed_data.chat_template import ChatTemplate
+from ascendspeed_data.conversation import Message, conversation_of, json_value, variables_in
 from ascendspeed_data.errors import DataError
+from ascendspeed_data.fields import TEMPLATE_VARIABLES
 from ascendspeed_data.handlers.base import HandlerBase
-from ascendspeed_data.handlers.chat import MessagesHandler, ShareGPTHandler
-from ascendspeed_data.handlers.instruction import LAYOUT, Exchange, conversation
+from ascendspeed_data.handlers.chat import list_of_turns, sharegpt_message, with_system
+from ascendspeed_data.handlers.instruction import LAYOUT, conversation, history_of
 from ascendspeed_data.sample import Record, Sample, Segment, text_in
 from ascendspeed_data.tokenizer import Tokenizer
 
@@ -87,7 +89,7 @@ class AlpacaPairHandler(PairHandlerBase):
 
     name = "AlpacaPairHandler"
     columns = ("instruction",)
-    optional_columns = ("input", "chosen", "rejected", "output", "history")
+    optional_columns = ("input", "chosen", "rejected", "output", "history", "system")
     summary = "Alpaca records with chosen and rejected, or output: [better, worse]"
     template = LAYOUT.replace("{user}", "{instruction}\n{input}").replace("{assistant}", "{answer}")
     example: Record = {  # noqa: RUF012
@@ -97,9 +99,9 @@ class AlpacaPairHandler(PairHandlerBase):
     def samples(self, record: Record, tokenizer: object) -> list[Sample]:
         """Return the chosen and the rejected sample; earlier turns of `history` are context."""
         user = text_in(record, "instruction") + "\n" + text_in(record, "input")
-        before = self._history(record)
+        before, system = history_of(record), text_in(record, "system")
         return [
-            conversation([*before, (user, answer)], first_trained=len(before))
+            conversation([*before, (user, answer)], first_trained=len(before), system=system)
             for answer in _answers(*self._two(record))
         ]
 
@@ -109,21 +111,14 @@ class AlpacaPairHandler(PairHandlerBase):
                 raise DataError("one of the columns 'chosen' and 'rejected' is empty; a pair needs both")
             return text_in(record, "chosen"), text_in(record, "rejected")
         output = record.get("output")
+        if isinstance(output, str) and output.lstrip().startswith("["):
+            output = json_value(output, "column 'output'")
         if not (isinstance(output, list) and len(output) == 2 and all(isinstance(o, str) for o in output)):
             raise DataError(
                 "the record has no pair; it needs columns 'chosen' and 'rejected', or two texts in 'output', the "
                 "better first"
             )
         return output[0], output[1]
-
-    def _history(self, record: Record) -> list[Exchange]:
-        history = record.get("history") or []
-        if not isinstance(history, list) or not all(
-            isinstance(turn, list | tuple) and len(turn) == 2 and all(isinstance(text, str) for text in turn)
-            for turn in history
-        ):
-            raise DataError("column 'history' is not a list of [question, answer]")
-        return [(turn[0], turn[1]) for turn in history]
 
 
 class MessagesPairHandler(PairHandlerBase):
@@ -135,7 +130,7 @@ class MessagesPairHandler(PairHandlerBase):
 
     name = "MessagesPairHandler"
     columns = ("chosen", "rejected")
-    optional_columns = ("prompt", "tools")
+    optional_columns = ("prompt", "system", *TEMPLATE_VARIABLES.names)
     summary = "chosen and rejected messages (UltraFeedback-binarized, trl) in the tokenizer's chat template"
     template = "the tokenizer's chat template"
     example: Record = {  # noqa: RUF012
@@ -146,22 +141,21 @@ class MessagesPairHandler(PairHandlerBase):
 
     def samples(self, record: Record, tokenizer: Tokenizer) -> list[Sample]:
         """Return the chosen and the rejected sample."""
-        prompt, endings = self._prompt_and_endings(record)
-        if endings[0] == endings[1]:
-            return []
-        template, tools = ChatTemplate.from_tokenizer(tokenizer), record.get("tools")
-        return [template.sample([*prompt, *ending], tools, len(prompt)) for ending in endings]
+        return _samples(record, *self._prompt_and_endings(record), tokenizer)
 
     def _prompt_and_endings(self, record: Record) -> tuple[list[Message], list[list[Message]]]:
-        prompt = record.get("prompt")
-        if isinstance(record.get("chosen"), str) and isinstance(record.get("rejected"), str):
+        prompt = _decoded(record.get("prompt"), "prompt")
+        answers = [_decoded(record.get(column), column) for column in ("chosen", "rejected")]
+        if all(isinstance(answer, str) for answer in answers):
             if not isinstance(prompt, str):
                 raise DataError("'chosen' and 'rejected' are texts, so 'prompt' must be text too")
-            texts = [text_in(record, column) for column in ("chosen", "rejected")]
-            return [_message("user", prompt)], [[_message("assistant", text)] for text in texts]
-        whole = [_messages(record, column) for column in ("chosen", "rejected")]
+            return [_message("user", prompt)], [[_message("assistant", str(text))] for text in answers]
+        whole = [
+            list_of_turns(answer, column, ("role",))
+            for column, answer in zip(("chosen", "rejected"), answers, strict=True)
+        ]
         if isinstance(prompt, list):
-            return _messages(record, "prompt"), whole
+            return list_of_turns(prompt, "prompt", ("role",)), whole
         shared = _common_prefix(*whole)
         if prompt is not None and not any(message.get("content") == prompt for message in shared):
             raise DataError(
@@ -177,7 +171,7 @@ class ShareGPTPairHandler(PairHandlerBase):
 
     name = "ShareGPTPairHandler"
     columns = ("conversations", "chosen", "rejected")
-    optional_columns = ("system", "tools")
+    optional_columns = ("system", *TEMPLATE_VARIABLES.names)
     summary = "ShareGPT conversations with a chosen and a rejected answer, in the tokenizer's chat template"
     template = "the tokenizer's chat template"
     example: Record = {  # noqa: RUF012
@@ -188,15 +182,37 @@ class ShareGPTPairHandler(PairHandlerBase):
 
     def samples(self, record: Record, tokenizer: Tokenizer) -> list[Sample]:
         """Return the chosen and the rejected sample."""
-        prompt = ShareGPTHandler().messages(record)
-        answers = [
-            ShareGPTHandler().messages({"conversations": [record[column]]})[0]
-            for column in ("chosen", "rejected")
-        ]
-        if answers[0] == answers[1]:
-            return []
-        template, tools = ChatTemplate.from_tokenizer(tokenizer), record.get("tools")
-        return [template.sample([*prompt, answer], tools, len(prompt)) for answer in answers]
+        turns = list_of_turns(record.get("conversations"), "conversations", ("from", "value"))
+        prompt = [sharegpt_message(turn, number) for number, turn in enumerate(turns, 1)]
+        endings = []
+        for column in ("chosen", "rejected"):
+            answer = record[column]
+            if isinstance(answer, str) and answer.lstrip().startswith("{"):
+                answer = json_value(answer, f"column {column!r}")
+            try:
+                endings.append([
+                    sharegpt_message(turn, number)
+                    for number, turn in enumerate(list_of_turns([answer], column, ("from", "value")), 1)
+                ])  # fmt: skip
+            except DataError as error:
+                raise DataError(f"column {column!r}: {error}") from None
+        return _samples(record, prompt, endings, tokenizer)
+
+
+def _samples(
+    record: Record, prompt: list[Message], endings: Sequence[list[Message]], tokenizer: Tokenizer
+) -> list[Sample]:
+    """Return the chosen and the rejected sample, or none if the endings are equal."""
+    prompt = with_system(record, prompt)
+    variables = variables_in(record)
+    conversations = [conversation_of([*prompt, *ending], variables, len(prompt)) for ending in endings]
+    if conversations[0].messages == conversations[1].messages:
+        return []
+    for column, made in zip(("chosen", "rejected"), conversations, strict=True):
+        if made.is_masked and not conversation_of(made.messages, num_context=len(prompt)).is_masked:
+            raise DataError(f"column {column!r}: every answer has weight 0, so there is nothing to prefer")
+    template = ChatTemplate.from_tokenizer(tokenizer)
+    return [template.sample(made) for made in conversations]
 
 
 def _answers(chosen: str, rejected: str) -> tuple[str, ...]:
@@ -208,11 +224,16 @@ def _message(role: str, content: str) -> Message:
     return {"role": role, "content": content}
 
 
-def _messages(record: Record, column: str) -> list[Message]:
+def _decoded(value: Any, column: str) -> Any:
+    """Return the messages in a column that holds them as JSON text; any other value as it is."""
+    if not (isinstance(value, str) and value.lstrip().startswith("[")):
+        return value
     try:
-        return MessagesHandler().messages({"messages": record.get(column)})
-    except DataError as error:
-        raise DataError(f"column {column!r}: {error}") from None
+        decoded = json_value(value, f"column {column!r}")
+    except DataError:
+        return value
+    is_messages = isinstance(decoded, list) and all(isinstance(m, dict) and "role" in m for m in decoded)
+    return decoded if decoded and is_messages else value
 
 
 def _common_prefix(one: Sequence[Any], two: Sequence[Any]) -> list[Any]:

@@ -112,7 +112,10 @@ class PreprocessJob:
             return [DatasetsSource(self.hf_datasets_params, self.streaming)]
         if not self.inputs:
             raise ConfigError("no input is given; give --input or --hf-datasets-params")
-        columns = [*handler.columns, *getattr(handler, "optional_columns", ())] or list(self.keys)
+        # A handler of samples gets whole records: a column that it does not read may change what is to be learned.
+        columns = None
+        if not isinstance(handler, SampleHandler):
+            columns = [*handler.columns, *getattr(handler, "optional_columns", ())] or list(self.keys)
         return [FileSource(path, columns) for path in find_inputs(self.inputs)]
 
     def identity(

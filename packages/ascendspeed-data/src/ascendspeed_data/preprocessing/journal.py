@@ -11,12 +11,16 @@ import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from ascendspeed_data.errors import AscendSpeedError
+from pydantic import BaseModel, Field
+
+from ascendspeed_data.command_line import log
+from ascendspeed_data.errors import AscendSpeedError, DataError
 from ascendspeed_data.indexed import WriterState
+from ascendspeed_data.small_files import parse_json, read_text
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MAX_FLUSH_TIME_SHARE = 0.1
 """Maximum share of the time spent on flushing; a slow disk gets fewer commits."""
 
@@ -36,7 +40,7 @@ class Commit:
     input_index: int = 0
     offset: int = 0
     outputs: dict[str, WriterState] = field(default_factory=dict)
-    counts: dict[str, dict[str, int]] = field(default_factory=dict)
+    counts: dict[str, dict[str, Any]] = field(default_factory=dict)
     renaming: bool = False
 
 
@@ -77,22 +81,19 @@ class Journal:
         """Return the commits that are valid for these settings and inputs; `None` if there is no journal."""
         if not self.path.is_file():
             return None
-        lines = _whole_lines(self.path)
-        if not lines or lines[0].get("format_version") != FORMAT_VERSION:
-            raise self._other_job("another version wrote it")
-        head = lines[0]
+        head, lines = _read(self.path)
         for key, value in self._job.items():
-            if head["job"].get(key) != value:
-                raise self._other_job(f"{key} was {_short(head['job'].get(key))}, now {_short(value)}")
+            if head.job.get(key) != value:
+                raise self._other_job(f"{key} was {_short(head.job.get(key))}, now {_short(value)}")
         known, inputs = (
             [[str(Path(name).resolve()), *values] for name, *values in entries]
-            for entries in (head["inputs"], self.inputs)
+            for entries in (head.inputs, self.inputs)
         )
         if [entry[0] for entry in known] != [entry[0] for entry in inputs]:
             raise self._other_job("it had other inputs")
         changed = [number for number, entry in enumerate(known) if entry != inputs[number]]
         first_changed = min(changed, default=len(known))
-        commits = [_commit_of(line) for line in lines[1:]]
+        commits = [_commit_of(line) for line in lines]
         return [
             commit
             for commit in commits
@@ -141,16 +142,41 @@ class Journal:
         self.path.unlink(missing_ok=True)
 
 
-def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a journal without an incomplete last line."""
-    found = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+class _Head(BaseModel):
+    """The first line."""
+
+    format_version: Literal[2]
+    job: dict[str, Any]
+    inputs: Annotated[list[Annotated[list[Any], Field(min_length=1)]], Field(min_length=1)]
+
+
+class _Line(BaseModel):
+    """Another line, see `Commit`."""
+
+    file: int = Field(ge=0)
+    place: int = Field(ge=0)
+    outputs: dict[str, tuple[int, int, int]]
+    counts: dict[str, dict[str, int | dict[str, int]]]
+    renaming: bool
+
+
+def _read(path: Path) -> tuple[_Head, list[_Line]]:
+    """Return the lines of a journal, up to one that a crash cut short or that is damaged.
+
+    Raises:
+        DataError: the first line is damaged, or another version wrote it.
+    """
+    remedy = "give --overwrite to start again"
+    first, *others = read_text(path, remedy=remedy).split("\n")
+    head = parse_json(first, _Head, f"{path}, line 1", remedy)
+    lines = []
+    for number, line in enumerate(others[:-1], 2):
         try:
-            value = json.loads(line)
-        except json.JSONDecodeError:
+            lines.append(parse_json(line, _Line, f"{path}, line {number}"))
+        except DataError as error:
+            log(f"{error}: it goes on from the line before")
             break
-        found.append(value)
-    return found
+    return head, lines
 
 
 def _line_of(commit: Commit) -> dict[str, Any]:
@@ -163,9 +189,9 @@ def _line_of(commit: Commit) -> dict[str, Any]:
     }
 
 
-def _commit_of(line: dict[str, Any]) -> Commit:
-    outputs = {name: WriterState(*numbers) for name, numbers in line["outputs"].items()}
-    return Commit(line["file"], line["place"], outputs, line["counts"], line["renaming"])
+def _commit_of(line: _Line) -> Commit:
+    outputs = {name: WriterState(*numbers) for name, numbers in line.outputs.items()}
+    return Commit(line.file, line.place, outputs, line.counts, line.renaming)
 
 
 def _short(value: Any) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ascendspeed_data.errors import DataError
 from ascendspeed_data.reading.inputs import format_of, read_errors
+from ascendspeed_data.reading.nested import records_of_batch
 from ascendspeed_data.reading.shards import READ_BYTES, Shard, shards_of_file
 from ascendspeed_data.sample import Record, text_in
 
@@ -29,7 +30,15 @@ def records_of_shard(shard: Shard) -> Iterator[tuple[int, Record]]:
     elif isinstance(content, list):
         yield from enumerate(content)
     else:
-        yield from enumerate(content.to_pylist())
+        import pyarrow
+
+        try:
+            records = list(records_of_batch(content))
+        except (pyarrow.ArrowException, ValueError, OverflowError) as error:
+            raise DataError(
+                f"{shard.path}, records {shard.start + 1} to {shard.end}: {error}; the file is damaged"
+            ) from None
+        yield from enumerate(records)
 
 
 def _line_records(shard: Shard, content: bytes) -> Iterator[tuple[int, Record]]:
@@ -56,8 +65,11 @@ def _line_records(shard: Shard, content: bytes) -> Iterator[tuple[int, Record]]:
             raise DataError(
                 f"{location_of(shard, number)}: not JSON: {error.msg} at column {error.colno}{hint}"
             ) from None
-        except RecursionError:
-            raise DataError(f"{location_of(shard, number)}: JSON is nested too deeply") from None
+        except (RecursionError, ValueError) as error:
+            reason = (
+                "JSON is nested too deeply" if isinstance(error, RecursionError) else f"not JSON: {error}"
+            )
+            raise DataError(f"{location_of(shard, number)}: {reason}") from None
         if not isinstance(record, dict):
             raise DataError(
                 f"{location_of(shard, number)}: expected a JSON object, found {type(record).__name__}"

@@ -36,6 +36,7 @@ class Shard:
         content: decompressed lines, records, or a pyarrow batch; `None` if the worker itself reads the bytes from
             `start` to `end`.
         first_line: number of the first line, for messages; 0 if unknown.
+        unread_columns: columns of the input that the records lack, because only some columns were to be read.
     """
 
     input_index: int
@@ -44,6 +45,7 @@ class Shard:
     end: int
     content: bytes | list[Record] | Any = None
     first_line: int = 0
+    unread_columns: tuple[str, ...] = ()
 
 
 Reader = Callable[[Path, int, int, int], Iterator[Shard]]
@@ -158,6 +160,7 @@ def _json_records(path: Path) -> Iterator[tuple[Record, int]]:
         while True:
             offset = space.match(text.buffer, offset).end()  # type: ignore[union-attr]
             if offset < len(text.buffer) and text.buffer[offset] == "]":
+                _check_nothing_follows(path, text, offset + 1)
                 return
             try:
                 value, end = decoder.raw_decode(text.buffer, offset)
@@ -173,6 +176,9 @@ def _json_records(path: Path) -> Iterator[tuple[Record, int]]:
                     f"{path}, record {number + 1}: not JSON: {error.msg}"
                     + (" (the file is incomplete)" if cut else "")
                 ) from None
+            except (RecursionError, ValueError) as error:
+                reason = "nested too deeply" if isinstance(error, RecursionError) else error
+                raise DataError(f"{path}, record {number + 1}: not JSON: {reason}") from None
             number += 1
             if not isinstance(value, dict):
                 raise DataError(
@@ -183,6 +189,16 @@ def _json_records(path: Path) -> Iterator[tuple[Record, int]]:
             if offset > READ_BYTES:
                 text.drop(offset)
                 offset = 0
+
+
+def _check_nothing_follows(path: Path, text: "_TextWindow", offset: int) -> None:
+    """Raise `DataError` if something but space follows the end of a list."""
+    text.drop(offset)
+    while not text.buffer.strip():
+        text.drop(len(text.buffer))
+        if not text.more():
+            return
+    raise DataError(f"{path}: {text.buffer.strip()[:20]!r} follows the end of the list; repair the file")
 
 
 class _TextWindow:
@@ -217,6 +233,10 @@ def _csv_shards(path: Path, input_index: int, start: int, shard_bytes: int) -> I
                     if "" in record and "" not in (reader.fieldnames or ()):
                         raise DataError(
                             f"{path}, line {reader.line_num}: the line has more values than the header has columns"
+                        )
+                    if None in record.values():
+                        raise DataError(
+                            f"{path}, line {reader.line_num}: the line has fewer values than the header has columns"
                         )
                     yield record, sum(len(value or "") for value in record.values())
             except csv.Error as error:
@@ -260,6 +280,8 @@ def _parquet_shards(
         with pyarrow.parquet.ParquetFile(path, memory_map=True) as opened:
             names = set(opened.schema_arrow.names)
             wanted = [name for name in columns if name in names] if columns else None
+            # Without any of the columns the records have all, so that an error can name them.
+            unread = tuple(name for name in opened.schema_arrow.names if name not in wanted) if wanted else ()
             offset = 0
             for group in range(opened.num_row_groups):
                 metadata = opened.metadata.row_group(group)
@@ -274,10 +296,11 @@ def _parquet_shards(
                     use_threads=False,
                 )
                 for batch in batches:
+                    batch.validate(full=True)
                     rest = batch.slice(max(0, start - offset))
                     if rest.num_rows:
                         end = offset + batch.num_rows
-                        yield Shard(input_index, path, end - rest.num_rows, end, rest)
+                        yield Shard(input_index, path, end - rest.num_rows, end, rest, unread_columns=unread)
                     offset += batch.num_rows
     except pyarrow.ArrowException as error:
         raise DataError(f"{path} is damaged or not a Parquet file: {error}") from None
@@ -295,6 +318,7 @@ def _arrow_shards(path: Path, input_index: int, start: int) -> Iterator[Shard]:
                 batches = (opened.get_batch(number) for number in range(opened.num_record_batches))
             offset = 0
             for batch in batches:
+                batch.validate(full=True)
                 for first in range(0, batch.num_rows, ARROW_ROWS_PER_SHARD):
                     part = batch.slice(first, ARROW_ROWS_PER_SHARD)
                     rest = part.slice(max(0, start - offset))

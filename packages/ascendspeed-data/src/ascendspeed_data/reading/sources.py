@@ -12,9 +12,11 @@ from typing import Any, Protocol
 
 from ascendspeed_data.errors import ConfigError, DataError
 from ascendspeed_data.reading.inputs import format_of, sha256_of
+from ascendspeed_data.reading.nested import without_null_keys
 from ascendspeed_data.reading.records import no_record_error
 from ascendspeed_data.reading.shards import Shard, shards_of_file
 from ascendspeed_data.sample import Record
+from ascendspeed_data.small_files import JsonObject, read_json
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,9 @@ class DatasetsSource:
     ) -> Iterator[Shard]:
         held: list[Record] = []
         size, offset = 0, start
-        for record in records:
+        for loaded in records:
+            # datasets keeps records in Arrow, which adds null keys to nested objects.
+            record = {column: without_null_keys(value) for column, value in loaded.items()}
             held.append(record)
             size += sum(len(value) if isinstance(value, str) else 8 for value in record.values())
             if size >= shard_bytes:
@@ -173,15 +177,9 @@ def _texts_in(value: Any) -> list[str]:
 
 
 def _read_params(path: Path) -> dict[str, Any]:
-    try:
-        params = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"hf_datasets_params={path} cannot be read: {error.strerror}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"hf_datasets_params={path} is not JSON: {error} (write names in double quotes, and true in lower case)"
-        ) from None
-    if not isinstance(params, dict) or "path" not in params:
+    remedy = "write names in double quotes, and true in lower case"
+    params = read_json(path, JsonObject, f"hf_datasets_params={path}", remedy, option="--hf-datasets-params")
+    if not isinstance(params.get("path"), str):
         raise DataError(
             f"hf_datasets_params={path} is not a JSON object with the key 'path', which datasets.load_dataset needs"
         )

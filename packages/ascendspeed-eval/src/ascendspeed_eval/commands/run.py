@@ -11,13 +11,14 @@ from typing import Annotated, Any
 import typer
 
 from ascendspeed_eval.backends import Backends, find_backends
-from ascendspeed_eval.errors import EvaluationError, UsageError
+from ascendspeed_eval.errors import UsageError
 from ascendspeed_eval.evaluation import Evaluation, prepare_evaluation
 from ascendspeed_eval.hub import PREFIX, write_files
 from ascendspeed_eval.model import EvaluatedModel
 from ascendspeed_eval.progress import log
 from ascendspeed_eval.report import markdown, warnings
 from ascendspeed_eval.runner import evaluate
+from ascendspeed_eval.small_files import read_text
 from ascendspeed_eval.tasks.base import GenerationSettings, Task
 from ascendspeed_eval.tasks.registry import find_task, find_variant
 
@@ -139,9 +140,7 @@ def _evaluate_and_print(evaluation: Evaluation, model: EvaluatedModel, output_di
 
 
 def _read_template(path: Path) -> str:
-    if not path.is_file():
-        raise EvaluationError(f"prompt_template={path} does not exist; check --prompt-template")
-    return path.read_text(encoding="utf-8")
+    return read_text(path, f"prompt_template={path}", "--prompt-template")
 
 
 def with_backend_options(function: Callable[..., None], backends: Backends) -> Callable[..., None]:

@@ -8,9 +8,10 @@ from types import MappingProxyType
 from typing import Any
 
 from ascendspeed_eval.errors import EvaluationError
+from ascendspeed_eval.small_files import KeyTypes, check_keys, is_a
 from ascendspeed_eval.tasks.base import Benchmark, Extracted, Record, Task, TaskVariant, without_first_space
 from ascendspeed_eval.tasks.math_answers import find_answer, same_answer
-from ascendspeed_eval.tasks.reading import KeyTypes, find_folder, read_csv, read_json_lines
+from ascendspeed_eval.tasks.reading import find_folder, read_csv, read_json_lines
 
 ENGLISH = (
     "aqua-rat", "gaokao-english", "logiqa-en", "lsat-ar", "lsat-lr", "lsat-rc", "sat-en", "sat-en-without-passage",
@@ -285,6 +286,7 @@ class AGIEval(Task):
         keys: KeyTypes = {"question": str, **wanted}
         records = []
         for number, fields in read_json_lines(file, keys):
+            _check_texts(fields, f"{file}, line {number}")
             target = fields["answer"] if cloze else fields["label"]
             if not cloze:
                 target = list(target)
@@ -295,6 +297,20 @@ class AGIEval(Task):
                     )
             records.append(Record(f"{file.stem}/{number}", file.stem, {"passage": None, **fields}, target))
         return records
+
+
+def _check_texts(fields: Any, where: str) -> None:
+    """Raise `EvaluationError` unless passage, options and label of a record are texts."""
+    options, label = fields.get("options"), fields.get("label")
+    texts = (
+        [*(options or ()), *(label if isinstance(label, list) else ())] if _is_list(options) else [options]
+    )
+    if not all(is_a(one, (str,)) for one in texts) or not is_a(fields.get("passage"), (str, type(None))):
+        raise EvaluationError(f"{where}: passage, options or label is no text; correct it")
+
+
+def _is_list(value: Any) -> bool:
+    return value is None or isinstance(value, list)
 
 
 def _question_2023(record: Record) -> str:
@@ -327,8 +343,13 @@ def read_examples(path: Path) -> dict[str, list[Record]]:
                 continue
             try:
                 fields = ast.literal_eval(text)
-            except (ValueError, SyntaxError):
-                raise EvaluationError(f"{path}, row {number + 2}, column {subset}: not a record") from None
+            except (ValueError, SyntaxError, RecursionError, MemoryError):
+                raise EvaluationError(
+                    f"{path}, row {number + 2}, column {subset}: not a record; copy it again"
+                ) from None
+            where = f"{path}, row {number + 2}, column {subset}"
+            check_keys(fields, {"question": str}, where)
+            _check_texts(fields, where)
             label = fields.get("label")
             target = list(label) if label else str(fields.get("answer"))
             examples.setdefault(subset, []).append(Record(f"example/{number // 2}", subset, fields, target))

@@ -1,14 +1,14 @@
 """BIG-Bench Hard (Suzgun et al., 2022): 27 tasks, with three worked examples each."""
 
-import json
 import re
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from ascendspeed_eval.errors import EvaluationError
+from ascendspeed_eval.small_files import check_keys, parse_json, read_text
 from ascendspeed_eval.tasks.base import Benchmark, Extracted, Record, Task, TaskVariant
-from ascendspeed_eval.tasks.reading import check_keys, find_folder, read_text
+from ascendspeed_eval.tasks.reading import find_folder
 
 THINK = "Let's think step by step.\n"
 QUESTION = "Q: {input}\nA:"
@@ -129,10 +129,7 @@ class BBH(Task):
             prompt = folder / "cot-prompts" / f"{file.stem}.txt"
             description, shown = read_prompt(prompt) if prompt.is_file() else ("", [])
             examples[file.stem] = shown
-            try:
-                content = json.loads(read_text(file))
-            except json.JSONDecodeError as error:
-                raise EvaluationError(f"{file}, line {error.lineno}: not JSON: {error.msg}") from None
+            content = parse_json(read_text(file), str(file))
             check_keys(content, {"examples": list}, str(file))
             for number, one in enumerate(content["examples"]):
                 check_keys(one, {"input": str, "target": str}, f"{file}, example {number}")

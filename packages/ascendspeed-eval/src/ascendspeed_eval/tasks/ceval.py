@@ -6,6 +6,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ascendspeed_eval.errors import EvaluationError
+from ascendspeed_eval.small_files import check_keys
 from ascendspeed_eval.tasks.base import (
     Benchmark,
     Extracted,
@@ -16,7 +17,7 @@ from ascendspeed_eval.tasks.base import (
     without_first_space,
 )
 from ascendspeed_eval.tasks.ceval_subjects import SUBJECTS
-from ascendspeed_eval.tasks.reading import check_keys, find_folder, letter_index, read_csv
+from ascendspeed_eval.tasks.reading import find_folder, letter_index, read_csv
 
 QUESTION = "{question}\nA. {A}\nB. {B}\nC. {C}\nD. {D}"
 NO_LABELS = "the test split of C-Eval has no labels"

@@ -13,18 +13,21 @@ Templates are Jinja's in its sandbox; the file is read by YAML's safe loader.
 """
 
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ascendspeed_eval.errors import EvaluationError, did_you_mean
+from ascendspeed_eval.small_files import is_a, parse_json, read_text
 from ascendspeed_eval.tasks.base import Benchmark, Extracted, Record, Task, TaskVariant
-from ascendspeed_eval.tasks.reading import find_files, not_empty, read_csv, read_json_lines, read_text
+from ascendspeed_eval.tasks.reading import find_files, not_empty, read_csv, read_json_lines
 
-KEYS: Mapping[str, type | tuple[type, ...]] = {
-    "name": str, "version": int, "summary": str, "data": str, "examples": str, "question": str,
-    "choices": (str, list), "target": str, "header": str, "num_fewshot": int, "separator": str,
-    "answer_prefix": str, "subset": str, "max_new_tokens": int, "stop": list, "extract": str, "seq_length": int,
+KEYS: Mapping[str, tuple[type, ...]] = {
+    "name": (str,), "version": (int,), "summary": (str,), "data": (str,), "examples": (str,), "question": (str,),
+    "choices": (str, list), "target": (str,), "header": (str,), "num_fewshot": (int,), "separator": (str,),
+    "answer_prefix": (str,), "subset": (str,), "max_new_tokens": (int,), "stop": (list,), "extract": (str,),
+    "seq_length": (int,),
 }  # fmt: skip
 REQUIRED = ("name", "question", "target")
 
@@ -37,12 +40,11 @@ def read_task(path: Path) -> Task:
     """
     import yaml
 
-    if not path.is_file():
-        raise EvaluationError(f"task={path} does not exist; check --task")
+    text = read_text(path, f"task={path}", "--task")
     try:
-        content = yaml.safe_load(read_text(path))
-    except yaml.YAMLError as error:
-        raise EvaluationError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        content = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
+        raise EvaluationError(f"{path} is not YAML: {' '.join(str(error).split())}; correct it") from None
     if not isinstance(content, dict):
         raise EvaluationError(f"{path} is not a YAML mapping; it needs {', '.join(REQUIRED)}")
     for key, value in content.items():
@@ -50,11 +52,18 @@ def read_task(path: Path) -> Task:
             raise EvaluationError(
                 f"{path}: {key} is unknown{did_you_mean(str(key), KEYS)}; known keys are {', '.join(KEYS)}"
             )
-        if not isinstance(value, KEYS[key]):
-            raise EvaluationError(f"{path}: {key}={value!r} has the wrong type")
+        kinds = KEYS[key]
+        is_right = is_a(value, kinds) and (not isinstance(value, list) or all(is_a(x, (str,)) for x in value))
+        if not is_right or (isinstance(value, int) and value < 0):
+            named = " or ".join({str: "a text", int: "a number", list: "a list of texts"}[x] for x in kinds)
+            raise EvaluationError(f"{path}: {key}={reprlib.repr(value)} is not {named}; correct it")
     for key in REQUIRED:
         if key not in content:
-            raise EvaluationError(f"{path}: {key} is missing")
+            raise EvaluationError(f"{path}: {key} is missing; add it")
+    try:
+        re.compile(content.get("extract", ""))
+    except re.error as error:
+        raise EvaluationError(f"{path}: extract is not a regular expression: {error}; correct it") from None
     return YamlTask(path, content)
 
 
@@ -96,13 +105,13 @@ class YamlTask(Task):
 
     def header(self, variant: TaskVariant, record: Record) -> str:
         """Render the header."""
-        return str(self._header.render(record.fields))
+        return _render(self._header, record.fields, f"{self._path}: header")
 
     def question(self, variant: TaskVariant, record: Record) -> str:
         """Render the question; a `--prompt-template` has fields in braces instead."""
         if variant.template != self._content["question"]:
             return super().question(variant, record)
-        return str(self._question.render(record.fields))
+        return _render(self._question, record.fields, f"{self._path}: question")
 
     def _records(self, file: Path) -> list[Record]:
         rows: Sequence[tuple[int, Mapping[str, Any]]]
@@ -127,20 +136,18 @@ class YamlTask(Task):
         return Record(record.id, record.subset, fields, target)
 
     def _choices(self, record: Record) -> Sequence[str]:
-        import json
-
         choices = self._content["choices"]
         if isinstance(choices, list):
             return [
                 _render(_compile(str(c), self._path, "choices"), record.fields, record.id) for c in choices
             ]
         text = _render(_compile(choices, self._path, "choices"), record.fields, record.id)
-        try:
-            return [str(choice) for choice in json.loads(text)]
-        except json.JSONDecodeError:
+        found = parse_json(text, f"{self._path}: choices renders to {text!r}, which is not a list")
+        if not isinstance(found, list):
             raise EvaluationError(
                 f"{self._path}: choices renders to {text!r}, which is not a JSON list; use `| tojson`"
-            ) from None
+            )
+        return [str(choice) for choice in found]
 
     def _variant(self) -> TaskVariant:
         content = self._content
@@ -180,9 +187,7 @@ def _compile(template: str, path: Path, key: str) -> Any:
 
 
 def _render(template: Any, fields: Mapping[str, Any], where: str) -> str:
-    from jinja2 import TemplateError
-
     try:
         return str(template.render(fields))
-    except TemplateError as error:
-        raise EvaluationError(f"{where}: {error}") from None
+    except Exception as error:  # noqa: BLE001 - a template may compute anything
+        raise EvaluationError(f"{where}: {type(error).__name__}: {error}; correct the template") from None

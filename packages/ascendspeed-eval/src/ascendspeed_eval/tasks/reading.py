@@ -1,16 +1,13 @@
 """Read the files of benchmarks; errors name file, line and what is wrong."""
 
 import csv
-import gzip
 import io
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ascendspeed_eval.errors import EvaluationError
-
-KeyTypes = Mapping[str, type | tuple[type, ...]]
+from ascendspeed_eval.small_files import KeyTypes, check_keys, parse_json, read_text
 
 
 def find_folder(path: str, patterns: Sequence[str], wanted: str) -> Path:
@@ -44,55 +41,24 @@ def find_files(path: str, patterns: Sequence[str], wanted: str) -> list[Path]:
     return files
 
 
-def read_text(path: Path) -> str:
-    """Return the text of a file; `.gz` is decompressed."""
-    try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        return data.decode("utf-8")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise EvaluationError(f"{path} cannot be read: {error}") from None
-
-
 def read_json_lines(path: Path, keys: KeyTypes) -> list[tuple[int, dict[str, Any]]]:
     """Return the records of a JSON-lines file, or of one JSON list, with their line numbers."""
     text = read_text(path)
     if text.lstrip().startswith("["):
-        try:
-            records = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise EvaluationError(
-                f"{path}, line {error.lineno}: not JSON: {error.msg} at column {error.colno}"
-            ) from None
+        records = parse_json(text, str(path))
         numbered = list(enumerate(records, 1))
         if numbered and not isinstance(records[0], dict):
             numbered = [(1, records)]
     else:
         # Not splitlines(), which also splits at characters that JSON allows inside a string.
         numbered = [
-            (number, _parse(line, f"{path}, line {number}"))
+            (number, parse_json(line, f"{path}, line {number}"))
             for number, line in enumerate(text.split("\n"), 1)
             if line.strip()
         ]
     for number, record in numbered:
         check_keys(record, keys, f"{path}, line {number}")
     return numbered
-
-
-def _parse(line: str, where: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise EvaluationError(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
-
-
-def check_keys(record: Any, keys: KeyTypes, where: str) -> None:
-    """Raise `EvaluationError` unless a record has keys of these types."""
-    for key, kind in keys.items():
-        if not isinstance(record, dict) or not isinstance(record.get(key), kind):
-            have = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-            kinds = kind if isinstance(kind, tuple) else (kind,)
-            named = " or ".join(one.__name__ for one in kinds)
-            raise EvaluationError(f"{where}: {key} is missing or not {named}; the record has {have}")
 
 
 def read_csv(path: Path, columns: Sequence[str] | None = None) -> list[dict[str, str]]:
@@ -102,10 +68,13 @@ def read_csv(path: Path, columns: Sequence[str] | None = None) -> list[dict[str,
         path: the file.
         columns: column names, if the file has no header.
     """
-    rows = list(csv.reader(io.StringIO(read_text(path), newline="")))
-    names = (
-        list(columns) if columns is not None else [name.lstrip("\ufeff") for name in rows[0]] if rows else []
-    )
+    try:
+        rows = list(csv.reader(io.StringIO(read_text(path), newline="")))
+    except csv.Error as error:
+        raise EvaluationError(f"{path}: not CSV: {error}; copy it again") from None
+    names = list(columns) if columns is not None else rows[0] if rows else []
+    if len(set(names)) < len(names):
+        raise EvaluationError(f"{path}: its header has a column twice ({', '.join(names)}); correct it")
     body = rows if columns is not None else rows[1:]
     found = []
     for number, row in enumerate(body, 1 if columns is not None else 2):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+import traceback
 from importlib import metadata
 from pathlib import Path
 
@@ -56,7 +57,15 @@ def _load_class(path: Path) -> Task:
     if not path.is_file() or spec is None or spec.loader is None:
         raise EvaluationError(f"task={path} does not exist; check --task")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        # The line of the file itself, wherever below the error was.
+        line = getattr(error, "lineno", None) or next(
+            (at.lineno for at in traceback.extract_tb(error.__traceback__) if at.filename == str(path)), None
+        )
+        where = f"{path}, line {line}" if line else str(path)
+        raise EvaluationError(f"{where}: {type(error).__name__}: {error}; correct the task") from error
     found = [
         kind
         for kind in vars(module).values()

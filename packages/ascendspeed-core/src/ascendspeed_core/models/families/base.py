@@ -10,7 +10,7 @@ from ascendspeed_core.config.load import validate
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.launch import announce
 from ascendspeed_core.models.families.packing import RowPacking
-from ascendspeed_data.errors import AscendSpeedError
+from ascendspeed_data.errors import AscendSpeedError, ConfigError
 
 IGNORED_HF_KEYS = frozenset(
     (
@@ -213,7 +213,13 @@ class Family:
                 )
         values: dict[str, Any] = {"family": self.name, **self.fixed}
         for rule in self.config:
-            values |= rule.read(hf)
+            try:
+                values |= rule.read(hf)
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                said = ", ".join(f"{key}={hf[key]!r}" for key in rule.keys if hf.get(key) is not None)
+                raise AscendSpeedError(
+                    f"config.json: {said or rule.keys} has a value of the wrong type ({error}); correct it"
+                ) from None
         known = IGNORED_HF_KEYS.union(self.must_be, self.unused, *(rule.keys for rule in self.config))
         unknown = [key for key in hf if key not in known]
         if unknown:
@@ -221,7 +227,10 @@ class Family:
                 f"config.json: {self.name} knows no {', '.join(unknown)}; not used, so check that the model does not "
                 "depend on it"
             )
-        return validate(ModelConfig, values)
+        try:
+            return validate(ModelConfig, values, strict=True)
+        except ConfigError as error:
+            raise AscendSpeedError(f"config.json: {error}; correct it") from None
 
     def write_config(self, config: ModelConfig) -> dict[str, Any]:
         """Return the `config.json` that is read as the same model.

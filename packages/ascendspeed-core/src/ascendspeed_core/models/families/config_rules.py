@@ -7,6 +7,9 @@ from typing import Any
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_data.errors import AscendSpeedError
 
+LARGEST = 1 << 31
+"""Of a number that says a size; larger ones are damage."""
+
 REQUIRED = object()
 """Default of a key that a config.json must have."""
 
@@ -81,9 +84,10 @@ class Heads:
             raise AscendSpeedError(
                 f"config.json: {self.heads}={heads} does not divide hidden_size={hidden}; correct one of them"
             )
+        key_value_heads = hf.get("num_key_value_heads") if self.is_grouped else None
         return {
-            "num_key_value_heads": (hf.get("num_key_value_heads") if self.is_grouped else None) or heads,
-            "head_dim": stated or hidden // heads,
+            "num_key_value_heads": heads if key_value_heads is None else key_value_heads,
+            "head_dim": hidden // heads if stated is None else stated,
         }
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
@@ -197,6 +201,8 @@ class SlidingWindow:
     def read(self, hf: Mapping[str, Any]) -> dict[str, Any]:
         """Return the window of all layers, if any."""
         layers = whole_number(hf, "num_hidden_layers")
+        if type(hf.get("use_sliding_window", False)) is not bool:
+            raise TypeError("use_sliding_window must be true or false")
         window = hf.get("sliding_window") if hf.get("use_sliding_window") else None
         first = hf.get("max_window_layers", layers)
         kinds = hf.get("layer_types") or [
@@ -235,8 +241,8 @@ def whole_number(hf: Mapping[str, Any], *spellings: str) -> int:
     """Return the value of the first key that is there, or raise `AscendSpeedError`."""
     for spelling in spellings:
         value = hf.get(spelling)
-        if isinstance(value, int) and value > 0:
+        if type(value) is int and 0 < value <= LARGEST:
             return value
     raise AscendSpeedError(
-        f"config.json: {spellings[0]}={hf.get(spellings[0])!r} is not a number of 1 or more; correct it"
+        f"config.json: {spellings[0]}={hf.get(spellings[0])!r} is not a number of 1 to {LARGEST:,}; correct it"
     )

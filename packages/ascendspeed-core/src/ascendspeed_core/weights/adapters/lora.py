@@ -246,13 +246,14 @@ def resumed_adapters(base: WeightSource, checkpoint: NativeSource) -> AdaptedWei
         CheckpointError: the base is another model.
     """
     kept, untouched = checkpoint.description["adapters"], base
+    theirs = checkpoint.config.model_dump(mode="json")
     if base.config.tie_word_embeddings and not checkpoint.config.tie_word_embeddings:
         # An adapter that changed one of the tied two was trained further.
         base = UntiedWeights(base)
     different = [
         key
         for key, value in base.config.model_dump(mode="json").items()
-        if value != checkpoint.description["model"][key] and key != "vocab_size"
+        if value != theirs[key] and key != "vocab_size"
     ]
     if different:
         raise CheckpointError(

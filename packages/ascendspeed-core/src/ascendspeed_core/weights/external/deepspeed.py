@@ -19,6 +19,7 @@ from ascendspeed_core.weights.external.name_maps import EMBEDDING, ascendspeed_g
 from ascendspeed_core.weights.external.sharded_tensors import ShardedTensors
 from ascendspeed_core.weights.external.source import ExternalSource
 from ascendspeed_core.weights.files.file_tensor import StoredTensor
+from ascendspeed_core.weights.files.json_file import read_name
 from ascendspeed_core.weights.files.torch_files import TorchFile
 from ascendspeed_core.weights.load import parameter_shapes
 from ascendspeed_core.weights.shard_layout import PipelineChunk
@@ -141,7 +142,7 @@ def step_folder(path: Path) -> Path:
     latest = path / LATEST
     if not latest.is_file():
         return path
-    name = latest.read_text(encoding="utf-8").strip()
+    name = read_name(latest)
     folder = path / name
     if not name or not folder.is_dir() or folder.resolve().parent != path.resolve():
         raise CheckpointError(f"{latest} names {name!r}, which is no folder in {path}; copy it again")

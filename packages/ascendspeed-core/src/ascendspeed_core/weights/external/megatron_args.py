@@ -17,7 +17,7 @@ from ascendspeed_core.weights.source import CheckpointError, ReadableTensor, Unk
 from ascendspeed_data.command_line import log
 from ascendspeed_data.errors import ConfigError
 
-_MUST_BE: dict[str, tuple[Any, ...]] = {
+MUST_BE: dict[str, tuple[Any, ...]] = {
     "num_experts": (None, 0),
     "multi_latent_attention": (False, None),
     "rotary_percent": (1.0, None),
@@ -191,7 +191,7 @@ def config_of_arguments(facts: CheckpointFacts, arguments: Namespace, vocab_size
     Raises:
         CheckpointError: they leave something undefined.
     """
-    for name, allowed in _MUST_BE.items():
+    for name, allowed in MUST_BE.items():
         if getattr(arguments, name, allowed[0]) not in allowed:
             raise UnknownModelError(
                 f"{facts.folder}: its arguments say {name}={getattr(arguments, name)!r}, which they do not describe "

@@ -33,6 +33,7 @@ from ascendspeed_core.weights.external.name_maps import EMBEDDING, ROTARY, NameM
 from ascendspeed_core.weights.external.sharded_tensors import ShardedTensors
 from ascendspeed_core.weights.external.sidecar import read_sidecar, written_by
 from ascendspeed_core.weights.external.source import ExternalSource
+from ascendspeed_core.weights.files.json_file import read_iteration
 from ascendspeed_core.weights.files.torch_files import TorchFile, stored_tensors
 from ascendspeed_core.weights.load import parameter_shapes
 from ascendspeed_core.weights.native.source import TRACKER
@@ -211,7 +212,7 @@ def iteration_folder(path: Path) -> Path:
     tracker = path / TRACKER
     if not tracker.is_file():
         return path
-    text = tracker.read_text(encoding="utf-8").strip()
+    text = read_iteration(tracker)
     if text != "release" and not text.isdecimal():
         raise CheckpointError(
             f"{tracker} says {text!r}, neither an iteration nor release; write which of them to use"

@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ascendspeed_core.config.base import Config
 from ascendspeed_core.config.load import validate
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.weights.files.json_file import read_json
 from ascendspeed_core.weights.source import CheckpointError
 from ascendspeed_data.errors import ConfigError
+from ascendspeed_data.small_files import COPY_AGAIN, check_shape
 
 SIDECAR = "ascendspeed.json"
 FORMAT_VERSION = 1
@@ -36,6 +38,17 @@ class Sidecar:
     checksums: Mapping[str, Mapping[str, int]]
 
 
+class _Content(Config):
+    """The shape of `ascendspeed.json`, without its version."""
+
+    kind: str
+    model: dict[str, Any]
+    vocabulary_rows: int
+    layout: str
+    checkpoint: str
+    checksums: dict[str, dict[str, int]]
+
+
 def written_by(sidecar: Sidecar | None) -> str:
     """Return which program wrote a checkpoint, for `asd-ckpt inspect`."""
     return "another program" if sidecar is None else "asd-ckpt"
@@ -57,7 +70,8 @@ def read_sidecar(folder: Path) -> Sidecar | None:
             f"{path}: format_version={version}, but this version reads {FORMAT_VERSION}; use the ascendspeed-ckpt "
             "that wrote it"
         )
+    check_shape(content, _Content, f"{path} is damaged", COPY_AGAIN, CheckpointError)
     try:
-        return Sidecar(**content | {"model": validate(ModelConfig, content["model"])})
-    except (ConfigError, KeyError, TypeError) as error:
+        return Sidecar(**content | {"model": validate(ModelConfig, content["model"], strict=True)})
+    except ConfigError as error:
         raise CheckpointError(f"{path} is damaged: {error}; copy it again") from None

@@ -2,6 +2,7 @@
 
 import pickle
 import threading
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,42 @@ class _MetadataUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
+def _check_metadata(metadata: Any) -> None:
+    """Raise `ValueError` unless unpickled metadata is what it says it is: damage may put any value anywhere."""
+    from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
+
+    if not isinstance(metadata, Metadata):
+        raise ValueError(f"it holds {type(metadata).__name__}, no metadata")
+    stored_at = {
+        (index.fqn, None if index.offset is None else tuple(index.offset)): where
+        for index, where in metadata.storage_data.items()
+    }
+    for name, found in metadata.state_dict_metadata.items():
+        if isinstance(found, BytesStorageMetadata):
+            continue
+        if type(name) is not str or not isinstance(found, TensorStorageMetadata):
+            raise ValueError(f"{name!r} is neither a tensor nor an object")
+        if not isinstance(found.properties.dtype, torch.dtype) or not _are_sizes(found.size):
+            raise ValueError(f"{name} has size {found.size!r} and dtype {found.properties.dtype!r}")
+        for chunk in found.chunks:
+            parts = zip(chunk.offsets, chunk.sizes, found.size, strict=True)
+            if not (_are_sizes(chunk.offsets) and _are_sizes(chunk.sizes)) or any(
+                start + length > whole for start, length, whole in parts
+            ):
+                raise ValueError(f"{name} of size {list(found.size)} has a shard outside of it")
+            where = stored_at.get((name, tuple(chunk.offsets)))
+            if where is None or type(where.relative_path) is not str:
+                raise ValueError(f"{name} has a shard that lies nowhere")
+            if not _are_sizes((where.offset, where.length)):
+                raise ValueError(f"{name} has a shard of {where.length!r} bytes at {where.offset!r}")
+        if sum(prod(chunk.sizes) for chunk in found.chunks) < prod(found.size):
+            raise ValueError(f"{name} of size {list(found.size)} has shards for a part of it only")
+
+
+def _are_sizes(values: Any) -> bool:
+    return all(type(value) is int and 0 <= value < 1 << 62 for value in values)
+
+
 class DistributedTensors:
     """All tensors of one DCP folder by name, readable by slice."""
 
@@ -64,17 +101,20 @@ class DistributedTensors:
         self.folder = folder
         self._opened: dict[tuple[str, tuple[int, ...]], StoredTensor] = {}
         self._lock = threading.Lock()
-        self._checksums = read_json(folder / CHECKSUMS) if (folder / CHECKSUMS).is_file() else {}
+        checksums = folder / CHECKSUMS
+        self._checksums = read_json(checksums, dict[str, dict[str, int]]) if checksums.is_file() else {}
         path = folder / ".metadata"
         try:
             with path.open("rb") as file:
                 self._metadata = _MetadataUnpickler(file).load()
+            _check_metadata(self._metadata)
         except FileNotFoundError:
             raise CheckpointError(f"{path} does not exist; the checkpoint is incomplete") from None
         except CheckpointError as error:
             raise CheckpointError(f"{folder}: {error}") from None
-        except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, KeyError, ValueError) as error:
-            raise CheckpointError(f"{path} is damaged: {error}; use an earlier checkpoint") from None
+        except Exception as error:  # noqa: BLE001 - a pickle can be wrong in any way; the file is what is wrong
+            reason = str(error) or type(error).__name__
+            raise CheckpointError(f"{path} is damaged: {reason}; use an earlier checkpoint") from None
 
     def names(self) -> list[str]:
         """Return the names of all tensors."""
@@ -151,8 +191,17 @@ class DistributedTensors:
                 f"{path} is damaged at {name}: {error}; use an earlier checkpoint"
             ) from None
         content = stored.content
-        expected = self._checksums.get(name, {}).get(",".join(map(str, offsets)))
-        if not isinstance(content, StoredTensor) or expected not in (None, stored.checksums()["data/0"]):
+        position = ",".join(map(str, offsets))
+        expected = self._checksums.get(name, {}).get(position)
+        if self._checksums and expected is None:
+            raise CheckpointError(
+                f"{self.folder / CHECKSUMS} lacks {name} at {position or 0}; use an earlier checkpoint"
+            )
+        chunks = self._metadata.state_dict_metadata[name].chunks
+        sizes = next(tuple(chunk.sizes) for chunk in chunks if chunk.offsets == offsets)
+        wanted = TensorInfo(sizes, self.info(name).dtype)
+        is_same = expected in (None, stored.checksums().get("data/0"))
+        if not isinstance(content, StoredTensor) or content.info != wanted or not is_same:
             raise CheckpointError(
                 f"{path} holds something else where {name} should be; files were swapped, copy the checkpoint again"
             )

@@ -45,7 +45,12 @@ class StoredFile:
     @contextmanager
     def opened(self) -> Iterator[int]:
         """Open the file."""
-        file = os.open(self.path, os.O_RDONLY)
+        try:
+            file = os.open(self.path, os.O_RDONLY)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.path} cannot be read: {error.strerror}; check its permissions"
+            ) from None
         try:
             yield file
         finally:

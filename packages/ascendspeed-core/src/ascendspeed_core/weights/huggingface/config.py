@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.models.families import family_of_hugging_face
 from ascendspeed_core.weights.files.json_file import read_json
@@ -19,10 +21,17 @@ def read_model_config(path: Path) -> ModelConfig:
     return family_of_hugging_face(hf_config, str(path)).read_config(hf_config)
 
 
+class _GenerationConfig(BaseModel):
+    """What is read of a `generation_config.json`."""
+
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+
 def generation_ids(folder: Path) -> dict[str, Any]:
     """Return the ids that begin and end a text, from `generation_config.json` where there is one."""
     path = folder / "generation_config.json"
     if not path.is_file():
         return {}
-    values = read_json(path)
-    return {key: values[key] for key in ("bos_token_id", "eos_token_id") if values.get(key) is not None}
+    values: dict[str, Any] = read_json(path, _GenerationConfig).model_dump()
+    return {key: value for key, value in values.items() if value is not None}

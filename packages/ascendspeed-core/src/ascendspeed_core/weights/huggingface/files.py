@@ -4,6 +4,8 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from pydantic import BaseModel
+
 from ascendspeed_core.launch import announce
 from ascendspeed_core.weights.files.file_tensor import StoredTensor
 from ascendspeed_core.weights.files.json_file import read_json
@@ -26,6 +28,12 @@ OTHER_WEIGHTS = {
     "flax_model.msgpack": "Flax's weights; use the model.safetensors files of the same model",
 }
 """Files of weights in other formats that lie in such folders, and what to do instead."""
+
+
+class _WeightIndex(BaseModel):
+    """`model.safetensors.index.json`: the file of each tensor, by name; totals beside it are not read."""
+
+    weight_map: dict[str, str]
 
 
 def open_weight_files(folder: Path) -> dict[str, StoredTensor]:
@@ -82,10 +90,8 @@ def _files_to_read(folder: Path) -> tuple[list[Path], Mapping[str, Path], str | 
 
 
 def _indexed(folder: Path, name: str) -> tuple[list[Path], Mapping[str, Path]]:
-    weight_map = read_json(folder / name).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise CheckpointError(f"{folder / name} has no weight_map of file names; copy it again")
-    index = {name: inside(folder, file) for name, file in weight_map.items()}
+    stated = read_json(folder / name, _WeightIndex)
+    index = {tensor: inside(folder, file) for tensor, file in stated.weight_map.items()}
     if not index:
         raise CheckpointError(f"{folder / name} names no tensor; copy it again")
     return sorted(set(index.values())), index

@@ -22,13 +22,16 @@ import torch
 
 from ascendspeed_core.config.load import validate
 from ascendspeed_core.config.model import ModelConfig
+from ascendspeed_core.models.linear import LowRank
+from ascendspeed_core.models.lora import AdapterPlan
 from ascendspeed_core.weights.files.distributed_reader import DistributedTensors
-from ascendspeed_core.weights.files.json_file import read_json
+from ascendspeed_core.weights.files.json_file import read_iteration
+from ascendspeed_core.weights.load import parameter_shapes
+from ascendspeed_core.weights.native.description import read_description
 from ascendspeed_core.weights.source import BaseWeightSource, CheckpointError, Index, TensorInfo
 from ascendspeed_data.errors import ConfigError
 from ascendspeed_data.manifest import DatasetManifest, read_manifest
 
-FORMAT_VERSION = 1
 TRACKER = "latest_checkpointed_iteration.txt"
 DESCRIPTION = "checkpoint.json"
 TOKENIZER = "tokenizer"
@@ -49,13 +52,7 @@ class NativeSource(BaseWeightSource):
     def __init__(self, path: Path, is_adapter: bool = False) -> None:
         self.path: Path | None = path
         self.folder = iteration_folder(path)
-        self.description = read_json(self.folder / DESCRIPTION)
-        version = self.description.get("format_version")
-        if version != FORMAT_VERSION:
-            raise CheckpointError(
-                f"{self.folder}: format_version={version}, this version reads {FORMAT_VERSION}; "
-                "use the ascendspeed-core that wrote it"
-            )
+        self.description = read_description(self.folder / DESCRIPTION)
         adapters = self.description.get("adapters")
         if adapters and not is_adapter:
             raise CheckpointError(
@@ -67,10 +64,11 @@ class NativeSource(BaseWeightSource):
                 f"{self.folder} holds all weights, not an adapter; give it with --load, without options of adapters"
             )
         try:
-            self.config: ModelConfig = validate(ModelConfig, self.description["model"])
-        except (ConfigError, KeyError) as error:
+            self.config: ModelConfig = validate(ModelConfig, self.description["model"], strict=True)
+        except ConfigError as error:
             raise CheckpointError(f"{self.folder / DESCRIPTION}: no valid model config: {error}") from None
         self.stored = DistributedTensors(self.folder)
+        self._check_tensors()
 
     @property
     def tokenizer(self) -> Path | None:
@@ -97,6 +95,31 @@ class NativeSource(BaseWeightSource):
             for name in self.stored.names()
             if name.startswith(prefix)
         }
+
+    def _check_tensors(self) -> None:
+        """Compare names and shapes of the weights with those of the model, or of what is trained of it.
+
+        Raises:
+            CheckpointError: one is missing, is too many, or has another shape.
+        """
+        whole = parameter_shapes(self.config)
+        expected = whole
+        if adapters := self.description.get("adapters"):
+            layers = {name: LowRank(**values) for name, values in adapters["layers"].items()}
+            unknown = [f"{name}.weight" for name in layers if len(whole.get(f"{name}.weight", ())) != 2]
+            unknown += [name for name in adapters["trained"] if name not in whole]
+            if unknown:
+                raise CheckpointError(f"{self.folder}: its adapter is of {unknown[0]}, which the model lacks")
+            plan = AdapterPlan(layers, frozenset(adapters["trained"]))
+            expected = plan.shapes(whole) | {name: whole[name] for name in plan.trained}
+        for name in sorted(expected.keys() | self._infos.keys()):
+            have = list(self._infos[name].shape) if name in self._infos else "missing"
+            want = list(expected[name]) if name in expected else "none"
+            if have != want:
+                raise CheckpointError(
+                    f"{self.folder}: {name} is {have}, the model's is {want}; its description and its weights "
+                    "disagree, so copy it again"
+                )
 
     def read(self, name: str, index: Index = ()) -> torch.Tensor:
         """Read a slice of a weight."""
@@ -135,7 +158,7 @@ def iteration_folder(path: Path) -> Path:
     tracker = path / TRACKER
     if not tracker.is_file():
         raise CheckpointError(f"{path} holds no checkpoint: neither {DESCRIPTION} nor {TRACKER} is there")
-    text = tracker.read_text(encoding="utf-8").strip()
+    text = read_iteration(tracker)
     if not text.isdecimal():
         raise CheckpointError(
             f"{tracker} says {text!r}, not an iteration; write the number of a complete checkpoint"
