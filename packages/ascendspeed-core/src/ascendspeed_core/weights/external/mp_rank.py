@@ -187,7 +187,7 @@ def follows_latest(path: Path) -> bool:
     if not (path / LATEST).is_file():
         return False
     tracker = path / TRACKER
-    text = tracker.read_text(encoding="utf-8", errors="replace").strip() if tracker.is_file() else ""
+    text = read_iteration(tracker) if tracker.is_file() else ""
     name = f"iter_{int(text):07d}" if text.isdecimal() else text
     return not name or not (path / name).is_dir() or name == step_folder(path).name
 
