@@ -93,15 +93,25 @@ def test_deepspeeds_files_of_2023_are_read(
 def strange() -> Any:
     """Arguments that name a module that readers do not have."""
     module: Any = types.ModuleType("someones_own_code")
-    kind = type("Settings", (), {"__module__": "someones_own_code"})
+    kind: Any = type(
+        "Settings", (), {"__module__": "someones_own_code", "make": classmethod(lambda kind, _: kind())}
+    )
     module.Settings = kind
     sys.modules["someones_own_code"] = module
     return kind()
 
 
+def made_by_a_method() -> Any:
+    """Arguments that are pickled as the call of a method."""
+    found = strange()
+    type(found).__reduce__ = lambda self: (type(self).make, (7,))
+    return found
+
+
 ARGUMENTS = {
     "none": None,
     "an unknown object": strange,
+    "what a method made": made_by_a_method,
     "a path": lambda: PurePosixPath("/data"),
     "other arguments": lambda: Namespace(lr=1e-3),
 }

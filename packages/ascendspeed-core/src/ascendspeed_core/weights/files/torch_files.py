@@ -79,6 +79,10 @@ class InertObject:
     def __setitem__(self, key: Any, value: Any) -> None:
         self.items = [*getattr(self, "items", []), (key, value)]
 
+    def __call__(self, *arguments: Any) -> "InertObject":
+        """Stand for what a method of the class would have made."""
+        return type(self)(*arguments)
+
     def append(self, value: Any) -> None:
         """Take an element, as lists do."""
         self.__setitem__(None, value)
@@ -243,17 +247,16 @@ class _Unpickler(pickle.Unpickler):
         """Return what an allowed class becomes, or refuse it."""
         if (module, name) in self._allowed:
             return self._allowed[module, name]
-        package = module.partition(".")[0]
         short = name.rpartition(".")[2]
-        if package in INERT_PACKAGES or f"{module}.{name}" in STANDARD_DATA:
+        if module.partition(".")[0] in INERT_PACKAGES or f"{module}.{name}" in STANDARD_DATA:
             return type(short, (InertObject,), {"__module__": module})
-        if package in sys.stdlib_module_names or package == "__builtin__":
+        if _is_standard(module):
             raise self._refusal(f"{module}.{name}")
         return type(short, (UnknownObject,), {"__module__": module})
 
     def _member(self, owner: Any, name: Any) -> InertObject:
         """Members of enumerations are pickled as attributes of their class."""
-        if not (isinstance(owner, type) and issubclass(owner, InertObject)):
+        if not (isinstance(owner, type) and issubclass(owner, InertObject)) or _is_standard(owner.__module__):
             raise self._refusal(f"attribute {name} of {owner!r}")
         return owner(name)
 
@@ -273,6 +276,11 @@ class _Unpickler(pickle.Unpickler):
         if kind != "storage" or not isinstance(dtype, torch.dtype):
             raise CheckpointError(f"{self._path} refers to {kind!r} outside of itself; refused")
         return _Storage(str(key), dtype, int(numel))
+
+
+def _is_standard(module: str) -> bool:
+    """Tell whether a module belongs to Python itself, of version 2 too."""
+    return module.partition(".")[0] in {*sys.stdlib_module_names, "__builtin__", "copy_reg"}
 
 
 def _encode(text: str, encoding: str = "latin1") -> bytes:
