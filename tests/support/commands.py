@@ -165,7 +165,7 @@ def command_line(*args: object) -> list[str]:
 
 def call(*args: object, stdin: str = "") -> Finished:
     """Run `asd-core pretrain ...` inside this process, or as one of its own if it starts several."""
-    if "--nproc-per-node" in args or args[1] == "parity":
+    if "--nproc-per-node" in args or "parity" in args[1:2]:
         return run_command(*args, stdin=stdin)
     module = importlib.import_module(MODULES[str(args[0])])
     out, err = io.StringIO(), io.StringIO()
