@@ -126,8 +126,6 @@ def sleeping_model(mesh: ParallelMesh, cost: LayerCost, ffn_hidden_size: int) ->
         num_layers=LAYERS_PER_DEVICE * mesh.layout.pp, vocab_size=32, ffn_hidden_size=ffn_hidden_size
     )
     model = Transformer(config, stages_of_ranks(config.num_layers, mesh.layout)[mesh.pp_rank])
-    if model.embedding is not None:
-        torch.nn.init.normal_(model.embedding.weight)
     for number in model.layers:
         model.layers[number] = SleepingLayer(config, int(number), cost)
     return model

@@ -1,14 +1,15 @@
-"""Every command and every program in a document runs as it stands."""
+"""Every command and every program in a document runs as it stands, in processes of the fork server."""
 
 import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from support.commands import run_command, shell_variables
+from support.commands import MODULES, environment, run_command, shell_variables
 from support.models import save_hugging_face, tiny_config
 
 ROOT = Path(__file__).parents[2]
@@ -74,6 +75,17 @@ def test_commands_run(document: Path, inputs: Path, tmp_path: Path) -> None:
     for block in fences(document, "bash"):
         if block.strip() not in RUN_BY_HAND:
             run_shell(block, folder)
+
+
+@pytest.mark.parametrize("command", [*MODULES, "torchrun"])
+def test_commands_are_installed(command: str) -> None:
+    """The fork server stands in for these; here they are what pip installed, in a Python of their own."""
+    installed = Path(sys.executable).with_name(command)
+    done = subprocess.run(
+        [installed, "--help"], env=environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "usage" in done.stdout.lower()
 
 
 READMES_WITH_PROGRAMS = [path for path in DOCUMENTS if path.name == "README.md" and fences(path, "python")]

@@ -103,8 +103,16 @@ def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
     return max(float((ours[n] - theirs[n]).abs().max() / theirs[n].abs().max()) for n in theirs)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("tp", [2, pytest.param(4, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize(
+    ("tp", "dtype"),
+    [
+        (2, "float64"),
+        *(
+            pytest.param(*case, marks=pytest.mark.nightly)
+            for case in ((2, "float32"), (4, "float64"), (4, "float32"))
+        ),
+    ],
+)
 def test_layouts(workers: WorkerPool, report: ReportTables, job: Job, tp: int, dtype: str) -> None:
     losses, weights = compare(job, job.train(f"tp{tp}-{dtype}", dtype, tp), dtype)
     (want,) = workers.run(gradients, 1, str(job.folder), dtype, 1)

@@ -10,11 +10,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from unittest.mock import patch
+
+import psutil
 
 from support.forked_command import ADDRESS, ForkedCommand
 
@@ -95,8 +97,12 @@ class RunningCommand(ForkedCommand):
             raise TimeoutError(f"still running after {timeout:g} s:\n{self.stderr}") from None
 
     def kill_session(self) -> None:
-        """Kill the process and what it started, but for what leads a session of its own; wait for it."""
-        os.killpg(self.pid, signal.SIGKILL)
+        """Kill the process and its session; ranks lead sessions of their own, and must end with it. Wait for all."""
+        with suppress(psutil.NoSuchProcess, ProcessLookupError):
+            started = psutil.Process(self.pid).children(recursive=True)
+            os.killpg(self.pid, signal.SIGKILL)
+            _, alive = psutil.wait_procs(started, timeout=60)
+            assert not alive, f"outlived their launcher: {alive}"
         self.wait()
 
 
@@ -159,7 +165,7 @@ def command_line(*args: object) -> list[str]:
 
 def call(*args: object, stdin: str = "") -> Finished:
     """Run `asd-core pretrain ...` inside this process, or as one of its own if it starts several."""
-    if "--nproc-per-node" in args or args[1] == "parity":
+    if "--nproc-per-node" in args or "parity" in args[1:2]:
         return run_command(*args, stdin=stdin)
     module = importlib.import_module(MODULES[str(args[0])])
     out, err = io.StringIO(), io.StringIO()

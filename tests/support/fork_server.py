@@ -71,9 +71,7 @@ def _import_all() -> None:
     prepare_torch("cpu")
     for package in PACKAGES:
         for module in pkgutil.walk_packages(importlib.import_module(package).__path__, f"{package}."):
-            # What only some commands have at hand (DeepSpeed, the NPU's operators) is left to them.
-            with contextlib.suppress(ImportError):
-                importlib.import_module(module.name)
+            importlib.import_module(module.name)
     for name in ALSO:
         importlib.import_module(name)
     for name in MEGATRON:

@@ -20,7 +20,7 @@ class ForkedCommand:
 
     Args:
         address: the server's socket.
-        words: `-m`, a module and its arguments.
+        words: `-m`, a module and its arguments; or a program and its arguments.
         environment: all of it.
         folder: to work in.
         streams: descriptors for stdin, stdout and stderr.
@@ -36,8 +36,8 @@ class ForkedCommand:
         streams: Sequence[int],
         session: bool,
     ) -> None:
-        place = os.path.abspath(folder)  # noqa: PTH100 - pathlib takes longer to import than all else here
-        request = {"words": words, "environment": dict(environment), "folder": place, "session": session}
+        absolute = os.path.abspath(folder)  # noqa: PTH100 - pathlib takes longer to import than all else here
+        request = {"words": words, "environment": dict(environment), "folder": absolute, "session": session}
         self._connection = socket.socket(socket.AF_UNIX)
         self._connection.connect(address)
         message = json.dumps(request).encode() + b"\n"

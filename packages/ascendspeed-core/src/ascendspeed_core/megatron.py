@@ -24,13 +24,15 @@ def _compiled_when_called() -> Iterator[None]:
     """Let what is imported meanwhile decorate functions with `torch.compile` without loading the compiler yet.
 
     megatron-core decorates two dozen functions, and loading torch's compiler takes longer than all else it imports. It
-    is loaded when the first of them is called.
+    is loaded when the first of them is called. With options, `torch.compile` is torch's own.
     """
     import torch
 
     compile_now = torch.compile
 
-    def compile_when_called(function: Callable[..., Any]) -> Callable[..., Any]:
+    def compile_when_called(function: Callable[..., Any] | None = None, **options: Any) -> Callable[..., Any]:
+        if function is None or options:
+            return compile_now(function, **options)
         compiled: Callable[..., Any] | None = None
 
         @wraps(function)

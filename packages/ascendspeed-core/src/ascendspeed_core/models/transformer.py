@@ -77,8 +77,10 @@ class Transformer(nn.Module):
         self.final_norm: RMSNorm | LayerNorm | None = None
         self.output_head: nn.Linear | None = None
         if self.has_first or (self.has_last and config.tie_word_embeddings):
-            # Given a weight, torch does not draw one: doing so without storage would load its compiler, for seconds.
             table = torch.empty(config.vocab_size, config.hidden_size)
+            if not table.is_meta:
+                # Drawn only where there is storage: without it, a draw would load torch's compiler, for seconds.
+                nn.init.normal_(table)
             self.embedding = nn.Embedding.from_pretrained(table, freeze=False)
         if self.has_first and config.embedding_norm:
             self.embedding_norm = make_norm(config)
