@@ -68,10 +68,11 @@ class DamagedWorld:
     """All subjects.
 
     Args:
-        folder: an empty one.
+        folder: it is made, or empty.
     """
 
     def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.subjects: list[Subject] = []
         corpus = write_json_lines(folder / "corpus.jsonl", make_texts(60))
@@ -184,7 +185,7 @@ class DamagedWorld:
 
         def convert(folder: Path, *flags: object) -> tuple[object, ...]:
             return (
-                "asd-ckpt", "convert", folder, "--output-model-dir", f"{OUT}/c", "--workers", 1,
+                "asd-ckpt", "convert", "--load", folder, "--output-model-dir", f"{OUT}/c", "--workers", 1,
                 "--no-verify-logits", *flags,
             )  # fmt: skip
 
