@@ -242,15 +242,15 @@ class DamagedWorld:
             unnoticed=("checkpoint.json", "metrics.jsonl", "data.manifest.json"), left_alone=("*.png",),
         )  # fmt: skip
         adapter = self._folder("adapter")
-        train = self._train(
-            "--load", self.model, "--save", f"{OUT}/r", "--lora-r", 2, "--lora-target-modules", "q_proj"
-        )
-        _ok(*_to(train, adapter))
+        lora = ("--lora-r", 2, "--lora-target-modules", "q_proj")
+        train = self._train("--load", self.model, "--save", f"{OUT}/r", *lora)
+        _ok(*_to(("asd-core", "finetune", *train[2:]), adapter))
         native = adapter / "r"
         self._add(
             "adapter: native", native,
             ("asd-ckpt", "merge-lora", "--load", self.model, "--lora-load", native, "--output-model-dir", f"{OUT}/m"),
-            unnoticed=("checkpoint.json",), left_alone=("*.png", "metrics.jsonl", "data.manifest.json", "adapter_*"),
+            unnoticed=("checkpoint.json", "tokenizer*"),
+            left_alone=("*.png", "metrics.jsonl", "data.manifest.json", "adapter_*"),
         )  # fmt: skip
         peft = self._folder("adapter-peft")
         for path in native.rglob("adapter_*"):
@@ -443,7 +443,7 @@ def try_one(world: DamagedWorld, seed: int, number: int) -> Trial:
         path.write_bytes(content)
     if done.status:
         complaints = [line for line in done.stderr.splitlines() if ": error: " in line]
-        if done.status not in (1, 2) or len(complaints) != 1 or done.complaint != complaints[0]:
+        if done.status not in (1, 2) or len(complaints) != 1 or done.complaint != complaints[0].strip():
             return trial(f"status {done.status}: {done.stderr[-500:]!r}", True)
         return trial("refused")
     if kind in CONSISTENT or _matches(path, subject.unnoticed):

@@ -63,8 +63,9 @@ class SentencePieceTokenizer:
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
             self._bare = sentencepiece.SentencePieceProcessor(model_proto=content + _WITHOUT_DUMMY_PREFIX)
-        except (RuntimeError, OSError) as error:
-            raise DataError(f"{model_file} is not a SentencePiece model: {error}") from None
+        except (RuntimeError, OSError, UnicodeDecodeError) as error:
+            reason = str(error).strip()
+            raise DataError(f"{model_file} is not a SentencePiece model: {reason}; copy it again") from None
         self._num_pieces = int(self._model.vocab_size())
         self._is_legacy = config.is_legacy
         # What begins a text without `legacy`.
