@@ -249,7 +249,7 @@ class DamagedWorld:
         self._add(
             "adapter: native", native,
             ("asd-ckpt", "merge-lora", "--load", self.model, "--lora-load", native, "--output-model-dir", f"{OUT}/m"),
-            unnoticed=("checkpoint.json", "tokenizer*"),
+            unnoticed=("checkpoint.json", "tokenizer*", "special*"),
             left_alone=("*.png", "metrics.jsonl", "data.manifest.json", "adapter_*"),
         )  # fmt: skip
         peft = self._folder("adapter-peft")

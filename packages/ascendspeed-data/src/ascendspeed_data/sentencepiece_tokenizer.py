@@ -93,7 +93,10 @@ class SentencePieceTokenizer:
         self, files: TokenizerFiles
     ) -> tuple[tuple[AddedToken, ...], dict[str, int | None], set[str]]:
         """Return the added tokens, the ids of the named tokens of which the project makes use, and names in files."""
-        pieces: list[str] = self._model.id_to_piece(list(range(self._num_pieces)))
+        try:
+            pieces: list[str] = self._model.id_to_piece(list(range(self._num_pieces)))
+        except UnicodeDecodeError as error:
+            raise DataError(f"{self.model_file} is damaged, a piece is {error}; copy it again") from None
         model = self._model
         own = {
             "bos_token": model.bos_id(),
