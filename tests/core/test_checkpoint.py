@@ -290,7 +290,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no tensors": (lambda f: [p.unlink() for p in f.glob("*.distcp")], "is missing, though the index"),
     "no description": (lambda f: (f / "checkpoint.json").unlink(), "is missing or incomplete; complete are none"),
     "a description cut short": (cut("checkpoint.json", 0.5), "is not JSON"),
-    "other shapes": (wider, "embedding.weight has shape .125, 32., the model's is .126, 32."),
+    "other shapes": (wider, "embedding.weight is .125, 32., the model's is .126, 32."),
     "a newer format": (change_description(format_version=99), "format_version=99"),
     "an unknown key": (change_description(model={"color": 1}), "no valid model config"),
 }  # fmt: skip

@@ -244,7 +244,7 @@ def test_parity_compares_auxiliary_losses(tmp_path: Path) -> None:
     runs = [tmp_path / name for name in ("one", "same", "other", "lacking")]
     for run, loss in zip(runs, (0.5, 0.5, 0.6, None), strict=True):
         save_hugging_face(tiny_config(), run)
-        record = {"lm_loss": 2.0, "grad_norm": 1.0, "auxiliary_losses/balance": loss}
+        record = {"iteration": 1, "lm_loss": 2.0, "grad_norm": 1.0, "auxiliary_losses/balance": loss}
         if loss is None:
             del record["auxiliary_losses/balance"]
         (run / "metrics.jsonl").write_text(json.dumps(record) + "\n")

@@ -23,7 +23,7 @@ from ascendspeed_core.weights.shard_layout import shard_layout
 from ascendspeed_core.weights.source import CheckpointError
 from support.models import tiny_config
 
-LAYERS, EXPERTS, HIDDEN, WIDTH = 3, 4, 6, 10
+LAYERS, EXPERTS, HIDDEN, WIDTH = 3, 4, 8, 10
 OURS = "layers.{layer}.mlp.experts.{expert}."
 """Each expert's matrices by themselves: gate and up [F, H], down [H, F]."""
 STACKED = "layers.{layer}.mlp.experts."
@@ -121,14 +121,16 @@ class Tensors(BaseWeightSource):
 
 
 def config() -> ModelConfig:
-    return tiny_config(num_layers=LAYERS, hidden_size=8).model_copy(update={"family": "mixed"})
+    return tiny_config(num_layers=LAYERS, hidden_size=HIDDEN, ffn_hidden_size=WIDTH).model_copy(
+        update={"family": "mixed"}
+    )
 
 
 def our_tensors(is_stacked: bool) -> dict[str, torch.Tensor]:
     """Random weights: a dense MLP in the first layer, experts in all."""
     draw = torch.Generator().manual_seed(5)
     found = {
-        "embedding.weight": torch.randn(11, 8, generator=draw),
+        "embedding.weight": torch.randn(128, 8, generator=draw),
         "layers.0.mlp.up_proj.weight": torch.randn(WIDTH, HIDDEN, generator=draw),
     }
     for layer, name in itertools.product(range(LAYERS), ("gate", "up", "down")):
@@ -235,7 +237,7 @@ def test_another_number_of_experts_is_refused(install: Install, tmp_path: Path) 
     write_hugging_face(Tensors(config(), our_tensors(is_stacked=False)), tmp_path, None, 1 << 30)
     install("fused", EXPERTS - 1)
     with pytest.raises(
-        CheckpointError, match=r"has shape \[4, 20, 6\], the config makes it begin with \[3\]"
+        CheckpointError, match=r"has shape \[4, 20, 8\], the config makes it begin with \[3\]"
     ):
         HuggingFaceSource(tmp_path).tensors()
     config_json = json.loads((tmp_path / "config.json").read_text())

@@ -110,7 +110,7 @@ def test_the_rate_under_ramp_up_goes_by_samples(arguments: list[object], tmp_pat
     ("flags", "message"),
     [
         (["--train-samples", 8, "--train-iters", 2], "train_iters=2 and train_samples=8 were both given"),
-        ([], "give --train-iters or --train-samples"),
+        ([], "give --train-iters, --train-samples or --num-train-epochs"),
         (
             ["--train-samples", 8, "--lr-warmup-iters", 1],
             "lr_warmup_iters was given with train_samples; give",

@@ -11,6 +11,7 @@ from support.commands import environment
 FLAGS = {
     "load": (str, ()),
     "model_config_file": (str, ("--model-config",)),
+    "orig_vocab_size": (int, ()),
     "lora_load": (str, ("--adapter",)),
     "tokenizer_name_or_path": (str, ()),
     "tokenizer_type": (str, ()),

@@ -305,7 +305,7 @@ def _unread_keys(message: TrackedObject) -> list[str]:
     role = dict.get(message, "role")
     counted = []
     for name, value in unread.items():
-        if name == "role" or not filled(value) or value is False:
+        if name == "role" or not filled(value) or (value is False and field_of(name, "message") is not None):
             continue
         if name in REASONING and any(other in message and other not in unread for other in REASONING):
             continue

@@ -82,6 +82,10 @@ class CheckpointFacts:
         return next((found.info.shape for key, found in self.first.items() if key.endswith(ending)), None)
 
 
+_NEEDED = ("num_attention_heads", "hidden_size", "ffn_hidden_size")
+"""Arguments without which the others describe no model."""
+
+
 def resolve_config(
     facts: CheckpointFacts,
     sidecar: Sidecar | None,
@@ -99,7 +103,7 @@ def resolve_config(
     if recorded is not None and given is not None:
         check_given(facts.folder, recorded, given)
     config = recorded if sidecar is not None else given or recorded
-    if config is None and not isinstance(arguments, Namespace):
+    if config is None and any(not isinstance(getattr(arguments, name, None), int) for name in _NEEDED):
         config = fallback_config()
     if config is None and not isinstance(arguments, Namespace):
         held = "no arguments" if arguments is None else f"arguments that are not read, {_class(arguments)}"
