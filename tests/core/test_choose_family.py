@@ -27,7 +27,7 @@ REFUSED = {
         r'add "architectures": \["BaichuanForCausalLM"\] or "architectures": \["BaiChuanForCausalLM"\]',
     ),
     "nothing": ({}, r'add them, for a LLaMA "architectures": \["LlamaForCausalLM"\]'),
-    "an unknown type": ({"model_type": "lama"}, r"model_type='lama' is of no family.*did you mean llama"),
+    "an unknown type": ({"model_type": "lllama"}, r"model_type='lllama' is of no family.*did you mean llama"),
     "another use of a known type": (
         {"architectures": ["LlamaForSequenceClassification"], "model_type": "llama"},
         "is not supported; of model_type 'llama', LlamaForCausalLM and LLaMAForCausalLM is",
