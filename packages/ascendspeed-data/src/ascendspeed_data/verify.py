@@ -104,4 +104,4 @@ def _check_labels(dataset: Dataset, number: int, ids: Any, limit: int | None) ->
         raise DataError(
             f"{dataset.prefix}: sequence {number} has a label outside the vocabulary; preprocess again"
         )
-    dataset.attended(number)
+    dataset.attended(number)  # raises if the mask is not 0 and 1
