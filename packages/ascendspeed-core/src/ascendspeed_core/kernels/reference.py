@@ -87,6 +87,9 @@ def int8_linear(x: torch.Tensor, integers: torch.Tensor, scale: torch.Tensor) ->
     return (x.float() @ weight.T).to(x.dtype)
 
 
+ALIGNED_MASK_BYTES = 16
+"""torch's attention on CUDA ends the process where a mask of numbers begins elsewhere than at a multiple of this."""
+
 AttentionFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 """An implementation of `causal_attention`."""
 
@@ -106,6 +109,9 @@ def causal_attention(
         [B, N, S, D].
     """
     heads, groups = q.shape[1], k.shape[1]
+    if mask is not None and mask.is_cuda and mask.storage_offset() * mask.itemsize % ALIGNED_MASK_BYTES:
+        # The end of a wider mask may begin where the device's kernel cannot read.
+        mask = mask.clone()
     if q.shape[2] == 1 and heads != groups:
         # The heads of a group are as many queries of one key-value head: its keys are read once, in one matrix product.
         of_heads = (
