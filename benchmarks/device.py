@@ -32,6 +32,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=list(TITLES), help="groups to run [default: all]")
     parser.add_argument("--match", nargs="+", help="items to run, by parts of their names [default: all]")
     parser.add_argument("--profile", action="store_true", help="add to the JSON what keeps the device busy")
+    parser.add_argument("--alone", action="store_true", help="leave transformers out")
     parser.add_argument("--list", action="store_true", help="say what would run on a device, and end")
     parser.add_argument("--table", type=Path, help="print the table of an earlier JSON, and end")
     given = parser.parse_args()
@@ -48,10 +49,12 @@ def main() -> int:
         print("\n".join(planned(chosen)))
         return 0
 
+    options = {"with_profile": given.profile, "with_others": not given.alone}
+
     def tell(item: Item, outcome: Outcome) -> None:
         print(one_line(outcome.record(item)), flush=True)
 
-    about, done = run_all(chosen, given.device, given.minutes, given.profile, tell)
+    about, done = run_all(chosen, given.device, given.minutes, options, tell)
     report = {
         "about": {**about, "date": datetime.datetime.now(datetime.UTC).date().isoformat()},
         "items": [outcome.record(item) for item, outcome in done],

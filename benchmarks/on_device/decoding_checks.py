@@ -6,12 +6,12 @@ device's ids: each of them must be within the tolerance of the likeliest token t
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from ascendspeed_core.build import load_model
+from ascendspeed_core.build import apply_inference_kernels, load_model
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.device import HOST
 from ascendspeed_core.parallel.mesh import ParallelMesh
@@ -42,7 +42,7 @@ class Case:
     quantization: str = "none"
     batch_invariant: bool = False
     beams: int = 1
-    sampling: SamplingParams = SamplingParams()
+    sampling: SamplingParams = field(default_factory=SamplingParams)
 
 
 def cases() -> dict[str, Case]:
@@ -103,6 +103,7 @@ def engine_on(mesh: ParallelMesh, case: Case) -> LLMEngine:
         True,
         weight_quantization=case.quantization,
     ).eval()
+    apply_inference_kernels(model, mesh)
     return LLMEngine(model, mesh)
 
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from ascendspeed_infer.engine.llm_engine import LLMEngine
-from ascendspeed_infer.engine.sequence import GenerationSettings
+from ascendspeed_core.build import apply_inference_kernels
+from ascendspeed_infer.engine.llm_engine import LLMEngine, cache_tokens_for
+from ascendspeed_infer.engine.sequence import GenerationSettings, SamplingRequest
 from ascendspeed_infer.generation import generate_batch
 from on_device.limits import bandwidth
 from on_device.setting import Setting, drawn_model, llama
@@ -27,6 +28,7 @@ def measure(setting: Setting, name: str, texts: int) -> dict[str, Any]:
     setting.free()
     config = llama(shape, length=prompt + new + 1)
     model = drawn_model(config, setting.mesh, torch.bfloat16, joined_projections=True).eval()
+    apply_inference_kernels(model, setting.mesh)
     engine = LLMEngine(model, setting.mesh, enable_prefix_caching=False)
     weights = sum(one.nbytes for key, one in model.named_parameters() if key != "embedding.weight")
     kept = 2 * config.num_layers * config.num_key_value_heads * config.head_dim * 2
@@ -54,9 +56,6 @@ def generate(engine: LLMEngine, prompts: list[list[int]], new: int) -> None:
 
 def decode_passes(setting: Setting, engine: LLMEngine, prompts: list[list[int]], new: int) -> list[float]:
     """Return the seconds of each step in which all texts got one more token."""
-    from ascendspeed_infer.engine.llm_engine import cache_tokens_for
-    from ascendspeed_infer.engine.sequence import SamplingRequest
-
     engine.resize_cache(cache_tokens_for([(1, len(one) + new) for one in prompts], len(prompts)))
     requests = [SamplingRequest(one, GenerationSettings(new)) for one in prompts]
     for request in requests:

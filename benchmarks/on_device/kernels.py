@@ -7,6 +7,7 @@ the format of the weights.
 """
 
 from collections.abc import Callable, Iterator
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -143,6 +144,41 @@ def check_int8_linear(setting: Setting) -> dict[str, Any]:
             ours = int8_linear(*(one.to(setting.device.torch) for one in (x, integers, scale)))
             found[name] = max(found.get(name, 0.0), relative_error(ours, want))
             tried += 1
+    check_within(found, TOLERANCE)
+    return {**found, "inputs": tried}
+
+
+def check_attention_by_lengths(setting: Setting) -> dict[str, Any]:
+    """Compare attention of several texts in one call, with and without windows, to prompts and to single tokens."""
+    from ascendspeed_core.kernels.lengths import TextLengths, attend_text_by_text, lengths_attention
+
+    found: dict[str, float] = {}
+    tried = 0
+    generator = torch.Generator().manual_seed(6)
+    for dtype_name in ("bfloat16", "float16"):
+        dtype = getattr(torch, dtype_name)
+        for heads, groups, dim in ((8, 8, 64), (8, 2, 128), (4, 1, 16), (6, 2, 80)):
+            attend = lengths_attention(setting.device, dtype, dim, False)
+            if attend is None:
+                raise LeftOut("each text has a call of its own on this device")
+            for counts in ((1, 1, 1), (1, 300, 7, 64), (1,)):
+                slots = torch.randperm(len(counts), generator=generator)
+                keys = [count + int(torch.randint(0, 400, (), generator=generator)) for count in counts]
+                numbers = [
+                    torch.tensor(one, dtype=torch.int32)
+                    for one in ([0, *accumulate(counts)], [*(slots * 1024).tolist(), 0], keys)
+                ]
+                cache = torch.randn(2, groups, 1024 * len(counts), dim, generator=generator).to(dtype)
+                q = torch.randn(sum(counts), heads, dim, generator=generator).to(dtype)
+                for window in (None, 33):
+                    own = TextLengths(*numbers, max(counts), max(keys))
+                    want = attend_text_by_text(q.double(), *cache.double(), own, window)
+                    placed = TextLengths(
+                        *(one.to(setting.device.torch) for one in numbers), max(counts), 1024
+                    )
+                    out = attend(*(one.to(setting.device.torch) for one in (q, *cache)), placed, window)
+                    found[dtype_name] = max(found.get(dtype_name, 0.0), relative_error(out, want))
+                    tried += 1
     check_within(found, TOLERANCE)
     return {**found, "inputs": tried}
 

@@ -37,7 +37,8 @@ def measure(setting: Setting, name: str) -> dict[str, Any]:
             )
 
         figures: dict[str, Any] = {"GB": size / 1e9}
-        for way, load in (("ours", ours), ("transformers", theirs)):
+        ways = {"ours": ours} | ({"transformers": theirs} if setting.with_others else {})
+        for way, load in ways.items():
             for _ in range(2):
                 setting.free()
                 started = time.perf_counter()

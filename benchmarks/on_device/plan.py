@@ -143,7 +143,7 @@ def items() -> list[Item]:
     ]
     others = [
         Item("correct", f"kernel {name}", "kernels", f"check_{name}", (), 3)
-        for name in ("int8_linear", "adamw")
+        for name in ("int8_linear", "adamw", "attention_by_lengths")
     ]
     trained = [
         Item("correct", f"ten steps: {case}", "training_checks", "check", (case,), 5)

@@ -136,7 +136,7 @@ def _of_checks(records: Sequence[Record]) -> list[list[str]]:
 
 
 def _is_difference(name: str, dtype: str, record: Record) -> bool:
-    """Whether a figure is the difference of a check in a format: kernels name the format there, others in their name."""
+    """Whether a figure is a difference in a format, which kernels name there and others in the record's name."""
     if record["name"].startswith("kernel"):
         return name.startswith(dtype)
     return dtype in record["name"].split() and name in ("loss", "distance")

@@ -23,13 +23,13 @@ class Worker:
 
     Args:
         wanted: device, see `choose_device`.
-        with_profile: see `Setting`.
+        options: of the `Setting`.
     """
 
-    def __init__(self, wanted: str, with_profile: bool) -> None:
+    def __init__(self, wanted: str, options: dict[str, bool]) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, there = context.Pipe()
-        self._process = context.Process(target=serve, args=(there, wanted, with_profile), daemon=True)
+        self._process = context.Process(target=serve, args=(there, wanted, options), daemon=True)
         self._process.start()
         there.close()
         said = self._answer(START_SECONDS)
@@ -73,13 +73,13 @@ class Worker:
         return reason
 
 
-def serve(connection: Connection, wanted: str, with_profile: bool) -> None:
+def serve(connection: Connection, wanted: str, options: dict[str, bool]) -> None:
     """Say what the device is, then run each item that comes."""
     from ascendspeed_core.device import choose_device
     from on_device.setting import Setting
 
     try:
-        setting = Setting(choose_device(wanted, quiet=True), with_profile)
+        setting = Setting(choose_device(wanted, quiet=True), **options)
     except Exception as error:  # noqa: BLE001 - whoever started this process prints it
         connection.send(str(error))
         return
@@ -142,7 +142,7 @@ def run_all(
     chosen: Sequence[Item],
     wanted: str,
     minutes: float,
-    with_profile: bool,
+    options: dict[str, bool],
     tell: Callable[[Item, Outcome], None],
 ) -> tuple[dict[str, Any], list[tuple[Item, Outcome]]]:
     """Run items in order within some minutes.
@@ -151,14 +151,14 @@ def run_all(
         chosen: what to run.
         wanted: device.
         minutes: for all of it; what would not fit any more is left out, and what takes too long is stopped.
-        with_profile: see `Setting`.
+        options: of the `Setting`.
         tell: is told of each outcome.
 
     Returns:
         What the device is, and the outcome of every item.
     """
     end = time.monotonic() + 60 * minutes
-    worker = Worker(wanted, with_profile)
+    worker = Worker(wanted, options)
     about_device, done = worker.about, []
     for item in chosen:
         left = end - time.monotonic()
@@ -170,7 +170,7 @@ def run_all(
         else:
             if not worker.is_alive:
                 worker.stop()
-                worker = Worker(wanted, with_profile)
+                worker = Worker(wanted, options)
             outcome = worker.run(item, min(left, 60 + 3 * item.seconds))
         done.append((item, outcome))
         tell(item, outcome)

@@ -28,10 +28,12 @@ class Setting:
     Attributes:
         device: the accelerator, or a CPU, where everything is small.
         with_profile: add what the device was busy with.
+        with_others: measure transformers too.
     """
 
     device: Device
     with_profile: bool = False
+    with_others: bool = True
 
     @property
     def is_small(self) -> bool:

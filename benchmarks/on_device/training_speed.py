@@ -52,7 +52,8 @@ def measure(setting: Setting, name: str) -> dict[str, Any]:
     figures: dict[str, Any] = {
         "layers": config.num_layers, "parameters": config.num_parameters, "tokens": tokens, "TFLOP": needed / 1e12,
     }  # fmt: skip
-    for way, make in (("ours", our_step), ("transformers", their_step)):
+    ways = {"ours": our_step} | ({"transformers": their_step} if setting.with_others else {})
+    for way, make in ways.items():
         setting.free()
         try:
             step = make(setting, config, shape)
