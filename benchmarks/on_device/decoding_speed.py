@@ -29,7 +29,10 @@ def measure(setting: Setting, name: str, texts: int) -> dict[str, Any]:
     config = llama(shape, length=prompt + new + 1)
     model = drawn_model(config, setting.mesh, torch.bfloat16, joined_projections=True).eval()
     apply_inference_kernels(model, setting.mesh)
-    engine = LLMEngine(model, setting.mesh, enable_prefix_caching=False)
+    # All texts are read at once, so that all of them are continued together.
+    engine = LLMEngine(
+        model, setting.mesh, enable_prefix_caching=False, prefill_tokens_per_step=texts * prompt
+    )
     weights = sum(one.nbytes for key, one in model.named_parameters() if key != "embedding.weight")
     kept = 2 * config.num_layers * config.num_key_value_heads * config.head_dim * 2
     read = weights + texts * (prompt + new / 2) * kept
@@ -62,7 +65,7 @@ def decode_passes(setting: Setting, engine: LLMEngine, prompts: list[list[int]],
         engine.add_request(engine.unique_name("timed"), request)
     seconds = []
     while engine.has_unfinished_requests():
-        is_decode = all(request.new_ids for request in requests)
+        is_decode = all(request.new_ids and not request.is_finished for request in requests)
         setting.device.synchronize()
         started = time.perf_counter()
         engine.step()

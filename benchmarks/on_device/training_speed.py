@@ -55,6 +55,7 @@ def measure(setting: Setting, name: str) -> dict[str, Any]:
     ways = {"ours": our_step} | ({"transformers": their_step} if setting.with_others else {})
     for way, make in ways.items():
         setting.free()
+        step: Callable[[], float] | None = None
         try:
             step = make(setting, config, shape)
             seconds = setting.seconds(step, 5, 3)
@@ -65,12 +66,12 @@ def measure(setting: Setting, name: str) -> dict[str, Any]:
             }
             if setting.with_profile and way == "ours":
                 figures["profile"] = setting.busy(step, 24)
-            del step
         except (torch.OutOfMemoryError, ImportError) as error:
             # The other side's figures are worth having without these.
-            if way == "ours":
-                raise
             figures[f"{way} error"] = str(error).splitlines()[0]
+        step = None
+    if "ours error" in figures:
+        raise AssertionError(f"{figures['ours error']} ({figures})")
     if "transformers tokens/s" in figures:
         figures["ours / transformers"] = figures["ours tokens/s"] / figures["transformers tokens/s"]
     return figures

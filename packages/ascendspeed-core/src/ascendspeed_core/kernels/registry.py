@@ -106,6 +106,8 @@ def _needs_liger(setting: KernelContext) -> str | None:
 
 
 def _needs_compiler(setting: KernelContext) -> str | None:
+    if setting.lengths_vary:
+        return "torch.compile takes seconds for new kinds of shapes, and lengths vary"
     if setting.device.kind == "cuda" and find_spec("triton") is None:
         return "torch.compile needs the package triton, which is not installed"
     return None
