@@ -12,13 +12,11 @@ COLUMNS: Mapping[str, Mapping[str, tuple[str, str]]] = {
         "layers": ("layers", "d"),
         "parameters": ("parameters", ",d"),
         "tokens": ("tokens", ",d"),
-        "ours tokens/s": ("tokens/s", ",.0f"),
-        "ours MFU": ("MFU", ".1%"),
-        "ours GB": ("GB", ".1f"),
-        "transformers tokens/s": ("transformers tokens/s", ",.0f"),
-        "transformers MFU": ("MFU", ".1%"),
-        "transformers GB": ("GB", ".1f"),
-        "ours / transformers": ("ratio", ".2f"),
+        "tokens/s": ("tokens/s", ",.0f"),
+        "ratio": ("to transformers", ".2f"),
+        "MFU": ("MFU", ".1%"),
+        "MFU of one micro-batch": ("MFU of one micro-batch", ".1%"),
+        "GB": ("GB", ".1f"),
     },
     "decode": {
         "ms/token": ("ms per pass", ".2f"),
@@ -96,9 +94,13 @@ def table(report: Mapping[str, Any], group: str) -> list[list[str]]:
         ]
     columns = COLUMNS[group]
     rows = [["", *(heading for heading, _ in columns.values())]]
+    rates = {one["name"]: figures(one).get("tokens/s") for one in records}
     for one in records:
         if one["status"] == "passed":
-            found = figures(one)
+            theirs = rates.get(f"{one['name'].partition(':')[0]}: transformers")
+            found = dict(figures(one))
+            if group == "train" and theirs:
+                found["ratio"] = found["tokens/s"] / theirs
             cells = [
                 format(found[name], form) if found.get(name) is not None else "-"
                 for name, (_, form) in columns.items()

@@ -59,14 +59,15 @@ KERNELS: Mapping[str, Mapping[str, Kernel]] = MappingProxyType(
         },
         "rotary": {
             "npu": Kernel(f"{_FUSED_NPU} npu_rotary_mul", ("npu",)),
-            "liger": _LIGER,
             "compiled": _COMPILED,
+            "liger": _LIGER,
             "reference": _PLAIN,
         },
         "swiglu": {"npu": _NPU, "liger": _LIGER, "compiled": _COMPILED, "reference": _PLAIN},
         "cross_entropy": {
             "npu": _NPU,
             "liger": _LIGER_ASKED,
+            "compiled": _COMPILED,
             "torch": Kernel("torch's cross_entropy", EVERYWHERE),
             "reference": Kernel("plain torch"),
         },

@@ -1,6 +1,7 @@
 """Plain operators that torch.compile turns into one kernel each: what they read is read once, forward and backward.
 
-Shapes: B batch, S sequence, N query heads, K key-value heads, D head size, F inner size.
+Shapes: B batch, S sequence, N query heads, K key-value heads, D head size, F inner size, T tokens, V
+vocabulary.
 """
 
 from collections.abc import Callable
@@ -24,6 +25,16 @@ def silu_gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """See `kernels.reference.silu_gated`: [B, S, F]."""
     gated: torch.Tensor = _compiled(reference.silu_gated)(gate, up)
     return gated
+
+
+def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """See `kernels.reference.token_losses`; 16-bit logits are widened on the way: [T, V] -> [T]."""
+    losses: torch.Tensor = _compiled(_widened_losses)(logits, targets)
+    return losses
+
+
+def _widened_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return reference.token_losses(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets)
 
 
 @cache

@@ -206,6 +206,7 @@ _FUNCTIONS: Mapping[str, Mapping[str, Attached]] = {
     "cross_entropy": {
         "npu": (npu.npu_token_losses, _first(_whole_vocabulary, _needs_npu, _losses_fit)),
         "liger": (liger.liger_token_losses, _first(_whole_vocabulary, _needs_liger)),
+        "compiled": (compiled.token_losses, _first(_whole_vocabulary, _needs_compiler)),
         "torch": (token_losses, _anywhere),
         "reference": (reference.plain_token_losses, _whole_vocabulary),
     },
