@@ -56,7 +56,7 @@ class Item:
     Attributes:
         group: heading in the table.
         name: what the table calls it.
-        module: file of this folder.
+        module: of the function, `on_device.kernels` for example.
         function: takes a `Setting` and the arguments, and returns figures by name.
         arguments: of the function.
         seconds: expected on a device; an item that no longer fits into the minutes is left out.
@@ -71,9 +71,7 @@ class Item:
 
     def run(self, setting: Any) -> dict[str, Any]:
         """Run it here."""
-        found: dict[str, Any] = getattr(import_module(f"on_device.{self.module}"), self.function)(
-            setting, *self.arguments
-        )
+        found: dict[str, Any] = getattr(import_module(self.module), self.function)(setting, *self.arguments)
         return found
 
 
@@ -137,35 +135,43 @@ DECODING_CASES = (
 def items() -> list[Item]:
     """Return all items, the cheap and telling ones first."""
     kernels = [
-        Item("correct", f"kernel {operator}: {name}", "kernels", "check_operator", (operator, name), 3)
+        Item(
+            "correct",
+            f"kernel {operator}: {name}",
+            "on_device.kernels",
+            "check_operator",
+            (operator, name),
+            3,
+        )
         for operator, known in KERNELS.items()
         for name in known
     ]
     others = [
-        Item("correct", f"kernel {name}", "kernels", f"check_{name}", (), 3)
+        Item("correct", f"kernel {name}", "on_device.kernels", f"check_{name}", (), 3)
         for name in ("int8_linear", "adamw", "attention_by_lengths")
     ]
     trained = [
-        Item("correct", f"ten steps: {case}", "training_checks", "check", (case,), 5)
+        Item("correct", f"ten steps: {case}", "on_device.training_checks", "check", (case,), 5)
         for case in TRAINING_CASES
     ]
     decoded = [
-        Item("correct", f"continued texts: {case}", "decoding_checks", "check", (case,), 5)
+        Item("correct", f"continued texts: {case}", "on_device.decoding_checks", "check", (case,), 5)
         for case in DECODING_CASES
     ]
     limits = [
-        Item("limits", name, "limits", name.replace(" ", "_"), (), 4) for name in ("bandwidth", "product")
+        Item("limits", name, "on_device.limits", name.replace(" ", "_"), (), 4)
+        for name in ("bandwidth", "product")
     ]
     train = [
-        Item("train", f"{name}: {way}", "training_speed", "measure", (name, way), seconds)
-        for name in ("7B", "1B", "3B")
-        for way, seconds in (("ours", 15.0), ("transformers", 40.0))
+        Item("train", f"{name}: {way}", "on_device.training_speed", "measure", (name, way), seconds)
+        for name, times in (("7B", (30, 35)), ("1B", (12, 25)), ("3B", (15, 25)))
+        for way, seconds in zip(("ours", "transformers"), times, strict=True)
     ]
     decode = [
-        Item("decode", f"{name}, {batch} texts", "decoding_speed", "measure", (name, batch), 20)
+        Item("decode", f"{name}, {batch} texts", "on_device.decoding_speed", "measure", (name, batch), 8)
         for name, batch in (("7B", 1), ("7B", 64), ("1B", 1), ("1B", 64))
     ]
-    load = [Item("load", "1B", "loading", "measure", ("1B",), 25)]
+    load = [Item("load", "1B", "on_device.loading", "measure", ("1B",), 15)]
     return [
         *limits,
         *kernels,
