@@ -171,7 +171,7 @@ def items() -> list[Item]:
         Item("decode", f"{name}, {batch} texts", "on_device.decoding_speed", "measure", (name, batch), 8)
         for name, batch in (("7B", 1), ("7B", 64), ("1B", 1), ("1B", 64))
     ]
-    load = [Item("load", "1B", "on_device.loading", "measure", ("1B",), 15)]
+    load = [Item("load", "1B from files", "on_device.loading", "measure", ("1B",), 15)]
     return [
         *limits,
         *kernels,
@@ -181,6 +181,7 @@ def items() -> list[Item]:
         *decode[:2],
         *train[:2],
         *decode[2:],
-        *train[2:],
+        *train[2:4],
         *load,
+        *train[4:],
     ]

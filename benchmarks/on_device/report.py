@@ -1,5 +1,6 @@
 """The JSON that a run leaves behind, and the tables that are made of it."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -67,7 +68,7 @@ def markdown(report: Mapping[str, Any]) -> str:
 
 
 def about_line(report: Mapping[str, Any]) -> str:
-    """Return device, versions and how many items passed."""
+    """Return device, versions, how many items passed, and remarks that somebody added to the JSON."""
     about = report["about"]
     versions = ", ".join(
         f"{name} {about[name]}"
@@ -79,7 +80,9 @@ def about_line(report: Mapping[str, Any]) -> str:
         for status in ("passed", "failed", "left out")
     }
     said = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
-    return f"{about['device']}, Python {about['python']}, {versions}: {said}."
+    return " ".join(
+        [f"{about['device']}, Python {about['python']}, {versions}: {said}.", *report.get("remarks", ())]
+    )
 
 
 def table(report: Mapping[str, Any], group: str) -> list[list[str]]:
@@ -106,7 +109,7 @@ def table(report: Mapping[str, Any], group: str) -> list[list[str]]:
                 for name, (_, form) in columns.items()
             ]
         else:
-            cells = [f"{one['status']}: {one['error']}", *[""] * (len(columns) - 1)]
+            cells = [f"{one['status']}: {one['error'].partition('. ')[0]}", *[""] * (len(columns) - 1)]
         rows.append([one["name"], *cells])
     return rows
 
@@ -126,11 +129,10 @@ def _of_checks(records: Sequence[Record]) -> list[list[str]]:
                 default=0.0)
             for dtype in ("float32", "bfloat16")
         ]  # fmt: skip
-        others = "; ".join(
-            f"{one['name'].partition(': ')[2] or one['name']} {one['status']} ({one.get('error', '')})"
-            for one in mine
-            if one["status"] != "passed"
-        )
+        failed = [f"{one['name']} failed ({one['error']})" for one in mine if one["status"] == "failed"]
+        reasons = Counter(one["error"] for one in mine if one["status"] == "left out")
+        left_out = [f"{count} left out ({reason})" for reason, count in reasons.items()]
+        others = "; ".join([*failed, *left_out])
         if mine:
             shown = f"{worst[0]:.0e} in float32, {worst[1]:.0e} in bfloat16"
             rows.append([kind, str(len(mine)), str(len(passed)), shown, others])

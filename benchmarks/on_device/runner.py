@@ -172,6 +172,9 @@ def run_all(
                 worker.stop()
                 worker = Worker(wanted, options)
             outcome = worker.run(item, min(left, 60 + 3 * item.seconds))
+            if outcome.status == "failed":
+                # What it left in the device's memory would count in the next one.
+                worker.stop()
         done.append((item, outcome))
         tell(item, outcome)
     worker.stop()
