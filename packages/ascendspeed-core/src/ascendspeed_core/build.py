@@ -234,7 +234,7 @@ def apply_kernels(
 
 
 def apply_inference_kernels(model: Transformer, mesh: ParallelMesh) -> None:
-    """Give a model that answers the implementations that `auto` takes on its device, for texts of any length."""
+    """Give a model for inference the implementations that `auto` takes on its device, for texts of any length."""
     context = KernelContext(
         device=mesh.device,
         dtype=next(model.parameters()).dtype,

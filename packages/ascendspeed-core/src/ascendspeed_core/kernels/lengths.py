@@ -80,11 +80,11 @@ def attend_text_by_text(
     starts, firsts = lengths.first_queries.tolist(), lengths.first_keys.tolist()
     for text, count in enumerate(lengths.num_keys.tolist()):
         own = q[starts[text] : starts[text + 1]].transpose(0, 1)
-        place = slice(firsts[text], firsts[text] + count)
+        kept = slice(firsts[text], firsts[text] + count)
         seen = torch.ones(own.shape[1], count, dtype=torch.bool, device=q.device).tril(count - own.shape[1])
         if window is not None:
             seen = seen.triu(count - own.shape[1] - window + 1)
-        attended = reference_attention(own[None], keys[None, :, place], values[None, :, place], seen)
+        attended = reference_attention(own[None], keys[None, :, kept], values[None, :, kept], seen)
         parts.append(attended[0].transpose(0, 1))
     return torch.cat(parts)
 
