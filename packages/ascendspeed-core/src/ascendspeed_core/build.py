@@ -233,6 +233,18 @@ def apply_kernels(
     return choices
 
 
+def apply_inference_kernels(model: Transformer, mesh: ParallelMesh) -> None:
+    """Give a model for inference the implementations that `auto` takes on its device, for texts of any length."""
+    context = KernelContext(
+        device=mesh.device,
+        dtype=next(model.parameters()).dtype,
+        tp=mesh.layout.tp,
+        has_additive_mask=model.config.position == "alibi",
+        lengths_vary=True,
+    )
+    apply_kernels(model, ComputeConfig(), context)
+
+
 def _absence(operator: str, model: Transformer, before: Sequence[Choice]) -> str | None:
     """Return why a model does not compute an operator; `None` if it does."""
     described = model.config
