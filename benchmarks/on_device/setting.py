@@ -50,7 +50,8 @@ class Setting:
         return SMALL if self.is_small else SHAPES[name]
 
     def free(self) -> None:
-        """Give back what nobody holds, and count the largest memory from here on."""
+        """Give back what nobody holds, compiled operators too, and count the largest memory from here on."""
+        torch.compiler.reset()
         gc.collect()
         if not self.is_small:
             accelerator = getattr(torch, self.device.kind)

@@ -13,7 +13,7 @@ from ascendspeed_core.config.layout import stages_of_ranks
 from ascendspeed_core.config.model import ModelConfig, WeightQuantization
 from ascendspeed_core.config.sharding import Slice, tensor_slice
 from ascendspeed_core.kernels.int8 import Workspace, refuse_missing_format
-from ascendspeed_core.kernels.registry import Choice, KernelContext, choose
+from ascendspeed_core.kernels.registry import JOINED_GATED, Choice, KernelContext, choose
 from ascendspeed_core.models.attention import Attention
 from ascendspeed_core.models.int8 import largest_of_rows, quantize
 from ascendspeed_core.models.linear import HALVES
@@ -230,6 +230,7 @@ def apply_kernels(
             module.normalise = chosen["layer_norm"]
         elif isinstance(module, SwiGLU):
             module.gated = chosen["swiglu"]
+            module.gated_joined = JOINED_GATED.get(chosen["swiglu"])
     return choices
 
 

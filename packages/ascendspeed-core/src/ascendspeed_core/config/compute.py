@@ -63,7 +63,7 @@ KERNELS: Mapping[str, Mapping[str, Kernel]] = MappingProxyType(
             "liger": _LIGER,
             "reference": _PLAIN,
         },
-        "swiglu": {"npu": _NPU, "liger": _LIGER, "compiled": _COMPILED, "reference": _PLAIN},
+        "swiglu": {"npu": _NPU, "compiled": _COMPILED, "liger": _LIGER, "reference": _PLAIN},
         "cross_entropy": {
             "npu": _NPU,
             "liger": _LIGER_ASKED,

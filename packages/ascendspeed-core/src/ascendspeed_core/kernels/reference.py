@@ -175,9 +175,19 @@ GatedFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """An implementation of `silu_gated`."""
 
 
+JoinedGatedFunction = Callable[[torch.Tensor], torch.Tensor]
+"""An implementation of `silu_gated_joined`."""
+
+
 def silu_gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """`silu(gate) * up`, elementwise."""
     return F.silu(gate) * up
+
+
+def silu_gated_joined(joined: torch.Tensor) -> torch.Tensor:
+    """`silu_gated` of the two halves of the last dimension: [..., 2F] -> [..., F]."""
+    gate, up = joined.chunk(2, dim=-1)
+    return silu_gated(gate, up)
 
 
 RotaryFunction = Callable[

@@ -13,6 +13,8 @@ from ascendspeed_core.device import HOST, Device
 from ascendspeed_core.kernels import compiled, liger, npu, reference
 from ascendspeed_core.kernels.adamw import adamw_implementation
 from ascendspeed_core.kernels.reference import (
+    GatedFunction,
+    JoinedGatedFunction,
     causal_attention,
     layer_norm,
     rms_norm,
@@ -216,6 +218,13 @@ OPERATORS: dict[str, tuple[Implementation, ...]] = {
     operator: _attach(operator, _FUNCTIONS[operator]) for operator in KERNELS
 }
 """Implementations of each operator; `auto` takes the first that is meant for the device and can run."""
+
+
+JOINED_GATED: Mapping[GatedFunction, JoinedGatedFunction] = {
+    npu.npu_gated: npu.npu_gated_joined,
+    compiled.silu_gated: compiled.silu_gated_joined,
+}
+"""What some implementations of `swiglu` do with gate and up side by side, as joined projections leave them."""
 
 
 def implementations(operator: str) -> dict[str, Callable[..., Any]]:
