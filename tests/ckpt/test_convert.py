@@ -34,7 +34,15 @@ def hugging_face(tmp_path: Path, tokenizer_folder: Path) -> Path:
     return tmp_path / "hf"
 
 
-@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2), Layout(tp=8, sequence_parallel=True)], ids=str)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(),
+        Layout(tp=2),
+        pytest.param(Layout(tp=8, sequence_parallel=True), marks=pytest.mark.nightly),
+    ],
+    ids=str,
+)
 def test_what_any_layout_trained_loads_in_transformers(
     workers: WorkerPool, tmp_path: Path, layout: Layout
 ) -> None:
