@@ -26,6 +26,7 @@ from ascendspeed_data.fields import (
     filled,
     message_key,
 )
+from ascendspeed_data.printed import PrintedParts
 from ascendspeed_data.sample import Sample, Segment
 from ascendspeed_data.tokenizer import Tokenizer
 from ascendspeed_data.tracking import TrackedObject, unread_of
@@ -82,6 +83,7 @@ class ChatTemplate:
         longest_first = sorted(special_ids, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self._forms = ContentForms(self._render)
+        self._printed = PrintedParts(self._render)
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Tokenizer, source: str | None = None) -> "ChatTemplate":
@@ -156,7 +158,7 @@ class ChatTemplate:
     def _whole(
         self, conversation: Conversation, add_generation_prompt: bool
     ) -> tuple[list[TrackedObject], str, tuple[str, ...]]:
-        """Render a conversation, and check that the template reads what says something.
+        """Render a conversation, and check that the template reads and prints what says something.
 
         Returns:
             The messages as the template gets them, the text, and the keys without effect.
@@ -168,7 +170,8 @@ class ChatTemplate:
                     if name in TEMPLATE_VARIABLES.names
                     else f"column 'chat_template_kwargs' sets {name!r}, which the template does not read; remove it"
                 )
-        messages = [_tracked(message) for message in self._forms.fit(conversation.messages)]
+        fitted = self._forms.fit(conversation.messages)
+        messages = [_tracked(message) for message in fitted]
         text = self._render(messages, conversation.variables, add_generation_prompt)
         unused = dict.fromkeys(conversation.unused)
         for number, message in enumerate(messages, 1):
@@ -176,7 +179,8 @@ class ChatTemplate:
                 unused |= dict.fromkeys(_unread_keys(message))
             except DataError as error:
                 raise DataError(f"message {number}: {error}") from None
-        return messages, text, tuple(unused)
+        left_out = self._printed.check(fitted, conversation.variables, text, add_generation_prompt)
+        return messages, text, tuple(unused | dict.fromkeys(left_out))
 
     def end_of_turn(self) -> tuple[int, ...]:
         """Return the id of the special token that ends an answer, if the template has one."""
