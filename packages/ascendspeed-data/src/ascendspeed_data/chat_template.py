@@ -22,6 +22,7 @@ from ascendspeed_data.fields import (
     MESSAGE_CONTENT,
     REASONING,
     TEMPLATE_VARIABLES,
+    check_unlisted,
     field_of,
     filled,
     message_key,
@@ -319,6 +320,8 @@ def _unread_keys(message: TrackedObject) -> list[str]:
             text = value if isinstance(value, str) else "".join(part["text"] for part in value)
             if not text.strip():
                 continue
+        if field_of(name, "message") is None:
+            check_unlisted(name, value, "message", str(role))
         if field_of(name, "message") is None or (name == "name" and role in ("tool", "function")):
             counted.append(message_key(name))
         else:

@@ -1,7 +1,8 @@
 """Keys of records and messages that can change what a model learns, and what becomes of each.
 
 Other programs write these keys under the spellings below. A key is honoured, or refused by name; it is never dropped.
-Any other key that nothing reads is counted, and the manifest names it.
+So is a key that is not listed, but that names a mask (`mask_names`). Any other key that nothing reads is counted, and
+the manifest names it.
 """
 
 from collections.abc import Collection, Mapping
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ascendspeed_data.errors import DataError
+from ascendspeed_data.mask_names import all_learned, names_mask
 
 Level = Literal["record", "message"]
 
@@ -44,7 +46,7 @@ PARTLY_LEARNED = Field(
     ("mask", "masked", "mask_loss", "ignore", "ignored", "ignore_loss", "skip", "no_loss", "no_train", "train_detail",
      "training_detail", "train_on_input", "labels", "weights", "token_weights"),
     "message",
-    "refused if filled",
+    "refused if filled, unless it says what holds anyway (`masked`: false)",
     "says which part of the conversation is learned, in a way that is not supported",
     "give each message that is not to be learned weight 0, and remove the key",
 )  # fmt: skip
@@ -77,7 +79,7 @@ RECORD_LABELS = Field(
      "target_mask", "mask", "masked", "mask_history", "train_on_input", "train_on_inputs", "train_on_prompt",
      "roles_to_train", "segments", "token_weights"),
     "record",
-    "refused if filled",
+    "refused if filled, unless it says what holds anyway (`train_on_inputs`, `mask_history`, `masked`: false)",
     "says which part of the record is learned, in a way that is not supported",
     "give each message that is not to be learned weight 0, and remove the column",
 )  # fmt: skip
@@ -124,6 +126,22 @@ FIELDS = (
     RECORD_MEDIA,
 )
 """Every key that can change what is learned."""
+
+NEUTRAL_IF_FALSE = ("train_on_input", "train_on_inputs", "train_on_prompt", "mask_history")
+"""Columns that say what holds anyway if they are false: every answer is learned, and nothing else."""
+
+MASKS_OF_ALL = (
+    "masked",
+    "mask_loss",
+    "ignore",
+    "ignored",
+    "ignore_loss",
+    "skip",
+    "no_loss",
+    "no_train",
+    "weights",
+)
+"""Listed masks whose value, if it is one for all, says clearly whether that is learned."""
 
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """Names of what an assistant thinks before it answers; templates read one of them."""
@@ -182,15 +200,40 @@ def check_record(unread: Mapping[str, Any], handler: str, refused: Collection[st
         if not filled(value):
             continue
         if field is None or (name == "label" and isinstance(value, str) and not _is_number(value)):
+            check_unlisted(name, value, "record")
             counted.append(name)
         elif field is TEMPLATE_VARIABLES:
             raise DataError(
                 f"column {name!r} is for a chat template, but {handler} has none; remove the column"
             )
-        elif not (field is RECORD_WEIGHT and _is_one(value)):
+        elif not ((field is RECORD_WEIGHT and _is_one(value)) or says_nothing_new(name, value, "record")):
             shown = f" is {value!r}; it" if field is RECORD_WEIGHT else ""
             raise DataError(f"column {name!r}{shown} {field.reason} ({handler}); {field.remedy}")
     return counted
+
+
+def says_nothing_new(name: str, value: Any, level: Level, role: str = "assistant") -> bool:
+    """Return whether a mask says what holds anyway: that answers are learned, and messages of others are not."""
+    if name in NEUTRAL_IF_FALSE and level == "record":
+        return value is False or str(value).lower() in ("0", "false")
+    if field_of(name, level) is not None and name not in MASKS_OF_ALL:
+        return False
+    return all_learned(name, value) is (role == "assistant")
+
+
+def check_unlisted(name: str, value: Any, level: Level, role: str = "assistant") -> None:
+    """Check a key that no table lists.
+
+    Raises:
+        DataError: by its name and value it is a mask or a weight, and says something else than what holds anyway.
+    """
+    if names_mask(name, value) and not says_nothing_new(name, value, level, role):
+        field = PARTLY_LEARNED if level == "message" else RECORD_LABELS
+        shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
+        raise DataError(
+            f"{'key' if level == 'message' else 'column'} {name!r} is {shown}; by its name it {field.reason}; "
+            f"{field.remedy}, or rename it if it says something else"
+        )
 
 
 def _is_number(text: str) -> bool:
@@ -214,9 +257,11 @@ def check_turn(turn: Mapping[str, Any], read: Collection[str]) -> list[str]:
         DataError: a filled key can change what is learned.
     """
     others = {name: value for name, value in turn.items() if name not in read and filled(value)}
-    for name in others:
+    for name, value in others.items():
         field = field_of(name, "message")
-        if field is not None:
+        if field is None:
+            check_unlisted(name, value, "message")
+        elif field is not PARTLY_LEARNED or not says_nothing_new(name, value, "message"):
             raise DataError(f"key {name!r} is not supported by this handler: {field.remedy}")
     return list(others)
 
