@@ -36,6 +36,10 @@ RESERVED_VARIABLES = (
 """Variables that a chat template gets anyway; `chat_template_kwargs` cannot set them."""
 
 
+TEXT_PARTS = ("text", "input_text", "output_text")
+"""Types of content parts that hold text, in the chat completions and the responses of OpenAI's API."""
+
+
 class CallArguments(dict[str, Any]):
     """The arguments of a tool call: an object that prints as JSON text, for templates that add it to a text.
 
@@ -160,7 +164,10 @@ def _content(message: Mapping[str, Any], kept: Message, unused: dict[str, None])
         return [_part(part, number, unused) for number, part in enumerate(content, 1)]
     if filled(content):
         raise DataError(f"key 'content' holds {type(content).__name__}, not text or a list of text parts")
-    if not (kept.get("tool_calls") or kept.get("function_call")):
+    has_calls = kept.get("tool_calls") or kept.get("function_call")
+    if isinstance(content, list) and not has_calls:
+        return ""
+    if not has_calls:
         there = ", ".join(map(str, message)) or "no keys"
         raise DataError(f"there is no text 'content'; the message has {there}")
     return None
@@ -174,10 +181,10 @@ def _part(part: Any, number: int, unused: dict[str, None]) -> dict[str, str]:
             f"key 'content' is a list, whose part {number} holds {type(part).__name__}, not a text part"
         )
     kind = part.get("type", "text")
-    if kind != "text":
+    if kind not in TEXT_PARTS:
         raise DataError(
-            f"key 'content' is a list, whose part {number} has the type {kind!r}; only parts of the type 'text' are "
-            "supported"
+            f"key 'content' is a list, whose part {number} has the type {kind!r}; only parts of the types "
+            f"{', '.join(TEXT_PARTS)} are supported"
         )
     text = part.get("text")
     if not isinstance(text, str):
