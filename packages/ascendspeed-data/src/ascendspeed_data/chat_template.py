@@ -17,7 +17,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ascendspeed_data.content_forms import ContentForms
 from ascendspeed_data.conversation import Conversation, Message, conversation_of
-from ascendspeed_data.errors import DataError
+from ascendspeed_data.errors import ConfigError, DataError
 from ascendspeed_data.fields import (
     MESSAGE_CONTENT,
     REASONING,
@@ -30,6 +30,7 @@ from ascendspeed_data.fields import (
 from ascendspeed_data.printed import PrintedParts
 from ascendspeed_data.sample import Sample, Segment
 from ascendspeed_data.tokenizer import Tokenizer
+from ascendspeed_data.tokenizer_config import DEFAULT, TOOL_USE
 from ascendspeed_data.tracking import TrackedObject, unread_of
 
 GENERATION_BEGIN, GENERATION_END = "\x02generation\x03", "\x02endgeneration\x03"
@@ -87,26 +88,42 @@ class ChatTemplate:
         self._printed = PrintedParts(self._render)
 
     @classmethod
-    def from_tokenizer(cls, tokenizer: Tokenizer, source: str | None = None) -> "ChatTemplate":
+    def for_conversation(cls, tokenizer: Tokenizer, conversation: Conversation) -> "ChatTemplate":
+        """Return the template of a tokenizer that fits a conversation: with or without tools."""
+        return cls.from_tokenizer(tokenizer, has_tools="tools" in conversation.variables)
+
+    @classmethod
+    def from_tokenizer(
+        cls, tokenizer: Tokenizer, source: str | None = None, has_tools: bool = False
+    ) -> "ChatTemplate":
         """Return the template of a tokenizer, or `source` with the special tokens of the tokenizer.
+
+        Of several templates it is `tool_use` for a conversation with tools, otherwise `default`, as in transformers.
 
         Raises:
             DataError: the tokenizer has no template, or the template is not valid.
         """
-        source = tokenizer.chat_template if source is None else source
+        named = tokenizer.named_chat_templates
+        if source is None:
+            source = named.get(TOOL_USE, tokenizer.chat_template) if has_tools else tokenizer.chat_template
+        if source is None and named:
+            raise DataError(
+                f"tokenizer {tokenizer.path} has the chat templates {', '.join(sorted(named))}, none of which is the "
+                "default; give --chat-template with one of these names"
+            )
         if source is None:
             raise DataError(
                 f"tokenizer {tokenizer.path} has no chat template (chat_template.jinja, or chat_template in "
                 "tokenizer_config.json); give --chat-template FILE"
             )
-        named = {
+        ids = {
             "bos_token": tokenizer.bos_id,
             "eos_token": tokenizer.eos_id,
             "unk_token": tokenizer.unk_id,
             "pad_token": tokenizer.pad_id,
         }
         tokens = tuple(
-            (key, tokenizer.convert_ids_to_tokens([i])[0]) for key, i in named.items() if i is not None
+            (key, tokenizer.convert_ids_to_tokens([i])[0]) for key, i in ids.items() if i is not None
         )
         # A token may end a turn without being special; one that only a message contains does not.
         in_source = {token: number for token, number in tokenizer.added_ids.items() if token in source}
@@ -266,6 +283,26 @@ class ChatTemplate:
 
     def _is_special_end(self, segment: Segment) -> bool:
         return self._ends_with_special(str(segment.content).rstrip())
+
+
+def chat_template_named(name: str, tokenizer: Tokenizer) -> str | None:
+    """Return the template of a file, or the tokenizer's template with this name; `None` if there is neither.
+
+    Raises:
+        ConfigError: there are both.
+        DataError: the file cannot be read.
+    """
+    named = dict(tokenizer.named_chat_templates)
+    if tokenizer.chat_template is not None:
+        named[DEFAULT] = tokenizer.chat_template
+    if not Path(name).is_file():
+        return named.get(name)
+    if name in named:
+        raise ConfigError(
+            f"chat_template={name} is a file and one of the tokenizer's templates; write the path of the file in full, "
+            "or run the command in another folder"
+        )
+    return read_chat_template(Path(name))
 
 
 def read_chat_template(path: Path) -> str:

@@ -60,7 +60,7 @@ class MessagesHandler(HandlerBase):
         conversation = conversation_of(self.messages(record), variables_in(record))
         if conversation.is_masked:
             return []
-        return [ChatTemplate.from_tokenizer(tokenizer).sample(conversation)]
+        return [ChatTemplate.for_conversation(tokenizer, conversation).sample(conversation)]
 
 
 class ShareGPTHandler(MessagesHandler):

@@ -232,8 +232,7 @@ def _samples(
     for column, made in zip(("chosen", "rejected"), conversations, strict=True):
         if made.is_masked and not conversation_of(made.messages, num_context=len(prompt)).is_masked:
             raise DataError(f"column {column!r}: every answer has weight 0, so there is nothing to prefer")
-    template = ChatTemplate.from_tokenizer(tokenizer)
-    return [template.sample(made) for made in conversations]
+    return [ChatTemplate.for_conversation(tokenizer, made).sample(made) for made in conversations]
 
 
 def _answers(chosen: str, rejected: str) -> tuple[str, ...]:
