@@ -37,6 +37,10 @@ GENERATION_BEGIN, GENERATION_END = "\x02generation\x03", "\x02endgeneration\x03"
 """Delimiters of `{% generation %}` blocks in rendered text; conversations must not contain them."""
 
 
+NAMES_OF_ASSISTANT = ("gpt", "chatgpt", "bot", "chatbot", "model", "ai", "bing", "bard")
+"""Roles that other programs give the assistant; templates that mark no answers do not say that these are answers."""
+
+
 class GenerationBlocks(Extension):
     """`{% generation %}...{% endgeneration %}`, as transformers defines it."""
 
@@ -253,7 +257,13 @@ class ChatTemplate:
         parts: list[tuple[str, bool]] = []
         done = 0
         for number, message in enumerate(messages):
-            if message["role"] != "assistant" or not conversation.learned[number]:
+            role = str(message["role"])
+            if role.lower() in (*NAMES_OF_ASSISTANT, "assistant") and role != "assistant":
+                raise DataError(
+                    f"message {number + 1}: an answer of the role {role!r} would not be learned; name the "
+                    "role 'assistant'"
+                )
+            if role != "assistant" or not conversation.learned[number]:
                 continue
             before = self._render(messages[:number], variables, add_generation_prompt=True)
             after = self._render(messages[: number + 1], variables)

@@ -20,7 +20,7 @@ from ascendspeed_data.fields import (
     is_learned,
     says_nothing_new,
 )
-from ascendspeed_data.mask_names import names_mask
+from ascendspeed_data.key_names import names_mask
 
 Message = dict[str, Any]
 

@@ -1,8 +1,8 @@
 """Keys of records and messages that can change what a model learns, and what becomes of each.
 
 Other programs write these keys under the spellings below. A key is honoured, or refused by name; it is never dropped.
-So is a key that is not listed, but that names a mask (`mask_names`). Any other key that nothing reads is counted, and
-the manifest names it.
+So is a key that is not listed, but whose name has the words of a listed one (`key_names`). Any other key that nothing
+reads is counted, and the manifest names it.
 """
 
 from collections.abc import Collection, Mapping
@@ -10,7 +10,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ascendspeed_data.errors import DataError
-from ascendspeed_data.mask_names import all_learned, names_mask
+from ascendspeed_data.key_names import (
+    all_learned,
+    names_mask,
+    names_media,
+    names_system,
+    names_thoughts,
+    snake_case,
+)
 
 Level = Literal["record", "message"]
 
@@ -51,9 +58,9 @@ PARTLY_LEARNED = Field(
     "give each message that is not to be learned weight 0, and remove the key",
 )  # fmt: skip
 MESSAGE_CONTENT = Field(
-    ("content", "name", "tool_calls", "function_call", "tools", "functions", "reasoning_content", "reasoning",
-     "thinking", "thought", "thoughts", "refusal", "documents", "context", "channel", "recipient", "prefix",
-     "condition"),
+    ("content", "name", "tool_calls", "tool_call", "function_call", "tools", "functions", "reasoning_content",
+     "reasoning", "thinking", "thought", "thoughts", "refusal", "documents", "context", "channel", "recipient",
+     "prefix", "condition"),
     "message",
     "given to the chat template; refused if filled and the template does not read it (`name` of a tool is counted)",
     "the chat template does not read it, so it would not be learned",
@@ -225,13 +232,29 @@ def check_unlisted(name: str, value: Any, level: Level, role: str = "assistant")
     """Check a key that no table lists.
 
     Raises:
-        DataError: by its name and value it is a mask or a weight, and says something else than what holds anyway.
+        DataError: by its name and value it is a mask or a weight that says something else than what holds anyway, or
+            media, thoughts, a system message, or a listed key in another spelling.
     """
-    if names_mask(name, value) and not says_nothing_new(name, value, level, role):
+    what = f"{'key' if level == 'message' else 'column'} {name!r}"
+    listed, is_mask = snake_case(name), names_mask(name, value)
+    if listed not in (name, "label") and field_of(listed, level) is not None and not is_mask:
+        raise DataError(f"{what} reads like {listed!r} in another spelling; rename it, or remove it")
+    if names_media(name, value):
+        raise DataError(f"{what} {MESSAGE_MEDIA.reason} by its name; remove it, or rename it if it does not")
+    if names_system(name, value):
+        raise DataError(
+            f"{what} holds a system message by its name; give it as a message or in the column 'system'"
+        )
+    if names_thoughts(name, value):
+        raise DataError(
+            f"{what} holds thoughts by its name, which nothing reads; rename it to 'reasoning_content' in its message, "
+            "or remove it"
+        )
+    if is_mask and not says_nothing_new(name, value, level, role):
         field = PARTLY_LEARNED if level == "message" else RECORD_LABELS
         shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
         raise DataError(
-            f"{'key' if level == 'message' else 'column'} {name!r} is {shown}; by its name it {field.reason}; "
+            f"{what} is {shown}; by its name it {field.reason}; "
             f"{field.remedy}, or rename it if it says something else"
         )
 
@@ -250,8 +273,13 @@ def _is_one(value: Any) -> bool:
     return isinstance(value, bool | int | float) and value == 1
 
 
-def check_turn(turn: Mapping[str, Any], read: Collection[str]) -> list[str]:
+def check_turn(turn: Mapping[str, Any], read: Collection[str], left_out: Collection[str] = ()) -> list[str]:
     """Return the filled keys of a turn besides those in `read`, for a handler without a chat template.
+
+    Args:
+        turn: the turn.
+        read: keys that the handler reads.
+        left_out: keys that its rule leaves out, to be counted.
 
     Raises:
         DataError: a filled key can change what is learned.
@@ -259,6 +287,8 @@ def check_turn(turn: Mapping[str, Any], read: Collection[str]) -> list[str]:
     others = {name: value for name, value in turn.items() if name not in read and filled(value)}
     for name, value in others.items():
         field = field_of(name, "message")
+        if name in left_out:
+            continue
         if field is None:
             check_unlisted(name, value, "message")
         elif field is not PARTLY_LEARNED or not says_nothing_new(name, value, "message"):

@@ -90,6 +90,7 @@ class AlpacaPairHandler(PairHandlerBase):
     name = "AlpacaPairHandler"
     columns = ("instruction",)
     optional_columns = ("input", "chosen", "rejected", "output", "history", "system")
+    refused_columns = ("query", "context")
     summary = "Alpaca records with chosen and rejected, or output: [better, worse]"
     template = LAYOUT.replace("{user}", "{instruction}\n{input}").replace("{assistant}", "{answer}")
     example: Record = {  # noqa: RUF012

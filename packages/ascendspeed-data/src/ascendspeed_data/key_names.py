@@ -1,7 +1,8 @@
-"""Recognise masks and weights under names that no table lists, by the words in a name and the kind of its value.
+"""Recognise keys under names that no table lists, by the words in a name and the kind of its value.
 
 `is_masked: true`, `doTrain: 0` and `message_weights: [0, 1]` say what is to be learned. `training_source: "web"` and
 `loss_step: 7` do not: texts that are no numbers, and names that end like a measure or an identifier, are descriptions.
+Neither is `image_count: 2` a picture, or `system_fingerprint` a system message.
 """
 
 import re
@@ -28,6 +29,57 @@ _SPEAKERS = frozenset(
     ("system", "user", "human", "assistant", "gpt", "tool", "input", "inputs", "output", "outputs", "prompt",
      "completion", "completions", "response", "all", "last", "none", "turn")
 )  # fmt: skip
+
+
+_MEDIA = frozenset(
+    ("image", "images", "img", "imgs", "picture", "pictures", "photo", "photos", "video", "videos", "audio", "audios",
+     "pixel", "pixels")
+)  # fmt: skip
+_MEASURES = frozenset(
+    ("id", "ids", "size", "sizes", "count", "width", "height", "length", "duration", "hash")
+)
+_SYSTEM = re.compile(r"(my)?sys(tem)?(prompts?|messages?|msgs?|instructions?|texts?)")
+_THOUGHTS = frozenset(
+    (
+        "think",
+        "thinking",
+        "thought",
+        "thoughts",
+        "reasoning",
+        "cot",
+        "chainofthought",
+        "chainofthoughts",
+        "scratchpad",
+    )
+)
+
+
+def snake_case(name: str) -> str:
+    """Return a name with its words in lower case and underscores between them: `toolCalls` is `tool_calls`."""
+    return "_".join(_words(name))
+
+
+def names_media(name: str, value: Any) -> bool:
+    """Return whether a key with a filled value holds pictures, sound or paths of them."""
+    words = _words(name)
+    if not words or words[-1] in _MEASURES:
+        return False
+    return not _MEDIA.isdisjoint(words) and not isinstance(value, bool | int | float)
+
+
+def names_system(name: str, value: Any) -> bool:
+    """Return whether a key with a filled value holds a system message."""
+    return _SYSTEM.fullmatch("".join(_words(name))) is not None and not isinstance(value, bool | int | float)
+
+
+def names_thoughts(name: str, value: Any) -> bool:
+    """Return whether a key with a filled value holds what an assistant thinks before it answers."""
+    words = _words(name)
+    is_said = isinstance(value, str) or (isinstance(value, list) and not all(map(_is_choice, value)))
+    found = not _THOUGHTS.isdisjoint((*words, "".join(words)))
+    return (
+        found and is_said and words[-1] not in _DESCRIPTIONS and words[-1] not in ("effort", "level", "model")
+    )
 
 
 def names_mask(name: str, value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Masks and weights under names that no table lists are refused by name; descriptions are counted."""
+"""Masks, media and the like under names that no table lists are refused by name; descriptions are counted."""
 
 import random
 from typing import Any
@@ -20,6 +20,9 @@ HARMLESS: tuple[tuple[str, Any], ...] = (
     ("constraint", 1), ("glossary", [1]), ("is_lossless", True), ("trainer_id", 5), ("weight_kg", 80),
     ("difficulty", 3), ("score", 0.5), ("labelers", ["Ann", "Bo"]), ("label_name", "good"),
     ("training_args", {"lr": 1}),
+    ("system_fingerprint", "fp_1"), ("image_count", 2), ("image_id", "a"), ("has_image", False),
+    ("thinking_time", "3 s"),
+    ("reasoning_tokens", 5), ("imagined", "x"), ("systematic", "x"), ("rethink", "x"), ("reasoning_level", "high"),
     ("strain", 0), ("maskotten", "x"), ("flossy", False), ("quality", 0), ("annotations", [0]), ("audio_len", 0),
 )  # fmt: skip
 
@@ -125,3 +128,42 @@ def test_columns_that_say_what_holds_anyway_are_no_fault(chat_tokenizer: Any) ->
     )
     for wrong in ([{**TALK[0], "masked": False}, TALK[1]], [TALK[0], {**TALK[1], "no_loss": 1}]):
         assert "says which part" in str(encoded({"messages": wrong}, "MessagesHandler", chat_tokenizer))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "complaint"),
+    [
+        ("image_path", "x.png", "media"), ("imageFiles", ["x.png"], "media"), ("pixel_values", [[0.1]], "media"),
+        ("video_b64", "aaa", "media"), ("systemPrompt", "be", "system"), ("sys_msg", "be", "system"),
+        ("system_instructions", "be", "system"), ("sysprompt", "be", "system"), ("chain_of_thought", "hm", "thoughts"),
+        ("reasoning_trace", "hm", "thoughts"), ("think", "hm", "thoughts"), ("cot", "hm", "thoughts"),
+        ("thinking_blocks", [{"thinking": "hm"}], "thoughts"), ("reasoningContent", "hm", "'reasoning_content'"),
+        ("tool-calls", [{"name": "f"}], "'tool_calls'"), ("toolCalls", [{"name": "f"}], "'tool_calls'"),
+    ],
+)  # fmt: skip
+def test_content_under_other_names_is_refused(
+    chat_tokenizer: Any, name: str, value: Any, complaint: str
+) -> None:
+    record = {"messages": TALK[:2], name: value}
+    error = str(encoded(record, "MessagesHandler", chat_tokenizer))
+    assert f"column {name!r}" in error
+    assert complaint in error
+    record = {"messages": [TALK[0], {**TALK[1], name: value}]}
+    error = str(encoded(record, "MessagesHandler", chat_tokenizer))
+    assert f"message 2: key {name!r}" in error
+    assert complaint in error
+
+
+def test_answers_under_other_roles_are_refused(chat_tokenizer: Any) -> None:
+    for role in ("gpt", "model", "bot", "Assistant", "ASSISTANT", "AI"):
+        record = {"messages": [*TALK[:2], {"role": "user", "content": "a"}, {"role": role, "content": "b"}]}
+        error = str(encoded(record, "MessagesHandler", chat_tokenizer))
+        assert f"message 4: an answer of the role {role!r} would not be learned" in error
+
+
+def test_further_questions_of_alpaca_are_refused(chat_tokenizer: Any) -> None:
+    record = {"instruction": "i", "input": "", "output": "o", "chosen": "a", "rejected": "b"}
+    for handler in ("GeneralInstructionHandler", "AlpacaPairHandler"):
+        for name in ("query", "context"):
+            error = str(encoded({**record, name: "more"}, handler, chat_tokenizer))
+            assert f"column {name!r} is part of the conversation" in error
