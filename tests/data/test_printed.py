@@ -9,7 +9,7 @@ import pytest
 from ascendspeed_data.chat_template import ChatTemplate
 from ascendspeed_data.conversation import conversation_of
 from ascendspeed_data.errors import DataError
-from support.records import counted, encoded
+from support.records import counted, encoded, shown_of
 from support.tables import ReportTables
 
 PRINTS = ("c", "c | trim", "c | upper", "c | tojson", "c ~ '!'", "'<b>' ~ c | trim ~ '</b>'")
@@ -196,3 +196,13 @@ def test_thoughts_of_earlier_turns_are_counted_and_those_of_the_last_one_must_be
         )
     )
     assert "message 1: key 'content' (role 'user'): the chat template does not print all of it" in error
+
+
+def test_templates_that_take_lists_only_print_all(chat_tokenizer: Any) -> None:
+    chat_tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}[INST] {% for p in m.content | selectattr('type', 'equalto', "
+        "'text') %}{{ p['text'] }}{% endfor %}{% else %}{{ ' ' + m.content[0]['text'] + '<|im_end|>' }}{% endif %}"
+        "{% endfor %}"
+    )
+    talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "yes"}]
+    assert shown_of("MessagesHandler", {"messages": talk}, chat_tokenizer) == "[INST] q yes<|im_end|>"
