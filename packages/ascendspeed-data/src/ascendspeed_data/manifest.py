@@ -103,6 +103,7 @@ class PackRecord(_Frozen):
 class DatasetManifest(_Frozen):
     """The settings that decide the bytes of a dataset, and the counts and hashes of the result.
 
+    `tool_use_template` formats the conversations with tools, if the tokenizer has a template for them.
     `unused_columns` names the columns and the keys of messages that nothing read, with the number of records in which
     they are filled.
     """
@@ -114,6 +115,7 @@ class DatasetManifest(_Frozen):
     handler: str
     template: str
     template_sha256: str
+    tool_use_template: str | None = None
     json_key: str | None
     append_eod: bool
     seq_length: int | None
