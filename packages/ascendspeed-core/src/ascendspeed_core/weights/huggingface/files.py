@@ -30,7 +30,8 @@ OTHER_WEIGHTS = (
     ("flax_model.msgpack", f"Flax's weights; {_SAME_MODEL}"),
     (
         "*.gguf",
-        "weights in the format GGUF of llama.cpp; name the Hugging Face folder that they were made from",
+        "weights in the format GGUF of llama.cpp, which is not read; name the Hugging Face folder that they were made "
+        "from",
     ),
     (
         "pytorch_model_fsdp.bin",
