@@ -179,6 +179,48 @@ def unmerged(there: Path, tensors: Tensors) -> None:
     torch.save(tensors | {name: torch.zeros(2, 8)}, there / "pytorch_model.bin")
 
 
+def git_lfs(there: Path, tensors: Tensors) -> None:
+    (there / "model.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    )
+
+
+def git_lfs_pickled(there: Path, tensors: Tensors) -> None:
+    (there / "pytorch_model.bin").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    )
+
+
+def web_page(there: Path, tensors: Tensors) -> None:
+    (there / "model.safetensors").write_text("<!DOCTYPE html><html>Not found</html>")
+
+
+def old_torch(there: Path, tensors: Tensors) -> None:
+    torch.save(tensors, there / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+
+
+def nested(there: Path, tensors: Tensors) -> None:
+    torch.save({"state_dict": tensors, "epoch": 3}, there / "pytorch_model.bin")
+
+
+UNREADABLE: dict[str, tuple[Callable[[Path, Tensors], None], str]] = {
+    "Git LFS": (git_lfs, "it is a pointer of Git LFS, not the file itself; run git lfs pull"),
+    "Git LFS, .bin": (git_lfs_pickled, "it is a pointer of Git LFS, not the file itself; run git lfs pull"),
+    "web page": (web_page, "it is a web page, not the file itself; download it again"),
+    "torch before 1.6": (old_torch, "it was written by torch before 1.6, .*; torch.load it, and"),
+    "nested": (nested, "holds epoch, which is no tensor that is read; load the model with"),
+}
+
+
+@pytest.mark.parametrize("case", UNREADABLE)
+def test_files_that_are_something_else(folder: Path, tmp_path: Path, case: str) -> None:
+    write, complaint = UNREADABLE[case]
+    there = without_weights(folder, tmp_path / "there")
+    write(there, load_file(folder / "model.safetensors"))
+    with pytest.raises(CheckpointError, match=complaint):
+        open_weights(there)
+
+
 REFUSED: dict[str, tuple[Callable[[Path, Tensors], None], str]] = {
     "ZeRO-3": (zero_3, "in shares of ZeRO-3 .*: python zero_to_fp32.py .* OUT, and put"),
     "tensor-parallel": (two_ranks, "cut for 2 tensor-parallel ranks, which is not read; use the weights"),

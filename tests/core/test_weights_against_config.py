@@ -397,6 +397,14 @@ def test_two_files_with_different_tensors_of_one_name(bases: dict[str, Path], tm
             {"rope_scaling": {"type": "longrope", "factor": 2.0}, "rope_parameters": None},
             "rope scaling 'longrope' is not supported; .* only if the weights were trained without it, or use another",
         ),
+        (
+            {"rope_scaling": {"factor": 2.0}, "rope_parameters": None},
+            "says {'factor': 2.0}, but no rope_type; add it",
+        ),
+        (
+            {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
+            "says {'full_attention': .*}, but no rope_type",
+        ),
         ({"attention_dropout": 1.5}, "attention_dropout=1.5 is no number from 0 to below 1"),
         ({"attention_dropout": "0"}, "attention_dropout='0' is no number from 0 to below 1"),
     ],

@@ -116,8 +116,12 @@ class Rotary:
         """Return base and scaling; a kind or key that is not known is refused."""
         _refuse_two_scalings(hf)
         stated = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-        kind = stated.pop("rope_type", stated.pop("type", "default"))
-        stated.pop("type", None)
+        kinds = [stated.pop(name) for name in ("rope_type", "type") if stated.get(name) is not None]
+        kind = kinds[0] if kinds else "default"
+        if len(set(map(str, kinds))) > 1:
+            raise AscendSpeedError(
+                f"rope_type={kinds[0]!r} and type={kinds[1]!r} contradict each other; leave one"
+            )
         inner, outer = stated.pop("rope_theta", None), hf.get("rope_theta")
         if inner is not None and outer is not None and inner != outer:
             raise AscendSpeedError(
@@ -143,6 +147,10 @@ class Rotary:
             for name, value in stated.items()
             if value is not None and (name, value) != ("truncate", True)
         }
+        if left and not kinds:
+            raise AscendSpeedError(
+                f"rope_parameters or rope_scaling says {left}, but no rope_type; add it, or leave these keys out"
+            )
         if left and kind != "default":
             raise AscendSpeedError(f"rope scaling {kind!r} with {left} is not supported; leave it out")
         return {"rotary_base": base, "rotary_scaling": scaling}

@@ -95,7 +95,10 @@ def open_weight_files(folder: Path) -> dict[str, StoredTensor]:
                 )
             found.setdefault(name, tensor)
         for name in (name for name, file in index.items() if file == path and name not in opened):
-            raise CheckpointError(f"{path} lacks {name}, though the index of {folder} names it there")
+            raise CheckpointError(
+                f"{path} lacks {name}, which the index of {folder} names there; they are of different models, copy "
+                "the folder again"
+            )
     return without_wrappers(found, folder)
 
 
@@ -201,6 +204,9 @@ def _shown(files: Sequence[Path]) -> str:
     return files[0].name + (f" and {len(files) - 1} more" if len(files) > 1 else "")
 
 
+_SAVE_PLAIN = "load the model with the program that wrote it, and write it with save_pretrained"
+
+
 def read_pickled(path: Path) -> dict[str, StoredTensor]:
     """Open a `.bin` file, whose tensors stay in it.
 
@@ -209,9 +215,9 @@ def read_pickled(path: Path) -> dict[str, StoredTensor]:
     """
     content = TorchFile(path).content
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no dictionary of tensors")
+        raise CheckpointError(f"{path} holds no dictionary of tensors; {_SAVE_PLAIN}")
     found = dict(stored_tensors(content))
     if len(found) != len(content):
         other = min(str(key) for key in content if key not in found)
-        raise CheckpointError(f"{path} holds {other}, which is no tensor")
+        raise CheckpointError(f"{path} holds {other}, which is no tensor that is read; {_SAVE_PLAIN}")
     return found

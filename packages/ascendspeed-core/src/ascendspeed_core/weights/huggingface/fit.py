@@ -48,12 +48,20 @@ _NOT_OF_A_LANGUAGE_MODEL: tuple[tuple[str, str], ...] = (
         "is of a model that reads more than text; save its language model alone",
     ),
     (
+        r"base_model\.model\.",
+        "is of a model inside peft; merge its adapter first (merge_and_unload, then save_pretrained)",
+    ),
+    (
+        r"(language_model|llm|model\.model|model\.language_model)\.",
+        "is of a model inside another one; save the language model alone",
+    ),
+    (
         r"pretrained_model\.",
         "is of a model inside TRL; save it without: model.pretrained_model.save_pretrained(OUT)",
     ),
     (
-        r"_forward_module\.|_orig_mod\.|module\.",
-        "is the name that a wrapper gives, which only some tensors have; save the model without the wrapper around it",
+        r"module\.",
+        "is a name that a wrapper gives, which only some tensors have; save the model without the wrapper around it",
     ),
 )
 """Tensors by the beginning of their names, and what is said of them."""
@@ -172,7 +180,7 @@ def _why_missing(family: Family, config: ModelConfig, name: str) -> str:
 
 def _flag(family: Family, config: ModelConfig, field: str) -> str:
     key = family.key_of(field)
-    if key == field:
+    if field in family.fixed:
         return f", but {family.name} always has {field}={getattr(config, field)}; it is another architecture"
     return f": config.json says {key}={getattr(config, field)}, but its weights say otherwise; correct the config"
 
