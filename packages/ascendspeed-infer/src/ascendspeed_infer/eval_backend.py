@@ -5,7 +5,7 @@ Importing this module imports no torch: `asd-eval run --help` lists its options.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ascendspeed_core.config.load import load_config
@@ -37,6 +37,7 @@ class ModelDescription:
     num_parameters: int | None
     fingerprint: str | None
     details: Mapping[str, str]
+    location: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,14 @@ class GenerateResult:
     text: str
     finish_reason: str
     truncated_tokens: int = 0
+    reasoning: str = ""
+
+
+@dataclass(frozen=True)
+class RequestFailure:
+    """See `ascendspeed_eval.model.RequestFailure`."""
+
+    reason: str
 
 
 SECTIONS_OF_THE_TASK = ("[engine]", "[sampling]")
