@@ -169,7 +169,7 @@ BAD_DATA: dict[str, tuple[str, str]] = {
     "not JSON": ('{"question": \n', "line 1: not JSON"),
     "no passage": ('{"question": "q", "answer": true}\n', "passage is missing or not str"),
     "an answer as text": ('{"question": "q", "passage": "p", "answer": "yes"}\n', "answer is missing or not bool"),
-    "a list": ("[1]\n", "question is missing"),
+    "a list": ("[1]\n", "it is no object with question"),
     "nothing": ("", "has no record"),
 }  # fmt: skip
 
