@@ -17,7 +17,6 @@ from ascendspeed_eval.server.echo import Echo, continuation_tokens, read_echo, t
 from support.tables import ReportTables
 
 
-
 def pieces(draw: random.Random, data: bytes) -> list[bytes]:
     """Cut bytes anywhere, also inside characters, as tokenizers of bytes do."""
     found, start = [], 0
@@ -62,7 +61,9 @@ def is_text(piece: bytes) -> bool:
 
 
 TEXTS = st.text(
-    st.one_of(st.characters(codec="utf-8"), st.sampled_from(" \n的中\U0001f600é\ufffdA")), min_size=1, max_size=40
+    st.one_of(st.characters(codec="utf-8"), st.sampled_from(" \n的中\U0001f600é\ufffdA")),
+    min_size=1,
+    max_size=40,
 )
 
 
