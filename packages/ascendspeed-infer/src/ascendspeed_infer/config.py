@@ -52,6 +52,12 @@ class AnswerConfig(Config):
         json_schema_extra=spellings("--eos-token-id"),
     )
     ignore_eos: bool = Field(False, description="Go on past end-of-text ids.", json_schema_extra={"off": ""})
+    parse_special: bool = Field(
+        False,
+        description="Read special pieces that a prompt or message spells, such as <|im_end|>, as control; without it "
+        "they are text.",
+        json_schema_extra={"off": ""},
+    )
 
     @field_validator("stop", "eos_token_ids", mode="before")
     @classmethod

@@ -246,16 +246,20 @@ class ServedModel:
         return self._score(requests) if method == "loglikelihood" else self._continue(requests)
 
     def _score(self, requests: list[Any]) -> list[Any]:
-        return list(self._model.loglikelihood(requests, self._max_tokens))
+        # Log-likelihoods that are not finite fail their samples alone.
+        return list(self._model.loglikelihood(requests, self._max_tokens, check_finite=False))
 
-    def _continue(self, requests: list[Any]) -> list[GenerateResult]:
+    def _continue(self, requests: list[Any]) -> list[GenerateResult | RequestFailure]:
         from ascendspeed_infer.requests import GenerationRequest
 
         limit = self._max_tokens or self._model.llm_engine.max_model_len
         prompts = [GenerationRequest(*request) for request in requests]
-        completions = self._model.generate_batch(prompts, self._batch_size, limit, self._is_batch_invariant)
-        results = []
+        completions = self._model.generate_each(prompts, self._batch_size, limit, self._is_batch_invariant)
+        results: list[GenerateResult | RequestFailure] = []
         for one, done in zip(prompts, completions, strict=True):
+            if isinstance(done, AscendSpeedError):
+                results.append(RequestFailure(str(done)))
+                continue
             cut = len(self._model.tokenizer.encode(one.prompt)) - len(done.prompt_token_ids)
             results.append(GenerateResult(done.text, done.finish_reason, cut))
         return results
