@@ -123,6 +123,12 @@ class TaskVariant:
     seq_length: int | None = None
     main: str = "accuracy"
 
+    def __post_init__(self) -> None:
+        if not all(isinstance(one, str) and one for one in self.stop):
+            raise UsageError(
+                f"variant {self.name}: stop={self.stop!r} holds an empty text or no text; correct it"
+            )
+
 
 @dataclass(frozen=True)
 class Sample:

@@ -8,7 +8,9 @@ from types import MappingProxyType
 from typing import Any
 
 from ascendspeed_eval.errors import EvaluationError
+from ascendspeed_eval.tasks.answer_marks import without_reasoning
 from ascendspeed_eval.tasks.base import Benchmark, Extracted, Record, Sample, Task, TaskVariant
+from ascendspeed_eval.tasks.number_answers import ReadNumber, find_number, value_of
 from ascendspeed_eval.tasks.reading import find_files, not_empty, read_json_lines
 
 EXAMPLES_2023 = (
@@ -37,14 +39,14 @@ INVALID = "[invalid]"
 
 
 def number_of_2023(text: str, record: Record) -> Extracted:
-    """Find the number after "The answer is", by the rule of 2023; flexible: the last number of the text.
+    """Find the number after "The answer is", by the rule of 2023; flexible: `find_number`.
 
     That rule cuts at the next `Q:`, drops `$` and `,`, and ends the number at a space or a full stop, so that a
     decimal number loses its fraction.
     """
     cut = text.split("Q:")[0].replace("$", "").replace(",", "") + "  "
     found = re.findall(r"The answer is (.*?) ", cut.replace(".", " "))
-    return {"strict": found[0] if found else None, "flexible": last_number(text)}
+    return {"strict": found[0] if found else None, "flexible": find_number(without_reasoning(text))}
 
 
 def number_of_lm_eval(text: str, record: Record) -> Extracted:
@@ -60,7 +62,9 @@ def last_number(text: str) -> str:
 
 
 def same_number(answer: Any, record: Record) -> bool:
-    """Compare without thousands commas, `$` and a final full stop, as lm-evaluation-harness does."""
+    """Compare without thousands commas, `$` and a final full stop, as lm-evaluation-harness does; numbers by value."""
+    if isinstance(answer, ReadNumber):
+        return answer.value == value_of(str(record.target))
     return answer is not None and _plain(answer) == _plain(str(record.target))
 
 
@@ -74,7 +78,7 @@ class GSM8K(Task):
     """`test.jsonl`, with the examples of `train.jsonl` beside it."""
 
     name = "gsm8k"
-    version = 1
+    version = 2
     summary = "grade-school mathematics in words"
     size = "1,319 (test split)"
     format = 'JSON lines with question and answer, which ends in "#### <number>" (or a JSON list, as in 2023)'
