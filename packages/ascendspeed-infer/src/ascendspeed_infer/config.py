@@ -287,6 +287,11 @@ class LoadedModelConfig(Config):
     launch: LaunchConfig = LaunchConfig()
 
     @property
+    def needs_tokenizer(self) -> bool:
+        """Whether texts are wanted or looked at."""
+        return True
+
+    @property
     def parallel(self) -> ParallelConfig:
         """The layout as the model is cut by it."""
         return validate(ParallelConfig, self.layout.model_dump())
@@ -296,6 +301,11 @@ class GenerateConfig(LoadedModelConfig):
     """Everything `asd-infer generate` takes."""
 
     sampling: SamplingConfig = SamplingConfig()
+
+    @property
+    def needs_tokenizer(self) -> bool:
+        """Whether texts are wanted or looked at; prompts of ids need no tokenizer."""
+        return self.sampling.detokenize or bool(self.sampling.stop)
 
 
 class ScoringConfig(Config):

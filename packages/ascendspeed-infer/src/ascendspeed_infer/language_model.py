@@ -21,13 +21,13 @@ from ascendspeed_core.parallel.deepspeed import answer_from_shares
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.weights import WeightSource, open_source
 from ascendspeed_data.errors import AscendSpeedError
-from ascendspeed_data.tokenizer import Tokenizer, load_tokenizer
+from ascendspeed_data.tokenizer import Tokenizer
 from ascendspeed_infer.config import AdapterConfig, check_parallel, inference_layout
 from ascendspeed_infer.engine.llm_engine import LLMEngine, check_length
 from ascendspeed_infer.engine.scoring_request import Score
 from ascendspeed_infer.engine.sequence import GenerationSettings
 from ascendspeed_infer.generation import generate_each, score
-from ascendspeed_infer.loading import find_tokenizer, stored_dtype, with_adapter, zero_settings
+from ascendspeed_infer.loading import open_tokenizer, stored_dtype, with_adapter, zero_settings
 from ascendspeed_infer.native_engine import NativeEngine
 from ascendspeed_infer.requests import Completion, GenerationRequest
 from ascendspeed_infer.sampling import SamplingParams
@@ -75,6 +75,7 @@ class LanguageModel(TextGenerator):
         merge_adapter: bool = True,
         weight_quantization: WeightQuantization = "none",
         model_config: Path | str | None = None,
+        needs_tokenizer: bool = True,
     ) -> "LanguageModel":
         """Load a checkpoint of any kind: a training run's folder, a Hugging Face folder, shards of 2023 or Megatron-LM.
 
@@ -88,6 +89,7 @@ class LanguageModel(TextGenerator):
             merge_adapter: add it to the weights as they are read; otherwise layers compute it beside them.
             weight_quantization: `int8` holds the matrices of layers and head as integers; arithmetic stays in `dtype`.
             model_config: config.json of a checkpoint of another program that does not say what model it is.
+            needs_tokenizer: refuse a checkpoint without a tokenizer; ids in and out need none.
 
         Raises:
             AscendSpeedError: nothing there, not recognised, damaged, no tokenizer, or an adapter of another model.
@@ -103,6 +105,7 @@ class LanguageModel(TextGenerator):
             parallel,
             False,
             weight_quantization,
+            needs_tokenizer,
         )
 
     @classmethod
@@ -130,23 +133,23 @@ class LanguageModel(TextGenerator):
         parallel: ParallelConfig | None,
         data_parallel: bool = False,
         weight_quantization: WeightQuantization = "none",
+        needs_tokenizer: bool = True,
     ) -> "LanguageModel":
         """Load the weights of a source; see `from_pretrained`.
 
         With `data_parallel`, ranks that the layout leaves over hold the model again, and the caller shares work out;
         under ZeRO-3 they hold it together, and all do all of it.
         """
-        folder = find_tokenizer(source, Path(tokenizer) if tokenizer is not None else None)
+        opened = open_tokenizer(source, Path(tokenizer) if tokenizer is not None else None, needs_tokenizer)
         parallel = parallel or ParallelConfig()
         check_parallel(parallel)
         world = world_of_environment()
         layout = parallel.layout(world.size) if data_parallel else inference_layout(parallel, world.size)
         parallel.check_model(source.config)
         mesh = ParallelMesh.create(choose_device(device, world.local_rank, quiet=True), layout)
-        opened = load_tokenizer(folder)
         if opened.vocab_size > source.config.vocab_size:
             raise AscendSpeedError(
-                f"tokenizer {folder} has vocab_size={opened.vocab_size}, the model {source.config.vocab_size}; "
+                f"tokenizer {opened.path} has vocab_size={opened.vocab_size}, the model {source.config.vocab_size}; "
                 "give the model's own tokenizer"
             )
         format_ = dtype or stored_dtype(source)

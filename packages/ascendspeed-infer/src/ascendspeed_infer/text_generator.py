@@ -14,7 +14,7 @@ from ascendspeed_infer.beams import BeamSettings
 from ascendspeed_infer.config import SamplingConfig
 from ascendspeed_infer.detokenizer import Detokenizer
 from ascendspeed_infer.engine.llm_engine import check_length
-from ascendspeed_infer.engine.sequence import CompletionOutput, GenerationSettings
+from ascendspeed_infer.engine.sequence import CompletionOutput, GenerationSettings, StopCheck, never_stop
 from ascendspeed_infer.engines import TextEngine, TokenRequest, check_sampling
 from ascendspeed_infer.legacy_options import rename_legacy_options
 from ascendspeed_infer.requests import Completion, GenerateOptions, Prompts, StreamedText
@@ -158,7 +158,7 @@ class TextGenerator:
         self, ids: Sequence[int], settings: GenerationSettings, config: SamplingConfig
     ) -> list[TokenRequest]:
         """Return what the engine continues for one prompt; several draws have seeds that follow."""
-        prompt, stop_check = tuple(ids), self._new_detokenizer(ids, settings).has_stop_string
+        prompt, stop_check = tuple(ids), self._stop_check(ids, settings)
         if config.num_beams > 1:
             beams = BeamSettings(
                 config.num_beams, config.length_penalty, config.early_stopping, config.num_return_sequences
@@ -243,15 +243,19 @@ class TextGenerator:
         config: SamplingConfig,
         session: Any,
     ) -> Iterator[StreamedText]:
-        detokenizer, new_ids = self._new_detokenizer(ids, settings), []
+        detokenizer = self._new_detokenizer(ids, settings) if config.detokenize else None
+        new_ids: list[int] = []
         echoed = self.tokenizer.decode(ids) if config.echo and config.detokenize else ""
-        request = TokenRequest(tuple(ids), settings, detokenizer.has_stop_string)
+        request = TokenRequest(tuple(ids), settings, self._stop_check(ids, settings))
         for token in self.engine.stream(request, config, session):
             new_ids.append(token.token_id)
             is_last = token.finish_reason is not None
-            added = detokenizer.next_text(new_ids, is_last) if config.detokenize else ""
+            added = detokenizer.next_text(new_ids, is_last) if detokenizer is not None else ""
             yield StreamedText(echoed + added, token.token_id, token.log_prob, token.finish_reason)
             echoed = ""
+
+    def _stop_check(self, ids: Sequence[int], settings: GenerationSettings) -> StopCheck:
+        return self._new_detokenizer(ids, settings).has_stop_string if settings.stop else never_stop
 
     def _new_detokenizer(self, ids: Sequence[int], settings: GenerationSettings) -> Detokenizer:
         return Detokenizer(self.tokenizer, ids, settings.eos_token_ids, settings.stop)

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ascendspeed_eval.errors import EvaluationError
+from ascendspeed_eval.progress import log
 from ascendspeed_eval.small_files import KeyTypes, check_keys, is_a
 from ascendspeed_eval.tasks.base import Benchmark, Extracted, Record, Task, TaskVariant, without_first_space
 from ascendspeed_eval.tasks.math_answers import find_answer, same_answer
@@ -284,9 +285,11 @@ class AGIEval(Task):
             if not cloze:
                 target = list(target)
                 # Some lists hold a stray "。" beside the letters; the authors compare them as they are.
+                if not any(letter in LETTERS for letter in target):
+                    raise EvaluationError(f"{file}, line {number}: label={fields['label']!r} is no letter")
                 if not any(letter in LETTERS[: len(fields["options"])] for letter in target):
-                    raise EvaluationError(
-                        f"{file}, line {number}: label={fields['label']!r} names none of its options"
+                    log(
+                        f"{file}, line {number}: label={fields['label']!r} names none of its options; none is right"
                     )
             records.append(Record(f"{file.stem}/{number}", file.stem, {"passage": None, **fields}, target))
         return records

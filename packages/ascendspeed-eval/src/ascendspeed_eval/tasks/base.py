@@ -1,5 +1,7 @@
 """Tasks and their variants: how records become prompts, prompts become requests, and answers become scores."""
 
+import random
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -57,6 +59,9 @@ class Benchmark:
     files: Sequence[Path]
 
 
+EXAMPLES_SEED = 1234
+"""lm-evaluation-harness draws the examples of all questions from one generator with this seed."""
+
 Extracted = Mapping[str, Any]
 
 
@@ -101,6 +106,7 @@ class TaskVariant:
         matches: returns whether an extracted answer is right.
         max_new_tokens: length limit of generated text.
         stop: strings that end generated text.
+        draws_examples: each question has examples of its own, drawn as lm-evaluation-harness draws them.
         seq_length: tokens of prompt and answer together, if the variant limits them.
         main: the metric reported as the score.
     """
@@ -120,6 +126,7 @@ class TaskVariant:
     matches: Callable[[Any, Record], bool] = equals_target
     max_new_tokens: int = 0
     stop: tuple[str, ...] = ()
+    draws_examples: bool = False
     seq_length: int | None = None
     main: str = "accuracy"
 
@@ -268,9 +275,13 @@ class Task(ABC):
             UsageError: a subset has fewer than `num_fewshot` examples.
         """
         count = variant.num_fewshot if num_fewshot is None else num_fewshot
-        made = []
+        draw, made = random.Random(EXAMPLES_SEED), []
         for record in benchmark.records:
-            examples = self.fewshot_examples(variant, benchmark, record, count)
+            if variant.draws_examples and count:
+                pool = self.fewshot_examples(variant, benchmark, record, sys.maxsize)
+                examples: Sequence[Record] = draw.sample(list(pool), min(count, len(pool)))
+            else:
+                examples = self.fewshot_examples(variant, benchmark, record, count)
             if len(examples) < count:
                 raise UsageError(
                     f"num_fewshot={count} is more than the {len(examples)} examples that {self.name}, subset "
@@ -282,7 +293,7 @@ class Task(ABC):
             ]
             last = variant.separator if variant.last_separator is None else variant.last_separator
             head = self.header(variant, record) + variant.separator.join(shown) + (last if shown else "")
-            shared = len(head) if self.shares_examples(variant) else 0
+            shared = len(head) if self.shares_examples(variant) and not variant.draws_examples else 0
             made.append(Sample(record, head + self.question(variant, record), shared))
         return made
 

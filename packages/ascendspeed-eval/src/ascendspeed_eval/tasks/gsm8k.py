@@ -1,6 +1,5 @@
 """GSM8K (Cobbe et al., 2021): grade-school mathematics in words."""
 
-import random
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 
 from ascendspeed_eval.errors import EvaluationError
 from ascendspeed_eval.tasks.answer_marks import without_reasoning
-from ascendspeed_eval.tasks.base import Benchmark, Extracted, Record, Sample, Task, TaskVariant
+from ascendspeed_eval.tasks.base import Benchmark, Extracted, Record, Task, TaskVariant
 from ascendspeed_eval.tasks.number_answers import ReadNumber, find_number, value_of
 from ascendspeed_eval.tasks.reading import find_files, not_empty, read_json_lines
 
@@ -31,9 +30,6 @@ EXAMPLES_2023 = (
     ),
 )
 """The first three examples of Wei et al. (2022), Chain-of-Thought Prompting, table 20."""
-
-EXAMPLES_SEED = 1234
-"""lm-evaluation-harness draws the examples of all questions from one generator with this seed."""
 
 INVALID = "[invalid]"
 
@@ -108,6 +104,7 @@ class GSM8K(Task):
                 matches=same_number,
                 max_new_tokens=256,
                 stop=("Question:", "</s>", "<|im_end|>"),
+                draws_examples=True,
                 main="strict",
             ),
         }
@@ -139,24 +136,6 @@ class GSM8K(Task):
             if variant.name == "ascendspeed"
             else super().fewshot_examples(variant, benchmark, record, count)
         )
-
-    def samples(
-        self, benchmark: Benchmark, variant: TaskVariant, num_fewshot: int | None = None
-    ) -> list[Sample]:
-        """Build the prompts; under `lm-eval` each question has its own examples."""
-        count = variant.num_fewshot if num_fewshot is None else num_fewshot
-        pool = benchmark.examples["gsm8k"]
-        if variant.name != "lm-eval" or count == 0 or len(pool) < count:
-            return super().samples(benchmark, variant, num_fewshot)
-        draw = random.Random(EXAMPLES_SEED)
-        made = []
-        for record in benchmark.records:
-            shown = "".join(
-                self.question(variant, one) + " " + one.fields["answer"] + variant.separator
-                for one in draw.sample(list(pool), count)
-            )
-            made.append(Sample(record, shown + self.question(variant, record), 0))
-        return made
 
     def answer(self, variant: TaskVariant, record: Record) -> str:
         """Return the worked answer."""

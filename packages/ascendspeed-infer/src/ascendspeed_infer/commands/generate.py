@@ -122,7 +122,13 @@ def opened_model(config: LoadedModelConfig) -> Iterator[tuple["TextGenerator", "
         tokenizer = config.tokenizer.tokenizer_name_or_path
         quantization = config.precision.weight_quantization
         model = LanguageModel.from_source(
-            source, tokenizer, device.kind, dtype, config.parallel, weight_quantization=quantization
+            source,
+            tokenizer,
+            device.kind,
+            dtype,
+            config.parallel,
+            weight_quantization=quantization,
+            needs_tokenizer=config.needs_tokenizer,
         )
         if world.rank == 0:
             size = f"{source.config.num_parameters:,} parameters ({source.kind})"
