@@ -64,9 +64,10 @@ class LiteralTokenizer:
             )
         return self._pattern.sub(lambda found: self._stand_ins[found[0]], text)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Return the ids of a user's text, with what the tokenizer adds to a text."""
-        return [*self.prefix_ids, *self.encode_rendered(self.mask(text))[0], *self.suffix_ids]
+        ids, _ = self.encode_rendered(self.mask(text))
+        return [*self.prefix_ids, *ids, *self.suffix_ids] if add_special_tokens else ids
 
     def encode_without_special_tokens(self, texts: Sequence[str]) -> TokenBatch:
         """Return the ids of several texts that hold stand-ins."""

@@ -106,7 +106,8 @@ class PromptLayout:
         Raises:
             DataError: the layout does not support the messages.
         """
-        sample, tokenizer = self.sample(messages), self.tokenizer
+        sample = self.sample(messages)
+        tokenizer: Tokenizer = self.tokenizer
         texts = [one["content"] for one in messages if isinstance(one["content"], str)]
         literal = LiteralTokenizer.for_texts(tokenizer, texts, sample.is_rendered)
         if literal is not None and not parse_special:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from ascendspeed_eval.errors import EvaluationError
 from ascendspeed_eval.evaluation import Evaluation
@@ -64,8 +65,9 @@ def _call(
 def _checked(requests: Sequence[Request], results: Sequence[Result]) -> Results | RequestFailure:
     """Return the results of a sample; the failure if there is one, also where a number is not finite."""
     whole: Results = []
-    for number, one in enumerate(results):
+    for number, found in enumerate(results):
         # Backends of other packages have result classes of their own, of the same shape.
+        one: Any = found
         if hasattr(one, "reason"):
             return RequestFailure(str(one.reason))
         if hasattr(one, "logprob"):

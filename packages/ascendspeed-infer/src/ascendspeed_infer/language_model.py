@@ -227,8 +227,10 @@ class LanguageModel(TextGenerator):
         found: list[Completion | AscendSpeedError] = []
         for number, (one, ids, own) in enumerate(zip(requests, prompts, settings, strict=True)):
             output = by_number[number]
-            is_error = isinstance(output, AscendSpeedError)
-            found.append(output if is_error else self._completion(one.prompt, ids, own, output))
+            if isinstance(output, AscendSpeedError):
+                found.append(output)
+            else:
+                found.append(self._completion(one.prompt, ids, own, output))
         return found
 
     def check_batch_invariance(self) -> None:

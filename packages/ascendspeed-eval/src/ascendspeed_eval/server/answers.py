@@ -28,11 +28,13 @@ class AnswerError(Exception):
     Args:
         problem: one line.
         is_temporary: whether asking again may help.
+        retry_after_seconds: the pause that the server asks for.
     """
 
-    def __init__(self, problem: str, is_temporary: bool = True) -> None:
+    def __init__(self, problem: str, is_temporary: bool = True, retry_after_seconds: float = 0.0) -> None:
         super().__init__(problem)
         self.problem, self.is_temporary = problem, is_temporary
+        self.retry_after_seconds = retry_after_seconds
 
 
 class _Part(BaseModel):

@@ -81,10 +81,8 @@ class ServerClient:
             tries += 1
             try:
                 return read(self._send(path, content))
-            except _StatusError as error:
-                problem, wait = error, error.retry_after_seconds
             except AnswerError as error:
-                problem, wait = error, 0.0
+                problem, wait = error, error.retry_after_seconds
             if not problem.is_temporary or tries > self._retries or self._stopped.is_set():
                 raise EvaluationError(self._message(path, problem.problem, tries))
             if wait > MAX_RETRY_AFTER_SECONDS:
@@ -123,7 +121,7 @@ class ServerClient:
         status = answer.status_code
         where = answer.headers.get("location") if answer.is_redirect else None
         told = f"it points to {where}; give that address" if where else data.decode("utf-8", "replace")
-        raise _StatusError(
+        raise AnswerError(
             f"status {status}: {shorten(told)}",
             status >= 500 or status in TEMPORARY_CODES,
             retry_after_seconds(answer.headers.get("retry-after"), answer.headers.get("date")),
@@ -133,14 +131,6 @@ class ServerClient:
         for secret in self._secrets:
             problem = problem.replace(secret, "***")
         return f"{self.address}{path}: {shorten(problem, 400)}" + (f" ({tries} tries)" if tries > 1 else "")
-
-
-class _StatusError(AnswerError):
-    """An answer with another status than 200, and the pause that it asks for."""
-
-    def __init__(self, problem: str, is_temporary: bool, retry_after_seconds: float) -> None:
-        super().__init__(problem, is_temporary)
-        self.retry_after_seconds = retry_after_seconds
 
 
 def retry_after_seconds(header: str | None, date: str | None = None) -> float:

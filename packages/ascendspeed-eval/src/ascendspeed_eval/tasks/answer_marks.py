@@ -1,6 +1,9 @@
 """What is unusual in generated answers: cut, withheld, only reasoning, in another form than was asked for."""
 
 import re
+from collections.abc import Sequence
+
+from ascendspeed_eval.model import GenerateResult
 
 ONLY_REASONING, REASONING, EMPTY = "only reasoning", "reasoning", "empty"
 FENCE, REPEATED = "code fence", "repeated definition"
@@ -33,3 +36,15 @@ def without_reasoning(text: str) -> str:
     if found:
         return text[found[-1].end() :]
     return "" if _OPEN.match(text) else text
+
+
+def marks_of(texts: Sequence[GenerateResult]) -> list[str]:
+    """Return what a reader should know of texts: whether they were cut, withheld, or are only reasoning."""
+    marks = []
+    for one in texts:
+        is_answer = bool(without_reasoning(one.text).strip())
+        reasoned = bool(one.reasoning.strip()) or has_reasoning(one.text)
+        marks += [one.finish_reason] if one.finish_reason in CUT_MARKS else []
+        marks += [ONLY_REASONING] if reasoned and not is_answer else [REASONING] if reasoned else []
+        marks += [EMPTY] if not one.text.strip() and not reasoned else []
+    return list(dict.fromkeys(marks))

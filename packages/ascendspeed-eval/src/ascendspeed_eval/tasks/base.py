@@ -16,14 +16,7 @@ from ascendspeed_eval.model import (
     LoglikelihoodResult,
     Request,
 )
-from ascendspeed_eval.tasks.answer_marks import (
-    CUT_MARKS,
-    EMPTY,
-    ONLY_REASONING,
-    REASONING,
-    has_reasoning,
-    without_reasoning,
-)
+from ascendspeed_eval.tasks.answer_marks import marks_of
 from ascendspeed_eval.tasks.template import fill_template
 
 
@@ -378,18 +371,6 @@ class Task(ABC):
             records
         )
         return {"chance": chance, "majority": majority}
-
-
-def marks_of(texts: Sequence[GenerateResult]) -> list[str]:
-    """Return what a reader should know of texts: whether they were cut, withheld, or are only reasoning."""
-    marks = []
-    for one in texts:
-        is_answer = bool(without_reasoning(one.text).strip())
-        reasoned = bool(one.reasoning.strip()) or has_reasoning(one.text)
-        marks += [one.finish_reason] if one.finish_reason in CUT_MARKS else []
-        marks += [ONLY_REASONING] if reasoned and not is_answer else [REASONING] if reasoned else []
-        marks += [EMPTY] if not one.text.strip() and not reasoned else []
-    return list(dict.fromkeys(marks))
 
 
 def _compare_choices(
