@@ -96,7 +96,11 @@ class ServerClient:
 
     def _content(self, body: Mapping[str, Any]) -> bytes:
         whole = {"model": self.model, **body, **self._extra}
-        if self._extra.get("max_completion_tokens") is not None:
+        if body.get("echo"):
+            # A prompt is only scored when one token is asked for after it, whatever texts get.
+            whole |= body
+            whole.pop("max_completion_tokens", None)
+        elif self._extra.get("max_completion_tokens") is not None:
             # The newer name of max_tokens; servers refuse both together.
             whole.pop("max_tokens", None)
         return json.dumps({key: value for key, value in whole.items() if value is not None}).encode()
