@@ -161,7 +161,7 @@ def test_several_runs_give_one_table(data: Path, answers: Path, tmp_path: Path) 
 
 def test_tasks_are_listed() -> None:
     shown = call("asd-eval", "tasks").stdout
-    assert "boolq (version 1, 3,270" in shown
+    assert "boolq (version 2, 3,270" in shown
     assert "* ascendspeed" in shown
 
 

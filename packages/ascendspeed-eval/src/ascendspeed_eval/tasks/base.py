@@ -99,7 +99,8 @@ class TaskVariant:
         matches: returns whether an extracted answer is right.
         max_new_tokens: length limit of generated text.
         stop: strings that end generated text.
-        draws_examples: each question has examples of its own, drawn as lm-evaluation-harness draws them.
+        surplus_draws: each question has examples of its own, drawn as lm-evaluation-harness draws them, together with
+            so many more that are not shown; `None` where all questions show the same examples.
         seq_length: tokens of prompt and answer together, if the variant limits them.
         main: the metric reported as the score.
     """
@@ -119,7 +120,7 @@ class TaskVariant:
     matches: Callable[[Any, Record], bool] = equals_target
     max_new_tokens: int = 0
     stop: tuple[str, ...] = ()
-    draws_examples: bool = False
+    surplus_draws: int | None = None
     seq_length: int | None = None
     main: str = "accuracy"
 
@@ -270,9 +271,10 @@ class Task(ABC):
         count = variant.num_fewshot if num_fewshot is None else num_fewshot
         draw, made = random.Random(EXAMPLES_SEED), []
         for record in benchmark.records:
-            if variant.draws_examples and count:
+            if variant.surplus_draws is not None and count:
                 pool = self.fewshot_examples(variant, benchmark, record, sys.maxsize)
-                examples: Sequence[Record] = draw.sample(list(pool), min(count, len(pool)))
+                drawn = min(count + variant.surplus_draws, len(pool))
+                examples: Sequence[Record] = draw.sample(list(pool), drawn)[:count]
             else:
                 examples = self.fewshot_examples(variant, benchmark, record, count)
             if len(examples) < count:
@@ -286,7 +288,7 @@ class Task(ABC):
             ]
             last = variant.separator if variant.last_separator is None else variant.last_separator
             head = self.header(variant, record) + variant.separator.join(shown) + (last if shown else "")
-            shared = len(head) if self.shares_examples(variant) and not variant.draws_examples else 0
+            shared = len(head) if self.shares_examples(variant) and variant.surplus_draws is None else 0
             made.append(Sample(record, head + self.question(variant, record), shared))
         return made
 

@@ -45,7 +45,8 @@ class BoolQ(Task):
                 "{title}" + TITLE_SEPARATOR + TEMPLATE,
                 lambda record: CHOICES["lm-eval"],
                 lambda record: [1 if record.target == "yes" else 0],
-                draws_examples=True,
+                # The task names no split for examples, so the harness draws one more, in case it is the question.
+                surplus_draws=1,
             ),
         }
     )

@@ -104,7 +104,7 @@ class GSM8K(Task):
                 matches=same_number,
                 max_new_tokens=256,
                 stop=("Question:", "</s>", "<|im_end|>"),
-                draws_examples=True,
+                surplus_draws=0,
                 main="strict",
             ),
         }
