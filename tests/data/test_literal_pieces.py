@@ -9,8 +9,9 @@ import pytest
 
 from ascendspeed_data.conversation import Message
 from ascendspeed_data.errors import DataError
-from ascendspeed_data.literal_pieces import FIRST_STAND_IN, LiteralTokenizer
+from ascendspeed_data.literal_pieces import LiteralTokenizer
 from ascendspeed_data.prompting import layout_named
+from ascendspeed_data.stand_ins import FIRST_STAND_IN
 from ascendspeed_data.tokenizer import load_tokenizer
 from support.tables import ReportTables
 

@@ -10,6 +10,7 @@ from typing import Any
 from ascendspeed_data.added_tokens import TextPart, tokens_beside_json
 from ascendspeed_data.command_line import announce
 from ascendspeed_data.errors import DataError
+from ascendspeed_data.stand_ins import FIRST_STAND_IN, check_literal
 from ascendspeed_data.token_batch import TokenBatch
 from ascendspeed_data.tokenizer_config import CONFIG_FILE, TokenizerFiles, TokenRecord
 
@@ -153,8 +154,6 @@ class JsonTokenizer:
         The special tokens get other names, which no text spells; those of the conversation are renamed before the texts
         are written out.
         """
-        from ascendspeed_data.literal_pieces import FIRST_STAND_IN, check_literal
-
         longest_first = sorted(self.special_ids, key=len, reverse=True)
         first = FIRST_STAND_IN + len(literals)
         names = {piece: chr(first + number) for number, piece in enumerate(longest_first)}

@@ -6,15 +6,13 @@ there.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ascendspeed_data.errors import DataError
+from ascendspeed_data.stand_ins import FIRST_STAND_IN
 from ascendspeed_data.token_batch import TokenBatch
 from ascendspeed_data.tokenizer import Tokenizer
-
-FIRST_STAND_IN = 0x100000
-"""The first of the characters that stand for pieces: the last of Unicode's areas for private use."""
 
 
 class LiteralTokenizer:
@@ -87,13 +85,3 @@ class LiteralTokenizer:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tokenizer, name)
-
-
-def check_literal(ids: Iterable[int], special: Mapping[str, int], path: object) -> None:
-    """Raise `DataError` if the ids of a text hold a special one."""
-    found = next((piece for number in ids for piece, own in special.items() if own == number), None)
-    if found is not None:
-        raise DataError(
-            f"{path} reads {found} in a text as its special piece in any case; remove it from the text, or give "
-            "--parse-special"
-        )

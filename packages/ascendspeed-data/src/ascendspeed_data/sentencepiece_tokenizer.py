@@ -18,6 +18,7 @@ from ascendspeed_data.added_tokens import (
 )
 from ascendspeed_data.command_line import announce
 from ascendspeed_data.errors import DataError
+from ascendspeed_data.stand_ins import check_literal
 from ascendspeed_data.token_batch import TokenBatch
 from ascendspeed_data.tokenizer_config import CONFIG_FILE, TokenizerFiles, read_json
 
@@ -210,8 +211,6 @@ class SentencePieceTokenizer:
 
     def encode_literals(self, text: str, literals: Mapping[str, str]) -> list[int]:
         """Return the ids of a rendered conversation in which some characters stand for texts that are no control."""
-        from ascendspeed_data.literal_pieces import check_literal
-
         encoded = self._encoded_parts(text, self._rendered, literals)
         own = [number for part, ids, _ in encoded if part.token is None for number in ids]
         check_literal((n for n in own if n != self.unk_id), self.special_ids, self.path)

@@ -29,7 +29,7 @@ def ask(
 ) -> Iterator[list[tuple[Sample, Results | RequestFailure]]]:
     """Yield samples with their results, or why they have none, as soon as they are there.
 
-    A model that answers several samples at once gives one after the other, in any order; any other model is asked for
+    A concurrent model gives one sample after the other, in any order; any other model is asked for
     `SAMPLES_PER_CALL` samples in one call.
     """
     groups = [

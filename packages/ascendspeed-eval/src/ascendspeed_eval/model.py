@@ -128,7 +128,7 @@ class EvaluatedModel(Protocol):
 
 @runtime_checkable
 class ConcurrentModel(Protocol):
-    """A model that answers the requests of several samples at once, each as soon as it can, such as a server."""
+    """A model with requests of several samples in work at once, such as a server; results come when they are ready."""
 
     def answer_each(self, groups: Sequence[Sequence[Request]]) -> Iterator[tuple[int, Sequence[Result]]]:
         """Yield the number of a group and the results of its requests, in the order in which they come."""

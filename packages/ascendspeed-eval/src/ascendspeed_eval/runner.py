@@ -31,7 +31,7 @@ from ascendspeed_eval.tasks.base import Sample, ScoredSample
 
 FORMAT_VERSION = 2
 MAX_FAILURES = 30
-"""So many samples that fail one after the other mean that a server is gone, not that some answers are odd."""
+"""This number of samples that fail one after the other means that a server is gone, not that some answers are odd."""
 
 
 def evaluate(
@@ -46,7 +46,7 @@ def evaluate(
         evaluation: what `prepare_evaluation` returned.
         model: text in; text or log-probability out.
         folder: output folder, made if absent.
-        max_failures: so many samples that fail one after the other end the run.
+        max_failures: this number of samples that fail one after the other ends the run.
 
     Returns:
         The content of `results.json`.

@@ -78,7 +78,7 @@ def run_command(
     ] = False,
     seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 1234,
     max_failures: Annotated[
-        int, typer.Option(min=1, help="End the run when so many samples fail one after the other.")
+        int, typer.Option(min=1, help="End the run when this number of samples fail one after the other.")
     ] = MAX_FAILURES,
     **options: Any,
 ) -> None:

@@ -100,7 +100,7 @@ class TaskVariant:
         max_new_tokens: length limit of generated text.
         stop: strings that end generated text.
         surplus_draws: each question has examples of its own, drawn as lm-evaluation-harness draws them, together with
-            so many more that are not shown; `None` where all questions show the same examples.
+            this number of others that are not shown; `None` where all questions show the same examples.
         seq_length: tokens of prompt and answer together, if the variant limits them.
         main: the metric reported as the score.
     """

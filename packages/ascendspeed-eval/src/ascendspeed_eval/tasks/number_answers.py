@@ -94,7 +94,7 @@ def _digits(value: Fraction) -> str:
         return f"{value.numerator}/{value.denominator}"
     if value.denominator == 1:
         return str(value.numerator)
-    places = next(n for n in range(1, value.denominator.bit_length() + 1) if 10**n % value.denominator == 0)
-    scaled = abs(value) * 10**places
-    whole = f"{scaled.numerator:0{places + 1}d}"
-    return f"{'-' if value < 0 else ''}{whole[:-places]}.{whole[-places:]}"
+    decimals = next(n for n in range(1, value.denominator.bit_length() + 1) if 10**n % value.denominator == 0)
+    scaled = abs(value) * 10**decimals
+    whole = f"{scaled.numerator:0{decimals + 1}d}"
+    return f"{'-' if value < 0 else ''}{whole[:-decimals]}.{whole[-decimals:]}"
