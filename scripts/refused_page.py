@@ -110,6 +110,20 @@ def megatron_arguments() -> Iterator[Row]:
         yield f"`{name}`", code(shown(value) for value in values if value is not None)
 
 
+def adapter_fields() -> Iterator[Row]:
+    from ascendspeed_core.weights.adapters.adapter_config import REFUSED
+
+    for field in REFUSED:
+        yield f"`{field.name}`", field.reason, field.remedy
+
+
+def quantised_weights() -> Iterator[Row]:
+    from ascendspeed_core.weights.huggingface.quantised import METHODS
+
+    for method in METHODS:
+        yield method.name, code(method.marks) or "`quantization_config` alone", method.remedy
+
+
 def deepspeed_keys() -> Iterator[Row]:
     from ascendspeed_core.config.deepspeed import REFUSED
 
@@ -244,6 +258,20 @@ TABLES = (
         "own config is needed: `--model-config`.",
         ("argument", "value, if it is there"),
         megatron_arguments,
+    ),
+    Table(
+        "Fields of an adapter's `adapter_config.json`",
+        "peft's own class reads the file. A field or a value of this table, and every field that this version does not "
+        "know, is refused unless it has the value that changes nothing; [fine-tuning](finetuning.md#adapters-of-peft) "
+        "has the fields that are honoured.",
+        ("field, or field and value", "why", "remedy"),
+        adapter_fields,
+    ),
+    Table(
+        "Quantised weights",
+        "Integers and narrow floats mean something only together with their scales, in one of many packings.",
+        ("method", "known by tensors that end so", "remedy"),
+        quantised_weights,
     ),
     Table(
         "Keys of a DeepSpeed JSON",

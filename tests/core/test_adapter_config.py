@@ -91,7 +91,8 @@ def test_what_changes_the_result_is_refused_by_name(tmp_path: Path, name: str) -
         ({"task_type": "SEQ_CLS"}, "task_type='SEQ_CLS' is not supported"),
         ({"r": 0}, "r=0 is not supported"),
         ({"r": 3}, r"has shape .*, and adapter_config.json says rank r=3"),
-        ({"lora_alpha": float("nan")}, "lora_alpha=nan is not supported"),
+        ({"lora_alpha": float("nan")}, "NaN is no number of JSON"),
+        ({"lora_alpha": "x"}, "lora_alpha='x' is not supported"),
         ({"rank_pattern": {"o_proj": 5}}, "says rank r=5"),
         ({"target_modules": "self_attn.("}, "a pattern is no regular expression"),
         ({"target_modules": r".*self_attn"}, "target_modules means model.layers.0.self_attn, which is no linear layer"),
@@ -164,7 +165,8 @@ def test_values_of_any_type_are_taken_or_refused(tmp_path: Path, report: ReportT
                 assert "\n" not in str(error)
                 continue
             if name not in NOT_KEPT:
-                assert (sorted(found) if isinstance(found, set) else found) == (value or found), name
+                kept = sorted(found) if isinstance(found, set) else found
+                assert kept == (value or kept), name
     report.add("Fields of an adapter's config with values of any type", ("tried", "taken", "refused", "tracebacks"),
                taken + refused, taken, refused, 0)  # fmt: skip
     assert refused > taken > 100

@@ -59,7 +59,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "untied",
         {
             "target_modules": ["q_proj", "down_proj", "o_proj"],
-            "rank_pattern": {"down_proj": 2, r".*layers\.1\..*": 3},
+            "rank_pattern": {"down_proj": 2, r".*layers\.1\.self_attn\..*": 3},
             "alpha_pattern": {r"layers\.2\.self_attn\.q_proj": 40, "o_proj": 5},
         },
     ),

@@ -179,7 +179,7 @@ def test_on_the_command_line(base: Path) -> None:
     assert "there is no adapter; give --lora-load DIR" in idle.complaint
     missing = call("asd-infer", "generate", *flags, "--lora-load", "/nowhere")
     assert missing.status == 1
-    assert "/nowhere has neither adapter_model.safetensors nor" in missing.complaint
+    assert "/nowhere does not exist; check --lora-load" in missing.complaint
 
 
 def test_an_evaluated_model_has_its_adapter(base: Path) -> None:

@@ -68,10 +68,11 @@ class DamagedWorld:
     """All subjects.
 
     Args:
-        folder: an empty one.
+        folder: it is made, or empty.
     """
 
     def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.subjects: list[Subject] = []
         corpus = write_json_lines(folder / "corpus.jsonl", make_texts(60))
@@ -184,7 +185,7 @@ class DamagedWorld:
 
         def convert(folder: Path, *flags: object) -> tuple[object, ...]:
             return (
-                "asd-ckpt", "convert", folder, "--output-model-dir", f"{OUT}/c", "--workers", 1,
+                "asd-ckpt", "convert", "--load", folder, "--output-model-dir", f"{OUT}/c", "--workers", 1,
                 "--no-verify-logits", *flags,
             )  # fmt: skip
 
@@ -241,15 +242,15 @@ class DamagedWorld:
             unnoticed=("checkpoint.json", "metrics.jsonl", "data.manifest.json"), left_alone=("*.png",),
         )  # fmt: skip
         adapter = self._folder("adapter")
-        train = self._train(
-            "--load", self.model, "--save", f"{OUT}/r", "--lora-r", 2, "--lora-target-modules", "q_proj"
-        )
-        _ok(*_to(train, adapter))
+        lora = ("--lora-r", 2, "--lora-target-modules", "q_proj")
+        train = self._train("--load", self.model, "--save", f"{OUT}/r", *lora)
+        _ok(*_to(("asd-core", "finetune", *train[2:]), adapter))
         native = adapter / "r"
         self._add(
             "adapter: native", native,
             ("asd-ckpt", "merge-lora", "--load", self.model, "--lora-load", native, "--output-model-dir", f"{OUT}/m"),
-            unnoticed=("checkpoint.json",), left_alone=("*.png", "metrics.jsonl", "data.manifest.json", "adapter_*"),
+            unnoticed=("checkpoint.json", "tokenizer*", "special*"),
+            left_alone=("*.png", "metrics.jsonl", "data.manifest.json", "adapter_*"),
         )  # fmt: skip
         peft = self._folder("adapter-peft")
         for path in native.rglob("adapter_*"):
@@ -442,16 +443,24 @@ def try_one(world: DamagedWorld, seed: int, number: int) -> Trial:
         path.write_bytes(content)
     if done.status:
         complaints = [line for line in done.stderr.splitlines() if ": error: " in line]
-        if done.status not in (1, 2) or len(complaints) != 1 or done.complaint != complaints[0]:
+        if done.status not in (1, 2) or len(complaints) != 1 or done.complaint != complaints[0].strip():
             return trial(f"status {done.status}: {done.stderr[-500:]!r}", True)
         return trial("refused")
     if kind in CONSISTENT or _matches(path, subject.unnoticed):
         return trial("accepted")
     expected = world.undamaged(subject, command)
+    if _named(found, expected):
+        return trial("accepted")
     if all(found.get(key) == value for key, value in expected.items()):
         return trial("equal")
     different = [key for key, value in expected.items() if found.get(key) != value]
     return trial(f"another result without an error: {different[:5]}", True)
+
+
+def _named(found: dict[str, str], expected: dict[str, str]) -> bool:
+    """Whether a command said just as much as without the damage, and besides what it did not compare."""
+    lines = [line for line in found.values() if ": not compared: " not in line]
+    return len(lines) < len(found) and lines == list(expected.values())
 
 
 @contextmanager

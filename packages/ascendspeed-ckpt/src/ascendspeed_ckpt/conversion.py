@@ -24,10 +24,10 @@ from ascendspeed_core.weights.files.json_file import read_json
 from ascendspeed_core.weights.source import LeftOut
 from ascendspeed_core.weights.stream import SLAB_BYTES
 from ascendspeed_data.command_line import Progress, log
-from ascendspeed_data.errors import AscendSpeedError
+from ascendspeed_data.errors import AscendSpeedError, DataError
 from ascendspeed_data.files import INCOMPLETE
 from ascendspeed_data.lock import output_lock
-from ascendspeed_data.tokenizer import copy_tokenizer
+from ascendspeed_data.tokenizer import copy_tokenizer, load_tokenizer
 
 MAX_PARAMETERS_FOR_LOGITS = 1_000_000_000
 LOGITS_TOLERANCE = 1e-4
@@ -238,6 +238,11 @@ def _copy_texts(conversion: Conversion, source: WeightSource, folder: Path) -> N
         log(f"no tokenizer: {source.path} has none, and --tokenizer-name-or-path names none")
     elif not copy_tokenizer(tokenizer, to):
         raise AscendSpeedError(f"{tokenizer} holds no tokenizer file; check --tokenizer-name-or-path")
+    else:
+        try:
+            load_tokenizer(tokenizer)
+        except DataError as error:
+            log(f"the tokenizer was copied as it is, but it cannot be opened: {error}")
     if source.path is not None and (source.path / GENERATION).is_file():
         _copy_generation_config(source, source.path / GENERATION, folder / GENERATION)
 

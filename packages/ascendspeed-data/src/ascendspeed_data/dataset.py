@@ -53,10 +53,19 @@ class Dataset:
         return learned
 
     def attended(self, sequence: int) -> NDArray[Any]:
-        """Return the attention mask of a sequence, int32 [tokens]."""
+        """Return the attention mask of a sequence, int32 [tokens].
+
+        Raises:
+            DataError: a value is neither 0 nor 1.
+        """
         if not self.is_samples:
             return np.ones(int(self.ids.lengths[sequence]), np.int32)
-        return self.arrays[ATTENTION_MASK][sequence]
+        mask = self.arrays[ATTENTION_MASK][sequence]
+        if not ((mask == 0) | (mask == 1)).all():
+            raise DataError(
+                f"{self.prefix}: the attention mask of sequence {sequence} is not only 0 and 1; preprocess again"
+            )
+        return mask
 
 
 def open_dataset(prefix: Path) -> Dataset:

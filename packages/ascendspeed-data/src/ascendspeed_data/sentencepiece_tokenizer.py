@@ -64,8 +64,9 @@ class SentencePieceTokenizer:
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
             self._bare = sentencepiece.SentencePieceProcessor(model_proto=content + _WITHOUT_DUMMY_PREFIX)
-        except (RuntimeError, OSError) as error:
-            raise DataError(f"{model_file} is not a SentencePiece model: {error}") from None
+        except (RuntimeError, OSError, UnicodeDecodeError) as error:
+            reason = str(error).strip()
+            raise DataError(f"{model_file} is not a SentencePiece model: {reason}; copy it again") from None
         self._num_pieces = int(self._model.vocab_size())
         self._is_legacy = config.is_legacy
         # What begins a text without `legacy`.
@@ -93,7 +94,10 @@ class SentencePieceTokenizer:
         self, files: TokenizerFiles
     ) -> tuple[tuple[AddedToken, ...], dict[str, int | None], set[str]]:
         """Return the added tokens, the ids of the named tokens of which the project makes use, and names in files."""
-        pieces: list[str] = self._model.id_to_piece(list(range(self._num_pieces)))
+        try:
+            pieces: list[str] = self._model.id_to_piece(list(range(self._num_pieces)))
+        except UnicodeDecodeError as error:
+            raise DataError(f"{self.model_file} is damaged, a piece is {error}; copy it again") from None
         model = self._model
         own = {
             "bos_token": model.bos_id(),

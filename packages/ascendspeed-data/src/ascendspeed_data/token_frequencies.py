@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ascendspeed_data.errors import DataError
+
 IDS_PER_CHUNK = 1 << 20
 READ_BYTES = 1 << 24
 
@@ -22,11 +24,21 @@ def count_ids(ids: NDArray[Any], vocab_size: int) -> NDArray[np.int64]:
 
 
 def count_ids_in_file(path: Path, token_format: Any, vocab_size: int) -> NDArray[np.int64]:
-    """Return how often each id occurs in a `.bin` file, int64 [vocab_size]."""
+    """Return how often each id occurs in a `.bin` file, int64 [vocab_size].
+
+    Raises:
+        DataError: an id is negative, or `vocab_size` or more.
+    """
     counted = np.zeros(vocab_size, np.int64)
     with path.open("rb") as file:
         while content := file.read(READ_BYTES):
-            counted += count_ids(np.frombuffer(content, token_format), vocab_size)
+            ids = np.frombuffer(content, token_format)
+            if ids.min() < 0 or ids.max() >= vocab_size:
+                raise DataError(
+                    f"{path} holds ids from {ids.min()} to {ids.max()}, the tokenizer has {vocab_size}; the file is "
+                    "damaged, or was made with another tokenizer: preprocess again"
+                )
+            counted += count_ids(ids, vocab_size)
     return counted
 
 

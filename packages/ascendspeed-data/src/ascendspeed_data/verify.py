@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from ascendspeed_data.dataset import Dataset
-from ascendspeed_data.encoding import ATTENTION_MASK, LABELS
+from ascendspeed_data.encoding import LABELS
 from ascendspeed_data.errors import DataError
 from ascendspeed_data.handlers import IGNORED_LABEL
 from ascendspeed_data.manifest import DatasetManifest
@@ -104,7 +104,4 @@ def _check_labels(dataset: Dataset, number: int, ids: Any, limit: int | None) ->
         raise DataError(
             f"{dataset.prefix}: sequence {number} has a label outside the vocabulary; preprocess again"
         )
-    if not np.isin(dataset.arrays[ATTENTION_MASK][number], (0, 1)).all():
-        raise DataError(
-            f"{dataset.prefix}: the attention mask of sequence {number} is not only 0 and 1; make it again"
-        )
+    dataset.attended(number)

@@ -199,8 +199,8 @@ def lora_rank(folder: Path, model: "ModelConfig") -> int:
         beyond.append("a head that its embedding is not tied to")
     if beyond:
         raise ConfigError(
-            f"engine=vllm takes adapters of one rank and scale that replace nothing, {folder} has {beyond[0]}; merge "
-            f"it: asd-ckpt merge-lora --load BASE --lora-load {folder} --save OUT"
+            f"engine=vllm takes adapters of one rank and scale that replace nothing, {folder} has "
+            f"{' and '.join(beyond)}; merge it: asd-ckpt merge-lora --load BASE --lora-load {folder} --save OUT"
         )
     return int(config.r)
 

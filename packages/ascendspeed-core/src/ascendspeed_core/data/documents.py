@@ -42,11 +42,11 @@ def document_positions(tokens: torch.Tensor, end_of_document: int) -> DocumentPo
         end_of_document: id of the token.
     """
     ends = tokens == end_of_document
-    places = torch.arange(tokens.shape[1]).expand_as(tokens)
+    offsets = torch.arange(tokens.shape[1]).expand_as(tokens)
     begins = torch.zeros_like(tokens)
-    begins[:, 1:] = torch.where(ends[:, :-1], places[:, 1:], 0)
+    begins[:, 1:] = torch.where(ends[:, :-1], offsets[:, 1:], 0)
     return DocumentPositions(
-        positions=places - begins.cummax(dim=1).values,
+        positions=offsets - begins.cummax(dim=1).values,
         segments=ends.cumsum(dim=1) - ends.to(torch.int64),
     )
 

@@ -109,14 +109,14 @@ def as_it_began(
         known, parts = _listed(before.get(key)), now.get(key)
         if known is None or not parts or _change_of_files(known, parts):
             continue
-        places, prefixes = _places(known, parts), data.blend(split_index)[0]
+        indices, prefixes = _matching_indices(known, parts), data.blend(split_index)[0]
         weights = [part["weight"] for part in known]
         words: list[str] = []
-        for place, weight in zip(places, weights, strict=True):
-            words += [prefixes[place]] if weight is None else [repr(weight), prefixes[place]]
+        for index, weight in zip(indices, weights, strict=True):
+            words += [prefixes[index]] if weight is None else [repr(weight), prefixes[index]]
         update[OWN_PATHS[split_index] if data.has_own_paths else "data_path"] = tuple(words)
         order[key] = [
-            parts[place] | {"weight": weight} for place, weight in zip(places, weights, strict=True)
+            parts[index] | {"weight": weight} for index, weight in zip(indices, weights, strict=True)
         ]
     if not data.has_own_paths and "split" in before:
         update["split"] = order["split"] = before["split"]
@@ -156,7 +156,7 @@ def _change_of_files(before: Any, now: list[dict[str, Any]]) -> str | None:
         return f"the data was {_named(before)}, is {_names(now)}" if before or now else None
     if len(known) != len(now):
         return f"the data was {_names(known)}, is {_names(now)}"
-    now = [now[place] for place in _places(known, now)]
+    now = [now[index] for index in _matching_indices(known, now)]
     for old, new in zip(known, now, strict=True):
         text = _change_of_part(old, new)
         if text:
@@ -172,7 +172,7 @@ def _change_of_part(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | Non
     return describe_change(old["content"], new["content"])
 
 
-def _places(known: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> list[int]:
+def _matching_indices(known: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> list[int]:
     """Return for each part of a blend which of today's parts it is; they may be given in another sequence.
 
     The same data twice goes by weight. Where a part is missing, all are taken in their sequence.
@@ -180,10 +180,10 @@ def _places(known: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]
     before, today = _fractions(known), _fractions(now)
     left, found = list(range(len(now))), []
     for number, part in enumerate(known):
-        same = [place for place in left if _change_of_part(part, now[place]) is None]
+        same = [index for index in left if _change_of_part(part, now[index]) is None]
         if not same:
             return list(range(len(now)))
-        found.append(min(same, key=lambda place: abs(today[place] - before[number])))
+        found.append(min(same, key=lambda index: abs(today[index] - before[number])))
         left.remove(found[-1])
     return found
 

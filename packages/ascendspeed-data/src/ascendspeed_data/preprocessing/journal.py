@@ -153,8 +153,8 @@ class _Head(BaseModel):
 class _Line(BaseModel):
     """Another line, see `Commit`."""
 
-    file: int = Field(ge=0)
-    place: int = Field(ge=0)
+    input_index: int = Field(ge=0)
+    offset: int = Field(ge=0)
     outputs: dict[str, tuple[int, int, int]]
     counts: dict[str, dict[str, int | dict[str, int]]]
     renaming: bool
@@ -181,8 +181,8 @@ def _read(path: Path) -> tuple[_Head, list[_Line]]:
 
 def _line_of(commit: Commit) -> dict[str, Any]:
     return {
-        "file": commit.input_index,
-        "place": commit.offset,
+        "input_index": commit.input_index,
+        "offset": commit.offset,
         "outputs": {name: list(vars(state).values()) for name, state in commit.outputs.items()},
         "counts": commit.counts,
         "renaming": commit.renaming,
@@ -191,7 +191,7 @@ def _line_of(commit: Commit) -> dict[str, Any]:
 
 def _commit_of(line: _Line) -> Commit:
     outputs = {name: WriterState(*numbers) for name, numbers in line.outputs.items()}
-    return Commit(line.file, line.place, outputs, line.counts, line.renaming)
+    return Commit(line.input_index, line.offset, outputs, line.counts, line.renaming)
 
 
 def _short(value: Any) -> str:

@@ -135,14 +135,14 @@ class DatasetsSource:
         folder, inner = Path(str(self.params["path"])), str(self.params.get("data_dir") or "")
         found = {
             file
-            for place in {folder, Path(inner)} - {Path()}
-            if place.is_dir()
-            for file in place.rglob("*")
+            for named in {folder, Path(inner)} - {Path()}
+            if named.is_dir()
+            for file in named.rglob("*")
             if format_of(file)
         }
         for name in _texts_in(self.params.get("data_files")):
-            for place in (folder / inner, folder, Path(inner), Path()):
-                found |= {Path(path) for path in glob.glob(str(place / name), recursive=True)}  # noqa: PTH207 - absolute patterns
+            for parent in (folder / inner, folder, Path(inner), Path()):
+                found |= {Path(path) for path in glob.glob(str(parent / name), recursive=True)}  # noqa: PTH207 - absolute patterns
         return sorted(file for file in found if file.is_file())
 
     def _open(self, start: int) -> Iterator[Record]:
