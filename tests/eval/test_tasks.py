@@ -254,7 +254,7 @@ SLIPS = {
 @pytest.mark.parametrize("slip", SLIPS)
 def test_slips_in_a_yaml_task_are_found_when_it_is_read(slip: str, tmp_path: Path) -> None:
     (tmp_path / "own.yaml").write_text(f'name: own\nquestion: "q"\ntarget: "t"\n{slip}\n')
-    with pytest.raises(EvaluationError, match="own.yaml") as refused:
+    with pytest.raises(EvaluationError, match=r"own\.yaml") as refused:
         find_task(str(tmp_path / "own.yaml"))
     assert SLIPS[slip] in str(refused.value)
     assert "\n" not in str(refused.value)
