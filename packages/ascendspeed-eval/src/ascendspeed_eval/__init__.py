@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         LoglikelihoodRequest,
         LoglikelihoodResult,
         ModelDescription,
+        RequestFailure,
     )
     from ascendspeed_eval.output_folder import read_samples
     from ascendspeed_eval.report import read_results
@@ -51,6 +52,7 @@ _MODULE_OF = {
     "LoglikelihoodResult": "model",
     "ModelDescription": "model",
     "Record": "tasks.base",
+    "RequestFailure": "model",
     "Sample": "tasks.base",
     "ScoredSample": "tasks.base",
     "Task": "tasks.base",
@@ -81,6 +83,7 @@ __all__ = [
     "LoglikelihoodResult",
     "ModelDescription",
     "Record",
+    "RequestFailure",
     "Sample",
     "ScoredSample",
     "Task",

@@ -60,4 +60,5 @@ def compare(
     """Test whether two runs differ significantly, and list the samples whose scores differ."""
     from ascendspeed_eval.compare import compare_runs
 
-    print(compare_runs(first, second, show), end="")
+    # Answers of models may hold half a surrogate pair, which no terminal can show.
+    print(compare_runs(first, second, show).encode("utf-8", "backslashreplace").decode(), end="")

@@ -16,8 +16,8 @@ from ascendspeed_eval.tasks.base import (
     ScoredSample,
     Task,
     TaskVariant,
-    without_first_space,
 )
+from ascendspeed_eval.tasks.code_answers import code_marks, read_code
 from ascendspeed_eval.tasks.reading import find_files, not_empty, read_json_lines
 
 STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
@@ -30,7 +30,7 @@ class HumanEval(Task):
     """`HumanEval.jsonl.gz` as it comes."""
 
     name = "human_eval"
-    version = 1
+    version = 2
     summary = "programs that must pass tests"
     size = "164"
     format = "JSON lines (.jsonl or .jsonl.gz) with task_id, prompt, entry_point and test"
@@ -41,7 +41,8 @@ class HumanEval(Task):
             "ascendspeed": TaskVariant(
                 "ascendspeed",
                 "zero-shot with an instruction, greedy text; of prompt and answer together the imports and functions "
-                "up to the first line that is neither (the rule of the 2023 AscendSpeed)",
+                "up to the first line that is neither (the rule of the 2023 AscendSpeed), or the function that the "
+                "answer itself defines, in a fence or not",
                 "The definition and function description of the python function are as follows. Please complete the "
                 "implementation of the python function.\n{prompt}",
                 max_new_tokens=1024,
@@ -107,15 +108,16 @@ class HumanEval(Task):
             truncated_tokens,
             outputs=list(texts),
             extracted=extracted,
+            marks=[mark for text in texts for mark in code_marks(text, fields["entry_point"])],
         )
 
     @staticmethod
     def program(variant: TaskVariant, fields: Any, text: str) -> str:
         """Return answer and tests as one program."""
         if variant.name == "ascendspeed":
-            body = "from typing import List\nimport math\n" + kept_lines(
-                fields["prompt"] + " " + without_first_space(text), fields["entry_point"]
-            )
+            answer = read_code(fields["prompt"], text, fields["entry_point"])
+            kept = answer.code if answer.is_block else kept_lines(answer.code, fields["entry_point"])
+            body = "from typing import List\nimport math\n" + kept
         else:
             body = fields["prompt"] + text
         return f"{body}\n{fields['test']}\ncheck({fields['entry_point']})\n"
