@@ -85,7 +85,7 @@ def test_the_lm_eval_protocol_is_chosen_by_flag(data: Path, answers: Path, tmp_p
     assert done.status == 0
     samples = lines_of(tmp_path / "out" / "samples.jsonl")
     assert samples[0]["choices"] == [" no", " yes"]
-    assert samples[0]["prompt"] == "Water is wet.\nQuestion: is water wet?\nAnswer:"
+    assert samples[0]["prompt"] == "t -- Water is wet.\nQuestion: is water wet?\nAnswer:"
     # It takes the first of equals, which is no.
     assert [sample["scores"]["accuracy"] for sample in samples] == [0, 1, 0, 0, 0]
 
@@ -169,7 +169,7 @@ BAD_DATA: dict[str, tuple[str, str]] = {
     "not JSON": ('{"question": \n', "line 1: not JSON"),
     "no passage": ('{"question": "q", "answer": true}\n', "passage is missing or not str"),
     "an answer as text": ('{"question": "q", "passage": "p", "answer": "yes"}\n', "answer is missing or not bool"),
-    "a list": ("[1]\n", "question is missing"),
+    "a list": ("[1]\n", "it is no object with question"),
     "nothing": ("", "has no record"),
 }  # fmt: skip
 

@@ -72,7 +72,9 @@ def _documents(name: str, records: Iterable[Record]) -> list[dict[str, Any]]:
 def _document(name: str, record: Record) -> dict[str, Any]:
     fields = record.fields
     if name == "boolq":
-        return {"passage": fields["passage"], "question": fields["question"], "label": int(fields["answer"])}
+        # SuperGLUE's passages begin with the title.
+        passage = f"{fields['title']} -- {fields['passage']}"
+        return {"passage": passage, "question": fields["question"], "label": int(fields["answer"])}
     if name == "mmlu":
         return {
             "question": fields["question"],

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ class JsonTokenizer:
         tokens = self._tokenizer.get_added_tokens_decoder()
         self.added_ids = {token.content: number for number, token in tokens.items()}
         self.special_ids = {token.content: number for number, token in tokens.items() if token.special}
+        self._renamed: Any = None
         extension = json.dumps(self._added_tokens()).encode() if self._is_extended else b""
         self.fingerprint = hashlib.sha256(self._content + extension).hexdigest()
 
@@ -145,6 +147,28 @@ class JsonTokenizer:
         """Return ids and character ranges of a rendered conversation."""
         return self.encode_with_offsets(text)
 
+    def encode_literals(self, text: str, literals: Mapping[str, str]) -> list[int]:
+        """Return the ids of a rendered conversation in which some characters stand for texts that are no control.
+
+        The special tokens get other names, which no text spells; those of the conversation are renamed before the texts
+        are written out.
+        """
+        from ascendspeed_data.literal_pieces import FIRST_STAND_IN, check_literal
+
+        longest_first = sorted(self.special_ids, key=len, reverse=True)
+        first = FIRST_STAND_IN + len(literals)
+        names = {piece: chr(first + number) for number, piece in enumerate(longest_first)}
+        if self._renamed is None:
+            self._renamed = _renamed(self.to_json(), names)
+        pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        renamed = pattern.sub(lambda found: names[found[0]], text)
+        for stand_in, literal in literals.items():
+            renamed = renamed.replace(stand_in, literal)
+        own = {self._renamed.token_to_id(name): self.special_ids[piece] for piece, name in names.items()}
+        found: list[int] = self._renamed.encode(renamed, add_special_tokens=False).ids
+        check_literal((number for number in found if number not in own), self.special_ids, self.path)
+        return [own.get(number, number) for number in found]
+
     def split_rendered(self, text: str) -> list[TextPart] | None:
         """Return the whole text: the tokenizer finds special tokens itself."""
         return [TextPart(text, ((0, len(text)),))]
@@ -168,6 +192,23 @@ class JsonTokenizer:
         """Return the text of ids, without special tokens."""
         text: str = self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
         return text
+
+
+def _renamed(content: str, names: Mapping[str, str]) -> Any:
+    """Return a tokenizer whose special tokens have other names; their ids are new ones."""
+    from tokenizers import Tokenizer as FastTokenizer
+
+    fields = json.loads(content)
+    fields["added_tokens"] = [
+        {**token, "content": names.get(token["content"], token["content"])}
+        for token in fields["added_tokens"]
+    ]
+    # Templates of the post-processor name special tokens; a text without prefix needs none.
+    fields["post_processor"] = None
+    tokenizer = FastTokenizer.from_str(json.dumps(fields))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def _prefix_spaces(content: dict[str, Any]) -> set[bool]:

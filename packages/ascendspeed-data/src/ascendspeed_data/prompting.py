@@ -43,6 +43,7 @@ from ascendspeed_data.handlers.pairs import (
     ShareGPTPairHandler,
     TextPairHandler,
 )
+from ascendspeed_data.literal_pieces import LiteralTokenizer
 from ascendspeed_data.manifest import DatasetManifest
 from ascendspeed_data.tokenizer import Tokenizer
 
@@ -95,15 +96,29 @@ class PromptLayout:
     end_ids: tuple[int, ...] = ()
     stop: tuple[str, ...] = ()
 
-    def ids(self, messages: Sequence[Message]) -> list[int]:
+    def ids(self, messages: Sequence[Message], parse_special: bool = False) -> list[int]:
         """Return the ids of a conversation that ends with a message of the user.
+
+        Args:
+            messages: of the conversation.
+            parse_special: read special pieces that messages spell as control; otherwise they are text.
 
         Raises:
             DataError: the layout does not support the messages.
         """
-        encoder = ExactEncoder(self.tokenizer)
-        ((ids, _),) = encode_samples([self.sample(messages)], self.tokenizer, encoder, [], self.append_eod)
+        sample, tokenizer = self.sample(messages), self.tokenizer
+        texts = [one["content"] for one in messages if isinstance(one["content"], str)]
+        literal = LiteralTokenizer.for_texts(tokenizer, texts, sample.is_rendered)
+        if literal is not None and not parse_special:
+            sample, tokenizer = self.sample([_masked(one, literal) for one in messages]), literal
+        encoder = ExactEncoder(tokenizer)
+        ((ids, _),) = encode_samples([sample], tokenizer, encoder, [], self.append_eod)
         return [int(token) for token in ids]
+
+
+def _masked(message: Message, literal: LiteralTokenizer) -> Message:
+    content = message["content"]
+    return {**message, "content": literal.mask(content) if isinstance(content, str) else content}
 
 
 def recorded_layout(manifest: DatasetManifest, tokenizer: Tokenizer) -> PromptLayout | None:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -208,6 +208,15 @@ class SentencePieceTokenizer:
         """Return ids and character ranges of a rendered conversation: the model's control pieces are ids in it."""
         return self._with_offsets(self._encoded_parts(text, self._rendered))
 
+    def encode_literals(self, text: str, literals: Mapping[str, str]) -> list[int]:
+        """Return the ids of a rendered conversation in which some characters stand for texts that are no control."""
+        from ascendspeed_data.literal_pieces import check_literal
+
+        encoded = self._encoded_parts(text, self._rendered, literals)
+        own = [number for part, ids, _ in encoded if part.token is None for number in ids]
+        check_literal((n for n in own if n != self.unk_id), self.special_ids, self.path)
+        return [number for _, ids, _ in encoded for number in ids]
+
     def split_rendered(self, text: str) -> list[TextPart] | None:
         """Return the parts of a rendered conversation that are encoded each by itself like a whole text.
 
@@ -248,14 +257,14 @@ class SentencePieceTokenizer:
         return text if self._is_legacy else self._begin + text.replace(SPACE, " ")
 
     def _encoded_parts(
-        self, text: str, splitter: TextSplitter
+        self, text: str, splitter: TextSplitter, literals: Mapping[str, str] | None = None
     ) -> list[tuple[TextPart, list[int], list[tuple[int, int]]]]:
         """Return the parts of a text with their ids, and the range of each id in the text of the part."""
         parts = splitter.split(self._whole(text)) if text else []
         encoded = [
             (part, [part.token.id], [(0, len(part.text))])
             if part.token is not None
-            else (part, *self._encode_part(part.text))
+            else (part, *self._encode_part(_written_out(part.text, literals or {})))
             for part in parts
         ]
         if self._begin and encoded and self._begins_with_lone_space(encoded):
@@ -304,3 +313,9 @@ class SentencePieceTokenizer:
             found = ((begins[s], begins[e - 1] + 1 if e > s else begins[s]) for s, e in offsets)
             ranges += [(max(start, 0), max(end, 0)) for start, end in found]
         return all_ids, ranges
+
+
+def _written_out(text: str, literals: Mapping[str, str]) -> str:
+    for stand_in, literal in literals.items():
+        text = text.replace(stand_in, literal)
+    return text

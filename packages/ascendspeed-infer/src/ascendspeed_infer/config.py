@@ -52,6 +52,12 @@ class AnswerConfig(Config):
         json_schema_extra=spellings("--eos-token-id"),
     )
     ignore_eos: bool = Field(False, description="Go on past end-of-text ids.", json_schema_extra={"off": ""})
+    parse_special: bool = Field(
+        False,
+        description="Read special pieces that a prompt or message spells, such as <|im_end|>, as control; without it "
+        "they are text.",
+        json_schema_extra={"off": ""},
+    )
 
     @field_validator("stop", "eos_token_ids", mode="before")
     @classmethod
@@ -281,6 +287,11 @@ class LoadedModelConfig(Config):
     launch: LaunchConfig = LaunchConfig()
 
     @property
+    def needs_tokenizer(self) -> bool:
+        """Whether texts are wanted or looked at."""
+        return True
+
+    @property
     def parallel(self) -> ParallelConfig:
         """The layout as the model is cut by it."""
         return validate(ParallelConfig, self.layout.model_dump())
@@ -290,6 +301,11 @@ class GenerateConfig(LoadedModelConfig):
     """Everything `asd-infer generate` takes."""
 
     sampling: SamplingConfig = SamplingConfig()
+
+    @property
+    def needs_tokenizer(self) -> bool:
+        """Whether texts are wanted or looked at; prompts of ids need no tokenizer."""
+        return self.sampling.detokenize or bool(self.sampling.stop)
 
 
 class ScoringConfig(Config):

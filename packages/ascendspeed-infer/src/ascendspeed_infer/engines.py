@@ -34,6 +34,7 @@ COMMON_OPTIONS = frozenset(
         "seed",
         "echo",
         "detokenize",
+        "parse_special",
     )
 )
 """Options of `SamplingConfig` that are in every request, or are done with its text."""

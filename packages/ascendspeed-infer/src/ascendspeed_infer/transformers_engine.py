@@ -128,9 +128,10 @@ class TransformersEngine:
 
     def _generate(self, request: TokenRequest, on_token: OnToken) -> "CompletionOutput":
         import torch
-        from transformers import GenerationConfig, StoppingCriteriaList
+        from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
         from ascendspeed_infer.engine.sequence import CompletionOutput
+        from ascendspeed_infer.sampling import check_finite_logits
 
         settings, prompt = request.settings, list(request.prompt_ids)
         sampling = settings.sampling
@@ -147,6 +148,10 @@ class TransformersEngine:
             stops = on_token(new[-1]) | request.stop_check(new)
             return torch.tensor([stops], device=ids.device)
 
+        def checked(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            check_finite_logits(float(scores.max()))
+            return scores
+
         tokens = torch.tensor([prompt], device=self._model.device)
         torch.manual_seed(sampling.seed)
         out = self._model.generate(
@@ -156,6 +161,7 @@ class TransformersEngine:
             do_sample=sampling.do_sample,
             repetition_penalty=sampling.repetition_penalty,
             eos_token_id=list(settings.eos_token_ids) or None,
+            logits_processor=LogitsProcessorList([checked]),
             stopping_criteria=StoppingCriteriaList([criterion]),
             return_dict_in_generate=True,
             output_logits=settings.return_log_probs,

@@ -10,6 +10,7 @@ from ascendspeed_eval.progress import log
 from ascendspeed_eval.sandbox.levels import open_sandbox
 from ascendspeed_eval.sandbox.run import ProgramUnderTest, Sandbox, SandboxLevel
 from ascendspeed_eval.statistics import pass_at_k
+from ascendspeed_eval.tasks.answer_marks import OWN_OPERATORS
 from ascendspeed_eval.tasks.base import (
     Benchmark,
     GenerationSettings,
@@ -18,8 +19,8 @@ from ascendspeed_eval.tasks.base import (
     ScoredSample,
     Task,
     TaskVariant,
-    without_first_space,
 )
+from ascendspeed_eval.tasks.code_answers import code_marks, read_code
 from ascendspeed_eval.tasks.reading import find_files, not_empty, read_json_lines
 
 STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
@@ -43,7 +44,8 @@ class HumanEval(Task):
             "ascendspeed": TaskVariant(
                 "ascendspeed",
                 "zero-shot with an instruction, greedy text; of prompt and answer together the imports and functions "
-                "up to the first line that is neither (the rule of the 2023 AscendSpeed)",
+                "up to the first line that is neither (the rule of the 2023 AscendSpeed), or the function that the "
+                "answer itself defines, in a fence or not",
                 "The definition and function description of the python function are as follows. Please complete the "
                 "implementation of the python function.\n{prompt}",
                 max_new_tokens=1024,
@@ -131,6 +133,10 @@ class HumanEval(Task):
             truncated_tokens,
             outputs=list(texts),
             extracted=extracted,
+            marks=[
+                *(mark for text in texts for mark in code_marks(text, fields["entry_point"])),
+                *(OWN_OPERATORS for outcome in outcomes if outcome.passed and outcome.own_operations),
+            ],
         )
 
     @staticmethod
@@ -139,7 +145,10 @@ class HumanEval(Task):
         prompt, header = fields["prompt"], ""
         if variant.name == "ascendspeed":
             header = "from typing import List\nimport math\n"
-            program = header + kept_lines(prompt + " " + without_first_space(text), fields["entry_point"])
+            answer = read_code(prompt, text, fields["entry_point"])
+            program = header + (
+                answer.code if answer.is_block else kept_lines(answer.code, fields["entry_point"])
+            )
         else:
             program = prompt + text
         return ProgramUnderTest(program, header + prompt, fields["test"], fields["entry_point"])
