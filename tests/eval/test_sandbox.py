@@ -66,14 +66,20 @@ def attacks(level: SandboxLevel, *prefix: object) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("user", ["whoever runs the tests", "an ordinary user"])
+ORDINARY, ROOT = 54321, 0
+AS = {
+    "whoever runs the tests": (),
+    "an ordinary user": (SUPPORT / "ordinary_user.py", ORDINARY, sys.executable),
+    "root, and a Python that all can read": (SUPPORT / "ordinary_user.py", ROOT, sys.executable),
+}
+
+
+@pytest.mark.parametrize("user", AS)
 @pytest.mark.parametrize("level", LEVELS)
 def test_attacks_fail_and_change_nothing(level: SandboxLevel, user: str, report: ReportTables) -> None:
-    prefix: tuple[object, ...] = ()
-    if user == "an ordinary user":
-        if not IS_ROOT:
-            pytest.skip("needs root to become another user; the other case runs as an ordinary user already")
-        prefix = (SUPPORT / "ordinary_user.py", sys.executable)
+    prefix = AS[user]
+    if prefix and not IS_ROOT:
+        pytest.skip("needs root to become another user; the other case runs as an ordinary user already")
     done = attacks(level, *prefix)
     assert done["seen"] == []
     *rows, good = done["rows"]

@@ -1,7 +1,7 @@
-"""Run a command as a user without rights, with a Python that this user can read.
+"""Run a command as a user without rights, or as root, with a Python that every user can read.
 
-Usage, as root: ordinary_user.py COMMAND... Where Python lies in a folder that only root may enter, such as /root, a
-mount namespace shows it in an open one.
+Usage, as root: ordinary_user.py USER COMMAND..., USER being a number. Where Python lies in a folder that only root may
+enter, such as /root, a mount namespace shows it in an open one.
 """
 
 import ctypes
@@ -11,7 +11,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-ORDINARY = 54321
 NEW_MOUNTS, BIND, RECURSIVE, PRIVATE = 0x20000, 4096, 16384, 1 << 18
 
 
@@ -46,11 +45,12 @@ def main() -> None:
     """Become the user and run the command."""
     open_the_way(Path(sys.base_prefix))
     with tempfile.TemporaryDirectory(prefix="ordinary-") as folder:
-        os.chown(folder, ORDINARY, ORDINARY)
+        user = int(sys.argv[1])
+        os.chown(folder, user, user)
         done = subprocess.run(
-            sys.argv[1:],
-            user=ORDINARY,
-            group=ORDINARY,
+            sys.argv[2:],
+            user=user,
+            group=user,
             extra_groups=[],
             env={**os.environ, "HOME": folder, "TMPDIR": folder},
             check=False,

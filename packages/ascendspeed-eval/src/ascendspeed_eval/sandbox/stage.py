@@ -21,6 +21,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from ascendspeed_eval.sandbox.answer import serve_tests
@@ -152,13 +153,22 @@ def _supervise(ground: Ground, settings: Settings, files: Descriptors, stage: in
         os.kill(tests, signal.SIGKILL)  # It is dead already, or must be.
         _, status = os.waitpid(tests, 0)
         _say(files, {"ended": how_ended(status)})
-        with contextlib.suppress(ChildProcessError):
-            while True:
-                os.wait()  # The answer, which dies with the tests.
+        _end_children()
     except BaseException as error:  # noqa: BLE001 - the evaluation names it
         _say(files, {"error": describe(error)})
     os.killpg(0, signal.SIGKILL)
     os._exit(1)
+
+
+def _end_children() -> None:
+    """Kill and reap what the tests left to this process: the answer, where its namespace did not end it already."""
+    own = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children")
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            with contextlib.suppress(OSError):  # In a new root folder there is no /proc, and no child either.
+                for number in own.read_text().split():
+                    os.kill(int(number), signal.SIGKILL)
+            os.wait()
 
 
 def _walls(ground: Ground, settings: Settings) -> Callable[..., list[str]]:
