@@ -307,7 +307,7 @@ class Decoder:
             pairs = [(self.decode(key), self.decode(one)) for key, one in contents]
             held = container if isinstance(container, dict) else vars(container)
             held.clear()
-            held.update(pairs)
+            dict.update(held, pairs)  # Counter's own would count.
 
     def _items(self, kind: type, contents: Any) -> Any:
         return contents.encode("latin-1") if kind is bytearray else [self.decode(one) for one in contents]
