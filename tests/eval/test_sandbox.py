@@ -67,15 +67,26 @@ def attacks(level: SandboxLevel, *prefix: object) -> dict[str, Any]:
 
 
 ORDINARY, ROOT = 54321, 0
+OPEN_PYTHON = "root, and a Python that all can read"
 AS = {
     "whoever runs the tests": (),
     "an ordinary user": (SUPPORT / "ordinary_user.py", ORDINARY, sys.executable),
-    "root, and a Python that all can read": (SUPPORT / "ordinary_user.py", ROOT, sys.executable),
+    OPEN_PYTHON: (SUPPORT / "ordinary_user.py", ROOT, sys.executable),
 }
 
 
-@pytest.mark.parametrize("user", AS)
-@pytest.mark.parametrize("level", LEVELS)
+# Every level and an ordinary user are tried at once, the rest at night.
+AT_NIGHT = {(SandboxLevel.LANDLOCK, "whoever runs the tests"), *((level, OPEN_PYTHON) for level in LEVELS)}
+
+
+@pytest.mark.parametrize(
+    ("level", "user"),
+    [
+        pytest.param(level, user, marks=[pytest.mark.nightly] if (level, user) in AT_NIGHT else [])
+        for level in LEVELS
+        for user in AS
+    ],
+)
 def test_attacks_fail_and_change_nothing(level: SandboxLevel, user: str, report: ReportTables) -> None:
     prefix = AS[user]
     if prefix and not IS_ROOT:
