@@ -348,7 +348,7 @@ class Decoder:
         if tag in DICT_KINDS:
             return DICT_KINDS[tag]()
         if tag.startswith("R:"):
-            found = self._records[tag[2:]]
+            found: Any = self._records[tag[2:]]
             return found.__new__(found)
         if tag == "deque":
             return collections.deque(maxlen=contents[0])
