@@ -76,6 +76,13 @@ def run_command(
         bool,
         typer.Option("--allow-code-execution", help="Allow running programs that the model wrote."),
     ] = False,
+    allow_weak_sandbox: Annotated[
+        bool,
+        typer.Option(
+            "--allow-weak-sandbox",
+            help="Run them even where this machine can only limit their time and memory (see docs/sandbox.md).",
+        ),
+    ] = False,
     seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 1234,
     max_failures: Annotated[
         int, typer.Option(min=1, help="End the run when this number of samples fail one after the other.")
@@ -95,7 +102,9 @@ def run_command(
             f"--task-data-path is missing; {task} reads {found_task.format}; `--task-data-path sample` reads the small "
             "file that the package contains"
         )
-    generation = GenerationSettings(max_new_tokens, num_samples, temperature, seed, allow_code_execution)
+    generation = GenerationSettings(
+        max_new_tokens, num_samples, temperature, seed, allow_code_execution, allow_weak_sandbox
+    )
     _check_generation(found_task, generation)
     if prompt_template is not None:
         variant = replace(variant, template=_read_template(prompt_template))
@@ -119,15 +128,12 @@ def run_command(
 
 
 def _check_generation(task: Task, generation: GenerationSettings) -> None:
-    if task.runs_code and not generation.allow_code_execution:
-        raise UsageError(
-            f"{task.name} runs programs that the model wrote; allow it with --allow-code-execution"
-        )
     if generation.num_samples > 1 and generation.temperature == 0:
         raise UsageError(
             f"num_samples={generation.num_samples} at temperature 0 generates the same text each time; give "
             "--temperature 0.8"
         )
+    task.prepare(generation)
 
 
 def _evaluate_and_print(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from ascendspeed_eval.model import GenerateResult
 
 ONLY_REASONING, REASONING, EMPTY = "only reasoning", "reasoning", "empty"
-FENCE, REPEATED = "code fence", "repeated definition"
+FENCE, REPEATED, OWN_OPERATORS = "code fence", "repeated definition", "own operators"
 CUT_MARKS = {
     "length": "reached the length limit",
     "content_filter": "were withheld by a filter",
@@ -19,6 +19,7 @@ FORM_MARKS = {
     REASONING: "begin with reasoning",
     FENCE: "hold a code fence",
     REPEATED: "repeat the definition that they should complete",
+    OWN_OPERATORS: "pass with the help of operators of their own, such as __eq__, as in the benchmark's harness",
 }
 """Marks that change no score by themselves, and what a report says of them."""
 

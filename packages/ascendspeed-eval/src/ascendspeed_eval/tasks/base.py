@@ -196,6 +196,7 @@ class GenerationSettings:
         temperature: of sampling; 0 is greedy decoding.
         seed: of sampling.
         allow_code_execution: the user allows running generated programs.
+        allow_weak_sandbox: they may run with limits alone.
     """
 
     max_new_tokens: int | None = None
@@ -203,6 +204,7 @@ class GenerationSettings:
     temperature: float = 0.0
     seed: int = 1234
     allow_code_execution: bool = False
+    allow_weak_sandbox: bool = False
 
 
 class Task(ABC):
@@ -238,6 +240,13 @@ class Task(ABC):
 
         Raises:
             EvaluationError: a file is missing or not valid.
+        """
+
+    def prepare(self, settings: GenerationSettings) -> None:  # noqa: B027 - most tasks need nothing
+        """Get ready to score, before the model is asked anything.
+
+        Raises:
+            EvaluationError: the task cannot be scored with these settings, or on this machine.
         """
 
     def header(self, variant: TaskVariant, record: Record) -> str:
