@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ascendspeed_eval.tasks.answer_marks import FENCE, REPEATED
-from ascendspeed_eval.tasks.base import Record
 from ascendspeed_eval.tasks.code_answers import code_marks, read_code
 from ascendspeed_eval.tasks.gsm8k import number_of_2023, same_number
 from ascendspeed_eval.tasks.human_eval import HumanEval
 from ascendspeed_eval.tasks.registry import find_task, find_variant
+from ascendspeed_eval.tasks.samples import Record
 from support.shared_data import BENCHMARK_FOLDERS, needs_shared_data
 from support.tables import ReportTables
 
@@ -63,7 +63,8 @@ def test_right_programs_pass_in_every_form(report: ReportTables) -> None:
             text = form(fields["prompt"], fields["canonical_solution"])
             program = task.program(variant, fields, text)
             try:
-                exec(compile(program, "answer", "exec"), {"__name__": "answer"})
+                check = f"\n{program.tests}\ncheck({program.entry_point})"
+                exec(compile(program.program + check, "answer", "exec"), {"__name__": "answer"})
                 passed += 1
             except (Exception, SystemExit) as error:  # noqa: BLE001 - a program may raise anything
                 failed.append(f"{record.id}, {name}: {type(error).__name__}: {error}")

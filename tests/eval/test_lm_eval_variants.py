@@ -13,8 +13,8 @@ pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: p
 from ascendspeed_data.tokenizer import copy_tokenizer
 from ascendspeed_eval.errors import EvaluationError
 from ascendspeed_eval.evaluation import Evaluation, prepare_evaluation
-from ascendspeed_eval.tasks.base import Record
 from ascendspeed_eval.tasks.registry import find_task, find_variant
+from ascendspeed_eval.tasks.samples import Record
 from support.commands import run_command
 from support.lm_eval_tasks import harness_model, harness_requests, harness_task
 from support.models import save_hugging_face, tiny_config

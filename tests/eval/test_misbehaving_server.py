@@ -67,11 +67,19 @@ def killed(words: list[object], server: MisbehavingServer, after: int) -> None:
     process.kill_session()
 
 
-@pytest.mark.parametrize(("task", "count"), [("gsm8k", 2000), ("boolq", 150)])
+@pytest.mark.parametrize(
+    ("task", "count"),
+    [
+        ("gsm8k", 250),
+        ("boolq", 60),
+        pytest.param("gsm8k", 2000, marks=pytest.mark.nightly),
+        pytest.param("boolq", 2000, marks=pytest.mark.nightly),
+    ],
+)
 def test_a_misbehaving_server_changes_nothing(
     task: str, count: int, tmp_path: Path, report: ReportTables
 ) -> None:
-    """Of 2,000 answers a fifth is bad; the run is killed three times; its files equal those of a good server."""
+    """A fifth of the answers is bad; the run is killed three times; its files equal those of a good server."""
     records, texts = questions(task, count)
     data = tmp_path / "test.jsonl"
     data.write_text("".join(json.dumps(one) + "\n" for one in records))
@@ -106,12 +114,13 @@ def test_a_misbehaving_server_changes_nothing(
     folders = (tmp_path / "good", tmp_path / "bad")
     different = [one for one in FILES if len({(folder / one).read_bytes() for folder in folders}) > 1]
     ways = ANY_REQUEST | (TEXT_REQUEST if task == "gsm8k" else SCORE_REQUEST)
-    assert len(ways) >= 15
-    assert set(server.bad) == set(ways)
+    assert len(server.bad) >= (15 if count < 1000 else len(ways))
+    assert set(server.bad) <= set(ways)
     share = server.bad.total() / (server.bad.total() + server.good.total())
     assert 0.15 < share < 0.25
     report.add(
-        "A server that misbehaves at random", HEADER, task, count, server.bad.total(), len(ways), KILLS, len(lost),
+        "A server that misbehaves at random", HEADER, task, count, server.bad.total(), len(server.bad), KILLS,
+        len(lost),
         len({one for one, times in server.good.items() if times > 1} - lost), len(different),
     )  # fmt: skip
     assert different == []

@@ -18,8 +18,8 @@ from ascendspeed_eval.model import (
     ModelDescription,
 )
 from ascendspeed_eval.runner import evaluate
-from ascendspeed_eval.tasks.base import GenerationSettings, Record
 from ascendspeed_eval.tasks.registry import all_tasks, find_task
+from ascendspeed_eval.tasks.samples import GenerationSettings, Record
 from support.commands import call
 from support.shared_data import BENCHMARK_FOLDERS, needs_shared_data
 

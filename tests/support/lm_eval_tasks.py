@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ascendspeed_eval.tasks.agieval import CLOZE, LETTERS
-from ascendspeed_eval.tasks.base import Benchmark, Record
+from ascendspeed_eval.tasks.samples import Benchmark, Record
 
 FILES = {
     "boolq": "super_glue/boolq/default.yaml",

@@ -7,7 +7,7 @@ from typing import Any
 
 from ascendspeed_eval.evaluation import Evaluation
 from ascendspeed_eval.tasks.answer_marks import FORM_MARKS, INCOMPLETE_MARKS
-from ascendspeed_eval.tasks.base import ScoredSample
+from ascendspeed_eval.tasks.samples import ScoredSample
 
 FEW_TOKENS = 8
 """A protocol that asks for so few tokens expects answers to reach its limit."""

@@ -17,7 +17,7 @@ from ascendspeed_eval.model import (
     RequestFailure,
     Result,
 )
-from ascendspeed_eval.tasks.base import Sample
+from ascendspeed_eval.tasks.samples import Sample
 
 SAMPLES_PER_CALL = 64
 

@@ -18,7 +18,7 @@ from typing import Any
 from ascendspeed_eval.errors import EvaluationError
 from ascendspeed_eval.progress import log
 from ascendspeed_eval.small_files import KeyTypes, check_keys, is_a, parse_json, read_bytes, read_text
-from ascendspeed_eval.tasks.base import ScoredSample
+from ascendspeed_eval.tasks.samples import ScoredSample
 
 SAMPLES, RESULTS, SETTINGS, SUBMISSION = "samples.jsonl", "results.json", "run.json", "submission.json"
 FAILED = "failed.jsonl"

@@ -8,7 +8,7 @@ from ascendspeed_eval.answer_quality import notes
 from ascendspeed_eval.errors import EvaluationError
 from ascendspeed_eval.report_html import html_report
 from ascendspeed_eval.small_files import KeyTypes, check_keys, is_a, parse_json, read_text
-from ascendspeed_eval.tasks.base import ScoredSample
+from ascendspeed_eval.tasks.samples import ScoredSample
 
 TOY_MODEL_PARAMETERS = 100_000_000
 REPORT, REPORT_HTML = "report.md", "report.html"

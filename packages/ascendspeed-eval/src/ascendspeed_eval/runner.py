@@ -27,7 +27,7 @@ from ascendspeed_eval.output_folder import (
 )
 from ascendspeed_eval.progress import Progress, log
 from ascendspeed_eval.report import write_report
-from ascendspeed_eval.tasks.base import Sample, ScoredSample
+from ascendspeed_eval.tasks.samples import Sample, ScoredSample
 
 FORMAT_VERSION = 2
 MAX_FAILURES = 30

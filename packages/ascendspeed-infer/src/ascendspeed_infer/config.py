@@ -271,6 +271,28 @@ class EngineConfig(Config):
         "ascendspeed",
         description="Engine that generates: ascendspeed, transformers, vllm, or an installed one.",
     )
+    engine_option: tuple[str, ...] = Field(
+        (),
+        description="NAME=VALUE: an argument of the engine itself, such as gpu_memory_utilization=0.3 of vllm or "
+        "attn_implementation=eager of transformers.",
+    )
+
+    @field_validator("engine_option")
+    @classmethod
+    def _has_names(cls, given: tuple[str, ...]) -> tuple[str, ...]:
+        names = [one.partition("=")[0].strip().replace("-", "_") for one in given]
+        for one, name in zip(given, names, strict=True):
+            if not name.isidentifier() or "=" not in one:
+                raise ValueError(f"engine_option={one} is not NAME=VALUE; correct it")
+            if names.count(name) > 1:
+                raise ValueError(f"engine_option={name} is given twice; keep one")
+        return given
+
+    @property
+    def engine_options(self) -> dict[str, str]:
+        """Arguments of the engine itself, as typed, by name."""
+        parts = [one.partition("=") for one in self.engine_option]
+        return {name.strip().replace("-", "_"): value for name, _, value in parts}
 
 
 class LoadedModelConfig(Config):

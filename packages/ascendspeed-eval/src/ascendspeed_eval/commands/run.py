@@ -19,8 +19,9 @@ from ascendspeed_eval.progress import log
 from ascendspeed_eval.report import markdown, warnings
 from ascendspeed_eval.runner import MAX_FAILURES, evaluate
 from ascendspeed_eval.small_files import read_text
-from ascendspeed_eval.tasks.base import GenerationSettings, Task
+from ascendspeed_eval.tasks.base import Task
 from ascendspeed_eval.tasks.registry import find_task, find_variant
+from ascendspeed_eval.tasks.samples import GenerationSettings
 
 
 def run_command(

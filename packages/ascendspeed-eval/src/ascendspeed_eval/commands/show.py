@@ -6,8 +6,9 @@ from typing import Annotated
 import typer
 
 from ascendspeed_eval.report import join_runs
-from ascendspeed_eval.tasks.base import Record, Task
+from ascendspeed_eval.tasks.base import Task
 from ascendspeed_eval.tasks.registry import all_tasks, find_task, find_variant
+from ascendspeed_eval.tasks.samples import Record
 
 
 def tasks(

@@ -267,7 +267,7 @@ class _Messages:
         line, _, self._held = self._held.partition(b"\n")
         try:
             found = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
         return found if isinstance(found, dict) else None
 

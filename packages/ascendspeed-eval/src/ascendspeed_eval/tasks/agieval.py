@@ -11,9 +11,10 @@ from typing import Any
 from ascendspeed_eval.errors import EvaluationError
 from ascendspeed_eval.progress import log
 from ascendspeed_eval.small_files import KeyTypes, check_keys, is_a
-from ascendspeed_eval.tasks.base import Benchmark, Extracted, Record, Task, TaskVariant, without_first_space
+from ascendspeed_eval.tasks.base import Extracted, Task, TaskVariant, without_first_space
 from ascendspeed_eval.tasks.math_answers import find_answer, same_answer
 from ascendspeed_eval.tasks.reading import find_folder, read_csv, read_json_lines
+from ascendspeed_eval.tasks.samples import Benchmark, Record
 
 ENGLISH = (
     "aqua-rat", "gaokao-english", "logiqa-en", "lsat-ar", "lsat-lr", "lsat-rc", "sat-en", "sat-en-without-passage",

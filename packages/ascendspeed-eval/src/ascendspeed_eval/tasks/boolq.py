@@ -6,8 +6,9 @@ from types import MappingProxyType
 
 from ascendspeed_eval.errors import EvaluationError
 from ascendspeed_eval.small_files import check_keys
-from ascendspeed_eval.tasks.base import Benchmark, Record, Task, TaskVariant
+from ascendspeed_eval.tasks.base import Task, TaskVariant
 from ascendspeed_eval.tasks.reading import find_files, not_empty, read_json_lines
+from ascendspeed_eval.tasks.samples import Benchmark, Record
 
 TEMPLATE = "{passage}\nQuestion: {question}?\nAnswer:"
 TITLE_SEPARATOR = " -- "

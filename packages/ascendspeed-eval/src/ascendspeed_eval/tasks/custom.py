@@ -21,8 +21,9 @@ from typing import Any
 
 from ascendspeed_eval.errors import EvaluationError, did_you_mean
 from ascendspeed_eval.small_files import is_a, parse_json, read_text
-from ascendspeed_eval.tasks.base import Benchmark, Extracted, Record, Task, TaskVariant
+from ascendspeed_eval.tasks.base import Extracted, Task, TaskVariant
 from ascendspeed_eval.tasks.reading import find_files, not_empty, read_csv, read_json_lines
+from ascendspeed_eval.tasks.samples import Benchmark, Record
 
 KEYS: Mapping[str, tuple[type, ...]] = {
     "name": (str,), "version": (int,), "summary": (str,), "data": (str,), "examples": (str,), "question": (str,),

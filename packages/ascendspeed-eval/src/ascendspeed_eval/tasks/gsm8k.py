@@ -8,9 +8,10 @@ from typing import Any
 
 from ascendspeed_eval.errors import EvaluationError
 from ascendspeed_eval.tasks.answer_marks import without_reasoning
-from ascendspeed_eval.tasks.base import Benchmark, Extracted, Record, Task, TaskVariant
+from ascendspeed_eval.tasks.base import Extracted, Task, TaskVariant
 from ascendspeed_eval.tasks.number_answers import ReadNumber, find_number, value_of
 from ascendspeed_eval.tasks.reading import find_files, not_empty, read_json_lines
+from ascendspeed_eval.tasks.samples import Benchmark, Record
 
 EXAMPLES_2023 = (
     (

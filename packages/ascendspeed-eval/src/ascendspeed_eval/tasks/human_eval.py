@@ -11,17 +11,10 @@ from ascendspeed_eval.sandbox.levels import open_sandbox
 from ascendspeed_eval.sandbox.run import ProgramUnderTest, Sandbox, SandboxLevel
 from ascendspeed_eval.statistics import pass_at_k
 from ascendspeed_eval.tasks.answer_marks import OWN_OPERATORS
-from ascendspeed_eval.tasks.base import (
-    Benchmark,
-    GenerationSettings,
-    Record,
-    Sample,
-    ScoredSample,
-    Task,
-    TaskVariant,
-)
+from ascendspeed_eval.tasks.base import Task, TaskVariant
 from ascendspeed_eval.tasks.code_answers import code_marks, read_code
 from ascendspeed_eval.tasks.reading import find_files, not_empty, read_json_lines
+from ascendspeed_eval.tasks.samples import Benchmark, GenerationSettings, Record, Sample, ScoredSample
 
 STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 """Texts that end an answer (Chen et al., 2021, section 2.1)."""

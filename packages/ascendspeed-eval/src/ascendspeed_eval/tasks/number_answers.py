@@ -12,6 +12,8 @@ _MINUS = "\u2212\u2012\u2013\ufe63"
 """Minus sign, figure dash, en dash and small hyphen; a hyphen is ASCII."""
 MAX_DIGITS = 200
 """Longer numbers answer no question; a model that repeats a digit writes them."""
+MAX_ANNOUNCEMENTS = 100
+"""Looked at from the end; a model that repeats itself writes more."""
 _NUMBER = re.compile(
     r"(?<![\w.])(?P<sign>[-+]\s?)?(?:[$€£¥₹]\s?)?(?P<inner>-)?"
     r"(?P<whole>\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?P<part>\.\d+)?(?:\s?/\s?(?P<below>[1-9]\d*)(?![\w/]))?"
@@ -47,9 +49,9 @@ def find_number(text: str) -> ReadNumber | None:
         inside = _numbers(plain[boxed[-1].end() :].partition("}")[0])
         if inside:
             return ReadNumber(_digits(inside[-1][1]))
-    for announced in reversed(list(_ANNOUNCED.finditer(plain))):
-        rest = plain[announced.end() :]
-        found = _numbers(rest[:200])
+    for announced in list(_ANNOUNCED.finditer(plain))[: -MAX_ANNOUNCEMENTS - 1 : -1]:
+        rest = plain[announced.end() :][:200]
+        found = _numbers(rest)
         if found and not re.search(r"[^\W\d_]", rest[: found[0][0]]):
             return ReadNumber(_digits(found[0][1]))
     found = _numbers(plain)

@@ -17,7 +17,7 @@ from ascendspeed_data.command_line.options import options_from
 from ascendspeed_data.command_line.progress import Progress
 from ascendspeed_data.errors import ConfigError, DataError
 from ascendspeed_infer.config import GenerateConfig, LoadedModelConfig, inference_layout
-from ascendspeed_infer.engines import NATIVE, check_options, find_engine
+from ascendspeed_infer.engines import NATIVE, check_options, find_engine, refuse_engine_options
 from ascendspeed_infer.prompt_file import Format, PromptRecord, read_prompt_file, read_prompts
 
 if TYPE_CHECKING:
@@ -85,6 +85,7 @@ def launched_ranks(config: LoadedModelConfig, arguments: Sequence[str]) -> Itera
 
         is_own = config.engine.engine == NATIVE
         if is_own:
+            refuse_engine_options(config, NATIVE)
             inference_layout(config.parallel, world_size)
         prepare_torch(config.launch.device)
         if not is_own:
