@@ -10,7 +10,7 @@ from typing import Any
 from ascendspeed_data.added_tokens import TextPart, tokens_beside_json
 from ascendspeed_data.command_line import announce
 from ascendspeed_data.errors import DataError
-from ascendspeed_data.stand_ins import FIRST_STAND_IN, check_literal
+from ascendspeed_data.stand_ins import FIRST_STAND_IN, check_literal, written_out
 from ascendspeed_data.token_batch import TokenBatch
 from ascendspeed_data.tokenizer_config import CONFIG_FILE, TokenizerFiles, TokenRecord
 
@@ -148,8 +148,10 @@ class JsonTokenizer:
         """Return ids and character ranges of a rendered conversation."""
         return self.encode_with_offsets(text)
 
-    def encode_literals(self, text: str, literals: Mapping[str, str]) -> list[int]:
-        """Return the ids of a rendered conversation in which some characters stand for texts that are no control.
+    def encode_literals(
+        self, text: str, literals: Mapping[str, str]
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return ids and ranges of a rendered conversation in which some characters stand for texts, not for control.
 
         The special tokens get other names, which no text spells; those of the conversation are renamed before the texts
         are written out.
@@ -159,14 +161,19 @@ class JsonTokenizer:
         names = {piece: chr(first + number) for number, piece in enumerate(longest_first)}
         if self._renamed is None:
             self._renamed = _renamed(self.to_json(), names)
-        pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-        renamed = pattern.sub(lambda found: names[found[0]], text)
-        for stand_in, literal in literals.items():
-            renamed = renamed.replace(stand_in, literal)
+        replaced = {**names, **literals}
+        pattern = re.compile("|".join(map(re.escape, [*longest_first, *literals])) or r"(?!)")
+        parts, done = list[tuple[str, str]](), 0
+        for found in pattern.finditer(text):
+            kept = text[done : found.start()]
+            parts += [(kept, kept), (found[0], replaced[found[0]])]
+            done = found.end()
+        whole = written_out([*parts, (text[done:], text[done:])])
         own = {self._renamed.token_to_id(name): self.special_ids[piece] for piece, name in names.items()}
-        found: list[int] = self._renamed.encode(renamed, add_special_tokens=False).ids
-        check_literal((number for number in found if number not in own), self.special_ids, self.path)
-        return [own.get(number, number) for number in found]
+        encoded = self._renamed.encode(whole.text, add_special_tokens=False)
+        ids = [own.get(number, number) for number in encoded.ids]
+        check_literal((number for number in encoded.ids if number not in own), self.special_ids, self.path)
+        return ids, whole.ranges(encoded.offsets)
 
     def split_rendered(self, text: str) -> list[TextPart] | None:
         """Return the whole text: the tokenizer finds special tokens itself."""

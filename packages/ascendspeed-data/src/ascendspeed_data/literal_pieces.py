@@ -6,10 +6,11 @@ there.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from ascendspeed_data.errors import DataError
+from ascendspeed_data.sample import Sample
 from ascendspeed_data.stand_ins import FIRST_STAND_IN
 from ascendspeed_data.token_batch import TokenBatch
 from ascendspeed_data.tokenizer import Tokenizer
@@ -71,17 +72,81 @@ class LiteralTokenizer:
         """Return the ids of several texts that hold stand-ins."""
         return TokenBatch.from_lists([self.encode_rendered(text)[0] for text in texts])
 
+    def spelled_in(self, value: object) -> list[str]:
+        """Return the special pieces that the texts of a record or message spell, each once."""
+        return list(dict.fromkeys(piece for text in _texts(value) for piece in self._pattern.findall(text)))
+
+    def masked(self, value: Any) -> Any:
+        """Put stand-ins in place of the special pieces in all texts of a record or message."""
+        if isinstance(value, str):
+            return self.mask(value)
+        if isinstance(value, dict):
+            return {self.masked(key): self.masked(one) for key, one in value.items()}
+        return [self.masked(one) for one in value] if isinstance(value, list) else value
+
+    def written_out(self, text: str) -> str:
+        """Return a text with the special pieces that its stand-ins stand for."""
+        return "".join(self._literals.get(character, character) for character in text)
+
     def encode_rendered(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Return the ids of a conversation that holds stand-ins; the ranges of characters are not known.
+        """Return ids and ranges of a conversation that holds stand-ins.
 
         Raises:
             DataError: the tokenizer's model itself makes a special id of the text of a piece.
         """
-        ids = self._tokenizer.encode_literals(text, self._literals)
-        return ids, [(0, 1)] * len(ids)
+        return self._tokenizer.encode_literals(text, self._literals)
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return ids and ranges of a text that holds stand-ins."""
+        return self.encode_rendered(text)
 
     def split_rendered(self, text: str) -> None:
         """Give no parts: `encode_rendered` encodes the whole."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tokenizer, name)
+
+
+def literal_samples(
+    make: Callable[[Any], list[Sample]], record: Any, made: list[Sample], literal: LiteralTokenizer
+) -> list[Sample] | None:
+    """Return the samples of a record with stand-ins for the special pieces that it spells; `None` if it spells none.
+
+    Args:
+        make: the handler.
+        record: as it came.
+        made: what the handler made of it.
+        literal: for the special pieces of the tokenizer.
+
+    Raises:
+        DataError: the handler or the template itself looks for a piece in the text of a record.
+    """
+    spelled = literal.spelled_in(record)
+    read = literal.special_ids if any(one.is_rendered for one in made) else literal.added_ids
+    if not made or not any(piece in read for piece in spelled):
+        return None
+    masked = make(literal.masked(record))
+    texts = [[one.content for one in sample.segments if isinstance(one.content, str)] for sample in made]
+    again = [
+        [literal.written_out(one.content) for one in sample.segments if isinstance(one.content, str)]
+        for sample in masked
+    ]
+    # Segments may be divided elsewhere; their texts together are the same.
+    if ["".join(one) for one in texts] != ["".join(one) for one in again]:
+        raise DataError(
+            f"the handler or its template reads {', '.join(spelled)} in a text, so it is not known whether control is "
+            "meant; give --parse-special if it is, or remove it from the record"
+        )
+    return masked
+
+
+def _texts(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, one in value.items():
+            yield str(key)
+            yield from _texts(one)
+    elif isinstance(value, list):
+        for one in value:
+            yield from _texts(one)

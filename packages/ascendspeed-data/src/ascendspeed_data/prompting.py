@@ -10,7 +10,6 @@ from pathlib import Path
 from ascendspeed_data.chat_template import ChatTemplate, read_chat_template
 from ascendspeed_data.content_forms import joined_text
 from ascendspeed_data.conversation import Message, conversation_of
-from ascendspeed_data.encoding import encode_samples
 from ascendspeed_data.errors import ConfigError, DataError, did_you_mean
 from ascendspeed_data.fast_tokenizer import ExactEncoder
 from ascendspeed_data.fields import filled
@@ -43,8 +42,9 @@ from ascendspeed_data.handlers.pairs import (
     ShareGPTPairHandler,
     TextPairHandler,
 )
-from ascendspeed_data.literal_pieces import LiteralTokenizer
+from ascendspeed_data.literal_pieces import LiteralTokenizer, literal_samples
 from ascendspeed_data.manifest import DatasetManifest
+from ascendspeed_data.sample_encoding import encode_samples
 from ascendspeed_data.tokenizer import Tokenizer
 
 LAYOUT_NAMES = ("tokenizer", "instruction", "baichuan2", "hh-rlhf", "plain")
@@ -108,18 +108,14 @@ class PromptLayout:
         """
         sample = self.sample(messages)
         tokenizer: Tokenizer = self.tokenizer
-        texts = [one["content"] for one in messages if isinstance(one["content"], str)]
-        literal = LiteralTokenizer.for_texts(tokenizer, texts, sample.is_rendered)
-        if literal is not None and not parse_special:
-            sample, tokenizer = self.sample([_masked(one, literal) for one in messages]), literal
+        if not parse_special:
+            literal = LiteralTokenizer(tokenizer)
+            masked = literal_samples(lambda given: [self.sample(given)], list(messages), [sample], literal)
+            if masked is not None:
+                (sample,), tokenizer = masked, literal
         encoder = ExactEncoder(tokenizer)
         ((ids, _),) = encode_samples([sample], tokenizer, encoder, [], self.append_eod)
         return [int(token) for token in ids]
-
-
-def _masked(message: Message, literal: LiteralTokenizer) -> Message:
-    content = message["content"]
-    return {**message, "content": literal.mask(content) if isinstance(content, str) else content}
 
 
 def recorded_layout(manifest: DatasetManifest, tokenizer: Tokenizer) -> PromptLayout | None:

@@ -18,7 +18,7 @@ from ascendspeed_data.added_tokens import (
 )
 from ascendspeed_data.command_line import announce
 from ascendspeed_data.errors import DataError
-from ascendspeed_data.stand_ins import check_literal
+from ascendspeed_data.stand_ins import check_literal, written_out
 from ascendspeed_data.token_batch import TokenBatch
 from ascendspeed_data.tokenizer_config import CONFIG_FILE, TokenizerFiles, read_json
 
@@ -213,12 +213,14 @@ class SentencePieceTokenizer:
         """Return ids and character ranges of a rendered conversation: the model's control pieces are ids in it."""
         return self._with_offsets(self._encoded_parts(text, self._rendered))
 
-    def encode_literals(self, text: str, literals: Mapping[str, str]) -> list[int]:
-        """Return the ids of a rendered conversation in which some characters stand for texts that are no control."""
+    def encode_literals(
+        self, text: str, literals: Mapping[str, str]
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return ids and ranges of a rendered conversation in which some characters stand for texts."""
         encoded = self._encoded_parts(text, self._rendered, literals)
         own = [number for part, ids, _ in encoded if part.token is None for number in ids]
         check_literal((n for n in own if n != self.unk_id), self.special_ids, self.path)
-        return [number for _, ids, _ in encoded for number in ids]
+        return self._with_offsets(encoded)
 
     def split_rendered(self, text: str) -> list[TextPart] | None:
         """Return the parts of a rendered conversation that are encoded each by itself like a whole text.
@@ -267,7 +269,7 @@ class SentencePieceTokenizer:
         encoded = [
             (part, [part.token.id], [(0, len(part.text))])
             if part.token is not None
-            else (part, *self._encode_part(_written_out(part.text, literals or {})))
+            else (part, *self._encode_literal_part(part.text, literals or {}))
             for part in parts
         ]
         if self._begin and encoded and self._begins_with_lone_space(encoded):
@@ -281,6 +283,16 @@ class SentencePieceTokenizer:
         if len(first) < 2 or first[1] not in self._named:
             return False
         return encoded[0][0].text == SPACE or self._token_of(first[0]) == SPACE
+
+    def _encode_literal_part(
+        self, text: str, literals: Mapping[str, str]
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        if not literals:
+            return self._encode_part(text)
+        # Character by character: ranges then end where a written-out text ends.
+        whole = written_out([(character, literals.get(character, character)) for character in text])
+        ids, offsets = self._encode_part(whole.text)
+        return ids, whole.ranges(offsets)
 
     def _encode_part(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         model, lead = (self._model, "") if self._is_legacy else (self._bare, "")
@@ -316,9 +328,3 @@ class SentencePieceTokenizer:
             found = ((begins[s], begins[e - 1] + 1 if e > s else begins[s]) for s, e in offsets)
             ranges += [(max(start, 0), max(end, 0)) for start, end in found]
         return all_ids, ranges
-
-
-def _written_out(text: str, literals: Mapping[str, str]) -> str:
-    for stand_in, literal in literals.items():
-        text = text.replace(stand_in, literal)
-    return text

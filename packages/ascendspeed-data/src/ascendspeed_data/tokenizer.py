@@ -92,8 +92,10 @@ class Tokenizer(Protocol):
         """Return ids and character ranges of a rendered conversation, in which all special tokens become their ids."""
         ...
 
-    def encode_literals(self, text: str, literals: Mapping[str, str]) -> list[int]:
-        """Return the ids of a rendered conversation in which some characters stand for texts that are no control.
+    def encode_literals(
+        self, text: str, literals: Mapping[str, str]
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return ids and ranges of a rendered conversation in which some characters stand for texts, not for control.
 
         Args:
             text: special tokens in it become their ids.
