@@ -38,10 +38,10 @@ class Counts:
     num_trained_tokens: int = 0
     num_empty_documents: int = 0
     num_text_bytes: int = 0
-    num_spelling_records: int = 0
-    """Records whose texts spell special pieces, which were read as text."""
     unused_columns: dict[str, int] = field(default_factory=dict)
     """Columns and keys that nothing read, with the number of records in which they are filled."""
+    num_spelling_records: int = 0
+    """Records whose texts spell special pieces, which were read as text."""
 
     def add(self, other: "Counts") -> None:
         """Add other counts."""
