@@ -19,8 +19,10 @@ from ascendspeed_core.observability.metrics import read_metrics
 from ascendspeed_core.observability.mfu import training_flops_per_token
 from ascendspeed_core.observability.nan_detector import find_not_finite
 from ascendspeed_core.parallel.mesh import ParallelMesh
+from ascendspeed_core.training.check_finite import check_evaluation
 from ascendspeed_core.training.step import forward_backward
 from ascendspeed_core.weights import InitialWeights
+from ascendspeed_data.errors import AscendSpeedError
 from core.training_cases import LENGTH, PlainPasses, micro_batches
 from support.commands import call
 from support.models import tiny_config
@@ -230,3 +232,39 @@ def test_where_numbers_stop_being_finite(workers: WorkerPool, layout: Layout, po
 def test_a_sound_step_is_called_sound(workers: WorkerPool) -> None:
     (answer,) = workers.run(locate, 1, Layout(), "nothing")
     assert answer == "computed again, everything is finite: suspect a device that errs"
+
+
+def measured(layout: Layout, poison: bool) -> str:
+    """What an evaluation of four micro-batches says, of which the third alone has a token of a spoilt row."""
+    mesh = ParallelMesh.create(Device("cpu"), layout)
+    config = tiny_config()
+    model = load_model(InitialWeights(config, seed=5), mesh, torch.float64)
+    batches = micro_batches(config.vocab_size, 0, mesh, 4, masked=False)
+    for number, batch in enumerate(batches):
+        tokens = batch.tokens
+        tokens[tokens == 7] = 8
+        if number == 2:
+            tokens[0, 1] = 7
+    held = dict(model.named_parameters())
+    if poison and "embedding.weight" in held:
+        with torch.no_grad():
+            held["embedding.weight"][7] = torch.nan
+    objective = NextTokenLoss(model, mesh)
+    values = objective.evaluate(batches)
+    try:
+        check_evaluation("validation", 5, values, batches, mesh, objective.evaluate)
+    except AscendSpeedError as error:
+        return str(error)
+    return "finite"
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(pp=2), Layout(dp=2)], ids=str)
+def test_a_measured_loss_that_is_not_finite_is_an_error(workers: WorkerPool, layout: Layout) -> None:
+    for poison, wanted in (
+        (False, "finite"),
+        (True, "iteration 5: the validation loss is nan, first in micro-"),
+    ):
+        answers = workers.run(measured, layout.world_size, layout, poison)
+        assert len(set(answers)) == 1
+        assert answers[0].startswith(wanted)
+    assert "first in micro-batch 3 of 4; look at that data" in answers[0]

@@ -8,10 +8,10 @@ import pytest
 
 from ascendspeed_data.chat_template import ChatTemplate
 from ascendspeed_data.conversation import conversation_of
-from ascendspeed_data.encoding import encode_samples
 from ascendspeed_data.fast_tokenizer import ExactEncoder
 from ascendspeed_data.handlers.chat import MessagesHandler
 from ascendspeed_data.prompting import layout_named
+from ascendspeed_data.sample_encoding import encode_samples
 from ascendspeed_data.tokenizer import load_tokenizer
 from support.conversations import STYLES, Draw, Drawn, learned_spans, template_of
 from support.corpus import make_chat_tokenizer

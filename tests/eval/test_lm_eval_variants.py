@@ -11,9 +11,10 @@ import pytest
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install lm_eval==0.4.13")
 
 from ascendspeed_data.tokenizer import copy_tokenizer
+from ascendspeed_eval.errors import EvaluationError
 from ascendspeed_eval.evaluation import Evaluation, prepare_evaluation
-from ascendspeed_eval.tasks.base import Record
 from ascendspeed_eval.tasks.registry import find_task, find_variant
+from ascendspeed_eval.tasks.samples import Record
 from support.commands import run_command
 from support.lm_eval_tasks import harness_model, harness_requests, harness_task
 from support.models import save_hugging_face, tiny_config
@@ -70,6 +71,58 @@ def test_prompts_and_continuations_equal_the_harness(name: str, report: ReportTa
 
 def _stops(evaluation: Evaluation, name: str) -> tuple[str, ...]:
     return evaluation.variant.stop
+
+
+def test_drawn_examples_of_boolq_equal_the_harness(tmp_path: Path) -> None:
+    """The development file, cut into questions and a pool: the harness draws the examples of each question."""
+    lines = (BENCHMARK_FOLDERS["boolq"] / "dev.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "dev.jsonl").write_text("".join(lines[:20]), encoding="utf-8")
+    (tmp_path / "train.jsonl").write_text("".join(lines[20:120]), encoding="utf-8")
+    task = find_task("boolq")
+    evaluation = prepare_evaluation(task, find_variant(task, "lm-eval"), str(tmp_path), num_fewshot=5)
+    requests = harness_requests(harness_task("boolq", "boolq", evaluation.benchmark, 5))
+    theirs = {request.doc_id: request.args[0] for request in requests}
+    assert [sample.prompt for sample in evaluation.samples] == [theirs[n] for n in range(20)]
+
+
+def test_boolq_of_super_glue_gives_the_same_prompts(tmp_path: Path) -> None:
+    """Its passages begin with the title; both protocols ask what they ask of BoolQ's own file."""
+    lines = (BENCHMARK_FOLDERS["boolq"] / "dev.jsonl").read_text(encoding="utf-8").split("\n")
+    rows = [json.loads(line) for line in lines if line]
+    theirs = [
+        {
+            "question": r["question"],
+            "passage": f"{r['title']} -- {r['passage']}",
+            "idx": n,
+            "label": r["answer"],
+        }
+        for n, r in enumerate(rows)
+    ]
+    (tmp_path / "dev.jsonl").write_text("".join(json.dumps(one) + "\n" for one in theirs), encoding="utf-8")
+    task = find_task("boolq")
+    for variant in task.variants.values():
+        found = prepare_evaluation(task, variant, str(tmp_path)).samples
+        wanted = prepare_evaluation(task, variant, str(BENCHMARK_FOLDERS["boolq"])).samples
+        assert [(s.prompt, s.record.target) for s in found] == [(s.prompt, s.record.target) for s in wanted]
+    without = [{key: one for key, one in row.items() if key != "title"} for row in rows]
+    (tmp_path / "dev.jsonl").write_text("".join(json.dumps(one) + "\n" for one in without), encoding="utf-8")
+    with pytest.raises(EvaluationError, match="dev-1 has no title"):
+        prepare_evaluation(task, find_variant(task, "lm-eval"), str(tmp_path))
+
+
+def test_ceval_is_read_as_the_harness_reads_it(report: ReportTables) -> None:
+    """The script of its dataset reads with pandas, which takes some texts for numbers or for nothing."""
+    pandas = pytest.importorskip("pandas", reason="pandas is not installed: pip install pandas")
+    compared = different = 0
+    for file in sorted(BENCHMARK_FOLDERS["ceval"].glob("*/*_val.csv")):
+        subject = file.name.removesuffix("_val.csv")
+        own = ours("ceval", [subject]).benchmark.records
+        compared += len(own)
+        table = pandas.read_csv(file, encoding="utf-8").to_dict(orient="records")
+        for record, row in zip(own, table, strict=True):
+            different += any(str(row[key]) != record.fields[key] for key in ("question", *"ABCD", "answer"))
+    report.add("C-Eval as pandas reads it", ("records", "different"), compared, different)
+    assert different == 0
 
 
 def test_human_eval_prompts_equal_the_harness() -> None:

@@ -85,7 +85,7 @@ def test_the_lm_eval_protocol_is_chosen_by_flag(data: Path, answers: Path, tmp_p
     assert done.status == 0
     samples = lines_of(tmp_path / "out" / "samples.jsonl")
     assert samples[0]["choices"] == [" no", " yes"]
-    assert samples[0]["prompt"] == "Water is wet.\nQuestion: is water wet?\nAnswer:"
+    assert samples[0]["prompt"] == "t -- Water is wet.\nQuestion: is water wet?\nAnswer:"
     # It takes the first of equals, which is no.
     assert [sample["scores"]["accuracy"] for sample in samples] == [0, 1, 0, 0, 0]
 
@@ -161,7 +161,7 @@ def test_several_runs_give_one_table(data: Path, answers: Path, tmp_path: Path) 
 
 def test_tasks_are_listed() -> None:
     shown = call("asd-eval", "tasks").stdout
-    assert "boolq (version 1, 3,270" in shown
+    assert "boolq (version 2, 3,270" in shown
     assert "* ascendspeed" in shown
 
 

@@ -27,6 +27,7 @@ from ascendspeed_infer.vllm_engine import (
     model_arguments,
     sampling_arguments,
 )
+from ascendspeed_infer.vllm_start import cause
 from infer.test_loading_adapters import make_adapter
 from support.commands import call, run_command
 from support.models import save_hugging_face, tiny_config
@@ -163,34 +164,20 @@ def test_a_native_checkpoint_is_to_be_converted(folder: Path, tmp_path: Path) ->
     assert "is of kind native; convert it: asd-ckpt convert --input-model-dir" in done.complaint
 
 
-SAMPLING_PARAMS = frozenset(
-    "n presence_penalty frequency_penalty repetition_penalty temperature top_p top_k min_p seed stop stop_token_ids "
-    "ignore_eos max_tokens min_tokens logprobs prompt_logprobs detokenize skip_special_tokens "
-    "spaces_between_special_tokens include_stop_str_in_output output_kind".split()
-)
-"""Of `vllm.SamplingParams` at commit 00388f6573cc of vllm-project/vllm."""
-ENGINE_ARGS = frozenset(
-    "model tokenizer dtype seed max_model_len tensor_parallel_size pipeline_parallel_size enable_lora max_lora_rank "
-    "generation_config logprobs_mode".split()
-)
-"""Of `vllm.LLM` and its `EngineArgs`."""
-
-
 def test_how_texts_are_continued_in_words_of_vllm() -> None:
     greedy = sampling_arguments(GenerationSettings(7, eos_token_ids=(2, 9)))
     assert greedy == {
-        "max_tokens": 7, "temperature": 0.0, "repetition_penalty": 1.0, "stop": [], "stop_token_ids": [2, 9],
-        "ignore_eos": True, "detokenize": False, "logprobs": None,
+        "max_tokens": 7, "temperature": 0.0, "repetition_penalty": 1.0, "stop_token_ids": [2, 9],
+        "ignore_eos": True, "detokenize": False, "logprobs": 0,
     }  # fmt: skip
     drawn = sampling_arguments(
         GenerationSettings(7, SamplingParams(True, 0.5, 30, 0.9, 4, 1.2), (), ("\n",), return_log_probs=True)
     )
     changed = {
-        "temperature": 0.5, "top_k": 30, "top_p": 0.9, "seed": 4, "repetition_penalty": 1.2, "stop": ["\n"],
-        "stop_token_ids": [], "detokenize": True, "logprobs": 0,
+        "temperature": 0.5, "top_k": 30, "top_p": 0.9, "seed": 4, "repetition_penalty": 1.2,
+        "stop_token_ids": [],
     }  # fmt: skip
     assert drawn == greedy | changed
-    assert drawn.keys() <= SAMPLING_PARAMS
     with pytest.raises(ConfigError, match=r"temperature=0\.01 to 2\.0, not 3"):
         sampling_arguments(GenerationSettings(7, SamplingParams(True, 3.0)))
 
@@ -198,7 +185,6 @@ def test_how_texts_are_continued_in_words_of_vllm() -> None:
 def test_a_model_in_words_of_vllm(tmp_path: Path) -> None:
     given = {"load": tmp_path, "tensor_model_parallel_size": 4, "pipeline_model_parallel_size": 2}
     arguments = model_arguments(load_config(GenerateConfig, None, given), tmp_path, "bfloat16", 20)
-    assert arguments.keys() <= ENGINE_ARGS
     layout = {
         "tensor_parallel_size": 4,
         "pipeline_parallel_size": 2,
@@ -239,8 +225,58 @@ def test_log_probabilities_of_vllm() -> None:
         def __init__(self, logprob: float) -> None:
             self.logprob = logprob
 
-    assert log_probs_of([3, 5], None) is None
     assert log_probs_of([3, 5], [{3: Logprob(-1.0)}, {7: Logprob(-0.1), 5: Logprob(-2.0)}]) == (-1.0, -2.0)
+    with pytest.raises(AscendSpeedError, match="a logit of the model is nan, which is not finite"):
+        log_probs_of([3, 5], [{3: Logprob(-1.0)}, {5: Logprob(float("nan"))}])
+
+
+LOG = """
+(MainProcess pid=1) WARNING 11-27 07:56:23 [cpu.py:224] Triton is not installed. triton-cpu is expected on x86 CPUs.
+(VllmWorker-0 pid=3) ERROR 11-27 07:56:47 [multiproc_executor.py:953] WorkerProc failed to start.
+(VllmWorker-0 pid=3) ERROR 11-27 07:56:47 [multiproc_executor.py:953] Traceback (most recent call last):
+(VllmWorker-0 pid=3) ERROR 11-27 07:56:47 [multiproc_executor.py:953]     raise ValueError(
+(VllmWorker-0 pid=3) ERROR 11-27 07:56:47 [multiproc_executor.py:953] ValueError: Available memory on node 0 is less.
+(EngineCore pid=2) ERROR 11-27 07:56:50 [core.py:1510] Exception: WorkerProc initialization failed due to an \
+exception in a background process. See stack trace for root cause.
+"""
+
+
+def test_the_cause_of_a_failed_start_is_found_in_the_log_of_vllm() -> None:
+    lines = LOG.replace("\\\n", "").splitlines()
+    assert cause(lines) == "ValueError: Available memory on node 0 is less"
+    assert cause(lines[-1:]) is None
+    assert cause(["torch.OutOfMemoryError: CUDA out of memory."]) == "OutOfMemoryError: CUDA out of memory"
+
+
+def test_arguments_of_an_engine_itself(folder: Path) -> None:
+    base = (
+        "asd-infer",
+        "generate",
+        "--load",
+        folder,
+        "--prompt",
+        "the year",
+        "--max-new-tokens",
+        3,
+        "--json",
+    )
+    plain = call(*base, "--engine", "transformers")
+    eager = call(*base, "--engine", "transformers", "--engine-option", "attn-implementation=eager")
+    assert (plain.status, eager.status) == (0, 0), eager.stderr
+    assert plain.stdout == eager.stdout
+    model = load_transformers(str(folder), "float32", "cpu", {"attn_implementation": "eager"})
+    assert model.config._attn_implementation == "eager"
+    for flags, status, complaint in (
+        (["--engine-option", "attn_implementation=eager"], 2, "engine=ascendspeed takes no such options"),
+        (["--engine", "transformers", "--engine-option", "attn_implementation"], 2, "is not NAME=VALUE"),
+        (["--engine", "transformers", "--engine-option", "attn_implementatoin=eager"], 2,
+         "did you mean attn_implementation?"),
+        (["--engine", "transformers", "--engine-option", "attn_implementation=fast"], 1, "transformers cannot load"),
+        (["--engine", "transformers", "--engine-option", "a=1", "--engine-option", "a=2"], 2, "given twice"),
+    ):  # fmt: skip
+        done = call(*base, *flags)
+        assert (done.status, done.stdout) == (status, ""), done.stderr
+        assert complaint in done.complaint
 
 
 @pytest.mark.parametrize("engine", [TransformersEngine, VllmEngine])

@@ -119,7 +119,7 @@ def test_prompts_as_json_lines(folder: Path, tmp_path: Path) -> None:
         ('{"prompt": "the", "prompt_token_ids": [5]}', "stdin, line 2 holds no prompt"),
         ("[1.5]", "stdin, line 2 holds no prompt"),
         ('{"prompt": "the", "seed": "x"}', "stdin, line 2: seed='x' is not a whole number"),
-        ('{"prompt": "the", "text": "x"}', "prompt 2: text is a field of the answer"),
+        ('{"prompt": "the", "text": "x"}', "line 2: text is a field of the answer"),
         ("{", "stdin, line 2 is not JSON"),
     ],
 )

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ascendspeed_eval.tasks.agieval import CLOZE, LETTERS
-from ascendspeed_eval.tasks.base import Benchmark, Record
+from ascendspeed_eval.tasks.samples import Benchmark, Record
 
 FILES = {
     "boolq": "super_glue/boolq/default.yaml",
@@ -72,7 +72,9 @@ def _documents(name: str, records: Iterable[Record]) -> list[dict[str, Any]]:
 def _document(name: str, record: Record) -> dict[str, Any]:
     fields = record.fields
     if name == "boolq":
-        return {"passage": fields["passage"], "question": fields["question"], "label": int(fields["answer"])}
+        # SuperGLUE's passages begin with the title.
+        passage = f"{fields['title']} -- {fields['passage']}"
+        return {"passage": passage, "question": fields["question"], "label": int(fields["answer"])}
     if name == "mmlu":
         return {
             "question": fields["question"],

@@ -65,3 +65,20 @@ def counted(record: dict[str, Any], name: str, tokenizer: Any) -> Counts:
     made = encoded(record, name, tokenizer)
     assert isinstance(made, Counts), (name, record, made)
     return made
+
+
+def encoded_samples(
+    name: str, tokenizer: Any, records: list[dict[str, Any]], parse_special: bool = False
+) -> tuple[list[tuple[list[int], list[int]]], Counts]:
+    """Ids and labels of each sample that the encoder of records makes, and its counts."""
+    encoder = ShardEncoder(
+        find_handler(name), ("text",), True, tokenizer, ExactEncoder(tokenizer), parse_special
+    )
+    made = encoder.encode(Shard(0, Path("x.jsonl"), 0, 1, json.loads(json.dumps(records))))[""]
+    ends = made.lengths.cumsum()
+    ids, labels = made.arrays["input_ids"], made.arrays["labels"]
+    rows = [
+        (ids[end - length : end].tolist(), labels[end - length : end].tolist())
+        for end, length in zip(ends, made.lengths, strict=True)
+    ]
+    return rows, made.counts

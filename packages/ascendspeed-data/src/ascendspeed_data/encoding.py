@@ -1,21 +1,23 @@
-"""Encode records and samples into token ids, attention masks and labels."""
+"""Encode the records of a shard into token ids, attention masks and labels."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ascendspeed_data.errors import DataError
-from ascendspeed_data.fast_tokenizer import Encoder, spot_check
+from ascendspeed_data.fast_tokenizer import Encoder, ExactEncoder, spot_check
 from ascendspeed_data.fields import check_record, filled
-from ascendspeed_data.handlers import IGNORED_LABEL, Sample, SampleHandler, Segment, TextHandler, kind_of
+from ascendspeed_data.handlers import IGNORED_LABEL, Sample, SampleHandler, TextHandler, kind_of
 from ascendspeed_data.indexed import optimal_token_format
+from ascendspeed_data.literal_pieces import LiteralTokenizer, literal_samples
 from ascendspeed_data.reading.records import check_columns, location_of, records_of_shard, text_of
 from ascendspeed_data.reading.shards import Shard
+from ascendspeed_data.sample import Record
+from ascendspeed_data.sample_encoding import encode_samples, joined
 from ascendspeed_data.token_batch import TokenBatch
 from ascendspeed_data.token_frequencies import count_ids
 from ascendspeed_data.tokenizer import Tokenizer
@@ -38,6 +40,8 @@ class Counts:
     num_text_bytes: int = 0
     unused_columns: dict[str, int] = field(default_factory=dict)
     """Columns and keys that nothing read, with the number of records in which they are filled."""
+    num_spelling_records: int = 0
+    """Records whose texts spell special pieces, which were read as text."""
 
     def add(self, other: "Counts") -> None:
         """Add other counts."""
@@ -81,6 +85,7 @@ class ShardEncoder:
         append_eod: end each document with the end-of-sequence id.
         tokenizer: defines the ids.
         encoder: computes the ids, possibly faster than the tokenizer.
+        parse_special: read special pieces that records of samples spell as control; otherwise they are text.
     """
 
     handler: TextHandler | SampleHandler
@@ -88,10 +93,14 @@ class ShardEncoder:
     append_eod: bool
     tokenizer: Tokenizer
     encoder: Encoder
+    parse_special: bool = False
     _suffix: list[int] = field(init=False)
+    _literal: LiteralTokenizer | None = field(init=False)
 
     def __post_init__(self) -> None:
         self._suffix = document_suffix(self.tokenizer, self.append_eod)
+        reads_control = self.parse_special or getattr(self.handler, "reads_special_pieces", False)
+        self._literal = None if reads_control else LiteralTokenizer(self.tokenizer)
 
     def encode(self, shard: Shard) -> dict[str, EncodedOutput]:
         """Return the encoded documents of a shard, by column; samples have the key ``""``."""
@@ -157,6 +166,7 @@ class ShardEncoder:
     def _encode_samples(self, handler: SampleHandler, shard: Shard) -> EncodedOutput:
         is_pairs = kind_of(handler) == "pairs"
         samples: list[Sample] = []
+        literal_rows: dict[int, Sample] = {}
         sequences: list[int] = []
         counts = Counts()
         for number, plain in records_of_shard(shard):
@@ -171,6 +181,7 @@ class ShardEncoder:
                 counts.add_unused(unused)
                 if is_pairs and len(made) not in (0, 2):
                     raise DataError(f"{handler.name} made {len(made)} samples of a record; a pair has two")
+                literal = self._with_literals(handler, plain, made)
             except DataError as error:
                 raise DataError(f"{location_of(shard, number)}: {error}") from None
             for sample in made:
@@ -178,18 +189,46 @@ class ShardEncoder:
                     if isinstance(segment.content, str):
                         counts.num_text_bytes += _size_of(segment.content, shard, number)
             counts.num_empty_documents += not made
+            if literal is not None:
+                counts.num_spelling_records += 1
+                literal_rows |= dict(enumerate(literal, len(samples)))
             if made:
                 sequences.append(len(made))
                 samples += made
-        rows = encode_samples(samples, self.tokenizer, self.encoder, self._suffix, self.append_eod)
+        rows = self._rows(samples, literal_rows)
         lengths = np.fromiter((len(ids) for ids, _ in rows), np.int32, len(rows))
-        ids = _joined([ids for ids, _ in rows])
-        labels = _joined([labels for _, labels in rows])
+        ids = joined([ids for ids, _ in rows])
+        labels = joined([labels for _, labels in rows])
         counts.num_documents, counts.num_sequences = len(sequences), len(rows)
         counts.num_tokens, counts.num_trained_tokens = len(ids), int((labels != IGNORED_LABEL).sum())
         arrays = {INPUT_IDS: ids, ATTENTION_MASK: np.ones(len(ids), np.int32), LABELS: labels}
         frequencies = count_ids(ids, self.tokenizer.vocab_size)
         return EncodedOutput(arrays, lengths, np.array(sequences, np.int32), counts, frequencies)
+
+    def _with_literals(
+        self, handler: SampleHandler, plain: Record, made: list[Sample]
+    ) -> list[Sample] | None:
+        """Return the samples of a record whose special pieces are text; `None` where it spells none."""
+        if self._literal is None:
+            return None
+
+        def make(record: Record) -> list[Sample]:
+            return handler.samples(TrackedObject(record), self.tokenizer)
+
+        return literal_samples(make, plain, made, self._literal)
+
+    def _rows(
+        self, samples: Sequence[Sample], literal: Mapping[int, Sample]
+    ) -> list[tuple[NDArray[np.int32], NDArray[np.int32]]]:
+        """Return ids and labels of samples; those of `literal`, by their number, hold stand-ins."""
+        plain = [sample for number, sample in enumerate(samples) if number not in literal]
+        rows = encode_samples(plain, self.tokenizer, self.encoder, self._suffix, self.append_eod)
+        if self._literal is None or not literal:
+            return rows
+        own: Any = self._literal
+        found = encode_samples(list(literal.values()), own, ExactEncoder(own), self._suffix, self.append_eod)
+        several = {True: iter(found), False: iter(rows)}
+        return [next(several[number in literal]) for number in range(len(samples))]
 
 
 def document_suffix(tokenizer: Tokenizer, append_eod: bool) -> list[int]:
@@ -217,169 +256,6 @@ def add_prefix_and_suffix(batch: TokenBatch, prefix: Sequence[int], suffix: Sequ
         is_content[positions] = False
     ids[is_content] = batch.ids
     return TokenBatch(ids, lengths)
-
-
-@dataclass(frozen=True)
-class _TextSpan:
-    """Adjacent texts of a sample, encoded as one text."""
-
-    text: str
-    edges: tuple[int, ...]
-    """Character positions at which `trained` changes."""
-    first_trained: bool
-
-    def trained_characters(self) -> NDArray[np.bool_]:
-        """Return which characters are trained, bool [characters]."""
-        flags = np.empty(len(self.text), bool)
-        for number, (start, end) in enumerate(pairwise([0, *self.edges, len(self.text)])):
-            flags[start:end] = self.first_trained ^ bool(number % 2)
-        return flags
-
-    def trained_ids(self, offsets: Sequence[tuple[int, int]]) -> NDArray[np.bool_]:
-        """Return which ids contain a trained character, bool [ids], by the character range of each id."""
-        if not offsets:
-            return np.empty(0, bool)
-        before = np.concatenate([[0], np.cumsum(self.trained_characters())])
-        bounds = np.minimum(
-            np.array([(begin, max(end, begin + 1)) for begin, end in offsets]), len(self.text)
-        )
-        learned: NDArray[np.bool_] = before[bounds[:, 1]] > before[bounds[:, 0]]
-        return learned
-
-
-@dataclass(frozen=True)
-class _EncodedSpan:
-    """Ids of a text that the encoder of the run cannot encode."""
-
-    ids: NDArray[np.int32]
-    trained: NDArray[np.bool_]
-
-
-def encode_samples(
-    samples: Sequence[Sample], tokenizer: Tokenizer, encoder: Encoder, suffix: Sequence[int], append_eod: bool
-) -> list[tuple[NDArray[np.int32], NDArray[np.int32]]]:
-    """Return the ids and labels of each sample, both int32 [tokens]."""
-    spans = [_spans(sample, tokenizer) for sample in samples]
-    texts: list[str] = []
-    for spans_of_sample in spans:
-        for span in spans_of_sample:
-            if isinstance(span, _TextSpan):
-                texts += [span.text, *(span.text[:edge] for edge in span.edges)]
-    spot_check(tokenizer, encoder, texts)
-    encoded = iter(encoder.encode_without_special_tokens(texts).split() if texts else [])
-    rows = []
-    for sample, spans_of_sample in zip(samples, spans, strict=True):
-        ids: list[NDArray[Any]] = []
-        labels: list[NDArray[Any]] = []
-        if sample.add_special_tokens:
-            _append(ids, labels, np.array(tokenizer.prefix_ids, np.int32), False)
-        for span in spans_of_sample:
-            if isinstance(span, _TextSpan):
-                whole = next(encoded)
-                trained = _trained_tokens(span, whole, [next(encoded) for _ in span.edges], tokenizer)
-                if sample.encode_separately:
-                    _append(ids, labels, np.array(tokenizer.prefix_ids, np.int32), span.first_trained)
-                _append(ids, labels, whole, trained)
-                if sample.encode_separately:
-                    _append(ids, labels, np.array(tokenizer.suffix_ids, np.int32), span.first_trained)
-            elif isinstance(span, _EncodedSpan):
-                _append(ids, labels, span.ids, span.trained)
-            elif span.content is not None:
-                _append(ids, labels, np.array([span.content], np.int32), span.trained)
-                if span.label is not None:
-                    labels[-1][:] = span.label
-            elif append_eod:
-                _append(ids, labels, np.array([tokenizer.eos_id], np.int32), span.trained)
-        if sample.add_special_tokens and not append_eod:
-            _append(ids, labels, np.array(suffix, np.int32), True)
-        rows.append((_joined(ids), _joined(labels)))
-    return rows
-
-
-def _spans(sample: Sample, tokenizer: Tokenizer) -> list[_TextSpan | _EncodedSpan | Segment]:
-    """Return the texts of a sample, split at special tokens if a chat template made them, and its ids."""
-    found: list[_TextSpan | _EncodedSpan | Segment] = []
-    for span in _merge_adjacent_texts(sample):
-        if not sample.is_rendered or isinstance(span, Segment):
-            found.append(span)
-            continue
-        parts = tokenizer.split_rendered(span.text)
-        if parts is None:
-            ids, offsets = tokenizer.encode_rendered(span.text)
-            found.append(_EncodedSpan(np.array(ids, np.int32), span.trained_ids(offsets)))
-            continue
-        if len(parts) == 1 and parts[0].text == span.text and parts[0].token is None:
-            found.append(span)
-            continue
-        characters = span.trained_characters()
-        for part in parts:
-            trained = characters[part.positions()]
-            if part.token is None:
-                edges = np.flatnonzero(np.diff(trained)) + 1
-                found.append(_TextSpan(part.text, tuple(edges.tolist()), bool(trained[0])))
-            else:
-                found.append(Segment(part.token.id, bool(trained.any())))
-    return found
-
-
-def _merge_adjacent_texts(sample: Sample) -> list[_TextSpan | Segment]:
-    found: list[_TextSpan | Segment] = []
-    held: list[Segment] = []
-
-    def release() -> None:
-        text, edges = "", []
-        for number, segment in enumerate(held):
-            if number and segment.trained != held[number - 1].trained:
-                edges.append(len(text))
-            text += str(segment.content)
-        if text:
-            found.append(_TextSpan(text, tuple(edges), held[0].trained))
-        held.clear()
-
-    for segment in sample.segments:
-        if isinstance(segment.content, str):
-            if segment.content:
-                held.append(segment)
-            if sample.encode_separately:
-                release()
-        else:
-            release()
-            found.append(segment)
-    release()
-    return found
-
-
-def _trained_tokens(
-    span: _TextSpan, whole: NDArray[Any], begins: Sequence[NDArray[Any]], tokenizer: Tokenizer
-) -> NDArray[np.bool_]:
-    """Return which tokens contain a trained character, bool [tokens].
-
-    If the text before an edge encodes to a prefix of the whole, the edge lies between two tokens. Otherwise a token
-    spans the edge, and the character offsets of the tokens decide.
-    """
-    if all(len(begin) <= len(whole) and np.array_equal(whole[: len(begin)], begin) for begin in begins):
-        bounds = [0, *map(len, begins), len(whole)]
-        flags = np.empty(len(whole), bool)
-        for number, (start, end) in enumerate(pairwise(bounds)):
-            flags[start:end] = span.first_trained ^ bool(number % 2)
-        return flags
-    ids, offsets = tokenizer.encode_with_offsets(span.text)
-    if not np.array_equal(ids, whole):
-        raise DataError(
-            f"the tokenizer encodes {span.text[:60]!r} differently with offsets; remove the record"
-        )
-    return span.trained_ids(offsets)
-
-
-def _append(
-    ids: list[NDArray[Any]], labels: list[NDArray[Any]], more: NDArray[Any], trained: bool | NDArray[np.bool_]
-) -> None:
-    ids.append(more.astype(np.int32))
-    labels.append(np.where(trained, more, IGNORED_LABEL).astype(np.int32))
-
-
-def _joined(arrays: Sequence[NDArray[Any]]) -> NDArray[np.int32]:
-    return np.concatenate(arrays) if arrays else np.empty(0, np.int32)
 
 
 def _size_of(text: str, shard: Shard, number: int) -> int:

@@ -2,13 +2,15 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ascendspeed_data.added_tokens import TextPart, tokens_beside_json
 from ascendspeed_data.command_line import announce
 from ascendspeed_data.errors import DataError
+from ascendspeed_data.stand_ins import FIRST_STAND_IN, check_literal, written_out
 from ascendspeed_data.token_batch import TokenBatch
 from ascendspeed_data.tokenizer_config import CONFIG_FILE, DEFAULT, TokenizerFiles, TokenRecord
 
@@ -43,6 +45,7 @@ class JsonTokenizer:
         tokens = self._tokenizer.get_added_tokens_decoder()
         self.added_ids = {token.content: number for number, token in tokens.items()}
         self.special_ids = {token.content: number for number, token in tokens.items() if token.special}
+        self._renamed: Any = None
         extension = json.dumps(self._added_tokens()).encode() if self._is_extended else b""
         self.fingerprint = hashlib.sha256(self._content + extension).hexdigest()
 
@@ -146,6 +149,33 @@ class JsonTokenizer:
         """Return ids and character ranges of a rendered conversation."""
         return self.encode_with_offsets(text)
 
+    def encode_literals(
+        self, text: str, literals: Mapping[str, str]
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return ids and ranges of a rendered conversation in which some characters stand for texts, not for control.
+
+        The special tokens get other names, which no text spells; those of the conversation are renamed before the texts
+        are written out.
+        """
+        longest_first = sorted(self.special_ids, key=len, reverse=True)
+        first = FIRST_STAND_IN + len(literals)
+        names = {piece: chr(first + number) for number, piece in enumerate(longest_first)}
+        if self._renamed is None:
+            self._renamed = _renamed(self.to_json(), names)
+        replaced = {**names, **literals}
+        pattern = re.compile("|".join(map(re.escape, [*longest_first, *literals])) or r"(?!)")
+        parts, done = list[tuple[str, str]](), 0
+        for found in pattern.finditer(text):
+            kept = text[done : found.start()]
+            parts += [(kept, kept), (found[0], replaced[found[0]])]
+            done = found.end()
+        whole = written_out([*parts, (text[done:], text[done:])])
+        own = {self._renamed.token_to_id(name): self.special_ids[piece] for piece, name in names.items()}
+        encoded = self._renamed.encode(whole.text, add_special_tokens=False)
+        ids = [own.get(number, number) for number in encoded.ids]
+        check_literal((number for number in encoded.ids if number not in own), self.special_ids, self.path)
+        return ids, whole.ranges(encoded.offsets)
+
     def split_rendered(self, text: str) -> list[TextPart] | None:
         """Return the whole text: the tokenizer finds special tokens itself."""
         return [TextPart(text, ((0, len(text)),))]
@@ -169,6 +199,23 @@ class JsonTokenizer:
         """Return the text of ids, without special tokens."""
         text: str = self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
         return text
+
+
+def _renamed(content: str, names: Mapping[str, str]) -> Any:
+    """Return a tokenizer whose special tokens have other names; their ids are new ones."""
+    from tokenizers import Tokenizer as FastTokenizer
+
+    fields = json.loads(content)
+    fields["added_tokens"] = [
+        {**token, "content": names.get(token["content"], token["content"])}
+        for token in fields["added_tokens"]
+    ]
+    # Templates of the post-processor name special tokens; a text without prefix needs none.
+    fields["post_processor"] = None
+    tokenizer = FastTokenizer.from_str(json.dumps(fields))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def _prefix_spaces(content: dict[str, Any]) -> set[bool]:

@@ -104,6 +104,7 @@ class DatasetManifest(_Frozen):
     """The settings that decide the bytes of a dataset, and the counts and hashes of the result.
 
     `tool_use_template` formats the conversations with tools, if the tokenizer has a template for them.
+    `num_spelling_records` counts records whose texts spell special pieces, which were read as text.
     `unused_columns` names the columns and the keys of messages that nothing read, with the number of records in which
     they are filled.
     """
@@ -127,6 +128,8 @@ class DatasetManifest(_Frozen):
     num_tokens: int
     num_trained_tokens: int
     num_text_bytes: int
+    num_spelling_records: int = 0
+    parse_special: bool = False
     unused_columns: dict[str, int]
     unigram_entropy_nats: float
     inputs: tuple[FileRecord, ...]

@@ -172,7 +172,7 @@ class _PreprocessRun:
         job = self.job
         task = WorkerTask(
             job.handler_name, job.keys, job.append_eod, self.choice,
-            self.tokenizer.chat_template if job.chat_template else None,
+            self.tokenizer.chat_template if job.chat_template else None, job.parse_special,
         )  # fmt: skip
         held = 0
         last: Shard | None = None
@@ -322,6 +322,7 @@ class _PreprocessRun:
             template_sha256=hashlib.sha256(template.encode()).hexdigest(),
             json_key=output.key or None,
             append_eod=job.append_eod,
+            parse_special=job.parse_special,
             seq_length=job.seq_length,
             pack=pack,
             token_format=output.first.format.name,

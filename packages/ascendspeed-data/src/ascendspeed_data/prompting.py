@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from ascendspeed_data.chat_template import ChatTemplate, chat_template_named
 from ascendspeed_data.content_forms import joined_text
 from ascendspeed_data.conversation import Message, conversation_of
-from ascendspeed_data.encoding import encode_samples
 from ascendspeed_data.errors import ConfigError, DataError, did_you_mean
 from ascendspeed_data.fast_tokenizer import ExactEncoder
 from ascendspeed_data.fields import filled
@@ -42,7 +41,9 @@ from ascendspeed_data.handlers.pairs import (
     ShareGPTPairHandler,
     TextPairHandler,
 )
+from ascendspeed_data.literal_pieces import LiteralTokenizer, literal_samples
 from ascendspeed_data.manifest import DatasetManifest
+from ascendspeed_data.sample_encoding import encode_samples
 from ascendspeed_data.tokenizer import Tokenizer
 
 LAYOUT_NAMES = ("tokenizer", "instruction", "baichuan2", "hh-rlhf", "plain")
@@ -94,14 +95,25 @@ class PromptLayout:
     end_ids: tuple[int, ...] = ()
     stop: tuple[str, ...] = ()
 
-    def ids(self, messages: Sequence[Message]) -> list[int]:
+    def ids(self, messages: Sequence[Message], parse_special: bool = False) -> list[int]:
         """Return the ids of a conversation that ends with a message of the user.
+
+        Args:
+            messages: of the conversation.
+            parse_special: read special pieces that messages spell as control; otherwise they are text.
 
         Raises:
             DataError: the layout does not support the messages.
         """
-        encoder = ExactEncoder(self.tokenizer)
-        ((ids, _),) = encode_samples([self.sample(messages)], self.tokenizer, encoder, [], self.append_eod)
+        sample = self.sample(messages)
+        tokenizer: Tokenizer = self.tokenizer
+        if not parse_special:
+            literal = LiteralTokenizer(tokenizer)
+            masked = literal_samples(lambda given: [self.sample(given)], list(messages), [sample], literal)
+            if masked is not None:
+                (sample,), tokenizer = masked, literal
+        encoder = ExactEncoder(tokenizer)
+        ((ids, _),) = encode_samples([sample], tokenizer, encoder, [], self.append_eod)
         return [int(token) for token in ids]
 
 

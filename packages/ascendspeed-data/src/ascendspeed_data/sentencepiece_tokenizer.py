@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from ascendspeed_data.added_tokens import (
 )
 from ascendspeed_data.command_line import announce
 from ascendspeed_data.errors import DataError
+from ascendspeed_data.stand_ins import check_literal, written_out
 from ascendspeed_data.token_batch import TokenBatch
 from ascendspeed_data.tokenizer_config import CONFIG_FILE, DEFAULT, TokenizerFiles, read_json
 
@@ -213,6 +214,15 @@ class SentencePieceTokenizer:
         """Return ids and character ranges of a rendered conversation: the model's control pieces are ids in it."""
         return self._with_offsets(self._encoded_parts(text, self._rendered))
 
+    def encode_literals(
+        self, text: str, literals: Mapping[str, str]
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return ids and ranges of a rendered conversation in which some characters stand for texts."""
+        encoded = self._encoded_parts(text, self._rendered, literals)
+        own = [number for part, ids, _ in encoded if part.token is None for number in ids]
+        check_literal((n for n in own if n != self.unk_id), self.special_ids, self.path)
+        return self._with_offsets(encoded)
+
     def split_rendered(self, text: str) -> list[TextPart] | None:
         """Return the parts of a rendered conversation that are encoded each by itself like a whole text.
 
@@ -253,14 +263,14 @@ class SentencePieceTokenizer:
         return text if self._is_legacy else self._begin + text.replace(SPACE, " ")
 
     def _encoded_parts(
-        self, text: str, splitter: TextSplitter
+        self, text: str, splitter: TextSplitter, literals: Mapping[str, str] | None = None
     ) -> list[tuple[TextPart, list[int], list[tuple[int, int]]]]:
         """Return the parts of a text with their ids, and the range of each id in the text of the part."""
         parts = splitter.split(self._whole(text)) if text else []
         encoded = [
             (part, [part.token.id], [(0, len(part.text))])
             if part.token is not None
-            else (part, *self._encode_part(part.text))
+            else (part, *self._encode_literal_part(part.text, literals or {}))
             for part in parts
         ]
         if self._begin and encoded and self._begins_with_lone_space(encoded):
@@ -274,6 +284,16 @@ class SentencePieceTokenizer:
         if len(first) < 2 or first[1] not in self._named:
             return False
         return encoded[0][0].text == SPACE or self._token_of(first[0]) == SPACE
+
+    def _encode_literal_part(
+        self, text: str, literals: Mapping[str, str]
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        if not literals:
+            return self._encode_part(text)
+        # Character by character: ranges then end where a written-out text ends.
+        whole = written_out([(character, literals.get(character, character)) for character in text])
+        ids, offsets = self._encode_part(whole.text)
+        return ids, whole.ranges(offsets)
 
     def _encode_part(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         model, lead = (self._model, "") if self._is_legacy else (self._bare, "")

@@ -5,7 +5,7 @@ leading space and merges double spaces differently, so models trained with Sente
 """
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -92,6 +92,17 @@ class Tokenizer(Protocol):
 
     def encode_rendered(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Return ids and character ranges of a rendered conversation, in which all special tokens become their ids."""
+        ...
+
+    def encode_literals(
+        self, text: str, literals: Mapping[str, str]
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return ids and ranges of a rendered conversation in which some characters stand for texts, not for control.
+
+        Args:
+            text: special tokens in it become their ids.
+            literals: by such a character the text that it stands for, most often the spelling of a special token.
+        """
         ...
 
     def split_rendered(self, text: str) -> list[TextPart] | None:

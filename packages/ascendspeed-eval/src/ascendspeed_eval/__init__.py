@@ -22,37 +22,32 @@ if TYPE_CHECKING:
         LoglikelihoodRequest,
         LoglikelihoodResult,
         ModelDescription,
+        RequestFailure,
     )
     from ascendspeed_eval.output_folder import read_samples
     from ascendspeed_eval.report import read_results
     from ascendspeed_eval.runner import evaluate
-    from ascendspeed_eval.tasks.base import (
-        Benchmark,
-        GenerationSettings,
-        Record,
-        Sample,
-        ScoredSample,
-        Task,
-        TaskVariant,
-    )
+    from ascendspeed_eval.tasks.base import Task, TaskVariant
     from ascendspeed_eval.tasks.registry import all_tasks, find_task, find_variant
+    from ascendspeed_eval.tasks.samples import Benchmark, GenerationSettings, Record, Sample, ScoredSample
 
 _MODULE_OF = {
     "Backend": "model",
     "BackendOption": "model",
-    "Benchmark": "tasks.base",
+    "Benchmark": "tasks.samples",
     "EvaluatedModel": "model",
     "Evaluation": "evaluation",
     "EvaluationError": "errors",
     "GenerateRequest": "model",
     "GenerateResult": "model",
-    "GenerationSettings": "tasks.base",
+    "GenerationSettings": "tasks.samples",
     "LoglikelihoodRequest": "model",
     "LoglikelihoodResult": "model",
     "ModelDescription": "model",
-    "Record": "tasks.base",
-    "Sample": "tasks.base",
-    "ScoredSample": "tasks.base",
+    "Record": "tasks.samples",
+    "RequestFailure": "model",
+    "Sample": "tasks.samples",
+    "ScoredSample": "tasks.samples",
     "Task": "tasks.base",
     "TaskVariant": "tasks.base",
     "UsageError": "errors",
@@ -81,6 +76,7 @@ __all__ = [
     "LoglikelihoodResult",
     "ModelDescription",
     "Record",
+    "RequestFailure",
     "Sample",
     "ScoredSample",
     "Task",

@@ -6,7 +6,8 @@ from math import fsum
 from typing import Any
 
 from ascendspeed_eval.statistics import interval, mean_error
-from ascendspeed_eval.tasks.base import Record, ScoredSample, Task, TaskVariant
+from ascendspeed_eval.tasks.base import Task, TaskVariant
+from ascendspeed_eval.tasks.samples import Record, ScoredSample
 
 
 def task_results(

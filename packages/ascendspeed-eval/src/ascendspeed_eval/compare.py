@@ -7,7 +7,7 @@ from ascendspeed_eval.errors import EvaluationError
 from ascendspeed_eval.output_folder import read_samples
 from ascendspeed_eval.report import read_results
 from ascendspeed_eval.statistics import interval, mcnemar, mean_error
-from ascendspeed_eval.tasks.base import ScoredSample
+from ascendspeed_eval.tasks.samples import ScoredSample
 
 SHOWN = 20
 

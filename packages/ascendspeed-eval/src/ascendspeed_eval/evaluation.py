@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ascendspeed_eval.errors import UsageError, did_you_mean
-from ascendspeed_eval.tasks.base import Benchmark, GenerationSettings, Record, Sample, Task, TaskVariant
+from ascendspeed_eval.tasks.base import Task, TaskVariant
+from ascendspeed_eval.tasks.samples import Benchmark, GenerationSettings, Record, Sample
 
 
 @dataclass(frozen=True)

@@ -51,9 +51,14 @@ def _csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:
 
 
 def _boolq(folder: Path, config: str, split: str, rows: HubRows) -> None:
-    keys = ("question", "passage", "answer")
+    """Write BoolQ's rows, or SuperGLUE's, whose passages begin with the title and whose `label` is 0 or 1."""
     name = "dev.jsonl" if split == "validation" else "train.jsonl"
-    _json_lines(folder / name, ({key: row[key] for key in keys} for row in rows))
+    written = []
+    for row in rows:
+        answer = {"label": bool(row["label"])} if "label" in row else {"answer": row["answer"]}
+        titles = {"title": row["title"]} if "title" in row else {}
+        written.append({"question": row["question"], **titles, "passage": row["passage"], **answer})
+    _json_lines(folder / name, written)
 
 
 def _plain(folder: Path, config: str, split: str, rows: HubRows) -> None:
@@ -99,7 +104,8 @@ def write_files(task: str, path: str, folder: Path) -> str:
         )
     dataset = DATASETS[task]
     name = path.removeprefix(PREFIX) or dataset.name
-    for config in dataset.configs:
+    configs = ("boolq",) if task == "boolq" and _is_super_glue(name) else dataset.configs
+    for config in configs:
         for number, split in enumerate(dataset.splits):
             rows = _load(name, config, split, needed=number < dataset.required)
             try:
@@ -110,6 +116,10 @@ def write_files(task: str, path: str, folder: Path) -> str:
                     f"{path}, {config}, {split}: a row does not fit {task}: {error!r}"
                 ) from None
     return str(folder)
+
+
+def _is_super_glue(name: str) -> bool:
+    return name.endswith("super_glue") or (Path(name) / "boolq").is_dir()
 
 
 def _load(name: str, config: str, split: str, needed: bool) -> HubRows | None:

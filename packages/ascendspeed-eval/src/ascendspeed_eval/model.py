@@ -1,9 +1,9 @@
 """The interface of evaluated models and their backends: text in; text or log-probability out."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,12 @@ class LoglikelihoodResult:
 
     Attributes:
         logprob: natural logarithm of the continuation's probability.
-        is_greedy: whether greedy decoding gives the continuation.
+        is_greedy: whether greedy decoding gives the continuation; `None` when the backend does not know.
         truncated_tokens: tokens dropped from the start of the context to fit the model.
     """
 
     logprob: float
-    is_greedy: bool
+    is_greedy: bool | None
     truncated_tokens: int
 
 
@@ -63,13 +63,30 @@ class GenerateResult:
 
     Attributes:
         text: the generated text, without the prompt.
-        finish_reason: `stop` or `length`.
+        finish_reason: `stop`, `length`, or what else a server gives, such as `content_filter`.
         truncated_tokens: tokens dropped from the start of the prompt to fit the model.
+        reasoning: what the model thought before its answer, where it is kept apart from the text.
     """
 
     text: str
     finish_reason: str
     truncated_tokens: int = 0
+    reasoning: str = ""
+
+
+@dataclass(frozen=True)
+class RequestFailure:
+    """Stands in place of a result that could not be had; the sample counts as failed and is asked again later.
+
+    Attributes:
+        reason: one line.
+    """
+
+    reason: str
+
+
+Request = LoglikelihoodRequest | GenerateRequest
+Result = LoglikelihoodResult | GenerateResult | RequestFailure
 
 
 @dataclass(frozen=True)
@@ -80,13 +97,15 @@ class ModelDescription:
         name: as the user knows it.
         num_parameters: weights, or `None` when the backend does not know.
         fingerprint: digest of the weights, or `None`.
-        details: further lines of the report, such as dtype and layout.
+        details: further lines of the report, such as dtype and layout, which could change a score.
+        location: further lines that change none, such as a server's address; a run may go on at another.
     """
 
     name: str
     num_parameters: int | None = None
     fingerprint: str | None = None
     details: Mapping[str, str] = field(default_factory=dict)
+    location: Mapping[str, str] = field(default_factory=dict)
 
 
 class EvaluatedModel(Protocol):
@@ -96,12 +115,23 @@ class EvaluatedModel(Protocol):
         """Return the name, size and fingerprint of the model."""
         ...
 
-    def loglikelihood(self, requests: Sequence[LoglikelihoodRequest]) -> Sequence[LoglikelihoodResult]:
-        """Return the log-likelihood of each continuation."""
+    def loglikelihood(
+        self, requests: Sequence[LoglikelihoodRequest]
+    ) -> Sequence[LoglikelihoodResult | RequestFailure]:
+        """Return the log-likelihood of each continuation, or why there is none."""
         ...
 
-    def generate(self, requests: Sequence[GenerateRequest]) -> Sequence[GenerateResult]:
+    def generate(self, requests: Sequence[GenerateRequest]) -> Sequence[GenerateResult | RequestFailure]:
         """Generate a text after each prompt."""
+        ...
+
+
+@runtime_checkable
+class ConcurrentModel(Protocol):
+    """A model with requests of several samples in work at once, such as a server; results come when they are ready."""
+
+    def answer_each(self, groups: Sequence[Sequence[Request]]) -> Iterator[tuple[int, Sequence[Result]]]:
+        """Yield the number of a group and the results of its requests, in the order in which they come."""
         ...
 
 
@@ -111,13 +141,13 @@ class BackendOption:
 
     Attributes:
         name: with underscores; the flag has dashes.
-        type: `str`, `int`, `float` or `bool`.
+        type: `str`, `int`, `float` or `bool`; `list[str]` for an option that may be given several times.
         help: for `--help`.
         flags: other spellings of the flag.
     """
 
     name: str
-    type: type
+    type: Any
     help: str
     flags: tuple[str, ...] = ()
 

@@ -1,11 +1,12 @@
 """The backend for servers with the OpenAI API: completions or chat completions."""
 
+import json
 import os
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from ascendspeed_eval.errors import EvaluationError, UsageError
 from ascendspeed_eval.model import (
@@ -16,138 +17,163 @@ from ascendspeed_eval.model import (
     LoglikelihoodRequest,
     LoglikelihoodResult,
     ModelDescription,
+    Request,
+    RequestFailure,
+    Result,
 )
+from ascendspeed_eval.progress import log
+from ascendspeed_eval.small_files import parse_json
 
 if TYPE_CHECKING:
-    import httpx
+    from ascendspeed_eval.server.answers import Answer
+    from ascendspeed_eval.server.client import ServerClient
+    from ascendspeed_eval.server.echo import Echo
 
 KEY_VARIABLE = "OPENAI_API_KEY"
-MIN_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 0.5, 30.0
-RETRIED_STATUS_CODES = (408, 409, 425, 429, 500, 502, 503, 504)
 MAX_STOP_STRINGS = 4
 """Limit of the OpenAI API; this client applies further stop strings itself."""
-
-Request = TypeVar("Request")
-Answer = TypeVar("Answer")
+OWN_KEYS = ("model", "prompt", "messages", "echo", "logprobs", "stream", "n", "best_of", "suffix")
+"""Keys of a request that decide what is asked and how the answer is read."""
 
 
 class ServerModel:
-    """A model behind a server; several requests run at once.
+    """A model behind a server; the requests of several samples run at once.
 
     Args:
-        client: connection; its base address ends in `/v1`.
-        name: model, as the server knows it.
+        client: connection.
         api: `completions` or `chat`.
-        concurrency: requests at once.
-        retries: further tries after an answer that may pass, such as 429 or 503.
+        concurrency: samples at once.
+        extra_body: as the user gave it, for the description.
     """
 
-    def __init__(self, client: "httpx.Client", name: str, api: str, concurrency: int, retries: int) -> None:
-        self._client, self._name, self._api = client, name, api
-        self._concurrency, self._retries = concurrency, retries
+    def __init__(
+        self, client: "ServerClient", api: str, concurrency: int, extra_body: Mapping[str, Any] | None = None
+    ) -> None:
+        self._client, self._api, self._concurrency = client, api, concurrency
+        self._extra = extra_body or {}
 
     def describe(self) -> ModelDescription:
         """Return the model's name; servers do not report size or weights."""
+        details = {"backend": "openai", "api": self._api}
+        if self._extra:
+            details["extra_body"] = json.dumps(self._extra, sort_keys=True)
         return ModelDescription(
-            self._name, details={"backend": "openai", "server": str(self._client.base_url), "api": self._api}
+            self._client.model, details=details, location={"server": self._client.address}
         )
 
-    def loglikelihood(self, requests: Sequence[LoglikelihoodRequest]) -> list[LoglikelihoodResult]:
+    def loglikelihood(
+        self, requests: Sequence[LoglikelihoodRequest]
+    ) -> list[LoglikelihoodResult | RequestFailure]:
         """Return log-likelihoods; the server must support `echo` with `logprobs`."""
-        if self._api == "chat":
+        found = dict(self.answer_each([[one] for one in requests]))
+        return [found[number][0] for number in range(len(requests))]  # type: ignore[misc]
+
+    def generate(self, requests: Sequence[GenerateRequest]) -> list[GenerateResult | RequestFailure]:
+        """Continue prompts."""
+        found = dict(self.answer_each([[one] for one in requests]))
+        return [found[number][0] for number in range(len(requests))]  # type: ignore[misc]
+
+    def answer_each(self, groups: Sequence[Sequence[Request]]) -> Iterator[tuple[int, list[Result]]]:
+        """Answer groups of requests, `concurrency` of them at once, and yield each as soon as it is answered.
+
+        No more are begun than the caller has taken, so what is lost if the process is killed is small.
+        """
+        if self._api == "chat" and any(
+            isinstance(one, LoglikelihoodRequest) for own in groups for one in own
+        ):
             raise UsageError(
                 "api=chat returns no log-likelihoods; choose --api completions, or a protocol that generates text"
             )
-        return self._each(requests, self._score)
-
-    def generate(self, requests: Sequence[GenerateRequest]) -> list[GenerateResult]:
-        """Continue prompts."""
-        return self._each(requests, self._continue)
-
-    def _each(self, requests: Sequence[Request], send: Callable[[Request], Answer]) -> list[Answer]:
-        with ThreadPoolExecutor(self._concurrency) as pool:
-            return list(pool.map(send, requests))
-
-    def _score(self, request: LoglikelihoodRequest) -> LoglikelihoodResult:
-        kept = len(request.context.rstrip())
-        text = request.context + request.continuation
-        body = {"prompt": text, "max_tokens": 1, "temperature": 0, "logprobs": 1, "echo": True}
-        choice = self._post("completions", body)["choices"][0]
+        waiting = iter(range(len(groups)))
+        running: dict[Future[list[Result]], int] = {}
+        pool = ThreadPoolExecutor(self._concurrency)
         try:
-            found = choice["logprobs"]
-            tokens = list(
-                zip(
-                    found["text_offset"],
-                    found["tokens"],
-                    found["token_logprobs"],
-                    found["top_logprobs"],
-                    strict=True,
+            while True:
+                while len(running) < self._concurrency and (number := next(waiting, None)) is not None:
+                    running[pool.submit(self._answer, groups[number])] = number
+                if not running:
+                    return
+                for done in wait(running, return_when=FIRST_COMPLETED).done:
+                    yield running.pop(done), done.result()
+        finally:
+            if running:
+                self._client.stop()
+            pool.shutdown(wait=not running, cancel_futures=True)
+
+    def _answer(self, requests: Sequence[Request]) -> list[Result]:
+        contexts: dict[str, Echo] = {}
+        results: list[Result] = []
+        for one in requests:
+            try:
+                results.append(
+                    self._score(one, contexts)
+                    if isinstance(one, LoglikelihoodRequest)
+                    else self._continue(one)
                 )
-            )
-        except (KeyError, TypeError, ValueError):
+            except EvaluationError as error:
+                results.append(RequestFailure(str(error)))
+                break
+        return results
+
+    def _score(self, request: LoglikelihoodRequest, contexts: dict[str, "Echo"]) -> LoglikelihoodResult:
+        from ascendspeed_eval.server.answers import AnswerError
+        from ascendspeed_eval.server.echo import Echo, continuation_tokens, read_echo
+
+        kept = len(request.context.rstrip())
+        context, text = request.context[:kept], request.context + request.continuation
+
+        def echo(prompt: str) -> Echo:
+            body = {"prompt": prompt, "max_tokens": 1, "temperature": 0, "logprobs": 1, "echo": True}
+            return self._client.post("completions", body, lambda answer: read_echo(answer, prompt))
+
+        def echo_of_context() -> Echo:
+            if context not in contexts:
+                contexts[context] = echo(context)
+            return contexts[context]
+
+        found = echo(text)
+        try:
+            own = continuation_tokens(found, text, kept, echo_of_context if context else None)
+        except AnswerError as error:
+            raise EvaluationError(f"{self._client.address}completions: {error.problem}") from None
+        values = [found.found.token_logprobs[number] for number in own]
+        if any(value is None for value in values):
             raise EvaluationError(
-                f"{self._client.base_url} returns no log-probabilities of the prompt (echo with logprobs); choose a "
-                "protocol that generates text"
-            ) from None
-        # A token that crosses the boundary belongs to the continuation; so do spaces at the end of the context.
-        own = [one for one in tokens if one[0] + len(one[1]) > kept and one[0] < len(text)]
-        if not own or any(value is None for _, _, value, _ in own):
-            raise EvaluationError(
-                f"{self._client.base_url} returns no log-probability of {request.continuation!r}"
+                f"{self._client.address}completions: it gives no log-probability of {request.continuation!r}"
             )
-        greedy = all(not top or value >= max(top.values()) for _, _, value, top in own)
-        return LoglikelihoodResult(sum(value for _, _, value, _ in own), greedy, 0)
+        tops = found.found.top_logprobs
+        greedy = None
+        if tops is not None:
+            known = [(value, tops[number]) for value, number in zip(values, own, strict=True)]
+            greedy = all(
+                not top or (value is not None and value >= max(top.values())) for value, top in known
+            )
+        return LoglikelihoodResult(sum(value for value in values if value is not None), greedy, 0)
 
     def _continue(self, request: GenerateRequest) -> GenerateResult:
+        from ascendspeed_eval.server.answers import Continuation, continuation_of
+
         body: dict[str, Any] = {"max_tokens": request.max_new_tokens, "temperature": request.temperature}
         if request.temperature:
             body["seed"] = request.seed
         if request.stop:
             body["stop"] = list(request.stop[:MAX_STOP_STRINGS])
-        if self._api == "chat":
+        is_chat = self._api == "chat"
+
+        def read(answer: "Answer") -> Continuation:
+            return continuation_of(answer, is_chat)
+
+        if is_chat:
             body["messages"] = [{"role": "user", "content": request.prompt}]
-            choice = self._post("chat/completions", body)["choices"][0]
-            text = choice["message"]["content"] or ""
+            found = self._client.post("chat/completions", body, read)
         else:
-            choice = self._post("completions", {**body, "prompt": request.prompt})["choices"][0]
-            text = choice["text"]
+            found = self._client.post("completions", {**body, "prompt": request.prompt}, read)
+        text, reason = found.text, found.finish_reason
         for stop in request.stop:
-            text = text.partition(stop)[0]
-        return GenerateResult(text, "length" if choice.get("finish_reason") == "length" else "stop")
-
-    def _post(self, path: str, body: Mapping[str, Any]) -> Any:
-        """Send a request; retry after a pause if the error may be temporary.
-
-        Raises:
-            EvaluationError: the server does not answer, or answers with an error.
-        """
-        import httpx
-
-        pause, problem = MIN_PAUSE_SECONDS, ""
-        for tries in range(self._retries + 1):
-            if tries:
-                time.sleep(pause)
-                pause = min(pause * 2, MAX_PAUSE_SECONDS)
-            try:
-                answer = self._client.post(path, json={"model": self._name, **body})
-            except httpx.HTTPError as error:
-                problem = f"{type(error).__name__}: {error}"
-                continue
-            if answer.status_code == httpx.codes.OK:
-                return answer.json()
-            problem = f"status {answer.status_code}: {answer.text[:200]}"
-            if answer.status_code not in RETRIED_STATUS_CODES:
-                break
-            pause = max(pause, _retry_after_seconds(answer.headers.get("retry-after")))
-        raise EvaluationError(f"{self._client.base_url}{path}: {problem}")
-
-
-def _retry_after_seconds(header: str | None) -> float:
-    """Return the pause that a `Retry-After` header asks for, in seconds."""
-    try:
-        return min(float(header or 0), MAX_PAUSE_SECONDS)
-    except ValueError:
-        return 0.0
+            if stop in text:
+                # The server's own limit came after the text that ends the answer here.
+                text, reason = text.partition(stop)[0], "stop"
+        return GenerateResult(text, reason, 0, found.reasoning)
 
 
 class ServerBackend:
@@ -163,9 +189,18 @@ class ServerBackend:
         ),
         BackendOption("served_model", str, "Name of the model on the server."),
         BackendOption("api", str, "API to use: completions or chat. [default: completions]"),
-        BackendOption("concurrency", int, "Number of requests at once. [default: 8]"),
+        BackendOption("concurrency", int, "Number of samples asked at once. [default: 8]"),
         BackendOption("retries", int, "Retries of a failed request. [default: 5]"),
         BackendOption("timeout_seconds", float, "Timeout of a request, in seconds. [default: 600]"),
+        BackendOption(
+            "extra_body",
+            str,
+            "JSON object with further keys of each request, such as '{\"top_k\": 20}'; a value null leaves a key out, "
+            "and max_completion_tokens takes the place of max_tokens.",
+        ),
+        BackendOption(
+            "header", list[str], "Further header of each request, as 'Name: value'; recorded nowhere."
+        ),
     )
 
     def claims(self, options: Mapping[str, Any]) -> bool:
@@ -181,8 +216,14 @@ class ServerBackend:
         if options.get("api", "completions") not in ("completions", "chat"):
             raise UsageError(f"api={options['api']} is unknown; choose completions or chat")
         for name in ("concurrency", "timeout_seconds"):
-            if options.get(name, 1) <= 0:
+            if not 0 < options.get(name, 1) < float("inf"):
                 raise UsageError(f"{name}={options[name]} is not above 0; give a larger value")
+        if options.get("retries", 0) < 0:
+            raise UsageError(f"retries={options['retries']} is below 0; give 0 for none")
+        check_address(options["base_url"])
+        read_headers(options.get("header", ()))
+        for line in replaced_settings(read_extra_body(options.get("extra_body"))):
+            log(line)
         return False
 
     @contextmanager
@@ -190,20 +231,93 @@ class ServerBackend:
         """Connect."""
         import httpx
 
+        from ascendspeed_eval.server.client import ServerClient
+
         key = os.environ.get(KEY_VARIABLE)
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        with httpx.Client(
-            base_url=options["base_url"].rstrip("/") + "/",
-            headers=headers,
-            timeout=options.get("timeout_seconds", 600.0),
-        ) as client:
-            yield ServerModel(
-                client,
-                options["served_model"],
-                options.get("api", "completions"),
-                options.get("concurrency", 8),
-                options.get("retries", 5),
+        headers = read_headers([f"Authorization: Bearer {key}"] if key else [], KEY_VARIABLE)
+        headers |= read_headers(options.get("header", ()))
+        timeout, extra = options.get("timeout_seconds", 600.0), read_extra_body(options.get("extra_body"))
+        url = httpx.URL(options["base_url"].rstrip("/") + "/")
+        secrets = [key or "", url.password, *headers.values()]
+        concurrency = options.get("concurrency", 8)
+        limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
+        with httpx.Client(base_url=url, headers=headers, timeout=timeout, limits=limits) as http:
+            client = ServerClient(
+                http, check_address(options["base_url"]), options["served_model"], extra,
+                options.get("retries", 5), timeout, secrets,
+            )  # fmt: skip
+            try:
+                yield ServerModel(client, options.get("api", "completions"), concurrency, extra)
+            finally:
+                client.stop()
+                for reason, count in sorted(client.repeated().items()):
+                    log(f"{client.address}: {count} requests were sent again after {reason}")
+
+
+def check_address(text: str) -> str:
+    """Return the address of a server as messages show it: without user, password and query.
+
+    Raises:
+        UsageError: it is no address of HTTP.
+    """
+    import httpx
+
+    try:
+        url = httpx.URL(text)
+    except (httpx.InvalidURL, UnicodeError, ValueError) as error:
+        raise UsageError(
+            f"base_url is no address: {error}; give one such as http://localhost:8000/v1"
+        ) from None
+    if url.scheme not in ("http", "https") or not url.host:
+        raise UsageError(f"base_url={text} is no address of HTTP; give one such as http://localhost:8000/v1")
+    if url.query or url.fragment:
+        raise UsageError("base_url has a query or a fragment; give keys by --header")
+    return str(url.copy_with(username=None, password=None)).rstrip("/") + "/"
+
+
+def read_headers(lines: Sequence[str], source: str = "header") -> dict[str, str]:
+    """Return headers by name.
+
+    Raises:
+        UsageError: one is not `Name: value`, or holds what a header cannot; values are not shown.
+    """
+    found = {}
+    for number, line in enumerate(lines, 1):
+        name, colon, value = (part.strip() for part in line.partition(":"))
+        if not colon or not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):
+            raise UsageError(
+                f"{source}, number {number}, is not 'Name: value'; correct it (values are not shown)"
             )
+        if not value.isascii() or not value.isprintable():
+            raise UsageError(f"{source}: the value of {name} holds more than printable ASCII; correct it")
+        found[name] = value
+    return found
+
+
+def read_extra_body(text: str | None) -> dict[str, Any]:
+    """Return the keys that a user adds to each request.
+
+    Raises:
+        UsageError: it is no JSON object, or sets what this program sets itself.
+    """
+    try:
+        found = parse_json(text or "{}", "extra_body")
+    except EvaluationError as error:
+        raise UsageError(str(error).replace("correct the file", "correct it")) from None
+    if not isinstance(found, dict):
+        raise UsageError(f'extra_body={text} is no JSON object; give one such as {{"top_k": 20}}')
+    for key in found:
+        if key in OWN_KEYS:
+            raise UsageError(f"extra_body has {key}, which this program sets itself; leave it out")
+    return found
+
+
+def replaced_settings(extra: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a line for each key that takes the place of one of the run's own settings."""
+    for key in ("temperature", "max_tokens", "max_completion_tokens", "seed", "stop"):
+        if key in extra:
+            shown = "is left out" if extra[key] is None else f"is {json.dumps(extra[key])}"
+            yield f"extra_body: {key} {shown}, whatever the protocol says"
 
 
 backend = ServerBackend()

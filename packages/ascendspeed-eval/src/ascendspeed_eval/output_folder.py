@@ -1,11 +1,14 @@
 """The output folder of a run: `run.json`, `samples.jsonl`, `results.json` and `submission.json`.
 
-Each sample is appended as soon as it is scored, so an interrupted run loses at most the batch in progress.
+Each sample is appended as soon as it is scored, so an interrupted run loses at most the batch in progress. Samples
+without an answer are named in `failed.jsonl`.
 """
 
 import fcntl
 import json
+import math
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, Field, asdict, fields
@@ -15,9 +18,11 @@ from typing import Any
 from ascendspeed_eval.errors import EvaluationError
 from ascendspeed_eval.progress import log
 from ascendspeed_eval.small_files import KeyTypes, check_keys, is_a, parse_json, read_bytes, read_text
-from ascendspeed_eval.tasks.base import ScoredSample
+from ascendspeed_eval.tasks.samples import ScoredSample
 
 SAMPLES, RESULTS, SETTINGS, SUBMISSION = "samples.jsonl", "results.json", "run.json", "submission.json"
+FAILED = "failed.jsonl"
+_SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 @contextmanager
@@ -73,8 +78,26 @@ def resume_samples(folder: Path, identity: Mapping[str, Any]) -> list[ScoredSamp
     done = [_sample(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
     if rest:
         log(f"{path}: its last line is incomplete; that sample is computed again")
-    write_atomically(path, "".join(json.dumps(asdict(s), ensure_ascii=False) + "\n" for s in done))
+    write_samples(folder, done)
     return done
+
+
+def line_of(record: ScoredSample | Mapping[str, Any]) -> str:
+    """Return a record as a line of JSON; half a surrogate pair, which UTF-8 cannot hold, stays an escape."""
+    fields = asdict(record) if isinstance(record, ScoredSample) else dict(record)
+    text = json.dumps(fields, ensure_ascii=False)
+    return _SURROGATES.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n"
+
+
+def write_samples(folder: Path, scored: Sequence[ScoredSample]) -> None:
+    """Replace `samples.jsonl`."""
+    write_atomically(folder / SAMPLES, "".join(map(line_of, scored)))
+
+
+def append_failure(folder: Path, name: str, subset: str, reason: str) -> None:
+    """Add a line to `failed.jsonl`: a sample without an answer, and why."""
+    with (folder / FAILED).open("a", encoding="utf-8") as file:
+        file.write(line_of({"id": name, "subset": subset, "reason": reason}))
 
 
 def read_samples(folder: Path) -> list[ScoredSample]:
@@ -92,7 +115,8 @@ def read_samples(folder: Path) -> list[ScoredSample]:
 
 _TYPES: KeyTypes = {
     "id": str, "subset": str, "prompt": str, "scores": dict, "truncated_tokens": int, "choices": list,
-    "logprobs": list, "answer": (int, type(None)), "outputs": list, "extracted": dict,
+    "logprobs": list, "answer": (int, type(None)), "outputs": list, "extracted": dict, "finish_reasons": list,
+    "marks": list,
 }  # fmt: skip
 
 
@@ -108,7 +132,7 @@ def _sample(line: bytes, where: str) -> ScoredSample:
         raise EvaluationError(
             f"{where} is not UTF-8 ({error.reason}); delete the line, or choose another --output-dir"
         ) from None
-    given = parse_json(text, where)
+    given = parse_json(text, where, allow_surrogates=True)
     check_keys(given, {}, where)
     known = {one.name for one in fields(ScoredSample)}
     unknown = [key for key in given if key not in known]
@@ -121,8 +145,9 @@ def _sample(line: bytes, where: str) -> ScoredSample:
     check_keys(given, {key: kind for key, kind in _TYPES.items() if key in given}, where)
     sample = ScoredSample(**given)
     numbers = [*sample.scores.values(), *sample.logprobs]
-    texts = [*sample.choices, *sample.outputs]
-    is_whole = all(is_a(one, (int, float)) for one in numbers) and all(is_a(one, (str,)) for one in texts)
+    texts = [*sample.choices, *sample.outputs, *sample.finish_reasons, *sample.marks]
+    is_whole = all(is_a(one, (str,)) for one in texts)
+    is_whole = is_whole and all(is_a(one, (int, float)) and math.isfinite(one) for one in numbers)
     if not is_whole or (sample.answer is not None and not 0 <= sample.answer < len(sample.choices)):
         raise EvaluationError(f"{where}: a value has the wrong type; delete the line")
     return sample

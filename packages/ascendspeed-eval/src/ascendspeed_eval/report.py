@@ -4,10 +4,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ascendspeed_eval.answer_quality import notes
 from ascendspeed_eval.errors import EvaluationError
 from ascendspeed_eval.report_html import html_report
 from ascendspeed_eval.small_files import KeyTypes, check_keys, is_a, parse_json, read_text
-from ascendspeed_eval.tasks.base import ScoredSample
+from ascendspeed_eval.tasks.samples import ScoredSample
 
 TOY_MODEL_PARAMETERS = 100_000_000
 REPORT, REPORT_HTML = "report.md", "report.html"
@@ -24,6 +25,7 @@ def warnings(results: Mapping[str, Any]) -> Iterator[str]:
     for name, task in results["tasks"].items():
         if task["truncated_samples"]:
             yield f"{name}: {task['truncated_samples']} prompts were too long and lost their beginning."
+        yield from notes(name, task)
         unlabelled = task["num_samples"] - task["num_scored"]
         if unlabelled:
             yield f"{name}: {unlabelled} questions have no labels and so no score; submission.json has the answers."
@@ -44,6 +46,8 @@ def markdown(results: Mapping[str, Any]) -> str:
         lines.append(f"- {name}, protocol `{task['protocol']}`{default}: {task['protocol_summary']}.")
         lines += [f"- metrics: {', '.join(f'{key} {value:.4f}' for key, value in task['metrics'].items())}"]
         lines += [f"- answers: {task['answers']}"] if task["answers"] else []
+        reasons = ", ".join(f"{key} {value}" for key, value in task.get("finish_reasons", {}).items())
+        lines += [f"- why generated texts ended: {reasons}"] if reasons else []
         lines += ["", *_table(_groups_and_subsets(task)), ""] if len(task["subsets"]) > 1 else []
         lines += (
             ["", "Published scores:", "", *_table(_references(task)), ""] if task["reference_scores"] else []
@@ -55,9 +59,10 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 def write_report(folder: Path, results: Mapping[str, Any], scored: Sequence[ScoredSample]) -> None:
     """Write `report.md` and `report.html`."""
-    (folder / REPORT).write_text(markdown(results), encoding="utf-8")
+    # Texts of models may hold half a surrogate pair, which UTF-8 cannot hold.
+    (folder / REPORT).write_text(markdown(results), encoding="utf-8", errors="backslashreplace")
     page = html_report(results, list(warnings(results)), scored)
-    (folder / REPORT_HTML).write_text(page, encoding="utf-8")
+    (folder / REPORT_HTML).write_text(page, encoding="utf-8", errors="backslashreplace")
 
 
 def read_results(folder: Path) -> dict[str, Any]:

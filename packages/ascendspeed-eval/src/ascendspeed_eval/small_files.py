@@ -11,7 +11,7 @@ import json
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ascendspeed_eval.errors import EvaluationError
 
@@ -52,15 +52,20 @@ def read_bytes(path: Path, name: str = "", option: str = "the path") -> bytes:
         raise EvaluationError(f"{name} cannot be read: {error}; copy it again") from None
 
 
-def parse_json(text: str, where: str) -> Any:
-    """Parse JSON; numbers that are none, which answers may have as log-probabilities, are let through.
+def parse_json(text: str, where: str, allow_surrogates: bool = False) -> Any:
+    """Parse JSON.
+
+    Args:
+        text: the JSON.
+        where: begins messages.
+        allow_surrogates: let half a surrogate pair through, as texts of models have it.
 
     Raises:
         EvaluationError: it is not JSON; the message begins with `where`.
     """
     try:
-        value = json.loads(text, object_pairs_hook=_without_doubles)
-        if "\\ud" in text.lower():
+        value = json.loads(text, object_pairs_hook=_without_doubles, parse_constant=_refuse_constant)
+        if not allow_surrogates and "\\ud" in text.lower():
             json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         at = f", line {error.lineno}" if "\n" in text.strip() else ""
@@ -95,6 +100,10 @@ def check_keys(record: Any, keys: KeyTypes, where: str) -> None:
 def is_a(value: Any, kinds: tuple[type, ...]) -> bool:
     """Tell whether a value has one of these types; true and false are no numbers."""
     return isinstance(value, kinds) and (not isinstance(value, bool) or bool in kinds or object in kinds)
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"it has {name}, which is no number")
 
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

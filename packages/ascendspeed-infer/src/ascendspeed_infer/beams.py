@@ -15,7 +15,13 @@ from typing import Literal
 import torch
 
 from ascendspeed_data.errors import ConfigError
-from ascendspeed_infer.sampling import SamplingParams, apply_repetition_penalty, keep_top_k, keep_top_p
+from ascendspeed_infer.sampling import (
+    SamplingParams,
+    apply_repetition_penalty,
+    check_finite_logits,
+    keep_top_k,
+    keep_top_p,
+)
 
 IMPOSSIBLE_SCORE = -1.0e9
 """Score of a candidate that is none."""
@@ -106,7 +112,11 @@ class BeamHypotheses:
 
         Returns:
             For each new running beam the number of the one that it continues, [B].
+
+        Raises:
+            AscendSpeedError: a logit is not finite.
         """
+        check_finite_logits(float(logits.max()))
         raw = logits.float().cpu().log_softmax(dim=-1)
         processed = torch.stack(
             [self._process_log_probs(row, beam) for row, beam in zip(raw, self.running, strict=True)]

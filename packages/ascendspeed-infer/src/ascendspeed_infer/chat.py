@@ -11,7 +11,7 @@ from ascendspeed_data.prompting import LAYOUT_NAMES, PromptLayout, layout_named,
 from ascendspeed_data.tokenizer import Tokenizer
 from ascendspeed_infer.config import AnswerConfig
 from ascendspeed_infer.requests import StreamedText
-from ascendspeed_infer.text_generator import TextGenerator
+from ascendspeed_infer.text_generator import TextGenerator, check_text
 
 QUIT = ("q", "quit", "exit")
 CLEAR = ("clear", "new")
@@ -45,7 +45,7 @@ class Chat:
         self._limit = model.engine.max_model_len
         self._reserved = min(sampling.max_new_tokens, self._limit // 2)
         # A layout that cannot take the system message says so before the first message.
-        layout.ids([*self._system, {"role": "user", "content": "Hello"}])
+        self._ids([{"role": "user", "content": "Hello"}])
 
     def clear(self) -> None:
         """Begin a new conversation."""
@@ -60,6 +60,7 @@ class Chat:
         Raises:
             AscendSpeedError: the message alone is too long.
         """
+        check_text(text)
         message: Message = {"role": "user", "content": text}
         ids, kept = self._fit_history([*self.messages, message])
         self.left_out_turns += (len(self.messages) + 1 - len(kept)) // 2
@@ -84,10 +85,13 @@ class Chat:
             # An answer that was interrupted counts as far as it got.
             self.messages = [*self.messages, message, {"role": "assistant", "content": answer.strip()}]
 
+    def _ids(self, messages: list[Message]) -> list[int]:
+        return self.layout.ids([*self._system, *messages], self._sampling.parse_special)
+
     def _fit_history(self, messages: list[Message]) -> tuple[list[int], list[Message]]:
         """Leave out the oldest turns until an answer fits."""
         while True:
-            ids = self.layout.ids([*self._system, *messages])
+            ids = self._ids(messages)
             if len(ids) + self._reserved <= self._limit:
                 return ids, messages
             if len(messages) == 1:

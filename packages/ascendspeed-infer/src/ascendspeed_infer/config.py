@@ -52,6 +52,12 @@ class AnswerConfig(Config):
         json_schema_extra=spellings("--eos-token-id"),
     )
     ignore_eos: bool = Field(False, description="Go on past end-of-text ids.", json_schema_extra={"off": ""})
+    parse_special: bool = Field(
+        False,
+        description="Read special pieces that a prompt or message spells, such as <|im_end|>, as control; without it "
+        "they are text.",
+        json_schema_extra={"off": ""},
+    )
 
     @field_validator("stop", "eos_token_ids", mode="before")
     @classmethod
@@ -265,6 +271,28 @@ class EngineConfig(Config):
         "ascendspeed",
         description="Engine that generates: ascendspeed, transformers, vllm, or an installed one.",
     )
+    engine_option: tuple[str, ...] = Field(
+        (),
+        description="NAME=VALUE: an argument of the engine itself, such as gpu_memory_utilization=0.3 of vllm or "
+        "attn_implementation=eager of transformers.",
+    )
+
+    @field_validator("engine_option")
+    @classmethod
+    def _has_names(cls, given: tuple[str, ...]) -> tuple[str, ...]:
+        names = [one.partition("=")[0].strip().replace("-", "_") for one in given]
+        for one, name in zip(given, names, strict=True):
+            if not name.isidentifier() or "=" not in one:
+                raise ValueError(f"engine_option={one} is not NAME=VALUE; correct it")
+            if names.count(name) > 1:
+                raise ValueError(f"engine_option={name} is given twice; keep one")
+        return given
+
+    @property
+    def engine_options(self) -> dict[str, str]:
+        """Arguments of the engine itself, as typed, by name."""
+        parts = [one.partition("=") for one in self.engine_option]
+        return {name.strip().replace("-", "_"): value for name, _, value in parts}
 
 
 class LoadedModelConfig(Config):
@@ -281,6 +309,11 @@ class LoadedModelConfig(Config):
     launch: LaunchConfig = LaunchConfig()
 
     @property
+    def needs_tokenizer(self) -> bool:
+        """Whether texts are wanted or looked at."""
+        return True
+
+    @property
     def parallel(self) -> ParallelConfig:
         """The layout as the model is cut by it."""
         return validate(ParallelConfig, self.layout.model_dump())
@@ -290,6 +323,11 @@ class GenerateConfig(LoadedModelConfig):
     """Everything `asd-infer generate` takes."""
 
     sampling: SamplingConfig = SamplingConfig()
+
+    @property
+    def needs_tokenizer(self) -> bool:
+        """Whether texts are wanted or looked at; prompts of ids need no tokenizer."""
+        return self.sampling.detokenize or bool(self.sampling.stop)
 
 
 class ScoringConfig(Config):

@@ -34,6 +34,7 @@ COMMON_OPTIONS = frozenset(
         "seed",
         "echo",
         "detokenize",
+        "parse_special",
     )
 )
 """Options of `SamplingConfig` that are in every request, or are done with its text."""
@@ -125,7 +126,7 @@ class EngineKind(Protocol):
     Attributes:
         name: as `--engine` takes it.
         options: fields of `LoadedModelConfig`'s sections on source, adapter, layout, precision and devices that it
-            obeys, besides `load`; others are refused.
+            obeys, besides `load`; `engine_option` if it takes arguments of its own; others are refused.
     """
 
     name: str
@@ -179,6 +180,19 @@ def check_options(config: LoadedModelConfig, kind: EngineKind) -> None:
             value = getattr(part, name)
             if value != type(part).model_fields[name].default:
                 raise ConfigError(f"{name}={value} is no option of engine={kind.name}; leave it out")
+    if "engine_option" not in kind.options:
+        refuse_engine_options(config, kind.name)
+
+
+def refuse_engine_options(config: LoadedModelConfig, name: str) -> None:
+    """Raise `ConfigError` if arguments of the engine itself were given to one that takes none."""
+    for option, value in config.engine.engine_options.items():
+        raise ConfigError(f"{show_option(option, value)}: engine={name} takes no such options; leave it out")
+
+
+def show_option(name: str, value: str) -> str:
+    """Return how messages name an argument of an engine itself."""
+    return f"engine_option={name}={value}"
 
 
 def check_sampling(config: SamplingConfig, name: str, supported: frozenset[str]) -> None:

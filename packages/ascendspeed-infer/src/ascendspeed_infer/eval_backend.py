@@ -5,7 +5,7 @@ Importing this module imports no torch: `asd-eval run --help` lists its options.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ascendspeed_core.config.load import load_config
@@ -37,6 +37,7 @@ class ModelDescription:
     num_parameters: int | None
     fingerprint: str | None
     details: Mapping[str, str]
+    location: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,14 @@ class GenerateResult:
     text: str
     finish_reason: str
     truncated_tokens: int = 0
+    reasoning: str = ""
+
+
+@dataclass(frozen=True)
+class RequestFailure:
+    """See `ascendspeed_eval.model.RequestFailure`."""
+
+    reason: str
 
 
 SECTIONS_OF_THE_TASK = ("[engine]", "[sampling]")
@@ -237,16 +246,20 @@ class ServedModel:
         return self._score(requests) if method == "loglikelihood" else self._continue(requests)
 
     def _score(self, requests: list[Any]) -> list[Any]:
-        return list(self._model.loglikelihood(requests, self._max_tokens))
+        # Log-likelihoods that are not finite fail their samples alone.
+        return list(self._model.loglikelihood(requests, self._max_tokens, check_finite=False))
 
-    def _continue(self, requests: list[Any]) -> list[GenerateResult]:
+    def _continue(self, requests: list[Any]) -> list[GenerateResult | RequestFailure]:
         from ascendspeed_infer.requests import GenerationRequest
 
         limit = self._max_tokens or self._model.llm_engine.max_model_len
         prompts = [GenerationRequest(*request) for request in requests]
-        completions = self._model.generate_batch(prompts, self._batch_size, limit, self._is_batch_invariant)
-        results = []
+        completions = self._model.generate_each(prompts, self._batch_size, limit, self._is_batch_invariant)
+        results: list[GenerateResult | RequestFailure] = []
         for one, done in zip(prompts, completions, strict=True):
+            if isinstance(done, AscendSpeedError):
+                results.append(RequestFailure(str(done)))
+                continue
             cut = len(self._model.tokenizer.encode(one.prompt)) - len(done.prompt_token_ids)
             results.append(GenerateResult(done.text, done.finish_reason, cut))
         return results

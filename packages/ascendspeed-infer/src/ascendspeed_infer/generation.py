@@ -7,6 +7,7 @@ stops early. Requests of others on the same engine go on meanwhile.
 from collections.abc import Iterator, Sequence
 
 from ascendspeed_core.models.cache import BLOCK_TOKENS, blocks_of
+from ascendspeed_data.errors import AscendSpeedError
 from ascendspeed_infer.beams import BeamSettings
 from ascendspeed_infer.engine.llm_engine import LLMEngine, cache_tokens_for, check_length
 from ascendspeed_infer.engine.scoring_request import Score, ScoringInput, ScoringRequest
@@ -26,7 +27,11 @@ CACHE_GROWTH = 2
 
 
 def complete_in_order(
-    engine: LLMEngine, requests: Sequence[Request], batch_size: int, batch_invariant: bool = False
+    engine: LLMEngine,
+    requests: Sequence[Request],
+    batch_size: int,
+    batch_invariant: bool = False,
+    raise_errors: bool = True,
 ) -> Iterator[Request]:
     """Continue requests side by side and yield each once it and those before it are finished.
 
@@ -35,6 +40,7 @@ def complete_in_order(
         requests: new ones; others are computed while one is waited for.
         batch_size: most sequences at once; a beam search counts with its beams.
         batch_invariant: see `LLMEngine.add_request`.
+        raise_errors: raise the error of a request; otherwise it is yielded with its `error`.
 
     Raises:
         AscendSpeedError: a prompt that leaves no room for the new tokens, before anything is computed.
@@ -58,7 +64,7 @@ def complete_in_order(
                     free -= running[-1][1].max_num_seqs
                     engine.add_request(name, running[-1][1], batch_invariant, salt)
                 engine.step()
-            if request.error is not None:
+            if request.error is not None and raise_errors:
                 raise request.error
             yield request
     finally:
@@ -114,7 +120,10 @@ def stream_tokens(
 
 
 def score(engine: LLMEngine, inputs: Sequence[ScoringInput]) -> list[Score]:
-    """Return the log-likelihood of each continuation, the same bit for bit whatever else is computed."""
+    """Return the log-likelihood of each continuation, the same bit for bit whatever else is computed.
+
+    One that is not finite is returned as it is.
+    """
     request = ScoringRequest(inputs, engine.shapes)
     if not inputs:
         return []
@@ -155,6 +164,26 @@ def generate_batch(
     requests = [SamplingRequest(*one) for one in zip(prompts, settings, checks, strict=True)]
     finished = complete_in_order(engine, requests, batch_size or len(requests), batch_invariant)
     return [output for request in finished for output in request.outputs()]
+
+
+def generate_each(
+    engine: LLMEngine,
+    prompts: Sequence[Sequence[int]],
+    settings: Sequence[GenerationSettings],
+    stop_checks: Sequence[StopCheck],
+    batch_size: int,
+    batch_invariant: bool = False,
+) -> list[CompletionOutput | AscendSpeedError]:
+    """Continue several prompts as `generate_batch` does; an error of one, such as logits that are not finite, ends it
+    alone and stands in its place.
+    """
+    requests = [SamplingRequest(*one) for one in zip(prompts, settings, stop_checks, strict=True)]
+    found: list[CompletionOutput | AscendSpeedError] = []
+    for one in complete_in_order(engine, requests, batch_size, batch_invariant, raise_errors=False):
+        if one.error is not None and not isinstance(one.error, AscendSpeedError):
+            raise one.error
+        found.append(one.error or one.outputs()[0])
+    return found
 
 
 def search_beams(

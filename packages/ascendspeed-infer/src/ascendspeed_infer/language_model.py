@@ -21,17 +21,17 @@ from ascendspeed_core.parallel.deepspeed import answer_from_shares
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.weights import WeightSource, open_source
 from ascendspeed_data.errors import AscendSpeedError
-from ascendspeed_data.tokenizer import Tokenizer, load_tokenizer
+from ascendspeed_data.tokenizer import Tokenizer
 from ascendspeed_infer.config import AdapterConfig, check_parallel, inference_layout
 from ascendspeed_infer.engine.llm_engine import LLMEngine, check_length
 from ascendspeed_infer.engine.scoring_request import Score
 from ascendspeed_infer.engine.sequence import GenerationSettings
-from ascendspeed_infer.generation import generate_batch, score
-from ascendspeed_infer.loading import find_tokenizer, stored_dtype, with_adapter, zero_settings
+from ascendspeed_infer.generation import generate_each, score
+from ascendspeed_infer.loading import open_tokenizer, stored_dtype, with_adapter, zero_settings
 from ascendspeed_infer.native_engine import NativeEngine
 from ascendspeed_infer.requests import Completion, GenerationRequest
 from ascendspeed_infer.sampling import SamplingParams
-from ascendspeed_infer.scoring import TextPair, inputs_of_ids, inputs_of_texts
+from ascendspeed_infer.scoring import TextPair, check_finite_scores, inputs_of_ids, inputs_of_texts
 from ascendspeed_infer.text_generator import TextGenerator
 
 
@@ -75,6 +75,7 @@ class LanguageModel(TextGenerator):
         merge_adapter: bool = True,
         weight_quantization: WeightQuantization = "none",
         model_config: Path | str | None = None,
+        needs_tokenizer: bool = True,
     ) -> "LanguageModel":
         """Load a checkpoint of any kind: a training run's folder, a Hugging Face folder, shards of 2023 or Megatron-LM.
 
@@ -88,6 +89,7 @@ class LanguageModel(TextGenerator):
             merge_adapter: add it to the weights as they are read; otherwise layers compute it beside them.
             weight_quantization: `int8` holds the matrices of layers and head as integers; arithmetic stays in `dtype`.
             model_config: config.json of a checkpoint of another program that does not say what model it is.
+            needs_tokenizer: refuse a checkpoint without a tokenizer; ids in and out need none.
 
         Raises:
             AscendSpeedError: nothing there, not recognised, damaged, no tokenizer, or an adapter of another model.
@@ -103,6 +105,7 @@ class LanguageModel(TextGenerator):
             parallel,
             False,
             weight_quantization,
+            needs_tokenizer,
         )
 
     @classmethod
@@ -130,23 +133,23 @@ class LanguageModel(TextGenerator):
         parallel: ParallelConfig | None,
         data_parallel: bool = False,
         weight_quantization: WeightQuantization = "none",
+        needs_tokenizer: bool = True,
     ) -> "LanguageModel":
         """Load the weights of a source; see `from_pretrained`.
 
         With `data_parallel`, ranks that the layout leaves over hold the model again, and the caller shares work out;
         under ZeRO-3 they hold it together, and all do all of it.
         """
-        folder = find_tokenizer(source, Path(tokenizer) if tokenizer is not None else None)
+        opened = open_tokenizer(source, Path(tokenizer) if tokenizer is not None else None, needs_tokenizer)
         parallel = parallel or ParallelConfig()
         check_parallel(parallel)
         world = world_of_environment()
         layout = parallel.layout(world.size) if data_parallel else inference_layout(parallel, world.size)
         parallel.check_model(source.config)
         mesh = ParallelMesh.create(choose_device(device, world.local_rank, quiet=True), layout)
-        opened = load_tokenizer(folder)
         if opened.vocab_size > source.config.vocab_size:
             raise AscendSpeedError(
-                f"tokenizer {folder} has vocab_size={opened.vocab_size}, the model {source.config.vocab_size}; "
+                f"tokenizer {opened.path} has vocab_size={opened.vocab_size}, the model {source.config.vocab_size}; "
                 "give the model's own tokenizer"
             )
         format_ = dtype or stored_dtype(source)
@@ -179,8 +182,22 @@ class LanguageModel(TextGenerator):
             batch_invariant: give each the same bit for bit whatever is computed with it.
 
         Raises:
-            AscendSpeedError: a request for more new tokens than fit.
+            AscendSpeedError: a request for more new tokens than fit, or logits that are not finite.
         """
+        found = self.generate_each(requests, batch_size, max_tokens, batch_invariant)
+        for number, one in enumerate(found, 1):
+            if isinstance(one, AscendSpeedError):
+                raise one if len(found) == 1 else AscendSpeedError(f"prompt {number}: {one}")
+        return [one for one in found if isinstance(one, Completion)]
+
+    def generate_each(
+        self,
+        requests: Sequence[GenerationRequest],
+        batch_size: int,
+        max_tokens: int,
+        batch_invariant: bool = False,
+    ) -> list[Completion | AscendSpeedError]:
+        """Continue several prompts as `generate_batch` does; an error of one stands in its place."""
         limit = min(max_tokens, self.llm_engine.max_model_len)
         prompts = []
         for one in requests:
@@ -199,7 +216,7 @@ class LanguageModel(TextGenerator):
             self.check_batch_invariance()
         # The longest first, so that none is left to be computed alone at the end.
         order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
-        outputs = generate_batch(
+        outputs = generate_each(
             self.llm_engine,
             [prompts[number] for number in order],
             [settings[number] for number in order],
@@ -208,10 +225,14 @@ class LanguageModel(TextGenerator):
             batch_invariant,
         )
         by_number = dict(zip(order, outputs, strict=True))
-        return [
-            self._completion(one.prompt, ids, own, by_number[number])
-            for number, (one, ids, own) in enumerate(zip(requests, prompts, settings, strict=True))
-        ]
+        found: list[Completion | AscendSpeedError] = []
+        for number, (one, ids, own) in enumerate(zip(requests, prompts, settings, strict=True)):
+            output = by_number[number]
+            if isinstance(output, AscendSpeedError):
+                found.append(output)
+            else:
+                found.append(self._completion(one.prompt, ids, own, output))
+        return found
 
     def check_batch_invariance(self) -> None:
         """Try once whether batch-invariant passes are that on this machine; see `LLMEngine`."""
@@ -221,6 +242,7 @@ class LanguageModel(TextGenerator):
         self,
         pairs: Sequence[tuple[str, str] | TextPair],
         max_tokens: int | None = None,
+        check_finite: bool = True,
     ) -> list[Score]:
         """Score continuations after their contexts.
 
@@ -228,21 +250,24 @@ class LanguageModel(TextGenerator):
             pairs: each a context and its continuation.
             max_tokens: longest input, by default the model's; longer ones lose the beginning of their context, which is
                 counted.
+            check_finite: refuse log-likelihoods that are not finite; otherwise they are returned as they are.
 
         Raises:
-            AscendSpeedError: a continuation alone is longer than `max_tokens`, or has nothing before it.
+            AscendSpeedError: a continuation alone is longer than `max_tokens`, or has nothing before it, or its
+                log-likelihood is not finite.
         """
         limit = min(max_tokens or math.inf, self.llm_engine.max_model_len)
         texts = [pair if isinstance(pair, TextPair) else TextPair(*pair) for pair in pairs]
-        return score(self.llm_engine, inputs_of_texts(self.tokenizer, texts, int(limit)))
+        scores = score(self.llm_engine, inputs_of_texts(self.tokenizer, texts, int(limit)))
+        return check_finite_scores(scores) if check_finite else scores
 
     def loglikelihood_of_ids(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Score]:
         """Score ids after ids.
 
         Raises:
-            AscendSpeedError: a context or a continuation is empty.
+            AscendSpeedError: a context or a continuation is empty, or a log-likelihood is not finite.
         """
-        return score(self.llm_engine, inputs_of_ids(pairs))
+        return check_finite_scores(score(self.llm_engine, inputs_of_ids(pairs)))
 
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
         """Return the logits of the next token at every position of one text, [S, V]."""

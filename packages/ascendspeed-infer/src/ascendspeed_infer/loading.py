@@ -16,9 +16,10 @@ from ascendspeed_core.weights.adapters.merge import MergedAdapter
 from ascendspeed_data.command_line import log
 from ascendspeed_data.errors import AscendSpeedError
 from ascendspeed_data.manifest import check_tokenizer
-from ascendspeed_data.tokenizer import load_tokenizer
+from ascendspeed_data.tokenizer import Tokenizer, load_tokenizer
 from ascendspeed_infer.config import AdapterConfig, LoadedModelConfig
 from ascendspeed_infer.engines import EngineKind
+from ascendspeed_infer.missing_tokenizer import MissingTokenizer
 from ascendspeed_infer.text_generator import TextGenerator
 
 
@@ -61,8 +62,9 @@ def check_source(config: LoadedModelConfig, is_own_layout: bool = True) -> None:
     config.model.check(source.config, str(source.path or config.source.model_config_file))
     if is_own_layout:
         config.parallel.check_model(source.config)
-    folder = find_tokenizer(source, config.tokenizer.tokenizer_name_or_path)
-    load_tokenizer(folder, config.tokenizer.tokenizer_type)
+    given = config.tokenizer.tokenizer_name_or_path
+    if config.needs_tokenizer or given is not None or source.tokenizer is not None:
+        load_tokenizer(find_tokenizer(source, given), config.tokenizer.tokenizer_type)
 
 
 @contextmanager
@@ -70,7 +72,7 @@ def open_with(kind: EngineKind, config: LoadedModelConfig) -> Iterator[tuple[Tex
     """Load the model with another engine; only its description is read here, not its weights."""
     source = open_model_source(config)
     dtype = wanted_dtype(config, source)
-    tokenizer = load_tokenizer(find_tokenizer(source, config.tokenizer.tokenizer_name_or_path))
+    tokenizer = open_tokenizer(source, config.tokenizer.tokenizer_name_or_path, config.needs_tokenizer)
     with kind.open(config, dtype) as engine:
         adapter = f", adapter {config.adapter.lora_load}" if config.adapter.lora_load else ""
         log(f"model: {source.config.num_parameters:,} parameters{adapter}, {dtype}, engine {kind.name}")
@@ -86,6 +88,15 @@ def wanted_dtype(config: LoadedModelConfig, source: WeightSource) -> str:
 def stored_dtype(source: WeightSource) -> str:
     """Return the format that the weights are stored in."""
     return str(next(iter(source.tensors().values())).dtype).removeprefix("torch.")
+
+
+def open_tokenizer(source: WeightSource, given: Path | None, is_needed: bool = True) -> Tokenizer:
+    """Open the tokenizer to use, see `find_tokenizer`; where none is needed, a checkpoint may have come without one."""
+    if not is_needed and given is None and source.tokenizer is None:
+        reason = f"{source.path or 'random weights'} came without one; give --tokenizer-name-or-path"
+        missing: Any = MissingTokenizer(reason)
+        return missing  # type: ignore[no-any-return]
+    return load_tokenizer(find_tokenizer(source, given))
 
 
 def find_tokenizer(source: WeightSource, given: Path | None) -> Path:

@@ -19,11 +19,13 @@ class PromptRecord:
         prompt: text or ids.
         seed: seed of its draws, if its line has one.
         extra_fields: what else its line holds; it goes into the line of the answer.
+        where: file and line, for messages; empty for a single prompt.
     """
 
     prompt: str | list[int]
     seed: int | None = None
     extra_fields: Mapping[str, Any] = field(default_factory=dict)
+    where: str = ""
 
 
 def read_prompt_file(file: Path) -> str:
@@ -38,13 +40,17 @@ def read_prompts(text: str, format_: Format, where: str) -> list[PromptRecord]:
         ConfigError: there is none.
         DataError: a line is not JSON, or holds no prompt.
     """
+    # A byte order mark says how the file is stored; it is no part of the first prompt.
+    text = text.removeprefix("\ufeff")
     # Not splitlines, which also cuts at characters that belong to a text.
     lines = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
     if format_ == "jsonl":
         numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
         records = [_read_json_line(line, f"{where}, line {number}") for number, line in numbered]
     else:
-        records = [PromptRecord(line) for line in lines]
+        records = [
+            PromptRecord(line, where=f"{where}, line {number}") for number, line in enumerate(lines, 1)
+        ]
     if not records:
         raise ConfigError(
             f"no prompt given ({where} is empty); give --prompt TEXT, --prompt-file FILE, or lines on stdin"
@@ -64,7 +70,7 @@ def _read_json_line(line: str, where: str) -> PromptRecord:
     if seed is not None and type(seed) is not int:
         raise DataError(f"{where}: seed={seed!r} is not a whole number")
     extra = {name: one for name, one in fields.items() if name not in ("prompt", "prompt_token_ids", "seed")}
-    return PromptRecord(prompts[0], seed, extra)
+    return PromptRecord(prompts[0], seed, extra, where)
 
 
 def _is_prompt(value: Any) -> bool:

@@ -93,6 +93,7 @@ class GenerateOptions(TypedDict, total=False):
     stop: str | Sequence[str]
     eos_token_ids: int | Sequence[int]
     ignore_eos: bool
+    parse_special: bool
     return_log_probs: bool
     echo: bool
     detokenize: bool

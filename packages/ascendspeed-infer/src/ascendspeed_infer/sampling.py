@@ -8,12 +8,13 @@ order of sums, in a batch or under another layout, could change the draw.
 Shapes: V vocabulary, B beams.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from ascendspeed_data.errors import ConfigError
+from ascendspeed_data.errors import AscendSpeedError, ConfigError
 
 
 @dataclass(frozen=True)
@@ -90,15 +91,26 @@ def sample_token(
         noise: of `SamplingParams.noise`, when drawing.
         ids: the text so far, prompt included.
         return_log_prob: whether its log-probability is wanted.
+
+    Raises:
+        AscendSpeedError: a logit is not finite, or the temperature makes it so.
     """
     scores = apply_repetition_penalty(logits, ids, sampling.repetition_penalty)
     if noise is None:
         best, indices = scores.topk(2)
+        # A NaN counts as the largest.
+        check_finite_logits(float(best[0]))
         margin = float(best[0]) - float(best[1])
     else:
+        check_finite_logits(float(logits.max()))
         scores = scores.double().cpu() / sampling.temperature
         scores = keep_top_p(keep_top_k(scores, sampling.top_k), sampling.top_p)
         best, indices = (scores.float().softmax(dim=-1) / noise).topk(2)
+        if not math.isfinite(float(best[0])):
+            raise ConfigError(
+                f"temperature={sampling.temperature} makes scores of tokens infinite; give a larger one, or leave "
+                "--do-sample out for greedy decoding"
+            )
         margin = float(best[0].log() - best[1].log()) * sampling.temperature
     token = int(indices[0])
     wide = logits.double().cpu() if return_log_prob else logits
@@ -106,6 +118,15 @@ def sample_token(
     return SampledToken(
         token, log_prob, margin / max(sampling.repetition_penalty, 1 / sampling.repetition_penalty)
     )
+
+
+def check_finite_logits(largest: float) -> None:
+    """Raise `AscendSpeedError` unless the largest logit is a finite number; NaN counts as the largest."""
+    if not math.isfinite(largest):
+        raise AscendSpeedError(
+            f"a logit of the model is {largest}, which is not finite, so no token can be chosen; look for such numbers "
+            "in the checkpoint, or compute in another --dtype if it holds none"
+        )
 
 
 def apply_repetition_penalty(scores: torch.Tensor, ids: Sequence[int], penalty: float) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """Log-likelihoods of continuations, which benchmark scores are made of: from texts to what the engine scores."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -7,7 +8,7 @@ from ascendspeed_data.errors import AscendSpeedError
 from ascendspeed_data.tokenizer import Tokenizer
 from ascendspeed_infer.engine.scoring_request import Score, ScoringInput
 
-__all__ = ["Score", "TextPair", "encode_pair", "inputs_of_ids", "inputs_of_texts"]
+__all__ = ["Score", "TextPair", "check_finite_scores", "encode_pair", "inputs_of_ids", "inputs_of_texts"]
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,21 @@ def inputs_of_ids(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[
                 f"a pair has {len(before)} ids of context and {len(after)} of continuation; give one or more of each"
             )
     return [ScoringInput((*before, *after), len(after), 0) for before, after in pairs]
+
+
+def check_finite_scores(scores: Sequence[Score]) -> list[Score]:
+    """Return scores.
+
+    Raises:
+        AscendSpeedError: one is not finite.
+    """
+    for number, one in enumerate(scores, 1):
+        if not math.isfinite(one.logprob):
+            raise AscendSpeedError(
+                f"the log-likelihood of pair {number} is {one.logprob}, which is not finite; look for such numbers in "
+                "the checkpoint, or compute in another --dtype if it holds none"
+            )
+    return list(scores)
 
 
 def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:

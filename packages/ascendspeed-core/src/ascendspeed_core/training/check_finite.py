@@ -1,9 +1,9 @@
 """End a run whose loss or gradient is no longer finite, and say where that began."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import isfinite
 
-from ascendspeed_core.data.micro_batch import MicroBatch
+from ascendspeed_core.data.micro_batch import MicroBatch, count_tokens
 from ascendspeed_core.models.transformer import Transformer
 from ascendspeed_core.objectives.objective import ObjectiveLoss
 from ascendspeed_core.observability.nan_detector import find_not_finite
@@ -63,3 +63,37 @@ def check_finite(
             f"iteration {iteration}: loss={result.loss}, grad_norm={result.grad_norm}; {where()}; "
             "go on from the last checkpoint with a lower --lr or other data"
         )
+
+
+def check_evaluation(
+    what: str,
+    iteration: int,
+    values: Mapping[str, float],
+    micro_batches: Sequence[MicroBatch],
+    mesh: ParallelMesh,
+    measure: Callable[[Sequence[MicroBatch]], Mapping[str, float]],
+) -> None:
+    """Check what was measured on held-out data; all ranks call together, and measure again where it is not finite.
+
+    Args:
+        what: `validation` or `test`.
+        iteration: of the weights.
+        values: `loss` and others; a loss over no token is NaN and no error.
+        micro_batches: of this rank.
+        mesh: of this rank.
+        measure: gives the values of some micro-batches.
+
+    Raises:
+        AscendSpeedError: the loss is not finite.
+    """
+    if isfinite(values["loss"]) or count_tokens(micro_batches, mesh) == 0:
+        return
+    where = "all micro-batches together"
+    for number, one in enumerate(micro_batches, 1):
+        if count_tokens([one], mesh) and not isfinite(measure([one])["loss"]):
+            where = f"micro-batch {number} of {len(micro_batches)}"
+            break
+    raise AscendSpeedError(
+        f"iteration {iteration}: the {what} loss is {values['loss']}, first in {where}; look at that data, or go on "
+        "from the last checkpoint with a lower --lr"
+    )

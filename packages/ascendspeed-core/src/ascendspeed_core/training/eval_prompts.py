@@ -210,7 +210,10 @@ class EvalPromptsWriter:
     def write(self, iteration: int) -> int:
         """Complete all prompts, write and log the completions, and return how many; all ranks call together."""
         plan = self.plan
-        texts = self._continue(self._model, self._mesh, plan.tokenizer, plan.prompts, plan.max_new_tokens)
+        try:
+            texts = self._continue(self._model, self._mesh, plan.tokenizer, plan.prompts, plan.max_new_tokens)
+        except AscendSpeedError as error:
+            raise AscendSpeedError(f"iteration {iteration}, --eval-prompts: {error}") from None
         records = [
             {"iteration": iteration, "prompt": prompt, "text": text}
             for prompt, text in zip(plan.prompts, texts, strict=True)

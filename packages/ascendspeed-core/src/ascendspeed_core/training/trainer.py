@@ -27,7 +27,7 @@ from ascendspeed_core.parallel.dropout import apply_dropout
 from ascendspeed_core.parallel.mesh import ParallelMesh, gather_objects
 from ascendspeed_core.parallel.recompute import apply_recompute
 from ascendspeed_core.planner.auto import plan_micro_batches, plan_recompute
-from ascendspeed_core.training.check_finite import check_finite
+from ascendspeed_core.training.check_finite import check_evaluation, check_finite
 from ascendspeed_core.training.checkpoint import (
     CheckpointWriter,
     Retention,
@@ -275,7 +275,7 @@ class Trainer:
             size = self.schedule.global_batch_size
             evaluated = (self.iteration // evaluation.eval_interval - 1) * evaluation.eval_iters * size
             micro_batches = self.data.validation_batches(evaluated, self._evaluation_sizes())
-            found = finite_or_none(self.objective.evaluate(micro_batches))
+            found = self._measured("validation", micro_batches)
         record |= {f"validation_{name}": value for name, value in found.items()}
 
     def _test(self, record: dict[str, Any]) -> None:
@@ -284,8 +284,14 @@ class Trainer:
             return
         with self.monitor.watching(self.iteration, "test"):
             micro_batches = self.data.test_batches(self._evaluation_sizes())
-            found = finite_or_none(self.objective.evaluate(micro_batches))
+            found = self._measured("test", micro_batches)
         record |= {f"test_{name}": value for name, value in found.items()}
+
+    def _measured(self, what: str, micro_batches: Sequence[MicroBatch]) -> dict[str, float | None]:
+        measure = self.objective.evaluate
+        values = measure(micro_batches)
+        check_evaluation(what, self.iteration, values, micro_batches, self.mesh, measure)
+        return finite_or_none(values)
 
     def _evaluation_sizes(self) -> tuple[int, ...]:
         """Return the sizes of this rank's micro-batches in one evaluation."""

@@ -89,6 +89,14 @@ def preprocess_command(
             help="File with a chat template to use instead of the tokenizer's, or the name of one of the tokenizer's."
         ),
     ] = None,
+    parse_special: Annotated[
+        bool,
+        typer.Option(
+            "--parse-special",
+            help="Read special pieces that records of samples spell, such as <|im_end|> in a message, as control; "
+            "without it they are text.",
+        ),
+    ] = False,
     workers: Annotated[int, typer.Option(min=1, help="Number of processes; does not change the output.")] = 1,
     shard_size: Annotated[
         int,
@@ -127,6 +135,7 @@ def preprocess_command(
         chat_template=chat_template,
         hf_datasets_params=hf_datasets_params,
         streaming=streaming,
+        parse_special=parse_special,
         workers=workers,
         shard_bytes=shard_size << 10,
         overwrite=overwrite,
@@ -135,6 +144,12 @@ def preprocess_command(
     unused = next(iter(manifests.values())).unused_columns
     if unused:
         log(unused_summary(unused))
+    spelling = next(iter(manifests.values())).num_spelling_records
+    if spelling:
+        log(
+            f"{spelling:,} records spell special pieces, which are read as text; give --parse-special if control is "
+            "meant"
+        )
     for key, manifest in manifests.items():
         prefix = job.column_prefix(key) if key else job.packed_prefix("*")
         log(f"wrote {prefix}.bin: {summary(manifest)}")

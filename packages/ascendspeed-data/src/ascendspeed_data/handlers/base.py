@@ -66,6 +66,8 @@ class HandlerBase:
     summary: str = ""
     template: str = ""
     example: Record = {}  # noqa: RUF012 - never changed
+    reads_special_pieces: bool = False
+    """Whether its records hold control in their texts; otherwise special pieces there are text."""
 
 
 Kind = Literal["text", "samples", "pairs"]

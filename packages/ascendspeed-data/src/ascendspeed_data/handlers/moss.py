@@ -82,6 +82,7 @@ class MOSSInstructionHandler(HandlerBase):
         "MOSS conversations, one sample per answer: the turns before it as context, and the answer with loss"
     )
     template = LAYOUT
+    reads_special_pieces = True
     example = EXAMPLE
 
     def samples(self, record: Record, tokenizer: Tokenizer) -> list[Sample]:
@@ -117,6 +118,7 @@ class MOSSMultiTurnHandler(HandlerBase):
     columns = ("chat",)
     summary = "MOSS conversations, one sample each, with loss on every answer"
     template = LAYOUT
+    reads_special_pieces = True
     example = EXAMPLE
 
     def samples(self, record: Record, tokenizer: Tokenizer) -> list[Sample]:
@@ -137,6 +139,7 @@ class MOSSMultiTurnHandler2023(HandlerBase):
         "the rule of 2023 for Baichuan2: id 195 before the user, id 196 before the assistant, no template"
     )
     template = "<195>{user}<196>{assistant}"
+    reads_special_pieces = True
     example = EXAMPLE
 
     def samples(self, record: Record, tokenizer: Tokenizer) -> list[Sample]:

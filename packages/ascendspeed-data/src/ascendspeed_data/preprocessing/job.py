@@ -38,6 +38,7 @@ class PreprocessJob:
         chat_template: file with a chat template to use instead of the tokenizer's, or the name of one of its templates.
         hf_datasets_params: JSON file with arguments of `datasets.load_dataset`, instead of `inputs`.
         streaming: stream that dataset.
+        parse_special: read special pieces that records of samples spell, such as `<|im_end|>`, as control.
         workers: number of processes that tokenize.
         shard_bytes: size of the input that a worker takes at a time.
         overwrite: replace existing outputs and discard an interrupted run.
@@ -56,6 +57,7 @@ class PreprocessJob:
     chat_template: str | Path | None = None
     hf_datasets_params: Path | None = None
     streaming: bool = False
+    parse_special: bool = False
     workers: int = 1
     shard_bytes: int = SHARD_BYTES
     overwrite: bool = False
@@ -104,6 +106,11 @@ class PreprocessJob:
             )
         if self.pack and self.seq_length is None:
             raise ConfigError("--pack needs --seq-length, the length of the sequences to fill")
+        if self.parse_special and not isinstance(handler, SampleHandler):
+            raise ConfigError(
+                f"parse_special has no effect: {handler.name} makes text, in which added tokens are ids in any case; "
+                "leave it out"
+            )
         return handler
 
     def use_chat_template(self, tokenizer: Tokenizer) -> None:
@@ -155,6 +162,7 @@ class PreprocessJob:
             "append_eod": self.append_eod,
             "seq_length": self.seq_length if self.pack else None,
             "pack": self.pack,
+            "parse_special": self.parse_special,
         } | ({} if tool_use is None else {"chat template for tools": tool_use})
 
 

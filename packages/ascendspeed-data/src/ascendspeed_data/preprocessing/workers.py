@@ -31,6 +31,7 @@ class WorkerTask:
         append_eod: whether documents end with the end-of-sequence id.
         choice: tokenizer and encoder.
         chat_template: chat template to use instead of the tokenizer's.
+        parse_special: read special pieces that records of samples spell as control.
     """
 
     handler_name: str
@@ -38,6 +39,7 @@ class WorkerTask:
     append_eod: bool
     choice: EncoderChoice
     chat_template: str | None = None
+    parse_special: bool = False
 
     def open(self) -> ShardEncoder:
         """Load the tokenizer and the handler."""
@@ -45,7 +47,7 @@ class WorkerTask:
         if self.chat_template is not None:
             tokenizer.chat_template, tokenizer.named_chat_templates = self.chat_template, {}
         handler = find_handler(self.handler_name)
-        return ShardEncoder(handler, self.json_keys, self.append_eod, tokenizer, encoder)
+        return ShardEncoder(handler, self.json_keys, self.append_eod, tokenizer, encoder, self.parse_special)
 
 
 def encode_shards(task: WorkerTask, shards: Iterator[Shard], workers: int) -> Iterator[tuple[Shard, Encoded]]:

@@ -11,16 +11,17 @@ from typing import Annotated, Any
 import typer
 
 from ascendspeed_eval.backends import Backends, find_backends
-from ascendspeed_eval.errors import UsageError
+from ascendspeed_eval.errors import EvaluationError, UsageError
 from ascendspeed_eval.evaluation import Evaluation, prepare_evaluation
 from ascendspeed_eval.hub import PREFIX, write_files
 from ascendspeed_eval.model import EvaluatedModel
 from ascendspeed_eval.progress import log
 from ascendspeed_eval.report import markdown, warnings
-from ascendspeed_eval.runner import evaluate
+from ascendspeed_eval.runner import MAX_FAILURES, evaluate
 from ascendspeed_eval.small_files import read_text
-from ascendspeed_eval.tasks.base import GenerationSettings, Task
+from ascendspeed_eval.tasks.base import Task
 from ascendspeed_eval.tasks.registry import find_task, find_variant
+from ascendspeed_eval.tasks.samples import GenerationSettings
 
 
 def run_command(
@@ -76,13 +77,23 @@ def run_command(
         bool,
         typer.Option("--allow-code-execution", help="Allow running programs that the model wrote."),
     ] = False,
+    allow_weak_sandbox: Annotated[
+        bool,
+        typer.Option(
+            "--allow-weak-sandbox",
+            help="Run them even where this machine can only limit their time and memory (see docs/sandbox.md).",
+        ),
+    ] = False,
     seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 1234,
+    max_failures: Annotated[
+        int, typer.Option(min=1, help="End the run when this number of samples fail one after the other.")
+    ] = MAX_FAILURES,
     **options: Any,
 ) -> None:
     """Evaluate a model on a benchmark.
 
-    Each sample is written as soon as it is scored. Run the same command again to resume an interrupted run; batch size
-    and number of devices may differ.
+    Each sample is written as soon as it is scored. Run the same command again to resume an interrupted run, or to ask
+    for samples that failed; batch size, number of devices and a server's address may differ.
     """
     found_task = find_task(task)
     variant = find_variant(found_task, protocol)
@@ -92,7 +103,9 @@ def run_command(
             f"--task-data-path is missing; {task} reads {found_task.format}; `--task-data-path sample` reads the small "
             "file that the package contains"
         )
-    generation = GenerationSettings(max_new_tokens, num_samples, temperature, seed, allow_code_execution)
+    generation = GenerationSettings(
+        max_new_tokens, num_samples, temperature, seed, allow_code_execution, allow_weak_sandbox
+    )
     _check_generation(found_task, generation)
     if prompt_template is not None:
         variant = replace(variant, template=_read_template(prompt_template))
@@ -112,31 +125,35 @@ def run_command(
             return
         with backend.open(own) as model:
             if model is not None:
-                _evaluate_and_print(evaluation, model, output_dir)
+                _evaluate_and_print(evaluation, model, output_dir, max_failures)
 
 
 def _check_generation(task: Task, generation: GenerationSettings) -> None:
-    if task.runs_code and not generation.allow_code_execution:
-        raise UsageError(
-            f"{task.name} runs programs that the model wrote; allow it with --allow-code-execution"
-        )
     if generation.num_samples > 1 and generation.temperature == 0:
         raise UsageError(
             f"num_samples={generation.num_samples} at temperature 0 generates the same text each time; give "
             "--temperature 0.8"
         )
+    task.prepare(generation)
 
 
-def _evaluate_and_print(evaluation: Evaluation, model: EvaluatedModel, output_dir: Path | None) -> None:
+def _evaluate_and_print(
+    evaluation: Evaluation, model: EvaluatedModel, output_dir: Path | None, max_failures: int
+) -> None:
     if output_dir is not None:
-        results = evaluate(evaluation, model, output_dir)
+        results = evaluate(evaluation, model, output_dir, max_failures)
         log(f"wrote {output_dir}/results.json, samples.jsonl, report.md, report.html")
     else:
         with TemporaryDirectory() as scratch:
-            results = evaluate(evaluation, model, Path(scratch))
+            results = evaluate(evaluation, model, Path(scratch), max_failures)
     for warning in warnings(results):
         log(f"note: {warning}")
-    print(markdown(results))
+    print(markdown(results).encode("utf-8", "backslashreplace").decode())
+    failed = sum(task["num_failed"] for task in results["tasks"].values())
+    if failed:
+        first = next(task["first_failure"] for task in results["tasks"].values() if task["num_failed"])
+        again = "; run the same command again to ask for them" if output_dir is not None else ""
+        raise EvaluationError(f"{failed} samples failed and have no score{again}. The first: {first}")
 
 
 def _read_template(path: Path) -> str:
@@ -165,7 +182,8 @@ def with_backend_options(function: Callable[..., None], backends: Backends) -> C
             )
 
     def command(**arguments: Any) -> None:
-        given = {name: value for name, value in arguments.items() if name not in added or value is not None}
+        # An option that was not given is None, or an empty list where it may be given several times.
+        given = {n: value for n, value in arguments.items() if n not in added or value not in (None, [])}
         function(**given)
 
     command.__signature__ = inspect.Signature([*own, *added.values()])  # type: ignore[attr-defined]

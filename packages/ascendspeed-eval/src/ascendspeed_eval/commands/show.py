@@ -6,8 +6,9 @@ from typing import Annotated
 import typer
 
 from ascendspeed_eval.report import join_runs
-from ascendspeed_eval.tasks.base import Record, Task
+from ascendspeed_eval.tasks.base import Task
 from ascendspeed_eval.tasks.registry import all_tasks, find_task, find_variant
+from ascendspeed_eval.tasks.samples import Record
 
 
 def tasks(
@@ -60,4 +61,5 @@ def compare(
     """Test whether two runs differ significantly, and list the samples whose scores differ."""
     from ascendspeed_eval.compare import compare_runs
 
-    print(compare_runs(first, second, show), end="")
+    # Answers of models may hold half a surrogate pair, which no terminal can show.
+    print(compare_runs(first, second, show).encode("utf-8", "backslashreplace").decode(), end="")

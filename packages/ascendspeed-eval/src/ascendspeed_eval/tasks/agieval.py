@@ -3,15 +3,18 @@
 import ast
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from ascendspeed_eval.errors import EvaluationError
+from ascendspeed_eval.progress import log
 from ascendspeed_eval.small_files import KeyTypes, check_keys, is_a
-from ascendspeed_eval.tasks.base import Benchmark, Extracted, Record, Task, TaskVariant, without_first_space
+from ascendspeed_eval.tasks.base import Extracted, Task, TaskVariant, without_first_space
 from ascendspeed_eval.tasks.math_answers import find_answer, same_answer
 from ascendspeed_eval.tasks.reading import find_folder, read_csv, read_json_lines
+from ascendspeed_eval.tasks.samples import Benchmark, Record
 
 ENGLISH = (
     "aqua-rat", "gaokao-english", "logiqa-en", "lsat-ar", "lsat-lr", "lsat-rc", "sat-en", "sat-en-without-passage",
@@ -259,21 +262,13 @@ class AGIEval(Task):
             made += super().samples(Benchmark([asked], benchmark.examples, ()), variant, count)
         return made
 
-    def evaluate_samples(
-        self, model: Any, samples: Sequence[Any], variant: TaskVariant, settings: Any
-    ) -> list[Any]:
+    def requests(self, sample: Any, variant: TaskVariant, settings: Any) -> Sequence[Any]:
         """Compare the options; generate text for cloze questions."""
-        from dataclasses import replace
+        return super().requests(sample, _variant_of(sample.record, variant), settings)
 
-        if variant.choices is None:
-            return super().evaluate_samples(model, samples, variant, settings)
-        cloze = [sample for sample in samples if sample.record.subset in CLOZE]
-        choice = [sample for sample in samples if sample.record.subset not in CLOZE]
-        scored = super().evaluate_samples(model, choice, variant, settings) if choice else []
-        if cloze:
-            scored += super().evaluate_samples(model, cloze, replace(variant, choices=None), settings)
-        by_id = {one.id: one for one in scored}
-        return [by_id[sample.record.id] for sample in samples]
+    def score(self, sample: Any, results: Sequence[Any], variant: TaskVariant, settings: Any) -> Any:
+        """Score the options, or the text of a cloze question."""
+        return super().score(sample, results, _variant_of(sample.record, variant), settings)
 
     def baselines(self, records: Sequence[Record], variant: TaskVariant) -> dict[str, float]:
         """Return the score of guessing on the questions with choices, if the variant compares choices."""
@@ -291,12 +286,18 @@ class AGIEval(Task):
             if not cloze:
                 target = list(target)
                 # Some lists hold a stray "。" beside the letters; the authors compare them as they are.
+                if not any(letter in LETTERS for letter in target):
+                    raise EvaluationError(f"{file}, line {number}: label={fields['label']!r} is no letter")
                 if not any(letter in LETTERS[: len(fields["options"])] for letter in target):
-                    raise EvaluationError(
-                        f"{file}, line {number}: label={fields['label']!r} names none of its options"
+                    log(
+                        f"{file}, line {number}: label={fields['label']!r} names none of its options; none is right"
                     )
             records.append(Record(f"{file.stem}/{number}", file.stem, {"passage": None, **fields}, target))
         return records
+
+
+def _variant_of(record: Record, variant: TaskVariant) -> TaskVariant:
+    return replace(variant, choices=None) if record.subset in CLOZE else variant
 
 
 def _check_texts(fields: Any, where: str) -> None:

@@ -1,47 +1,26 @@
 """Tasks and their variants: how records become prompts, prompts become requests, and answers become scores."""
 
+import random
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ascendspeed_eval.errors import UsageError
-from ascendspeed_eval.model import EvaluatedModel, GenerateRequest, LoglikelihoodRequest
+from ascendspeed_eval.model import (
+    GenerateRequest,
+    GenerateResult,
+    LoglikelihoodRequest,
+    LoglikelihoodResult,
+    Request,
+)
+from ascendspeed_eval.tasks.answer_marks import marks_of
+from ascendspeed_eval.tasks.samples import Benchmark, GenerationSettings, Record, Sample, ScoredSample
 from ascendspeed_eval.tasks.template import fill_template
 
-
-@dataclass(frozen=True)
-class Record:
-    """One record of a benchmark.
-
-    Attributes:
-        id: unique within the task.
-        subset: its subject or sub-task.
-        fields: its content.
-        target: indices of the right choices, or the right text.
-    """
-
-    id: str
-    subset: str
-    fields: Mapping[str, Any]
-    target: Any
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """The records and examples read from a benchmark's files.
-
-    Attributes:
-        records: the questions.
-        examples: few-shot examples, by subset.
-        files: the files read; `run.json` records their hash.
-    """
-
-    records: Sequence[Record]
-    examples: Mapping[str, Sequence[Record]]
-    files: Sequence[Path]
-
+EXAMPLES_SEED = 1234
+"""lm-evaluation-harness draws the examples of all questions from one generator with this seed."""
 
 Extracted = Mapping[str, Any]
 
@@ -87,6 +66,8 @@ class TaskVariant:
         matches: returns whether an extracted answer is right.
         max_new_tokens: length limit of generated text.
         stop: strings that end generated text.
+        surplus_draws: each question has examples of its own, drawn as lm-evaluation-harness draws them, together with
+            this number of others that are not shown; `None` where all questions show the same examples.
         seq_length: tokens of prompt and answer together, if the variant limits them.
         main: the metric reported as the score.
     """
@@ -106,78 +87,15 @@ class TaskVariant:
     matches: Callable[[Any, Record], bool] = equals_target
     max_new_tokens: int = 0
     stop: tuple[str, ...] = ()
+    surplus_draws: int | None = None
     seq_length: int | None = None
     main: str = "accuracy"
 
-
-@dataclass(frozen=True)
-class Sample:
-    """One record with its prompt.
-
-    Attributes:
-        record: the record.
-        prompt: full text.
-        shared_characters: length of the prefix that all prompts of the subset share.
-    """
-
-    record: Record
-    prompt: str
-    shared_characters: int
-
-
-@dataclass(frozen=True)
-class ScoredSample:
-    """One scored sample, a line of `samples.jsonl`.
-
-    Attributes:
-        id: of the record.
-        subset: of the record.
-        prompt: as sent to the model.
-        target: of the record.
-        scores: by name, 0 to 1.
-        truncated_tokens: tokens of the prompt that did not fit.
-        choices: the continuations compared.
-        logprobs: of the choices.
-        answer: index of the likeliest choice.
-        outputs: generated texts.
-        extracted: answers found in the first text; for HumanEval the result of each program.
-    """
-
-    id: str
-    subset: str
-    prompt: str
-    target: Any
-    scores: Mapping[str, float]
-    truncated_tokens: int
-    choices: Sequence[str] = ()
-    logprobs: Sequence[float] = ()
-    answer: int | None = None
-    outputs: Sequence[str] = ()
-    extracted: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def correct(self) -> bool:
-        """Whether the first score is full."""
-        return next(iter(self.scores.values()), 0.0) == 1.0
-
-
-@dataclass(frozen=True)
-class GenerationSettings:
-    """Settings of the user that change generated answers.
-
-    Attributes:
-        max_new_tokens: length limit of an answer; the variant's by default.
-        num_samples: answers per record, for pass@k.
-        temperature: of sampling; 0 is greedy decoding.
-        seed: of sampling.
-        allow_code_execution: the user allows running generated programs.
-    """
-
-    max_new_tokens: int | None = None
-    num_samples: int = 1
-    temperature: float = 0.0
-    seed: int = 1234
-    allow_code_execution: bool = False
+    def __post_init__(self) -> None:
+        if not all(isinstance(one, str) and one for one in self.stop):
+            raise UsageError(
+                f"variant {self.name}: stop={self.stop!r} holds an empty text or no text; correct it"
+            )
 
 
 class Task(ABC):
@@ -215,6 +133,13 @@ class Task(ABC):
             EvaluationError: a file is missing or not valid.
         """
 
+    def prepare(self, settings: GenerationSettings) -> None:  # noqa: B027 - most tasks need nothing
+        """Get ready to score, before the model is asked anything.
+
+        Raises:
+            EvaluationError: the task cannot be scored with these settings, or on this machine.
+        """
+
     def header(self, variant: TaskVariant, record: Record) -> str:
         """Return the text before the examples."""
         return fill_template(variant.header, record.fields)
@@ -244,9 +169,14 @@ class Task(ABC):
             UsageError: a subset has fewer than `num_fewshot` examples.
         """
         count = variant.num_fewshot if num_fewshot is None else num_fewshot
-        made = []
+        draw, made = random.Random(EXAMPLES_SEED), []
         for record in benchmark.records:
-            examples = self.fewshot_examples(variant, benchmark, record, count)
+            if variant.surplus_draws is not None and count:
+                pool = self.fewshot_examples(variant, benchmark, record, sys.maxsize)
+                drawn = min(count + variant.surplus_draws, len(pool))
+                examples: Sequence[Record] = draw.sample(list(pool), drawn)[:count]
+            else:
+                examples = self.fewshot_examples(variant, benchmark, record, count)
             if len(examples) < count:
                 raise UsageError(
                     f"num_fewshot={count} is more than the {len(examples)} examples that {self.name}, subset "
@@ -258,7 +188,7 @@ class Task(ABC):
             ]
             last = variant.separator if variant.last_separator is None else variant.last_separator
             head = self.header(variant, record) + variant.separator.join(shown) + (last if shown else "")
-            shared = len(head) if self.shares_examples(variant) else 0
+            shared = len(head) if self.shares_examples(variant) and variant.surplus_draws is None else 0
             made.append(Sample(record, head + self.question(variant, record), shared))
         return made
 
@@ -266,21 +196,46 @@ class Task(ABC):
         """Return whether all prompts of a subset show the same examples."""
         return True
 
-    def evaluate_samples(
+    def requests(
+        self, sample: Sample, variant: TaskVariant, settings: GenerationSettings
+    ) -> Sequence[Request]:
+        """Return what the model is asked for a sample: its choices, or `num_samples` texts."""
+        if variant.choices is not None:
+            return [
+                LoglikelihoodRequest(sample.prompt, choice, sample.shared_characters)
+                for choice in variant.choices(sample.record)
+            ]
+        return [
+            GenerateRequest(
+                sample.prompt,
+                settings.max_new_tokens or variant.max_new_tokens,
+                variant.stop,
+                settings.temperature,
+                settings.seed + number,
+                sample.shared_characters,
+            )
+            for number in range(settings.num_samples)
+        ]
+
+    def score(
         self,
-        model: EvaluatedModel,
-        samples: Sequence[Sample],
+        sample: Sample,
+        results: Sequence[LoglikelihoodResult | GenerateResult],
         variant: TaskVariant,
         settings: GenerationSettings,
-    ) -> list[ScoredSample]:
-        """Run the model on samples and score its answers."""
+    ) -> ScoredSample:
+        """Score what the model answered to the `requests` of a sample."""
         if variant.choices is not None:
-            return _compare_choices(model, samples, variant, variant.choices)
-        texts, truncated = generate_texts(model, samples, variant, settings)
-        return [
-            self.score_texts(sample, own, cut, variant, settings)
-            for sample, own, cut in zip(samples, texts, truncated, strict=True)
-        ]
+            own = [one for one in results if isinstance(one, LoglikelihoodResult)]
+            return _compare_choices(sample, own, variant, variant.choices(sample.record))
+        texts = [one for one in results if isinstance(one, GenerateResult)]
+        truncated = max(one.truncated_tokens for one in texts)
+        scored = self.score_texts(sample, [one.text for one in texts], truncated, variant, settings)
+        return replace(
+            scored,
+            finish_reasons=[one.finish_reason for one in texts],
+            marks=list(dict.fromkeys([*marks_of(texts), *scored.marks])),
+        )
 
     def score_texts(
         self,
@@ -320,72 +275,30 @@ class Task(ABC):
         return {"chance": chance, "majority": majority}
 
 
-def generate_texts(
-    model: EvaluatedModel, samples: Sequence[Sample], variant: TaskVariant, settings: GenerationSettings
-) -> tuple[list[list[str]], list[int]]:
-    """Generate `num_samples` texts per sample.
-
-    Returns:
-        The texts of each sample, and the number of tokens dropped from its prompt.
-    """
-    requests = [
-        GenerateRequest(
-            sample.prompt,
-            settings.max_new_tokens or variant.max_new_tokens,
-            variant.stop,
-            settings.temperature,
-            settings.seed + number,
-            sample.shared_characters,
-        )
-        for sample in samples
-        for number in range(settings.num_samples)
-    ]
-    results = model.generate(requests)
-    width = settings.num_samples
-    own = [results[number * width : (number + 1) * width] for number in range(len(samples))]
-    return [[r.text for r in part] for part in own], [max(r.truncated_tokens for r in part) for part in own]
-
-
 def _compare_choices(
-    model: EvaluatedModel,
-    samples: Sequence[Sample],
-    variant: TaskVariant,
-    choices: Callable[[Record], Sequence[str]],
-) -> list[ScoredSample]:
-    """Score the choices of each sample by log-likelihood; the first of the likeliest is the answer."""
-    requests = [
-        LoglikelihoodRequest(sample.prompt, choice, sample.shared_characters)
-        for sample in samples
-        for choice in choices(sample.record)
-    ]
-    results = iter(model.loglikelihood(requests))
-    scored = []
-    for sample in samples:
-        record, shown = sample.record, list(choices(sample.record))
-        right = list(variant.targets(record))
-        own = [next(results) for _ in shown]
-        logprobs = [result.logprob for result in own]
-        answer = logprobs.index(max(logprobs))
-        scores = {"accuracy": float(answer in right)}
-        if variant.normalised:
-            lengths = [len(choice.removeprefix(variant.answer_prefix)) for choice in shown]
-            per_character = [value / length for value, length in zip(logprobs, lengths, strict=True)]
-            best = per_character.index(max(per_character))
-            scores["accuracy_normalised"] = float(best in right)
-        scored.append(
-            ScoredSample(
-                record.id,
-                record.subset,
-                sample.prompt,
-                right,
-                scores,
-                max(result.truncated_tokens for result in own),
-                choices=shown,
-                logprobs=logprobs,
-                answer=answer,
-            )
-        )
-    return scored
+    sample: Sample, results: Sequence[LoglikelihoodResult], variant: TaskVariant, shown: Sequence[str]
+) -> ScoredSample:
+    """Score the choices of a sample by log-likelihood; the first of the likeliest is the answer."""
+    record, right = sample.record, list(variant.targets(sample.record))
+    logprobs = [result.logprob for result in results]
+    answer = logprobs.index(max(logprobs))
+    scores = {"accuracy": float(answer in right)}
+    if variant.normalised:
+        lengths = [len(choice.removeprefix(variant.answer_prefix)) for choice in shown]
+        per_character = [value / length for value, length in zip(logprobs, lengths, strict=True)]
+        best = per_character.index(max(per_character))
+        scores["accuracy_normalised"] = float(best in right)
+    return ScoredSample(
+        record.id,
+        record.subset,
+        sample.prompt,
+        right,
+        scores,
+        max(result.truncated_tokens for result in results),
+        choices=list(shown),
+        logprobs=logprobs,
+        answer=answer,
+    )
 
 
 def letters(count: int, prefix: str = " ") -> Callable[[Record], Sequence[str]]:

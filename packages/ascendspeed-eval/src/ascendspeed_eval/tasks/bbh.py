@@ -7,8 +7,9 @@ from typing import Any
 
 from ascendspeed_eval.errors import EvaluationError
 from ascendspeed_eval.small_files import check_keys, parse_json, read_text
-from ascendspeed_eval.tasks.base import Benchmark, Extracted, Record, Task, TaskVariant
+from ascendspeed_eval.tasks.base import Extracted, Task, TaskVariant
 from ascendspeed_eval.tasks.reading import find_folder
+from ascendspeed_eval.tasks.samples import Benchmark, Record
 
 THINK = "Let's think step by step.\n"
 QUESTION = "Q: {input}\nA:"

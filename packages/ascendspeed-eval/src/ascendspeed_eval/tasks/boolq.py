@@ -4,24 +4,29 @@ from importlib import resources
 from pathlib import Path
 from types import MappingProxyType
 
-from ascendspeed_eval.tasks.base import Benchmark, Record, Task, TaskVariant
+from ascendspeed_eval.errors import EvaluationError
+from ascendspeed_eval.small_files import check_keys
+from ascendspeed_eval.tasks.base import Task, TaskVariant
 from ascendspeed_eval.tasks.reading import find_files, not_empty, read_json_lines
+from ascendspeed_eval.tasks.samples import Benchmark, Record
 
 TEMPLATE = "{passage}\nQuestion: {question}?\nAnswer:"
+TITLE_SEPARATOR = " -- "
+"""What SuperGLUE puts between title and passage."""
 CHOICES = {"ascendspeed": (" Yes", " No"), "lm-eval": (" no", " yes")}
 
 
 class BoolQ(Task):
-    """The development file of BoolQ; a `train.jsonl` beside it gives examples.
+    """The development file of BoolQ, its own or SuperGLUE's; a `train.jsonl` beside it gives examples.
 
     A target is "yes" or "no"; its index depends on the variant's order of choices.
     """
 
     name = "boolq"
-    version = 1
+    version = 2
     summary = "yes/no questions about a passage"
     size = "3,270 (development split)"
-    format = "JSON lines with question, passage and answer (true or false)"
+    format = "JSON lines with question, title, passage and answer (true or false), or SuperGLUE's with label"
     reference_scores = (("LLaMA-7B", "2023 README, zero-shot", 0.742),)
     variants = MappingProxyType(
         {
@@ -36,11 +41,13 @@ class BoolQ(Task):
             ),
             "lm-eval": TaskVariant(
                 "lm-eval",
-                "zero-shot; the likelier of ' no' and ' yes' after 'Answer:', no when equal "
-                "(boolq of lm-evaluation-harness 0.4)",
-                TEMPLATE,
+                "zero-shot; the likelier of ' no' and ' yes' after 'Answer:', no when equal; the title before the "
+                "passage, as in SuperGLUE (boolq of lm-evaluation-harness 0.4)",
+                "{title}" + TITLE_SEPARATOR + TEMPLATE,
                 lambda record: CHOICES["lm-eval"],
                 lambda record: [1 if record.target == "yes" else 0],
+                # The task names no split for examples, so the harness draws one more, in case it is the question.
+                surplus_draws=1,
             ),
         }
     )
@@ -61,9 +68,32 @@ class BoolQ(Task):
         )
         return Benchmark(records, {"boolq": examples}, [*files, *([train] if examples and train else [])])
 
+    def question(self, variant: TaskVariant, record: Record) -> str:
+        """Return the question.
+
+        Raises:
+            EvaluationError: the prompt shows titles, and the record has none.
+        """
+        if "{title}" in variant.template and "title" not in record.fields:
+            raise EvaluationError(
+                f"record {record.id} has no title, which protocol {variant.name} shows before the passage; give "
+                "BoolQ's own dev.jsonl, or SuperGLUE's (hf:aps/super_glue)"
+            )
+        return super().question(variant, record)
+
     def _records(self, file: Path) -> list[Record]:
-        keys = {"question": str, "passage": str, "answer": bool}
-        return [
-            Record(f"{file.stem}-{number}", "boolq", fields, "yes" if fields["answer"] else "no")
-            for number, fields in read_json_lines(file, keys)
-        ]
+        records = []
+        for number, fields in read_json_lines(file, {"question": str, "passage": str}):
+            where, answer = f"{file}, line {number}", "answer"
+            if "label" in fields and "answer" not in fields:
+                # SuperGLUE's passages begin with the title.
+                title, separator, passage = fields["passage"].partition(TITLE_SEPARATOR)
+                fields = {**fields, "title": title, "passage": passage} if separator else fields
+                answer = "label"
+            check_keys(fields, {answer: bool}, where)
+            if "title" in fields:
+                check_keys(fields, {"title": str}, where)
+            records.append(
+                Record(f"{file.stem}-{number}", "boolq", fields, "yes" if fields[answer] else "no")
+            )
+        return records

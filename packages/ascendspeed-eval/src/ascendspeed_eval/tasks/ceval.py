@@ -7,17 +7,10 @@ from typing import Any
 
 from ascendspeed_eval.errors import EvaluationError
 from ascendspeed_eval.small_files import check_keys
-from ascendspeed_eval.tasks.base import (
-    Benchmark,
-    Extracted,
-    Record,
-    Task,
-    TaskVariant,
-    letters,
-    without_first_space,
-)
+from ascendspeed_eval.tasks.base import Extracted, Task, TaskVariant, letters, without_first_space
 from ascendspeed_eval.tasks.ceval_subjects import SUBJECTS
 from ascendspeed_eval.tasks.reading import find_folder, letter_index, read_csv
+from ascendspeed_eval.tasks.samples import Benchmark, Record
 
 QUESTION = "{question}\nA. {A}\nB. {B}\nC. {C}\nD. {D}"
 NO_LABELS = "the test split of C-Eval has no labels"

@@ -12,6 +12,7 @@
 Templates are Jinja's in its sandbox; the file is read by YAML's safe loader.
 """
 
+import json
 import re
 import reprlib
 from collections.abc import Mapping, Sequence
@@ -20,8 +21,9 @@ from typing import Any
 
 from ascendspeed_eval.errors import EvaluationError, did_you_mean
 from ascendspeed_eval.small_files import is_a, parse_json, read_text
-from ascendspeed_eval.tasks.base import Benchmark, Extracted, Record, Task, TaskVariant
+from ascendspeed_eval.tasks.base import Extracted, Task, TaskVariant
 from ascendspeed_eval.tasks.reading import find_files, not_empty, read_csv, read_json_lines
+from ascendspeed_eval.tasks.samples import Benchmark, Record
 
 KEYS: Mapping[str, tuple[type, ...]] = {
     "name": (str,), "version": (int,), "summary": (str,), "data": (str,), "examples": (str,), "question": (str,),
@@ -43,28 +45,61 @@ def read_task(path: Path) -> Task:
     text = read_text(path, f"task={path}", "--task")
     try:
         content = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
+        names = [node.value for node, _ in getattr(yaml.compose(text, yaml.SafeLoader), "value", [])]
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError) as error:
         raise EvaluationError(f"{path} is not YAML: {' '.join(str(error).split())}; correct it") from None
     if not isinstance(content, dict):
         raise EvaluationError(f"{path} is not a YAML mapping; it needs {', '.join(REQUIRED)}")
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise EvaluationError(f"{path}: {twice} is there twice; keep one")
     for key, value in content.items():
-        if key not in KEYS:
-            raise EvaluationError(
-                f"{path}: {key} is unknown{did_you_mean(str(key), KEYS)}; known keys are {', '.join(KEYS)}"
-            )
-        kinds = KEYS[key]
-        is_right = is_a(value, kinds) and (not isinstance(value, list) or all(is_a(x, (str,)) for x in value))
-        if not is_right or (isinstance(value, int) and value < 0):
-            named = " or ".join({str: "a text", int: "a number", list: "a list of texts"}[x] for x in kinds)
-            raise EvaluationError(f"{path}: {key}={reprlib.repr(value)} is not {named}; correct it")
+        _check_value(path, key, value)
     for key in REQUIRED:
         if key not in content:
             raise EvaluationError(f"{path}: {key} is missing; add it")
-    try:
-        re.compile(content.get("extract", ""))
-    except re.error as error:
-        raise EvaluationError(f"{path}: extract is not a regular expression: {error}; correct it") from None
+    _check_pattern(path, content.get("extract"))
+    if "extract" in content and "choices" in content:
+        raise EvaluationError(
+            f"{path}: extract has no effect beside choices, of which none is generated; leave it out"
+        )
     return YamlTask(path, content)
+
+
+def _check_value(path: Path, key: object, value: object) -> None:
+    """Raise `EvaluationError` unless a key is known, and its value has the right type and says something."""
+    if not isinstance(key, str) or key not in KEYS:
+        raise EvaluationError(
+            f"{path}: {key} is unknown{did_you_mean(str(key), KEYS)}; known keys are {', '.join(KEYS)}"
+        )
+    kinds = KEYS[key]
+    shown = f"{path}: {key}={reprlib.repr(value)}"
+    odd = next((x for x in (value if isinstance(value, list) else [value]) if not is_a(x, (str,))), None)
+    is_right = is_a(value, kinds) and (not isinstance(value, list) or odd is None)
+    if not is_right:
+        named = " or ".join({str: "a text", int: "a number", list: "a list of texts"}[x] for x in kinds)
+        hint = ", with quotes if a text is meant (YAML reads Yes, No and the like without them as true and false)"
+        wants_text = isinstance(odd, bool) and (str in kinds or list in kinds)
+        raise EvaluationError(f"{shown} is not {named}; correct it{hint if wants_text else ''}")
+    if isinstance(value, int) and value < (0 if key in ("num_fewshot", "version") else 1):
+        raise EvaluationError(f"{shown} is too small; correct it")
+    if isinstance(value, list) and not value and key == "choices":
+        raise EvaluationError(f"{shown} has no choice; add some, or leave it out to generate text")
+    if isinstance(value, list) and "" in value:
+        raise EvaluationError(f"{shown} holds an empty text; leave that out")
+    if isinstance(value, list) and len(set(value)) < len(value):
+        raise EvaluationError(f"{shown} holds a text twice; leave one out")
+    if value == "" and key not in ("header", "separator", "answer_prefix", "summary"):
+        raise EvaluationError(f"{shown} is empty; fill it in, or leave it out")
+
+
+def _check_pattern(path: Path, pattern: str | None) -> None:
+    try:
+        compiled = re.compile(pattern or "")
+    except (re.error, OverflowError, RecursionError) as error:
+        raise EvaluationError(f"{path}: extract is not a regular expression: {error}; correct it") from None
+    if pattern is not None and compiled.fullmatch("") and not compiled.groups:
+        raise EvaluationError(f"{path}: extract={pattern!r} finds an empty text everywhere; correct it")
 
 
 class YamlTask(Task):
@@ -83,6 +118,9 @@ class YamlTask(Task):
         self._target = _compile(content["target"], path, "target")
         self._header = _compile(content.get("header", ""), path, "header")
         self._subset = _compile(content.get("subset", self.name), path, "subset")
+        choices = content.get("choices", [])
+        shown = choices if isinstance(choices, list) else [choices]
+        self._choice_templates = [_compile(one, path, "choices") for one in shown]
         self.variants = {"own": self._variant()}
 
     def read(self, path: str) -> Benchmark:
@@ -129,25 +167,26 @@ class YamlTask(Task):
             ]
             if target in shown:
                 target = [shown.index(target)]
-            elif target.isdigit() and int(target) < len(shown):
+            elif target.isdecimal() and len(target) < 9 and int(target) < len(shown):
                 target = [int(target)]
             else:
                 raise EvaluationError(f"{where}: target {target!r} is none of the choices {shown}")
         return Record(record.id, record.subset, fields, target)
 
     def _choices(self, record: Record) -> Sequence[str]:
-        choices = self._content["choices"]
-        if isinstance(choices, list):
-            return [
-                _render(_compile(str(c), self._path, "choices"), record.fields, record.id) for c in choices
-            ]
-        text = _render(_compile(choices, self._path, "choices"), record.fields, record.id)
-        found = parse_json(text, f"{self._path}: choices renders to {text!r}, which is not a list")
+        where = f"{self._path}: choices of {record.id}"
+        rendered = [_render(one, record.fields, where) for one in self._choice_templates]
+        if isinstance(self._content["choices"], list):
+            return _checked_choices(rendered, where)
+        found = parse_json(rendered[0], f"{where} render to {reprlib.repr(rendered[0])}, which is no list")
         if not isinstance(found, list):
             raise EvaluationError(
-                f"{self._path}: choices renders to {text!r}, which is not a JSON list; use `| tojson`"
+                f"{where} render to {reprlib.repr(rendered[0])}, which is not a JSON list; use `| tojson`"
             )
-        return [str(choice) for choice in found]
+        odd = next((one for one in found if not is_a(one, (str, int, float))), None)
+        if odd is not None or None in found:
+            raise EvaluationError(f"{where} hold {json.dumps(odd)}, which is no text; correct them")
+        return _checked_choices([one if isinstance(one, str) else json.dumps(one) for one in found], where)
 
     def _variant(self) -> TaskVariant:
         content = self._content
@@ -172,6 +211,15 @@ class YamlTask(Task):
             seq_length=content.get("seq_length"),
             main="accuracy" if "choices" in content else "strict",
         )
+
+
+def _checked_choices(choices: Sequence[str], where: str) -> Sequence[str]:
+    if not choices or "" in choices or len(set(choices)) < len(choices):
+        problem = (
+            "are none" if not choices else "hold an empty text" if "" in choices else "hold a text twice"
+        )
+        raise EvaluationError(f"{where} {problem}: {reprlib.repr(list(choices))}; correct them")
+    return choices
 
 
 def _compile(template: str, path: Path, key: str) -> Any:

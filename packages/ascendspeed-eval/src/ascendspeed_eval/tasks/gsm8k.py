@@ -1,6 +1,5 @@
 """GSM8K (Cobbe et al., 2021): grade-school mathematics in words."""
 
-import random
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,8 +7,11 @@ from types import MappingProxyType
 from typing import Any
 
 from ascendspeed_eval.errors import EvaluationError
-from ascendspeed_eval.tasks.base import Benchmark, Extracted, Record, Sample, Task, TaskVariant
+from ascendspeed_eval.tasks.answer_marks import without_reasoning
+from ascendspeed_eval.tasks.base import Extracted, Task, TaskVariant
+from ascendspeed_eval.tasks.number_answers import ReadNumber, find_number, value_of
 from ascendspeed_eval.tasks.reading import find_files, not_empty, read_json_lines
+from ascendspeed_eval.tasks.samples import Benchmark, Record
 
 EXAMPLES_2023 = (
     (
@@ -30,21 +32,18 @@ EXAMPLES_2023 = (
 )
 """The first three examples of Wei et al. (2022), Chain-of-Thought Prompting, table 20."""
 
-EXAMPLES_SEED = 1234
-"""lm-evaluation-harness draws the examples of all questions from one generator with this seed."""
-
 INVALID = "[invalid]"
 
 
 def number_of_2023(text: str, record: Record) -> Extracted:
-    """Find the number after "The answer is", by the rule of 2023; flexible: the last number of the text.
+    """Find the number after "The answer is", by the rule of 2023; flexible: `find_number`.
 
     That rule cuts at the next `Q:`, drops `$` and `,`, and ends the number at a space or a full stop, so that a
     decimal number loses its fraction.
     """
     cut = text.split("Q:")[0].replace("$", "").replace(",", "") + "  "
     found = re.findall(r"The answer is (.*?) ", cut.replace(".", " "))
-    return {"strict": found[0] if found else None, "flexible": last_number(text)}
+    return {"strict": found[0] if found else None, "flexible": find_number(without_reasoning(text))}
 
 
 def number_of_lm_eval(text: str, record: Record) -> Extracted:
@@ -60,7 +59,9 @@ def last_number(text: str) -> str:
 
 
 def same_number(answer: Any, record: Record) -> bool:
-    """Compare without thousands commas, `$` and a final full stop, as lm-evaluation-harness does."""
+    """Compare without thousands commas, `$` and a final full stop, as lm-evaluation-harness does; numbers by value."""
+    if isinstance(answer, ReadNumber):
+        return answer.value == value_of(str(record.target))
     return answer is not None and _plain(answer) == _plain(str(record.target))
 
 
@@ -74,7 +75,7 @@ class GSM8K(Task):
     """`test.jsonl`, with the examples of `train.jsonl` beside it."""
 
     name = "gsm8k"
-    version = 1
+    version = 2
     summary = "grade-school mathematics in words"
     size = "1,319 (test split)"
     format = 'JSON lines with question and answer, which ends in "#### <number>" (or a JSON list, as in 2023)'
@@ -104,6 +105,7 @@ class GSM8K(Task):
                 matches=same_number,
                 max_new_tokens=256,
                 stop=("Question:", "</s>", "<|im_end|>"),
+                surplus_draws=0,
                 main="strict",
             ),
         }
@@ -135,24 +137,6 @@ class GSM8K(Task):
             if variant.name == "ascendspeed"
             else super().fewshot_examples(variant, benchmark, record, count)
         )
-
-    def samples(
-        self, benchmark: Benchmark, variant: TaskVariant, num_fewshot: int | None = None
-    ) -> list[Sample]:
-        """Build the prompts; under `lm-eval` each question has its own examples."""
-        count = variant.num_fewshot if num_fewshot is None else num_fewshot
-        pool = benchmark.examples["gsm8k"]
-        if variant.name != "lm-eval" or count == 0 or len(pool) < count:
-            return super().samples(benchmark, variant, num_fewshot)
-        draw = random.Random(EXAMPLES_SEED)
-        made = []
-        for record in benchmark.records:
-            shown = "".join(
-                self.question(variant, one) + " " + one.fields["answer"] + variant.separator
-                for one in draw.sample(list(pool), count)
-            )
-            made.append(Sample(record, shown + self.question(variant, record), 0))
-        return made
 
     def answer(self, variant: TaskVariant, record: Record) -> str:
         """Return the worked answer."""

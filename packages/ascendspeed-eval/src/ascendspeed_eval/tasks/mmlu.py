@@ -5,17 +5,10 @@ from types import MappingProxyType
 from typing import Any
 
 from ascendspeed_eval.errors import EvaluationError
-from ascendspeed_eval.tasks.base import (
-    Benchmark,
-    Extracted,
-    Record,
-    Task,
-    TaskVariant,
-    letters,
-    without_first_space,
-)
+from ascendspeed_eval.tasks.base import Extracted, Task, TaskVariant, letters, without_first_space
 from ascendspeed_eval.tasks.mmlu_subjects import CATEGORIES
 from ascendspeed_eval.tasks.reading import find_folder, letter_index, read_csv
+from ascendspeed_eval.tasks.samples import Benchmark, Record
 
 COLUMNS = ("question", "A", "B", "C", "D", "answer")
 QUESTION = "{question}\nA. {A}\nB. {B}\nC. {C}\nD. {D}\nAnswer:"

@@ -7,6 +7,7 @@ from typing import Any
 from ascendspeed_core.config.load import load_config
 from ascendspeed_data.command_line import log
 from ascendspeed_data.command_line.options import options_from
+from ascendspeed_data.errors import DataError
 from ascendspeed_infer.commands.generate import launched_ranks, opened_model
 from ascendspeed_infer.config import ChatConfig
 
@@ -49,6 +50,10 @@ def read_line(prompt: str) -> str | None:
         return input(prompt)
     except (EOFError, KeyboardInterrupt):
         return None
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"the input is not {error.encoding} ({error.reason} at byte {error.start}); give UTF-8"
+        ) from None
 
 
 def _write(text: str) -> None:

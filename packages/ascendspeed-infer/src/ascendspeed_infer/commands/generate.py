@@ -17,7 +17,7 @@ from ascendspeed_data.command_line.options import options_from
 from ascendspeed_data.command_line.progress import Progress
 from ascendspeed_data.errors import ConfigError, DataError
 from ascendspeed_infer.config import GenerateConfig, LoadedModelConfig, inference_layout
-from ascendspeed_infer.engines import NATIVE, check_options, find_engine
+from ascendspeed_infer.engines import NATIVE, check_options, find_engine, refuse_engine_options
 from ascendspeed_infer.prompt_file import Format, PromptRecord, read_prompt_file, read_prompts
 
 if TYPE_CHECKING:
@@ -58,7 +58,11 @@ def generate(
         raise ConfigError("--prompt takes texts; give JSON lines by --prompt-file or on stdin")
     is_jsonl = prompt_file is not None and prompt_file.suffix == ".jsonl"
     format_ = prompt_format or ("jsonl" if is_jsonl else "text")
-    records = [PromptRecord(text) for text in prompt] if prompt else None
+    records = None
+    if prompt:
+        # One prompt needs no number.
+        names = [f"prompt {number}" if len(prompt) > 1 else "" for number in range(1, len(prompt) + 1)]
+        records = [PromptRecord(text, where=name) for text, name in zip(prompt, names, strict=True)]
     if prompt_file is not None:
         records = read_prompts(read_prompt_file(prompt_file), format_, str(prompt_file))
     with launched_ranks(config, sys.argv[1:]) as is_rank:
@@ -81,6 +85,7 @@ def launched_ranks(config: LoadedModelConfig, arguments: Sequence[str]) -> Itera
 
         is_own = config.engine.engine == NATIVE
         if is_own:
+            refuse_engine_options(config, NATIVE)
             inference_layout(config.parallel, world_size)
         prepare_torch(config.launch.device)
         if not is_own:
@@ -118,7 +123,13 @@ def opened_model(config: LoadedModelConfig) -> Iterator[tuple["TextGenerator", "
         tokenizer = config.tokenizer.tokenizer_name_or_path
         quantization = config.precision.weight_quantization
         model = LanguageModel.from_source(
-            source, tokenizer, device.kind, dtype, config.parallel, weight_quantization=quantization
+            source,
+            tokenizer,
+            device.kind,
+            dtype,
+            config.parallel,
+            weight_quantization=quantization,
+            needs_tokenizer=config.needs_tokenizer,
         )
         if world.rank == 0:
             size = f"{source.config.num_parameters:,} parameters ({source.kind})"
@@ -137,13 +148,14 @@ def run(config: GenerateConfig, records: list[PromptRecord] | None, format_: For
             return
         model, _ = opened
         if records is None:
-            records = read_prompts(sys.stdin.read(), format_, "stdin")
+            records = read_prompts(_read_stdin(), format_, "stdin")
         if as_json:
             check_names(records)
         each, seed = config.sampling.num_return_sequences, config.sampling.seed
         completions = model.completions(
             [one.prompt for one in records],
             seeds=[seed if one.seed is None else one.seed for one in records],
+            names=[one.where for one in records],
             **config.sampling.model_dump(exclude_unset=True),
         )
         started, count = time.perf_counter(), 0
@@ -157,6 +169,15 @@ def run(config: GenerateConfig, records: list[PromptRecord] | None, format_: For
         log(f"{count} tokens in {seconds:.2f} s, {count / seconds:.1f} tokens/s")
 
 
+def _read_stdin() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"stdin cannot be read: it is not {error.encoding} ({error.reason} at byte {error.start}); give UTF-8"
+        ) from None
+
+
 def check_names(records: Sequence[PromptRecord]) -> None:
     """Refuse a field of a prompt's line that has the name of a field of the answer."""
     from ascendspeed_infer.requests import Completion
@@ -165,12 +186,12 @@ def check_names(records: Sequence[PromptRecord]) -> None:
     for number, one in enumerate(records, 1):
         taken = sorted(names & one.extra_fields.keys())
         if taken:
-            raise DataError(
-                f"prompt {number}: {taken[0]} is a field of the answer; rename it, or leave --json out"
-            )
+            where = one.where or f"prompt {number}"
+            raise DataError(f"{where}: {taken[0]} is a field of the answer; rename it, or leave --json out")
 
 
 def _json_of(completion: "Completion", record: PromptRecord) -> str:
     """Return a completion as JSON, with what its prompt's line held, without what was not asked for."""
     answer = {**record.extra_fields, **asdict(completion)}
-    return json.dumps({name: one for name, one in answer.items() if one is not None}, ensure_ascii=False)
+    found = {name: one for name, one in answer.items() if one is not None}
+    return json.dumps(found, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
