@@ -7,7 +7,7 @@ import path of the function.
 import importlib
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal, get_args, get_origin
@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args, get_origin
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from ascendspeed_data.command_line.other_programs import announce_accepted, refuse, settle_flags
 from ascendspeed_data.errors import AscendSpeedError, did_you_mean
 
 
@@ -43,18 +44,42 @@ class SpaceSeparatedCommand(TyperCommand):
     """A command that accepts `--flag a b c` for list options, and `--some_flag` for `--some-flag`.
 
     Scripts in the style of Megatron-LM use both. Typer expects `--flag a --flag b`, so the arguments are rewritten
-    before parsing.
+    before parsing. Flags of other programs are answered, see `other_programs`.
     """
+
+    _given_as: Mapping[str, str] = {}
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Rewrite `args`, then parse them."""
-        spellings = {
-            spelling: bool(getattr(param, "multiple", False))
-            for param in self.params
+        spelled = [
+            (spelling, param)
+            for param in self.get_params(ctx)
             for spelling in (*param.opts, *param.secondary_opts)
+        ]
+        takes_value = {spelling: not getattr(param, "is_flag", False) for spelling, param in spelled}
+        kept, accepted, unknown = settle_flags(ctx.command_path, args, takes_value, lambda: _siblings(ctx))
+        if unknown:
+            ctx.fail(refuse(ctx.command_path, unknown))
+        announce_accepted(accepted)
+        self._given_as = given_spellings(kept, spelled)
+        lists = {spelling: bool(getattr(param, "multiple", False)) for spelling, param in spelled}
+        with_commas = {
+            spelling
+            for spelling, param in spelled
+            if lists[spelling] and (spelling in LISTS_OF_NAMES or _is_number(param))
         }
-        choices = {spelling: _choices_of(param) for param in self.params for spelling in param.opts}
-        return list(super().parse_args(ctx, usual_choices(expand_arguments(args, spellings), choices)))
+        choices = {spelling: _choices_of(param) for spelling, param in spelled}
+        expanded = expand_arguments(split_at_commas(kept, with_commas), lists)
+        return list(super().parse_args(ctx, usual_choices(expanded, choices)))
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; an error for the user names options as the user spelled them."""
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            if isinstance(getattr(error, "exit_code", None), int) and self._given_as and len(error.args) == 1:
+                error.args = (as_spelled(str(error), self._given_as),)
+            raise
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the options, grouped by config."""
@@ -66,6 +91,79 @@ class SpaceSeparatedCommand(TyperCommand):
         for panel, records in panels.items():
             with formatter.section(panel):
                 formatter.write_dl(records)
+
+
+LISTS_OF_NAMES = frozenset(
+    f"--{name}"
+    for name in (
+        "task", "subset", "json-keys", "json-key", "lora-target-modules", "lora-modules-to-save",
+        "lora-register-forward-hook",
+    )
+)  # fmt: skip
+"""Options that take names, which have no commas: `a,b` is `a b`."""
+
+
+def split_at_commas(args: Sequence[str], flags: Collection[str]) -> list[str]:
+    """Write lists of names and numbers that are joined by commas as separate words."""
+    written: list[str] = []
+    flag = ""
+    for position, arg in enumerate(args):
+        if arg == "--":
+            return [*written, *args[position:]]
+        if arg.startswith("--"):
+            flag, equals, value = arg.partition("=")
+            flag = flag.replace("_", "-") if flag.replace("_", "-") in flags else flag
+            if flag in flags and equals and "," in value:
+                written += [flag, *(part.strip() for part in value.split(",") if part.strip())]
+            else:
+                written.append(arg)
+        elif flag in flags and "," in arg:
+            written += [part.strip() for part in arg.split(",") if part.strip()]
+        else:
+            written.append(arg)
+    return written
+
+
+def given_spellings(args: Sequence[str], spelled: Sequence[tuple[str, Any]]) -> dict[str, str]:
+    """Return by the name of a config's field how the user wrote its flag, where the two differ."""
+    given = {arg.partition("=")[0].replace("_", "-") for arg in args if arg.startswith("--")}
+    found = {}
+    for spelling, param in spelled:
+        name = str(param.name)
+        own = "--" + name.replace("_", "-")
+        if spelling.replace("_", "-") in given and spelling in param.opts and spelling != own:
+            found[name] = spelling
+    return found
+
+
+def as_spelled(message: str, given: Mapping[str, str]) -> str:
+    """Write a message with the user's spelling of options: `--layernorm-epsilon` for `norm_epsilon`."""
+    for name, flag in given.items():
+        dashed = re.escape("--" + name.replace("_", "-"))
+        message = re.sub(rf"{dashed}(?![\w-])", flag, message)
+        message = re.sub(rf"(?<![\w-]){re.escape(name)}(?==| is missing)", flag, message)
+    return message
+
+
+def _siblings(ctx: Any) -> dict[str, list[str]]:
+    """Return the flags of the other commands of the program, by their names."""
+    table: dict[str, Command] = getattr(getattr(ctx.parent, "command", None), "table", {})
+    return {
+        name: [
+            flag for param in _as_typer_command(row).params for flag in (*param.opts, *param.secondary_opts)
+        ]
+        for name, row in table.items()
+        if name != ctx.info_name
+    }
+
+
+def _is_number(param: Any) -> bool:
+    return getattr(getattr(param, "type", None), "name", "") in (
+        "integer",
+        "float",
+        "integer range",
+        "float range",
+    )
 
 
 def expand_arguments(args: Sequence[str], spellings: dict[str, bool]) -> list[str]:
