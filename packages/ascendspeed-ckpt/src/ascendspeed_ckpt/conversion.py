@@ -20,8 +20,9 @@ from ascendspeed_ckpt.writers.torch_dist import write_torch_dist
 from ascendspeed_ckpt.writers.write_plan import WritePlan
 from ascendspeed_core.models.families.config_rules import written_end_ids
 from ascendspeed_core.weights import NativeSource, WeightSource, open_weights, stored_source
+from ascendspeed_core.weights.adapters.merge import MergedAdapter
 from ascendspeed_core.weights.files.json_file import read_json
-from ascendspeed_core.weights.source import LeftOut
+from ascendspeed_core.weights.source import DATA_MANIFEST, LeftOut
 from ascendspeed_core.weights.stream import SLAB_BYTES
 from ascendspeed_data.command_line import Progress, log
 from ascendspeed_data.errors import AscendSpeedError
@@ -34,6 +35,8 @@ LOGITS_TOLERANCE = 1e-4
 """Largest accepted difference of fp32 logits: the same sums, in the order of two libraries."""
 
 GENERATION = "generation_config.json"
+MERGED = "merged_from.json"
+"""File beside merged weights: which base and which adapter they were made of."""
 
 
 @dataclass(frozen=True)
@@ -231,7 +234,7 @@ def _write(conversion: Conversion, source: WeightSource, folder: Path) -> int:
 
 
 def _copy_texts(conversion: Conversion, source: WeightSource, folder: Path) -> None:
-    """Copy tokenizer and generation config."""
+    """Copy tokenizer, generation config and the record of the training data; note what was merged."""
     tokenizer = conversion.tokenizer or source.tokenizer
     to = folder if conversion.to == "huggingface" else folder / "tokenizer"
     if tokenizer is None:
@@ -240,6 +243,16 @@ def _copy_texts(conversion: Conversion, source: WeightSource, folder: Path) -> N
         raise AscendSpeedError(f"{tokenizer} holds no tokenizer file; check --tokenizer-name-or-path")
     if source.path is not None and (source.path / GENERATION).is_file():
         _copy_generation_config(source, source.path / GENERATION, folder / GENERATION)
+    manifest = source.data_manifest
+    if manifest is not None and conversion.tokenizer is None and tokenizer is not None:
+        (folder / DATA_MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    elif manifest is not None:
+        log(
+            f"left out: the record of the data that {source.path} was trained on, which speaks of its own tokenizer"
+        )
+    if isinstance(source, MergedAdapter):
+        record = {"base": str(source.path), "base_kind": source.kind, "adapter": str(source.adapter.folder)}
+        (folder / MERGED).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def _copy_generation_config(source: WeightSource, path: Path, target: Path) -> None:

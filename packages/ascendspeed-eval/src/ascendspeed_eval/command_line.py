@@ -14,8 +14,8 @@ from typing import Any, Literal, get_args, get_origin
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from ascendspeed_eval.other_programs import announce_accepted, refuse, settle_flags
 from ascendspeed_eval.errors import did_you_mean
+from ascendspeed_eval.other_programs import announce_accepted, refuse, settle_flags
 
 
 @dataclass(frozen=True)

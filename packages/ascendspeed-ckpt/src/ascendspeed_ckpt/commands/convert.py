@@ -58,14 +58,16 @@ def open_input(options: ConvertOptions) -> "WeightSource":
     return source
 
 
-def plan(options: ConvertOptions, source: "WeightSource", max_shard_bytes: int) -> "Conversion":
-    """Return the conversion that the options describe."""
+def plan(
+    options: ConvertOptions, source: "WeightSource", max_shard_bytes: int, default: TargetKind | None = None
+) -> "Conversion":
+    """Return the conversion that the options describe; without `--to` the result is of the kind `default`."""
     import torch
 
     from ascendspeed_ckpt.conversion import Conversion
 
     output, work = options.output, options.work
-    to = output.to or default_target(options, source)
+    to = output.to or default or default_target(options, source)
     dtype = getattr(torch, output.dtype) if output.dtype else None
     return Conversion(
         source=source,
@@ -169,7 +171,27 @@ def report(verdict: "Verdict", conversion: "Conversion") -> None:
         print(f"not converted, not compared: {what}")
     for line in verdict.checked:
         print(line)
-    print("verdict: the same model")
+    print(f"verdict: {conversion.target} holds the same model as {what_was_read(conversion)}")
+
+
+def what_was_read(conversion: "Conversion") -> str:
+    """Name the input with all changes that were made as it was read: what the output was compared with."""
+    from ascendspeed_ckpt.resize_vocab import ResizedVocabulary
+    from ascendspeed_core.weights import stored_source
+    from ascendspeed_core.weights.adapters.merge import MergedAdapter
+
+    source: Any = conversion.source
+    changes = []
+    if isinstance(source, MergedAdapter):
+        changes.append(f"with the adapter {source.adapter.folder} merged into it")
+        source = source.base
+    while not isinstance(source, ResizedVocabulary) and source.base is not None:
+        source = source.base
+    if isinstance(source, ResizedVocabulary):
+        changes.insert(0, f"with a vocabulary of {source.config.vocab_size:,} ids")
+    if conversion.dtype is not None:
+        changes.append(f"rounded to {str(conversion.dtype).removeprefix('torch.')}")
+    return ", ".join([str(stored_source(conversion.source).path), *changes])  # type: ignore[arg-type]
 
 
 def parse_size(text: str) -> int:

@@ -86,7 +86,8 @@ def keep_tokenizer(plan: "RunPlan", save: Path) -> None:
 
     The manifest of the data goes there too: it says which tokenizer is right where the files are not known.
     """
-    from ascendspeed_core.weights.native.source import DATA_MANIFEST, TOKENIZER
+    from ascendspeed_core.weights.native.source import TOKENIZER
+    from ascendspeed_core.weights.source import DATA_MANIFEST
     from ascendspeed_data.files import write_durably
     from ascendspeed_data.tokenizer import copy_tokenizer
 
