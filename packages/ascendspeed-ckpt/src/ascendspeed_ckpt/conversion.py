@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from ascendspeed_core.weights.files.json_file import read_json
 from ascendspeed_core.weights.source import DATA_MANIFEST, LeftOut
 from ascendspeed_core.weights.stream import SLAB_BYTES
 from ascendspeed_data.command_line import Progress, log
+from ascendspeed_data.command_line.stopping import keeping
 from ascendspeed_data.errors import AscendSpeedError
 from ascendspeed_data.files import INCOMPLETE
 from ascendspeed_data.lock import output_lock
@@ -123,7 +125,7 @@ def convert(conversion: Conversion) -> Verdict:
     _check_folders(conversion, source)
     scratch = target.with_name(f"{target.name}{INCOMPLETE}")
     lock = target.with_name(f"{target.name}.lock")
-    with output_lock(lock, f"--output-model-dir {target}"):
+    with output_lock(lock, f"--output-model-dir {target}"), keeping(partial(_what_is_kept, target)):
         shutil.rmtree(scratch, ignore_errors=True)
         _check_space(conversion, source)
         scratch.mkdir(parents=True)
@@ -148,6 +150,13 @@ def convert(conversion: Conversion) -> Verdict:
         checked,
         tuple(not_converted(source, conversion)),
     )
+
+
+def _what_is_kept(target: Path) -> str:
+    """Say what a conversion that ends early has kept; its scratch folder is removed."""
+    shutil.rmtree(target.with_name(f"{target.name}{INCOMPLETE}"), ignore_errors=True)
+    was = "is as it was" if target.exists() else "was not written"
+    return f"{target} {was}; run the same command again"
 
 
 def total_bytes(source: WeightSource, dtype: torch.dtype | None, write_plan: WritePlan | None = None) -> int:
@@ -181,9 +190,14 @@ def _moves_training_state(source: WeightSource, conversion: Conversion) -> bool:
     return isinstance(source, NativeSource) and conversion.to == "native" and conversion.dtype is None
 
 
+def is_taken(target: Path) -> bool:
+    """Whether something is at a path; an empty folder is as good as nothing."""
+    return target.exists() and not (target.is_dir() and not any(target.iterdir()))
+
+
 def _check_folders(conversion: Conversion, source: WeightSource) -> None:
     target = conversion.target
-    if target.exists() and not conversion.overwrite:
+    if is_taken(target) and not conversion.overwrite:
         raise AscendSpeedError(
             f"output_model_dir={target} exists; give --overwrite to replace it, or another folder"
         )

@@ -7,7 +7,8 @@ elastic launcher, which runs the same command again with that environment.
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -65,7 +66,13 @@ def planned_world_size(nproc_per_node: int) -> int:
     return nproc_per_node
 
 
-def launch(module: str, args: Sequence[str], nproc_per_node: int, device: str) -> int:
+def launch(
+    module: str,
+    args: Sequence[str],
+    nproc_per_node: int,
+    device: str,
+    kept: Callable[[], str] = lambda: "run the same command again",
+) -> int:
     """Run `python -m module args` in several processes on this machine and wait for them.
 
     Args:
@@ -73,6 +80,7 @@ def launch(module: str, args: Sequence[str], nproc_per_node: int, device: str) -
         args: the command line, `--nproc-per-node` included.
         nproc_per_node: processes.
         device: as asked for; decides how torch is imported.
+        kept: called after a signal has stopped them; returns what is kept and how to go on.
 
     Returns:
         0, or the exit status of the first process that failed.
@@ -104,12 +112,16 @@ def launch(module: str, args: Sequence[str], nproc_per_node: int, device: str) -
         elastic_launch(config, sys.executable)("-m", module, *args)
     except SignalException as error:
         raise _WorkerError(
-            f"stopped by {error.sigval.name}, all processes with it", 128 + error.sigval
+            f"stopped by {error.sigval.name}, all {nproc_per_node} processes with it; {kept()}",
+            128 + error.sigval,
         ) from None
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         message = failure.message if isinstance(failure.message, str) else str(failure.message.get("message"))
-        if failure.exitcode in (1, 2, 128 + signal.SIGTERM) and failure.error_file != "<NA>":
+        if (
+            failure.exitcode in (1, 2, 128 + signal.SIGTERM, 128 + signal.SIGINT)
+            and failure.error_file != "<NA>"
+        ):
             raise _WorkerError(message, failure.exitcode) from None
         raise AscendSpeedError(
             f"process {rank} of {nproc_per_node} ended with status {failure.exitcode}; its output is above"
@@ -131,11 +143,18 @@ def worker_errors() -> Iterator[None]:
 
     Without such a launcher the error goes on as it is.
     """
-    if LAUNCHED in os.environ and is_worker():
+    is_launched = LAUNCHED in os.environ and is_worker()
+    if is_launched:
         _end_with_launcher()
+    is_interrupted = _follow_rank_0() if is_launched and world_of_environment().rank > 0 else None
     try:
         yield
-    except AscendSpeedError as error:
+    except Exception as error:
+        if is_interrupted is not None and is_interrupted.is_set():
+            # Rank 0 has left; what fails here for that says nothing to the user.
+            os._exit(128 + signal.SIGINT)
+        if not isinstance(error, AscendSpeedError):
+            raise
         if not _has_launcher():
             if is_worker():
                 raise _WorkerError(f"[rank {world_of_environment().rank}] {error}", error.exit_code) from None
@@ -169,6 +188,14 @@ def _end_with_launcher() -> None:
 
         set_parent_death_signal = 1
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
+def _follow_rank_0() -> threading.Event:
+    """Leave Ctrl-C to rank 0, which ends this rank as it ends; return an event that tells whether it came."""
+    came = threading.Event()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, lambda number, frame: came.set())
+    return came
 
 
 def _write_error_file(path: str, message: str) -> None:

@@ -16,6 +16,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from ascendspeed_eval.errors import did_you_mean
 from ascendspeed_eval.other_programs import announce_accepted, refuse, settle_flags
+from ascendspeed_eval.stopping import NO_SPACE, no_space
 
 
 @dataclass(frozen=True)
@@ -327,8 +328,8 @@ def run_app(app: typer.Typer, name: str, args: Sequence[str] | None = None) -> i
     words = list(sys.argv[1:] if args is None else args)
     try:
         result = command.main(args=words, prog_name=name, standalone_mode=False)
-    except typer.Abort:
-        return _print_error(name, "interrupted", 130)
+    except (typer.Abort, KeyboardInterrupt):
+        return _print_error(name, "interrupted; run the same command again", 130)
     except typer.TyperException as error:
         if type(error).__name__ == "NoArgsIsHelpError":
             print(error.format_message())
@@ -338,6 +339,8 @@ def run_app(app: typer.Typer, name: str, args: Sequence[str] | None = None) -> i
         sys.stderr.close()
         return 1
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in NO_SPACE:
+            return _print_error(name, f"{no_space(error)}, and run the same command again", 1)
         # Errors for the user, also those of backends in other packages, have an exit status.
         status = getattr(error, "exit_code", None)
         if not isinstance(status, int):

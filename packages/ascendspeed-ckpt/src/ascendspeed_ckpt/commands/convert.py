@@ -117,7 +117,7 @@ def make_write_plan(output: OutputOptions, to: TargetKind, num_layers: int, dtyp
 
 def run(conversion: "Conversion", dry_run: bool) -> None:
     """Log what will be done, do it, and print what was proved."""
-    from ascendspeed_ckpt.conversion import convert, memory_bytes, not_converted, total_bytes
+    from ascendspeed_ckpt.conversion import convert, is_taken, memory_bytes, not_converted, total_bytes
     from ascendspeed_core.weights import WeightSource
 
     source = conversion.source
@@ -145,7 +145,7 @@ def run(conversion: "Conversion", dry_run: bool) -> None:
         f"memory: at most {memory_bytes(opened, workers):,} bytes of tensors at once, {workers} files at once"
     )
     if dry_run:
-        if conversion.target.exists() and not conversion.overwrite:
+        if is_taken(conversion.target) and not conversion.overwrite:
             raise AscendSpeedError(
                 f"output_model_dir={conversion.target} exists; give --overwrite to replace it"
             )

@@ -167,8 +167,22 @@ class TrainingConfig(Config):
 class EvaluationConfig(Config):
     """When the loss of held-out data is measured."""
 
-    eval_interval: int = Field(1000, ge=1, description="Steps between two evaluations of the held-out data.")
-    eval_iters: int = Field(0, ge=0, description="Batches of one evaluation; 0 evaluates nothing.")
+    eval_interval: int = Field(
+        1000,
+        ge=1,
+        description="Steps between two evaluations of the held-out data. Given without --eval-iters, all of that data "
+        "is measured each time.",
+    )
+    eval_iters: int = Field(
+        0,
+        ge=0,
+        description="Batches of one evaluation, each of --global-batch-size samples; 0 evaluates nothing.",
+    )
+
+    @property
+    def measures_all(self) -> bool:
+        """Whether an evaluation takes all held-out data: it is asked for, without a number of batches."""
+        return "eval_interval" in self.model_fields_set and "eval_iters" not in self.model_fields_set
 
 
 class LoggingConfig(Config):
@@ -242,6 +256,8 @@ class PretrainConfig(Config):
     @model_validator(mode="after")
     def _held_out_data_is_measured(self) -> Self:
         data, measured = self.data, self.evaluation.eval_iters
+        if self.evaluation.measures_all and data.valid_data_path:
+            return self
         for name, words in (
             ("valid_data_path", data.valid_data_path),
             ("test_data_path", data.test_data_path),

@@ -16,6 +16,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from ascendspeed_data.command_line.other_programs import announce_accepted, refuse, settle_flags
+from ascendspeed_data.command_line.stopping import NO_SPACE, no_space
 from ascendspeed_data.errors import AscendSpeedError, did_you_mean
 
 
@@ -330,8 +331,8 @@ def run_app(app: typer.Typer, name: str, args: Sequence[str] | None = None) -> i
         result = command.main(args=words, prog_name=name, standalone_mode=False)
     except AscendSpeedError as error:
         return _print_error(name, str(error), error.exit_code)
-    except typer.Abort:
-        return _print_error(name, "interrupted", 130)
+    except (typer.Abort, KeyboardInterrupt):
+        return _print_error(name, "interrupted; run the same command again", 130)
     except typer.TyperException as error:
         if type(error).__name__ == "NoArgsIsHelpError":
             print(error.format_message())
@@ -340,6 +341,10 @@ def run_app(app: typer.Typer, name: str, args: Sequence[str] | None = None) -> i
     except BrokenPipeError:
         sys.stderr.close()
         return 1
+    except OSError as error:
+        if error.errno not in NO_SPACE:
+            raise
+        return _print_error(name, f"{no_space(error)}, and run the same command again", 1)
     return result if isinstance(result, int) else 0
 
 

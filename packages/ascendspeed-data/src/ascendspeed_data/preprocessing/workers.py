@@ -1,6 +1,7 @@
 """Encode shards in order, in this process or in worker processes."""
 
 import os
+import signal
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -89,7 +90,8 @@ def _without_content(shard: Shard) -> Shard:
 
 
 def _start(task: WorkerTask) -> None:
-    """Load tokenizer and handler before the first shard; exit when the parent process exits."""
+    """Load tokenizer and handler before the first shard; exit when the parent process exits, which hears Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     _opened(task)

@@ -4,6 +4,7 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -15,10 +16,12 @@ from ascendspeed_eval.errors import UsageError
 from ascendspeed_eval.evaluation import Evaluation, prepare_evaluation
 from ascendspeed_eval.hub import PREFIX, write_files
 from ascendspeed_eval.model import Backend, EvaluatedModel
+from ascendspeed_eval.output_folder import SAMPLES
 from ascendspeed_eval.progress import log
 from ascendspeed_eval.report import markdown, warnings
 from ascendspeed_eval.runner import evaluate
 from ascendspeed_eval.small_files import read_text
+from ascendspeed_eval.stopping import keeping
 from ascendspeed_eval.tasks.base import GenerationSettings, Task
 from ascendspeed_eval.tasks.registry import find_task, find_variant
 
@@ -120,7 +123,10 @@ def run_command(
             folder = (
                 output_dir if output_dir is None or len(prepared) == 1 else output_dir / evaluation.task.name
             )
-            with backend.open(_options_of(backend, own, evaluation)) as model:
+            with (
+                keeping(partial(_what_is_kept, folder)),
+                backend.open(_options_of(backend, own, evaluation)) as model,
+            ):
                 if model is not None:
                     _evaluate_and_print(evaluation, model, folder)
 
@@ -178,6 +184,15 @@ def _evaluate_and_print(evaluation: Evaluation, model: EvaluatedModel, output_di
     for warning in warnings(results):
         log(f"note: {warning}")
     print(markdown(results))
+
+
+def _what_is_kept(folder: Path | None) -> str:
+    """Say what an evaluation that ends early has kept, and how to go on."""
+    if folder is None:
+        return "nothing is kept, as no --output-dir was given"
+    samples = folder / SAMPLES
+    finished = samples.read_bytes().count(b"\n") if samples.is_file() else 0
+    return f"{folder} holds {finished} finished samples; the same command goes on after them"
 
 
 def _read_template(path: Path) -> str:
