@@ -1,7 +1,6 @@
 """What someone types who comes from another program: each slip is one line that says what to type instead."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -198,4 +197,3 @@ def test_full_disks_are_one_line(model: Path, dataset: Path, tmp_path: Path) -> 
     for one in (done, evaluated):
         assert "Traceback" not in one.stderr
         assert "ignored" not in one.stderr
-    os.remove(run / "metrics.jsonl")

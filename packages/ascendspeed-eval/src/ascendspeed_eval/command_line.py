@@ -325,7 +325,9 @@ def run_app(app: typer.Typer, name: str, args: Sequence[str] | None = None) -> i
     Exit 130: interrupted. Any other exception is a bug and keeps its traceback.
     """
     command = typer.main.get_command(app)
-    words = list(sys.argv[1:] if args is None else args)
+    words = without_local_rank(sys.argv[1:] if args is None else args)
+    if words and words[0].startswith("--local-rank"):
+        return _print_error(name, f"{words[0]} is for processes of a launcher, which sets LOCAL_RANK too", 2)
     try:
         result = command.main(args=words, prog_name=name, standalone_mode=False)
     except (typer.Abort, KeyboardInterrupt):

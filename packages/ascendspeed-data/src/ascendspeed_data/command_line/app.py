@@ -5,6 +5,7 @@ import path of the function.
 """
 
 import importlib
+import os
 import re
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -326,7 +327,9 @@ def run_app(app: typer.Typer, name: str, args: Sequence[str] | None = None) -> i
     Exit 130: interrupted. Any other exception is a bug and keeps its traceback.
     """
     command = typer.main.get_command(app)
-    words = list(sys.argv[1:] if args is None else args)
+    words = without_local_rank(sys.argv[1:] if args is None else args)
+    if words and words[0].startswith("--local-rank"):
+        return _print_error(name, f"{words[0]} is for processes of a launcher, which sets LOCAL_RANK too", 2)
     try:
         result = command.main(args=words, prog_name=name, standalone_mode=False)
     except AscendSpeedError as error:
@@ -346,6 +349,16 @@ def run_app(app: typer.Typer, name: str, args: Sequence[str] | None = None) -> i
             raise
         return _print_error(name, f"{no_space(error)}, and run the same command again", 1)
     return result if isinstance(result, int) else 0
+
+
+def without_local_rank(words: Sequence[str]) -> list[str]:
+    """Leave out the --local-rank that torch.distributed.launch puts before the command; LOCAL_RANK says it too."""
+    first = words[0].replace("_", "-") if words else ""
+    if not first.startswith("--local-rank"):
+        return list(words)
+    if "LOCAL_RANK" not in os.environ:
+        return ["--local-rank"]
+    return list(words[1:] if "=" in first else words[2:])
 
 
 def _one_line(error: typer.TyperException, words: Sequence[str]) -> str:
