@@ -4,6 +4,7 @@ A copy of `ascendspeed_data.command_line.app`, because this package imports no o
 """
 
 import importlib
+import os
 import re
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -316,6 +317,16 @@ def build_app(summary: str, version: str, commands: Sequence[Command]) -> typer.
     for row in commands:
         app.command(name=row.name, help=row.summary)(lambda: None)
     return app
+
+
+def without_local_rank(words: Sequence[str]) -> list[str]:
+    """Leave out the --local-rank that torch.distributed.launch puts before the command; LOCAL_RANK says it too."""
+    first = words[0].replace("_", "-") if words else ""
+    if not first.startswith("--local-rank"):
+        return list(words)
+    if "LOCAL_RANK" not in os.environ:
+        return ["--local-rank"]
+    return list(words[1:] if "=" in first else words[2:])
 
 
 def run_app(app: typer.Typer, name: str, args: Sequence[str] | None = None) -> int:

@@ -320,6 +320,16 @@ def build_app(summary: str, version: str, commands: Sequence[Command]) -> typer.
     return app
 
 
+def without_local_rank(words: Sequence[str]) -> list[str]:
+    """Leave out the --local-rank that torch.distributed.launch puts before the command; LOCAL_RANK says it too."""
+    first = words[0].replace("_", "-") if words else ""
+    if not first.startswith("--local-rank"):
+        return list(words)
+    if "LOCAL_RANK" not in os.environ:
+        return ["--local-rank"]
+    return list(words[1:] if "=" in first else words[2:])
+
+
 def run_app(app: typer.Typer, name: str, args: Sequence[str] | None = None) -> int:
     """Run an application and return its exit status; errors for the user become one line on stderr.
 
@@ -349,16 +359,6 @@ def run_app(app: typer.Typer, name: str, args: Sequence[str] | None = None) -> i
             raise
         return _print_error(name, f"{no_space(error)}, and run the same command again", 1)
     return result if isinstance(result, int) else 0
-
-
-def without_local_rank(words: Sequence[str]) -> list[str]:
-    """Leave out the --local-rank that torch.distributed.launch puts before the command; LOCAL_RANK says it too."""
-    first = words[0].replace("_", "-") if words else ""
-    if not first.startswith("--local-rank"):
-        return list(words)
-    if "LOCAL_RANK" not in os.environ:
-        return ["--local-rank"]
-    return list(words[1:] if "=" in first else words[2:])
 
 
 def _one_line(error: typer.TyperException, words: Sequence[str]) -> str:
