@@ -2,6 +2,7 @@
 
 import random
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,10 @@ from support.command_flags import all_commands
 from support.commands import call
 from support.flags_2023 import PROGRAMS, README, SCRIPTS
 from support.tables import ReportTables
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+
+from coming_from_page import PAGE, page
 
 ANSWERS = read_answers()
 
@@ -136,6 +141,10 @@ def test_flags_of_other_programs_are_answered(command: str, report: ReportTables
             f"--{flag}",
             unknown[0],
         )
+
+
+def test_the_page_is_up_to_date() -> None:
+    assert PAGE.read_text(encoding="utf-8") == page(), "run: python scripts/coming_from_page.py"
 
 
 def test_there_is_one_table() -> None:
