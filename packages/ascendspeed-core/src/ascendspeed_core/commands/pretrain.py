@@ -31,8 +31,8 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print
 def pretrain(config: Recipe = None, dry_run: DryRun = False, **given: Any) -> None:
     """Train a model on tokenized text, from random weights (--model-config) or from a checkpoint (--load).
 
-    Give --nproc-per-node N to use N devices of this machine, or start the command under torchrun. What --save
-    holds afterwards: checkpoints that any layout can load, metrics.jsonl, loss.png.
+    Give --nproc-per-node N to use N devices of this machine, or start the command under torchrun. Results in --save:
+    checkpoints that any layout can load, metrics.jsonl and loss.png.
     """
     run_training(load_config(PretrainConfig, config, given, announce), dry_run)
 
@@ -75,7 +75,7 @@ def what_is_kept(save: Path | None) -> str:
         return "nothing of the run is kept, as no --save was given"
     saved = saved_iterations(save)
     if not saved:
-        return f"{save} holds no checkpoint yet; the same command starts anew"
+        return f"{save} holds no checkpoint yet; run the same command again to start it"
     return f"{save} holds iteration {saved[-1]}; the same command with --auto-resume goes on from there"
 
 

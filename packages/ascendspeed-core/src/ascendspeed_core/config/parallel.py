@@ -68,7 +68,8 @@ class ParallelConfig(Config):
     num_layers_per_virtual_pipeline_stage: int | None = Field(
         None,
         ge=1,
-        description="Layers of each stage, if each process is to hold several stages: a smaller bubble, more messages.",
+        description="Layers of each stage, if each process holds several stages (virtual pipeline): less "
+        "idle time, more communication.",
     )
     pipeline_schedule: PipelineSchedule | None = Field(
         None,
