@@ -151,6 +151,11 @@ def test_there_is_one_table() -> None:
     copy = Path(ascendspeed_eval.other_programs.__file__)
     for name in (TABLE, TABLE.with_suffix(".py")):
         assert copy.with_name(name.name).read_bytes() == name.read_bytes()
+    stopping = TABLE.with_name("stopping.py").read_text(encoding="utf-8")
+    renamed = stopping.replace("ascendspeed_data", "ascendspeed_eval").replace(
+        "AscendSpeedError", "EvaluationError"
+    )
+    assert copy.with_name("stopping.py").read_text(encoding="utf-8") == renamed
 
 
 def test_answers_name_flags_that_exist() -> None:

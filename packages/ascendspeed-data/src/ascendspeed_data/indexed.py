@@ -308,7 +308,7 @@ def _how_to_make(prefix: Path) -> str:
             if found
             else f"{prefix} is a folder without .idx files; asd-data preprocess makes them of your records"
         )
-    if "," in prefix.name:
+    if "," in str(prefix):
         return "separate several prefixes by spaces, each after its weight"
     near = sorted(path.with_suffix("") for path in prefix.parent.glob(f"{glob.escape(prefix.name)}_*.idx"))[
         :3

@@ -9,7 +9,6 @@ import re
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Literal, get_args, get_origin
 
 import typer
@@ -159,12 +158,9 @@ def _siblings(ctx: Any) -> dict[str, list[str]]:
 
 
 def _is_number(param: Any) -> bool:
-    return getattr(getattr(param, "type", None), "name", "") in (
-        "integer",
-        "float",
-        "integer range",
-        "float range",
-    )
+    """Whether the values of an option are numbers; of a list each of them."""
+    annotation = getattr(getattr(param, "type_descriptor", None), "annotation", None)
+    return annotation in (int, float) or any(part in (int, float) for part in get_args(annotation))
 
 
 def expand_arguments(args: Sequence[str], spellings: dict[str, bool]) -> list[str]:
@@ -369,7 +365,7 @@ def _one_line(error: typer.TyperException, words: Sequence[str]) -> str:
         r" \(Possible options: (.*)\)$", lambda m: f"; did you mean {m[1].replace(', ', ' or ')}?", line
     )
     flags = getattr(getattr(error, "param", None), "opts", ())
-    values = [value for word, value in pairwise(words) if word in flags]
+    values = [" ".join(_values_after(words, number)) for number, word in enumerate(words) if word in flags]
     if values:
         line = line.replace("Invalid value for", f"Invalid value {values[-1]!r} for", 1)
         choices = _choices_of(getattr(error, "param", None))
@@ -379,6 +375,15 @@ def _one_line(error: typer.TyperException, words: Sequence[str]) -> str:
         elif choices:
             line = line.rstrip(".") + did_you_mean(values[-1], choices)
     return line
+
+
+def _values_after(words: Sequence[str], number: int) -> list[str]:
+    """Return what follows a flag: the next word, and those after it up to another flag."""
+    following = list(words[number + 1 :])
+    end = next(
+        (position for position, word in enumerate(following) if position and word.startswith("--")), None
+    )
+    return following[:end]
 
 
 def _print_error(name: str, message: str, status: int) -> int:
