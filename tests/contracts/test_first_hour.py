@@ -172,27 +172,3 @@ def test_no_config_has_a_formula_for_a_name() -> None:
     for name, _ in RunValues(**values).named().values():
         assert "log2" not in name
         assert any(part in names or part in {"fp16", "bf16"} for part in name.replace(",", " ").split())
-
-
-def test_full_disks_are_one_line(model: Path, dataset: Path, tmp_path: Path) -> None:
-    """/dev/full is a disk without space: what a command appends to is a link to it."""
-    if not Path("/dev/full").exists():
-        pytest.skip("no /dev/full on this system")
-    run, out = tmp_path / "run", tmp_path / "out"
-    run.mkdir()
-    out.mkdir()
-    (run / "metrics.jsonl").symlink_to("/dev/full")
-    done = call(*pretrain(model, dataset, run))
-    assert done.status == 1
-    assert "no space is left on the disk" in done.complaint
-    assert f"{run} holds no checkpoint yet" in done.complaint
-    (out / "samples.jsonl").symlink_to("/dev/full")
-    evaluated = call(
-        "asd-eval", "run", "--task", "boolq", "--task-data-path", "sample", "--load", model, "--output-dir", out,
-        "--device", "cpu", "--limit", 2,
-    )  # fmt: skip
-    assert evaluated.status == 1
-    assert "no space is left on the disk" in evaluated.complaint
-    for one in (done, evaluated):
-        assert "Traceback" not in one.stderr
-        assert "ignored" not in one.stderr

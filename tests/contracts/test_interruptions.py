@@ -2,6 +2,7 @@
 
 import json
 import random
+import resource
 import shutil
 import signal
 import time
@@ -180,6 +181,50 @@ def test_ctrl_c_ten_times(
     commands: dict[str, Interrupted], tmp_path: Path, report: ReportTables, name: str
 ) -> None:
     try_moments(commands[name], name, tmp_path, 10, random.randrange(1 << 30), report)
+
+
+def fill_disk(command: Interrupted, name: str, folder: Path, limit: int) -> Finished:
+    """Run a command that may write files of `limit` bytes at most: what is beyond has no space."""
+    folder.mkdir()
+    running = RunningCommand(*_with_output(command.args, folder))
+    resource.prlimit(running.pid, resource.RLIMIT_FSIZE, (limit, limit))
+    done = running.finish(timeout=120)
+    assert "Traceback" not in done.stderr, (name, limit, done.stderr)
+    assert "ignored" not in done.stderr, (name, limit, done.stderr)
+    if done.status:
+        assert done.status == 1
+        assert "no space is left" in done.complaint or "File too large" in done.complaint, (
+            name,
+            limit,
+            done.stderr,
+        )
+    return done
+
+
+@pytest.mark.parametrize("name", ["pretrain", "preprocess", "convert", "generate", "eval"])
+def test_a_full_disk_is_one_line(commands: dict[str, Interrupted], tmp_path: Path, name: str) -> None:
+    done = fill_disk(commands[name], name, tmp_path / "out", 6000)
+    assert done.status == 1, done.stderr
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", ["pretrain", "preprocess", "convert", "generate", "eval"])
+def test_a_full_disk_at_any_size_is_one_line(
+    commands: dict[str, Interrupted], tmp_path: Path, report: ReportTables, name: str
+) -> None:
+    """Drawn sizes; with space again the same command goes on, and gives what it gives without."""
+    command, full = commands[name], 0
+    whole = run_command(*_with_output(command.args, tmp_path / "whole"))
+    assert whole.status == 0, whole.stderr
+    for number in range(10):
+        out = tmp_path / f"out{number}"
+        done = fill_disk(command, name, out, random.randrange(3000, 400_000))
+        full += done.status == 1
+        if command.is_resumed and done.status:
+            again = run_command(*_with_output(command.args, out), *command.go_on)
+            assert again.status == 0, again.stderr
+            assert command.result(out, again) == command.result(tmp_path / "whole", whole)
+    report.add("Full disks of drawn sizes", ("command", "tried", "full", "tracebacks"), name, 10, full, 0)
 
 
 def test_ctrl_c_of_several_processes_saves_and_a_second_ends_at_once(
