@@ -110,8 +110,8 @@ def run_command(
                 )
                 settings = replace(generation, max_new_tokens=None)
             if path.startswith(PREFIX):
-                (folder := Path(scratch) / str(number)).mkdir()
-                path = write_files(found.name, path, folder)
+                (written := Path(scratch) / str(number)).mkdir()
+                path = write_files(found.name, path, written)
             evaluation = prepare_evaluation(
                 found, variant, path, subsets=subset or (), limit=limit, limit_seed=limit_seed,
                 num_fewshot=num_fewshot, generation=settings, seed=seed,
