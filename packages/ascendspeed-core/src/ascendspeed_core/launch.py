@@ -111,8 +111,9 @@ def launch(
     try:
         elastic_launch(config, sys.executable)("-m", module, *args)
     except SignalException as error:
+        name = "Ctrl-C" if error.sigval == signal.SIGINT else error.sigval.name
         raise _WorkerError(
-            f"stopped by {error.sigval.name}, all {nproc_per_node} processes with it; {kept()}",
+            f"stopped by {name}, all {nproc_per_node} processes with it; {kept()}",
             128 + error.sigval,
         ) from None
     except ChildFailedError as error:
