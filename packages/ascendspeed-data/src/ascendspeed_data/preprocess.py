@@ -80,8 +80,8 @@ def preprocess_dataset(
     remedy = "free some space and run the same command again: it resumes after the finished documents"
     with (
         output_lock(job.path_with_suffix(".lock"), f"--output-prefix {job.output_prefix}"),
-        full_disk_named(job.output_prefix, remedy),
         keeping(lambda: "run the same command again to go on"),
+        full_disk_named(job.output_prefix, remedy),
     ):
         choice = choose_encoder(
             tokenizer, job.tokenizer_type, job.use_fast, _sample_texts(job, handler, tokenizer, sources)
