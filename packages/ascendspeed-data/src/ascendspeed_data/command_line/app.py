@@ -338,6 +338,8 @@ def run_app(app: typer.Typer, name: str, args: Sequence[str] | None = None) -> i
         return _print_error(name, f"{words[0]} is for processes of a launcher, which sets LOCAL_RANK too", 2)
     try:
         result = command.main(args=words, prog_name=name, standalone_mode=False)
+        # What is printed belongs to the command: without space for it the command has failed.
+        sys.stdout.flush()
     except AscendSpeedError as error:
         return _print_error(name, str(error), error.exit_code)
     except (typer.Abort, KeyboardInterrupt):
@@ -386,5 +388,10 @@ def _values_after(words: Sequence[str], number: int) -> list[str]:
 
 
 def _print_error(name: str, message: str, status: int) -> int:
+    try:
+        sys.stdout.flush()
+    except OSError:
+        # Python would try again as it ends, and complain of it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     print(f"{name}: error: {' '.join(message.splitlines())}", file=sys.stderr)
     return status
