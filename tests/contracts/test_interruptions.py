@@ -7,7 +7,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +181,17 @@ def test_ctrl_c_ten_times(
     commands: dict[str, Interrupted], tmp_path: Path, report: ReportTables, name: str
 ) -> None:
     try_moments(commands[name], name, tmp_path, 10, random.randrange(1 << 30), report)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", ["pretrain", "generate", "eval"])
+def test_ctrl_c_of_two_processes(
+    commands: dict[str, Interrupted], tmp_path: Path, report: ReportTables, name: str
+) -> None:
+    one = commands[name]
+    two = replace(one, args=[*one.args, "--nproc-per-node", 2, "--tensor-model-parallel-size", 2])
+    two = replace(two, kept=(*one.kept, "all 2 processes with it;"))
+    try_moments(two, f"{name}, two processes", tmp_path, 3, random.randrange(1 << 30), report)
 
 
 def fill_disk(command: Interrupted, name: str, folder: Path, limit: int) -> Finished:
