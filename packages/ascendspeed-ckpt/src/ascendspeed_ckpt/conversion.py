@@ -6,7 +6,6 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,6 @@ from ascendspeed_core.weights.files.json_file import read_json
 from ascendspeed_core.weights.source import DATA_MANIFEST, LeftOut
 from ascendspeed_core.weights.stream import SLAB_BYTES
 from ascendspeed_data.command_line import Progress, log
-from ascendspeed_data.command_line.stopping import keeping
 from ascendspeed_data.errors import AscendSpeedError
 from ascendspeed_data.files import INCOMPLETE
 from ascendspeed_data.lock import output_lock
@@ -125,7 +123,7 @@ def convert(conversion: Conversion) -> Verdict:
     _check_folders(conversion, source)
     scratch = target.with_name(f"{target.name}{INCOMPLETE}")
     lock = target.with_name(f"{target.name}.lock")
-    with output_lock(lock, f"--output-model-dir {target}"), keeping(partial(_what_is_kept, target)):
+    with output_lock(lock, f"--output-model-dir {target}"):
         shutil.rmtree(scratch, ignore_errors=True)
         _check_space(conversion, source)
         scratch.mkdir(parents=True)
@@ -152,11 +150,21 @@ def convert(conversion: Conversion) -> Verdict:
     )
 
 
-def _what_is_kept(target: Path) -> str:
-    """Say what a conversion that ends early has kept; its scratch folder is removed."""
-    shutil.rmtree(target.with_name(f"{target.name}{INCOMPLETE}"), ignore_errors=True)
-    was = "is as it was" if target.exists() else "was not written"
-    return f"{target} {was}; run the same command again"
+def what_is_kept(target: Path, was_taken: bool) -> str:
+    """Say what a conversion that ends early has kept; its scratch folder is removed.
+
+    Args:
+        target: of the conversion.
+        was_taken: whether something was there before.
+    """
+    scratch, old = target.with_name(f"{target.name}{INCOMPLETE}"), _replaced(target)
+    if old.exists() and not target.exists():
+        old.rename(target)
+    is_complete = is_taken(target) and not scratch.exists()
+    shutil.rmtree(scratch, ignore_errors=True)
+    if is_complete and not was_taken:
+        return f"{target} is written and complete; asd-ckpt verify compares it with the input"
+    return f"{target} {'holds a whole checkpoint' if was_taken else 'was not written'}; run the same command again"
 
 
 def total_bytes(source: WeightSource, dtype: torch.dtype | None, write_plan: WritePlan | None = None) -> int:
@@ -327,9 +335,13 @@ def _flush(folder: Path) -> None:
                 os.fsync(file.fileno())
 
 
+def _replaced(target: Path) -> Path:
+    return target.with_name(f"{target.name}.replaced{INCOMPLETE}")
+
+
 def _rename(scratch: Path, target: Path) -> None:
     """Give a complete folder its final name; an older one stays until then."""
-    old = target.with_name(f"{target.name}.replaced{INCOMPLETE}")
+    old = _replaced(target)
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         target.rename(old)

@@ -1,5 +1,6 @@
 """`asd-ckpt convert`."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,6 +10,7 @@ from ascendspeed_ckpt.config import EXTERNAL_KINDS, ConvertOptions, OutputOption
 from ascendspeed_core.config.load import load_config
 from ascendspeed_data.command_line import log
 from ascendspeed_data.command_line.options import options_from
+from ascendspeed_data.command_line.stopping import keeping
 from ascendspeed_data.errors import AscendSpeedError, ConfigError
 
 if TYPE_CHECKING:
@@ -117,7 +119,14 @@ def make_write_plan(output: OutputOptions, to: TargetKind, num_layers: int, dtyp
 
 def run(conversion: "Conversion", dry_run: bool) -> None:
     """Log what will be done, do it, and print what was proved."""
-    from ascendspeed_ckpt.conversion import convert, is_taken, memory_bytes, not_converted, total_bytes
+    from ascendspeed_ckpt.conversion import (
+        convert,
+        is_taken,
+        memory_bytes,
+        not_converted,
+        total_bytes,
+        what_is_kept,
+    )
     from ascendspeed_core.weights import WeightSource
 
     source = conversion.source
@@ -150,7 +159,8 @@ def run(conversion: "Conversion", dry_run: bool) -> None:
                 f"output_model_dir={conversion.target} exists; give --overwrite to replace it"
             )
         return
-    report(convert(conversion), conversion)
+    with keeping(partial(what_is_kept, conversion.target, is_taken(conversion.target))):
+        report(convert(conversion), conversion)
 
 
 def report(verdict: "Verdict", conversion: "Conversion") -> None:
