@@ -144,18 +144,15 @@ def worker_errors() -> Iterator[None]:
 
     Without such a launcher the error goes on as it is.
     """
-    is_launched = LAUNCHED in os.environ and is_worker()
-    if is_launched:
+    if LAUNCHED in os.environ and is_worker():
         _end_with_launcher()
-    is_interrupted = _follow_rank_0() if is_launched and world_of_environment().rank > 0 else None
+        # Ranks wait for each other, so one that is interrupted cannot end in order: all end at once, and the launcher
+        # says what is kept. Training saves first, see `training.signals`.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         yield
-    except Exception as error:
-        if is_interrupted is not None and is_interrupted.is_set():
-            # Rank 0 has left; what fails here for that says nothing to the user.
-            os._exit(128 + signal.SIGINT)
-        if not isinstance(error, AscendSpeedError):
-            raise
+    except AscendSpeedError as error:
         if not _has_launcher():
             if is_worker():
                 raise _WorkerError(f"[rank {world_of_environment().rank}] {error}", error.exit_code) from None
@@ -189,14 +186,6 @@ def _end_with_launcher() -> None:
 
         set_parent_death_signal = 1
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-
-
-def _follow_rank_0() -> threading.Event:
-    """Leave Ctrl-C to rank 0, which ends this rank as it ends; return an event that tells whether it came."""
-    came = threading.Event()
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, lambda number, frame: came.set())
-    return came
 
 
 def _write_error_file(path: str, message: str) -> None:
