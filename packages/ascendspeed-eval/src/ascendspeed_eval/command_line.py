@@ -93,6 +93,9 @@ class SpaceSeparatedCommand(TyperCommand):
                 formatter.write_dl(records)
 
 
+INTERRUPTED = 130
+"""Exit status of a command that Ctrl-C ended."""
+
 LISTS_OF_NAMES = frozenset(
     f"--{name}"
     for name in (
@@ -340,7 +343,7 @@ def run_app(app: typer.Typer, name: str, args: Sequence[str] | None = None) -> i
         # What is printed belongs to the command: without space for it the command has failed.
         sys.stdout.flush()
     except (typer.Abort, KeyboardInterrupt):
-        return _print_error(name, "interrupted; run the same command again", 130)
+        return _print_error(name, "interrupted; run the same command again", INTERRUPTED)
     except typer.TyperException as error:
         if type(error).__name__ == "NoArgsIsHelpError":
             print(error.format_message())
@@ -357,6 +360,9 @@ def run_app(app: typer.Typer, name: str, args: Sequence[str] | None = None) -> i
         if not isinstance(status, int):
             raise
         return _print_error(name, str(error), status)
+    if result == INTERRUPTED:
+        # Typer returns this for Ctrl-C, and says nothing.
+        return _print_error(name, "interrupted; run the same command again", INTERRUPTED)
     return result if isinstance(result, int) else 0
 
 

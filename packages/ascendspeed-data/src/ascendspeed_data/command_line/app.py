@@ -94,6 +94,9 @@ class SpaceSeparatedCommand(TyperCommand):
                 formatter.write_dl(records)
 
 
+INTERRUPTED = 130
+"""Exit status of a command that Ctrl-C ended."""
+
 LISTS_OF_NAMES = frozenset(
     f"--{name}"
     for name in (
@@ -343,7 +346,7 @@ def run_app(app: typer.Typer, name: str, args: Sequence[str] | None = None) -> i
     except AscendSpeedError as error:
         return _print_error(name, str(error), error.exit_code)
     except (typer.Abort, KeyboardInterrupt):
-        return _print_error(name, "interrupted; run the same command again", 130)
+        return _print_error(name, "interrupted; run the same command again", INTERRUPTED)
     except typer.TyperException as error:
         if type(error).__name__ == "NoArgsIsHelpError":
             print(error.format_message())
@@ -356,6 +359,9 @@ def run_app(app: typer.Typer, name: str, args: Sequence[str] | None = None) -> i
         if error.errno not in NO_SPACE:
             raise
         return _print_error(name, f"{no_space(error)}, and run the same command again", 1)
+    if result == INTERRUPTED:
+        # Typer returns this for Ctrl-C, and says nothing.
+        return _print_error(name, "interrupted; run the same command again", INTERRUPTED)
     return result if isinstance(result, int) else 0
 
 
