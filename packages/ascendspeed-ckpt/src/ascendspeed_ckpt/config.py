@@ -103,7 +103,7 @@ class OutputOptions(Config):
     make_vocab_size_divisible_by: int = Field(
         128,
         ge=1,
-        description="Embedding and head are padded to a multiple of this number times the tensor-parallel size.",
+        description="Pad embedding and head to a multiple of this number times the tensor-parallel size.",
     )
     merge_mlp: bool = Field(
         False,

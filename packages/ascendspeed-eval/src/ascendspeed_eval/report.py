@@ -44,7 +44,9 @@ def markdown(results: Mapping[str, Any]) -> str:
         lines.append(f"- {name}, protocol `{task['protocol']}`{default}: {task['protocol_summary']}.")
         lines += [f"- metrics: {', '.join(f'{key} {value:.4f}' for key, value in task['metrics'].items())}"]
         lines += [f"- answers: {task['answers']}"] if task["answers"] else []
-        lines += ["", *_table(_groups_and_subsets(task)), ""] if len(task["subsets"]) > 1 else []
+        if len(task["subsets"]) > 1:
+            lines += ["", *_table(_groups_and_subsets(task)), ""]
+            lines += [f"Groups in bold are those of {task['groups_source']}."] if task["groups"] else []
         lines += (
             ["", "Published scores:", "", *_table(_references(task)), ""] if task["reference_scores"] else []
         )

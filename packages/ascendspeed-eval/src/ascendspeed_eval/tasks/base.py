@@ -1,6 +1,7 @@
 """Tasks and their variants: how records become prompts, prompts become requests, and answers become scores."""
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,7 +74,7 @@ class TaskVariant:
 
     Attributes:
         name: as given to `--protocol`.
-        summary: what it does, for the report.
+        summary: how it asks and scores, for the report; without number of examples and sampling, which are settings.
         template: the question, with the record's fields in braces.
         choices: continuations to compare by likelihood; `None` if the model generates text.
         targets: indices of the right choices.
@@ -118,11 +119,13 @@ class Sample:
         record: the record.
         prompt: full text.
         shared_characters: length of the prefix that all prompts of the subset share.
+        num_examples: solved questions that the prompt shows.
     """
 
     record: Record
     prompt: str
     shared_characters: int
+    num_examples: int = 0
 
 
 @dataclass(frozen=True)
@@ -192,6 +195,7 @@ class Task(ABC):
         default_variant: name of the variant used unless `--protocol` names another.
         format: the files that the task reads, for messages.
         groups: subsets of each group, such as MMLU's categories.
+        groups_source: whose groups these are, for the report.
         runs_code: whether scoring runs generated programs.
         reference_scores: published scores: model, source, score.
     """
@@ -204,6 +208,7 @@ class Task(ABC):
     default_variant: str = "ascendspeed"
     format: str
     groups: Mapping[str, Sequence[str]] = {}
+    groups_source: str = ""
     runs_code: bool = False
     reference_scores: Sequence[tuple[str, str, float]] = ()
 
@@ -214,6 +219,10 @@ class Task(ABC):
         Raises:
             EvaluationError: a file is missing or not valid.
         """
+
+    def groups_of(self, variant: TaskVariant) -> tuple[str, Mapping[str, Sequence[str]]]:
+        """Return whose groups a report of this variant shows, and the subsets of each."""
+        return self.groups_source or f"the task {self.name}", self.groups
 
     def header(self, variant: TaskVariant, record: Record) -> str:
         """Return the text before the examples."""
@@ -259,7 +268,7 @@ class Task(ABC):
             last = variant.separator if variant.last_separator is None else variant.last_separator
             head = self.header(variant, record) + variant.separator.join(shown) + (last if shown else "")
             shared = len(head) if self.shares_examples(variant) else 0
-            made.append(Sample(record, head + self.question(variant, record), shared))
+            made.append(Sample(record, head + self.question(variant, record), shared, len(shown)))
         return made
 
     def shares_examples(self, variant: TaskVariant) -> bool:
@@ -309,9 +318,12 @@ class Task(ABC):
         )
 
     def baselines(self, records: Sequence[Record], variant: TaskVariant) -> dict[str, float]:
-        """Return the scores of guessing and of always giving the most frequent answer."""
-        if variant.choices is None or not records:
+        """Return the scores of guessing, where there are choices, and of always giving the most frequent answer."""
+        if not records or self.runs_code:
             return {}
+        if variant.choices is None:
+            targets = Counter(str(record.target) for record in records)
+            return {"majority": max(targets.values()) / len(records)}
         chance = sum(len(variant.targets(r)) / len(variant.choices(r)) for r in records) / len(records)
         numbers = {number for record in records for number in variant.targets(record)}
         majority = max(sum(number in variant.targets(r) for r in records) for number in numbers) / len(

@@ -27,7 +27,7 @@ class BoolQ(Task):
         {
             "ascendspeed": TaskVariant(
                 "ascendspeed",
-                "zero-shot; the likelier of ' Yes' and ' No' after 'Answer:', yes when equal "
+                "the likelier of ' Yes' and ' No' after 'Answer:', yes when equal "
                 "(the rule of the 2023 AscendSpeed)",
                 TEMPLATE,
                 lambda record: CHOICES["ascendspeed"],
@@ -36,7 +36,7 @@ class BoolQ(Task):
             ),
             "lm-eval": TaskVariant(
                 "lm-eval",
-                "zero-shot; the likelier of ' no' and ' yes' after 'Answer:', no when equal "
+                "the likelier of ' no' and ' yes' after 'Answer:', no when equal "
                 "(boolq of lm-evaluation-harness 0.4)",
                 TEMPLATE,
                 lambda record: CHOICES["lm-eval"],

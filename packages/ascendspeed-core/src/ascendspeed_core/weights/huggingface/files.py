@@ -19,9 +19,12 @@ FORMATS = (("model", "safetensors"), ("pytorch_model", "bin"))
 
 _PART = re.compile(r"(model|pytorch_model)-(\d+)-of-(\d+)\.(safetensors|bin)")
 
+ADAPTER = (
+    "an adapter; give it with --lora-load, and its base with --load (asd-ckpt merge-lora merges the two)"
+)
 OTHER_WEIGHTS = {
-    "adapter_model.safetensors": "an adapter; give it with --lora-load, and its base with --load",
-    "adapter_model.bin": "an adapter; give it with --lora-load, and its base with --load",
+    "adapter_model.safetensors": ADAPTER,
+    "adapter_model.bin": ADAPTER,
     "consolidated.safetensors": "weights under Mistral's own names; use the model.safetensors files of the same model",
     "consolidated.00.pth": "weights under Meta's own names; use the model.safetensors files of the same model",
     "tf_model.h5": "TensorFlow's weights; use the model.safetensors files of the same model",
