@@ -87,7 +87,7 @@ def settle(command: str, *args: str) -> tuple[list[str], list[str], list[str]]:
         for name, flags in all_commands().items()
         if name.startswith(f"{program} ") and name != command
     }
-    return settle_flags(command, list(args), takes_value, lambda: siblings)
+    return settle_flags(command, list(args), takes_value, lambda: siblings, lambda: ANSWERS)
 
 
 def kind_of_answer(command: str, flag: str) -> str:

@@ -110,7 +110,11 @@ def launch(
     )
     try:
         elastic_launch(config, sys.executable)("-m", module, *args)
-    except SignalException as error:
+    except (SignalException, ProcessLookupError) as caught:
+        # The launcher passes a signal on to processes that may have ended by themselves.
+        error = caught if isinstance(caught, SignalException) else caught.__context__
+        if not isinstance(error, SignalException):
+            raise
         name = "Ctrl-C" if error.sigval == signal.SIGINT else error.sigval.name
         raise _WorkerError(
             f"stopped by {name}, all {nproc_per_node} processes with it; {kept()}",
@@ -223,7 +227,13 @@ def process_group(
         alone = dist.HashStore()  # type: ignore[attr-defined] # public, but not listed
         dist.init_process_group(chosen.backend, store=alone, rank=0, world_size=1, timeout=timeout)
     else:
-        dist.init_process_group(chosen.backend, timeout=timeout)
+        try:
+            dist.init_process_group(chosen.backend, timeout=timeout)
+        except dist.DistError as error:
+            reason = str(error).partition("\n")[0]
+            raise AscendSpeedError(
+                f"the {world.size} processes of the run did not find each other: {reason}"
+            ) from None
     try:
         yield world, chosen
     finally:
@@ -234,4 +244,6 @@ def _quiet_elastic() -> None:
     """Keep the launcher's own log lines and traceback away; the error of the worker is what matters."""
     import logging
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)

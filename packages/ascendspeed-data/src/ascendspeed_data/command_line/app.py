@@ -7,10 +7,12 @@ import path of the function.
 import importlib
 import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, NoReturn, get_args, get_origin
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -224,6 +226,14 @@ HINTS = {
 }
 """What someone may mean who gives one of these for a format; they are not exact enough to be taken for it."""
 
+REMEDIES = {
+    ("--zero-stage", "0"): "leave it out, and --deepspeed too: stage 0 shards nothing",
+    ("--lr-decay-style", "none"): "constant keeps the rate",
+    ("--lr-decay-style", "cosine-with-restarts"): "cosine has no restarts here",
+    ("--optimizer", "adamw"): "adam is AdamW",
+}
+"""What to give instead of values that other programs have."""
+
 
 def usual_choices(args: Sequence[str], choices: dict[str, list[str]]) -> list[str]:
     """Replace other names of choices: `--to hf` is `--to huggingface`; case, dashes and underscores do not matter.
@@ -329,6 +339,17 @@ def without_local_rank(words: Sequence[str]) -> list[str]:
     return list(words[1:] if "=" in first else words[2:])
 
 
+def run_and_exit(app: typer.Typer, name: str) -> NoReturn:
+    """Run an application on this process's command line, and end the process.
+
+    What is done stays done: while Python ends, one Ctrl-C changes nothing, and a second one kills.
+    """
+    status = run_app(app, name)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, lambda *_: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    sys.exit(status)
+
+
 def run_app(app: typer.Typer, name: str, args: Sequence[str] | None = None) -> int:
     """Run an application and return its exit status; errors for the user become one line on stderr.
 
@@ -346,7 +367,7 @@ def run_app(app: typer.Typer, name: str, args: Sequence[str] | None = None) -> i
     except AscendSpeedError as error:
         return _print_error(name, str(error), error.exit_code)
     except (typer.Abort, KeyboardInterrupt):
-        return _print_error(name, "interrupted; run the same command again", INTERRUPTED)
+        return _say_interrupted(name)
     except typer.TyperException as error:
         if type(error).__name__ == "NoArgsIsHelpError":
             print(error.format_message())
@@ -361,8 +382,15 @@ def run_app(app: typer.Typer, name: str, args: Sequence[str] | None = None) -> i
         return _print_error(name, f"{no_space(error)}, and run the same command again", 1)
     if result == INTERRUPTED:
         # Typer returns this for Ctrl-C, and says nothing.
-        return _print_error(name, "interrupted; run the same command again", INTERRUPTED)
+        return _say_interrupted(name)
     return result if isinstance(result, int) else 0
+
+
+def _say_interrupted(name: str) -> int:
+    """Say that Ctrl-C ended the command; the launcher of several processes says it for them."""
+    if "ASCENDSPEED_LAUNCHED" in os.environ and "RANK" in os.environ:
+        return INTERRUPTED
+    return _print_error(name, "interrupted; run the same command again", INTERRUPTED)
 
 
 def _one_line(error: typer.TyperException, words: Sequence[str]) -> str:
@@ -377,7 +405,10 @@ def _one_line(error: typer.TyperException, words: Sequence[str]) -> str:
         line = line.replace("Invalid value for", f"Invalid value {values[-1]!r} for", 1)
         choices = _choices_of(getattr(error, "param", None))
         hint = HINTS.get(values[-1].lower().replace("_", "-"))
-        if hint and hint.split()[0] in choices:
+        remedy = next((REMEDIES[flag, values[-1]] for flag in flags if (flag, values[-1]) in REMEDIES), None)
+        if remedy:
+            line = f"{line.rstrip('.')}; {remedy}"
+        elif hint and hint.split()[0] in choices:
             line = f"{line.rstrip('.')}; did you mean {hint}?"
         elif choices:
             line = line.rstrip(".") + did_you_mean(values[-1], choices)

@@ -64,6 +64,7 @@ def settle_flags(
     args: Sequence[str],
     takes_value: Mapping[str, bool],
     siblings: Callable[[], Mapping[str, Iterable[str]]],
+    read: Callable[[], Iterable[Answer]] = read_answers,
 ) -> tuple[list[str], list[str], list[str]]:
     """Take the flags of other programs out of a command line.
 
@@ -72,6 +73,7 @@ def settle_flags(
         args: what follows it.
         takes_value: the command's own flags, and whether a value follows.
         siblings: returns the flags of the other commands of the program, by name.
+        read: returns the answers; called only when a flag needs one.
 
     Returns:
         The rest of the arguments, what each accepted flag means today, and an answer to each flag that is refused.
@@ -88,17 +90,22 @@ def settle_flags(
         if arg == "--":
             kept += args[position - 1 :]
             break
-        if not arg.startswith("--") or name in takes_value or name.replace("_", "-") in takes_value:
+        own = takes_value.get(name, takes_value.get(name.replace("_", "-")))
+        is_bare = "=" not in arg and (position == len(args) or args[position].startswith("--"))
+        if not arg.startswith("--") or (own is not None and not (own and is_bare)):
             kept.append(arg)
-            own = takes_value.get(name, takes_value.get(name.replace("_", "-"), False))
             if arg.startswith("--") and own and "=" not in arg:
                 kept += args[position : position + 1]
                 position += 1
             continue
         if not answers:
-            for one in read_answers():
+            for one in read():
                 answers.setdefault(plain(one.flag), []).append(one)
         found = next((one for one in answers.get(plain(name), ()) if one.is_about(command)), None)
+        if own and (found is None or found.values != "0"):
+            kept += args[position - 1 : position + 1]
+            position += 1
+            continue
         if found is None or found.values is None:
             unknown.append(_refusal(command, name, found, answers, takes_value, siblings))
             continue
