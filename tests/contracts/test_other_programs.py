@@ -127,6 +127,27 @@ def test_every_flag_of_2023_gets_an_answer(
         assert not unknown, (command, unknown)
 
 
+@pytest.mark.nightly
+def test_each_answer_to_a_flag_of_2023_is_printed(report: ReportTables) -> None:
+    """The whole table, for people: flag by flag, what the command of today answers."""
+    given: dict[str, set[str]] = {}
+    for flags in (README, SCRIPTS, PROGRAMS):
+        for command, names in flags.items():
+            given.setdefault(command, set()).update(names)
+    for command, names in given.items():
+        for flag in sorted(names):
+            kept, accepted, unknown = settle(command, flag)
+            answer = (
+                "an option"
+                if kept
+                else f"accepted: {accepted[0].partition(': ')[2]}"
+                if accepted
+                else unknown[0]
+            )
+            report.add("Each flag of 2023", ("command", "flag", "answer"), command, flag, answer)
+            assert "is unknown" not in answer
+
+
 @pytest.mark.parametrize("command", NEWCOMERS)
 def test_flags_of_other_programs_are_answered(command: str, report: ReportTables) -> None:
     pairs = [word.split(":") for word in NEWCOMERS[command].split()]
@@ -216,6 +237,28 @@ def test_accepted_flags_leave_the_rest_as_it_was() -> None:
         assert not unknown
         tried += 1
     assert tried == 300
+
+
+def test_a_flag_of_the_same_name_without_a_value_is_answered() -> None:
+    """Megatron-LM's --swiglu is a switch, here it chooses a kernel."""
+    kept, accepted, unknown = settle(
+        "asd-core pretrain", "--swiglu", "--normalization", "RMSNorm", "--lr", "1"
+    )
+    assert kept == ["--lr", "1"]
+    assert len(accepted) == 2
+    assert not unknown
+    assert settle("asd-core pretrain", "--swiglu", "liger")[0] == ["--swiglu", "liger"]
+    assert settle("asd-infer generate", "--prompt", "--lr")[0] == ["--prompt", "--lr"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "remedy"),
+    [(["--zero-stage", 0], "stage 0 shards nothing"), (["--optimizer", "adamw"], "adam is AdamW")],
+)
+def test_values_of_other_programs_are_answered(flags: list[object], remedy: str) -> None:
+    done = call("asd-core", "pretrain", "--load", "x", "--data-path", "y", *flags)
+    assert done.status == 2
+    assert remedy in done.complaint
 
 
 def test_one_message_answers_all_flags_of_a_line() -> None:

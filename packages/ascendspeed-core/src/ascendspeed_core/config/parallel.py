@@ -163,7 +163,7 @@ class ParallelConfig(Config):
         cp = self.context_parallel_size
         if pp == cp == 1 and world_size % tp:
             raise ConfigError(
-                f"tensor_model_parallel_size={tp} does not divide the {world_size} processes; "
+                f"tensor_model_parallel_size={tp} does not divide the {_processes(world_size)}; "
                 f"{_start(tp, world_size, divisors(world_size))}"
             )
         if world_size % (tp * pp * cp):
@@ -172,7 +172,7 @@ class ParallelConfig(Config):
                 f"{name}_parallel_size={size}" for name, size in sizes.items() if name != "context" or cp > 1
             )
             raise ConfigError(
-                f"{asked} is {tp * pp * cp}, which does not divide the {world_size} processes; "
+                f"{asked} is {tp * pp * cp}, which does not divide the {_processes(world_size)}; "
                 f"{_start(tp * pp * cp, world_size)}"
             )
         if self.sequence_parallel and tp == 1:
@@ -258,6 +258,10 @@ class ParallelConfig(Config):
                 f"sequence_parallel=true cuts seq_length={seq_length} into tensor_model_parallel_size={tp} equal "
                 f"parts, which it does not divide into; choose {seq_length // tp * tp or tp}"
             )
+
+
+def _processes(count: int) -> str:
+    return f"{count} processes" if count > 1 else "one process"
 
 
 def _start(wanted: int, world_size: int, sizes: Sequence[int] = ()) -> str:

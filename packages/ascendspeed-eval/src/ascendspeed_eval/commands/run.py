@@ -37,7 +37,7 @@ def run_command(
         list[str] | None,
         typer.Option(
             help="Data of each benchmark, in the order of --task: a file, a folder, hf:NAME for a Hugging Face "
-            "dataset, or `sample` for the small file that the package contains."
+            "dataset, or for boolq `sample`, the small file that the package contains."
         ),
     ] = None,
     output_dir: Annotated[
@@ -142,8 +142,8 @@ def _with_data(names: Sequence[str], paths: Sequence[str] | None) -> list[tuple[
         raise UsageError(f"--task {' '.join(names)} names a task twice; name each once")
     if not paths:
         raise UsageError(
-            f"--task-data-path is missing; {names[0]} reads {tasks[0].format}; `--task-data-path sample` reads the "
-            "small file that the package contains"
+            f"--task-data-path is missing; {names[0]} reads {tasks[0].format}; `--task boolq --task-data-path "
+            "sample` reads the small file that the package contains"
         )
     if len(paths) == 1 and paths[0] in ("sample", PREFIX):
         paths = [paths[0]] * len(tasks)
