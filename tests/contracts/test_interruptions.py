@@ -286,7 +286,7 @@ def test_auto_resume_says_that_it_found_nothing_and_what_changed(
 ) -> None:
     args = _with_output(commands["pretrain"].args, tmp_path / "run")
     first = call(*args, "--auto-resume", "--train-iters", 2, "--lr", 1e-3)
-    assert f"auto_resume: {tmp_path}/run holds no checkpoint; the run starts anew" in first.stderr
+    assert f"auto_resume: {tmp_path}/run holds no checkpoint; this is a new run" in first.stderr
     changed = ("--lr", 2e-3, "--lr-decay-style", "cosine", "--clip-grad", 0.5, "--micro-batch-size", 2)
     again = call(*args, "--auto-resume", "--train-iters", 3, *changed)
     assert again.status == 0, again.stderr

@@ -65,8 +65,8 @@ class OutputOptions(Config):
     )
     to: TargetKind | None = Field(
         None,
-        description="Kind to write. [default: ascendspeed if a layout is given, else native from huggingface and "
-        "huggingface from all others]",
+        description="Kind to write. [default: merge-lora: the kind of the input; convert: ascendspeed if a layout is "
+        "given, else native from huggingface and huggingface from all others]",
     )
     dtype: Literal["float64", "float32", "bfloat16", "float16"] | None = Field(
         None, description="Dtype of the written weights. [default: as stored]"

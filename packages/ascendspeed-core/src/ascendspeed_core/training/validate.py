@@ -145,7 +145,7 @@ def _open_source(config: PretrainConfig) -> tuple[WeightSource, NativeSource | N
     start, save = config.start, config.checkpoint.save
     found = save if start.auto_resume and save and (save / TRACKER).is_file() else None
     if start.auto_resume and found is None:
-        announce(f"auto_resume: {save} holds no checkpoint; the run starts anew")
+        announce(f"auto_resume: {save} holds no checkpoint; this is a new run")
     if config.adapters is not None:
         return _open_adapted(config, config.adapters, found)
     source = open_weights(found) if found else open_source(start, config.training.seed)
