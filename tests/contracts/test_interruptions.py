@@ -67,7 +67,7 @@ def commands(
             ],
             ["--auto-resume"],
             _run_of,
-            ("which was saved in", "holds no checkpoint yet; the same command starts anew", "holds iteration"),
+            ("which was saved in", "holds no checkpoint yet; run the same command again", "holds iteration"),
         ),
         "preprocess": Interrupted(
             [
