@@ -66,7 +66,7 @@ NEWCOMERS = {
     "asd-ckpt convert": """
         saver:--to loader:--from load-dir:--load save-dir:--save
         target-tensor-parallel-size:--tensor-model-parallel-size
-        model-type-hf:unknown lora-load:merge-lora export-size:--max-shard-size
+        model-type-hf:--model-config lora-load:merge-lora export-size:--max-shard-size
     """,
     "asd-data preprocess": """
         dataset:--input output-dir:--output-prefix num-proc:--workers cutoff-len:--seq-length packing:--pack
