@@ -11,9 +11,9 @@ from ascendspeed_eval.aggregate import task_results
 from ascendspeed_eval.evaluation import prepare_evaluation
 from ascendspeed_eval.protocol import describe_protocol
 from ascendspeed_eval.report import markdown
-from ascendspeed_eval.tasks.samples import GenerationSettings
 from ascendspeed_eval.tasks.mmlu_subjects import CATEGORIES, CATEGORIES_OF_LM_EVAL
 from ascendspeed_eval.tasks.registry import all_tasks, find_task
+from ascendspeed_eval.tasks.samples import GenerationSettings
 from support.commands import call
 from support.shared_data import BENCHMARK_FOLDERS, needs_shared_data
 from support.tables import ReportTables
