@@ -235,7 +235,7 @@ def test_a_sound_step_is_called_sound(workers: WorkerPool) -> None:
 
 
 def measured(layout: Layout, poison: bool) -> str:
-    """What an evaluation of four micro-batches says, of which the third alone has a token of a spoilt row."""
+    """What an evaluation of some micro-batches says, of which the last alone has a token of a spoilt row."""
     mesh = ParallelMesh.create(Device("cpu"), layout)
     config = tiny_config()
     model = load_model(InitialWeights(config, seed=5), mesh, torch.float64)
@@ -243,7 +243,7 @@ def measured(layout: Layout, poison: bool) -> str:
     for number, batch in enumerate(batches):
         tokens = batch.tokens
         tokens[tokens == 7] = 8
-        if number == 2:
+        if number == len(batches) - 1:
             tokens[0, 1] = 7
     held = dict(model.named_parameters())
     if poison and "embedding.weight" in held:
@@ -267,4 +267,5 @@ def test_a_measured_loss_that_is_not_finite_is_an_error(workers: WorkerPool, lay
         answers = workers.run(measured, layout.world_size, layout, poison)
         assert len(set(answers)) == 1
         assert answers[0].startswith(wanted)
-    assert "first in micro-batch 3 of 4; look at that data" in answers[0]
+    count = 4 // layout.dp
+    assert f"first in micro-batch {count} of {count}; look at that data" in answers[0]
