@@ -217,6 +217,8 @@ def test_ctrl_c_of_two_processes(
 ) -> None:
     one = commands[name]
     two = replace(one, args=[*one.args, "--nproc-per-node", 2, "--tensor-model-parallel-size", 2])
+    if name == "generate":
+        two = replace(two, args=[*two.args, "--max-new-tokens", 6])
     two = replace(two, kept=(*one.kept, "all 2 processes with it;"))
     try_moments(two, f"{name}, two processes", tmp_path, 3, random.randrange(1 << 30), report)
 
