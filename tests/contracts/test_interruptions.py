@@ -34,6 +34,7 @@ class Interrupted:
         result: what it leaves in a folder, for comparison.
         kept: what the line of an interruption must say, one of these.
         is_resumed: whether the command goes on in its folder; generation is only compared.
+        reached: the share of the work that is done, if its folder tells; else the time says when to interrupt.
     """
 
     args: list[object]
@@ -41,6 +42,7 @@ class Interrupted:
     result: Callable[[Path, Finished], Any]
     kept: tuple[str, ...]
     is_resumed: bool = True
+    reached: Callable[[Path], float] | None = None
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +70,7 @@ def commands(
             ["--auto-resume"],
             _run_of,
             ("which was saved in", "holds no checkpoint yet; run the same command again", "holds iteration"),
+            reached=lambda out: _lines_of(out / "metrics.jsonl") / 60,
         ),
         "preprocess": Interrupted(
             [
@@ -122,10 +125,25 @@ def wait_for(condition: Callable[[], bool], running: RunningCommand) -> None:
         time.sleep(0.005)
 
 
-def interrupt(command: Interrupted, out: Path, seconds: float) -> Finished:
-    """Run a command and press Ctrl-C after some seconds: its whole process group gets SIGINT, as from a terminal."""
+def _lines_of(file: Path) -> int:
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+def interrupt(command: Interrupted, out: Path, share: float, seconds: float) -> Finished:
+    """Run a command and press Ctrl-C in the midst: its whole process group gets SIGINT, as from a terminal.
+
+    Args:
+        command: what is run.
+        out: its folder.
+        share: of its work, or of its time, that is done then.
+        seconds: that it takes.
+    """
     running = RunningCommand(*_with_output(command.args, out))
-    time.sleep(seconds)
+    if command.reached is None or share < 0.1:
+        time.sleep(share * seconds)
+    else:
+        while running.poll() is None and command.reached(out) < share:
+            time.sleep(0.002)
     if running.poll() is None:
         running.send_group_signal(signal.SIGINT)
     return running.finish(timeout=120)
@@ -154,7 +172,7 @@ def try_moments(
     for number in range(times):
         out = folder / f"out{number}"
         out.mkdir()
-        done = interrupt(command, out, draw.uniform(0.02, 0.95) * seconds)
+        done = interrupt(command, out, draw.uniform(0.02, 0.95), seconds)
         assert "Traceback" not in done.stderr, done.stderr
         assert "Exception ignored" not in done.stderr, done.stderr
         if done.status == 0:
@@ -199,6 +217,8 @@ def test_ctrl_c_of_two_processes(
 ) -> None:
     one = commands[name]
     two = replace(one, args=[*one.args, "--nproc-per-node", 2, "--tensor-model-parallel-size", 2])
+    if name == "generate":
+        two = replace(two, args=[*two.args, "--max-new-tokens", 6])
     two = replace(two, kept=(*one.kept, "all 2 processes with it;"))
     try_moments(two, f"{name}, two processes", tmp_path, 3, random.randrange(1 << 30), report)
 

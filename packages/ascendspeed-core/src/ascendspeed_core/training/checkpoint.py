@@ -237,9 +237,11 @@ class CheckpointWriter:
         try:
             action()
         except Exception as caught:  # noqa: BLE001 - reported to all ranks, and raised by `wait`
-            is_full = isinstance(caught, OSError) and caught.errno in NO_SPACE
+            reason = str(caught)
+            if isinstance(caught, OSError) and caught.errno in NO_SPACE:
+                reason = no_space(caught)
             error = (
-                f"{self.run_folder}: the checkpoint could not be written: {no_space(caught) if is_full else caught}; "
+                f"{self.run_folder}: the checkpoint could not be written: {reason}; "
                 "earlier ones are as they were, and the same command with --auto-resume goes on from the newest"
             )
         return next((found for found in gather_objects(error, self._mesh, self._group) if found), None)
