@@ -119,6 +119,18 @@ def bench(session: nox.Session) -> None:
         session.run("python", str(ROOT / "benchmarks" / f"{script}.py"))
 
 
+@nox.session(venv_backend="none")
+def device(session: nox.Session) -> None:
+    """Check and measure the accelerator of this machine; arguments after `--` go to benchmarks/device.py.
+
+    It takes the packages that are already there, torch above all: that of the device is not in constraints.txt.
+    """
+    sources = os.pathsep.join(str(Path(package(name)) / "src") for name in PACKAGES)
+    path = os.pathsep.join(filter(None, (sources, os.environ.get("PYTHONPATH"))))
+    arguments = (str(ROOT / "benchmarks" / "device.py"), *session.posargs)
+    session.run(sys.executable, *arguments, env={"PYTHONPATH": path}, external=True)
+
+
 def install(session: nox.Session, *extra: str) -> None:
     """Install all five packages editable, with the tested versions of everything else.
 

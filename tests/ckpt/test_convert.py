@@ -34,7 +34,15 @@ def hugging_face(tmp_path: Path, tokenizer_folder: Path) -> Path:
     return tmp_path / "hf"
 
 
-@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2), Layout(tp=8, sequence_parallel=True)], ids=str)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(),
+        Layout(tp=2),
+        pytest.param(Layout(tp=8, sequence_parallel=True), marks=pytest.mark.nightly),
+    ],
+    ids=str,
+)
 def test_what_any_layout_trained_loads_in_transformers(
     workers: WorkerPool, tmp_path: Path, layout: Layout
 ) -> None:
@@ -223,6 +231,35 @@ def test_bad_flags(hugging_face: Path, tmp_path: Path) -> None:
         hugging_face, tmp_path / "x", "--tokenizer-name-or-path", tmp_path / "empty"
     ).complaint  # fmt: skip
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("to", ["native", "huggingface"])
+@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer_config.json"])
+def test_a_tokenizer_that_cannot_be_opened_is_copied_with_a_line(
+    hugging_face: Path, tmp_path: Path, to: str, name: str
+) -> None:
+    """The weights are whole, so they are converted; what lies beside them goes along as it is."""
+    content = b'{"eos_token": 3}' if name.endswith(".json") else b"no SentencePiece model"
+    (hugging_face / name).write_bytes(content)
+    done = convert(hugging_face, tmp_path / "out", "--to", to, "--no-verify-logits")
+    assert done.status == 0, done.stderr
+    assert "verdict: the same model" in done.stdout
+    lines = [line for line in done.stderr.splitlines() if "the tokenizer was copied as it is" in line]
+    assert len(lines) == 1
+    assert f"but it cannot be opened: {hugging_face}" in lines[0]
+    folder = tmp_path / "out" if to == "huggingface" else tmp_path / "out" / "tokenizer"
+    assert (folder / name).read_bytes() == content
+
+
+def test_dropout_of_a_config_is_named_and_not_converted(hugging_face: Path, tmp_path: Path) -> None:
+    content = json.loads((hugging_face / "config.json").read_text()) | {"attention_dropout": 0.1}
+    (hugging_face / "config.json").write_text(json.dumps(content))
+    done = convert(hugging_face, tmp_path / "out", "--to", "native")
+    assert done.status == 0, done.stderr
+    assert (
+        f"{hugging_face / 'config.json'}: attention_dropout=0.1 is not kept as a part of the model"
+        in done.stderr
+    )
 
 
 def test_what_exists_is_kept(hugging_face: Path, tmp_path: Path) -> None:

@@ -88,7 +88,9 @@ def test_what_changes_the_result_is_refused_by_name(tmp_path: Path, name: str) -
         ({"init_lora_weights": "new"}, "init_lora_weights='new' is not supported: this version does not know it"),
         ({"a_later_field": 3}, "a_later_field=3 is not supported: this version does not know it"),
         ({"peft_type": "IA3"}, "peft_type='IA3' is not supported: .*; only LoRA adapters are read"),
-        ({"task_type": "SEQ_CLS"}, "task_type='SEQ_CLS' is not supported"),
+        ({"task_type": "SEQ_CLS"}, "task_type='SEQ_CLS' is not supported: .* has CAUSAL_LM: write that if it is one"),
+        ({"lorap_emb_lr": "x"}, "lorap_emb_lr='x' is not supported"),
+        ({"swift_type": "ADAPTER"}, "swift_type='ADAPTER' is not supported"),
         ({"r": 0}, "r=0 is not supported"),
         ({"r": 3}, r"has shape .*, and adapter_config.json says rank r=3"),
         ({"lora_alpha": float("nan")}, "NaN is no number of JSON"),
@@ -108,6 +110,28 @@ def test_what_changes_the_result_is_refused_by_name(tmp_path: Path, name: str) -
 def test_bad_configs(tmp_path: Path, changes: dict[str, Any], complaint: str) -> None:
     with pytest.raises(CheckpointError, match=complaint):
         open_adapter(write(tmp_path / "adapter", changes), MODEL)
+
+
+def test_fields_of_other_programs_change_nothing(tmp_path: Path) -> None:
+    """What ms-swift and LLaMA-Factory add, and fields that peft takes empty."""
+    plain = open_adapter(write(tmp_path / "plain"), MODEL)
+    draw = random.Random(5)
+    values: dict[str, list[Any]] = {
+        "lorap_lr_ratio": [16.0, 4, None], "lorap_emb_lr": [1e-6, None], "lora_dtype": ["float32", "AUTO", None],
+        "loraplus_lr_ratio": [16.0], "loraplus_lr_embedding": [1e-6], "swift_type": ["LORA", None],
+        "use_merged_linear": [False], "enable_lora": [None, []], "layers_pattern": ["", None, []],
+        "exclude_modules": ["", None, []], "modules_to_save": [None, []], "unknown": [None, False, ""],
+    }  # fmt: skip
+    for number in range(40):
+        names = draw.sample(sorted(values), draw.randint(1, 5))
+        changes = {name: draw.choice(values[name]) for name in names}
+        found = open_adapter(write(tmp_path / str(number), changes), MODEL)
+        assert found.updates.keys() == plain.updates.keys(), changes
+        for module, update in found.updates.items():
+            assert torch.equal(update.a, plain.updates[module].a)
+            assert torch.equal(update.b, plain.updates[module].b)
+            assert update.scale == plain.updates[module].scale
+        assert (found.saved, found.remarks) == ({}, ())
 
 
 def test_no_peft_type(tmp_path: Path) -> None:

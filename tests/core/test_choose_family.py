@@ -30,7 +30,11 @@ REFUSED = {
     "an unknown type": ({"model_type": "lllama"}, r"model_type='lllama' is of no family.*did you mean llama"),
     "another use of a known type": (
         {"architectures": ["LlamaForSequenceClassification"], "model_type": "llama"},
-        "is not supported; of model_type 'llama', LlamaForCausalLM and LLaMAForCausalLM is",
+        "of model_type 'llama', LlamaForCausalLM and LLaMAForCausalLM are. If the weights are .*; otherwise load it in",
+    ),
+    "a model without its head": (
+        {"architectures": ["LlamaModel"], "model_type": "llama"},
+        r'It is the model without its head: .* write "architectures": \["LlamaForCausalLM"\]; otherwise save',
     ),
     "an unknown name": (
         {"architectures": ["GPT2LMHeadModel"]},

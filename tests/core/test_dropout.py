@@ -236,3 +236,20 @@ def test_refusals(command: list[Any], tmp_path: Path, flags: list[Any], status: 
     done = call(*command, *flags, "--save", tmp_path / "run")
     assert done.status == status
     assert complaint in done.complaint
+
+
+def test_a_config_that_drops_needs_an_answer(command: list[Any], tmp_path: Path) -> None:
+    """Nothing is dropped that was not asked for, and nothing that a config asks for is passed over."""
+    model = tmp_path / "model.json"
+    model.write_text(json.dumps(json.loads(model.read_text()) | {"attention_dropout": 0.25}))
+    at = command.index("--attention-dropout")
+    silent = command[:at] + command[at + 2 :]
+    refused = call(*silent, "--save", tmp_path / "run")
+    assert refused.status == 2
+    assert f"{model}: attention_dropout=0.25, but this run would drop nothing there" in refused.complaint
+    assert "give --attention-dropout 0.25" in refused.complaint
+    for number, share in enumerate((0.25, 0)):
+        done = call(
+            *silent, "--attention-dropout", share, "--exit-interval", 1, "--save", tmp_path / str(number)
+        )
+        assert done.status == 0, done.stderr

@@ -109,7 +109,7 @@ def test_transformers_reads_the_published_sizes_as_we_do() -> None:
             hf_config("llama", rope_scaling={"rope_type": "linear", "factor": 4.0, "mscale": 0.7}),
             r"rope scaling 'linear' with \{'mscale': 0.7\} is not supported",
         ),
-        (hf_config("llama", hidden_size=None), "hidden_size=None"),
+        (hf_config("llama", hidden_size=None), "hidden_size is null, and has no default; add it"),
         (hf_config("llama", num_key_value_heads=3), "num_key_value_heads=3"),
         (
             hf_config("qwen2", use_sliding_window=True, sliding_window=64, max_window_layers=2),

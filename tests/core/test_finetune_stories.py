@@ -38,7 +38,7 @@ ALL_CASES = [(kind, dtype, name) for kind in ("LoRA", "full") for dtype in TOLER
 CASES = [
     pytest.param(
         *case,
-        marks=() if case == ("LoRA", "float64", "tp2 pp2") else pytest.mark.nightly,
+        marks=() if case == ("LoRA", "float64", "tp2") else pytest.mark.nightly,
     )
     for case in ALL_CASES
 ]

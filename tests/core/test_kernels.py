@@ -1,7 +1,9 @@
 """Each implementation of each operator gives what the plain one gives, forward and backward, or says why it cannot."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -16,7 +18,9 @@ from ascendspeed_core.config.training import DataConfig
 from ascendspeed_core.data.micro_batch import MicroBatch
 from ascendspeed_core.device import Device
 from ascendspeed_core.kernels import int8, liger, npu
+from ascendspeed_core.kernels.reference import GatedFunction, silu_gated_joined
 from ascendspeed_core.kernels.registry import (
+    JOINED_GATED,
     OPERATORS,
     KernelContext,
     choose,
@@ -24,6 +28,8 @@ from ascendspeed_core.kernels.registry import (
     table,
     update_choice,
 )
+from ascendspeed_core.models.linear import LoraLinear, LowRank
+from ascendspeed_core.models.mlp import SwiGLU
 from ascendspeed_core.models.position import alibi_slopes, attention_mask
 from ascendspeed_core.objectives.next_token import NextTokenLoss
 from ascendspeed_core.optim.native_engine import NativeEngine
@@ -87,6 +93,11 @@ def largest(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:
     )
 
 
+def uncompiled(name: str) -> AbstractContextManager[Any]:
+    """Compute what would be compiled as it is written: compiling takes seconds for each case."""
+    return torch.compiler.set_stance("force_eager") if name == "compiled" else nullcontext()
+
+
 CASES = [
     (operator, implementation.name, dtype)
     for operator, known in OPERATORS.items()
@@ -102,12 +113,62 @@ CASES = [
 @pytest.mark.parametrize(("operator", "name", "dtype"), CASES, ids=str)
 def test_equals_the_plain_one(report: ReportTables, operator: str, name: str, dtype: torch.dtype) -> None:
     npu_operators.install()
-    runs = implementations(operator)
     arguments = inputs(operator, dtype)
-    (out, gradients), (want, want_gradients) = (results(runs[n], arguments) for n in (name, "reference"))
+    with uncompiled(name):
+        out, gradients = results(implementations(operator)[name], arguments)
+    want, want_gradients = results(implementations(operator)["reference"], arguments)
     found = largest(out, want), largest(gradients, want_gradients)
     report.add(TITLE, HEADER, operator, name, str(dtype).removeprefix("torch."), *found)
     assert max(found) < TOLERANCE[dtype]
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("operator", [one for one, known in KERNELS.items() if "compiled" in known])
+def test_compiled_ones_equal_the_plain_ones(operator: str, dtype: torch.dtype) -> None:
+    arguments = inputs(operator, torch.float32 if operator == "cross_entropy" else dtype)
+    ours, theirs = (results(implementations(operator)[name], arguments) for name in ("compiled", "reference"))
+    assert max(largest(*pair) for pair in zip(ours, theirs, strict=True)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_a_model_computes_the_same_with_what_is_compiled(dtype: torch.dtype) -> None:
+    """Its cross entropy widens 16-bit logits itself."""
+    compute = ComputeConfig(rotary="compiled", swiglu="compiled", cross_entropy="compiled")
+    with uncompiled("compiled"):
+        ours = losses_and_gradients(tiny_config(), compute, dtype)
+    theirs = losses_and_gradients(tiny_config(), ComputeConfig(), dtype)
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("plain", JOINED_GATED, ids=lambda plain: plain.__name__)
+def test_gate_and_up_side_by_side_give_what_they_give_apart(plain: GatedFunction, dtype: torch.dtype) -> None:
+    npu_operators.install()
+    apart = inputs("swiglu", dtype)
+    joined = torch.cat(apart, dim=-1).detach().requires_grad_()
+    with uncompiled("compiled"):
+        ours, of_joined = results(JOINED_GATED[plain], [joined])
+        theirs, of_apart = results(plain, apart)
+    assert torch.equal(ours[0], theirs[0])
+    assert torch.equal(of_joined[0], torch.cat(of_apart, dim=-1))
+
+
+@pytest.mark.parametrize("has_adapters", [False, True])
+def test_an_mlp_reads_gate_and_up_side_by_side_if_no_adapter_adds_to_them(has_adapters: bool) -> None:
+    mlp = SwiGLU(tiny_config())
+    if has_adapters:
+        layer, adapter = mlp.gate_proj, LoraLinear(mlp.gate_proj, LowRank(2, 1.0, 0.0))
+        adapter.weight = layer.weight
+        mlp.gate_proj = adapter
+    x = torch.randn(2, 3, tiny_config().hidden_size, requires_grad=True)
+    apart = results(mlp, [x])
+    mlp.projections.join()
+    mlp.gated_joined = wanted = Mock(side_effect=silu_gated_joined)
+    for ours, theirs in zip(results(mlp, [x]), apart, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert wanted.called != has_adapters
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(1, 40), (5, 40), (40, 40)])
@@ -203,6 +264,7 @@ def test_what_auto_takes() -> None:
     assert chosen("npu", tp=2)["cross_entropy"] == "torch"
     assert chosen("npu", has_additive_mask=True)["scaled_masked_softmax"] == "reference"
     assert chosen("cuda")["rms_norm"] == "torch"
+    assert "compiled" not in chosen("cuda", lengths_vary=True).values()
 
 
 def test_the_table_says_why() -> None:
@@ -274,9 +336,9 @@ def test_help_says_what_auto_takes() -> None:
         "scaled_masked_softmax": "npu on an NPU, reference elsewhere.",
         "rms_norm": "npu on an NPU, torch on CUDA, reference on a CPU.",
         "layer_norm": "torch.",
-        "rotary": "npu on an NPU, liger (if not installed: reference) on CUDA, reference on a CPU.",
-        "swiglu": "npu on an NPU, liger (if not installed: reference) on CUDA, reference on a CPU.",
-        "cross_entropy": "npu on an NPU, torch elsewhere.",
+        "rotary": "npu on an NPU, compiled (if not installed: liger) on CUDA, reference on a CPU.",
+        "swiglu": "npu on an NPU, compiled (if not installed: liger) on CUDA, reference on a CPU.",
+        "cross_entropy": "npu on an NPU, compiled (if not installed: torch) on CUDA, torch on a CPU.",
     }
     # The rule itself, where nothing stands in the way.
     for kind in ("cpu", "cuda"):
@@ -319,7 +381,7 @@ def test_whether_lengths_vary() -> None:
 def test_every_function_of_the_device_modules_is_offered() -> None:
     offered = {
         implementation.run for implementations in OPERATORS.values() for implementation in implementations
-    } | set(int8.IMPLEMENTATIONS.values())
+    } | {*int8.IMPLEMENTATIONS.values(), *JOINED_GATED.values()}
     for module in (npu, liger):
         for name, value in vars(module).items():
             if name.startswith(("npu_", "liger_")):

@@ -64,7 +64,7 @@ CASES = [
 FURTHER_CASES = [
     (Layout(tp=2), False, 128),
     (Layout(tp=4), True, 125),
-    (Layout(tp=8), False, 128),
+    pytest.param(Layout(tp=8), False, 128, marks=pytest.mark.nightly),
     (Layout(pp=4), True, 128),
     (Layout(pp=3), True, 127),
     (Layout(dp=4, sharded_optimizer=True), True, 127),

@@ -1,13 +1,16 @@
 """`asd-core parity`: the user's own model and data under several layouts, one table."""
 
 import json
+import socket
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from ascendspeed_core.verification.parity import OPTIONS, ParityRow, parse_layouts, table
+from ascendspeed_core.verification.parity import OPTIONS, ParityRow, parse_layouts, reason_of, table
 from ascendspeed_data.errors import ConfigError
-from support.commands import call, run_command
+from support.commands import RunningCommand, call, run_command
 from support.corpus import write_dataset
 from support.models import save_hugging_face, tiny_config
 
@@ -94,3 +97,27 @@ def test_bad_input(tmp_path: Path) -> None:
     assert "dtype=int8 is unknown" in complaint(*model, "--layouts", "tp2", "--dtype", "int8")
     failed = complaint(*model, "--layouts", "tp3", "--train-iters", 1)
     assert "training as tp3 failed: tensor_model_parallel_size=3 does not divide" in failed
+
+
+def test_a_process_that_ends_before_its_request_is_done_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Candidates are such processes; what broke here stood in place of a run's own message."""
+    send = socket.send_fds
+
+    def send_and_wait(*arguments: Any) -> int:
+        sent = send(*arguments)
+        time.sleep(0.5)
+        return sent
+
+    monkeypatch.setattr(socket, "send_fds", send_and_wait)
+    program = tmp_path / "program.py"
+    program.write_text("print('done')\n")
+    assert RunningCommand(program).finish().stdout == "done\n"
+
+
+def test_the_reason_is_the_error_not_what_a_library_says_after_it() -> None:
+    said = "reading\nasd-core: error: no such layout\n[W socket.cpp] Broken pipe\n"
+    assert reason_of(said) == "no such layout"
+    assert reason_of("Traceback\nKeyError: 3\n") == "KeyError: 3"
+    assert reason_of("") == "no output"

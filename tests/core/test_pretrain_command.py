@@ -115,7 +115,7 @@ def wait_for(condition: Callable[[], bool], running: RunningCommand) -> None:
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.nightly), 2])
 def test_kill_and_resume(arguments: list[object], tmp_path: Path, processes: int) -> None:
     layout = ["--nproc-per-node", processes, "--tensor-model-parallel-size", processes]
     arguments = [*arguments, *layout, "--save-interval", 3, "--train-iters", 40, "--device", "cpu"]
@@ -158,7 +158,7 @@ def start(arguments: list[object], run: Path, records: int) -> RunningCommand:
     return running
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.nightly), 2])
 def test_sigterm_saves_and_exits(arguments: list[object], tmp_path: Path, processes: int) -> None:
     """What was done is not lost, and the run goes on as if it had not been stopped."""
     layout = ["--nproc-per-node", processes, "--tensor-model-parallel-size", processes, "--device", "cpu"]
@@ -206,8 +206,19 @@ LAYOUTS: dict[str, list[object]] = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "layouts",
+    [
+        pytest.param(("tp2 x pp2", "one process"), id="two"),
+        pytest.param(tuple(LAYOUTS), marks=pytest.mark.nightly, id="all"),
+    ],
+)
 def test_a_save_killed_half_way_and_resumed_under_any_layout(
-    arguments: list[object], large_model_json: Path, tmp_path: Path, report: ReportTables
+    arguments: list[object],
+    large_model_json: Path,
+    tmp_path: Path,
+    report: ReportTables,
+    layouts: tuple[str, ...],
 ) -> None:
     """Killed with -9 while it saves iteration 6, the run still has iteration 3, and any layout goes on from there."""
     arguments = [*arguments[:3], large_model_json, *arguments[4:], "--dtype", "float64", "--save-interval", 3]
@@ -221,10 +232,10 @@ def test_a_save_killed_half_way_and_resumed_under_any_layout(
     with pytest.raises(CheckpointError, match="was not completed"):
         open_weights(half)
     want = read_metrics(tmp_path / "whole" / "metrics.jsonl")
-    for name, flags in LAYOUTS.items():
+    for name in layouts:
         run = tmp_path / name.replace(" ", "")
         shutil.copytree(tmp_path / "run", run)
-        done = run_command(*arguments, *flags, "--save", run, "--auto-resume")
+        done = run_command(*arguments, *LAYOUTS[name], "--save", run, "--auto-resume")
         assert done.status == 0, done.stderr
         assert "resumed at iteration 3" in done.stderr
         records = read_metrics(run / "metrics.jsonl")

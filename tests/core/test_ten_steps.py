@@ -52,6 +52,11 @@ class Job:
             dtype, "--device", "cpu", "--tensor-model-parallel-size", tp, "--nproc-per-node", tp,
         ]  # fmt: skip
 
+    def alone(self, dtype: str) -> Path:
+        """What one process trains, once."""
+        run = self.run_of(f"one-{dtype}")
+        return run if run.exists() else self.train(run.name, dtype, 1)
+
     def train(self, name: str, dtype: str, tp: int) -> Path:
         done = run_command(*self.arguments(name, dtype, tp))
         assert done.status == 0, done.stderr
@@ -68,10 +73,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
         "--tokenizer-name-or-path", TOKENIZERS / "llama",
     )  # fmt: skip
     assert done.status == 0, done.stderr
-    made = Job(folder)
-    for dtype in TOLERANCE:
-        made.train(f"one-{dtype}", dtype, 1)
-    return made
+    return Job(folder)
 
 
 def gradients(folder: str, dtype: str, tp: int) -> dict[str, torch.Tensor]:
@@ -91,7 +93,7 @@ def gradients(folder: str, dtype: str, tp: int) -> dict[str, torch.Tensor]:
 
 def compare(job: Job, run: Path, dtype: str) -> tuple[float, float]:
     """Largest relative difference of losses and of weights to one process."""
-    one = job.run_of(f"one-{dtype}")
+    one = job.alone(dtype)
     ours, theirs = (read_metrics(folder / "metrics.jsonl") for folder in (run, one))
     assert [r["iteration"] for r in ours] == [r["iteration"] for r in theirs] == list(range(1, STEPS + 1))
     losses = max(abs(a["lm_loss"] - b["lm_loss"]) / b["lm_loss"] for a, b in zip(ours, theirs, strict=True))
@@ -103,16 +105,9 @@ def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
     return max(float((ours[n] - theirs[n]).abs().max() / theirs[n].abs().max()) for n in theirs)
 
 
-@pytest.mark.parametrize(
-    ("tp", "dtype"),
-    [
-        (2, "float64"),
-        *(
-            pytest.param(*case, marks=pytest.mark.nightly)
-            for case in ((2, "float32"), (4, "float64"), (4, "float32"))
-        ),
-    ],
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("tp", [2, 4])
+@pytest.mark.parametrize("dtype", TOLERANCE)
 def test_layouts(workers: WorkerPool, report: ReportTables, job: Job, tp: int, dtype: str) -> None:
     losses, weights = compare(job, job.train(f"tp{tp}-{dtype}", dtype, tp), dtype)
     (want,) = workers.run(gradients, 1, str(job.folder), dtype, 1)
@@ -122,7 +117,7 @@ def test_layouts(workers: WorkerPool, report: ReportTables, job: Job, tp: int, d
     assert all(value < limit for value, limit in zip(found, TOLERANCE[dtype], strict=True)), found
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("dtype", [pytest.param("float64", marks=pytest.mark.nightly), "float32"])
 def test_killed_and_resumed_under_another_layout(report: ReportTables, job: Job, dtype: str) -> None:
     arguments = [*job.arguments(f"killed-{dtype}", dtype, 2), "--save-interval", 4]
     metrics = job.run_of(f"killed-{dtype}") / "metrics.jsonl"

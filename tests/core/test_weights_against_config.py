@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from ascendspeed_core.device import Device
 from ascendspeed_core.models.transformer import ModelInput
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.weights import open_weights
+from ascendspeed_core.weights.huggingface.config import dropout_of, read_model_config
 from ascendspeed_core.weights.source import CheckpointError
 from ascendspeed_data.errors import AscendSpeedError
 from support.tables import ReportTables
@@ -371,3 +373,66 @@ def test_two_files_with_different_tensors_of_one_name(bases: dict[str, Path], tm
     save_file({"model.norm.weight": tensors["model.norm.weight"] + 1}, tmp_path / files[1])
     with pytest.raises(CheckpointError, match=r"hold different tensors model\.norm\.weight"):
         open_weights(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"num_hidden_layers": 2.0}, "num_hidden_layers=2.0: input should be a valid integer; correct it"),
+        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps='1e-6': input should be a valid number; correct it"),
+        ({"intermediate_size": 0}, "intermediate_size=0: input should be greater"),
+        ({"num_attention_heads": 0}, "num_attention_heads=0 is not a number of 1 to"),
+        ({"hidden_size": None}, "hidden_size is null, and has no default; add it"),
+        ({"rope_theta": "x", "rope_parameters": None}, "rope_theta='x': input should be a valid number"),
+        ({"eos_token_id": [1, "x"]}, r"eos_token_id\[1\]='x': input should be"),
+        (
+            {"rope_scaling": {"type": "linear"}, "rope_parameters": None},
+            "rope_scaling: factor=None: input should be",
+        ),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "rope_parameters": None},
+            "rope scaling 'dynamic' is not supported; .* changes nothing up to max_position_embeddings: .* leave out",
+        ),
+        (
+            {"rope_scaling": {"type": "longrope", "factor": 2.0}, "rope_parameters": None},
+            "rope scaling 'longrope' is not supported; .* only if the weights were trained without it, or use another",
+        ),
+        (
+            {"rope_scaling": {"factor": 2.0}, "rope_parameters": None},
+            "says {'factor': 2.0}, but no rope_type; add it",
+        ),
+        (
+            {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
+            "says {'full_attention': .*}, but no rope_type",
+        ),
+        ({"attention_dropout": 1.5}, "attention_dropout=1.5 is no number from 0 to below 1"),
+        ({"attention_dropout": "0"}, "attention_dropout='0' is no number from 0 to below 1"),
+    ],
+)
+def test_a_message_names_the_file_and_its_own_key(
+    bases: dict[str, Path], tmp_path: Path, change: dict[str, Any], complaint: str
+) -> None:
+    content = json.loads((bases["llama-False"] / "config.json").read_text()) | change
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(AscendSpeedError, match=f"^{path}: .*{complaint}") as raised:
+        read_model_config(path)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "bloom"])
+def test_dropout_of_a_config_is_named_and_changes_no_logits(
+    bases: dict[str, Path], tmp_path: Path, family: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = ("attention_dropout", "hidden_dropout") if family == "bloom" else ("attention_dropout",)
+    base, there = bases[f"{family}-False"], tmp_path / "there"
+    shutil.copytree(base, there)
+    content = json.loads((base / "config.json").read_text()) | dict.fromkeys(keys, 0.1)
+    (there / "config.json").write_text(json.dumps(content))
+    capsys.readouterr()
+    source = open_weights(there)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "dropout" in line]
+    assert len(lines) == 1
+    assert all(f"{key}=0.1" in lines[0] for key in keys)
+    assert source.config == open_weights(base).config
+    assert dropout_of(there / "config.json") == dict.fromkeys(keys, 0.1)

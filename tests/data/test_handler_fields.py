@@ -27,6 +27,8 @@ from support.tables import ReportTables
 
 FILLED: tuple[Any, ...] = ("text", 2, 0.5, ["a"], {"a": 1}, 0, False)
 EMPTY: tuple[Any, ...] = (None, "", [], {})
+SAY_NO_IF_FALSE = ("masked", "mask_loss", "ignore", "ignored", "ignore_loss", "skip", "no_loss", "no_train")
+NEUTRAL_COLUMNS = ("train_on_input", "train_on_inputs", "train_on_prompt", "mask_history", "masked")
 HANDLERS_PAGE = Path(__file__).parents[2] / "docs" / "handlers.md"
 COLUMNS: dict[str, Any] = {
     "system": "zebra",
@@ -98,6 +100,7 @@ def test_filled_keys_that_are_not_honoured_are_refused_by_name(
             neutral |= field is MESSAGE_CONTENT and value is False
             neutral |= name == "label" and isinstance(value, str)
             neutral |= name == "system" and isinstance(value, str)
+            neutral |= value in (0, False) and name in (SAY_NO_IF_FALSE if in_message else NEUTRAL_COLUMNS)
             tried += 1
             if not filled(value) or neutral:
                 assert not isinstance(made, DataError), (name, value, made)
@@ -116,7 +119,7 @@ def test_no_handler_drops_a_column_without_a_word(chat_tokenizer: Any, report: R
     chat_tokenizer.chat_template = PLAIN
     names = [name for field in FIELDS if field.level == "record" for name in field.names]
     names += ["id", "source", "meta_instruction", "score_chosen", "prompt_id", "text_2"]
-    outcomes = {"used": 0, "refused": 0, "counted": 0}
+    outcomes = {"used": 0, "refused": 0, "counted": 0, "say what holds": 0}
     for found, _ in all_handlers():
         example = dict(getattr(found, "example", {}))
         before = counted(example, found.name, chat_tokenizer)
@@ -131,10 +134,12 @@ def test_no_handler_drops_a_column_without_a_word(chat_tokenizer: Any, report: R
                 outcomes["refused"] += 1
             elif name in made.unused_columns:
                 outcomes["counted"] += 1
+            elif name in NEUTRAL_COLUMNS and value == 0:
+                outcomes["say what holds"] += 1
             else:
                 assert made.num_text_bytes != before.num_text_bytes, (found.name, name, value)
                 outcomes["used"] += 1
-    header = ("used", "refused by name", "counted and named")
+    header = ("used", "refused by name", "counted and named", "say what holds anyway")
     report.add("Columns that handlers do not need", header, *outcomes.values())
     assert outcomes["refused"] > 100, outcomes
     assert outcomes["counted"] > 100, outcomes

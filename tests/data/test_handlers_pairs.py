@@ -221,7 +221,7 @@ def test_workers_do_not_change_the_bytes(tmp_path: Path, tokenizer_folder: Path)
         ("AlpacaPairHandler", {"instruction": "a", "chosen": "b"}, "a pair needs both"),
         ("AlpacaPairHandler", {"instruction": "a", "output": ["b"]}, "no pair"),
         ("AlpacaPairHandler", {"instruction": "a", "output": ["b", "c"], "history": "d"}, "'history'"),
-        ("MessagesPairHandler", {"chosen": "b", "rejected": "c"}, "'prompt' must be text too"),
+        ("MessagesPairHandler", {"chosen": "b", "rejected": "c"}, "'prompt' must be text or messages too"),
         ("MessagesPairHandler", {"chosen": [], "rejected": said("a", "b")}, "column 'chosen'"),
         ("MessagesPairHandler", {"prompt": "z", "chosen": said("a", "b"), "rejected": said("a", "c")}, "'prompt'"),
         ("MessagesPairHandler", {"chosen": said("a", "b"), "rejected": said("a")}, "no assistant message"),

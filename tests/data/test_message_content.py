@@ -29,7 +29,7 @@ from support.records import (
         ({"content": {"text": "a"}}, "'content' holds dict, not text or a list"),
         ({"content": 5}, "'content' holds int"),
         ({"content": None}, "no text 'content'"),
-        ({"content": []}, "no text 'content'"),
+        ({"content": {}}, "no text 'content'"),
         ({"content": "a", "name": "Ann"}, "key 'name' (role 'assistant'): the chat template does not read it"),
         ({"content": "a", "reasoning_content": "hm"}, "key 'reasoning_content'"),
         ({"content": None, "refusal": "no"}, "content, refusal"),

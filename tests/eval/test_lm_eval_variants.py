@@ -274,7 +274,12 @@ def compare_scores(
 
 
 @pytest.mark.parametrize(
-    ("model", "name"), [*(("llama", name) for name in PART), ("qwen", "mmlu"), ("stories260K", "mmlu")]
+    ("model", "name"),
+    [
+        *(("llama", name) for name in PART),
+        pytest.param("qwen", "mmlu", marks=pytest.mark.nightly),
+        ("stories260K", "mmlu"),
+    ],
 )
 def test_log_likelihoods_equal_the_harness(
     name: str, model: str, models: dict[str, Path], tmp_path: Path, report: ReportTables

@@ -42,7 +42,9 @@ class ForkedCommand:
         self._connection.connect(address)
         message = json.dumps(request).encode() + b"\n"
         sent = socket.send_fds(self._connection, [message], list(streams))
-        self._connection.sendall(message[sent:])
+        if sent < len(message):
+            # Not for nothing: once the whole request is there, its process may have ended, and the socket with it.
+            self._connection.sendall(message[sent:])
         self._received = b""
         self.pid = self._next_number(timeout=None)
         self.returncode: int | None = None

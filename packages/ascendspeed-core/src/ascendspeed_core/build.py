@@ -13,7 +13,7 @@ from ascendspeed_core.config.layout import stages_of_ranks
 from ascendspeed_core.config.model import ModelConfig, WeightQuantization
 from ascendspeed_core.config.sharding import Slice, tensor_slice
 from ascendspeed_core.kernels.int8 import Workspace, refuse_missing_format
-from ascendspeed_core.kernels.registry import Choice, KernelContext, choose
+from ascendspeed_core.kernels.registry import JOINED_GATED, Choice, KernelContext, choose
 from ascendspeed_core.models.attention import Attention
 from ascendspeed_core.models.int8 import largest_of_rows, quantize
 from ascendspeed_core.models.linear import HALVES
@@ -230,7 +230,20 @@ def apply_kernels(
             module.normalise = chosen["layer_norm"]
         elif isinstance(module, SwiGLU):
             module.gated = chosen["swiglu"]
+            module.gated_joined = JOINED_GATED.get(chosen["swiglu"])
     return choices
+
+
+def apply_inference_kernels(model: Transformer, mesh: ParallelMesh) -> None:
+    """Give a model for inference the implementations that `auto` takes on its device, for texts of any length."""
+    context = KernelContext(
+        device=mesh.device,
+        dtype=next(model.parameters()).dtype,
+        tp=mesh.layout.tp,
+        has_additive_mask=model.config.position == "alibi",
+        lengths_vary=True,
+    )
+    apply_kernels(model, ComputeConfig(), context)
 
 
 def _absence(operator: str, model: Transformer, before: Sequence[Choice]) -> str | None:

@@ -6,8 +6,9 @@ torch: it keeps torch_npu out for `--device cpu`, and turns the failure into adv
 
 import importlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from ascendspeed_data.command_line import log
 from ascendspeed_data.errors import AscendSpeedError
@@ -15,6 +16,8 @@ from ascendspeed_data.errors import AscendSpeedError
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+T = TypeVar("T")
 
 BACKENDS = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
 """Collective back end of each device."""
@@ -93,6 +96,33 @@ class Device:
         name = self.name.lower()
         found = [tflops for part, tflops in PEAK_TFLOPS.items() if part.lower() in name]
         return found[0] * 1e12 if found else None
+
+    @property
+    def can_record(self) -> bool:
+        """Whether what is asked of the accelerator can be recorded, and asked again at once."""
+        return self.kind == "cuda"
+
+    def record(self, work: Callable[[], T]) -> tuple[Callable[[], None], T]:
+        """Record what some work asks of the accelerator, without what the host computes meanwhile.
+
+        Args:
+            work: reads and writes tensors that stay where they are; asks the accelerator for nothing but kernels.
+
+        Returns:
+            What asks for the same again, and what the work returned, which it then writes anew.
+        """
+        import torch
+
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            # What is made or compiled at first use must not be recorded.
+            work()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = work()
+        return graph.replay, result
 
     def profiler(self) -> Any:
         """Return torch's profiler of this kind of device: `start`, `stop`, `export_chrome_trace(path)`."""

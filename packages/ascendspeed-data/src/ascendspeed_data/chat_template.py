@@ -17,21 +17,28 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ascendspeed_data.content_forms import ContentForms
 from ascendspeed_data.conversation import Conversation, Message, conversation_of
-from ascendspeed_data.errors import DataError
+from ascendspeed_data.errors import ConfigError, DataError
 from ascendspeed_data.fields import (
     MESSAGE_CONTENT,
     REASONING,
     TEMPLATE_VARIABLES,
+    check_unlisted,
     field_of,
     filled,
     message_key,
 )
+from ascendspeed_data.printed import PrintedParts
 from ascendspeed_data.sample import Sample, Segment
 from ascendspeed_data.tokenizer import Tokenizer
+from ascendspeed_data.tokenizer_config import DEFAULT, TOOL_USE
 from ascendspeed_data.tracking import TrackedObject, unread_of
 
 GENERATION_BEGIN, GENERATION_END = "\x02generation\x03", "\x02endgeneration\x03"
 """Delimiters of `{% generation %}` blocks in rendered text; conversations must not contain them."""
+
+
+NAMES_OF_ASSISTANT = ("gpt", "chatgpt", "bot", "chatbot", "model", "ai", "bing", "bard")
+"""Roles that other programs give the assistant; templates that mark no answers do not say that these are answers."""
 
 
 class GenerationBlocks(Extension):
@@ -82,28 +89,45 @@ class ChatTemplate:
         longest_first = sorted(special_ids, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self._forms = ContentForms(self._render)
+        self._printed = PrintedParts(self._render)
 
     @classmethod
-    def from_tokenizer(cls, tokenizer: Tokenizer, source: str | None = None) -> "ChatTemplate":
+    def for_conversation(cls, tokenizer: Tokenizer, conversation: Conversation) -> "ChatTemplate":
+        """Return the template of a tokenizer that fits a conversation: with or without tools."""
+        return cls.from_tokenizer(tokenizer, has_tools="tools" in conversation.variables)
+
+    @classmethod
+    def from_tokenizer(
+        cls, tokenizer: Tokenizer, source: str | None = None, has_tools: bool = False
+    ) -> "ChatTemplate":
         """Return the template of a tokenizer, or `source` with the special tokens of the tokenizer.
+
+        Of several templates it is `tool_use` for a conversation with tools, otherwise `default`, as in transformers.
 
         Raises:
             DataError: the tokenizer has no template, or the template is not valid.
         """
-        source = tokenizer.chat_template if source is None else source
+        named = tokenizer.named_chat_templates
+        if source is None:
+            source = named.get(TOOL_USE, tokenizer.chat_template) if has_tools else tokenizer.chat_template
+        if source is None and named:
+            raise DataError(
+                f"tokenizer {tokenizer.path} has the chat templates {', '.join(sorted(named))}, none of which is the "
+                "default; give --chat-template with one of these names"
+            )
         if source is None:
             raise DataError(
                 f"tokenizer {tokenizer.path} has no chat template (chat_template.jinja, or chat_template in "
                 "tokenizer_config.json); give --chat-template FILE"
             )
-        named = {
+        ids = {
             "bos_token": tokenizer.bos_id,
             "eos_token": tokenizer.eos_id,
             "unk_token": tokenizer.unk_id,
             "pad_token": tokenizer.pad_id,
         }
         tokens = tuple(
-            (key, tokenizer.convert_ids_to_tokens([i])[0]) for key, i in named.items() if i is not None
+            (key, tokenizer.convert_ids_to_tokens([i])[0]) for key, i in ids.items() if i is not None
         )
         # A token may end a turn without being special; one that only a message contains does not.
         in_source = {token: number for token, number in tokenizer.added_ids.items() if token in source}
@@ -156,7 +180,7 @@ class ChatTemplate:
     def _whole(
         self, conversation: Conversation, add_generation_prompt: bool
     ) -> tuple[list[TrackedObject], str, tuple[str, ...]]:
-        """Render a conversation, and check that the template reads what says something.
+        """Render a conversation, and check that the template reads and prints what says something.
 
         Returns:
             The messages as the template gets them, the text, and the keys without effect.
@@ -168,7 +192,8 @@ class ChatTemplate:
                     if name in TEMPLATE_VARIABLES.names
                     else f"column 'chat_template_kwargs' sets {name!r}, which the template does not read; remove it"
                 )
-        messages = [_tracked(message) for message in self._forms.fit(conversation.messages)]
+        fitted = self._forms.fit(conversation.messages)
+        messages = [_tracked(message) for message in fitted]
         text = self._render(messages, conversation.variables, add_generation_prompt)
         unused = dict.fromkeys(conversation.unused)
         for number, message in enumerate(messages, 1):
@@ -176,7 +201,8 @@ class ChatTemplate:
                 unused |= dict.fromkeys(_unread_keys(message))
             except DataError as error:
                 raise DataError(f"message {number}: {error}") from None
-        return messages, text, tuple(unused)
+        left_out = self._printed.check(fitted, conversation.variables, text, add_generation_prompt)
+        return messages, text, tuple(unused | dict.fromkeys(left_out))
 
     def end_of_turn(self) -> tuple[int, ...]:
         """Return the id of the special token that ends an answer, if the template has one."""
@@ -231,7 +257,13 @@ class ChatTemplate:
         parts: list[tuple[str, bool]] = []
         done = 0
         for number, message in enumerate(messages):
-            if message["role"] != "assistant" or not conversation.learned[number]:
+            role = str(message["role"])
+            if role.lower() in (*NAMES_OF_ASSISTANT, "assistant") and role != "assistant":
+                raise DataError(
+                    f"message {number + 1}: an answer of the role {role!r} would not be learned; name the "
+                    "role 'assistant'"
+                )
+            if role != "assistant" or not conversation.learned[number]:
                 continue
             before = self._render(messages[:number], variables, add_generation_prompt=True)
             after = self._render(messages[: number + 1], variables)
@@ -261,6 +293,26 @@ class ChatTemplate:
 
     def _is_special_end(self, segment: Segment) -> bool:
         return self._ends_with_special(str(segment.content).rstrip())
+
+
+def chat_template_named(name: str, tokenizer: Tokenizer) -> str | None:
+    """Return the template of a file, or the tokenizer's template with this name; `None` if there is neither.
+
+    Raises:
+        ConfigError: there are both.
+        DataError: the file cannot be read.
+    """
+    named = dict(tokenizer.named_chat_templates)
+    if tokenizer.chat_template is not None:
+        named[DEFAULT] = tokenizer.chat_template
+    if not Path(name).is_file():
+        return named.get(name)
+    if name in named:
+        raise ConfigError(
+            f"chat_template={name} is a file and one of the tokenizer's templates; write the path of the file in full, "
+            "or run the command in another folder"
+        )
+    return read_chat_template(Path(name))
 
 
 def read_chat_template(path: Path) -> str:
@@ -315,6 +367,8 @@ def _unread_keys(message: TrackedObject) -> list[str]:
             text = value if isinstance(value, str) else "".join(part["text"] for part in value)
             if not text.strip():
                 continue
+        if field_of(name, "message") is None:
+            check_unlisted(name, value, "message", str(role))
         if field_of(name, "message") is None or (name == "name" and role in ("tool", "function")):
             counted.append(message_key(name))
         else:

@@ -72,7 +72,16 @@ class ContentForms:
             turns = [user, _tool_call(""), {"tool_call_id": "abcdefghi", "name": "f", **probed}]
         else:
             turns = [probed, user, answer]
-        return self._try(turns)
+        text = self._try(turns)
+        if text or isinstance(content, str):
+            return text
+        # The template may take lists only, in the other turns too.
+        as_lists = [
+            {**turn, "content": [{"type": "text", "text": said}]} if isinstance(said, str) else turn
+            for turn in turns
+            for said in (turn["content"],)
+        ]
+        return self._try(as_lists)
 
     def _null_is_taken(self) -> bool:
         if self._takes_null is None:

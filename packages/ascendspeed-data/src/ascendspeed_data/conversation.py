@@ -18,7 +18,9 @@ from ascendspeed_data.fields import (
     field_of,
     filled,
     is_learned,
+    says_nothing_new,
 )
+from ascendspeed_data.key_names import names_mask
 
 Message = dict[str, Any]
 
@@ -32,6 +34,10 @@ RESERVED_VARIABLES = (
     "pad_token",
 )
 """Variables that a chat template gets anyway; `chat_template_kwargs` cannot set them."""
+
+
+TEXT_PARTS = ("text", "input_text", "output_text")
+"""Types of content parts that hold text, in the chat completions and the responses of OpenAI's API."""
 
 
 class CallArguments(dict[str, Any]):
@@ -122,11 +128,14 @@ def _message(message: Mapping[str, Any], unused: dict[str, None]) -> Message:
     for name, value in message.items():
         known = field_of(name, "message")
         if known is not None and known in (PARTLY_LEARNED, MESSAGE_MEDIA) and filled(value):
+            if known is PARTLY_LEARNED and says_nothing_new(name, value, "message", message["role"]):
+                continue
             raise DataError(f"key {name!r} {known.reason}; {known.remedy}")
+    masks = (*LEARNED.names, *PARTLY_LEARNED.names)
     kept: Message = {
         name: value
         for name, value in message.items()
-        if name == "content" or (name not in LEARNED.names and (filled(value) or value == ""))
+        if name == "content" or (name not in masks and (filled(value) or value == ""))
     }
     for name in ("tool_calls", "function_call"):
         if name in kept and (not filled(kept[name]) or kept[name] is False):
@@ -155,7 +164,10 @@ def _content(message: Mapping[str, Any], kept: Message, unused: dict[str, None])
         return [_part(part, number, unused) for number, part in enumerate(content, 1)]
     if filled(content):
         raise DataError(f"key 'content' holds {type(content).__name__}, not text or a list of text parts")
-    if not (kept.get("tool_calls") or kept.get("function_call")):
+    has_calls = kept.get("tool_calls") or kept.get("function_call")
+    if isinstance(content, list) and not has_calls:
+        return ""
+    if not has_calls:
         there = ", ".join(map(str, message)) or "no keys"
         raise DataError(f"there is no text 'content'; the message has {there}")
     return None
@@ -169,10 +181,10 @@ def _part(part: Any, number: int, unused: dict[str, None]) -> dict[str, str]:
             f"key 'content' is a list, whose part {number} holds {type(part).__name__}, not a text part"
         )
     kind = part.get("type", "text")
-    if kind != "text":
+    if kind not in TEXT_PARTS:
         raise DataError(
-            f"key 'content' is a list, whose part {number} has the type {kind!r}; only parts of the type 'text' are "
-            "supported"
+            f"key 'content' is a list, whose part {number} has the type {kind!r}; only parts of the types "
+            f"{', '.join(TEXT_PARTS)} are supported"
         )
     text = part.get("text")
     if not isinstance(text, str):
@@ -181,7 +193,7 @@ def _part(part: Any, number: int, unused: dict[str, None]) -> dict[str, str]:
         if name in ("type", "text") or not filled(value):
             continue
         known = field_of(name, "message")
-        if known is not None:
+        if known is not None or names_mask(name, value):
             raise DataError(
                 f"key 'content' is a list, whose part {number} has {name!r}; give it to the whole message"
             )
@@ -267,6 +279,7 @@ def _tool_calls(value: Any) -> list[dict[str, Any]]:
         if not isinstance(call, dict):
             raise DataError(f"{what} holds {type(call).__name__}, not an object")
         if "function" in call:
+            _check_call_keys(call, what)
             function = json_value(call["function"], f"{what}.function")
             made.append({**call, "function": _call(function, f"{what}.function")})
         else:
@@ -278,12 +291,19 @@ def _call(call: Any, what: str) -> dict[str, Any]:
     """Return a call whose arguments are an object; without arguments, or with an empty text, they are empty."""
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):
         raise DataError(f"{what} has no text 'name'")
+    _check_call_keys(call, what)
     arguments = call.get("arguments")
     text = arguments if isinstance(arguments, str) and arguments.strip() else None
     decoded = {} if arguments is None or arguments == "" else json_value(arguments, f"{what}.arguments")
     if not isinstance(decoded, dict):
         raise DataError(f"{what}.arguments holds {type(decoded).__name__}, not a JSON object")
     return {**call, "arguments": CallArguments(decoded, text)}
+
+
+def _check_call_keys(call: Mapping[str, Any], what: str) -> None:
+    for name, value in call.items():
+        if filled(value) and (name in (*LEARNED.names, *PARTLY_LEARNED.names) or names_mask(name, value)):
+            raise DataError(f"{what} has the key {name!r}; give it to the whole message")
 
 
 def _variables(columns: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Keys of records and messages that can change what a model learns, and what becomes of each.
 
 Other programs write these keys under the spellings below. A key is honoured, or refused by name; it is never dropped.
-Any other key that nothing reads is counted, and the manifest names it.
+So is a key that is not listed, but whose name has the words of a listed one (`key_names`). Any other key that nothing
+reads is counted, and the manifest names it.
 """
 
 from collections.abc import Collection, Mapping
@@ -9,6 +10,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ascendspeed_data.errors import DataError
+from ascendspeed_data.key_names import (
+    all_learned,
+    names_mask,
+    names_media,
+    names_system,
+    names_thoughts,
+    snake_case,
+)
 
 Level = Literal["record", "message"]
 
@@ -44,14 +53,14 @@ PARTLY_LEARNED = Field(
     ("mask", "masked", "mask_loss", "ignore", "ignored", "ignore_loss", "skip", "no_loss", "no_train", "train_detail",
      "training_detail", "train_on_input", "labels", "weights", "token_weights"),
     "message",
-    "refused if filled",
+    "refused if filled, unless it says what holds anyway (`masked`: false)",
     "says which part of the conversation is learned, in a way that is not supported",
     "give each message that is not to be learned weight 0, and remove the key",
 )  # fmt: skip
 MESSAGE_CONTENT = Field(
-    ("content", "name", "tool_calls", "function_call", "tools", "functions", "reasoning_content", "reasoning",
-     "thinking", "thought", "thoughts", "refusal", "documents", "context", "channel", "recipient", "prefix",
-     "condition"),
+    ("content", "name", "tool_calls", "tool_call", "function_call", "tools", "functions", "reasoning_content",
+     "reasoning", "thinking", "thought", "thoughts", "refusal", "documents", "context", "channel", "recipient",
+     "prefix", "condition"),
     "message",
     "given to the chat template; refused if filled and the template does not read it (`name` of a tool is counted)",
     "the chat template does not read it, so it would not be learned",
@@ -77,7 +86,7 @@ RECORD_LABELS = Field(
      "target_mask", "mask", "masked", "mask_history", "train_on_input", "train_on_inputs", "train_on_prompt",
      "roles_to_train", "segments", "token_weights"),
     "record",
-    "refused if filled",
+    "refused if filled, unless it says what holds anyway (`train_on_inputs`, `mask_history`, `masked`: false)",
     "says which part of the record is learned, in a way that is not supported",
     "give each message that is not to be learned weight 0, and remove the column",
 )  # fmt: skip
@@ -124,6 +133,22 @@ FIELDS = (
     RECORD_MEDIA,
 )
 """Every key that can change what is learned."""
+
+NEUTRAL_IF_FALSE = ("train_on_input", "train_on_inputs", "train_on_prompt", "mask_history")
+"""Columns that say what holds anyway if they are false: every answer is learned, and nothing else."""
+
+MASKS_OF_ALL = (
+    "masked",
+    "mask_loss",
+    "ignore",
+    "ignored",
+    "ignore_loss",
+    "skip",
+    "no_loss",
+    "no_train",
+    "weights",
+)
+"""Listed masks whose value, if it is one for all, says clearly whether that is learned."""
 
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """Names of what an assistant thinks before it answers; templates read one of them."""
@@ -182,15 +207,56 @@ def check_record(unread: Mapping[str, Any], handler: str, refused: Collection[st
         if not filled(value):
             continue
         if field is None or (name == "label" and isinstance(value, str) and not _is_number(value)):
+            check_unlisted(name, value, "record")
             counted.append(name)
         elif field is TEMPLATE_VARIABLES:
             raise DataError(
                 f"column {name!r} is for a chat template, but {handler} has none; remove the column"
             )
-        elif not (field is RECORD_WEIGHT and _is_one(value)):
+        elif not ((field is RECORD_WEIGHT and _is_one(value)) or says_nothing_new(name, value, "record")):
             shown = f" is {value!r}; it" if field is RECORD_WEIGHT else ""
             raise DataError(f"column {name!r}{shown} {field.reason} ({handler}); {field.remedy}")
     return counted
+
+
+def says_nothing_new(name: str, value: Any, level: Level, role: str = "assistant") -> bool:
+    """Return whether a mask says what holds anyway: that answers are learned, and messages of others are not."""
+    if name in NEUTRAL_IF_FALSE and level == "record":
+        return value is False or str(value).lower() in ("0", "false")
+    if field_of(name, level) is not None and name not in MASKS_OF_ALL:
+        return False
+    return all_learned(name, value) is (role == "assistant")
+
+
+def check_unlisted(name: str, value: Any, level: Level, role: str = "assistant") -> None:
+    """Check a key that no table lists.
+
+    Raises:
+        DataError: by its name and value it is a mask or a weight that says something else than what holds anyway, or
+            media, thoughts, a system message, or a listed key in another spelling.
+    """
+    what = f"{'key' if level == 'message' else 'column'} {name!r}"
+    listed, is_mask = snake_case(name), names_mask(name, value)
+    if listed not in (name, "label") and field_of(listed, level) is not None and not is_mask:
+        raise DataError(f"{what} reads like {listed!r} in another spelling; rename it, or remove it")
+    if names_media(name, value):
+        raise DataError(f"{what} {MESSAGE_MEDIA.reason} by its name; remove it, or rename it if it does not")
+    if names_system(name, value):
+        raise DataError(
+            f"{what} holds a system message by its name; give it as a message or in the column 'system'"
+        )
+    if names_thoughts(name, value):
+        raise DataError(
+            f"{what} holds thoughts by its name, which nothing reads; rename it to 'reasoning_content' in its message, "
+            "or remove it"
+        )
+    if is_mask and not says_nothing_new(name, value, level, role):
+        field = PARTLY_LEARNED if level == "message" else RECORD_LABELS
+        shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
+        raise DataError(
+            f"{what} is {shown}; by its name it {field.reason}; "
+            f"{field.remedy}, or rename it if it says something else"
+        )
 
 
 def _is_number(text: str) -> bool:
@@ -207,16 +273,25 @@ def _is_one(value: Any) -> bool:
     return isinstance(value, bool | int | float) and value == 1
 
 
-def check_turn(turn: Mapping[str, Any], read: Collection[str]) -> list[str]:
+def check_turn(turn: Mapping[str, Any], read: Collection[str], left_out: Collection[str] = ()) -> list[str]:
     """Return the filled keys of a turn besides those in `read`, for a handler without a chat template.
+
+    Args:
+        turn: the turn.
+        read: keys that the handler reads.
+        left_out: keys that its rule leaves out, to be counted.
 
     Raises:
         DataError: a filled key can change what is learned.
     """
     others = {name: value for name, value in turn.items() if name not in read and filled(value)}
-    for name in others:
+    for name, value in others.items():
         field = field_of(name, "message")
-        if field is not None:
+        if name in left_out:
+            continue
+        if field is None:
+            check_unlisted(name, value, "message")
+        elif field is not PARTLY_LEARNED or not says_nothing_new(name, value, "message"):
             raise DataError(f"key {name!r} is not supported by this handler: {field.remedy}")
     return list(others)
 

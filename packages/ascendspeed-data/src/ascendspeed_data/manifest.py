@@ -104,6 +104,7 @@ class DatasetManifest(_Frozen):
     """The settings that decide the bytes of a dataset, and the counts and hashes of the result.
 
     `num_spelling_records` counts records whose texts spell special pieces, which were read as text.
+    `tool_use_template` formats the conversations with tools, if the tokenizer has a template for them.
     `unused_columns` names the columns and the keys of messages that nothing read, with the number of records in which
     they are filled.
     """
@@ -115,6 +116,7 @@ class DatasetManifest(_Frozen):
     handler: str
     template: str
     template_sha256: str
+    tool_use_template: str | None = None
     json_key: str | None
     append_eod: bool
     seq_length: int | None

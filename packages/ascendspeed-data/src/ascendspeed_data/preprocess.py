@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 
 from ascendspeed_data import __version__
-from ascendspeed_data.chat_template import read_chat_template
 from ascendspeed_data.command_line import Progress, log
 from ascendspeed_data.encoding import INPUT_IDS, ShardEncoder
 from ascendspeed_data.errors import AscendSpeedError, ConfigError, DataError
@@ -34,7 +33,7 @@ from ascendspeed_data.manifest import (
     TokenizerRecord,
     read_manifest,
 )
-from ascendspeed_data.preprocessing.job import PreprocessJob, template_of
+from ascendspeed_data.preprocessing.job import PreprocessJob, template_of, tool_use_template_of
 from ascendspeed_data.preprocessing.journal import Commit, Journal
 from ascendspeed_data.preprocessing.output import DatasetWriter, open_outputs, output_paths, unpacked_paths
 from ascendspeed_data.preprocessing.packing import PackCounts, pack_samples
@@ -69,8 +68,7 @@ def preprocess_dataset(
     """
     handler = job.handler()
     tokenizer = load_tokenizer(job.tokenizer, job.tokenizer_type)
-    if job.chat_template is not None:
-        tokenizer.chat_template = read_chat_template(job.chat_template)
+    job.use_chat_template(tokenizer)
     if job.append_eod and tokenizer.eos_id is None:
         raise DataError(
             f"tokenizer {job.tokenizer} has no end-of-sequence token to append to documents; give --no-append-eod"
@@ -320,6 +318,7 @@ class _PreprocessRun:
             encoder=self.choice.name,
             handler=job.handler_name,
             template=template,
+            tool_use_template=tool_use_template_of(self.handler, self.tokenizer),
             template_sha256=hashlib.sha256(template.encode()).hexdigest(),
             json_key=output.key or None,
             append_eod=job.append_eod,

@@ -5,9 +5,8 @@ The rules and the encoding are those of `asd-data preprocess`, so the ids before
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from ascendspeed_data.chat_template import ChatTemplate, read_chat_template
+from ascendspeed_data.chat_template import ChatTemplate, chat_template_named
 from ascendspeed_data.content_forms import joined_text
 from ascendspeed_data.conversation import Message, conversation_of
 from ascendspeed_data.errors import ConfigError, DataError, did_you_mean
@@ -141,10 +140,10 @@ def recorded_layout(manifest: DatasetManifest, tokenizer: Tokenizer) -> PromptLa
 
 
 def layout_named(name: str, tokenizer: Tokenizer) -> PromptLayout:
-    """Return the layout with this name, or the layout of a Jinja file.
+    """Return the layout with this name, of one of the tokenizer's chat templates, or of a Jinja file.
 
     Raises:
-        ConfigError: `name` is neither a layout nor a file.
+        ConfigError: `name` is neither a layout nor a template nor a file.
         DataError: the tokenizer has no chat template, or the template is not valid.
     """
     if name == "tokenizer":
@@ -162,10 +161,12 @@ def layout_named(name: str, tokenizer: Tokenizer) -> PromptLayout:
         return PromptLayout("the transcripts of HH-RLHF", tokenizer, _hh_rlhf, append_eod=False, stop=stop)
     if name == "plain":
         return PromptLayout("no template", tokenizer, _plain, append_eod=False)
-    if Path(name).is_file():
-        return _of_template(read_chat_template(Path(name)), tokenizer, f"the chat template {name}")
+    source = chat_template_named(name, tokenizer)
+    if source is not None:
+        return _of_template(source, tokenizer, f"the chat template {name}")
+    known = [*LAYOUT_NAMES, *sorted(tokenizer.named_chat_templates)]
     raise ConfigError(
-        f"chat_template={name} is neither a file nor one of {', '.join(LAYOUT_NAMES)}{did_you_mean(name, LAYOUT_NAMES)}"
+        f"chat_template={name} is neither a file nor one of {', '.join(known)}{did_you_mean(name, known)}"
     )
 
 

@@ -20,7 +20,7 @@ from ascendspeed_data.command_line import announce
 from ascendspeed_data.errors import DataError
 from ascendspeed_data.stand_ins import check_literal, written_out
 from ascendspeed_data.token_batch import TokenBatch
-from ascendspeed_data.tokenizer_config import CONFIG_FILE, TokenizerFiles, read_json
+from ascendspeed_data.tokenizer_config import CONFIG_FILE, DEFAULT, TokenizerFiles, read_json
 
 SPACE = "▁"
 """How SentencePiece writes a space."""
@@ -49,7 +49,8 @@ class SentencePieceTokenizer:
         import sentencepiece
 
         self.path, self.model_file = path, model_file
-        self.chat_template = files.chat_template
+        self.named_chat_templates = dict(files.chat_templates)
+        self.chat_template = self.named_chat_templates.pop(DEFAULT, None)
         config = files.config
         if config.sp_model_kwargs:
             raise DataError(

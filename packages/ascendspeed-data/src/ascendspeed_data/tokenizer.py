@@ -14,7 +14,7 @@ from ascendspeed_data.errors import ConfigError, DataError, did_you_mean
 from ascendspeed_data.json_tokenizer import JsonTokenizer
 from ascendspeed_data.sentencepiece_tokenizer import SentencePieceTokenizer
 from ascendspeed_data.token_batch import TokenBatch
-from ascendspeed_data.tokenizer_config import TokenizerFiles
+from ascendspeed_data.tokenizer_config import TEMPLATES_FOLDER, TokenizerFiles
 
 TOKENIZER_TYPES = ("PretrainedFromHF", "SentencePieceTokenizer", "HuggingFaceTokenizer")
 """Names of AscendSpeed 2023 and Megatron-LM. SentencePieceTokenizer requires a tokenizer.model."""
@@ -51,6 +51,7 @@ class Tokenizer(Protocol):
         special_ids: id of each special token.
         added_ids: id of each token that a text is split at before it is encoded, special or not.
         chat_template: Jinja template for conversations, or `None`.
+        named_chat_templates: further templates by name; `tool_use` is for conversations with tools.
         fingerprint: SHA-256 of everything that defines the ids.
     """
 
@@ -67,6 +68,7 @@ class Tokenizer(Protocol):
     special_ids: dict[str, int]
     added_ids: dict[str, int]
     chat_template: str | None
+    named_chat_templates: dict[str, str]
     fingerprint: str
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -163,7 +165,8 @@ def tokenizer_files(source: Path) -> list[Path]:
     """Return the files of a tokenizer; `source` is a folder or a file."""
     if source.is_file():
         return [source]
-    return [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
+    templates = sorted((source / TEMPLATES_FOLDER).glob("*.jinja"))
+    return [*(source / name for name in TOKENIZER_FILES if (source / name).is_file()), *templates]
 
 
 def copy_tokenizer(source: Path, folder: Path) -> list[Path]:
@@ -172,9 +175,10 @@ def copy_tokenizer(source: Path, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     copies = []
     for file in files:
-        name = file.name
+        name = file.name if source.is_file() else str(file.relative_to(source))
         if source.is_file():
             name = "tokenizer.json" if file.suffix == ".json" else "tokenizer.model"
+        (folder / name).parent.mkdir(exist_ok=True)
         if not (folder / name).is_file() or not file.samefile(folder / name):
             shutil.copyfile(file, folder / name)
         copies.append(folder / name)

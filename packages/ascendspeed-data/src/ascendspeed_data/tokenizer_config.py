@@ -14,7 +14,9 @@ from ascendspeed_data.command_line import announce
 from ascendspeed_data.errors import DataError
 
 CONFIG_FILE, MAP_FILE, ADDED_FILE = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
-TEMPLATE_FILE = "chat_template.jinja"
+TEMPLATE_FILE, TEMPLATES_FOLDER = "chat_template.jinja", "additional_chat_templates"
+DEFAULT, TOOL_USE = "default", "tool_use"
+"""Names of the chat template that is used if none is named, and of the one for conversations with tools."""
 
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """Named special tokens, in the order in which transformers gives ids to new ones."""
@@ -119,7 +121,7 @@ class TokenizerFiles:
         special: `special_tokens_map.json`.
         added: id of each token of `added_tokens.json`.
         decoder: tokens of `added_tokens_decoder` by id, or `None`.
-        chat_template: Jinja template for conversations, or `None`.
+        chat_templates: Jinja templates for conversations by name; `default` is the name of a single one.
     """
 
     folder: Path
@@ -128,7 +130,7 @@ class TokenizerFiles:
     special: SpecialTokens = field(default_factory=SpecialTokens)
     added: dict[str, int] = field(default_factory=dict)
     decoder: dict[int, TokenRecord] | None = None
-    chat_template: str | None = None
+    chat_templates: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def read(cls, folder: Path) -> "TokenizerFiles":
@@ -153,7 +155,7 @@ class TokenizerFiles:
             _parse(SpecialTokens, read_json(folder / MAP_FILE), folder / MAP_FILE),
             _added(folder / ADDED_FILE),
             _decoder(config, folder / CONFIG_FILE),
-            _template(config, folder / TEMPLATE_FILE),
+            _templates(config, folder),
         )
 
 
@@ -184,16 +186,35 @@ def _decoder(config: TokenizerConfig, path: Path) -> dict[int, TokenRecord] | No
     return found
 
 
-def _template(config: TokenizerConfig, path: Path) -> str | None:
-    """Return the chat template of a folder; if there are several, the one named `default`."""
-    if path.is_file():
-        try:
-            return path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path} is not UTF-8: {error}; correct the file") from None
+def _templates(config: TokenizerConfig, folder: Path) -> dict[str, str]:
+    """Return the chat templates of a folder by name; those in files replace those of the config, as in transformers."""
+    paths = {
+        path.name.removesuffix(".jinja"): path for path in sorted((folder / TEMPLATES_FOLDER).glob("*.jinja"))
+    }
+    if (folder / TEMPLATE_FILE).is_file():
+        if DEFAULT in paths:
+            raise DataError(
+                f"{folder / TEMPLATE_FILE} and {paths[DEFAULT]} are both the default chat template; delete one"
+            )
+        paths[DEFAULT] = folder / TEMPLATE_FILE
+    if paths:
+        return {name: _text(path) for name, path in paths.items()}
     if isinstance(config.chat_template, list):
-        return next((item.template for item in config.chat_template if item.name == "default"), None)
-    return config.chat_template
+        names = [item.name for item in config.chat_template]
+        for name in names:
+            if names.count(name) > 1:
+                raise DataError(f"{folder / CONFIG_FILE}: chat_template has {name!r} twice; delete one")
+        return {item.name: item.template for item in config.chat_template}
+    return {} if config.chat_template is None else {DEFAULT: config.chat_template}
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8: {error}; correct the file") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

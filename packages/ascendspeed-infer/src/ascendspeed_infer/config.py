@@ -355,8 +355,8 @@ class ConversationConfig(Config):
 
     chat_template: str | None = Field(
         None,
-        description="tokenizer, instruction, baichuan2, plain, or a Jinja file. [default: what the checkpoint was "
-        "trained with, or else the tokenizer's own]",
+        description="tokenizer, instruction, baichuan2, plain, the name of one of the tokenizer's templates, or a "
+        "Jinja file. [default: what the checkpoint was trained with, or else the tokenizer's own]",
     )
     system: str | None = Field(None, description="System message before the first turn.")
 

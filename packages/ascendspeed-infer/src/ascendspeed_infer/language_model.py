@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ascendspeed_core.build import load_model
+from ascendspeed_core.build import apply_inference_kernels, load_model
 from ascendspeed_core.config.load import validate
 from ascendspeed_core.config.model import WeightQuantization
 from ascendspeed_core.config.parallel import ParallelConfig
@@ -160,6 +160,7 @@ class LanguageModel(TextGenerator):
         )
         if settings is None:
             pack_weights(model)
+        apply_inference_kernels(model, mesh)
         loaded = cls(model, opened, mesh)
         if settings is not None:
             loaded._deepspeed = answer_from_shares(model, mesh, settings)

@@ -32,8 +32,9 @@ class Kernel:
 
 
 _LIGER_ASKED = Kernel("Liger-Kernel", is_optional=True)
-_LIGER = Kernel("Liger-Kernel", ("cuda",), is_optional=True)
 _NPU = Kernel(_FUSED_NPU, ("npu",))
+_LIGER = Kernel("Liger-Kernel", ("cuda",), is_optional=True)
+_COMPILED = Kernel("plain torch, fused by torch.compile", ("cuda",), is_optional=True)
 _PLAIN = Kernel("plain torch", EVERYWHERE)
 
 KERNELS: Mapping[str, Mapping[str, Kernel]] = MappingProxyType(
@@ -58,13 +59,15 @@ KERNELS: Mapping[str, Mapping[str, Kernel]] = MappingProxyType(
         },
         "rotary": {
             "npu": Kernel(f"{_FUSED_NPU} npu_rotary_mul", ("npu",)),
+            "compiled": _COMPILED,
             "liger": _LIGER,
             "reference": _PLAIN,
         },
-        "swiglu": {"npu": _NPU, "liger": _LIGER, "reference": _PLAIN},
+        "swiglu": {"npu": _NPU, "compiled": _COMPILED, "liger": _LIGER, "reference": _PLAIN},
         "cross_entropy": {
             "npu": _NPU,
             "liger": _LIGER_ASKED,
+            "compiled": _COMPILED,
             "torch": Kernel("torch's cross_entropy", EVERYWHERE),
             "reference": Kernel("plain torch"),
         },

@@ -91,6 +91,8 @@ def _first_complaint(error: ValidationError) -> str:
     first = error.errors()[0]
     message = first["msg"].removeprefix("Value error, ")
     name = str(first["loc"][-1]) if first["loc"] else ""
+    if name.isdecimal() and len(first["loc"]) > 1:
+        name = f"{first['loc'][-2]}[{name}]"
     if first["type"] == "value_error":
         return message
     if first["type"] == "missing" or (first["type"] == "too_short" and not first["input"]):

@@ -1,7 +1,6 @@
 """Triton kernels of Liger-Kernel (Hsu et al., 2024), where the package is installed.
 
-None is measured here, and no test runs these calls. The package's own rotary embedding and cross entropy, forwards,
-gave what the reference gives in Triton's interpreter on a CPU; the interpreter cannot run the others.
+No test runs these calls, which need a GPU; `benchmarks/device.py` compares them with the reference there.
 
 Shapes: B batch, S sequence, N query heads, K key-value heads, D head size, V vocabulary, T tokens.
 """

@@ -91,7 +91,12 @@ def npu_rotate(
 
 def npu_gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """`npu_swiglu`, see `models.mlp.silu_gated`; the kernel wants both in one tensor."""
-    gated: torch.Tensor = torch.ops.npu.npu_swiglu(torch.cat([gate, up], dim=-1), -1)
+    return npu_gated_joined(torch.cat([gate, up], dim=-1))
+
+
+def npu_gated_joined(joined: torch.Tensor) -> torch.Tensor:
+    """`npu_swiglu` of the two halves of the last dimension: [B, S, 2F] -> [B, S, F]."""
+    gated: torch.Tensor = torch.ops.npu.npu_swiglu(joined, -1)
     return gated
 
 

@@ -5,6 +5,7 @@ size.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -87,6 +88,9 @@ def int8_linear(x: torch.Tensor, integers: torch.Tensor, scale: torch.Tensor) ->
     return (x.float() @ weight.T).to(x.dtype)
 
 
+ALIGNED_MASK_BYTES = 16
+"""torch's attention on CUDA ends the process where a mask of numbers begins elsewhere than at a multiple of this."""
+
 AttentionFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 """An implementation of `causal_attention`."""
 
@@ -106,21 +110,29 @@ def causal_attention(
         [B, N, S, D].
     """
     heads, groups = q.shape[1], k.shape[1]
+    if mask is not None and mask.is_cuda and mask.storage_offset() * mask.itemsize % ALIGNED_MASK_BYTES:
+        # The end of a wider mask may begin where the device's kernel cannot read.
+        mask = mask.clone()
     if q.shape[2] == 1 and heads != groups:
         # The heads of a group are as many queries of one key-value head: its keys are read once, in one matrix product.
         of_heads = (
             mask.unflatten(0, (groups, -1)).squeeze(2) if mask is not None and mask.dim() == 3 else mask
         )
         queries = q.unflatten(1, (groups, -1)).squeeze(3)
-        return F.scaled_dot_product_attention(queries, k, v, attn_mask=of_heads).flatten(1, 2).unsqueeze(2)
-    return F.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=mask,
-        is_causal=mask is None and q.shape[2] > 1,
-        enable_gqa=heads != groups,
-    )
+        return _attend(queries, k, v, attn_mask=of_heads).flatten(1, 2).unsqueeze(2)
+    is_causal = mask is None and q.shape[2] > 1
+    return _attend(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=heads != groups)
+
+
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
+    """Call torch's attention; outside of training without cuDNN's, which takes 30 ms for each new length of a text."""
+    if not q.is_cuda or torch.is_grad_enabled():
+        return F.scaled_dot_product_attention(q, k, v, **options)
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    with sdpa_kernel(kernels):
+        return F.scaled_dot_product_attention(q, k, v, **options)
 
 
 RMSNormFunction = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
@@ -163,9 +175,19 @@ GatedFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """An implementation of `silu_gated`."""
 
 
+JoinedGatedFunction = Callable[[torch.Tensor], torch.Tensor]
+"""An implementation of `silu_gated_joined`."""
+
+
 def silu_gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """`silu(gate) * up`, elementwise."""
     return F.silu(gate) * up
+
+
+def silu_gated_joined(joined: torch.Tensor) -> torch.Tensor:
+    """`silu_gated` of the two halves of the last dimension: [..., 2F] -> [..., F]."""
+    gate, up = joined.chunk(2, dim=-1)
+    return silu_gated(gate, up)
 
 
 RotaryFunction = Callable[

@@ -10,9 +10,11 @@ import torch.nn.functional as F
 
 from ascendspeed_core.config.compute import KERNELS
 from ascendspeed_core.device import HOST, Device
-from ascendspeed_core.kernels import liger, npu, reference
+from ascendspeed_core.kernels import compiled, liger, npu, reference
 from ascendspeed_core.kernels.adamw import adamw_implementation
 from ascendspeed_core.kernels.reference import (
+    GatedFunction,
+    JoinedGatedFunction,
     causal_attention,
     layer_norm,
     rms_norm,
@@ -105,6 +107,14 @@ def _needs_liger(setting: KernelContext) -> str | None:
     return None
 
 
+def _needs_compiler(setting: KernelContext) -> str | None:
+    if setting.lengths_vary:
+        return "torch.compile takes seconds for new kinds of shapes, and lengths vary"
+    if setting.device.kind == "cuda" and find_spec("triton") is None:
+        return "torch.compile needs the package triton, which is not installed"
+    return None
+
+
 def _softmax_fits(setting: KernelContext) -> str | None:
     length = setting.seq_length
     if setting.has_additive_mask:
@@ -185,17 +195,20 @@ _FUNCTIONS: Mapping[str, Mapping[str, Attached]] = {
     },
     "rotary": {
         "npu": (npu.npu_rotate, _needs_npu),
+        "compiled": (compiled.rotate_both, _needs_compiler),
         "liger": (liger.liger_rotate, _needs_liger),
         "reference": (rotate_both, _anywhere),
     },
     "swiglu": {
         "npu": (npu.npu_gated, _needs_npu),
+        "compiled": (compiled.silu_gated, _needs_compiler),
         "liger": (liger.liger_gated, _needs_liger),
         "reference": (silu_gated, _anywhere),
     },
     "cross_entropy": {
         "npu": (npu.npu_token_losses, _first(_whole_vocabulary, _needs_npu, _losses_fit)),
         "liger": (liger.liger_token_losses, _first(_whole_vocabulary, _needs_liger)),
+        "compiled": (compiled.token_losses, _first(_whole_vocabulary, _needs_compiler)),
         "torch": (token_losses, _anywhere),
         "reference": (reference.plain_token_losses, _whole_vocabulary),
     },
@@ -205,6 +218,13 @@ OPERATORS: dict[str, tuple[Implementation, ...]] = {
     operator: _attach(operator, _FUNCTIONS[operator]) for operator in KERNELS
 }
 """Implementations of each operator; `auto` takes the first that is meant for the device and can run."""
+
+
+JOINED_GATED: Mapping[GatedFunction, JoinedGatedFunction] = {
+    npu.npu_gated: npu.npu_gated_joined,
+    compiled.silu_gated: compiled.silu_gated_joined,
+}
+"""What some implementations of `swiglu` do with gate and up side by side, as joined projections leave them."""
 
 
 def implementations(operator: str) -> dict[str, Callable[..., Any]]:

@@ -13,10 +13,12 @@ query heads of this rank, T tokens attended to.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from math import prod
 
 import torch
 
+from ascendspeed_core.kernels.lengths import LengthsAttention, TextLengths
 from ascendspeed_data.errors import AscendSpeedError
 
 BLOCK_TOKENS = 16
@@ -87,15 +89,25 @@ class KeyValueCache:
         capacity_tokens: C, of all sequences together; rounded up to whole blocks.
         dtype: of what is kept.
         device: where it is kept.
+        lengths_attention: attends to keys and values of all chunks of a pass in one call; `None` where each chunk
+            needs a call of its own.
 
     Attributes:
         layers: tensors of each layer, one for each thing that it keeps, [..., C, D]; keys and values are [K, C, D].
+        windows: of each layer, see `LayerCache`.
     """
 
     def __init__(
-        self, layers: Sequence[LayerCache], capacity_tokens: int, dtype: torch.dtype, device: torch.device
+        self,
+        layers: Sequence[LayerCache],
+        capacity_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        lengths_attention: LengthsAttention | None = None,
     ) -> None:
         self.device = device
+        self.lengths_attention = lengths_attention
+        self.windows = [layer.window for layer in layers]
         self.num_blocks = self.free_blocks = blocks_of(capacity_tokens)
         self.groups: list[_LayerGroup] = []
         by_index: dict[int, tuple[torch.Tensor, ...]] = {}
@@ -228,12 +240,19 @@ class CachedPass:
         self.positions = torch.tensor([positions + [0] * self._padding], device=cache.device)
         """Position of each token in its sequence, [1, M]."""
         self._rows: torch.Tensor | None = None
+        self.lengths: TextLengths | None = None
+        """Of the chunks, where one call attends to all of them: then nobody needs masks."""
         # Several chunks are stored at once, if none lies where another of them is looked for.
-        if len(chunks) > 1 and len({chunk.slot.start for chunk in chunks}) == len(chunks):
+        is_apart = len({chunk.slot.start for chunk in chunks}) == len(chunks)
+        # In a pass of fixed length a chunk must not depend on those beside it, as it may in one call.
+        is_one_call = cache.lengths_attention is not None and is_apart and length is None
+        if is_one_call or (len(chunks) > 1 and is_apart):
             rows = [
                 chunk.slot.start + position for chunk in chunks for position in range(chunk.start, chunk.end)
             ]
             self._rows = torch.tensor(rows, device=cache.device)
+        if is_one_call:
+            self.lengths = lengths_of(chunks, cache.device)
         self._visible: list[_ViewsByLayer] = []
         self._stored: list[_ViewsByLayer] = []
 
@@ -259,6 +278,8 @@ class CachedPass:
         Returns:
             [1, M, N, D].
         """
+        if self.lengths is not None:
+            return self._attend_at_once(layer, q, kept)
         if not self._visible:
             self._make_views()
         queries = q.transpose(1, 2).split(self._counts, dim=2)
@@ -280,6 +301,17 @@ class CachedPass:
         attended = torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
         return attended.transpose(1, 2)
 
+    def _attend_at_once(self, layer: int, q: torch.Tensor, kept: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Store keys and values of all chunks and attend to them in one call: [1, M, N, D]."""
+        assert self.lengths is not None
+        assert self._rows is not None
+        assert self.cache.lengths_attention is not None
+        keys, values = self.cache.layers[layer]
+        for whole, mine in zip((keys, values), kept, strict=True):
+            whole.index_copy_(-2, self._rows, mine[0].transpose(0, 1))
+        window = self.cache.windows[layer]
+        return self.cache.lengths_attention(q[0], keys, values, self.lengths, window).unsqueeze(0)
+
     def _make_views(self) -> None:
         """Make the views of what each chunk sees and stores, of all layers at once: far cheaper than layer by layer."""
         for chunk in self.chunks:
@@ -299,3 +331,40 @@ class CachedPass:
                 return by_layer
             found |= dict(zip(group.layers, by_layer, strict=True))
         return [found[index] for index in range(len(found))]
+
+
+class SingleTokenPass(CachedPass):
+    """A pass of one more token for each of several texts, by numbers on the device: it can be recorded and replayed.
+
+    Args:
+        cache: with an attention for all texts in one call.
+        positions: of each token in its text, int64, [M].
+        starts: first token of each text's slot, int64, [M].
+        most_keys: see `TextLengths`.
+    """
+
+    def __init__(
+        self, cache: KeyValueCache, positions: torch.Tensor, starts: torch.Tensor, most_keys: int
+    ) -> None:
+        self.cache, self.chunks, self.length = cache, (), len(positions)
+        self.positions = positions.unsqueeze(0)
+        self._rows = starts + positions
+        self.lengths = TextLengths(
+            torch.arange(len(positions) + 1, dtype=torch.int32, device=cache.device),
+            torch.cat([starts, starts[-1:]]).to(torch.int32),
+            (positions + 1).to(torch.int32),
+            1,
+            most_keys,
+        )
+
+
+def lengths_of(chunks: Sequence[SequenceChunk], device: torch.device) -> TextLengths:
+    """Return where the chunks' queries and keys lie."""
+    counts = [chunk.count for chunk in chunks]
+    ends = [chunk.end for chunk in chunks]
+    firsts = [chunk.slot.start for chunk in chunks]
+    numbers = [0, *accumulate(counts), *firsts, firsts[-1], *ends]
+    queries, keys, num_keys = torch.tensor(numbers, dtype=torch.int32, device=device).split(
+        [len(chunks) + 1, len(chunks) + 1, len(chunks)]
+    )
+    return TextLengths(queries, keys, num_keys, max(counts), max(ends))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ascendspeed_core.config.model import ModelConfig
-from ascendspeed_core.kernels.reference import GatedFunction, silu_gated
+from ascendspeed_core.kernels.reference import GatedFunction, JoinedGatedFunction, silu_gated
 from ascendspeed_core.models.dropout import DropoutMasks
 from ascendspeed_core.models.linear import apply_linear
 from ascendspeed_core.models.projections import Projections
@@ -29,9 +29,12 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(inner, config.hidden_size, bias=bias)
         self.projections = Projections(self, ("gate_proj", "up_proj"))
         self.gated: GatedFunction = silu_gated
+        self.gated_joined: JoinedGatedFunction | None = None
 
     def forward(self, x: torch.Tensor, dropout_masks: DropoutMasks | None = None) -> torch.Tensor:
         """[B, S, H] -> [B, S, H]; `dropout_masks` drop from what adapters read."""
+        if self.gated_joined and (joined := self.projections.in_one_piece(x)) is not None:
+            return apply_linear(self.down_proj, self.gated_joined(joined), dropout_masks)
         gate, up = self.projections(x, dropout_masks)
         return apply_linear(self.down_proj, self.gated(gate, up), dropout_masks)
 

@@ -127,7 +127,11 @@ class Positions:
 
     def cached_attention_inputs(self, cached: CachedPass, dtype: torch.dtype) -> list[AttentionInputs]:
         """Return what attention needs for chunks of sequences, for each kind of layer."""
-        masks = {window: self._chunk_masks(cached, window, dtype) for window in self._windows()}
+        is_masked = cached.lengths is None
+        masks = {
+            window: self._chunk_masks(cached, window, dtype) if is_masked else ()
+            for window in self._windows()
+        }
         angles = self._cos_sin(cached.positions, dtype)
         return [AttentionInputs(angles[kind.rotary], None, masks[kind.window]) for kind in self._kinds]
 

@@ -38,20 +38,30 @@ class Projections:
         """Apply every layer: [..., H] -> [..., R_i] each; `dropout_masks` drop from what adapters read."""
         if self.weight is None:
             return [apply_linear(layer, x, dropout_masks) for layer in self.layers]
-        if torch.is_grad_enabled():
-            layers = self.layers
-            parameters: list[torch.Tensor] = [layer.weight for layer in layers]
-            parameters += [layer.bias for layer in layers if self._bias is not None]
-            joined: torch.Tensor = _JoinedLinear.apply(x, self.weight, self._bias, *parameters)
-        else:
-            joined = F.linear(x, self.weight, self._bias)
-        parts = list(joined.split(self._rows, dim=-1))
+        parts = list(self._product(x, self.weight).split(self._rows, dim=-1))
         if not self._has_adapters:
             return parts
         return [
             part + layer.low_rank(x, dropout_masks) if isinstance(layer, LoraLinear) else part
             for layer, part in zip(self.layers, parts, strict=True)
         ]
+
+    def in_one_piece(self, x: torch.Tensor) -> torch.Tensor | None:
+        """Apply every layer and leave the results side by side: [..., H] -> [..., R].
+
+        Returns:
+            `None` where layers are not joined, or adapters add to their results.
+        """
+        return None if self.weight is None or self._has_adapters else self._product(x, self.weight)
+
+    def _product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        if not torch.is_grad_enabled():
+            return F.linear(x, weight, self._bias)
+        layers = self.layers
+        parameters: list[torch.Tensor] = [layer.weight for layer in layers]
+        parameters += [layer.bias for layer in layers if self._bias is not None]
+        joined: torch.Tensor = _JoinedLinear.apply(x, weight, self._bias, *parameters)
+        return joined
 
     def join(self) -> None:
         """Lay the layers' parameters into one piece each of weights and biases; their values stay.

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from ascendspeed_core.config.sharding import chunk_range
+from ascendspeed_core.kernels import compiled
 from ascendspeed_core.kernels.reference import LossFunction, token_losses
 from ascendspeed_core.parallel.collectives import all_reduce_sum
 
@@ -34,6 +35,8 @@ def cross_entropy(
     Returns:
         Negative log-likelihood of each target in nats, [...].
     """
+    if group is None and whole is compiled.token_losses:
+        return whole(logits.flatten(0, -2), targets.flatten()).view_as(targets)
     wide = logits if logits.dtype == torch.float64 else logits.float()
     if group is None:
         return whole(wide.flatten(0, -2), targets.flatten()).view_as(targets)

@@ -80,7 +80,9 @@ def train_step(
     share = forward_backward(model, engine, micro_batches, mesh, count, loss_of, scale or 1.0)
     loss = mesh.sum_over("replicas", share.loss)
     auxiliary = {name: float(mesh.sum_over("replicas", part)) for name, part in share.auxiliary.items()}
-    result = StepResult(float(loss), engine.step(scale), tokens, auxiliary)
+    # The loss is waited for last: what the step asks of the device meets no pause.
+    grad_norm = engine.step(scale)
+    result = StepResult(float(loss), grad_norm, tokens, auxiliary)
     if loss_scale:
         loss_scale.update(overflow=result.is_skipped)
     return result

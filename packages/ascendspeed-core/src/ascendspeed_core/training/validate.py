@@ -34,7 +34,9 @@ from ascendspeed_core.weights.adapters.lora import (
     resumed_adapters,
 )
 from ascendspeed_core.weights.fingerprint import fingerprint
+from ascendspeed_core.weights.huggingface.config import dropout_of
 from ascendspeed_core.weights.native.source import DESCRIPTION, TRACKER
+from ascendspeed_core.weights.source import stored_source
 from ascendspeed_data.errors import AscendSpeedError, ConfigError
 from ascendspeed_data.manifest import DatasetManifest
 
@@ -112,6 +114,7 @@ def plan_run(config: PretrainConfig, world_size: int) -> RunPlan:
     source, checkpoint = _open_source(config)
     where = str(source.path or config.start.model_config_file)
     config.model.check(source.config, where)
+    _check_dropout(config, source)
     config.parallel.check_model(source.config)
     config.parallel.check_sequence(config.data.seq_length)
     _check_pipeline(config, layout, source.config)
@@ -194,6 +197,24 @@ def _check_base(source: WeightSource, checkpoint: NativeSource) -> None:
             f"{source.path} holds other weights than the adapters in {checkpoint.path} were trained beside; give the "
             "same --load, or start anew with another --save and --lora-load"
         )
+
+
+def _check_dropout(config: PretrainConfig, source: WeightSource) -> None:
+    """Refuse a config.json that would have training drop something, unless the options say whether to.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    path = config.start.model_config_file
+    if path is None and stored_source(source).kind == "huggingface" and source.path is not None:
+        path = source.path / "config.json"
+    for name, share in (dropout_of(path) if path is not None else {}).items():
+        if share and name not in config.dropout.model_fields_set:
+            flag = f"--{name.replace('_', '-')}"
+            raise ConfigError(
+                f"{path}: {name}={share:g}, but this run would drop nothing there; give {flag} {share:g} to train as "
+                f"the config says, or {flag} 0 to train without"
+            )
 
 
 def _check_pipeline(config: PretrainConfig, layout: Layout, model: ModelConfig) -> None:

@@ -19,6 +19,8 @@ from ascendspeed_data.errors import AscendSpeedError, ConfigError
 TOLERANCE = {"float64": 1e-9, "float32": 1e-3, "bfloat16": 5e-2, "float16": 5e-2}
 """Largest accepted relative deviation of losses and gradient norms: what the order of sums can explain."""
 
+_ERROR = "asd-core: error: "
+"""Begins the line with which a command ends."""
 
 OPTIONS: dict[str, tuple[str, ...]] = {
     "sp": ("--sequence-parallel",),
@@ -149,11 +151,15 @@ def _train(candidate: Candidate, arguments: Sequence[str], run: Path, device: st
     command = [sys.executable, "-m", "ascendspeed_core.cli", "pretrain", *arguments, *map(str, flags)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        lines = done.stderr.strip().splitlines() or ["no output"]
-        raise AscendSpeedError(
-            f"training as {candidate.name} failed: {lines[-1].removeprefix('asd-core: error: ')}"
-        )
+        raise AscendSpeedError(f"training as {candidate.name} failed: {reason_of(done.stderr)}")
     return run
+
+
+def reason_of(stderr: str) -> str:
+    """Return why a run failed: its error, which a library may speak after; without one its last line."""
+    lines = stderr.strip().splitlines() or ["no output"]
+    errors = [line.removeprefix(_ERROR) for line in lines if line.startswith(_ERROR)]
+    return errors[-1] if errors else lines[-1]
 
 
 def _compare(candidate: Candidate, run: Path, one: Path) -> ParityRow:

@@ -1,5 +1,6 @@
 """List what lies in a folder, tensor by tensor as it is stored, without knowing what model it is."""
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,6 +8,7 @@ from ascendspeed_core.weights.external.mp_rank import folder_with_ranks
 from ascendspeed_core.weights.files.distributed_reader import DistributedTensors
 from ascendspeed_core.weights.files.safetensors_files import read_safetensors
 from ascendspeed_core.weights.files.torch_files import TorchFile, stored_tensors
+from ascendspeed_core.weights.huggingface.files import has_weight_files
 from ascendspeed_core.weights.source import CheckpointError, TensorInfo
 
 METADATA = ".metadata"
@@ -37,10 +39,10 @@ def stored_contents(path: Path) -> list[StoredFileContents]:
 
     A file that cannot be read is listed with the reason. Nothing of a file is run.
     """
-    try:
-        folder = folder_with_ranks(path)
-    except CheckpointError:
-        folder = path
+    folder = path
+    if not (path / "config.json").is_file() or not has_weight_files(path):
+        with contextlib.suppress(CheckpointError):
+            folder = folder_with_ranks(path)
     files = sorted(
         file
         for file in folder.rglob("*")

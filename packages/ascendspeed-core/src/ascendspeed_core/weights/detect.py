@@ -6,7 +6,12 @@ from typing import get_args
 
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.source import ModelSourceConfig
+from ascendspeed_core.launch import announce
 from ascendspeed_core.weights.external.deepspeed import LATEST, DeepSpeedPipeSource, step_folder
+from ascendspeed_core.weights.external.deepspeed_huggingface import (
+    DeepSpeedHuggingFaceSource,
+    holds_hugging_face_names,
+)
 from ascendspeed_core.weights.external.deepspeed_ranks import RANK_FILES, ZERO_3, is_deepspeed_ranks
 from ascendspeed_core.weights.external.megatron_args import check_given
 from ascendspeed_core.weights.external.mp_rank import MpRankSource, follows_latest
@@ -14,6 +19,7 @@ from ascendspeed_core.weights.external.mp_rank import iteration_folder as extern
 from ascendspeed_core.weights.external.torch_dist import BACKEND, TorchDistSource
 from ascendspeed_core.weights.files.json_file import read_iteration
 from ascendspeed_core.weights.huggingface.config import read_model_config
+from ascendspeed_core.weights.huggingface.files import has_weight_files, what_weights
 from ascendspeed_core.weights.huggingface.source import HuggingFaceSource
 from ascendspeed_core.weights.native.source import DESCRIPTION, TRACKER, NativeSource
 from ascendspeed_core.weights.random_init import InitialWeights
@@ -28,6 +34,9 @@ KNOWN_KINDS = {
     "torch_dist": f"a folder with {BACKEND}, or with a tracker that names one",
     "deepspeed": f"a folder with layer_* or mp_rank_*_model_states.pt files, or with {LATEST} that names one",
 }
+
+_STATE_BESIDE = (LATEST, RANK_FILES, ZERO_3, "pytorch_model_fsdp*")
+"""Patterns of what trainers leave beside the weights of a Hugging Face folder."""
 
 
 def detect_kind(path: Path) -> Kind:
@@ -44,6 +53,8 @@ def detect_kind(path: Path) -> Kind:
         raise CheckpointError(f"checkpoint {path} is a file{_what_file(path)}; name the folder with --load")
     if (path / DESCRIPTION).is_file():
         return "native"
+    if _holds_hugging_face(path) and ((path / LATEST).is_file() or _is_deepspeed(path)):
+        return "huggingface"
     if follows_latest(path) and _is_deepspeed(step_folder(path)):
         return "deepspeed"
     if (path / TRACKER).is_file():
@@ -56,8 +67,13 @@ def detect_kind(path: Path) -> Kind:
         return MpRankSource.kind_in(path)
     if (path / "config.json").is_file():
         return "huggingface"
-    if any(path.glob("*.gguf")):
-        raise CheckpointError(f"checkpoint {path} holds weights{_what_file(next(iter(path.glob('*.gguf'))))}")
+    if has_weight_files(path):
+        raise CheckpointError(
+            f"{path} holds weights but no config.json; put the config.json of the model into it"
+        )
+    others = what_weights(path)
+    if others is not None:
+        raise CheckpointError(f"{path} has no weights that are read, only {others}")
     known = "; ".join(f"{kind}: {what}" for kind, what in KNOWN_KINDS.items())
     raise CheckpointError(
         f"{path} is not a checkpoint of a known kind ({known}); {_inner_checkpoint(path) or 'check --load'}"
@@ -117,6 +133,8 @@ def open_weights(
             f"from={kind} is unknown; known: {', '.join(get_args(Kind))}{did_you_mean(kind, get_args(Kind))}"
         )
     found = detect_kind(path) if kind is None else kind
+    if found == "huggingface":
+        _name_state_beside(path)
     source = _open_kind(path, found, config, vocab_size, fallback_config)
     if source.kind != found:
         raise CheckpointError(f"{path} is a checkpoint of kind {source.kind}, not {found}; leave --from out")
@@ -143,9 +161,29 @@ def _open_kind(
         return HuggingFaceSource(path)
     if kind == "torch_dist":
         return TorchDistSource(path, config, vocab_size, fallback_config)
-    if kind == "deepspeed" and not is_deepspeed_ranks(step_folder(path)):
-        return DeepSpeedPipeSource(path, config, fallback_config)
+    if kind == "deepspeed":
+        folder = step_folder(path)
+        if not is_deepspeed_ranks(folder):
+            return DeepSpeedPipeSource(path, config, fallback_config)
+        if holds_hugging_face_names(folder):
+            return DeepSpeedHuggingFaceSource(path, folder, config)
     return MpRankSource(path, config, vocab_size, fallback_config)
+
+
+def _holds_hugging_face(path: Path) -> bool:
+    """Tell whether a folder is one of Hugging Face, whatever else lies in it."""
+    return (path / "config.json").is_file() and has_weight_files(path)
+
+
+def _name_state_beside(path: Path) -> None:
+    """Say of a Hugging Face folder that a trainer wrote which state of its run is left unread."""
+    others = [child.name for child in path.iterdir() if child.is_dir() and _is_deepspeed(child)]
+    others += [child.name for pattern in _STATE_BESIDE for child in path.glob(pattern)]
+    if others:
+        announce(
+            f"{path}: read are the Hugging Face weights in it; not read: {', '.join(sorted(others))}, the state of a "
+            "run of DeepSpeed or FSDP"
+        )
 
 
 def _inner_checkpoint(path: Path) -> str | None:

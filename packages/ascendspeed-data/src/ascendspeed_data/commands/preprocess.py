@@ -84,7 +84,10 @@ def preprocess_command(
         bool, typer.Option("--pack", help="Pack several samples into each sequence of --seq-length.")
     ] = False,
     chat_template: Annotated[
-        Path | None, typer.Option(help="File with a chat template to use instead of the tokenizer's.")
+        str | None,
+        typer.Option(
+            help="File with a chat template to use instead of the tokenizer's, or the name of one of the tokenizer's."
+        ),
     ] = None,
     parse_special: Annotated[
         bool,

@@ -33,7 +33,10 @@ SHAREGPT_ROLES = {
 
 
 class MessagesHandler(HandlerBase):
-    """Conversations in the format of OpenAI: `messages` is a list of objects with `role` and `content`."""
+    """Conversations in the format of OpenAI: `messages` is a list of objects with `role` and `content`.
+
+    Turns of ShareGPT, with `from` and `value`, are read too.
+    """
 
     name = "MessagesHandler"
     columns: Sequence[str] = ("messages",)
@@ -50,18 +53,21 @@ class MessagesHandler(HandlerBase):
         Raises:
             DataError: the column is not a list of messages, or there are two system messages.
         """
-        return with_system(record, list_of_turns(record.get("messages"), "messages", ("role",)))
+        return with_system(record, messages_of(record.get("messages"), "messages"))
 
     def samples(self, record: Record, tokenizer: Tokenizer) -> list[Sample]:
         """Return the conversation as one sample; a conversation whose answers all have weight 0 is skipped."""
         conversation = conversation_of(self.messages(record), variables_in(record))
         if conversation.is_masked:
             return []
-        return [ChatTemplate.from_tokenizer(tokenizer).sample(conversation)]
+        return [ChatTemplate.for_conversation(tokenizer, conversation).sample(conversation)]
 
 
 class ShareGPTHandler(MessagesHandler):
-    """Conversations in the format of ShareGPT: `conversations` is a list of objects with `from` and `value`."""
+    """Conversations in the format of ShareGPT: `conversations` is a list of objects with `from` and `value`.
+
+    Turns with `role` and `content` are read too.
+    """
 
     name = "ShareGPTHandler"
     columns = ("conversations",)
@@ -76,34 +82,59 @@ class ShareGPTHandler(MessagesHandler):
         Raises:
             DataError: the column is not a list of turns, a role is unknown, or there are two system messages.
         """
-        turns = list_of_turns(record.get("conversations"), "conversations", ("from", "value"))
-        return with_system(record, [sharegpt_message(turn, number) for number, turn in enumerate(turns, 1)])
+        return with_system(record, messages_of(record.get("conversations"), "conversations", are_turns=True))
+
+
+def messages_of(turns: Any, column: str, are_turns: bool = False) -> list[Message]:
+    """Return the turns of a column as messages; a turn has `role` and `content`, or `from` and `value`.
+
+    Args:
+        turns: value of the column.
+        column: its name, for messages.
+        are_turns: whether the roles of all turns, not only of those with `from` or `value`, are those of ShareGPT.
+
+    Raises:
+        DataError: the column is not a list of turns, or a role is unknown.
+    """
+    made = []
+    for number, turn in enumerate(list_of_turns(turns, column), 1):
+        is_turn = are_turns or turn.get("from") is not None or turn.get("value") is not None
+        made.append(sharegpt_message(turn, number) if is_turn else turn)
+    return made
 
 
 def sharegpt_message(turn: dict[str, Any], number: int) -> Message:
     """Return a turn of ShareGPT as a message; the text of a `function_call` becomes tool calls.
 
+    `role` stands for `from`, and `content` for `value`, as some sets have them.
+
     Raises:
         DataError: the role is unknown, or the turn has a key of both forms.
     """
-    speaker, value = str(turn["from"]), turn["value"]
+    of_speaker = "role" if turn.get("from") is None and "role" in turn else "from"
+    has_value = turn.get("value") is not None or (of_speaker == "from" and "content" not in turn)
+    of_text = "value" if has_value else "content"
+    speaker, value = str(turn[of_speaker]), turn.get(of_text)
+    others = {name: part for name, part in turn.items() if name not in (of_speaker, of_text) and filled(part)}
+    if not others.keys().isdisjoint(("from", "value", "role", "content")):
+        raise DataError(f"turn {number} has 'from' and 'value', and 'role' or 'content' too; keep one form")
     role = SHAREGPT_ROLES.get(speaker.lower())
+    if role is None and of_speaker == "role":
+        role = speaker
     if role is None:
         raise DataError(
-            f"turn {number} is from {turn['from']!r}; the role must be one of {', '.join(SHAREGPT_ROLES)}"
+            f"turn {number} is from {turn[of_speaker]!r}; the role must be one of {', '.join(SHAREGPT_ROLES)}"
         )
-    others = {name: part for name, part in turn.items() if name not in ("from", "value") and filled(part)}
-    if "role" in others or "content" in others:
-        raise DataError(f"turn {number} has 'from' and 'value', and 'role' or 'content' too; keep one form")
     if speaker.lower() == "function_call":
         if not isinstance(value, str):
-            raise DataError(f"turn {number}: 'value' holds {type(value).__name__}, not text")
+            raise DataError(f"turn {number}: {of_text!r} holds {type(value).__name__}, not text")
         try:
             return {"role": role, "content": None, "tool_calls": tool_calls_of_text(value), **others}
         except DataError as error:
             raise DataError(f"turn {number}: {error}") from None
-    if not isinstance(value, str | list) and not (value is None and others.get("tool_calls")):
-        raise DataError(f"turn {number}: 'value' holds {type(value).__name__}, not text")
+    has_calls = value is None and (others.get("tool_calls") or others.get("function_call"))
+    if not isinstance(value, str | list) and not has_calls:
+        raise DataError(f"turn {number}: {of_text!r} holds {type(value).__name__}, not text")
     return {"role": role, "content": value, **others}
 
 
@@ -123,13 +154,13 @@ def with_system(record: Record, messages: list[Message]) -> list[Message]:
     return [{"role": "system", "content": system}, *messages]
 
 
-def list_of_turns(turns: Any, column: str, keys: tuple[str, ...]) -> list[dict[str, Any]]:
+def list_of_turns(turns: Any, column: str) -> list[dict[str, Any]]:
     """Return the turns in a column, decoded if they are held as JSON text.
 
     An object of equally long lists, as a `Sequence` of `datasets` holds objects, is a list of objects too.
 
     Raises:
-        DataError: the column is not a list of objects with these keys.
+        DataError: the column is not a list of objects with a role, or a turn of ShareGPT has no text.
     """
     if isinstance(turns, str) and turns.lstrip().startswith("["):
         turns = json_value(turns, f"column {column!r}")
@@ -145,6 +176,9 @@ def list_of_turns(turns: Any, column: str, keys: tuple[str, ...]) -> list[dict[s
     if not isinstance(turns, list) or not turns:
         raise DataError(f"column {column!r} is not a list of turns, or is empty")
     for number, turn in enumerate(turns, 1):
-        if not isinstance(turn, dict) or any(key not in turn for key in keys):
-            raise DataError(f"turn {number} of column {column!r} has no {' and '.join(map(repr, keys))}")
+        where = f"turn {number} of column {column!r}"
+        if not isinstance(turn, dict) or not ("role" in turn or "from" in turn):
+            raise DataError(f"{where} has no 'role' and 'content', or 'from' and 'value'")
+        if "from" in turn and not ("value" in turn or "content" in turn):
+            raise DataError(f"{where} has no 'from' and 'value'")
     return turns

@@ -73,6 +73,7 @@ class GeneralInstructionHandler(HandlerBase):
     name = "GeneralInstructionHandler"
     columns: Sequence[str] = ("instruction", "output")
     optional_columns = ("input", "history", "system")
+    refused_columns = ("query", "context")
     summary = "Alpaca records, with loss on every answer and the end-of-sequence id"
     template = LAYOUT.replace("{user}", "{instruction}\n{input}").replace("{assistant}", "{output}")
     example: Record = {"instruction": "Name a colour.", "input": "", "output": "Blue."}  # noqa: RUF012

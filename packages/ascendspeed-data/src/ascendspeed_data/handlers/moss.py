@@ -14,6 +14,10 @@ from ascendspeed_data.tokenizer import Tokenizer
 BAICHUAN2_USER, BAICHUAN2_ASSISTANT = 195, 196
 """Ids of Baichuan2 before a user message and before an answer."""
 
+SPEAKERS = ("Human", "MOSS")
+LEFT_OUT = ("Inner Thoughts", "Commands", "Tool Responses")
+"""Keys of turns that the rules of 2023 leave out."""
+
 EXAMPLE: Record = {"chat": {"turn_1": {"Human": "<|Human|>: Hello <eoh>\n", "MOSS": "<|MOSS|>: Hi! <eom>\n"}}}
 
 
@@ -53,7 +57,9 @@ def unused_keys(record: Record) -> tuple[str, ...]:
     for name, turn in chat.items():
         if filled(turn):
             try:
-                found |= dict.fromkeys(f"key {key!r} of turns" for key in check_turn(turn, ("Human", "MOSS")))
+                found |= dict.fromkeys(
+                    f"key {key!r} of turns" for key in check_turn(turn, SPEAKERS, LEFT_OUT)
+                )
             except DataError as error:
                 raise DataError(f"{name} of column 'chat': {error}") from None
     return tuple(found)

@@ -12,9 +12,9 @@ from typing import Any
 from ascendspeed_data.chat_template import ChatTemplate
 from ascendspeed_data.conversation import Message, conversation_of, json_value, variables_in
 from ascendspeed_data.errors import DataError
-from ascendspeed_data.fields import TEMPLATE_VARIABLES
+from ascendspeed_data.fields import TEMPLATE_VARIABLES, filled
 from ascendspeed_data.handlers.base import HandlerBase
-from ascendspeed_data.handlers.chat import list_of_turns, sharegpt_message, with_system
+from ascendspeed_data.handlers.chat import messages_of, with_system
 from ascendspeed_data.handlers.instruction import LAYOUT, conversation, history_of
 from ascendspeed_data.sample import Record, Sample, Segment, text_in
 from ascendspeed_data.tokenizer import Tokenizer
@@ -90,6 +90,7 @@ class AlpacaPairHandler(PairHandlerBase):
     name = "AlpacaPairHandler"
     columns = ("instruction",)
     optional_columns = ("input", "chosen", "rejected", "output", "history", "system")
+    refused_columns = ("query", "context")
     summary = "Alpaca records with chosen and rejected, or output: [better, worse]"
     template = LAYOUT.replace("{user}", "{instruction}\n{input}").replace("{assistant}", "{answer}")
     example: Record = {  # noqa: RUF012
@@ -124,8 +125,8 @@ class AlpacaPairHandler(PairHandlerBase):
 class MessagesPairHandler(PairHandlerBase):
     """Conversations with two last answers, in the tokenizer's chat template.
 
-    `chosen` and `rejected` are lists of messages: whole conversations (UltraFeedback, binarized), or the messages after
-    those of `prompt`. Or all three are texts: a user message and two answers.
+    `chosen` and `rejected` are lists of messages, or texts of the assistant: whole conversations (UltraFeedback,
+    binarized), or what follows `prompt`. The prompt is a list of messages, or the text of a user message.
     """
 
     name = "MessagesPairHandler"
@@ -146,24 +147,49 @@ class MessagesPairHandler(PairHandlerBase):
     def _prompt_and_endings(self, record: Record) -> tuple[list[Message], list[list[Message]]]:
         prompt = _decoded(record.get("prompt"), "prompt")
         answers = [_decoded(record.get(column), column) for column in ("chosen", "rejected")]
-        if all(isinstance(answer, str) for answer in answers):
-            if not isinstance(prompt, str):
-                raise DataError("'chosen' and 'rejected' are texts, so 'prompt' must be text too")
-            return [_message("user", prompt)], [[_message("assistant", str(text))] for text in answers]
-        whole = [
-            list_of_turns(answer, column, ("role",))
+        if not filled(prompt) and any(isinstance(answer, str) for answer in answers):
+            raise DataError("'chosen' and 'rejected' are texts, so 'prompt' must be text or messages too")
+        endings = [
+            [_message("assistant", answer)]
+            if isinstance(answer, str)
+            else messages_of(_listed(answer), column)
             for column, answer in zip(("chosen", "rejected"), answers, strict=True)
         ]
-        if isinstance(prompt, list):
-            return list_of_turns(prompt, "prompt", ("role",)), whole
-        shared = _common_prefix(*whole)
-        if prompt is not None and not any(message.get("content") == prompt for message in shared):
-            raise DataError(
-                "the text in 'prompt' is not among the messages that 'chosen' and 'rejected' share"
-            )
-        if whole[0] == whole[1]:
-            return whole[0], [[], []]
-        return shared, [messages[len(shared) :] for messages in whole]
+        if isinstance(prompt, list) and prompt:
+            return _after(messages_of(prompt, "prompt"), endings)
+        if filled(prompt) and not isinstance(prompt, str):
+            raise DataError(f"column 'prompt' holds {type(prompt).__name__}, not text or messages")
+        shared = _common_prefix(*endings)
+        if filled(prompt) and not any(message.get("content") == prompt for message in shared):
+            if any(message["role"] in ("system", "user") for ending in endings for message in ending):
+                raise DataError(
+                    "the text in 'prompt' is not among the messages that 'chosen' and 'rejected' share"
+                )
+            return [_message("user", prompt)], endings
+        if endings[0] == endings[1]:
+            return endings[0], [[], []]
+        return shared, [messages[len(shared) :] for messages in endings]
+
+
+def _listed(answer: Any) -> Any:
+    """Return one message as a list of it; any other value as it is."""
+    is_message = isinstance(answer, dict) and isinstance(answer.get("role", answer.get("from")), str)
+    return [answer] if is_message else answer
+
+
+def _after(prompt: list[Message], endings: list[list[Message]]) -> tuple[list[Message], list[list[Message]]]:
+    """Return prompt and endings; where both endings are whole conversations, the prompt is taken off them.
+
+    Raises:
+        DataError: only one of the endings begins with the prompt.
+    """
+    begins = [ending[: len(prompt)] == prompt for ending in endings]
+    if any(begins) and not all(begins):
+        raise DataError(
+            "one of 'chosen' and 'rejected' begins with the messages of 'prompt', and the other does not; give both "
+            "with them, or both without"
+        )
+    return prompt, [ending[len(prompt) :] for ending in endings] if all(begins) else endings
 
 
 class ShareGPTPairHandler(PairHandlerBase):
@@ -182,18 +208,14 @@ class ShareGPTPairHandler(PairHandlerBase):
 
     def samples(self, record: Record, tokenizer: Tokenizer) -> list[Sample]:
         """Return the chosen and the rejected sample."""
-        turns = list_of_turns(record.get("conversations"), "conversations", ("from", "value"))
-        prompt = [sharegpt_message(turn, number) for number, turn in enumerate(turns, 1)]
+        prompt = messages_of(record.get("conversations"), "conversations", are_turns=True)
         endings = []
         for column in ("chosen", "rejected"):
             answer = record[column]
             if isinstance(answer, str) and answer.lstrip().startswith("{"):
                 answer = json_value(answer, f"column {column!r}")
             try:
-                endings.append([
-                    sharegpt_message(turn, number)
-                    for number, turn in enumerate(list_of_turns([answer], column, ("from", "value")), 1)
-                ])  # fmt: skip
+                endings.append(messages_of([answer], column, are_turns=True))
             except DataError as error:
                 raise DataError(f"column {column!r}: {error}") from None
         return _samples(record, prompt, endings, tokenizer)
@@ -211,8 +233,7 @@ def _samples(
     for column, made in zip(("chosen", "rejected"), conversations, strict=True):
         if made.is_masked and not conversation_of(made.messages, num_context=len(prompt)).is_masked:
             raise DataError(f"column {column!r}: every answer has weight 0, so there is nothing to prefer")
-    template = ChatTemplate.from_tokenizer(tokenizer)
-    return [template.sample(made) for made in conversations]
+    return [ChatTemplate.for_conversation(tokenizer, made).sample(made) for made in conversations]
 
 
 def _answers(chosen: str, rejected: str) -> tuple[str, ...]:

@@ -6,13 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ascendspeed_data.errors import ConfigError
+from ascendspeed_data.chat_template import chat_template_named
+from ascendspeed_data.errors import ConfigError, did_you_mean
 from ascendspeed_data.handlers import SampleHandler, TextHandler, find_handler, kind_of
 from ascendspeed_data.reading.inputs import find_inputs
 from ascendspeed_data.reading.sources import DatasetsSource, FileSource, Source
 from ascendspeed_data.tokenizer import Tokenizer
+from ascendspeed_data.tokenizer_config import TOOL_USE
 
 SHARD_BYTES = 4 << 20
+OF_TOKENIZER = "the tokenizer's chat template"
+"""Template of handlers that use the tokenizer's."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class PreprocessJob:
         append_eod: end each document with the end-of-sequence id.
         seq_length: tokens of a training sequence.
         pack: pack several samples into each sequence of `seq_length`.
-        chat_template: file with a chat template to use instead of the tokenizer's.
+        chat_template: file with a chat template to use instead of the tokenizer's, or the name of one of its templates.
         hf_datasets_params: JSON file with arguments of `datasets.load_dataset`, instead of `inputs`.
         streaming: stream that dataset.
         parse_special: read special pieces that records of samples spell, such as `<|im_end|>`, as control.
@@ -50,7 +54,7 @@ class PreprocessJob:
     append_eod: bool = True
     seq_length: int | None = None
     pack: bool = False
-    chat_template: Path | None = None
+    chat_template: str | Path | None = None
     hf_datasets_params: Path | None = None
     streaming: bool = False
     parse_special: bool = False
@@ -109,6 +113,24 @@ class PreprocessJob:
             )
         return handler
 
+    def use_chat_template(self, tokenizer: Tokenizer) -> None:
+        """Make the template of `chat_template` that of the tokenizer.
+
+        Raises:
+            ConfigError: it is neither a file nor the name of a template.
+            DataError: the file cannot be read.
+        """
+        if self.chat_template is None:
+            return
+        given, known = str(self.chat_template), sorted(tokenizer.named_chat_templates)
+        template = chat_template_named(given, tokenizer)
+        if template is None:
+            others = f", which has {', '.join(known)}{did_you_mean(given, known)}" if known else ""
+            raise ConfigError(
+                f"chat_template={given} is neither a file nor a chat template of the tokenizer{others}"
+            )
+        tokenizer.chat_template, tokenizer.named_chat_templates = template, {}
+
     def sources(self, handler: TextHandler | SampleHandler) -> list[Source]:
         """Open the inputs.
 
@@ -129,6 +151,7 @@ class PreprocessJob:
         self, tokenizer: Tokenizer, handler: TextHandler | SampleHandler, encoder: str
     ) -> dict[str, Any]:
         """Return all settings that decide the bytes of the output; the inputs are not included."""
+        tool_use = tool_use_template_of(handler, tokenizer)
         return {
             "tokenizer": tokenizer.fingerprint,
             "encoder": encoder,
@@ -140,15 +163,22 @@ class PreprocessJob:
             "seq_length": self.seq_length if self.pack else None,
             "pack": self.pack,
             "parse_special": self.parse_special,
-        }
+        } | ({} if tool_use is None else {"chat template for tools": tool_use})
 
 
 def template_of(handler: TextHandler | SampleHandler, tokenizer: Tokenizer) -> str:
     """Return the text around the columns; for a chat handler, the tokenizer's chat template."""
     template = str(getattr(handler, "template", ""))
-    if template == "the tokenizer's chat template":
-        return tokenizer.chat_template or ""
+    if template == OF_TOKENIZER:
+        return tokenizer.chat_template or tool_use_template_of(handler, tokenizer) or ""
     return template
+
+
+def tool_use_template_of(handler: TextHandler | SampleHandler, tokenizer: Tokenizer) -> str | None:
+    """Return the tokenizer's chat template for conversations with tools, if it has one and the handler uses it."""
+    if getattr(handler, "template", "") != OF_TOKENIZER:
+        return None
+    return tokenizer.named_chat_templates.get(TOOL_USE)
 
 
 def handler_code(handler: TextHandler | SampleHandler) -> str:

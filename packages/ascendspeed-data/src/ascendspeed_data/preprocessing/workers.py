@@ -45,7 +45,7 @@ class WorkerTask:
         """Load the tokenizer and the handler."""
         tokenizer, encoder = self.choice.open()
         if self.chat_template is not None:
-            tokenizer.chat_template = self.chat_template
+            tokenizer.chat_template, tokenizer.named_chat_templates = self.chat_template, {}
         handler = find_handler(self.handler_name)
         return ShardEncoder(handler, self.json_keys, self.append_eod, tokenizer, encoder, self.parse_special)
 

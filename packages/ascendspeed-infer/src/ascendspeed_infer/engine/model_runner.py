@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ascendspeed_core.kernels.lengths import lengths_attention
 from ascendspeed_core.models.cache import CachedPass, CacheSlot, KeyValueCache, SequenceChunk
 from ascendspeed_core.models.transformer import ModelInput, Transformer
 from ascendspeed_core.parallel.mesh import ParallelMesh
@@ -30,6 +31,7 @@ from ascendspeed_infer.engine.batch_invariant import (
     pass_shapes_for,
     rows_are_alike,
 )
+from ascendspeed_infer.engine.decode_graph import SIZES, decode_graphs_for
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,16 @@ class ModelRunner:
         self.model, self.mesh = model, mesh
         self.shapes = pass_shapes_for(model, mesh)
         self.cache = make_cache(model, mesh, cache_tokens)
+
+    @property
+    def cache(self) -> KeyValueCache:
+        """Keys and values of the sequences; with another one what was recorded of passes is lost."""
+        return self._cache
+
+    @cache.setter
+    def cache(self, cache: KeyValueCache) -> None:
+        self._cache = cache
+        self._graphs = decode_graphs_for(self.model, self.mesh, cache)
 
     @torch.no_grad()
     def run(self, chunks: Sequence[ScheduledChunk]) -> list[torch.Tensor]:
@@ -105,6 +117,9 @@ class ModelRunner:
 
     def _run_pass(self, chunks: Sequence[ScheduledChunk]) -> list[torch.Tensor]:
         """Run chunks in one pass, with logits where they are wanted."""
+        if self._graphs is not None and is_recordable(chunks):
+            ids = [one.token_ids[0] for one in chunks]
+            return list(self._graphs.run(ids, [one.chunk for one in chunks]).split(1))
         tokens = [token for one in chunks for token in one.token_ids]
         cached = CachedPass(self.cache, [one.chunk for one in chunks])
         positions: list[int] = []
@@ -172,5 +187,15 @@ def decode_tokens(
 
 def make_cache(model: Transformer, mesh: ParallelMesh, cache_tokens: int) -> KeyValueCache:
     """Return an empty cache for what this rank's layers keep."""
-    dtype = next(model.parameters()).dtype
-    return KeyValueCache(model.layer_caches(mesh.layout.tp), cache_tokens, dtype, mesh.device.torch)
+    dtype, config = next(model.parameters()).dtype, model.config
+    attention = lengths_attention(mesh.device, dtype, config.head_dim, config.position == "alibi")
+    return KeyValueCache(
+        model.layer_caches(mesh.layout.tp), cache_tokens, dtype, mesh.device.torch, attention
+    )
+
+
+def is_recordable(chunks: Sequence[ScheduledChunk]) -> bool:
+    """Return whether a pass gives one more token to each of several texts, and does nothing else."""
+    slots = {one.chunk.slot.start for one in chunks}
+    is_plain = all(one.is_decode and one.num_logits == len(one.token_ids) == 1 for one in chunks)
+    return is_plain and len(slots) == len(chunks) <= SIZES[-1]

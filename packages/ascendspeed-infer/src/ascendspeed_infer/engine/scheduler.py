@@ -19,7 +19,7 @@ from ascendspeed_infer.engine.batch_invariant import PassShapes
 from ascendspeed_infer.engine.model_runner import ScheduledChunk
 from ascendspeed_infer.engine.prefix_cache import CachedSequence, find_longest_prefix
 from ascendspeed_infer.engine.scoring_request import ScoringRequest
-from ascendspeed_infer.engine.sequence import NextToken, Request
+from ascendspeed_infer.engine.sequence import NextToken, Request, SamplingRequest
 
 PREFILL_TOKENS_PER_STEP = 512
 """Long prompts are read in chunks, so that texts which are being continued do not wait for them."""
@@ -210,9 +210,10 @@ class Scheduler:
             if sequence is not None:
                 sequence.num_computed_tokens = chunk.chunk.end
         advanced: list[tuple[ScheduledRequest, Exception | None]] = []
+        likeliest = _likeliest_tokens(output, logits)
         for scheduled, own in output.ready:
             try:
-                self._advance(scheduled, logits[own])
+                self._advance(scheduled, logits[own], likeliest.get(own.stop - 1))
                 advanced.append((scheduled, None))
             except Exception as error:  # noqa: BLE001 - reported to who asked, and no other's matter
                 self._leave(scheduled, keep=False)
@@ -248,14 +249,19 @@ class Scheduler:
             start = one
         return chunks
 
-    def _advance(self, scheduled: ScheduledRequest, logits: Sequence[torch.Tensor]) -> None:
+    def _advance(
+        self, scheduled: ScheduledRequest, logits: Sequence[torch.Tensor], likeliest: int | None
+    ) -> None:
         request = scheduled.request
         if isinstance(request, ScoringRequest):
             request.advance(logits)
             if request.is_finished:
                 self._leave(scheduled, keep=False)
             return
-        following = request.advance(torch.cat(list(logits)) if len(logits) > 1 else logits[0])
+        if likeliest is not None and isinstance(request, SamplingRequest):
+            following = request.take(likeliest)
+        else:
+            following = request.advance(torch.cat(list(logits)) if len(logits) > 1 else logits[0])
         if following:
             self._continue(scheduled, following)
         else:
@@ -351,3 +357,16 @@ class Scheduler:
             self._cache.release(sequence.slot)
         self._finished += kept
         scheduled.sequences, scheduled.spare_slots = [], []
+
+
+def _likeliest_tokens(output: SchedulerOutput, logits: Sequence[torch.Tensor]) -> dict[int, int]:
+    """Return by chunk the token of each request that takes the likeliest one: one copy to the host for all of them."""
+    # Of the chunks of a prompt the last one has logits.
+    chunks = [
+        own.stop - 1
+        for scheduled, own in output.ready
+        if isinstance(scheduled.request, SamplingRequest) and scheduled.request.takes_likeliest
+    ]
+    if not chunks:
+        return {}
+    return dict(zip(chunks, torch.cat([logits[chunk] for chunk in chunks]).argmax(-1).tolist(), strict=True))

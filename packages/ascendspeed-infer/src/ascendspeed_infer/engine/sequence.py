@@ -164,19 +164,31 @@ class SamplingRequest:
         self._generator = settings.sampling.generator()
 
     def advance(self, logits: torch.Tensor) -> Sequence[NextToken]:
-        """Add the next token; see `Request.advance`."""
+        """Choose and add the next token; see `Request.advance`."""
         own = self.settings
         noise = own.sampling.noise(self._generator, logits.shape[-1])
         ids = [*self.prompt_ids, *self.new_ids]
         sampled = sample_token(logits[0], own.sampling, noise, ids, own.return_log_probs)
-        self.new_ids.append(sampled.token_id)
         if sampled.log_prob is not None:
             self.log_probs.append(sampled.log_prob)
-        if sampled.token_id in own.eos_token_ids or self._stop_check(self.new_ids):
+        return self.take(sampled.token_id)
+
+    @property
+    def takes_likeliest(self) -> bool:
+        """Whether the next token is the one with the largest logit, and nothing else of the logits is wanted."""
+        sampling = self.settings.sampling
+        is_changed = sampling.do_sample or sampling.repetition_penalty != 1
+        return not is_changed and not self.settings.return_log_probs
+
+    def take(self, token_id: int) -> Sequence[NextToken]:
+        """Add a token that was chosen; see `Request.advance`."""
+        own = self.settings
+        self.new_ids.append(token_id)
+        if token_id in own.eos_token_ids or self._stop_check(self.new_ids):
             self.finish_reason = "stop"
         elif len(self.new_ids) == own.max_new_tokens:
             self.finish_reason = "length"
-        return [NextToken(0, sampled.token_id)] if self.finish_reason is None else []
+        return [NextToken(0, token_id)] if self.finish_reason is None else []
 
     @property
     def is_finished(self) -> bool:

@@ -1,7 +1,7 @@
 """Aquila 7B (BAAI): LLaMA's architecture under a name of its own."""
 
 from ascendspeed_core.models.families.base import Family
-from ascendspeed_core.models.families.decoder import CONFIG, MUST_BE, RULES, size
+from ascendspeed_core.models.families.decoder import CONFIG, DROPOUTS, MUST_BE, RULES, size
 
 AQUILA = Family(
     name="aquila",
@@ -9,6 +9,7 @@ AQUILA = Family(
     architectures=("AquilaForCausalLM", "AquilaModel"),
     config=CONFIG,
     must_be=MUST_BE,
+    dropouts=DROPOUTS,
     unused=("pretraining_tp",),
     rules=RULES,
     sizes={

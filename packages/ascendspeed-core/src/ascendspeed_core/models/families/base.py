@@ -1,14 +1,16 @@
 """What a family is: names, a table that reads and writes its Hugging Face config, and a table of weights."""
 
 import itertools
+import re
 import string
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ascendspeed_core.config.load import validate
-from ascendspeed_core.config.model import ModelConfig
+from ascendspeed_core.config.model import ModelConfig, RotaryScaling
 from ascendspeed_core.launch import announce
+from ascendspeed_core.models.families.config_rules import Heads, Key
 from ascendspeed_core.models.families.packing import RowPacking
 from ascendspeed_data.errors import AscendSpeedError, ConfigError
 
@@ -44,6 +46,9 @@ IGNORED_HF_KEYS = frozenset(
     )
 )
 """Keys of a config.json that speak of files, training tools or transformers itself, not of the model."""
+
+_OTHER_KEYS = {"rotary_base": "rope_theta", "rotary_scaling": "rope_scaling", "eos_token_ids": "eos_token_id"}
+"""Keys of all families by the fields that they say, besides those of `Key`."""
 
 
 Condition = Callable[[ModelConfig, Mapping[str, int]], bool]
@@ -179,6 +184,7 @@ class Family:
         fixed: fields of `ModelConfig` that are the same for all its models.
         must_be: keys of the config.json with the values that the family does; the first is written, and is what an
             absent key means.
+        dropouts: keys of the config.json that say what training drops, which our options of the same names say here.
         unused: keys of the config.json that change nothing of what the model computes.
         prefix: of tensor names, absent in folders of the model without its head.
         sizes: Hugging Face configs of published models, by name.
@@ -192,6 +198,7 @@ class Family:
     rules: tuple[WeightRule, ...]
     fixed: Mapping[str, Any] = field(default_factory=dict)
     must_be: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    dropouts: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
     prefix: str = ""
     sizes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -199,16 +206,76 @@ class Family:
         default_factory=lambda: {"layer": count_layers}
     )
 
-    def read_config(self, hf: Mapping[str, Any]) -> ModelConfig:
+    def read_config(self, hf: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
         """Return the model that a Hugging Face `config.json` describes.
+
+        Args:
+            hf: its content.
+            where: its path, for messages.
 
         Raises:
             AscendSpeedError: a key is missing, or asks for something this family does not do.
         """
+        try:
+            values = self._read_values(hf)
+        except AscendSpeedError as error:
+            raise AscendSpeedError(f"{where}: {error}") from None
+        dropped = {key: value for key, value in self.dropout_of(hf, where).items() if value}
+        known = IGNORED_HF_KEYS.union(
+            self.must_be, self.unused, self.dropouts, *(rule.keys for rule in self.config)
+        )
+        unknown = [key for key in hf if key not in known]
+        if unknown:
+            announce(
+                f"{where}: {self.name} knows no {', '.join(unknown)}; not used, so check that the model does not "
+                "depend on it"
+            )
+        if dropped:
+            said = ", ".join(f"{key}={value}" for key, value in dropped.items())
+            announce(
+                f"{where}: {said} is not kept as a part of the model; training drops what its options say, and nothing "
+                "else drops anything"
+            )
+        try:
+            return validate(ModelConfig, values, strict=True)
+        except ConfigError as error:
+            raise AscendSpeedError(f"{where}: {self._in_their_words(str(error), hf)}; correct it") from None
+
+    def dropout_of(self, hf: Mapping[str, Any], where: str = "config.json") -> dict[str, float]:
+        """Return what a Hugging Face config would have training drop, by the name of our option.
+
+        Raises:
+            AscendSpeedError: a value is no share.
+        """
+        found = {key: hf[key] for key in self.dropouts if hf.get(key) is not None}
+        for key, value in found.items():
+            if type(value) not in (int, float) or not 0 <= value < 1:
+                raise AscendSpeedError(f"{where}: {key}={value!r} is no number from 0 to below 1; correct it")
+        return {key: float(value) for key, value in found.items()}
+
+    def key_of(self, field: str) -> str:
+        """Return the key of this family's config.json that says a field of `ModelConfig`; the field if none does."""
+        for rule in self.config:
+            if isinstance(rule, Key) and field in rule.ours:
+                return rule.theirs
+            if isinstance(rule, Heads) and field == "num_attention_heads":
+                return rule.heads
+        return _OTHER_KEYS.get(field, field)
+
+    def _in_their_words(self, complaint: str, hf: Mapping[str, Any]) -> str:
+        """Return a complaint about fields of `ModelConfig` with the keys that say them in the file."""
+        scaling = "rope_parameters" if hf.get("rope_parameters") else "rope_scaling"
+        inner = "|".join(RotaryScaling.model_fields)
+        complaint = re.sub(rf"^({inner})=", rf"{scaling}: \1=", complaint)
+        fields = "|".join(ModelConfig.model_fields)
+        return re.sub(rf"\b({fields})(?==|\[)", lambda match: self.key_of(match[1]), complaint)
+
+    def _read_values(self, hf: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the fields of `ModelConfig` that a config says."""
         for key, allowed in self.must_be.items():
             if hf.get(key, allowed[0]) not in allowed:
                 raise AscendSpeedError(
-                    f"config.json: {key}={hf[key]!r} is not supported for {self.name}; only "
+                    f"{key}={hf[key]!r} is not supported for {self.name}; only "
                     f"{' or '.join(map(repr, allowed))} is"
                 )
         values: dict[str, Any] = {"family": self.name, **self.fixed}
@@ -218,19 +285,9 @@ class Family:
             except (AttributeError, KeyError, TypeError, ValueError) as error:
                 said = ", ".join(f"{key}={hf[key]!r}" for key in rule.keys if hf.get(key) is not None)
                 raise AscendSpeedError(
-                    f"config.json: {said or rule.keys} has a value of the wrong type ({error}); correct it"
+                    f"{said or rule.keys} has a value of the wrong type ({error}); correct it"
                 ) from None
-        known = IGNORED_HF_KEYS.union(self.must_be, self.unused, *(rule.keys for rule in self.config))
-        unknown = [key for key in hf if key not in known]
-        if unknown:
-            announce(
-                f"config.json: {self.name} knows no {', '.join(unknown)}; not used, so check that the model does not "
-                "depend on it"
-            )
-        try:
-            return validate(ModelConfig, values, strict=True)
-        except ConfigError as error:
-            raise AscendSpeedError(f"config.json: {error}; correct it") from None
+        return values
 
     def write_config(self, config: ModelConfig) -> dict[str, Any]:
         """Return the `config.json` that is read as the same model.
@@ -240,6 +297,7 @@ class Family:
         """
         hf: dict[str, Any] = {"architectures": [self.architectures[0]], "model_type": self.model_type}
         hf |= {key: allowed[0] for key, allowed in self.must_be.items()}
+        hf |= dict.fromkeys(self.dropouts, 0.0)
         for rule in self.config:
             hf |= rule.write(config)
         again = self.read_config(hf).model_dump()

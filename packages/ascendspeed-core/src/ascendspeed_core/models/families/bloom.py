@@ -51,7 +51,7 @@ class InnerSize:
         width = 4 * whole_number(hf, "hidden_size", "n_embed")
         if hf.get("n_inner") not in (None, width):
             raise AscendSpeedError(
-                f"config.json: n_inner={hf['n_inner']} is not four times the hidden size, {width}; Bloom knows no other"
+                f"n_inner={hf['n_inner']} is not four times the hidden size, {width}; Bloom knows no other"
             )
         return {"ffn_hidden_size": width}
 
@@ -98,9 +98,8 @@ BLOOM = Family(
     },
     must_be={
         "apply_residual_connection_post_layernorm": (False,),
-        "attention_dropout": (0.0,),
-        "hidden_dropout": (0.0,),
     },
+    dropouts=("hidden_dropout", "attention_dropout"),
     # How the published weights were trained and may be computed; the arithmetic is the same.
     unused=(
         "attention_softmax_in_fp32",

@@ -72,9 +72,10 @@ def _by_architectures(
     if found is None:
         fitting = _of_model_type(model_type, families)
         if fitting:
+            names = [name for family in fitting for name in family.architectures]
             raise AscendSpeedError(
                 f"{where}: {ARCHITECTURES}={list(named)!r} is not supported; of {MODEL_TYPE} {model_type!r}, "
-                f"{' and '.join(name for family in fitting for name in family.architectures)} is"
+                f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'}. {_whole_model(named, names)}"
             )
         raise AscendSpeedError(
             f"{where}: {ARCHITECTURES}={list(named)!r} is not supported; supported are {', '.join(claims)}"
@@ -86,6 +87,19 @@ def _by_architectures(
             f"says {model_type!r}{_known_as(model_type, families)}; correct the one that is wrong"
         )
     return found
+
+
+def _whole_model(named: Sequence[str], names: Sequence[str]) -> str:
+    """Say how a model without a head, or with another one, becomes one that answers."""
+    if all(name.endswith("Model") for name in named):
+        return (
+            "It is the model without its head: if the files hold the head too, or it is the embedding "
+            f'(tie_word_embeddings), write "{ARCHITECTURES}": ["{names[0]}"]; otherwise save the whole model again'
+        )
+    return (
+        f'If the weights are those of a plain language model, write "{ARCHITECTURES}": ["{names[0]}"]; otherwise load '
+        "it in transformers, and save its language model"
+    )
 
 
 def _by_model_type(model_type: Any, families: Sequence[Family], where: str) -> Family:

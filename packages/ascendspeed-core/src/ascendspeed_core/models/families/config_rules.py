@@ -39,10 +39,8 @@ class Key:
         """Return the value of the first spelling that is there."""
         value = next((hf[key] for key in self.keys if hf.get(key) is not None), self.default)
         if value is REQUIRED:
-            raise AscendSpeedError(
-                f"config.json: {self.theirs}={hf.get(self.theirs)!r} does not say {self.ours[0]}, which has no "
-                "default; add it"
-            )
+            said = "is null" if self.theirs in hf else "is missing"
+            raise AscendSpeedError(f"{self.theirs} {said}, and has no default; add it")
         return dict.fromkeys(self.ours, value)
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
@@ -82,7 +80,7 @@ class Heads:
         stated = hf.get("head_dim") if self.writes_head_dim else None
         if stated is None and hidden % heads:
             raise AscendSpeedError(
-                f"config.json: {self.heads}={heads} does not divide hidden_size={hidden}; correct one of them"
+                f"{self.heads}={heads} does not divide hidden_size={hidden}; correct one of them"
             )
         key_value_heads = hf.get("num_key_value_heads") if self.is_grouped else None
         return {
@@ -118,12 +116,16 @@ class Rotary:
         """Return base and scaling; a kind or key that is not known is refused."""
         _refuse_two_scalings(hf)
         stated = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-        kind = stated.pop("rope_type", stated.pop("type", "default"))
-        stated.pop("type", None)
+        kinds = [stated.pop(name) for name in ("rope_type", "type") if stated.get(name) is not None]
+        kind = kinds[0] if kinds else "default"
+        if len(set(map(str, kinds))) > 1:
+            raise AscendSpeedError(
+                f"rope_type={kinds[0]!r} and type={kinds[1]!r} contradict each other; leave one"
+            )
         inner, outer = stated.pop("rope_theta", None), hf.get("rope_theta")
         if inner is not None and outer is not None and inner != outer:
             raise AscendSpeedError(
-                f"config.json: rope_theta={outer!r} contradicts the rope_theta={inner!r} of its rope_parameters or "
+                f"rope_theta={outer!r} contradicts the rope_theta={inner!r} of its rope_parameters or "
                 "rope_scaling; correct one of them"
             )
         base = next(value for value in (inner, outer, 10000.0) if value is not None)
@@ -137,18 +139,20 @@ class Rotary:
             scaling |= {name: stated.pop(name) for name in SCALING_KEYS[kind] if stated.get(name) is not None}
         elif kind != "default":
             raise AscendSpeedError(
-                f"config.json: rope scaling {kind!r} is not supported; there are default, "
-                f"{', '.join(SCALING_KEYS)}"
+                f"rope scaling {kind!r} is not supported; there are default, {', '.join(SCALING_KEYS)}"
+                f"{_without_scaling(kind)}"
             )
         left = {
             name: value
             for name, value in stated.items()
             if value is not None and (name, value) != ("truncate", True)
         }
-        if left and kind != "default":
+        if left and not kinds:
             raise AscendSpeedError(
-                f"config.json: rope scaling {kind!r} with {left} is not supported; leave it out"
+                f"rope_parameters or rope_scaling says {left}, but no rope_type; add it, or leave these keys out"
             )
+        if left and kind != "default":
+            raise AscendSpeedError(f"rope scaling {kind!r} with {left} is not supported; leave it out")
         return {"rotary_base": base, "rotary_scaling": scaling}
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
@@ -160,6 +164,16 @@ class Rotary:
             stated = {name: getattr(scaling, name) for name in names}
             written = {"rope_type": scaling.kind} | {k: v for k, v in stated.items() if v is not None}
         return {"rope_theta": config.rotary_base, "rope_scaling": written}
+
+
+def _without_scaling(kind: Any) -> str:
+    """Say what to do about a kind of scaling that is not supported."""
+    key = "leave out rope_scaling, or in rope_parameters all but rope_theta"
+    if kind == "dynamic":
+        return f". It changes nothing up to max_position_embeddings: for sequences up to there, {key}"
+    return (
+        f"; it changes the model, so {key}, only if the weights were trained without it, or use another model"
+    )
 
 
 def _refuse_two_scalings(hf: Mapping[str, Any]) -> None:
@@ -175,7 +189,7 @@ def _refuse_two_scalings(hf: Mapping[str, Any]) -> None:
     ]
     if len(said) == 2 and all(found) and said[0] != said[1]:
         raise AscendSpeedError(
-            f"config.json: rope_parameters={found[0]!r} and rope_scaling={found[1]!r} contradict each other; leave one"
+            f"rope_parameters={found[0]!r} and rope_scaling={found[1]!r} contradict each other; leave one"
         )
 
 
@@ -211,7 +225,7 @@ class SlidingWindow:
         ]
         if len(set(kinds)) > 1 or set(kinds) - {"sliding_attention", "full_attention"}:
             raise AscendSpeedError(
-                "config.json: layers with different attention (layer_types, or max_window_layers below "
+                "layers with different attention (layer_types, or max_window_layers below "
                 "num_hidden_layers) are not supported; all layers may have a sliding window, or none"
             )
         return {"sliding_window": window if kinds[0] == "sliding_attention" else None}
@@ -244,5 +258,5 @@ def whole_number(hf: Mapping[str, Any], *spellings: str) -> int:
         if type(value) is int and 0 < value <= LARGEST:
             return value
     raise AscendSpeedError(
-        f"config.json: {spellings[0]}={hf.get(spellings[0])!r} is not a number of 1 to {LARGEST:,}; correct it"
+        f"{spellings[0]}={hf.get(spellings[0])!r} is not a number of 1 to {LARGEST:,}; correct it"
     )

@@ -63,8 +63,11 @@ LENGTH = key("max_position_embeddings", default=2048)
 CONFIG: tuple[ConfigRule, ...] = (*SIZES, LENGTH, *NUMBERS, Heads(), Rotary())
 """The config table that they share."""
 
-MUST_BE: Mapping[str, tuple[Any, ...]] = {"hidden_act": ("silu",), "attention_dropout": (0.0,)}
+MUST_BE: Mapping[str, tuple[Any, ...]] = {"hidden_act": ("silu",)}
 """What a config may ask for but this decoder does not do otherwise."""
+
+DROPOUTS = ("attention_dropout",)
+"""What their training drops."""
 
 
 def size(

@@ -23,7 +23,7 @@ class InternLMRotary(Rotary):
         """Return base and scaling."""
         own = hf.get("rotary") or {}
         if own.get("type", "origin") not in ("origin", "dynamic"):
-            raise AscendSpeedError(f"config.json: rotary={own!r} is not supported; origin and dynamic are")
+            raise AscendSpeedError(f"rotary={own!r} is not supported; origin and dynamic are")
         return super().read({"rope_theta": own.get("base"), **hf})
 
     def write(self, config: ModelConfig) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from ascendspeed_core.models.families.base import Family
 from ascendspeed_core.models.families.config_rules import key
-from ascendspeed_core.models.families.decoder import CONFIG, MUST_BE, RULES, size
+from ascendspeed_core.models.families.decoder import CONFIG, DROPOUTS, MUST_BE, RULES, size
 
 _IDS = {"bos_token_id": 1, "eos_token_id": 2}
 _IDS_3 = {"bos_token_id": 128000, "eos_token_id": 128001}
@@ -43,6 +43,7 @@ LLAMA = Family(
         key("mlp_bias", default=False),
     ),
     must_be=MUST_BE,
+    dropouts=DROPOUTS,
     # In how many parts the weights were trained; the arithmetic is the same.
     unused=("pretraining_tp", "max_sequence_length"),
     rules=RULES,

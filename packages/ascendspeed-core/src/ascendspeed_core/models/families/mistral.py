@@ -5,7 +5,7 @@ from typing import Any
 
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.models.families.base import Family
-from ascendspeed_core.models.families.decoder import CONFIG, MUST_BE, RULES, size
+from ascendspeed_core.models.families.decoder import CONFIG, DROPOUTS, MUST_BE, RULES, size
 
 _IDS = {"bos_token_id": 1, "eos_token_id": 2, "num_key_value_heads": 8, "rms_norm_eps": 1e-5}
 
@@ -30,6 +30,7 @@ MISTRAL = Family(
     architectures=("MistralForCausalLM",),
     config=(*CONFIG, Window()),
     must_be=MUST_BE,
+    dropouts=DROPOUTS,
     rules=RULES,
     sizes={
         "mistral-7b-v0.1": size(4096, 14336, 32, 32, 32000, 32768, sliding_window=4096, **_IDS),

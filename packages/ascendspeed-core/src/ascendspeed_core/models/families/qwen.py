@@ -2,7 +2,7 @@
 
 from ascendspeed_core.models.families.base import Family
 from ascendspeed_core.models.families.config_rules import SlidingWindow, key
-from ascendspeed_core.models.families.decoder import CONFIG, MUST_BE, RULES, size
+from ascendspeed_core.models.families.decoder import CONFIG, DROPOUTS, MUST_BE, RULES, size
 
 _IDS = {"bos_token_id": 151643, "eos_token_id": 151643, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0}
 _TIED = {**_IDS, "tie_word_embeddings": True}
@@ -40,6 +40,7 @@ QWEN2 = Family(
     config=(*CONFIG, SlidingWindow()),
     fixed={"qkv_bias": True},
     must_be=MUST_BE,
+    dropouts=DROPOUTS,
     rules=RULES,
     sizes=QWEN2_SIZES,
 )
@@ -51,6 +52,7 @@ QWEN3 = Family(
     config=(*CONFIG, SlidingWindow(), key("attention_bias", "qkv_bias", "output_bias", default=False)),
     fixed={"qk_norm": True},
     must_be=MUST_BE,
+    dropouts=DROPOUTS,
     rules=RULES,
     sizes=QWEN3_SIZES,
 )

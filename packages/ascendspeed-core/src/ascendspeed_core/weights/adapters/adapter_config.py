@@ -24,6 +24,7 @@ CONFIG = "adapter_config.json"
 
 _Word = Annotated[str, Field(min_length=1)]
 _Words = list[_Word] | _Word | None
+_MaybeWords = list[_Word] | str | None
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
 _Rank = Annotated[int, Field(ge=1)]
 
@@ -36,11 +37,13 @@ class HonouredField:
         name: in the file.
         kind: which values it may have, as a type that pydantic checks.
         meaning: what it does here, in one line.
+        remedy: what to do about another value.
     """
 
     name: str
     kind: Any
     meaning: str
+    remedy: str = "correct the file, or make it again"
 
 
 @dataclass(frozen=True)
@@ -69,9 +72,18 @@ _AS_LORA = (
 
 HONOURED: Sequence[HonouredField] = (
     HonouredField(
-        "peft_type", Literal["LORA"], "Must be `LORA`; other kinds of adapters are refused by name."
+        "peft_type",
+        Literal["LORA"],
+        "Must be `LORA`; other kinds of adapters are refused by name.",
+        "only LoRA adapters are read here",
     ),
-    HonouredField("task_type", Literal["CAUSAL_LM"] | None, "Must be `CAUSAL_LM`, or absent."),
+    HonouredField(
+        "task_type",
+        Literal["CAUSAL_LM"] | None,
+        "Must be `CAUSAL_LM`, or absent.",
+        "an adapter of a language model has CAUSAL_LM: write that if it is one, otherwise use peft with the model that "
+        "it was trained for",
+    ),
     HonouredField("r", _Rank, "Rank of A and B; tensors of another rank are refused."),
     HonouredField("lora_alpha", _Finite, "B A is scaled by `lora_alpha / r`."),
     HonouredField("use_rslora", bool | None, "B A is scaled by `lora_alpha / sqrt(r)`."),
@@ -85,9 +97,13 @@ HONOURED: Sequence[HonouredField] = (
         "Modules with an adapter: names or their ends, one regular expression, `all-linear`, or absent for those that "
         "peft takes for this architecture. Each must have its tensors.",
     ),
-    HonouredField("exclude_modules", _Words, "Modules without one, as names or one regular expression."),
+    HonouredField("exclude_modules", _MaybeWords, "Modules without one, as names or one regular expression."),
     HonouredField("layers_to_transform", list[int] | int | None, "Only these layers have adapters."),
-    HonouredField("layers_pattern", _Words, "Name of the list that `layers_to_transform` counts in."),
+    HonouredField(
+        "layers_pattern",
+        _MaybeWords,
+        "Name of the list that `layers_to_transform` counts in; found by itself if empty.",
+    ),
     HonouredField(
         "modules_to_save",
         list[_Word] | None,
@@ -121,6 +137,19 @@ HONOURED: Sequence[HonouredField] = (
     HonouredField("runtime_config", dict[str, Any] | None, "Nothing: where peft computes."),
 )
 """Every field that is read, and what it means."""
+
+_RATE = "Nothing: a learning rate of LoRA+, which an adapter that is loaded does not have."
+_Number = _Finite | int | None
+
+OF_OTHER_PROGRAMS: Sequence[HonouredField] = (
+    HonouredField("lorap_lr_ratio", _Number, _RATE),
+    HonouredField("lorap_emb_lr", _Number, _RATE),
+    HonouredField("loraplus_lr_ratio", _Number, _RATE),
+    HonouredField("loraplus_lr_embedding", _Number, _RATE),
+    HonouredField("lora_dtype", str | None, "Nothing: the format of A and B, which their tensors have."),
+    HonouredField("swift_type", Literal["LORA"] | None, "Must be `LORA`, or absent."),
+)
+"""Fields that peft does not have, but programs built on it write (ms-swift, LLaMA-Factory)."""
 
 REFUSED: Sequence[RefusedField] = (
     RefusedField("use_dora", "DoRA divides by the norms of W + B A", _MERGE_THERE),
@@ -182,7 +211,7 @@ _NO_VALUES: tuple[Any, ...] = (None, False, [], {}, "")
 
 def honoured_fields() -> Mapping[str, HonouredField]:
     """Return the honoured fields by name."""
-    return MappingProxyType({field.name: field for field in HONOURED})
+    return MappingProxyType({field.name: field for field in (*HONOURED, *OF_OTHER_PROGRAMS)})
 
 
 def refused_fields() -> Mapping[str, RefusedField]:
@@ -235,11 +264,7 @@ def _check_honoured(field: HonouredField, value: Any, path: Path) -> None:
         detail = error.errors()[0]["msg"]
         raise CheckpointError(
             f"{path}: {field.name}={value!r} is not supported: {detail[0].lower()}{detail[1:]}; "
-            + (
-                "only LoRA adapters are read here"
-                if field.name == "peft_type"
-                else "correct the file, or make it again"
-            )
+            f"{field.remedy}"
         ) from None
 
 

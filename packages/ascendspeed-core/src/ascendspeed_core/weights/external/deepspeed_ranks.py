@@ -15,6 +15,7 @@ from pathlib import Path
 from ascendspeed_core.weights.external.model_state import ModelState, model_state
 from ascendspeed_core.weights.files.file_tensor import StoredTensor
 from ascendspeed_core.weights.files.torch_files import TorchFile
+from ascendspeed_core.weights.huggingface.files import has_weight_files
 from ascendspeed_core.weights.source import CheckpointError, inside
 
 RANK_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt")
@@ -48,9 +49,12 @@ def open_deepspeed_ranks(folder: Path) -> tuple[dict[Rank, TorchFile], dict[Rank
         CheckpointError: one is missing, holds no weights, or the weights lie in shares of ZeRO-3.
     """
     if any(folder.glob(ZERO_3)):
+        is_beside = (folder.parent / "config.json").is_file() and has_weight_files(folder.parent)
         raise CheckpointError(
-            f"{folder} holds the weights in shares of ZeRO-3 ({ZERO_3}), which are not read; join them with the "
-            f"zero_to_fp32.py that DeepSpeed wrote beside: python zero_to_fp32.py {folder.parent} OUT"
+            f"{folder} holds the weights in shares of ZeRO-3 ({ZERO_3}), which are not read; "
+            + (f"name {folder.parent}, in which they lie whole, or " if is_beside else "")
+            + "join them with the zero_to_fp32.py that DeepSpeed wrote beside: python zero_to_fp32.py "
+            f"{folder.parent} OUT, and put the model's config.json into OUT"
         )
     if any(path.is_dir() for path in folder.glob("mp_rank_*")):
         raise CheckpointError(

@@ -22,6 +22,24 @@ WORTH_A_CALL_BYTES = 1 << 16
 """Reading a row by itself costs as much as reading about this many bytes, so smaller gaps between rows are read too."""
 
 
+def what_instead(path: Path) -> str | None:
+    """Say what a file is that cannot be read as weights, and what to do, where its first bytes tell."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(200)
+    except OSError:
+        return None
+    if start.startswith(b"version https://git-lfs"):
+        return (
+            "it is a pointer of Git LFS, not the file itself; run git lfs pull, or download the folder again"
+        )
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "it is a web page, not the file itself; download it again"
+    if start.startswith(b"\x80\x02\x8a\nl"):
+        return "it was written by torch before 1.6, whose files are not read; torch.load it, and torch.save it again"
+    return None
+
+
 class StoredFile:
     """A file whose bytes are read by position.
 

@@ -9,7 +9,12 @@ from typing import Any
 
 import torch
 
-from ascendspeed_core.weights.files.file_tensor import StoredFile, StoredTensor, contiguous_stride
+from ascendspeed_core.weights.files.file_tensor import (
+    StoredFile,
+    StoredTensor,
+    contiguous_stride,
+    what_instead,
+)
 from ascendspeed_core.weights.source import CheckpointError, TensorInfo
 
 SAFETENSORS_DTYPES = {
@@ -50,7 +55,8 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         # What a header says may be wrong in any way; the file is what is wrong.
-        raise CheckpointError(f"{path} cannot be read: {error}; copy it again") from None
+        why = what_instead(path) or f"{error}; copy it again"
+        raise CheckpointError(f"{path} cannot be read: {why}") from None
 
 
 def _tensors(file: StoredFile) -> dict[str, StoredTensor]:

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from ascendspeed_core.weights.files.file_tensor import BUFFER_BYTES, StoredFile, StoredTensor
+from ascendspeed_core.weights.files.file_tensor import BUFFER_BYTES, StoredFile, StoredTensor, what_instead
 from ascendspeed_core.weights.source import CheckpointError, TensorInfo
 
 STORAGE_DTYPES = {
@@ -129,8 +129,11 @@ class TorchFile:
         except FileNotFoundError:
             raise CheckpointError(f"{path} does not exist") from None
         except Exception as error:  # noqa: BLE001 - a zip file can be wrong in any way; the file is what is wrong
+            other = what_instead(path)
             raise CheckpointError(
-                f"{path} is damaged or no file of torch.save (torch 1.6 or later): {error}; copy it again"
+                f"{path} cannot be read: {other}"
+                if other is not None
+                else f"{path} is damaged or no file of torch.save (torch 1.6 or later): {error}; copy it again"
             ) from None
         self.content: Any = unpickle(pickled, path, self._stored)
 

@@ -18,7 +18,18 @@ def read_model_config(path: Path) -> ModelConfig:
         AscendSpeedError: no family supports the architecture, or an option of it.
     """
     hf_config = read_json(path)
-    return family_of_hugging_face(hf_config, str(path)).read_config(hf_config)
+    return family_of_hugging_face(hf_config, str(path)).read_config(hf_config, str(path))
+
+
+def dropout_of(path: Path) -> dict[str, float]:
+    """Return what a `config.json` would have training drop, by the name of the option that says it here.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+        AscendSpeedError: no family supports the architecture, or a value is no share.
+    """
+    hf_config = read_json(path)
+    return family_of_hugging_face(hf_config, str(path)).dropout_of(hf_config, str(path))
 
 
 class _GenerationConfig(BaseModel):

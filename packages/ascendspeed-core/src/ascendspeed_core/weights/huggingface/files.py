@@ -19,15 +19,45 @@ FORMATS = (("model", "safetensors"), ("pytorch_model", "bin"))
 
 _PART = re.compile(r"(model|pytorch_model)-(\d+)-of-(\d+)\.(safetensors|bin)")
 
-OTHER_WEIGHTS = {
-    "adapter_model.safetensors": "an adapter; give it with --lora-load, and its base with --load",
-    "adapter_model.bin": "an adapter; give it with --lora-load, and its base with --load",
-    "consolidated.safetensors": "weights under Mistral's own names; use the model.safetensors files of the same model",
-    "consolidated.00.pth": "weights under Meta's own names; use the model.safetensors files of the same model",
-    "tf_model.h5": "TensorFlow's weights; use the model.safetensors files of the same model",
-    "flax_model.msgpack": "Flax's weights; use the model.safetensors files of the same model",
-}
-"""Files of weights in other formats that lie in such folders, and what to do instead."""
+_SAME_MODEL = "use the model.safetensors files of the same model"
+
+OTHER_WEIGHTS = (
+    ("adapter_model.safetensors", "an adapter; give it with --lora-load, and its base with --load"),
+    ("adapter_model.bin", "an adapter; give it with --lora-load, and its base with --load"),
+    ("consolidated.safetensors", f"weights under Mistral's own names; {_SAME_MODEL}"),
+    ("consolidated*.pth", f"weights under Meta's own names; {_SAME_MODEL}"),
+    ("tf_model.h5", f"TensorFlow's weights; {_SAME_MODEL}"),
+    ("flax_model.msgpack", f"Flax's weights; {_SAME_MODEL}"),
+    (
+        "*.gguf",
+        "weights in the format GGUF of llama.cpp, which is not read; name the Hugging Face folder that they were made "
+        "from",
+    ),
+    (
+        "pytorch_model_fsdp.bin",
+        "all weights of a run under FSDP; rename it to pytorch_model.bin, beside the config.json of the model",
+    ),
+    (
+        "*/.metadata",
+        "shards that FSDP wrote; join them with accelerate merge-weights FOLDER OUT, FOLDER being the one with "
+        ".metadata, and put the config.json of the model into OUT",
+    ),
+    (
+        "*.distcp",
+        "shards that torch.distributed.checkpoint wrote, as FSDP does; join them with accelerate merge-weights FOLDER "
+        "OUT, and put the config.json of the model into OUT",
+    ),
+    (
+        "*.ckpt",
+        "a checkpoint of PyTorch Lightning; write its model with save_pretrained, and name that folder",
+    ),
+)
+"""Patterns of weights in other formats that lie in such folders, and what to do instead."""
+
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
+"""Parts of names that torch.compile, FSDP, recomputation and Lightning add; no module of a model is called so."""
+_OUTER = "module."
+"""Before all names of a model that DistributedDataParallel or DeepSpeed wrapped."""
 
 
 class _WeightIndex(BaseModel):
@@ -65,8 +95,60 @@ def open_weight_files(folder: Path) -> dict[str, StoredTensor]:
                 )
             found.setdefault(name, tensor)
         for name in (name for name, file in index.items() if file == path and name not in opened):
-            raise CheckpointError(f"{path} lacks {name}, though the index of {folder} names it there")
-    return found
+            raise CheckpointError(
+                f"{path} lacks {name}, which the index of {folder} names there; they are of different models, copy "
+                "the folder again"
+            )
+    return without_wrappers(found, folder)
+
+
+def without_wrappers(tensors: Mapping[str, StoredTensor], where: object) -> dict[str, StoredTensor]:
+    """Return tensors under the names of the model itself, where it was saved inside a wrapper; a line says so.
+
+    Args:
+        tensors: by name.
+        where: the folder or file, for messages.
+
+    Raises:
+        CheckpointError: two tensors would have the same name.
+    """
+    bare = {name: ".".join(part for part in name.split(".") if part not in _WRAPPERS) for name in tensors}
+    while bare and all(name.startswith(_OUTER) for name in bare.values()):
+        bare = {name: inner.removeprefix(_OUTER) for name, inner in bare.items()}
+    renamed = {name: inner for name, inner in bare.items() if name != inner}
+    if not renamed:
+        return dict(tensors)
+    found: dict[str, str] = {}
+    for name, inner in bare.items():
+        if inner in found:
+            raise CheckpointError(
+                f"{where} holds {found[inner]} and {name}, which are {inner} twice; save the model once, without the "
+                "wrapper around it"
+            )
+        found[inner] = name
+    first = next(iter(renamed))
+    announce(
+        f"{where}: {len(renamed)} names are those of a wrapper around the model, such as {first}; read as "
+        f"{renamed[first]}"
+    )
+    return {inner: tensors[name] for inner, name in found.items()}
+
+
+def has_weight_files(folder: Path) -> bool:
+    """Tell whether weights of Hugging Face lie in a folder, by names of files alone."""
+    names = _whole_names()
+    return any((folder / name).is_file() for name in names) or any(
+        _PART.fullmatch(path.name) for path in folder.iterdir()
+    )
+
+
+def what_weights(folder: Path) -> str | None:
+    """Say which weights lie in a folder that are not read, and what to do instead; `None` if none are known."""
+    for pattern, what in OTHER_WEIGHTS:
+        found = next(iter(sorted(folder.glob(pattern))), None)
+        if found is not None:
+            return f"{found.relative_to(folder)}: {what}"
+    return None
 
 
 def _files_to_read(folder: Path) -> tuple[list[Path], Mapping[str, Path], str | None]:
@@ -80,9 +162,9 @@ def _files_to_read(folder: Path) -> tuple[list[Path], Mapping[str, Path], str | 
         parts = _parts_without_index(folder, stem, ending)
         if parts:
             return parts, {}, None
-    for name, what in OTHER_WEIGHTS.items():
-        if (folder / name).is_file():
-            raise CheckpointError(f"{folder} has no weights that are read, only {name}: {what}")
+    others = what_weights(folder)
+    if others is not None:
+        raise CheckpointError(f"{folder} has no weights that are read, only {others}")
     raise CheckpointError(
         f"{folder} has a config.json but no weights (model.safetensors or pytorch_model.bin); "
         "download them, or name the file with --model-config to start from random weights"
@@ -122,6 +204,9 @@ def _shown(files: Sequence[Path]) -> str:
     return files[0].name + (f" and {len(files) - 1} more" if len(files) > 1 else "")
 
 
+_SAVE_PLAIN = "load the model with the program that wrote it, and write it with save_pretrained"
+
+
 def read_pickled(path: Path) -> dict[str, StoredTensor]:
     """Open a `.bin` file, whose tensors stay in it.
 
@@ -130,9 +215,9 @@ def read_pickled(path: Path) -> dict[str, StoredTensor]:
     """
     content = TorchFile(path).content
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no dictionary of tensors")
+        raise CheckpointError(f"{path} holds no dictionary of tensors; {_SAVE_PLAIN}")
     found = dict(stored_tensors(content))
     if len(found) != len(content):
         other = min(str(key) for key in content if key not in found)
-        raise CheckpointError(f"{path} holds {other}, which is no tensor")
+        raise CheckpointError(f"{path} holds {other}, which is no tensor that is read; {_SAVE_PLAIN}")
     return found

@@ -10,7 +10,6 @@ from pathlib import Path
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.models.families import Family, WeightRule
 from ascendspeed_core.models.families.base import index_names
-from ascendspeed_core.models.families.config_rules import Heads, Key
 from ascendspeed_core.weights.source import CheckpointError, TensorInfo
 
 _SIZES: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -23,6 +22,49 @@ _SIZES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"norm\.", ("hidden_size",)),
 )
 """By the end of one of our names: fields of `ModelConfig` that make its shape."""
+
+
+_NOT_OF_A_LANGUAGE_MODEL: tuple[tuple[str, str], ...] = (
+    (
+        r"v_head\.",
+        "is TRL's value head, which no language model has; save the model without it: "
+        "model.pretrained_model.save_pretrained(OUT)",
+    ),
+    (
+        r"(score|classifier|qa_outputs)\.",
+        "is the head of a classifier, not of a language model; use the model that it was made from",
+    ),
+    (
+        r".*\.lora_([AB]|embedding_[AB])(\.|$)",
+        "is an adapter beside the weights of its base; merge it with peft first (merge_and_unload, then "
+        "save_pretrained), or give --lora-load the adapter's own folder",
+    ),
+    (
+        r".*\.(base_layer|original_module|modules_to_save)\.",
+        "is of a model inside peft; merge its adapter first (merge_and_unload, then save_pretrained)",
+    ),
+    (
+        r".*(vision_tower|vision_model|visual|multi_modal_projector|audio_tower)\.",
+        "is of a model that reads more than text; save its language model alone",
+    ),
+    (
+        r"base_model\.model\.",
+        "is of a model inside peft; merge its adapter first (merge_and_unload, then save_pretrained)",
+    ),
+    (
+        r"(language_model|llm|model\.model|model\.language_model)\.",
+        "is of a model inside another one; save the language model alone",
+    ),
+    (
+        r"pretrained_model\.",
+        "is of a model inside TRL; save it without: model.pretrained_model.save_pretrained(OUT)",
+    ),
+    (
+        r"module\.",
+        "is a name that a wrapper gives, which only some tensors have; save the model without the wrapper around it",
+    ),
+)
+"""Tensors by the beginning of their names, and what is said of them."""
 
 
 def check_names(
@@ -40,6 +82,12 @@ def check_names(
     Raises:
         CheckpointError: there is one too few or too many; it names the key of the config that would explain it.
     """
+    for name in extra:
+        said = next((what for pattern, what in _NOT_OF_A_LANGUAGE_MODEL if re.match(pattern, name)), None)
+        if said is not None:
+            raise CheckpointError(
+                f"{folder} holds {len(extra)} tensors that {family.name} does not have: {name} {said}"
+            )
     if extra:
         because = _why_extra(family, config, extra[0])
         raise CheckpointError(
@@ -73,24 +121,20 @@ def check_shapes(
         CheckpointError: one differs; it names both shapes and the keys of the config that make it.
     """
     for ours, info in found.items():
+        if ours in expected and 0 in info.shape:
+            raise CheckpointError(
+                f"{folder}: {theirs[ours]} has shape {list(info.shape)}, so it is empty, as ZeRO-3 and FSDP leave it "
+                "where weights are not gathered before they are saved; save again with "
+                "stage3_gather_16bit_weights_on_model_save, or join the shards with DeepSpeed's zero_to_fp32.py"
+            )
         if ours in expected and info.shape != expected[ours]:
             fields = next((fields for pattern, fields in _SIZES if re.search(pattern, ours)), ())
-            keys = ", ".join(f"{config_key(family, field)}={getattr(config, field)}" for field in fields)
+            keys = ", ".join(f"{family.key_of(field)}={getattr(config, field)}" for field in fields)
             raise CheckpointError(
                 f"{folder}: {theirs[ours]} has shape {list(info.shape)}, config.json makes it {list(expected[ours])}"
                 f"{f' by {keys}' if keys else ''}; its config and its weights disagree, correct the config "
                 "or copy the folder again"
             )
-
-
-def config_key(family: Family, field: str) -> str:
-    """Return the key of a family's config.json that says a field of `ModelConfig`; the field if none does."""
-    for rule in family.config:
-        if isinstance(rule, Key) and field in rule.ours:
-            return rule.theirs
-        if isinstance(rule, Heads) and field == "num_attention_heads":
-            return rule.heads
-    return field
 
 
 def _why_extra(family: Family, config: ModelConfig, name: str) -> str | None:
@@ -102,7 +146,7 @@ def _why_extra(family: Family, config: ModelConfig, name: str) -> str | None:
         layer = indices.get("layer", 0)
         if layer >= config.num_layers:
             return (
-                f": config.json says {config_key(family, 'num_layers')}={config.num_layers}, but there are weights of "
+                f": config.json says {family.key_of('num_layers')}={config.num_layers}, but there are weights of "
                 f"layer {layer}, counted from 0; correct the config"
             )
         if rule.belongs_to(config, indices):
@@ -120,7 +164,7 @@ def _why_missing(family: Family, config: ModelConfig, name: str) -> str:
             continue
         if rule.tied:
             return (
-                f"; if the head is the embedding, set {config_key(family, 'tie_word_embeddings')} to true in its "
+                f"; if the head is the embedding, set {family.key_of('tie_word_embeddings')} to true in its "
                 "config.json, otherwise copy the folder again"
             )
         if isinstance(rule.when, str):
@@ -129,14 +173,14 @@ def _why_missing(family: Family, config: ModelConfig, name: str) -> str:
         if layer is not None:
             return (
                 f" of layer {layer}, counted from 0, though config.json says "
-                f"{config_key(family, 'num_layers')}={config.num_layers}; correct the config or copy the folder again"
+                f"{family.key_of('num_layers')}={config.num_layers}; correct the config or copy the folder again"
             )
     return "; copy the folder again, or correct its config"
 
 
 def _flag(family: Family, config: ModelConfig, field: str) -> str:
-    key = config_key(family, field)
-    if key == field:
+    key = family.key_of(field)
+    if field in family.fixed:
         return f", but {family.name} always has {field}={getattr(config, field)}; it is another architecture"
     return f": config.json says {key}={getattr(config, field)}, but its weights say otherwise; correct the config"
 

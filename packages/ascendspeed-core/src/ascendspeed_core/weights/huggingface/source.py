@@ -1,9 +1,10 @@
 """Read a Hugging Face folder by slices: safetensors, one or several files with an index, or `.bin`."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,6 +12,7 @@ from ascendspeed_core.launch import announce
 from ascendspeed_core.models.families import Family, TensorMapping, family_of_hugging_face
 from ascendspeed_core.models.families.base import leading_shape
 from ascendspeed_core.weights.derived_tensors import derived_reason
+from ascendspeed_core.weights.files.file_tensor import StoredTensor
 from ascendspeed_core.weights.files.json_file import read_json
 from ascendspeed_core.weights.huggingface.config import generation_ids
 from ascendspeed_core.weights.huggingface.files import open_weight_files
@@ -32,21 +34,40 @@ from ascendspeed_data.tokenizer import DEFINING_FILES
 EMBEDDING = "embedding.weight"
 
 
+@dataclass(frozen=True)
+class StoredWeights:
+    """A model under Hugging Face's names in files that are not those of a Hugging Face folder.
+
+    Attributes:
+        hf_config: content of its config.json.
+        tensors: by name.
+    """
+
+    hf_config: Mapping[str, Any]
+    tensors: Mapping[str, StoredTensor]
+
+
 class HuggingFaceSource(BaseWeightSource):
-    """All weights of a Hugging Face folder under our names; nothing is read until it is asked for."""
+    """All weights of a Hugging Face folder under our names; nothing is read until it is asked for.
+
+    Args:
+        path: the folder.
+        stored: config and tensors, where they lie in other files.
+    """
 
     kind = "huggingface"
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, stored: StoredWeights | None = None) -> None:
         self.path: Path | None = path
         self._folder = path
-        self.hf_config = read_json(path / "config.json")
-        self.family: Family = family_of_hugging_face(self.hf_config, str(path / "config.json"))
-        self._stored = open_weight_files(path)
+        where = path / "config.json"
+        self.hf_config = read_json(where) if stored is None else stored.hf_config
+        self.family: Family = family_of_hugging_face(self.hf_config, str(where))
+        self._stored = open_weight_files(path) if stored is None else stored.tensors
         refuse_quantised(path, self.hf_config, {name: stored.info for name, stored in self._stored.items()})
         self._left_out: dict[str, str] = {}
         self._embedding_is_head = False
-        self.config = self.family.read_config(self.hf_config | generation_ids(path))
+        self.config = self.family.read_config({**self.hf_config, **generation_ids(path)}, str(where))
         if self.config.tie_word_embeddings:
             self._compare_head()
         self._mappings = self._mappings_of_this_folder()

@@ -1,0 +1,1 @@
+"""What `benchmarks/device.py` runs on an accelerator: checks of correctness, then figures of speed and memory."""
