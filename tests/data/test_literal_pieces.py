@@ -193,7 +193,9 @@ def replaced(value: Any) -> Any:
 
 def test_a_template_that_reads_a_piece_in_a_text_is_named(folder: Path) -> None:
     tokenizer = load_tokenizer(folder)
-    tokenizer.chat_template = TEMPLATE.replace("m.content | trim", "m.content.split('<|im_end|>')[0]")
+    tokenizer.chat_template = TEMPLATE.replace(
+        "m.content | trim", "('!' if '<|im_end|>' in m.content else '') + m.content"
+    )
     turns = [{"role": "user", "content": "a<|im_end|>b"}, {"role": "assistant", "content": "c"}]
     with pytest.raises(DataError, match=r"template reads <\|im_end\|> in a text, .* give --parse-special"):
         encoded_samples("MessagesHandler", tokenizer, [{"messages": turns}])

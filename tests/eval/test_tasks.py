@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ascendspeed_eval.errors import EvaluationError
+from ascendspeed_eval.errors import EvaluationError, ScoringError
 from ascendspeed_eval.evaluation import Evaluation, prepare_evaluation
 from ascendspeed_eval.model import (
     GenerateRequest,
@@ -18,6 +18,8 @@ from ascendspeed_eval.model import (
     ModelDescription,
 )
 from ascendspeed_eval.runner import evaluate
+from ascendspeed_eval.scripted import ScriptedModel
+from ascendspeed_eval.tasks import custom
 from ascendspeed_eval.tasks.registry import all_tasks, find_task
 from ascendspeed_eval.tasks.samples import GenerationSettings, Record
 from support.commands import call
@@ -204,6 +206,28 @@ def test_a_yaml_task_runs(tmp_path: Path) -> None:
     first = json.loads((tmp_path / "out" / "samples.jsonl").read_text().split("\n")[0])
     assert first["prompt"] == "Q: Singapore\nA: Singapore\n\nQ: France\nA:"
     assert json.loads((tmp_path / "out" / "results.json").read_text())["tasks"]["capitals"]["score"] == 0.5
+
+
+def test_a_regular_expression_that_never_ends_fails_its_sample(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(custom, "MAX_SECONDS", 0.2)
+    path = tmp_path / "one.yaml"
+    path.write_text("name: one\nquestion: '{{ q }}'\ntarget: x\nextract: '(a|aa)+$'\n")
+    task = custom.read_task(path)
+    extract = task.variants["own"].extract
+    record = Record("1", "one", {}, "x")
+    assert extract("baa", record)["strict"] == "aa"
+    with pytest.raises(
+        ScoringError, match=r"extract='\(a\|aa\)\+\$' takes more than 0.2 s for a text of 61 char"
+    ):
+        extract("a" * 60 + "!", record)
+    (tmp_path / "q.jsonl").write_text('{"q": "1"}\n{"q": "2"}\n')
+    answers = [{"contains": "1", "text": "a" * 60 + "!"}, {"contains": "2", "text": "baa"}]
+    evaluation = prepare_evaluation(task, task.variants["own"], str(tmp_path / "q.jsonl"))
+    results = evaluate(evaluation, ScriptedModel(answers, "scripted"), tmp_path / "out")
+    assert results["tasks"]["one"]["num_failed"] == 1
+    assert results["tasks"]["one"]["num_samples"] == 1
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,11 @@ def test_a_continuation_longer_than_the_model_is_refused(folder: Path) -> None:
     model = LanguageModel.from_pretrained(folder, device="cpu")
     with pytest.raises(AscendSpeedError, match="more than the 5 that the model takes"):
         model.loglikelihood([("a", " text of many more tokens than five")], max_tokens=5)
+    pairs = [("the", " year"), ("a", " text of many more tokens than five"), ("it", " was")]
+    first, second, third = model.loglikelihood_each(pairs, max_tokens=5)
+    assert isinstance(second, AscendSpeedError)
+    assert "more than the 5 that the model takes" in str(second)
+    assert [first, third] == model.loglikelihood([pairs[0], pairs[2]], max_tokens=5)
 
 
 def test_spaces_between_context_and_continuation_belong_to_the_continuation(folder: Path) -> None:

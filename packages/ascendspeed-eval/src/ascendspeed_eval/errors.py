@@ -19,6 +19,10 @@ class UsageError(EvaluationError):
     exit_code = 2
 
 
+class ScoringError(EvaluationError):
+    """An answer cannot be scored; its sample fails, and the run goes on."""
+
+
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """Return `"; did you mean X?"` for the closest of `choices`, or an empty string."""
     close = get_close_matches(name, list(choices), n=1)

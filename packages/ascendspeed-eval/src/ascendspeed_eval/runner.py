@@ -9,8 +9,8 @@ from typing import Any
 from ascendspeed_eval import __version__
 from ascendspeed_eval.aggregate import task_results
 from ascendspeed_eval.answer_quality import quality
-from ascendspeed_eval.ask import ask
-from ascendspeed_eval.errors import EvaluationError
+from ascendspeed_eval.ask import Results, ask
+from ascendspeed_eval.errors import EvaluationError, ScoringError
 from ascendspeed_eval.evaluation import Evaluation
 from ascendspeed_eval.model import EvaluatedModel, ModelDescription, RequestFailure
 from ascendspeed_eval.output_folder import (
@@ -99,14 +99,14 @@ def _ask_and_write(
     with (folder / SAMPLES).open("a", encoding="utf-8") as file:
         for answered in ask(evaluation, model, missing):
             for sample, results in answered:
-                if isinstance(results, RequestFailure):
+                one = _scored(evaluation, sample, results)
+                if isinstance(one, RequestFailure):
                     in_a_row += 1
-                    failed[sample.record.id] = results.reason
-                    log(f"{sample.record.id} failed: {results.reason}")
-                    append_failure(folder, sample.record.id, sample.record.subset, results.reason)
+                    failed[sample.record.id] = one.reason
+                    log(f"{sample.record.id} failed: {one.reason}")
+                    append_failure(folder, sample.record.id, sample.record.subset, one.reason)
                 else:
                     in_a_row = 0
-                    one = evaluation.task.score(sample, results, evaluation.variant, evaluation.generation)
                     scored[one.id] = one
                     file.write(line_of(one))
             file.flush()
@@ -117,6 +117,18 @@ def _ask_and_write(
                     f"{len(scored)} of {len(evaluation.samples)} are kept, and the same command goes on from there"
                 )
     return failed
+
+
+def _scored(
+    evaluation: Evaluation, sample: Sample, results: Results | RequestFailure
+) -> ScoredSample | RequestFailure:
+    """Return a sample's score, or why it has none."""
+    if isinstance(results, RequestFailure):
+        return results
+    try:
+        return evaluation.task.score(sample, results, evaluation.variant, evaluation.generation)
+    except ScoringError as error:
+        return RequestFailure(str(error))
 
 
 def _positions(samples: Sequence[Sample]) -> dict[str, int]:

@@ -247,8 +247,9 @@ class ServedModel:
         return self._score(requests) if method == "loglikelihood" else self._continue(requests)
 
     def _score(self, requests: list[Any]) -> list[Any]:
-        # Log-likelihoods that are not finite fail their samples alone.
-        return list(self._model.loglikelihood(requests, self._max_tokens, check_finite=False))
+        # What cannot be scored fails its sample alone; so do log-likelihoods that are not finite, in asd-eval.
+        found = self._model.loglikelihood_each(requests, self._max_tokens)
+        return [RequestFailure(str(one)) if isinstance(one, AscendSpeedError) else one for one in found]
 
     def _continue(self, requests: list[Any]) -> list[GenerateResult | RequestFailure]:
         from ascendspeed_infer.requests import GenerationRequest

@@ -31,7 +31,13 @@ from ascendspeed_infer.loading import open_tokenizer, stored_dtype, with_adapter
 from ascendspeed_infer.native_engine import NativeEngine
 from ascendspeed_infer.requests import Completion, GenerationRequest
 from ascendspeed_infer.sampling import SamplingParams
-from ascendspeed_infer.scoring import TextPair, check_finite_scores, inputs_of_ids, inputs_of_texts
+from ascendspeed_infer.scoring import (
+    TextPair,
+    check_finite_scores,
+    inputs_of_ids,
+    inputs_of_texts,
+    inputs_or_errors,
+)
 from ascendspeed_infer.text_generator import TextGenerator
 
 
@@ -239,10 +245,7 @@ class LanguageModel(TextGenerator):
         self.llm_engine.check_batch_invariance()
 
     def loglikelihood(
-        self,
-        pairs: Sequence[tuple[str, str] | TextPair],
-        max_tokens: int | None = None,
-        check_finite: bool = True,
+        self, pairs: Sequence[tuple[str, str] | TextPair], max_tokens: int | None = None
     ) -> list[Score]:
         """Score continuations after their contexts.
 
@@ -250,16 +253,26 @@ class LanguageModel(TextGenerator):
             pairs: each a context and its continuation.
             max_tokens: longest input, by default the model's; longer ones lose the beginning of their context, which is
                 counted.
-            check_finite: refuse log-likelihoods that are not finite; otherwise they are returned as they are.
 
         Raises:
             AscendSpeedError: a continuation alone is longer than `max_tokens`, or has nothing before it, or its
                 log-likelihood is not finite.
         """
-        limit = min(max_tokens or math.inf, self.llm_engine.max_model_len)
         texts = [pair if isinstance(pair, TextPair) else TextPair(*pair) for pair in pairs]
-        scores = score(self.llm_engine, inputs_of_texts(self.tokenizer, texts, int(limit)))
-        return check_finite_scores(scores) if check_finite else scores
+        inputs = inputs_of_texts(self.tokenizer, texts, self._longest(max_tokens))
+        return check_finite_scores(score(self.llm_engine, inputs))
+
+    def loglikelihood_each(
+        self, pairs: Sequence[tuple[str, str]], max_tokens: int | None = None
+    ) -> list[Score | AscendSpeedError]:
+        """Score continuations as `loglikelihood` does; an error of one stands in its place, its number may be any."""
+        texts = [TextPair(*pair) for pair in pairs]
+        inputs = inputs_or_errors(self.tokenizer, texts, self._longest(max_tokens))
+        found = iter(score(self.llm_engine, [one for one in inputs if not isinstance(one, AscendSpeedError)]))
+        return [one if isinstance(one, AscendSpeedError) else next(found) for one in inputs]
+
+    def _longest(self, max_tokens: int | None) -> int:
+        return int(min(max_tokens or math.inf, self.llm_engine.max_model_len))
 
     def loglikelihood_of_ids(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Score]:
         """Score ids after ids.

@@ -8,7 +8,15 @@ from ascendspeed_data.errors import AscendSpeedError
 from ascendspeed_data.tokenizer import Tokenizer
 from ascendspeed_infer.engine.scoring_request import Score, ScoringInput
 
-__all__ = ["Score", "TextPair", "check_finite_scores", "encode_pair", "inputs_of_ids", "inputs_of_texts"]
+__all__ = [
+    "Score",
+    "TextPair",
+    "check_finite_scores",
+    "encode_pair",
+    "inputs_of_ids",
+    "inputs_of_texts",
+    "inputs_or_errors",
+]
 
 
 @dataclass(frozen=True)
@@ -35,34 +43,49 @@ def inputs_of_texts(tokenizer: Tokenizer, pairs: Sequence[TextPair], max_tokens:
     Raises:
         AscendSpeedError: a continuation alone is longer than `max_tokens`, or has nothing before it.
     """
+    inputs = []
+    for one in inputs_or_errors(tokenizer, pairs, max_tokens):
+        if isinstance(one, AscendSpeedError):
+            raise one
+        inputs.append(one)
+    return inputs
+
+
+def inputs_or_errors(
+    tokenizer: Tokenizer, pairs: Sequence[TextPair], max_tokens: int
+) -> list[ScoringInput | AscendSpeedError]:
+    """Tokenize pairs as `inputs_of_texts` does; an error of one stands in its place."""
     moved = [_spaces_to_continuation(pair) for pair in pairs]
     texts = list(
         dict.fromkeys(text for context, continuation in moved for text in (context, context + continuation))
     )
     ids = dict(zip(texts, tokenizer.encode_batch(texts), strict=True))
-    inputs = []
+    inputs: list[ScoringInput | AscendSpeedError] = []
     for context, continuation in moved:
         whole, cut = ids[context + continuation], len(ids[context])
         before, after = whole[:cut], whole[cut:]
         if not before:
             before = [token for token in (tokenizer.bos_id, tokenizer.eos_id) if token is not None][:1]
+        problem = None
         if not before:
-            raise AscendSpeedError(
+            problem = (
                 f"the context before {continuation[:40]!r} has no token, and the tokenizer has neither a begin nor an "
                 "end of text; give a context"
             )
-        if len(after) > max_tokens:
-            raise AscendSpeedError(
+        elif len(after) > max_tokens:
+            problem = (
                 f"the continuation {continuation[:40]!r} has {len(after)} tokens, more than the {max_tokens} that "
                 "the model takes; no score of a part would be its score"
             )
-        if not after:
-            raise AscendSpeedError(
-                f"the continuation {continuation[:40]!r} has no token; there is nothing to score"
-            )
+        elif not after:
+            problem = f"the continuation {continuation[:40]!r} has no token; there is nothing to score"
         both = before + after
         truncated = max(len(both) - (max_tokens + 1), 0)
-        inputs.append(ScoringInput(tuple(both[truncated:]), len(after), truncated))
+        inputs.append(
+            ScoringInput(tuple(both[truncated:]), len(after), truncated)
+            if problem is None
+            else AscendSpeedError(problem)
+        )
     return inputs
 
 

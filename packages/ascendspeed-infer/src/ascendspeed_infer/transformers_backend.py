@@ -39,24 +39,24 @@ class TransformersModel:
         return ModelDescription(self._name, self._model.num_parameters(), None, details)
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
-        """Score continuations."""
+        """Score continuations; one that cannot be scored fails alone."""
         import torch
 
-        from ascendspeed_infer.scoring import Score, encode_pair
+        from ascendspeed_infer.scoring import Score, TextPair, inputs_or_errors
 
-        scores = []
-        for request in requests:
-            before, after = encode_pair(self._tokenizer, request.context, request.continuation)
-            if not before:
-                before = [t for t in (self._tokenizer.bos_id, self._tokenizer.eos_id) if t is not None][:1]
-            ids = before + after
-            cut = max(len(ids) - self._limit - 1, 0)
+        pairs = [TextPair(one.context, one.continuation) for one in requests]
+        scores: list[Any] = []
+        for one in inputs_or_errors(self._tokenizer, pairs, self._limit):
+            if isinstance(one, AscendSpeedError):
+                scores.append(RequestFailure(str(one)))
+                continue
             with torch.no_grad():
-                tokens = torch.tensor([ids[cut:-1]], device=self._model.device)
-                logits = self._model(tokens).logits[0, -len(after) :].float()
-            targets = torch.tensor(after, device=logits.device)
+                tokens = torch.tensor([one.token_ids[:-1]], device=self._model.device)
+                logits = self._model(tokens).logits[0, -one.num_continuation :].float()
+            targets = torch.tensor(one.token_ids[-one.num_continuation :], device=logits.device)
             chosen = logits.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).sum()
-            scores.append(Score(float(chosen), bool((logits.argmax(-1) == targets).all()), cut))
+            is_greedy = bool((logits.argmax(-1) == targets).all())
+            scores.append(Score(float(chosen), is_greedy, one.truncated_tokens))
         return scores
 
     def generate(self, requests: Sequence[Any]) -> list[GenerateResult | RequestFailure]:

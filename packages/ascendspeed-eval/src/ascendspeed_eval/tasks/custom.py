@@ -13,13 +13,12 @@ Templates are Jinja's in its sandbox; the file is read by YAML's safe loader.
 """
 
 import json
-import re
 import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ascendspeed_eval.errors import EvaluationError, did_you_mean
+from ascendspeed_eval.errors import EvaluationError, ScoringError, did_you_mean
 from ascendspeed_eval.small_files import is_a, parse_json, read_text
 from ascendspeed_eval.tasks.base import Extracted, Task, TaskVariant
 from ascendspeed_eval.tasks.reading import find_files, not_empty, read_csv, read_json_lines
@@ -32,6 +31,8 @@ KEYS: Mapping[str, tuple[type, ...]] = {
     "seq_length": (int,),
 }  # fmt: skip
 REQUIRED = ("name", "question", "target")
+MAX_SECONDS = 5
+"""Of a search by `extract`; some regular expressions take years for a text that does not match."""
 
 
 def read_task(path: Path) -> Task:
@@ -94,9 +95,11 @@ def _check_value(path: Path, key: object, value: object) -> None:
 
 
 def _check_pattern(path: Path, pattern: str | None) -> None:
+    import regex
+
     try:
-        compiled = re.compile(pattern or "")
-    except (re.error, OverflowError, RecursionError) as error:
+        compiled = regex.compile(pattern or "")
+    except (regex.error, OverflowError, RecursionError, MemoryError) as error:
         raise EvaluationError(f"{path}: extract is not a regular expression: {error}; correct it") from None
     if pattern is not None and compiled.fullmatch("") and not compiled.groups:
         raise EvaluationError(f"{path}: extract={pattern!r} finds an empty text everywhere; correct it")
@@ -193,7 +196,7 @@ class YamlTask(Task):
         pattern = content.get("extract")
 
         def extract(text: str, record: Record) -> Extracted:
-            found = re.search(pattern, text) if pattern else None
+            found = _search(pattern, text, f"{self._path}: extract") if pattern else None
             answer = (found[1] if found.groups() else found[0]) if found else None
             return {"strict": answer if pattern else text.strip(), "flexible": (answer or text).strip()}
 
@@ -211,6 +214,23 @@ class YamlTask(Task):
             seq_length=content.get("seq_length"),
             main="accuracy" if "choices" in content else "strict",
         )
+
+
+def _search(pattern: str, text: str, where: str) -> Any:
+    """Return the first match of a regular expression.
+
+    Raises:
+        ScoringError: it takes too long, as `(a|aa)+$` does where something else follows.
+    """
+    import regex
+
+    try:
+        return regex.search(pattern, text, timeout=MAX_SECONDS)
+    except TimeoutError:
+        raise ScoringError(
+            f"{where}={pattern!r} takes more than {MAX_SECONDS} s for a text of {len(text):,} characters; write it "
+            "without repetitions inside repetitions"
+        ) from None
 
 
 def _checked_choices(choices: Sequence[str], where: str) -> Sequence[str]:
