@@ -31,7 +31,9 @@ def test_a_path_that_is_no_prefix_names_the_command_that_makes_one(
     model: Path, dataset: Path, corpus: Path, tmp_path: Path
 ) -> None:
     short = str(dataset).removesuffix("_text_document")
+    (tmp_path / "set_packed_input_ids_document.idx").touch()
     for data, words in (
+        (tmp_path / "set", "holds instruction samples, for asd-core finetune --is-instruction-dataset"),
         (corpus, f"{corpus} is not tokenized yet: asd-data preprocess --input {corpus} --output-prefix"),
         (corpus.parent, f"is a folder; give a prefix in it: {dataset}"),
         (f"{dataset}.bin", f"give the prefix without the ending: {dataset}"),
@@ -59,6 +61,22 @@ def test_names_of_the_hub_and_sizes_without_a_model(args: list[object], words: s
     done = call(*args)
     assert done.status in (1, 2)
     assert words in done.complaint
+
+
+def test_commands_and_records_of_other_programs(tmp_path: Path, tokenizer_folder: Path) -> None:
+    assert "finetune on instruction sets" in call("asd-core", "train", "--lr", 1).complaint
+    (tmp_path / "alpaca.json").write_text('[{"instruction": "Name one.", "input": "", "output": "One."}]')
+    asked = (
+        "asd-data", "preprocess", "--input", tmp_path / "alpaca.json", "--output-prefix", tmp_path / "set",
+        "--tokenizer-name-or-path", tokenizer_folder,
+    )  # fmt: skip
+    done = call(*asked)
+    assert done.status == 1
+    assert "has instruction, input, output; --handler-name GeneralInstructionHandler" in done.complaint
+    assert (
+        "did you mean GeneralInstructionHandler?" in call(*asked, "--handler-name", "AlpacaHandler").complaint
+    )
+    assert call(*asked, "--handler-name", "GeneralInstructionHandler").status == 0
 
 
 @pytest.mark.parametrize(
