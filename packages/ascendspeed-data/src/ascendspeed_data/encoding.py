@@ -402,5 +402,5 @@ def _check_text(record: Record, key: str) -> None:
         text_of(record, key)
     except DataError as error:
         fitting = handlers_for(record) if key not in record else []
-        hint = f"; --handler-name {' or '.join(fitting[:2])} reads such records" if fitting else ""
+        hint = f"; --handler-name {fitting[0]} reads such records (all: asd-data handlers)" if fitting else ""
         raise DataError(f"{error}{hint}") from None
