@@ -137,6 +137,13 @@ def test_an_evaluation_without_a_number_of_batches_takes_all_held_out_data(
     assert "split=1,0,0 leaves nothing to measure" in none.complaint
 
 
+def test_a_loss_scale_in_another_precision_is_named(model: Path, dataset: Path, tmp_path: Path) -> None:
+    for flags, is_named in ((["--bf16", "--initial-loss-scale", 4096], True), (["--bf16"], False)):
+        done = call(*pretrain(model, dataset, tmp_path / "run", *flags, "--dry-run"))
+        assert done.status == 0, done.stderr
+        assert ("initial_loss_scale scales nothing in bfloat16: only fp16" in done.stderr) == is_named
+
+
 def test_compare_loss_says_which_run_is_better(tmp_path: Path) -> None:
     for name, losses in (("a", [3.0, 2.0]), ("b", [3.0, 1.5]), ("c", [3.0, 2.0])):
         (tmp_path / name).mkdir()
