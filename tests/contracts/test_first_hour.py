@@ -31,7 +31,9 @@ def test_a_path_that_is_no_prefix_names_the_command_that_makes_one(
     model: Path, dataset: Path, corpus: Path, tmp_path: Path
 ) -> None:
     short = str(dataset).removesuffix("_text_document")
+    (tmp_path / "set_packed_input_ids_document.idx").touch()
     for data, words in (
+        (tmp_path / "set", "holds instruction samples, for asd-core finetune --is-instruction-dataset"),
         (corpus, f"{corpus} is not tokenized yet: asd-data preprocess --input {corpus} --output-prefix"),
         (corpus.parent, f"is a folder; give a prefix in it: {dataset}"),
         (f"{dataset}.bin", f"give the prefix without the ending: {dataset}"),
@@ -59,6 +61,22 @@ def test_names_of_the_hub_and_sizes_without_a_model(args: list[object], words: s
     done = call(*args)
     assert done.status in (1, 2)
     assert words in done.complaint
+
+
+def test_commands_and_records_of_other_programs(tmp_path: Path, tokenizer_folder: Path) -> None:
+    assert "finetune on instruction sets" in call("asd-core", "train", "--lr", 1).complaint
+    (tmp_path / "alpaca.json").write_text('[{"instruction": "Name one.", "input": "", "output": "One."}]')
+    asked = (
+        "asd-data", "preprocess", "--input", tmp_path / "alpaca.json", "--output-prefix", tmp_path / "set",
+        "--tokenizer-name-or-path", tokenizer_folder,
+    )  # fmt: skip
+    done = call(*asked)
+    assert done.status == 1
+    assert "has instruction, input, output; --handler-name GeneralInstructionHandler" in done.complaint
+    assert (
+        "did you mean GeneralInstructionHandler?" in call(*asked, "--handler-name", "AlpacaHandler").complaint
+    )
+    assert call(*asked, "--handler-name", "GeneralInstructionHandler").status == 0
 
 
 @pytest.mark.parametrize(
@@ -117,6 +135,13 @@ def test_an_evaluation_without_a_number_of_batches_takes_all_held_out_data(
     none = call(*pretrain(model, dataset, tmp_path / "none", "--split", "1,0,0", "--eval-interval", 2))
     assert none.status == 2
     assert "split=1,0,0 leaves nothing to measure" in none.complaint
+
+
+def test_a_loss_scale_in_another_precision_is_named(model: Path, dataset: Path, tmp_path: Path) -> None:
+    for flags, is_named in ((["--bf16", "--initial-loss-scale", 4096], True), (["--bf16"], False)):
+        done = call(*pretrain(model, dataset, tmp_path / "run", *flags, "--dry-run"))
+        assert done.status == 0, done.stderr
+        assert ("initial_loss_scale scales nothing in bfloat16: only fp16" in done.stderr) == is_named
 
 
 def test_compare_loss_says_which_run_is_better(tmp_path: Path) -> None:

@@ -218,7 +218,12 @@ def test_accepted_flags_leave_the_rest_as_it_was() -> None:
         ["--data-path", "0.3", "a", "0.7", "b"],
         ["--load", "x"],
     ]
-    accepted = [a for a in ANSWERS if a.values is not None and a.is_about("asd-core pretrain")]
+    own = {plain(flag) for flag in all_commands()["asd-core pretrain"]}
+    accepted = [
+        a
+        for a in ANSWERS
+        if a.values is not None and a.is_about("asd-core pretrain") and plain(a.flag) not in own
+    ]
     tried = 0
     for _ in range(300):
         given = draw.sample(options, draw.randint(1, len(options)))

@@ -299,7 +299,8 @@ def _how_to_make(prefix: Path) -> str:
     if prefix.is_file():
         return (
             f"{prefix} is not tokenized yet: asd-data preprocess --input {prefix} --output-prefix PREFIX "
-            "--tokenizer-name-or-path DIR makes the files; give their prefix, PREFIX_text_document"
+            "--tokenizer-name-or-path DIR makes the files; give their prefix, PREFIX_text_document (of instruction "
+            "sets and conversations add --handler-name, which `asd-data handlers` lists, and give PREFIX)"
         )
     if prefix.is_dir():
         found = sorted(path.with_suffix("") for path in prefix.glob("*.idx"))[:3]
@@ -310,6 +311,8 @@ def _how_to_make(prefix: Path) -> str:
         )
     if "," in str(prefix):
         return "separate several prefixes by spaces, each after its weight"
+    if _with_suffix(prefix.with_name(f"{prefix.name}_packed_input_ids_document"), ".idx").is_file():
+        return f"{prefix} holds instruction samples, for asd-core finetune --is-instruction-dataset"
     near = sorted(path.with_suffix("") for path in prefix.parent.glob(f"{glob.escape(prefix.name)}_*.idx"))[
         :3
     ]

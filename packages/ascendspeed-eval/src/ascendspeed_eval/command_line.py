@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from ascendspeed_eval.errors import did_you_mean
-from ascendspeed_eval.other_programs import announce_accepted, refuse, settle_flags
+from ascendspeed_eval.other_programs import COMMANDS, announce_accepted, refuse, settle_flags
 from ascendspeed_eval.stopping import NO_SPACE, no_space
 
 
@@ -285,6 +285,8 @@ class _LazyGroup(TyperGroup):
     table: dict[str, Command]
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and args[0] not in self.table and args[0] in COMMANDS:
+            ctx.fail(f"there is no command {args[0]!r}; {COMMANDS[args[0]]}")
         name, placeholder, rest = super().resolve_command(ctx, args)
         row = self.table.get(name or "")
         return (name, _as_typer_command(row), rest) if row else (name, placeholder, rest)

@@ -15,6 +15,18 @@ TABLE = Path(__file__).with_name("other_programs.toml")
 SIMILAR = 0.8
 """How alike a flag must be to one of the command to be taken for a slip of the keyboard."""
 
+COMMANDS = {
+    "train": "asd-core pretrain trains on text, finetune on instruction sets and with LoRA, dpo on preference pairs",
+    "sft": "asd-core finetune trains on instruction sets, whole or with LoRA",
+    "lora": "asd-core finetune --lora-target-modules trains LoRA adapters, asd-ckpt merge-lora merges one",
+    "export": "asd-ckpt convert writes the formats of other programs, merge-lora merges an adapter",
+    "eval": "asd-eval run scores benchmarks",
+    "evaluate": "asd-eval run scores benchmarks",
+    "serve": "there is no server; asd-infer generate reads prompts from a file, and --engine vllm runs vLLM",
+    "tokenize": "asd-data preprocess turns records into tokens",
+}
+"""What commands of other programs are called here."""
+
 
 @dataclass(frozen=True)
 class Answer:

@@ -120,6 +120,7 @@ def plan_run(config: PretrainConfig, world_size: int) -> RunPlan:
     config.parallel.check_sequence(config.data.seq_length)
     _check_pipeline(config, layout, source.config)
     check_zero(config, layout)
+    _say_what_scales_nothing(config)
     _check_length(config, source.config, where)
     kind = objective_of(config)
     config = _with_epochs(config, kind, layout.dp)
@@ -141,6 +142,15 @@ def plan_run(config: PretrainConfig, world_size: int) -> RunPlan:
     tokenizer = config.data.tokenizer_name_or_path or source.tokenizer
     prompts = plan_eval_prompts(config.eval_prompts, source.config, layout, tokenizer)
     return RunPlan(config, layout, source, state, checkpoint, samples, manifest, objective, prompts)
+
+
+def _say_what_scales_nothing(config: PretrainConfig) -> None:
+    """Say so where options of loss scaling were given for another precision than fp16."""
+    given = sorted(config.loss_scaling.model_fields_set)
+    if given and config.precision.dtype_name != "float16":
+        announce(
+            f"{', '.join(given)} scales nothing in {config.precision.dtype_name}: only fp16 needs a loss scale"
+        )
 
 
 def _open_source(config: PretrainConfig) -> tuple[WeightSource, NativeSource | None]:
