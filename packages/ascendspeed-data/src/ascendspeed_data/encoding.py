@@ -11,17 +11,11 @@ from numpy.typing import NDArray
 from ascendspeed_data.errors import DataError
 from ascendspeed_data.fast_tokenizer import Encoder, ExactEncoder, spot_check
 from ascendspeed_data.fields import check_record, filled
-<<<<<<< HEAD
 from ascendspeed_data.handlers import IGNORED_LABEL, Sample, SampleHandler, TextHandler, kind_of
+from ascendspeed_data.handlers.registry import handlers_for
 from ascendspeed_data.indexed import optimal_token_format
 from ascendspeed_data.literal_pieces import LiteralTokenizer, literal_samples
 from ascendspeed_data.reading.records import check_columns, location_of, records_of_shard, text_of
-=======
-from ascendspeed_data.handlers import IGNORED_LABEL, Sample, SampleHandler, Segment, TextHandler, kind_of
-from ascendspeed_data.handlers.registry import handlers_for
-from ascendspeed_data.indexed import optimal_token_format
-from ascendspeed_data.reading.records import Record, check_columns, location_of, records_of_shard, text_of
->>>>>>> x25
 from ascendspeed_data.reading.shards import Shard
 from ascendspeed_data.sample import Record
 from ascendspeed_data.sample_encoding import encode_samples, joined
