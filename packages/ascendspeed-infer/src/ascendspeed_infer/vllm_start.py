@@ -35,7 +35,7 @@ OWN_FLAGS: Mapping[str, str] = {
 
 KEPT_LINES = 4000
 LOG_LEVEL = "VLLM_LOGGING_LEVEL"
-_PREFIX = re.compile(r"^(?:\([^)]*\) )?(?:(?P<level>[A-Z]+) \d\d-\d\d [\d:]+ \[(?P<place>[^\]]*)\] ?)?")
+_PREFIX = re.compile(r"^(?:\([^)]*\) )?(?:(?P<level>[A-Z]+) \d\d-\d\d [\d:]+ \[(?P<location>[^\]]*)\] ?)?")
 _ERROR = re.compile(r"^(?:[\w.]+\.)?(?P<kind>[A-Z]\w*(?:Error|Exception|Exit|Interrupt)): (?P<said>.+)")
 _POINTS_ELSEWHERE = re.compile(
     r"see (the )?(stack trace|root cause)|root cause above|failed to start|died", re.IGNORECASE
@@ -164,10 +164,10 @@ class OutputOfVllm:
             for line in file:
                 self.lines.append(line.rstrip("\n"))
                 found = _PREFIX.match(line)
-                level, place = (found["level"], found["place"]) if found else (None, None)
-                if self._shows_all or (level == "WARNING" and place != last):
+                level, location = (found["level"], found["location"]) if found else (None, None)
+                if self._shows_all or (level == "WARNING" and location != last):
                     os.write(self._stderr, line.encode())
-                last = place
+                last = location
 
 
 def cause(lines: Iterable[str]) -> str | None:
