@@ -104,10 +104,10 @@ def largest_models() -> Iterator[Row]:
 
 
 def megatron_arguments() -> Iterator[Row]:
-    from ascendspeed_core.weights.external.megatron_args import MUST_BE
+    from ascendspeed_core.weights.external.config_of_arguments import MUST_BE
 
     for name, values in MUST_BE.items():
-        yield f"`{name}`", code(shown(value) for value in values if value is not None)
+        yield f"`{name}`", code(shown(value) for value in values if value is not None) or "none"
 
 
 def adapter_fields() -> Iterator[Row]:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from ascendspeed_ckpt import Conversion, WritePlan, convert
 from ascendspeed_core.build import load_model
 from ascendspeed_core.config.layout import Layout
+from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.device import Device
 from ascendspeed_core.models.transformer import ModelInput
 from ascendspeed_core.parallel.mesh import ParallelMesh
@@ -321,3 +322,64 @@ def test_what_is_said_of_a_folder_that_says_itself_what_it_is_is_compared(
         assert done.status == 1
         assert not (tmp_path / "new").exists()
         assert f"leave {flags[0]} out" in done.complaint
+
+
+ARGUMENTS_THAT_CHANGE_THE_MODEL = (
+    ("no_rope_freq", [0, 1, 1]),
+    ("qk_l2_norm", True),
+    ("softmax_type", "off-by-one"),
+    ("rope_scaling_type", "yarn"),
+    ("noop_layers", "2"),
+    ("add_rmsnorm_offset", True),
+    ("embedding_multiplier_scale", 12.0),
+    ("output_logit_softcapping", 30.0),
+    ("scale_depth", 1.4),
+    ("sliding_window", 4),
+    ("position_embedding_type", "none"),
+    ("position_embedding_type", "yarn"),
+    ("window_size", 4096),
+    ("rotary_base", "10000"),
+    ("rotary_seq_len_interpolation_factor", -2),
+)
+"""Of Megatron-LM and MindSpeed-LLM; none of them leaves a trace in the tensors."""
+
+
+def test_arguments_that_no_tensor_shows_are_honoured_or_refused(
+    models: dict[str, tuple[Path, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = models["LLaMA 2 70B"]
+    plan = WritePlan("megatron", shard_layout(3))
+    there = tmp_path / "there"
+    convert(
+        Conversion(open_weights(folder), there, "megatron", write_plan=plan, verify_logits=False, workers=1)
+    )
+    (there / "release/ascendspeed.json").unlink()
+    path = next(there.rglob("*.pt"))
+    content = torch.load(path, weights_only=False)
+
+    def opened(given: ModelConfig | None = None, **arguments: Any) -> WeightSource:
+        torch.save(content | {"args": Namespace(**(vars(content["args"]) | arguments))}, path)
+        return open_weights(there, config=given)
+
+    plain = opened().config
+    for name, value in ARGUMENTS_THAT_CHANGE_THE_MODEL:
+        with pytest.raises(
+            CheckpointError, match=f"{name}=.*name the model's config.json with --model-config"
+        ):
+            opened(**{name: value})
+    assert opened(embedding_multiplier_scale=1.0, softmax_type="vanilla", window_size=(-1, 0)).config == plain
+    assert opened(window_size=(15, 0)).config == plain.model_copy(update={"sliding_window": 16})
+    # Megatron-LM's RotaryEmbedding multiplies positions by 1 / factor, which transformers calls linear.
+    stretched = opened(rotary_seq_len_interpolation_factor=4).config
+    linear = json.loads((folder / "config.json").read_text())
+    linear["rope_parameters"] = {**linear["rope_parameters"], "rope_type": "linear", "factor": 4.0}
+    (tmp_path / "config.json").write_text(json.dumps(linear))
+    assert stretched.rotary_scaling == read_model_config(tmp_path / "config.json").rotary_scaling
+    opened(output_logit_softcapping=30.0, given=plain)
+    assert "its arguments say output_logit_softcapping=30.0; used is what the model's config says" in (
+        capsys.readouterr().err
+    )
+    for version in (0, 1.0):
+        torch.save(content | {"checkpoint_version": version}, path)
+        with pytest.raises(CheckpointError, match=r"checkpoint_version=.*save it again"):
+            open_weights(there)

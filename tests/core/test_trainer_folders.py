@@ -301,3 +301,21 @@ def test_names_of_wrappers_drawn_at_random(folder: Path, tmp_path: Path, report:
         )
     report.add("names of wrappers", ("tried", "disagreements"), tried, disagreements)
     assert not disagreements
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_model.bin"])
+def test_an_adapter_beside_the_weights_is_named(
+    folder: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there = tmp_path / "checkpoint-5"
+    shutil.copytree(folder, there)
+    open_weights(there)
+    assert "--lora-load" not in capsys.readouterr().err
+    # transformers' from_pretrained would apply it.
+    (there / "adapter_config.json").write_text("{}")
+    (there / name).write_bytes(b"")
+    open_weights(there)
+    assert (
+        f"{name} beside them, an adapter that transformers would apply, counts only with --lora-load {there}"
+        in (capsys.readouterr().err)
+    )

@@ -208,3 +208,16 @@ def test_where_a_space_may_be_added(
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_prefix_space": not adds}))
     with pytest.raises(DataError, match="add_prefix_space"):
         load_tokenizer(tmp_path)
+
+
+def test_ids_that_are_drawn_at_random_are_refused(tmp_path: Path, tokenizer_json: str) -> None:
+    content = json.loads(tokenizer_json)
+    content["model"]["dropout"] = 0.0
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    assert load_tokenizer(tmp_path).encode("the day") == PreTrainedTokenizerFast.from_pretrained(
+        tmp_path
+    ).encode("the day")
+    content["model"]["dropout"] = 0.3
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"model\.dropout=0\.3 .*set it to null"):
+        load_tokenizer(tmp_path)

@@ -122,6 +122,14 @@ def test_the_fingerprint_changes_with_the_ids_only(tokenizer_folder: Path, tmp_p
         (lambda p: p.mkdir(), "has neither tokenizer.json nor tokenizer.model"),
         (lambda p: (p.mkdir(), (p / "tokenizer.model").write_bytes(b"no model")), "is not a SentencePiece model"),
         (lambda p: (p.mkdir(), (p / "tokenizer.json").write_text("{}")), "is not a tokenizer"),
+        (
+            lambda p: (p.mkdir(), (p / "vocab.json").write_text("{}")),
+            r"only vocab\.json; write a tokenizer\.json .*save_pretrained",
+        ),
+        (
+            lambda p: (p.mkdir(), (p / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")),
+            r"a vocabulary of tiktoken.*use the tokenizer\.json",
+        ),
     ],
 )  # fmt: skip
 def test_files_that_are_not_tokenizers_are_reported(tmp_path: Path, make: object, complaint: str) -> None:

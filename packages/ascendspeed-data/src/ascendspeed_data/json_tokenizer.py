@@ -31,6 +31,7 @@ class JsonTokenizer:
             self._tokenizer = FastTokenizer.from_str(self._content.decode("utf-8"))
         except Exception as error:  # noqa: BLE001 - tokenizers raises bare Exception
             raise DataError(f"{json_file} is not a tokenizer: {error}") from None
+        self._refuse_dropout()
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         before = self._added_tokens()
@@ -114,6 +115,15 @@ class JsonTokenizer:
                     f"{'not ' if stated else ''}add it; correct one of them, or delete the key to go by "
                     f"{self.model_file.name}"
                 )
+
+    def _refuse_dropout(self) -> None:
+        """Refuse BPE-dropout, which draws other ids for the same text each time."""
+        model = json.loads(self._content).get("model") or {}
+        if model.get("dropout"):
+            raise DataError(
+                f"{self.model_file}: model.dropout={model['dropout']} leaves merges out at random, so a text has other "
+                "ids each time; set it to null"
+            )
 
     def _added_tokens(self) -> list[list[object]]:
         """Return what decides how a text is split at added tokens."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +34,10 @@ CLASSES = (
 
 _WITHOUT_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 """`normalizer_spec { add_dummy_prefix: false }`; protobuf merges what follows a message into it."""
+
+
+_TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
+"""First line of tiktoken's files: bytes of a token in base64, and its rank."""
 
 
 class SentencePieceTokenizer:
@@ -67,6 +72,11 @@ class SentencePieceTokenizer:
             self._bare = sentencepiece.SentencePieceProcessor(model_proto=content + _WITHOUT_DUMMY_PREFIX)
         except (RuntimeError, OSError, UnicodeDecodeError) as error:
             reason = str(error).strip()
+            if _TIKTOKEN.match(content):
+                raise DataError(
+                    f"{model_file} is not a SentencePiece model but a vocabulary of tiktoken, as beside Meta's own "
+                    "weights of Llama 3; use the tokenizer.json of the Hugging Face folder of that model"
+                ) from None
             raise DataError(f"{model_file} is not a SentencePiece model: {reason}; copy it again") from None
         self._num_pieces = int(self._model.vocab_size())
         self._is_legacy = config.is_legacy

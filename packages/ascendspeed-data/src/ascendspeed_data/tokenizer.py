@@ -22,6 +22,16 @@ TOKENIZER_TYPES = ("PretrainedFromHF", "SentencePieceTokenizer", "HuggingFaceTok
 DEFINING_FILES = ("tokenizer.json", "tokenizer.model")
 """Files that define the ids; the first one found is used."""
 
+OTHER_VOCABULARIES = (
+    "vocab.json",
+    "vocab.txt",
+    "tekken.json",
+    "qwen.tiktoken",
+    "tiktoken.model",
+    "spiece.model",
+)
+"""Files of tokenizers that transformers opens and turns into a `tokenizer.json`."""
+
 TOKENIZER_FILES = (
     *DEFINING_FILES,
     "tokenizer_config.json",
@@ -141,6 +151,12 @@ def load_tokenizer(path: Path, kind: str = "PretrainedFromHF") -> SentencePieceT
         raise DataError(f"tokenizer {path} cannot be read: {error.strerror or error}") from None
     if opened is not None:
         return opened
+    if path.is_dir() and any((path / name).is_file() for name in OTHER_VOCABULARIES):
+        found = next(name for name in OTHER_VOCABULARIES if (path / name).is_file())
+        raise DataError(
+            f"tokenizer {path} has neither tokenizer.json nor tokenizer.model, only {found}; write a tokenizer.json "
+            f"beside it with transformers: AutoTokenizer.from_pretrained({str(path)!r}).save_pretrained({str(path)!r})"
+        )
     state = "has neither tokenizer.json nor tokenizer.model" if path.is_dir() else "does not exist"
     hint = "" if path.is_dir() else not_downloaded(path)
     raise DataError(

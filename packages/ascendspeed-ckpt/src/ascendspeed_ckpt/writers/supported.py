@@ -1,7 +1,7 @@
 """Which models each external program computes as this project does; others are not written for it."""
 
 from ascendspeed_core.config.model import ModelConfig, RotaryScaling
-from ascendspeed_core.weights.external.megatron_args import llama3_by_factor
+from ascendspeed_core.weights.external.config_of_arguments import llama3_by_factor
 from ascendspeed_core.weights.source import CheckpointError
 
 

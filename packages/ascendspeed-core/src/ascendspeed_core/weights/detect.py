@@ -37,6 +37,8 @@ KNOWN_KINDS = {
 
 _STATE_BESIDE = (LATEST, RANK_FILES, ZERO_3, "pytorch_model_fsdp*")
 """Patterns of what trainers leave beside the weights of a Hugging Face folder."""
+_ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
+"""Weights of an adapter of peft."""
 
 
 def detect_kind(path: Path) -> Kind:
@@ -178,13 +180,19 @@ def _holds_hugging_face(path: Path) -> bool:
 
 
 def _name_state_beside(path: Path) -> None:
-    """Say of a Hugging Face folder that a trainer wrote which state of its run is left unread."""
+    """Say of a Hugging Face folder that a trainer wrote which state of its run, or adapter, is left unread."""
     others = [child.name for child in path.iterdir() if child.is_dir() and _is_deepspeed(child)]
     others += [child.name for pattern in _STATE_BESIDE for child in path.glob(pattern)]
     if others:
         announce(
             f"{path}: read are the Hugging Face weights in it; not read: {', '.join(sorted(others))}, the state of a "
             "run of DeepSpeed or FSDP"
+        )
+    adapters = [name for name in _ADAPTERS if (path / name).is_file()]
+    if adapters:
+        announce(
+            f"{path}: read are the weights of the model; {adapters[0]} beside them, an adapter that transformers would "
+            f"apply, counts only with --lora-load {path}"
         )
 
 

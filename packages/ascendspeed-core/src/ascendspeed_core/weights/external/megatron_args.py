@@ -1,32 +1,23 @@
 """Megatron-LM's arguments, pickled beside the weights: which architecture they describe, and whether it fits."""
 
 from argparse import Namespace
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ascendspeed_core.config.load import validate
-from ascendspeed_core.config.model import ModelConfig, RotaryScaling
+from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.launch import announce
+from ascendspeed_core.weights.external.config_of_arguments import (
+    MUST_BE,
+    CheckpointFacts,
+    config_of_arguments,
+)
 from ascendspeed_core.weights.external.sidecar import Sidecar
 from ascendspeed_core.weights.files.torch_files import InertObject, TorchFile, UnknownObject
 from ascendspeed_core.weights.huggingface.config import generation_ids, read_model_config
 from ascendspeed_core.weights.shard_layout import ShardLayout
-from ascendspeed_core.weights.source import CheckpointError, ReadableTensor, UnknownModelError
+from ascendspeed_core.weights.source import CheckpointError, UnknownModelError
 from ascendspeed_data.command_line import log
-from ascendspeed_data.errors import ConfigError
-
-MUST_BE: dict[str, tuple[Any, ...]] = {
-    "num_experts": (None, 0),
-    "multi_latent_attention": (False, None),
-    "rotary_percent": (1.0, None),
-    "rotary_interleaved": (False, None),
-    "apply_layernorm_1p": (False, None),
-    "squared_relu": (False, None),
-    "apply_residual_connection_post_layernorm": (False, None),
-}
-"""Arguments whose other values would need more of the architecture than arguments describe."""
 
 _COMPARED = {
     "num_layers": "num_layers",
@@ -52,36 +43,6 @@ _WITHOUT_EFFECT = frozenset(
 """Fields of a config that change no logit."""
 
 
-@dataclass(frozen=True)
-class CheckpointFacts:
-    """What the files of a checkpoint say of themselves, besides their arguments.
-
-    Attributes:
-        kind: `ascendspeed` or `megatron`.
-        naming: name of the name map.
-        folder: for messages.
-        layout: how layers are spread.
-        first: stored tensors of the first stage.
-        vocabulary_rows: rows of the embedding with padding.
-    """
-
-    kind: str
-    naming: str
-    folder: Path
-    layout: ShardLayout
-    first: Mapping[str, ReadableTensor]
-    vocabulary_rows: int
-
-    @property
-    def num_layers(self) -> int:
-        """Layers that are there."""
-        return sum(len(layers) for stage in self.layout.chunks for layers in stage)
-
-    def shape(self, ending: str) -> tuple[int, ...] | None:
-        """Return the shape of the first stage's tensor whose name ends so, if there is one."""
-        return next((found.info.shape for key, found in self.first.items() if key.endswith(ending)), None)
-
-
 _NEEDED = ("num_attention_heads", "hidden_size", "ffn_hidden_size")
 """Arguments without which the others describe no model."""
 
@@ -103,6 +64,8 @@ def resolve_config(
     if recorded is not None and given is not None:
         check_given(facts.folder, recorded, given)
     config = recorded if sidecar is not None else given or recorded
+    if sidecar is None and config is not None and isinstance(arguments, Namespace):
+        _say_what_config_decides(facts, arguments, config)
     if config is None and any(not isinstance(getattr(arguments, name, None), int) for name in _NEEDED):
         config = fallback_config()
     if config is None and not isinstance(arguments, Namespace):
@@ -151,6 +114,17 @@ def _compare_arguments(facts: CheckpointFacts, arguments: Namespace, config: Mod
             announce(f"{facts.folder}: its arguments say {theirs}={said:g}, used is the config's {known:g}")
 
 
+def _say_what_config_decides(facts: CheckpointFacts, arguments: Namespace, config: ModelConfig) -> None:
+    """Say where arguments that no tensor shows ask for something that the config may say otherwise."""
+    others = {name: getattr(arguments, name, allowed[0]) for name, allowed in MUST_BE.items()}
+    said = [f"{name}={value!r}" for name, value in others.items() if value not in MUST_BE[name]]
+    stretch = getattr(arguments, "rotary_seq_len_interpolation_factor", None)
+    if stretch not in (None, 1) and config.rotary_scaling is None:
+        said.append(f"rotary_seq_len_interpolation_factor={stretch!r}")
+    if said:
+        announce(f"{facts.folder}: its arguments say {', '.join(said)}; used is what the model's config says")
+
+
 def read_arguments(file: TorchFile) -> Any:
     """Return the arguments that lie beside the weights as a `Namespace`, if they can be read as one.
 
@@ -187,82 +161,6 @@ def check_given(folder: Path, recorded: ModelConfig, given: ModelConfig) -> None
             f"{folder}: the config given says {', '.join(different)}; leave --model-config out, the checkpoint "
             "records its own"
         )
-
-
-def config_of_arguments(facts: CheckpointFacts, arguments: Namespace, vocab_size: int | None) -> ModelConfig:
-    """Return the architecture that arguments and tensors describe together.
-
-    Raises:
-        CheckpointError: they leave something undefined.
-    """
-    for name, allowed in MUST_BE.items():
-        if getattr(arguments, name, allowed[0]) not in allowed:
-            raise UnknownModelError(
-                f"{facts.folder}: its arguments say {name}={getattr(arguments, name)!r}, which they do not describe "
-                "fully; name the model's config.json with --model-config"
-            )
-    heads = _number(facts, arguments, "num_attention_heads")
-    hidden = _number(facts, arguments, "hidden_size")
-    grouped = getattr(arguments, "group_query_attention", False)
-    is_gpt = facts.naming == "GPT" or (facts.kind == "megatron" and not getattr(arguments, "swiglu", False))
-    position = str(getattr(arguments, "position_embedding_type", "rope"))
-    position = "alibi" if "alibi" in position or (facts.naming == "GPT") else "rotary"
-    window = getattr(arguments, "window_size", None)
-    norm = "layernorm" if facts.shape("input_layernorm.bias") or facts.shape("layer_norm_bias") else "rmsnorm"
-    values: dict[str, Any] = {
-        "vocab_size": vocab_size or _vocab_size(facts, arguments),
-        "hidden_size": hidden,
-        "ffn_hidden_size": _number(facts, arguments, "ffn_hidden_size"),
-        "num_layers": facts.num_layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": getattr(arguments, "num_query_groups", None) if grouped else heads,
-        "head_dim": getattr(arguments, "kv_channels", None) or hidden // heads,
-        "max_position_embeddings": getattr(arguments, "max_position_embeddings", None)
-        or _number(facts, arguments, "seq_length"),
-        "norm_epsilon": getattr(arguments, "norm_epsilon", None)
-        or getattr(arguments, "layernorm_epsilon", 1e-5),
-        "rotary_base": float(getattr(arguments, "rotary_base", None) or 10000.0),
-        "tie_word_embeddings": _is_tied(facts, arguments),
-        "initializer_range": getattr(arguments, "init_method_std", None) or 0.02,
-        "rotary_scaling": _rope_scaling(arguments),
-        "sliding_window": window[0] + 1 if window else None,
-        "norm": norm,
-        "position": position,
-        "mlp": "gelu" if is_gpt else "swiglu",
-        "qkv_bias": any(
-            facts.shape(f"{name}.bias") is not None for name in ("linear_qkv", "query_key_value")
-        ),
-        "output_bias": any(
-            facts.shape(f"{name}.bias") is not None for name in ("linear_proj", "attention.dense")
-        ),
-        "mlp_bias": any(facts.shape(f"{name}.bias") is not None for name in ("linear_fc2", "dense_4h_to_h")),
-        "embedding_norm": facts.shape("word_embeddings.norm.weight") is not None,
-        "qk_norm": facts.shape("q_layernorm.weight") is not None,
-    }
-    values["family"] = _family(values)
-    try:
-        config = validate(ModelConfig, values)
-    except ConfigError as error:
-        raise CheckpointError(f"{facts.folder}: its arguments describe no valid model: {error}") from None
-    log(f"{facts.folder}: architecture taken from its arguments, family {config.family}")
-    return config
-
-
-def llama3_by_factor(factor: float) -> RotaryScaling:
-    """Return what Megatron-LM's `--use-rope-scaling` does: Llama 3.1's scaling, whose other constants are fixed."""
-    return RotaryScaling(
-        kind="llama3",
-        factor=factor,
-        original_max_position_embeddings=8192,
-        low_freq_factor=1.0,
-        high_freq_factor=4.0,
-    )
-
-
-def _rope_scaling(arguments: Namespace) -> RotaryScaling | None:
-    if not getattr(arguments, "use_rope_scaling", False):
-        return None
-    return llama3_by_factor(float(getattr(arguments, "rope_scaling_factor", None) or 8.0))
 
 
 def check_arguments(
@@ -319,41 +217,3 @@ def _ids(folder: Path) -> dict[str, Any]:
     end = found.get("eos_token_id")
     ids = tuple(end) if isinstance(end, list) else () if end is None else (int(end),)
     return {"eos_token_ids": ids, "bos_token_id": found.get("bos_token_id")}
-
-
-def _vocab_size(facts: CheckpointFacts, arguments: Namespace) -> int:
-    said = getattr(arguments, "vocab_size", None)
-    if isinstance(said, int) and 0 < said <= facts.vocabulary_rows:
-        return said
-    raise UnknownModelError(
-        f"{facts.folder}: its embedding has {facts.vocabulary_rows:,} rows, but nothing says how many of them are "
-        "padding; give --orig-vocab-size, or --model-config with the model's config.json"
-    )
-
-
-def _number(facts: CheckpointFacts, arguments: Namespace, name: str) -> int:
-    value = getattr(arguments, name, None)
-    if not isinstance(value, int):
-        raise UnknownModelError(
-            f"{facts.folder}: its arguments do not say {name}; name the model's config.json with --model-config"
-        )
-    return value
-
-
-def _is_tied(facts: CheckpointFacts, arguments: Namespace) -> bool:
-    if facts.kind == "megatron":
-        return not getattr(arguments, "untie_embeddings_and_output_weights", False)
-    return facts.naming == "GPT"
-
-
-def _family(values: Mapping[str, Any]) -> str:
-    """Return the family whose Hugging Face folder holds such a model."""
-    if values["mlp"] == "gelu":
-        return "bloom"
-    if values["position"] == "alibi":
-        return "baichuan"
-    if values["qk_norm"]:
-        return "qwen3"
-    if values["qkv_bias"]:
-        return "internlm" if values["output_bias"] else "qwen2"
-    return "llama"

@@ -19,11 +19,11 @@ import torch
 
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.weights.derived_tensors import derived_reason
+from ascendspeed_core.weights.external.config_of_arguments import CheckpointFacts
 from ascendspeed_core.weights.external.deepspeed import LATEST, step_folder
 from ascendspeed_core.weights.external.deepspeed_ranks import Rank, is_deepspeed_ranks, open_deepspeed_ranks
 from ascendspeed_core.weights.external.detect_format import STATES, detect_name_map
 from ascendspeed_core.weights.external.megatron_args import (
-    CheckpointFacts,
     check_arguments,
     read_arguments,
     resolve_config,
@@ -42,6 +42,8 @@ from ascendspeed_core.weights.source import CheckpointError, Kind, inside
 
 _RANK_FOLDER = re.compile(r"mp_rank_(\d+)(?:_(\d+))?")
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
+FIRST_VERSION = 2.0
+"""Of `checkpoint_version`; a file without one is read as the newest."""
 SMALL_BYTES = 1 << 20
 """Parts up to this size that several files hold are compared when a checkpoint is opened."""
 
@@ -77,6 +79,7 @@ class MpRankSource(ExternalSource):
         first = dict(chunks[0, 0][0].tensors)
         kind, name_map, self.naming = detect_name_map(first, self.folder)
         self.kind: str = "deepspeed" if is_deepspeed_ranks(self.folder) else kind
+        _check_version(self._files[0, 0])
         self.arguments: Any = read_arguments(self._files[0, 0])
         embedding = next(iter(first[key] for key in first if key.endswith("word_embeddings.weight")), None)
         if embedding is None:
@@ -249,6 +252,16 @@ def open_rank_files(folder: Path) -> dict[tuple[int, int], TorchFile]:
         rank: TorchFile(inside(folder, f"{found[rank]}/{STATES}"))
         for rank in ((t, p) for p in range(pp) for t in range(tp))
     }
+
+
+def _check_version(file: TorchFile) -> None:
+    """Refuse the first versions of the format, in which the rows of the packed attention lie otherwise."""
+    version = file.content.get("checkpoint_version") if isinstance(file.content, dict) else None
+    if isinstance(version, int | float) and version < FIRST_VERSION:
+        raise CheckpointError(
+            f"{file.path} has checkpoint_version={version:g}, in which the rows of query_key_value lie otherwise; load "
+            "it with Megatron-LM and save it again, which writes version 3"
+        )
 
 
 def model_chunks(file: TorchFile) -> list[Any]:

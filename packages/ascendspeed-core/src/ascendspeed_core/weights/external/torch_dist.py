@@ -20,7 +20,8 @@ import torch
 
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.weights.derived_tensors import derived_reason
-from ascendspeed_core.weights.external.megatron_args import CheckpointFacts, read_arguments, resolve_config
+from ascendspeed_core.weights.external.config_of_arguments import CheckpointFacts
+from ascendspeed_core.weights.external.megatron_args import read_arguments, resolve_config
 from ascendspeed_core.weights.external.model_state import EXTRA_STATE, EXTRA_STATE_REASON
 from ascendspeed_core.weights.external.mp_rank import iteration_folder
 from ascendspeed_core.weights.external.name_maps import megatron
