@@ -20,7 +20,10 @@ from ascendspeed_infer.engine.model_runner import ScheduledChunk
 from ascendspeed_infer.engine.prefix_cache import CachedSequence, find_longest_prefix
 from ascendspeed_infer.engine.scoring_request import ScoringRequest
 from ascendspeed_infer.engine.sequence import NextToken, Request, SamplingRequest
+from ascendspeed_infer.sampling import check_finite_logits
 
+NOT_FINITE = -1
+"""Id of no token."""
 PREFILL_TOKENS_PER_STEP = 512
 """Long prompts are read in chunks, so that texts which are being continued do not wait for them."""
 
@@ -259,6 +262,8 @@ class Scheduler:
                 self._leave(scheduled, keep=False)
             return
         if likeliest is not None and isinstance(request, SamplingRequest):
+            if likeliest == NOT_FINITE:
+                check_finite_logits(float(logits[0].max()))
             following = request.take(likeliest)
         else:
             following = request.advance(torch.cat(list(logits)) if len(logits) > 1 else logits[0])
@@ -360,7 +365,10 @@ class Scheduler:
 
 
 def _likeliest_tokens(output: SchedulerOutput, logits: Sequence[torch.Tensor]) -> dict[int, int]:
-    """Return by chunk the token of each request that takes the likeliest one: one copy to the host for all of them."""
+    """Return by chunk the token of each request that takes the likeliest one: one copy to the host for all of them.
+
+    `NOT_FINITE` stands for a token whose logit is not finite; a NaN counts as the largest.
+    """
     # Of the chunks of a prompt the last one has logits.
     chunks = [
         own.stop - 1
@@ -369,4 +377,6 @@ def _likeliest_tokens(output: SchedulerOutput, logits: Sequence[torch.Tensor]) -
     ]
     if not chunks:
         return {}
-    return dict(zip(chunks, torch.cat([logits[chunk] for chunk in chunks]).argmax(-1).tolist(), strict=True))
+    rows = torch.cat([logits[chunk] for chunk in chunks])
+    tokens = torch.where(rows.amax(-1).isfinite(), rows.argmax(-1), NOT_FINITE)
+    return dict(zip(chunks, tokens.tolist(), strict=True))
