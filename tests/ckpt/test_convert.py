@@ -50,7 +50,7 @@ def test_what_any_layout_trained_loads_in_transformers(
     done = convert(tmp_path / "run", tmp_path / "hf")
     assert done.status == 0, done.stderr
     assert "equal to the source bit for bit" in done.stdout
-    assert "verdict: the same model" in done.stdout
+    assert "holds the same model as" in done.stdout
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     assert torch.equal(model.model.embed_tokens.weight, written["embedding.weight"])
     assert torch.equal(model.model.layers[3].mlp.down_proj.weight, written["layers.3.mlp.down_proj.weight"])

@@ -1,6 +1,7 @@
 """Adapters of AscendSpeed 2023 are read exactly: merged, they give what each of its ranks would have merged."""
 
 import json
+import shutil
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +18,13 @@ from ascendspeed_core.weights.adapters.ascendspeed import open_adapter
 from ascendspeed_core.weights.adapters.lora import loaded_adapters
 from ascendspeed_core.weights.adapters.merge import MergedAdapter
 from ascendspeed_core.weights.shard_layout import shard_layout
-from ascendspeed_core.weights.source import CheckpointError
+from ascendspeed_core.weights.source import DATA_MANIFEST, CheckpointError
+from ascendspeed_data.manifest import read_manifest
+from ascendspeed_data.tokenizer import copy_tokenizer, load_tokenizer
+from ascendspeed_infer.chat import choose_layout
 from support.commands import call
 from support.models import save_hugging_face, tiny_config
+from support.peft_adapters import make
 
 RANK, ALPHA = 3, 12
 ALONG_INPUT = ("attention.dense.weight", "mlp.down_proj.weight")
@@ -165,3 +170,59 @@ def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
         CheckpointError, match=r"layers\.1\.mlp\.up_proj\.lora_A\.weight holds values that are no"
     ):
         open_adapter(adapter, base)
+
+
+@pytest.mark.parametrize("kind", ["huggingface", "native", "ascendspeed"])
+def test_a_merged_folder_is_of_the_kind_of_its_base(
+    tmp_path: Path, tokenizer_folder: Path, kind: str
+) -> None:
+    """It keeps tokenizer, layout of conversations and the record of its parts; the verdict says what it was."""
+    records = [
+        {"instruction": "Add one.", "input": str(number), "output": str(number + 1)} for number in range(3)
+    ]
+    (tmp_path / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    made = call(
+        "asd-data", "preprocess", "--input", tmp_path / "records.jsonl", "--output-prefix", tmp_path / "set",
+        "--handler-name", "GeneralInstructionHandler", "--tokenizer-name-or-path", tokenizer_folder,
+    )  # fmt: skip
+    assert made.status == 0, made.stderr
+    manifest = tmp_path / "set_packed.manifest.json"
+    save_hugging_face(tiny_config(vocab_size=400), tmp_path / "hf")
+    copy_tokenizer(tokenizer_folder, tmp_path / "hf")
+    convert(
+        Conversion(
+            tmp_path / "hf",
+            tmp_path / "base",
+            kind,  # type: ignore[arg-type]
+            write_plan=WritePlan("ascendspeed", shard_layout(4)) if kind == "ascendspeed" else None,
+        )
+    )
+    make(tmp_path / "hf", tmp_path / "adapter", {"r": 2, "target_modules": ["q_proj"]})
+    shutil.copyfile(manifest, tmp_path / "adapter" / DATA_MANIFEST)
+    done = call(
+        "asd-ckpt", "merge-lora", "--load", tmp_path / "base", "--lora-load", tmp_path / "adapter", "--save",
+        tmp_path / "merged",
+    )  # fmt: skip
+    assert done.status == 0, done.stderr
+    last = done.stdout.splitlines()[-1]
+    assert last == (
+        f"verdict: {tmp_path}/merged holds the same model as {tmp_path}/base, with the adapter {tmp_path}/adapter "
+        "merged into it"
+    )
+    merged = open_weights(tmp_path / "merged")
+    assert merged.kind == kind
+    assert merged.tokenizer is not None
+    assert merged.data_manifest == read_manifest(manifest)
+    shown = call("asd-ckpt", "inspect", tmp_path / "merged")
+    record = {"base": f"{tmp_path}/base", "base_kind": kind, "adapter": f"{tmp_path}/adapter"}
+    assert f"merged from: {record}" in shown.stdout
+    layout = choose_layout(merged, load_tokenizer(merged.tokenizer), None)
+    assert layout.name == "GeneralInstructionHandler"
+
+
+def test_an_adapter_where_weights_are_wanted_names_a_command_that_takes_it(tmp_path: Path) -> None:
+    save_hugging_face(tiny_config(), tmp_path / "hf")
+    make(tmp_path / "hf", tmp_path / "adapter", {"r": 2, "target_modules": ["q_proj"]})
+    done = call("asd-ckpt", "convert", "--load", tmp_path / "adapter", "--save", tmp_path / "out")
+    assert done.status == 1
+    assert "asd-ckpt merge-lora" in done.complaint

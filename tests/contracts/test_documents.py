@@ -111,11 +111,12 @@ def test_programs_run(readme: Path, inputs: Path, tmp_path: Path) -> None:
         assert got == pytest.approx(want, abs=2e-4)
 
 
-def test_the_guide_to_generation_runs(inputs: Path, tmp_path: Path) -> None:
-    """Its programs are one after the other one."""
+@pytest.mark.parametrize("guide", ["generation.md", "coming-from.md"])
+def test_the_programs_of_a_guide_run(inputs: Path, tmp_path: Path, guide: str) -> None:
+    """They are one after the other one."""
     folder = tmp_path / "work"
     shutil.copytree(inputs, folder)
-    (folder / "program.py").write_text("\n".join(fences(ROOT / "docs/generation.md", "python")))
+    (folder / "program.py").write_text("\n".join(fences(ROOT / "docs" / guide, "python")))
     assert run_program("program.py", folder=folder)
 
 

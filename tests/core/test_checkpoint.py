@@ -229,7 +229,10 @@ def test_a_full_disk_leaves_what_was_there(workers: WorkerPool, tmp_path: Path, 
     """One process may write 1,000 bytes and no more; all processes learn of it."""
     for errors in workers.run(write_where_it_cannot, 2, str(tmp_path), Layout(tp=2), broken_rank):
         assert len(errors) == 2
-        assert all("File too large; earlier ones are as they were" in error for error in errors), errors
+        assert all(
+            "no space is left on the disk (File too large); free some; earlier ones are as they were" in error
+            for error in errors
+        ), errors
     assert saved_iterations(tmp_path) == [1]
     assert open_weights(tmp_path).config == CONFIG
 

@@ -146,7 +146,11 @@ def test_ctrl_c_ends_all_processes_with_one_line(arguments: list[object], tmp_pa
     running.send_signal(signal.SIGINT)
     done = running.finish(timeout=60)
     assert done.status == 130, done.stderr
-    assert done.complaint == "asd-core: error: stopped by SIGINT, all processes with it"
+    reached = saved_iterations(tmp_path / "run")[-1]
+    assert done.complaint == (
+        f"asd-core: error: stopped by Ctrl-C, all 2 processes with it; {tmp_path}/run holds iteration {reached}; the "
+        "same command with --auto-resume goes on from there"
+    )
     assert "Traceback" not in done.stderr
 
 
@@ -356,7 +360,7 @@ def test_a_second_run_on_the_same_folder(arguments: list[object], tmp_path: Path
 
 
 BAD: dict[str, tuple[list[object], int, str]] = {
-    "a flag that is not": (["--tensor-model-paralel-size", 2], 2, "or --tensor-model-parallel-size?"),
+    "a flag that is not": (["--tensor-model-paralel-size", 2], 2, "did you mean --tensor-model-parallel-size or"),
     "a checkpoint that is not": (["{model}", "--load", "/nowhere/run"], 1, "does not exist"),
     "heads that do not divide": (["--tensor-model-parallel-size", 16, "--nproc-per-node", 16], 2, "choose 1, 2, 4, 8"),
     "a sequence that cannot be cut": (["--sequence-parallel"], 2, "give --tensor-model-parallel-size 2 or more"),

@@ -109,10 +109,17 @@ def test_an_interrupted_run_resumes(data: Path, answers: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("flags", "key"),
     [
-        (["--protocol", "lm-eval"], "protocol='ascendspeed', but this run has protocol='lm-eval'"),
-        (["--limit", 3], "samples_sha256"),
-        (["--num-fewshot", 0, "--seed", 1], "settings"),
-        (["--seed", 3], "settings"),
+        (["--protocol", "lm-eval"], "protocol 'ascendspeed' and 'lm-eval'"),
+        (["--limit", 3], "(there and here): limit None and 3; choose"),
+        (["--num-fewshot", 0, "--seed", 1], "(there and here): seed 1234 and 1; choose"),
+        (
+            ["--limit", 2, "--limit-seed", 3],
+            "(there and here): limit None and 2; limit_seed None and 3; choose",
+        ),
+        (
+            ["--prompt-template", "{own prompt}"],
+            "(there and here): another question template (--prompt-template); ch",
+        ),
     ],
 )
 def test_a_run_with_other_settings_refuses_the_folder(
@@ -120,6 +127,8 @@ def test_a_run_with_other_settings_refuses_the_folder(
 ) -> None:
     assert run(data, answers, tmp_path / "out").status == 0
     before = (tmp_path / "out" / "results.json").read_text()
+    (tmp_path / "own.txt").write_text("{question}")
+    flags = [tmp_path / "own.txt" if flag == "{own prompt}" else flag for flag in flags]
     done = run(data, answers, tmp_path / "out", *flags)
     assert done.status == 1
     assert key in done.complaint

@@ -236,10 +236,10 @@ BAD: dict[str, tuple[list[object], int, str]] = {
         2,
         "does not divide num_attention_heads=8",
     ),
-    "a layout of training": (["{model}", "--sequence-parallel", "--prompt", "x"], 2, "No such option"),
+    "a layout of training": (["{model}", "--sequence-parallel", "--prompt", "x"], 2, "--sequence-parallel: leave it"),
     "another architecture": (["{model}", "--prompt", "x", "--num-layers", 7], 1, "num_layers=7 contradicts"),
     "another tokenizer": (["{model}", "--prompt", "x", "--tokenizer-type", "Other"], 2, "tokenizer_type=Other"),
-    "a flag that is not": (["{model}", "--promt", "x"], 2, "did you mean --prompt or"),
+    "a flag that is not": (["{model}", "--promt", "x"], 2, "did you mean --prompt?"),
 }  # fmt: skip
 
 

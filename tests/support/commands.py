@@ -96,6 +96,11 @@ class RunningCommand(ForkedCommand):
             self.kill_session()
             raise TimeoutError(f"still running after {timeout:g} s:\n{self.stderr}") from None
 
+    def send_group_signal(self, number: int) -> None:
+        """Send the process and all of its group a signal, as a terminal does."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, number)
+
     def kill_session(self) -> None:
         """Kill the process and its session; ranks lead sessions of their own, and must end with it. Wait for all."""
         with suppress(psutil.NoSuchProcess, ProcessLookupError):
@@ -176,5 +181,5 @@ def call(*args: object, stdin: str = "") -> Finished:
         patch.object(sys, "argv", words),
         patch.object(sys, "stdin", io.StringIO(stdin)),
     ):
-        status = module.run_app(module.app, words[0], words[1:])
+        status = importlib.import_module(module.build_app.__module__).run_app(module.app, words[0], words[1:])
     return Finished(status, out.getvalue(), err.getvalue())

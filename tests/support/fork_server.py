@@ -90,6 +90,7 @@ def _fork(listening: socket.socket, waiting: selectors.BaseSelector) -> None:
     request = json.loads(message)
     process = os.fork()
     if process == 0:
+        # SIGINT is ignored, as in the server, until the command begins.
         _end_with_parent()
         _run(request["words"], request["environment"], request["folder"], streams, request["session"])
     for stream in streams:
@@ -121,6 +122,7 @@ class ForkedPython:
         self.returncode: int | None = None
         self.pid = os.fork()
         if self.pid == 0:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
             streams = (0, 1 if stdout is None else stdout.fileno(), 2 if stderr is None else stderr.fileno())
             _run(
                 [word for word in args[1:] if word != "-u"], env, str(Path.cwd()), streams, start_new_session
@@ -181,6 +183,7 @@ def _run(
 
 def _run_words(words: Sequence[str], folder: str) -> int:
     try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         if words[0] == "-m":
             sys.argv, sys.path[0] = list(words[1:]), folder
             sys.modules.pop(words[1], None)
@@ -211,7 +214,6 @@ def _leave_parent_behind(streams: Sequence[int], session: bool) -> None:
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False, errors="backslashreplace")
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     for end in weakref.finalize._registry.values():  # type: ignore[attr-defined]
         end.atexit = False
     random.seed()

@@ -1,9 +1,7 @@
 """The command `asd-ckpt`."""
 
-import sys
-
 from ascendspeed_ckpt import __version__
-from ascendspeed_data.command_line import Command, build_app, run_app
+from ascendspeed_data.command_line import Command, build_app, run_and_exit
 
 COMMANDS = "ascendspeed_ckpt.commands"
 
@@ -29,7 +27,7 @@ app = build_app(
 
 def main() -> None:
     """Run the command line and exit."""
-    sys.exit(run_app(app, "asd-ckpt"))
+    run_and_exit(app, "asd-ckpt")
 
 
 if __name__ == "__main__":

@@ -65,8 +65,8 @@ class OutputOptions(Config):
     )
     to: TargetKind | None = Field(
         None,
-        description="Kind to write. [default: ascendspeed if a layout is given, else native from huggingface and "
-        "huggingface from all others]",
+        description="Kind to write. [default: merge-lora: the kind of the input; convert: ascendspeed if a layout is "
+        "given, else native from huggingface and huggingface from all others]",
     )
     dtype: Literal["float64", "float32", "bfloat16", "float16"] | None = Field(
         None, description="Dtype of the written weights. [default: as stored]"
@@ -103,7 +103,7 @@ class OutputOptions(Config):
     make_vocab_size_divisible_by: int = Field(
         128,
         ge=1,
-        description="Embedding and head are padded to a multiple of this number times the tensor-parallel size.",
+        description="Pad embedding and head to a multiple of this number times the tensor-parallel size.",
     )
     merge_mlp: bool = Field(
         False,

@@ -20,8 +20,9 @@ from ascendspeed_ckpt.writers.torch_dist import write_torch_dist
 from ascendspeed_ckpt.writers.write_plan import WritePlan
 from ascendspeed_core.models.families.config_rules import written_end_ids
 from ascendspeed_core.weights import NativeSource, WeightSource, open_weights, stored_source
+from ascendspeed_core.weights.adapters.merge import MergedAdapter
 from ascendspeed_core.weights.files.json_file import read_json
-from ascendspeed_core.weights.source import LeftOut
+from ascendspeed_core.weights.source import DATA_MANIFEST, LeftOut
 from ascendspeed_core.weights.stream import SLAB_BYTES
 from ascendspeed_data.command_line import Progress, log
 from ascendspeed_data.errors import AscendSpeedError, DataError
@@ -34,6 +35,8 @@ LOGITS_TOLERANCE = 1e-4
 """Largest accepted difference of fp32 logits: the same sums, in the order of two libraries."""
 
 GENERATION = "generation_config.json"
+MERGED = "merged_from.json"
+"""File beside merged weights: which base and which adapter they were made of."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,23 @@ def convert(conversion: Conversion) -> Verdict:
     )
 
 
+def what_is_kept(target: Path, was_taken: bool) -> str:
+    """Say what a conversion that ends early has kept; its scratch folder is removed.
+
+    Args:
+        target: of the conversion.
+        was_taken: whether something was there before.
+    """
+    scratch, old = target.with_name(f"{target.name}{INCOMPLETE}"), _replaced(target)
+    if old.exists() and not target.exists():
+        old.rename(target)
+    is_complete = is_taken(target) and not scratch.exists()
+    shutil.rmtree(scratch, ignore_errors=True)
+    if is_complete and not was_taken:
+        return f"{target} is written and complete; asd-ckpt verify compares it with the input"
+    return f"{target} {'holds a whole checkpoint' if was_taken else 'was not written'}; run the same command again"
+
+
 def total_bytes(source: WeightSource, dtype: torch.dtype | None, write_plan: WritePlan | None = None) -> int:
     """Return the bytes of all tensors that are written; external formats hold copies and padding."""
     stored = source.tensors()
@@ -178,9 +198,14 @@ def _moves_training_state(source: WeightSource, conversion: Conversion) -> bool:
     return isinstance(source, NativeSource) and conversion.to == "native" and conversion.dtype is None
 
 
+def is_taken(target: Path) -> bool:
+    """Whether something is at a path; an empty folder is as good as nothing."""
+    return target.exists() and not (target.is_dir() and not any(target.iterdir()))
+
+
 def _check_folders(conversion: Conversion, source: WeightSource) -> None:
     target = conversion.target
-    if target.exists() and not conversion.overwrite:
+    if is_taken(target) and not conversion.overwrite:
         raise AscendSpeedError(
             f"output_model_dir={target} exists; give --overwrite to replace it, or another folder"
         )
@@ -231,7 +256,7 @@ def _write(conversion: Conversion, source: WeightSource, folder: Path) -> int:
 
 
 def _copy_texts(conversion: Conversion, source: WeightSource, folder: Path) -> None:
-    """Copy tokenizer and generation config."""
+    """Copy tokenizer, generation config and the record of the training data; note what was merged."""
     tokenizer = conversion.tokenizer or source.tokenizer
     to = folder if conversion.to == "huggingface" else folder / "tokenizer"
     if tokenizer is None:
@@ -245,6 +270,16 @@ def _copy_texts(conversion: Conversion, source: WeightSource, folder: Path) -> N
             log(f"the tokenizer was copied as it is, but it cannot be opened: {error}")
     if source.path is not None and (source.path / GENERATION).is_file():
         _copy_generation_config(source, source.path / GENERATION, folder / GENERATION)
+    manifest = source.data_manifest
+    if manifest is not None and conversion.tokenizer is None and tokenizer is not None:
+        (folder / DATA_MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    elif manifest is not None:
+        log(
+            f"left out: the record of the data that {source.path} was trained on, which speaks of its own tokenizer"
+        )
+    if isinstance(source, MergedAdapter):
+        record = {"base": str(source.path), "base_kind": source.kind, "adapter": str(source.adapter.folder)}
+        (folder / MERGED).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def _copy_generation_config(source: WeightSource, path: Path, target: Path) -> None:
@@ -305,9 +340,13 @@ def _flush(folder: Path) -> None:
                 os.fsync(file.fileno())
 
 
+def _replaced(target: Path) -> Path:
+    return target.with_name(f"{target.name}.replaced{INCOMPLETE}")
+
+
 def _rename(scratch: Path, target: Path) -> None:
     """Give a complete folder its final name; an older one stays until then."""
-    old = target.with_name(f"{target.name}.replaced{INCOMPLETE}")
+    old = _replaced(target)
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         target.rename(old)

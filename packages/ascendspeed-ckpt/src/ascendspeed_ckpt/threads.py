@@ -29,8 +29,14 @@ def run_in_threads(tasks: Sequence[Callable[[], None]], workers: int) -> None:
             raise
 
     with ThreadPoolExecutor(workers) as pool:
-        for done in [pool.submit(guarded, task) for task in tasks]:
-            done.result()
+        waiting = [pool.submit(guarded, task) for task in tasks]
+        try:
+            for done in waiting:
+                done.result()
+        except BaseException:
+            # Ctrl-C, too: what has not begun does not begin.
+            stop.set()
+            raise
 
 
 class ByteCounter:

@@ -1,9 +1,7 @@
 """The command `asd-core`."""
 
-import sys
-
 from ascendspeed_core import __version__
-from ascendspeed_data.command_line import Command, build_app, run_app
+from ascendspeed_data.command_line import Command, build_app, run_and_exit
 
 SUMMARY = "Train large language models under any parallel layout, on NPU, GPU or CPU."
 
@@ -44,7 +42,7 @@ app = build_app(
 
 def main() -> None:
     """Run the command line and exit."""
-    sys.exit(run_app(app, "asd-core"))
+    run_and_exit(app, "asd-core")
 
 
 if __name__ == "__main__":

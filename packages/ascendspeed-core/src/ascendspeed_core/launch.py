@@ -7,7 +7,8 @@ elastic launcher, which runs the same command again with that environment.
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -65,7 +66,13 @@ def planned_world_size(nproc_per_node: int) -> int:
     return nproc_per_node
 
 
-def launch(module: str, args: Sequence[str], nproc_per_node: int, device: str) -> int:
+def launch(
+    module: str,
+    args: Sequence[str],
+    nproc_per_node: int,
+    device: str,
+    kept: Callable[[], str] = lambda: "run the same command again",
+) -> int:
     """Run `python -m module args` in several processes on this machine and wait for them.
 
     Args:
@@ -73,6 +80,7 @@ def launch(module: str, args: Sequence[str], nproc_per_node: int, device: str) -
         args: the command line, `--nproc-per-node` included.
         nproc_per_node: processes.
         device: as asked for; decides how torch is imported.
+        kept: called after a signal has stopped them; returns what is kept and how to go on.
 
     Returns:
         0, or the exit status of the first process that failed.
@@ -102,14 +110,23 @@ def launch(module: str, args: Sequence[str], nproc_per_node: int, device: str) -
     )
     try:
         elastic_launch(config, sys.executable)("-m", module, *args)
-    except SignalException as error:
+    except (SignalException, ProcessLookupError) as caught:
+        # The launcher passes a signal on to processes that may have ended by themselves.
+        error = caught if isinstance(caught, SignalException) else caught.__context__
+        if not isinstance(error, SignalException):
+            raise
+        name = "Ctrl-C" if error.sigval == signal.SIGINT else error.sigval.name
         raise _WorkerError(
-            f"stopped by {error.sigval.name}, all processes with it", 128 + error.sigval
+            f"stopped by {name}, all {nproc_per_node} processes with it; {kept()}",
+            128 + error.sigval,
         ) from None
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         message = failure.message if isinstance(failure.message, str) else str(failure.message.get("message"))
-        if failure.exitcode in (1, 2, 128 + signal.SIGTERM) and failure.error_file != "<NA>":
+        if (
+            failure.exitcode in (1, 2, 128 + signal.SIGTERM, 128 + signal.SIGINT)
+            and failure.error_file != "<NA>"
+        ):
             raise _WorkerError(message, failure.exitcode) from None
         raise AscendSpeedError(
             f"process {rank} of {nproc_per_node} ended with status {failure.exitcode}; its output is above"
@@ -133,6 +150,10 @@ def worker_errors() -> Iterator[None]:
     """
     if LAUNCHED in os.environ and is_worker():
         _end_with_launcher()
+        # Ranks wait for each other, so one that is interrupted cannot end in order: all end at once, and the launcher
+        # says what is kept. Training saves first, see `training.signals`.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         yield
     except AscendSpeedError as error:
@@ -206,7 +227,13 @@ def process_group(
         alone = dist.HashStore()  # type: ignore[attr-defined] # public, but not listed
         dist.init_process_group(chosen.backend, store=alone, rank=0, world_size=1, timeout=timeout)
     else:
-        dist.init_process_group(chosen.backend, timeout=timeout)
+        try:
+            dist.init_process_group(chosen.backend, timeout=timeout)
+        except dist.DistError as error:
+            reason = str(error).partition("\n")[0]
+            raise AscendSpeedError(
+                f"the {world.size} processes of the run did not find each other: {reason}"
+            ) from None
     try:
         yield world, chosen
     finally:
@@ -217,4 +244,6 @@ def _quiet_elastic() -> None:
     """Keep the launcher's own log lines and traceback away; the error of the worker is what matters."""
     import logging
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)

@@ -1,9 +1,7 @@
 """The command `asd-data`."""
 
-import sys
-
 from ascendspeed_data import __version__
-from ascendspeed_data.command_line import Command, build_app, run_app
+from ascendspeed_data.command_line import Command, build_app, run_and_exit
 
 COMMANDS = "ascendspeed_data.commands"
 
@@ -39,7 +37,7 @@ app = build_app(
 
 def main() -> None:
     """Run the command line and exit."""
-    sys.exit(run_app(app, "asd-data"))
+    run_and_exit(app, "asd-data")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from ascendspeed_data.errors import DataError
 from ascendspeed_data.fast_tokenizer import Encoder, ExactEncoder, spot_check
 from ascendspeed_data.fields import check_record, filled
 from ascendspeed_data.handlers import IGNORED_LABEL, Sample, SampleHandler, TextHandler, kind_of
+from ascendspeed_data.handlers.registry import handlers_for
 from ascendspeed_data.indexed import optimal_token_format
 from ascendspeed_data.literal_pieces import LiteralTokenizer, literal_samples
 from ascendspeed_data.reading.records import check_columns, location_of, records_of_shard, text_of
@@ -120,7 +121,7 @@ class ShardEncoder:
                     check_columns(plain, self.handler.columns, f"{self.handler.name} needs it")
                 else:
                     for key in self.json_keys:
-                        text_of(plain, key)
+                        _check_text(plain, key)
                 made = [self.handler.texts(record, key) for key in self.json_keys]
                 if unused is not None:
                     unused.update(name for name, value in unread_of(record).items() if filled(value))
@@ -269,3 +270,13 @@ def _size_of(text: str, shard: Shard, number: int) -> int:
             f"{location_of(shard, number)}: half a surrogate pair at character {error.start} is not valid text; "
             "repair the record"
         ) from None
+
+
+def _check_text(record: Record, key: str) -> None:
+    """Raise `DataError` unless a record has a text; the message names handlers that read such records."""
+    try:
+        text_of(record, key)
+    except DataError as error:
+        fitting = handlers_for(record) if key not in record else []
+        hint = f"; --handler-name {fitting[0]} reads such records (all: asd-data handlers)" if fitting else ""
+        raise DataError(f"{error}{hint}") from None

@@ -3,8 +3,10 @@
 A message names the field, its value, the rule and the remedy. Any other exception is a bug and keeps its traceback.
 """
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
 
 
 class AscendSpeedError(Exception):
@@ -21,6 +23,18 @@ class ConfigError(AscendSpeedError):
 
 class DataError(AscendSpeedError):
     """A dataset, tokenizer or manifest is missing, damaged or does not match."""
+
+
+def not_downloaded(path: Path) -> str:
+    """Return how to get a model of the Hugging Face hub whose name was given for a folder, or an empty string."""
+    is_name = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(path)) and not path.parent.exists()
+    if not is_name:
+        return ""
+    folder = path.name
+    return (
+        f"it looks like a name on the Hugging Face hub, from which nothing is downloaded here: "
+        f"`hf download {path} --local-dir {folder}`, and give {folder}"
+    )
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:

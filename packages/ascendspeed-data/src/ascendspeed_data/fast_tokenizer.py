@@ -4,6 +4,7 @@ gigatoken (extra `[fast]`) encodes about ten times faster than SentencePiece, bu
 both on hard texts and on the start of the input, then on one text of every shard.
 """
 
+import importlib
 import json
 import random
 from collections.abc import Sequence
@@ -74,6 +75,8 @@ class FastEncoder:
     """
 
     def __init__(self, tokenizer: Tokenizer, content: str) -> None:
+        # gigatoken imports awkward at its first batch, and returns lists if Ctrl-C comes then.
+        importlib.import_module("awkward")
         import gigatoken
 
         self.name = gigatoken_version()

@@ -1,11 +1,11 @@
 """Write files atomically, and report a full disk as one line."""
 
-import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ascendspeed_data.command_line.stopping import NO_SPACE
 from ascendspeed_data.errors import AscendSpeedError
 
 INCOMPLETE = ".incomplete"
@@ -36,6 +36,6 @@ def full_disk_named(output: Path, remedy: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in NO_SPACE:
             raise
         raise AscendSpeedError(f"no space left on the disk of {output}; {remedy}") from None

@@ -12,6 +12,7 @@ Layout of the `.idx`, little-endian, as megatron-core's `IndexedDatasetBuilder` 
     int64[m]  sequence at which each document starts; the first is 0, the last is n
 """
 
+import glob
 import os
 import struct
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ascendspeed_data.errors import DataError
+from ascendspeed_data.errors import DataError, not_downloaded
 from ascendspeed_data.files import INCOMPLETE
 from ascendspeed_data.reading.inputs import read_errors
 
@@ -287,10 +288,39 @@ def _existing(prefix: Path, suffix: str) -> Path:
         hint = (
             f"give the prefix without the ending: {stripped}"
             if stripped != str(prefix)
-            else "check the prefix"
+            else _how_to_make(prefix)
         )
         raise DataError(f"{path} does not exist; {hint}")
     return path
+
+
+def _how_to_make(prefix: Path) -> str:
+    """Say what to do where a prefix leads to nothing: raw data, a folder, a name of the hub, names with commas."""
+    if prefix.is_file():
+        return (
+            f"{prefix} is not tokenized yet: asd-data preprocess --input {prefix} --output-prefix PREFIX "
+            "--tokenizer-name-or-path DIR makes the files; give their prefix, PREFIX_text_document (of instruction "
+            "sets and conversations add --handler-name, which `asd-data handlers` lists, and give PREFIX)"
+        )
+    if prefix.is_dir():
+        found = sorted(path.with_suffix("") for path in prefix.glob("*.idx"))[:3]
+        return (
+            f"{prefix} is a folder; give a prefix in it: {', '.join(map(str, found))}"
+            if found
+            else f"{prefix} is a folder without .idx files; asd-data preprocess makes them of your records"
+        )
+    if "," in str(prefix):
+        return "separate several prefixes by spaces, each after its weight"
+    if _with_suffix(prefix.with_name(f"{prefix.name}_packed_input_ids_document"), ".idx").is_file():
+        return f"{prefix} holds instruction samples, for asd-core finetune --is-instruction-dataset"
+    near = sorted(path.with_suffix("") for path in prefix.parent.glob(f"{glob.escape(prefix.name)}_*.idx"))[
+        :3
+    ]
+    return (
+        f"did you mean {' or '.join(map(str, near))}?"
+        if near
+        else not_downloaded(prefix) or "check the prefix"
+    )
 
 
 def _open_at(path: Path, size: int) -> Any:

@@ -103,8 +103,8 @@ class PackRecord(_Frozen):
 class DatasetManifest(_Frozen):
     """The settings that decide the bytes of a dataset, and the counts and hashes of the result.
 
-    `num_spelling_records` counts records whose texts spell special pieces, which were read as text.
     `tool_use_template` formats the conversations with tools, if the tokenizer has a template for them.
+    `num_spelling_records` counts records whose texts spell special pieces, which were read as text.
     `unused_columns` names the columns and the keys of messages that nothing read, with the number of records in which
     they are filled.
     """

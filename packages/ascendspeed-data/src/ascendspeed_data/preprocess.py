@@ -18,6 +18,7 @@ import numpy as np
 
 from ascendspeed_data import __version__
 from ascendspeed_data.command_line import Progress, log
+from ascendspeed_data.command_line.stopping import InterruptedRunError, keeping
 from ascendspeed_data.encoding import INPUT_IDS, ShardEncoder
 from ascendspeed_data.errors import AscendSpeedError, ConfigError, DataError
 from ascendspeed_data.fast_tokenizer import EncoderChoice, ExactEncoder, choose_encoder
@@ -77,6 +78,7 @@ def preprocess_dataset(
     remedy = "free some space and run the same command again: it resumes after the finished documents"
     with (
         output_lock(job.path_with_suffix(".lock"), f"--output-prefix {job.output_prefix}"),
+        keeping(lambda: "run the same command again to go on"),
         full_disk_named(job.output_prefix, remedy),
     ):
         choice = choose_encoder(
@@ -119,8 +121,10 @@ class _PreprocessRun:
             try:
                 self._tokenize(outputs, commit or Commit(), log_interval, seconds_between_lines)
                 self._check_not_empty(outputs)
+            except KeyboardInterrupt:
+                raise InterruptedRunError(f"interrupted; {self._keep_finished(outputs)}") from None
             except BaseException:
-                self._keep_finished(outputs)
+                log(self._keep_finished(outputs))
                 raise
             return self._finish(outputs, [record for future in hashes for record in future.result()])
 
@@ -228,16 +232,16 @@ class _PreprocessRun:
                     )
                 raise DataError(f"column {key!r} of {read} has no text; check --json-key")
 
-    def _keep_finished(self, outputs: dict[str, DatasetWriter]) -> None:
-        """After an error, keep the documents that the journal records; if there are none, delete everything."""
+    def _keep_finished(self, outputs: dict[str, DatasetWriter]) -> str:
+        """Keep the documents that the journal records, and say so; if there are none, delete everything."""
         kept = self.journal.documents_kept()
         if kept:
-            log(f"{kept:,} documents are finished; run the same command again to resume after them")
-            return
+            return f"{kept:,} documents are finished; run the same command again to resume after them"
         for output in outputs.values():
             for writer in output.writers.values():
                 writer.keep = False
         self.journal.remove()
+        return "no document is finished, and nothing is kept"
 
     def _finish(
         self, outputs: dict[str, DatasetWriter], inputs: Sequence[InputFile]

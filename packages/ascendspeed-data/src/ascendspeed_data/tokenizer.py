@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ascendspeed_data.added_tokens import TextPart
-from ascendspeed_data.errors import ConfigError, DataError, did_you_mean
+from ascendspeed_data.errors import ConfigError, DataError, did_you_mean, not_downloaded
 from ascendspeed_data.json_tokenizer import JsonTokenizer
 from ascendspeed_data.sentencepiece_tokenizer import SentencePieceTokenizer
 from ascendspeed_data.token_batch import TokenBatch
@@ -142,8 +142,10 @@ def load_tokenizer(path: Path, kind: str = "PretrainedFromHF") -> SentencePieceT
     if opened is not None:
         return opened
     state = "has neither tokenizer.json nor tokenizer.model" if path.is_dir() else "does not exist"
+    hint = "" if path.is_dir() else not_downloaded(path)
     raise DataError(
-        f"tokenizer {path} {state}; check --tokenizer-name-or-path (nothing is downloaded from the Hugging Face hub)"
+        f"tokenizer {path} {state}; "
+        + (hint or "check --tokenizer-name-or-path (nothing is downloaded from the Hugging Face hub)")
     )
 
 

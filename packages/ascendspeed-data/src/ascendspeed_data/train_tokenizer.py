@@ -57,7 +57,7 @@ def train_sentencepiece(
     """
     import sentencepiece
 
-    if folder.exists() and not overwrite:
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())) and not overwrite:
         raise AscendSpeedError(
             f"output_dir={folder} already exists; give --overwrite to replace it, or another folder"
         )

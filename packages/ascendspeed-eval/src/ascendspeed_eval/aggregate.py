@@ -1,23 +1,23 @@
 """Aggregate scores of samples into scores of subsets, groups and tasks."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import fsum
 from typing import Any
 
+from ascendspeed_eval.evaluation import Evaluation
+from ascendspeed_eval.protocol import describe_protocol
 from ascendspeed_eval.statistics import interval, mean_error
-from ascendspeed_eval.tasks.base import Task, TaskVariant
-from ascendspeed_eval.tasks.samples import Record, ScoredSample
+from ascendspeed_eval.tasks.samples import ScoredSample
 
 
-def task_results(
-    task: Task, variant: TaskVariant, records: Sequence[Record], scored: Sequence[ScoredSample]
-) -> dict[str, Any]:
+def task_results(evaluation: Evaluation, scored: Sequence[ScoredSample]) -> dict[str, Any]:
     """Return the entry of a task in `results.json`.
 
     `score` is the mean over all samples (micro average); `macro` is the mean over subsets, which gives small and large
     subsets the same weight. Questions without labels have no score.
     """
+    task, variant, records = evaluation.task, evaluation.variant, evaluation.benchmark.records
     labelled = [one for one in scored if one.target != []]
     values = [one.scores for one in labelled]
     # Samples of one task may have different metrics (AGIEval's cloze questions); the first is a sample's main metric.
@@ -26,6 +26,7 @@ def task_results(
     by_subset: dict[str, list[float]] = {}
     for one, value in zip(labelled, main, strict=True):
         by_subset.setdefault(one.subset, []).append(value)
+    groups_source, groups = task.groups_of(variant)
     names = list(dict.fromkeys(name for one in values for name in one))
     return {
         "score": _mean(main),
@@ -36,13 +37,14 @@ def task_results(
         "confidence_interval_95": list(interval(main)) if main else [0.0, 0.0],
         "macro": _mean([_mean(part) for part in by_subset.values()]),
         "metrics": {name: _mean([one[name] for one in values if name in one]) for name in names},
-        "groups": _groups(task, by_subset),
+        "groups": _groups(groups, by_subset),
+        "groups_source": groups_source,
         "subsets": {
             name: {"score": _mean(part), "num_samples": len(part), "stderr": mean_error(part)}
             for name, part in by_subset.items()
         },
         "protocol": variant.name,
-        "protocol_summary": variant.summary,
+        "protocol_summary": describe_protocol(task, variant, evaluation.samples, evaluation.settings),
         "is_default_protocol": variant.name == task.default_variant,
         "baselines": task.baselines([r for r in records if r.id in asked], variant),
         "truncated_samples": sum(one.truncated_tokens > 0 for one in scored),
@@ -51,9 +53,9 @@ def task_results(
     }
 
 
-def _groups(task: Task, by_subset: dict[str, list[float]]) -> dict[str, Any]:
+def _groups(members: Mapping[str, Sequence[str]], by_subset: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     groups = {}
-    for name, subsets in task.groups.items():
+    for name, subsets in members.items():
         parts = [by_subset[subset] for subset in subsets if subset in by_subset]
         whole = [value for part in parts for value in part]
         if whole:

@@ -1,9 +1,7 @@
 """The command `asd-eval`."""
 
-import sys
-
 from ascendspeed_eval import __version__
-from ascendspeed_eval.command_line import Command, build_app, run_app
+from ascendspeed_eval.command_line import Command, build_app, run_and_exit
 
 COMMANDS = "ascendspeed_eval.commands"
 
@@ -21,7 +19,7 @@ app = build_app(
 
 def main() -> None:
     """Run the command line and exit."""
-    sys.exit(run_app(app, "asd-eval"))
+    run_and_exit(app, "asd-eval")
 
 
 if __name__ == "__main__":

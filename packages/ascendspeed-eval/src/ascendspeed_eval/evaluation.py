@@ -1,6 +1,6 @@
 """What an evaluation is: a task with its variant, records, prompts and settings."""
 
-from collections import Counter
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,6 +38,7 @@ def prepare_evaluation(
     *,
     subsets: Sequence[str] = (),
     limit: int | None = None,
+    limit_seed: int | None = None,
     num_fewshot: int | None = None,
     generation: GenerationSettings | None = None,
     seed: int = 1234,
@@ -50,23 +51,29 @@ def prepare_evaluation(
         path: a file or folder that the task reads.
         subsets: keep these subsets only; the name of a group stands for its subsets.
         limit: keep the first `limit` samples of each subset.
+        limit_seed: draw those samples at random with this seed instead; they stay in their order.
         num_fewshot: number of examples in the prompt; the variant's number by default.
         generation: settings that change generated answers.
         seed: recorded in `run.json`.
 
     Raises:
-        UsageError: an unknown subset, or fewer examples than `num_fewshot`.
+        UsageError: an unknown subset, a `limit_seed` without `limit`, or fewer examples than `num_fewshot`.
         EvaluationError: a file is missing or damaged.
     """
     generation = generation or GenerationSettings(seed=seed)
     benchmark = task.read(path)
-    records = _choose_subsets(task, benchmark.records, subsets)
+    records = _choose_subsets(task, variant, benchmark.records, subsets)
     if limit is not None:
-        records = _first_of_each_subset(records, limit)
+        records = _some_of_each_subset(records, limit, limit_seed)
+    elif limit_seed is not None:
+        raise UsageError(
+            f"limit_seed={limit_seed} means nothing without --limit; give it too, or leave it out"
+        )
     benchmark = Benchmark(records, benchmark.examples, benchmark.files)
     samples = task.samples(benchmark, variant, num_fewshot)
     settings = {
         "limit": limit,
+        "limit_seed": limit_seed,
         "subsets": list(subsets),
         "num_fewshot": variant.num_fewshot if num_fewshot is None else num_fewshot,
         "max_new_tokens": generation.max_new_tokens or variant.max_new_tokens,
@@ -77,23 +84,32 @@ def prepare_evaluation(
     return Evaluation(task, variant, benchmark, samples, generation, settings)
 
 
-def _choose_subsets(task: Task, records: Sequence[Record], names: Sequence[str]) -> list[Record]:
+def _choose_subsets(
+    task: Task, variant: TaskVariant, records: Sequence[Record], names: Sequence[str]
+) -> list[Record]:
     """Return the records of the named subsets, or all of them if none is named."""
     known = list(dict.fromkeys(record.subset for record in records))
-    wanted = [subset for name in names for subset in task.groups.get(name, (name,))]
-    for name in wanted:
-        if name not in known:
+    _, groups = task.groups_of(variant)
+    wanted = []
+    for name in names:
+        # The data may hold some subsets of a group only.
+        members = [subset for subset in groups.get(name, (name,)) if subset in known]
+        if not members:
             raise UsageError(
                 f"subset={name} does not exist; choose from {', '.join(known)}{did_you_mean(name, known)}"
             )
+        wanted += members
     return [record for record in records if not wanted or record.subset in wanted]
 
 
-def _first_of_each_subset(records: Sequence[Record], limit: int) -> list[Record]:
-    counts: Counter[str] = Counter()
-    kept = []
-    for record in records:
-        counts[record.subset] += 1
-        if counts[record.subset] <= limit:
-            kept.append(record)
-    return kept
+def _some_of_each_subset(records: Sequence[Record], limit: int, seed: int | None) -> list[Record]:
+    """Return the first samples of each subset, or some that are drawn, in the order of the files."""
+    by_subset: dict[str, list[int]] = {}
+    for number, record in enumerate(records):
+        by_subset.setdefault(record.subset, []).append(number)
+    kept: set[int] = set()
+    for subset, numbers in by_subset.items():
+        # Each subset has draws of its own, so that choosing subsets does not change them.
+        drawn = numbers if seed is None else random.Random(f"{seed}/{subset}").sample(numbers, len(numbers))
+        kept.update(drawn[:limit])
+    return [record for number, record in enumerate(records) if number in kept]

@@ -62,12 +62,12 @@ def resume_samples(folder: Path, identity: Mapping[str, Any]) -> list[ScoredSamp
     if settings.is_file():
         earlier = parse_json(read_text(settings), str(settings))
         check_keys(earlier, {}, str(settings))
-        for key, value in identity.items():
-            if earlier.get(key) != value:
-                raise EvaluationError(
-                    f"{folder} holds a run with {key}={earlier.get(key)!r}, but this run has "
-                    f"{key}={value!r}; choose another --output-dir"
-                )
+        different = differences(earlier, identity)
+        if different:
+            raise EvaluationError(
+                f"{folder} holds a run with other settings (there and here): {'; '.join(different)}; choose another "
+                "--output-dir, or give that run's settings to go on with it"
+            )
     else:
         write_atomically(settings, json.dumps(identity, indent=2, ensure_ascii=False) + "\n")
     path = folder / SAMPLES
@@ -98,6 +98,39 @@ def append_failure(folder: Path, name: str, subset: str, reason: str) -> None:
     """Add a line to `failed.jsonl`: a sample without an answer, and why."""
     with (folder / FAILED).open("a", encoding="utf-8") as file:
         file.write(line_of({"id": name, "subset": subset, "reason": reason}))
+
+
+_DIGESTS = {
+    "template_sha256": "question template (--prompt-template)",
+    "data_sha256": "content of the files in --task-data-path",
+    "model_fingerprint": "set of weights",
+}
+"""Digests of an identity, and what it means when they differ."""
+_EXPLAINED_BY_OTHERS = "samples_sha256"
+"""The digest of all prompts, which differs whenever data, template or settings do."""
+
+
+def differences(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> list[str]:
+    """Say in what the identities of two runs differ: each setting with both values, digests by what they stand for."""
+    found = []
+    for key, value in later.items():
+        before = earlier.get(key)
+        if before == value or key == _EXPLAINED_BY_OTHERS:
+            continue
+        if isinstance(value, Mapping) and isinstance(before, Mapping):
+            names = dict.fromkeys([*before, *value])
+            found += [
+                f"{name} {before.get(name)!r} and {value.get(name)!r}"
+                for name in names
+                if before.get(name) != value.get(name)
+            ]
+        elif key in _DIGESTS:
+            found.append(f"another {_DIGESTS[key]}")
+        else:
+            found.append(f"{key} {before!r} and {value!r}")
+    if not found and earlier.get(_EXPLAINED_BY_OTHERS) != later.get(_EXPLAINED_BY_OTHERS):
+        found.append("other prompts")
+    return found
 
 
 def read_samples(folder: Path) -> list[ScoredSample]:

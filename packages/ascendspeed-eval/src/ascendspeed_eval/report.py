@@ -48,7 +48,9 @@ def markdown(results: Mapping[str, Any]) -> str:
         lines += [f"- answers: {task['answers']}"] if task["answers"] else []
         reasons = ", ".join(f"{key} {value}" for key, value in task.get("finish_reasons", {}).items())
         lines += [f"- why generated texts ended: {reasons}"] if reasons else []
-        lines += ["", *_table(_groups_and_subsets(task)), ""] if len(task["subsets"]) > 1 else []
+        if len(task["subsets"]) > 1:
+            lines += ["", *_table(_groups_and_subsets(task)), ""]
+            lines += [f"Groups in bold are those of {task['groups_source']}."] if task["groups"] else []
         lines += (
             ["", "Published scores:", "", *_table(_references(task)), ""] if task["reference_scores"] else []
         )

@@ -56,6 +56,8 @@ def _task(name: str, task: Mapping[str, Any]) -> str:
     if len(task["subsets"]) > 1:
         bars = {**{f"[{key}]": part for key, part in task["groups"].items()}, **task["subsets"]}
         lines.append(_bar_chart(bars, task["baselines"].get("chance")))
+        if task["groups"]:
+            lines.append(f"<p>Groups in brackets are those of {escape(task['groups_source'])}.</p>")
     if task["reference_scores"]:
         rows = [[model, source, f"{value:.3f}"] for model, source, value in task["reference_scores"]]
         lines.append("<p>Published scores</p>" + _table(["model", "source", "score"], rows))

@@ -189,11 +189,7 @@ def _results(
 ) -> dict[str, Any]:
     return {
         "format_version": FORMAT_VERSION,
-        "tasks": {
-            evaluation.task.name: task_results(
-                evaluation.task, evaluation.variant, evaluation.benchmark.records, scored
-            )
-        },
+        "tasks": {evaluation.task.name: task_results(evaluation, scored)},
         "model": {
             "name": description.name,
             "num_parameters": description.num_parameters,

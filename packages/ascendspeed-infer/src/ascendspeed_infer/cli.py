@@ -1,8 +1,6 @@
 """The command `asd-infer`."""
 
-import sys
-
-from ascendspeed_data.command_line import Command, build_app, run_app
+from ascendspeed_data.command_line import Command, build_app, run_and_exit
 from ascendspeed_infer import __version__
 
 app = build_app(
@@ -17,7 +15,7 @@ app = build_app(
 
 def main() -> None:
     """Run the command line and exit."""
-    sys.exit(run_app(app, "asd-infer"))
+    run_and_exit(app, "asd-infer")
 
 
 if __name__ == "__main__":

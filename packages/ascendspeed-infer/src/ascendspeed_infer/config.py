@@ -36,7 +36,7 @@ class AnswerConfig(Config):
 
     max_new_tokens: int = Field(512, ge=1, description="Most tokens to generate.")
     do_sample: bool = Field(False, description="Draw tokens at random; without it the likeliest is taken.")
-    temperature: float = Field(1.0, gt=0, description="Flattens (above 1) or sharpens the distribution.")
+    temperature: float = Field(1.0, gt=0, description="Above 1 makes draws more random, below 1 less.")
     top_k: int = Field(0, ge=0, description="Draw only from the k likeliest tokens; 0 is all.")
     top_p: float = Field(
         1.0, gt=0, le=1, description="Draw only from the smallest set with this probability."
@@ -45,13 +45,15 @@ class AnswerConfig(Config):
         1.0, gt=0, description="Above 1 makes tokens that already occur in prompt or text less likely."
     )
     seed: int = Field(1234, description="Seed of the draws of each prompt, and of random weights.")
-    stop: tuple[str, ...] = Field((), description="Strings that end a completion; they are cut off.")
+    stop: tuple[str, ...] = Field((), description="Strings that end a completion; the text ends before them.")
     eos_token_ids: tuple[int, ...] | None = Field(
         None,
         description="Ids that end a completion. [default: the model's]",
         json_schema_extra=spellings("--eos-token-id"),
     )
-    ignore_eos: bool = Field(False, description="Go on past end-of-text ids.", json_schema_extra={"off": ""})
+    ignore_eos: bool = Field(
+        False, description="Do not stop at end-of-text ids.", json_schema_extra={"off": ""}
+    )
     parse_special: bool = Field(
         False,
         description="Read special pieces that a prompt or message spells, such as <|im_end|>, as control; without it "
@@ -174,12 +176,15 @@ class LayoutConfig(Config):
 
     tensor_model_parallel_size: int = Field(1, ge=1, description="Devices that share every layer (tp).")
     pipeline_model_parallel_size: int = Field(
-        1, ge=1, description="Stages that the layers are cut into (pp); they need not be equally long."
+        1,
+        ge=1,
+        description="Pipeline stages that the layers are split into (pp); they need not be equally long.",
     )
     zero_stage: Literal[1, 2, 3] | None = Field(
         None,
-        description="Run under DeepSpeed: with 3 each data-parallel process keeps a share of the weights, and all "
-        "compute together; 1 and 2 only cut what training has.",
+        description="Run under DeepSpeed. 3 shards the weights over the data-parallel processes; 1 and 2 "
+        "shard only what "
+        "training needs, and change nothing here.",
     )
     deepspeed: bool = Field(
         False,
@@ -254,7 +259,9 @@ class AdapterConfig(Config):
         json_schema_extra=spellings("--adapter"),
     )
     merge_adapter: bool = Field(
-        True, description="Add the adapter to the weights as they are read, not to what each layer computes."
+        True,
+        description="Merge the adapter into the weights while loading; --no-merge-adapter computes it "
+        "beside each layer.",
     )
 
     @model_validator(mode="after")
@@ -339,7 +346,8 @@ class ScoringConfig(Config):
     seq_length: int | None = Field(
         None,
         ge=1,
-        description="Longest prompt and answer in tokens; what is beyond it is cut off and counted. [default: the "
+        description="Longest prompt and answer in tokens; longer ones are truncated from the left, and "
+        "counted in the report. [default: the "
         "protocol's, at most the model's]",
     )
 

@@ -114,7 +114,8 @@ class AscendSpeedBackend:
         from ascendspeed_infer.loading import open_model_source, wanted_dtype
 
         config = load_config(EvalConfig, None, dict(options))
-        with worker_errors(), process_group(config.launch.device) as (world, device):
+        is_zero = config.parallel.resolved_zero_stage() is not None
+        with worker_errors(), process_group(config.launch.device, even_alone=is_zero) as (world, device):
             source = open_model_source(config)
             model = LanguageModel.from_source(
                 source,

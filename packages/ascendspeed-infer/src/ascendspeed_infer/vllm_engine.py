@@ -197,9 +197,9 @@ class VllmEngine:
         (text,) = output.outputs
         new = [int(token) for token in text.token_ids]
         log_probs = log_probs_of(new, text.logprobs)
-        for index, (token, log_prob) in enumerate(zip(new, log_probs, strict=True), 1):
+        for count, (token, log_prob) in enumerate(zip(new, log_probs, strict=True), 1):
             ids.append(token)
-            is_last = output.finished and index == len(new)
+            is_last = output.finished and count == len(new)
             reason = _reason(text.finish_reason) if is_last else None
             if reason != "stop" and request.stop_check(ids):
                 reason = "stop"

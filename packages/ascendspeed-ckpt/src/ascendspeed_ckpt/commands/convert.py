@@ -1,5 +1,6 @@
 """`asd-ckpt convert`."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,6 +10,7 @@ from ascendspeed_ckpt.config import EXTERNAL_KINDS, ConvertOptions, OutputOption
 from ascendspeed_core.config.load import load_config
 from ascendspeed_data.command_line import log
 from ascendspeed_data.command_line.options import options_from
+from ascendspeed_data.command_line.stopping import keeping
 from ascendspeed_data.errors import AscendSpeedError, ConfigError
 
 if TYPE_CHECKING:
@@ -58,14 +60,16 @@ def open_input(options: ConvertOptions) -> "WeightSource":
     return source
 
 
-def plan(options: ConvertOptions, source: "WeightSource", max_shard_bytes: int) -> "Conversion":
-    """Return the conversion that the options describe."""
+def plan(
+    options: ConvertOptions, source: "WeightSource", max_shard_bytes: int, default: TargetKind | None = None
+) -> "Conversion":
+    """Return the conversion that the options describe; without `--to` the result is of the kind `default`."""
     import torch
 
     from ascendspeed_ckpt.conversion import Conversion
 
     output, work = options.output, options.work
-    to = output.to or default_target(options, source)
+    to = output.to or default or default_target(options, source)
     dtype = getattr(torch, output.dtype) if output.dtype else None
     return Conversion(
         source=source,
@@ -115,7 +119,14 @@ def make_write_plan(output: OutputOptions, to: TargetKind, num_layers: int, dtyp
 
 def run(conversion: "Conversion", dry_run: bool) -> None:
     """Log what will be done, do it, and print what was proved."""
-    from ascendspeed_ckpt.conversion import convert, memory_bytes, not_converted, total_bytes
+    from ascendspeed_ckpt.conversion import (
+        convert,
+        is_taken,
+        memory_bytes,
+        not_converted,
+        total_bytes,
+        what_is_kept,
+    )
     from ascendspeed_core.weights import WeightSource
 
     source = conversion.source
@@ -143,12 +154,13 @@ def run(conversion: "Conversion", dry_run: bool) -> None:
         f"memory: at most {memory_bytes(opened, workers):,} bytes of tensors at once, {workers} files at once"
     )
     if dry_run:
-        if conversion.target.exists() and not conversion.overwrite:
+        if is_taken(conversion.target) and not conversion.overwrite:
             raise AscendSpeedError(
                 f"output_model_dir={conversion.target} exists; give --overwrite to replace it"
             )
         return
-    report(convert(conversion), conversion)
+    with keeping(partial(what_is_kept, conversion.target, is_taken(conversion.target))):
+        report(convert(conversion), conversion)
 
 
 def report(verdict: "Verdict", conversion: "Conversion") -> None:
@@ -169,7 +181,27 @@ def report(verdict: "Verdict", conversion: "Conversion") -> None:
         print(f"not converted, not compared: {what}")
     for line in verdict.checked:
         print(line)
-    print("verdict: the same model")
+    print(f"verdict: {conversion.target} holds the same model as {what_was_read(conversion)}")
+
+
+def what_was_read(conversion: "Conversion") -> str:
+    """Name the input with all changes that were made as it was read: what the output was compared with."""
+    from ascendspeed_ckpt.resize_vocab import ResizedVocabulary
+    from ascendspeed_core.weights import stored_source
+    from ascendspeed_core.weights.adapters.merge import MergedAdapter
+
+    source: Any = conversion.source
+    changes = []
+    if isinstance(source, MergedAdapter):
+        changes.append(f"with the adapter {source.adapter.folder} merged into it")
+        source = source.base
+    while not isinstance(source, ResizedVocabulary) and source.base is not None:
+        source = source.base
+    if isinstance(source, ResizedVocabulary):
+        changes.insert(0, f"with a vocabulary of {source.config.vocab_size:,} ids")
+    if conversion.dtype is not None:
+        changes.append(f"rounded to {str(conversion.dtype).removeprefix('torch.')}")
+    return ", ".join([str(stored_source(conversion.source).path), *changes])  # type: ignore[arg-type]
 
 
 def parse_size(text: str) -> int:

@@ -92,6 +92,14 @@ def _show_stored(folder: Path, error: AscendSpeedError, as_json: bool) -> None:
             print(f"  {name}  {tensor['dtype']}  {tensor['shape']}")
 
 
+def _merged_from(source: "WeightSource") -> dict[str, Any]:
+    from ascendspeed_ckpt.conversion import MERGED
+    from ascendspeed_core.weights.files.json_file import read_json
+
+    path = source.path / MERGED if source.path is not None else None
+    return {"merged from": read_json(path)} if path is not None and path.is_file() else {}
+
+
 def _describe(source: "WeightSource", tensors: dict[str, dict[str, Any]]) -> dict[str, Any]:
     sizes: dict[str, int] = {}
     for tensor in tensors.values():
@@ -102,6 +110,7 @@ def _describe(source: "WeightSource", tensors: dict[str, dict[str, Any]]) -> dic
         "num_bytes": sum(sizes.values()),
         "dtypes": sizes,
         "tokenizer": str(source.tokenizer) if source.tokenizer else None,
+        **_merged_from(source),
         **source.details(),
         "beside the weights": source.other_contents(),
         "left out": [str(left) for left in source.left_out()],

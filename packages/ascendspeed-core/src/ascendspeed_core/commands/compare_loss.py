@@ -37,6 +37,7 @@ def compare_loss(
             f"{row.run}: {row.num_iterations} iterations, largest relative deviation {row.largest:.2e} (iteration "
             f"{row.at_iteration}), mean {row.mean:.2e}"
         )
+        print(row.verdict(runs[0]))
         if row.only_in_one:
             log(f"{row.run}: {row.only_in_one} iterations are in one of the two runs only")
     if picture is not None:

@@ -13,7 +13,7 @@ from ascendspeed_data.command_line.options import options_from
 def finetune(config: Recipe = None, dry_run: DryRun = False, **given: Any) -> None:
     """Train a checkpoint further: on an instruction set (--is-instruction-dataset), or on plain text.
 
-    Of --load only the weights are taken, unless it lies in --save: then the run goes on, as with --auto-resume.
+    --load outside of --save starts a new run from its weights. --load equal to --save, or --auto-resume, resumes.
     Layouts, precision, recompute and what --save holds are those of `asd-core pretrain`.
     """
     run_training(load_config(FinetuneConfig, config, given, announce), dry_run)

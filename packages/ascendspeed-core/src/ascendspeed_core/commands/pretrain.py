@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +14,7 @@ from ascendspeed_core.config.training import PretrainConfig
 from ascendspeed_core.launch import announce
 from ascendspeed_data.command_line import log
 from ascendspeed_data.command_line.options import options_from
+from ascendspeed_data.command_line.stopping import keeping
 
 if TYPE_CHECKING:
     from ascendspeed_core.config.model import ModelConfig
@@ -29,8 +31,8 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print
 def pretrain(config: Recipe = None, dry_run: DryRun = False, **given: Any) -> None:
     """Train a model on tokenized text, from random weights (--model-config) or from a checkpoint (--load).
 
-    Give --nproc-per-node N to use N devices of this machine, or start the command under torchrun. What --save
-    holds afterwards: checkpoints that any layout can load, metrics.jsonl, loss.png.
+    Give --nproc-per-node N to use N devices of this machine, or start the command under torchrun. Results in --save:
+    checkpoints that any layout can load, metrics.jsonl and loss.png.
     """
     run_training(load_config(PretrainConfig, config, given, announce), dry_run)
 
@@ -40,7 +42,8 @@ def run_training(config: PretrainConfig, dry_run: bool) -> None:
     from ascendspeed_core.launch import is_worker, launch, planned_world_size, worker_errors
 
     world_size = planned_world_size(config.launch.nproc_per_node)
-    with worker_errors():
+    kept = partial(what_is_kept, config.checkpoint.save)
+    with worker_errors(), keeping(kept):
         from ascendspeed_core.device import prepare_torch
 
         prepare_torch(config.launch.device)
@@ -52,7 +55,9 @@ def run_training(config: PretrainConfig, dry_run: bool) -> None:
         if dry_run:
             return
         if world_size > 1 and not is_worker():
-            launch("ascendspeed_core.cli", sys.argv[1:], config.launch.nproc_per_node, config.launch.device)
+            launch(
+                "ascendspeed_core.cli", sys.argv[1:], config.launch.nproc_per_node, config.launch.device, kept
+            )
             return
         from ascendspeed_core.training.trainer import Trainer
 
@@ -60,6 +65,18 @@ def run_training(config: PretrainConfig, dry_run: bool) -> None:
             records = Trainer(plan, mesh).train()
         if records:
             conclude(records, plan)
+
+
+def what_is_kept(save: Path | None) -> str:
+    """Say what a run that ends early has kept, and how to go on."""
+    from ascendspeed_core.training.checkpoint import saved_iterations
+
+    if save is None:
+        return "nothing of the run is kept, as no --save was given"
+    saved = saved_iterations(save)
+    if not saved:
+        return f"{save} holds no checkpoint yet; run the same command again to start it"
+    return f"{save} holds iteration {saved[-1]}; the same command with --auto-resume goes on from there"
 
 
 @contextmanager
@@ -86,7 +103,8 @@ def keep_tokenizer(plan: "RunPlan", save: Path) -> None:
 
     The manifest of the data goes there too: it says which tokenizer is right where the files are not known.
     """
-    from ascendspeed_core.weights.native.source import DATA_MANIFEST, TOKENIZER
+    from ascendspeed_core.weights.native.source import TOKENIZER
+    from ascendspeed_core.weights.source import DATA_MANIFEST
     from ascendspeed_data.files import write_durably
     from ascendspeed_data.tokenizer import copy_tokenizer
 

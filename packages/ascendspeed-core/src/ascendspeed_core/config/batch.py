@@ -16,16 +16,23 @@ MICRO_BATCH_EXAMPLES = {
 class BatchConfig(Config):
     """How many samples make a step, and how they are split into micro-batches."""
 
-    micro_batch_size: int = Field(1, ge=1, description="Samples of one forward pass on one rank.")
+    micro_batch_size: int = Field(
+        1, ge=1, description="Samples of one forward pass on one device (per-device batch size)."
+    )
     global_batch_size: int | None = Field(
-        None, ge=1, description="Samples of one step over all ranks. [default: one micro-batch per rank]"
+        None,
+        ge=1,
+        description="Samples of one optimizer step over all devices; what micro-batches do not cover is accumulated. "
+        "[default: one micro-batch per data-parallel process]",
     )
     rampup_batch_size: tuple[int, ...] = Field(
-        (), description="START INCREMENT SAMPLES: grow the global batch from START over this many samples."
+        (),
+        description="START INCREMENT SAMPLES: begin with a global batch of START and increase it by INCREMENT until "
+        "SAMPLES samples were seen.",
     )
     optimized_pipeline: bool = Field(
         False,
-        description="Micro-batches of different sizes, as --manual-mbs says: less idle time with pp > 1.",
+        description="Use micro-batches of the different sizes in --manual-mbs, which reduces idle time with pp > 1.",
     )
     manual_mbs: str | None = Field(
         None,

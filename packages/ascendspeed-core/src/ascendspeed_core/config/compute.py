@@ -128,7 +128,7 @@ class ComputeConfig(Config):
     rotary: KernelName[str, "rotary"] = _kernel("rotary", "Rotary position embedding")
     swiglu: KernelName[str, "swiglu"] = _kernel("swiglu", "silu(gate) * up")
     cross_entropy: KernelName[str, "cross_entropy"] = _kernel(
-        "cross_entropy", "Loss of a vocabulary that is not cut over ranks"
+        "cross_entropy", "Cross-entropy loss, if the vocabulary is not split over devices"
     )
 
     use_flash_attn: bool = Field(

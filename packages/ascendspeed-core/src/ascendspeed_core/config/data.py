@@ -22,36 +22,41 @@ class DataConfig(Config):
 
     data_path: tuple[str, ...] = Field(
         (),
-        description="Prefix of a .bin/.idx pair, or a blend: WEIGHT PREFIX WEIGHT PREFIX ...; shared out by --split.",
+        description="Prefix of a .bin/.idx pair, or a blend: WEIGHT PREFIX WEIGHT PREFIX ...; divided by "
+        "--split into training, validation and test data.",
     )
     train_data_path: tuple[str, ...] = Field(
-        (), description="Prefix or blend for training alone, in place of --data-path and --split."
+        (), description="Prefix or blend used only for training, instead of --data-path and --split."
     )
     valid_data_path: tuple[str, ...] = Field(
-        (), description="Prefix or blend for validation alone, beside --train-data-path."
+        (), description="Prefix or blend used only for validation, together with --train-data-path."
     )
     test_data_path: tuple[str, ...] = Field(
         (),
-        description="Prefix or blend that is measured once, after the last step, by --eval-iters batches; beside "
-        "--train-data-path.",
+        description="Prefix or blend used only for testing: its loss is measured once after the last step, over "
+        "--eval-iters batches. Together with --train-data-path.",
     )
-    split: str = Field("969,30,1", description="Shares of the documents for training, validation and test.")
+    split: str = Field(
+        "969,30,1",
+        description="Percentages or proportions of the documents for training, validation and test.",
+    )
     seq_length: int = Field(ge=1, description="Tokens of one sample, S.")
     no_shuffle: bool = Field(
         False,
-        description="Samples in the sequence of the files, the same in each pass.",
+        description="Do not shuffle: take samples in the order of the files in every pass.",
         json_schema_extra={"off": ""},
     )
     data_cache_path: Path | None = Field(
-        None, description="Folder of the sample index. [default: `cache` beside the data]"
+        None, description="Folder for the cached sample index. [default: a folder `cache` next to the data]"
     )
     reset_attention_mask: bool = Field(
-        False, description="Attention stays inside a document: it ends at each end-of-document token."
+        False,
+        description="Tokens attend only to tokens of their own document (documents end at end-of-document tokens).",
     )
     reset_position_ids: bool = Field(
-        False, description="Positions begin at 0 again after each end-of-document token."
+        False, description="Restart position ids at 0 after each end-of-document token."
     )
-    eod_mask_loss: bool = Field(False, description="Leave the loss at end-of-document tokens out.")
+    eod_mask_loss: bool = Field(False, description="Do not count the loss at end-of-document tokens.")
     tokenizer_type: str | None = Field(
         None, description="PretrainedFromHF; checked against the data's manifest."
     )

@@ -115,7 +115,7 @@ class RunValues:
             "zero_optimization.stage": ("zero_stage", self.zero_stage),
             "fp16.enabled": ("fp16", self.dtype == "float16"),
             "fp16.loss_scale": ("loss_scale", self.loss_scale),
-            "fp16.initial_scale_power": ("log2(initial_loss_scale)", self.initial_scale_power),
+            "fp16.initial_scale_power": ("the power of two of initial_loss_scale", self.initial_scale_power),
             "fp16.loss_scale_window": ("loss_scale_window", self.loss_scale_window),
             "fp16.hysteresis": ("hysteresis", self.hysteresis),
             "fp16.min_loss_scale": ("min_loss_scale", self.min_loss_scale),

@@ -13,10 +13,11 @@ class PaddedDataConfig(DataConfig):
 
     variable_seq_lengths: bool = Field(
         True,
-        description="Pad the samples of a step to its longest, in place of --seq-length; samples with labels only.",
+        description="Pad samples to the longest of their batch instead of to --seq-length; only for "
+        "instruction samples.",
     )
     pad_to_multiple_of: int = Field(
-        8, ge=1, description="Padded lengths are multiples of this, at most --seq-length."
+        8, ge=1, description="Round padded lengths up to a multiple of this, at most --seq-length."
     )
 
     @property
@@ -42,8 +43,8 @@ class FinetuneDataConfig(PaddedDataConfig):
 
     is_instruction_dataset: bool = Field(
         False,
-        description="--data-path names samples with labels, made by an instruction handler of asd-data, packed or not; "
-        "without it, plain text.",
+        description="The data holds instruction samples with labels (made by an instruction handler of asd-data "
+        "preprocess, packed or not). Without this flag: plain text.",
         json_schema_extra={"off": ""},
     )
 
@@ -66,7 +67,7 @@ class FinetuneDataConfig(PaddedDataConfig):
 
 
 class TuneConfig(PretrainConfig):
-    """What tunes a trained model: of --load only the weights are taken, unless it lies in --save."""
+    """What tunes a trained model: --load gives only the weights, unless it is the folder of --save."""
 
     lora: LoraConfig = LoraConfig()
 

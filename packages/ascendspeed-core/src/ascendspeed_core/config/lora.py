@@ -26,12 +26,13 @@ class LoraConfig(Config):
     )
     lora_modules_to_save: tuple[str, ...] = Field(
         (),
-        description="Modules that are trained in full and saved with the adapter: word_embeddings, lm_head.lm_head, "
+        description="Modules that are trained fully and saved with the adapter: word_embeddings, lm_head.lm_head, "
         "norms; or Hugging Face's names.",
     )
     lora_load: Path | None = Field(
         None,
-        description="Start from this adapter, in peft's format or of another run; its targets are taken.",
+        description="Start from this adapter, in peft's format or of another run, with its target "
+        "modules, rank and alpha.",
     )
     lora_register_forward_hook: tuple[str, ...] = Field(
         (), description="Accepted for old scripts: gradients cross frozen layers and stages without hooks."

@@ -67,7 +67,7 @@ class ModelConfig(Config):
         "rmsnorm", description="Normalisation; layernorm has a bias."
     )
     norm_epsilon: float = Field(gt=0, description="Added to the mean square or the variance.")
-    position: Literal["rotary", "alibi"] = Field("rotary", description="How places are told apart.")
+    position: Literal["rotary", "alibi"] = Field("rotary", description="How positions are encoded.")
     rotary_base: float = Field(10000.0, gt=0, description="Base of the rotary frequencies.")
     rotary_scaling: RotaryScaling | None = Field(None, description="Change of the rotary frequencies.")
     sliding_window: int | None = Field(

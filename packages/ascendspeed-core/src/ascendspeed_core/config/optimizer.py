@@ -33,10 +33,10 @@ class OptimizerConfig(Config):
         None,
         ge=0,
         lt=1,
-        description="Warm-up as a share of the decay, instead of a number of steps.",
+        description="Length of the warm-up as a fraction of the decay (0.01), instead of a number of steps.",
     )
     weight_decay: float = Field(
-        0.01, ge=0, description="Weight decay of matrices; norms and biases have none."
+        0.01, ge=0, description="Weight decay; applies to matrices, not to norms and biases."
     )
     adam_beta1: float = Field(
         0.9, ge=0, lt=1, description="Decay rate of the first moment (mean of gradients)."
@@ -47,7 +47,7 @@ class OptimizerConfig(Config):
     adam_eps: float = Field(1e-8, gt=0, description="Added to the square root of the second moment.")
     sgd_momentum: float = Field(0.9, ge=0, lt=1, description="Momentum of sgd.")
     clip_grad: float = Field(
-        1.0, ge=0, description="Gradients are clipped to this global norm; 0 does not clip."
+        1.0, ge=0, description="Clip gradients to this global norm; 0 turns clipping off."
     )
 
     @model_validator(mode="after")

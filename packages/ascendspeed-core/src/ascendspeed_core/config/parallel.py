@@ -1,5 +1,6 @@
 """Options of how one model is spread over ranks; no torch."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -67,7 +68,8 @@ class ParallelConfig(Config):
     num_layers_per_virtual_pipeline_stage: int | None = Field(
         None,
         ge=1,
-        description="Layers of each stage, if each process is to hold several stages: a smaller bubble, more messages.",
+        description="Layers of each stage, if each process holds several stages (virtual pipeline): less "
+        "idle time, more communication.",
     )
     pipeline_schedule: PipelineSchedule | None = Field(
         None,
@@ -161,8 +163,8 @@ class ParallelConfig(Config):
         cp = self.context_parallel_size
         if pp == cp == 1 and world_size % tp:
             raise ConfigError(
-                f"tensor_model_parallel_size={tp} does not divide the {world_size} processes; "
-                f"choose one of {', '.join(map(str, divisors(world_size)))} or start a multiple of {tp}"
+                f"tensor_model_parallel_size={tp} does not divide the {_processes(world_size)}; "
+                f"{_start(tp, world_size, divisors(world_size))}"
             )
         if world_size % (tp * pp * cp):
             sizes = {"tensor_model": tp, "context": cp, "pipeline_model": pp}
@@ -170,8 +172,8 @@ class ParallelConfig(Config):
                 f"{name}_parallel_size={size}" for name, size in sizes.items() if name != "context" or cp > 1
             )
             raise ConfigError(
-                f"{asked} is {tp * pp * cp}, which does not divide the {world_size} processes; start a multiple of "
-                f"{tp * pp * cp}"
+                f"{asked} is {tp * pp * cp}, which does not divide the {_processes(world_size)}; "
+                f"{_start(tp * pp * cp, world_size)}"
             )
         if self.sequence_parallel and tp == 1:
             raise ConfigError(
@@ -256,6 +258,18 @@ class ParallelConfig(Config):
                 f"sequence_parallel=true cuts seq_length={seq_length} into tensor_model_parallel_size={tp} equal "
                 f"parts, which it does not divide into; choose {seq_length // tp * tp or tp}"
             )
+
+
+def _processes(count: int) -> str:
+    return f"{count} processes" if count > 1 else "one process"
+
+
+def _start(wanted: int, world_size: int, sizes: Sequence[int] = ()) -> str:
+    """Say how to start as many processes as a layout needs."""
+    if world_size == 1:
+        return f"start {wanted} with --nproc-per-node {wanted} (or torchrun)"
+    smaller = f"choose one of {', '.join(map(str, sizes))} or " if sizes else ""
+    return f"{smaller}start a multiple of {wanted} (--nproc-per-node, or torchrun)"
 
 
 def _fitting(model: ModelConfig) -> str:

@@ -27,7 +27,7 @@ class RecomputeConfig(Config):
     memory_budget_gib: float | None = Field(
         None,
         gt=0,
-        description="For policy auto: what the tensors of a step may take on each device, in GiB. [default: 90 % "
+        description="For policy auto: memory that the tensors of a step may use on each device, in GiB. [default: 90 % "
         "of the accelerator's memory]",
     )
     checkpoint_block_layer: int = Field(

@@ -33,7 +33,8 @@ class ModelSourceConfig(Config):
         if self.load is None and self.model_config_file is None:
             raise ValueError(
                 "neither of --load and --model-config given; give --load DIR to start from weights, or "
-                "--model-config FILE to start from random ones"
+                "--model-config FILE to start from random ones (`asd-core models llama2-7b --config` prints such a "
+                "file; --num-layers and the other sizes only check the model)"
             )
         if self.load is None and self.orig_vocab_size is not None:
             raise ValueError(

@@ -88,14 +88,18 @@ class StartConfig(ModelSourceConfig):
     """Where a run starts: its weights, and what else it takes from a checkpoint."""
 
     finetune: bool = Field(
-        False, description="Take only the weights of --load: iteration, optimizer and data order start anew."
+        False,
+        description="Take only the weights of --load, and start a new run: iteration, optimizer state "
+        "and data order begin at 0.",
     )
     auto_resume: bool = Field(
         False,
-        description="Go on from the newest checkpoint in --save; without one, start as the other options say.",
+        description="Resume from the newest checkpoint in --save; if there is none, start a new run, and say so.",
     )
-    load_optim: bool = Field(True, description="Take the optimizer's state from --load.")
-    load_rng: bool = Field(True, description="Take the random state from --load.")
+    load_optim: bool = Field(True, description="Resume with the optimizer state of the checkpoint.")
+    load_rng: bool = Field(
+        True, description="Resume with the state of the random number generators of the checkpoint."
+    )
 
 
 class CheckpointConfig(Config):
@@ -103,17 +107,20 @@ class CheckpointConfig(Config):
 
     save: Path | None = Field(None, description="Folder of the run: checkpoints, metrics.jsonl, loss.png.")
     save_interval: int | None = Field(
-        None, ge=1, description="Iterations between checkpoints; the last is always saved."
+        None, ge=1, description="Save a checkpoint every N iterations; the last iteration is always saved."
     )
     async_save: bool = Field(
         False,
-        description="Write checkpoints while training goes on; costs a copy of what is saved in host memory.",
+        description="Write checkpoints in the background while training goes on; needs host memory for a "
+        "copy of what is saved.",
     )
     keep_checkpoints: int | None = Field(
-        None, ge=1, description="Newest checkpoints that are kept; older ones are removed. [default: all]"
+        None,
+        ge=1,
+        description="Number of newest checkpoints to keep; older ones are deleted. [default: keep all]",
     )
     save_retain_interval: int | None = Field(
-        None, ge=1, description="Checkpoints whose iteration is a multiple of this are never removed."
+        None, ge=1, description="Never delete checkpoints whose iteration is a multiple of this."
     )
 
 
@@ -123,26 +130,26 @@ class TrainingConfig(Config):
     train_iters: int = Field(
         0,
         ge=0,
-        description="Steps of the whole run; 0: as many as --train-samples or --num-train-epochs fills.",
+        description="Optimizer steps of the whole run; 0: taken from --train-samples or --num-train-epochs.",
         validate_default=True,
     )
     train_samples: int | None = Field(
         None,
         ge=1,
-        description="Samples of the whole run, in place of --train-iters; a step that they do not fill is "
-        "left out.",
+        description="Samples of the whole run, in place of --train-iters; an incomplete last step is "
+        "dropped.",
     )
     num_train_epochs: float | None = Field(
         None,
         gt=0,
         allow_inf_nan=False,
-        description="Passes over the training data, in place of --train-iters; the last step, which they may not "
-        "fill, begins another pass.",
+        description="Passes over the training data, in place of --train-iters; an incomplete last step is filled "
+        "up from the next pass.",
     )
     exit_interval: int | None = Field(
         None,
         ge=1,
-        description="Save and stop when the iteration is a multiple of this; the run can go on later.",
+        description="Save and stop at the next iteration that is a multiple of this; --auto-resume goes on later.",
     )
     seed: int = Field(1234, description="Seed of random weights and of the order of samples.")
 
@@ -167,8 +174,22 @@ class TrainingConfig(Config):
 class EvaluationConfig(Config):
     """When the loss of held-out data is measured."""
 
-    eval_interval: int = Field(1000, ge=1, description="Steps between two evaluations of the held-out data.")
-    eval_iters: int = Field(0, ge=0, description="Batches of one evaluation; 0 evaluates nothing.")
+    eval_interval: int = Field(
+        1000,
+        ge=1,
+        description="Steps between two evaluations of the held-out data. Given without --eval-iters, all of that data "
+        "is measured each time.",
+    )
+    eval_iters: int = Field(
+        0,
+        ge=0,
+        description="Batches of one evaluation, each of --global-batch-size samples; 0 evaluates nothing.",
+    )
+
+    @property
+    def measures_all(self) -> bool:
+        """Whether an evaluation takes all held-out data: it is asked for, without a number of batches."""
+        return "eval_interval" in self.model_fields_set and "eval_iters" not in self.model_fields_set
 
 
 class LoggingConfig(Config):
@@ -184,10 +205,11 @@ class DropoutConfig(Config):
         0.0,
         ge=0,
         lt=1,
-        description="Dropout of what embedding, attention and MLP add to the residual stream.",
+        description="Dropout on the outputs of embedding, attention and MLP, before they are added to "
+        "the residual stream.",
     )
     attention_dropout: float = Field(
-        0.0, ge=0, lt=1, description="Dropout of attention weights; needs --attention auto or reference."
+        0.0, ge=0, lt=1, description="Dropout on attention weights; needs --attention auto or reference."
     )
 
     @property
@@ -242,6 +264,8 @@ class PretrainConfig(Config):
     @model_validator(mode="after")
     def _held_out_data_is_measured(self) -> Self:
         data, measured = self.data, self.evaluation.eval_iters
+        if self.evaluation.measures_all and data.valid_data_path:
+            return self
         for name, words in (
             ("valid_data_path", data.valid_data_path),
             ("test_data_path", data.test_data_path),

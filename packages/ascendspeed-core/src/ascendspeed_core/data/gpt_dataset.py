@@ -137,6 +137,12 @@ def samples_of_epochs(config: DataConfig, epochs: float) -> int:
     return samples
 
 
+def held_out_samples(config: DataConfig) -> int:
+    """Return how many whole samples the validation documents have; a file with less than one counts as one."""
+    tokens = [tokens_of_split(config, prefix, 1) for prefix in config.blend(1)[0]]
+    return sum(max((own - 1) // config.seq_length, 1) for own in tokens if own)
+
+
 class GPTBatchLoader:
     """Training and validation samples of one run.
 

@@ -209,11 +209,12 @@ def check_padded_data(
     return datasets[0].manifest
 
 
-def count_examples(dataset_format: DatasetFormat, config: PaddedDataConfig) -> int:
-    """Return how many training examples all datasets have together."""
+def count_examples(dataset_format: DatasetFormat, config: PaddedDataConfig, split_index: int = 0) -> int:
+    """Return how many examples all datasets have together, for training or another split."""
+    shares = config.shares(split_index)
     return sum(
-        len(dataset_format.open_split(dataset_format.open(prefix), config.shares(0), 0, config.seq_length))
-        for prefix in config.blend()[0]
+        len(dataset_format.open_split(dataset_format.open(prefix), shares, split_index, config.seq_length))
+        for prefix in config.blend(split_index)[0]
     )
 
 

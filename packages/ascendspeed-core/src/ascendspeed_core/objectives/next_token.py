@@ -12,7 +12,7 @@ import torch
 
 from ascendspeed_core.config.training import DataConfig, PretrainConfig
 from ascendspeed_core.data.documents import find_end_of_document
-from ascendspeed_core.data.gpt_dataset import GPTBatchLoader, check_data, samples_of_epochs
+from ascendspeed_core.data.gpt_dataset import GPTBatchLoader, check_data, held_out_samples, samples_of_epochs
 from ascendspeed_core.data.loader import BatchLoader
 from ascendspeed_core.data.micro_batch import MicroBatch, count_tokens
 from ascendspeed_core.models.transformer import Transformer
@@ -49,6 +49,11 @@ class NextToken(Objective):
     def samples_of_epochs(cls, config: DataConfig, epochs: float) -> int:
         """Count whole samples of joined documents; see `Objective.samples_of_epochs`."""
         return samples_of_epochs(config, epochs)
+
+    @classmethod
+    def held_out_samples(cls, config: DataConfig) -> int:
+        """Count whole samples of joined documents; see `Objective.held_out_samples`."""
+        return held_out_samples(config)
 
     @classmethod
     def plan(

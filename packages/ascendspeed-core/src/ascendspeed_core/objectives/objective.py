@@ -19,6 +19,7 @@ from ascendspeed_core.data.micro_batch import MicroBatch
 from ascendspeed_core.models.transformer import Transformer
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.weights import NativeSource, WeightSource
+from ascendspeed_data.errors import ConfigError
 from ascendspeed_data.manifest import DatasetManifest
 
 MicroBatchLoss = Callable[[int, torch.Tensor], torch.Tensor]
@@ -94,6 +95,17 @@ class Objective(ABC):
         Raises:
             DataError: they hold no whole sample.
         """
+
+    @classmethod
+    def held_out_samples(cls, config: DataConfig) -> int:
+        """Return how many samples the held-out data has; 0 where it has none.
+
+        Raises:
+            ConfigError: this objective cannot tell.
+        """
+        raise ConfigError(
+            "eval_interval was given without --eval-iters, and this objective needs both; give it too"
+        )
 
     @classmethod
     def plan(

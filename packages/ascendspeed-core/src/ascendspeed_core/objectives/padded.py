@@ -38,6 +38,12 @@ class PaddedObjective(Objective):
         assert isinstance(config, PaddedDataConfig)
         return ceil(epochs * count_examples(cls.data_format, config))
 
+    @classmethod
+    def held_out_samples(cls, config: DataConfig) -> int:
+        """Count examples, without those that are left out; see `Objective.held_out_samples`."""
+        assert isinstance(config, PaddedDataConfig)
+        return count_examples(cls.data_format, config, 1)
+
     def open_data(
         self,
         config: DataConfig,

@@ -44,13 +44,15 @@ class MetricsFile:
             if dropped:
                 log(f"{self.path}: dropped {dropped} lines past iteration {iteration}")
             write_durably(self.path, "".join(json.dumps(record) + "\n" for record in self.records))
-        self._file = self.path.open("a", encoding="utf-8")
+        # Without a buffer nothing is left to write when the disk is full, and the file can be closed.
+        self._file = self.path.open("ab", buffering=0)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one iteration."""
         self.records.append(dict(record))
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        rest = (json.dumps(record) + "\n").encode()
+        while rest:
+            rest = rest[self._file.write(rest) :]
 
     def close(self) -> None:
         """Close the file."""

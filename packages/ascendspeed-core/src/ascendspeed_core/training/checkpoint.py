@@ -44,6 +44,7 @@ from ascendspeed_core.weights.native.source import (
 )
 from ascendspeed_core.weights.source import CheckpointError
 from ascendspeed_data.command_line import log
+from ascendspeed_data.command_line.stopping import NO_SPACE, no_space
 from ascendspeed_data.files import INCOMPLETE, write_durably
 
 
@@ -236,7 +237,13 @@ class CheckpointWriter:
         try:
             action()
         except Exception as caught:  # noqa: BLE001 - reported to all ranks, and raised by `wait`
-            error = f"{self.run_folder}: the checkpoint could not be written: {caught}; earlier ones are as they were"
+            reason = str(caught)
+            if isinstance(caught, OSError) and caught.errno in NO_SPACE:
+                reason = no_space(caught)
+            error = (
+                f"{self.run_folder}: the checkpoint could not be written: {reason}; "
+                "earlier ones are as they were, and the same command with --auto-resume goes on from the newest"
+            )
         return next((found for found in gather_objects(error, self._mesh, self._group) if found), None)
 
     def _remove_old(self) -> None:

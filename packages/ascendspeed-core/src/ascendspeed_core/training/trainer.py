@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from signal import Signals
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ from ascendspeed_core.training.checkpoint import (
     load_random_state,
 )
 from ascendspeed_core.training.eval_prompts import EvalPromptsWriter
-from ascendspeed_core.training.signals import StoppedError, StopSignal
+from ascendspeed_core.training.signals import NAMES, StoppedError, StopSignal
 from ascendspeed_core.training.step import StepResult, train_step
 from ascendspeed_core.training.validate import RunPlan
 from ascendspeed_core.weights import NativeSource, WeightSource
@@ -102,13 +103,13 @@ class Trainer:
             self._resume(plan.checkpoint)
 
     def train(self) -> list[dict[str, Any]]:
-        """Run until `train_iters`, until `exit_interval` says stop, or until SIGTERM does.
+        """Run until `train_iters`, until `exit_interval` says stop, or until SIGTERM or Ctrl-C does.
 
         Returns:
             The records of `metrics.jsonl`; empty on every rank but the first.
 
         Raises:
-            StoppedError: SIGTERM came; everything was saved.
+            StoppedError: SIGTERM or Ctrl-C came; everything was saved.
         """
         train_iters = self.config.training.train_iters
         with ExitStack() as stack:
@@ -314,19 +315,20 @@ class Trainer:
             self.metrics.write(record)
 
     def _save_if_due(self, stop_signal: StopSignal) -> None:
-        """Write a checkpoint where one is due, and end the run after it when SIGTERM asked for that."""
+        """Write a checkpoint where one is due, and end the run after it when a signal asked for that."""
         assert self.writer is not None
         train_iters, interval = self.config.training.train_iters, self.config.checkpoint.save_interval
         is_last = self.iteration == train_iters
         with self.monitor.watching(self.iteration, "after the step"):
-            is_stop_requested = stop_signal.is_stop_requested()
-        if is_last or is_stop_requested or self._is_exit() or (interval and self.iteration % interval == 0):
+            stopped_by = stop_signal.requested()
+        if is_last or stopped_by or self._is_exit() or (interval and self.iteration % interval == 0):
             self._save(self.writer)
-        if is_stop_requested and not is_last:
+        if stopped_by and not is_last:
             self.writer.wait()
             raise StoppedError(
-                f"stopped by SIGTERM at iteration {self.iteration} of {train_iters}, which was saved; "
-                "--auto-resume goes on from there"
+                f"stopped by {NAMES[Signals(stopped_by)]} at iteration {self.iteration} of {train_iters}, which was "
+                f"saved in {self.writer.run_folder}; the same command with --auto-resume goes on from there",
+                stopped_by,
             )
 
     def _save(self, writer: CheckpointWriter) -> None:

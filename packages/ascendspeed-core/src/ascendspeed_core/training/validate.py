@@ -15,6 +15,7 @@ from ascendspeed_core.objectives.registry import objective_of
 from ascendspeed_core.observability.monitor import check_monitor
 from ascendspeed_core.optim.build_engine import check_zero
 from ascendspeed_core.optim.schedule import samples_of_run, with_epochs, with_iterations
+from ascendspeed_core.training.changes import changed_options
 from ascendspeed_core.training.checkpoint import (
     TrainState,
     check_optimizer,
@@ -119,9 +120,11 @@ def plan_run(config: PretrainConfig, world_size: int) -> RunPlan:
     config.parallel.check_sequence(config.data.seq_length)
     _check_pipeline(config, layout, source.config)
     check_zero(config, layout)
+    _say_what_scales_nothing(config)
     _check_length(config, source.config, where)
     kind = objective_of(config)
     config = _with_epochs(config, kind, layout.dp)
+    config = _with_all_held_out(config, kind, layout.dp)
     samples = _num_samples(config, layout.dp)
     manifest = kind.check_data(config.data, samples)
     _check_vocabulary(config, source, manifest)
@@ -131,6 +134,9 @@ def plan_run(config: PretrainConfig, world_size: int) -> RunPlan:
         data, order = as_it_began(began, config.data, state.data_order)
         config, state = config.model_copy(update={"data": data}), replace(state, data_order=order)
         _check_base(source, checkpoint)
+        run, _ = migrate_config(checkpoint.description.get("run", {}), str(checkpoint.folder))
+        for line in changed_options(run, config):
+            announce(line)
     _check_save_folder(config, checkpoint, state)
     objective = kind.plan(config, source, checkpoint if state.iteration > 0 else None)
     tokenizer = config.data.tokenizer_name_or_path or source.tokenizer
@@ -138,10 +144,21 @@ def plan_run(config: PretrainConfig, world_size: int) -> RunPlan:
     return RunPlan(config, layout, source, state, checkpoint, samples, manifest, objective, prompts)
 
 
+def _say_what_scales_nothing(config: PretrainConfig) -> None:
+    """Say so where options of loss scaling were given for another precision than fp16."""
+    given = sorted(config.loss_scaling.model_fields_set)
+    if given and config.precision.dtype_name != "float16":
+        announce(
+            f"{', '.join(given)} scales nothing in {config.precision.dtype_name}: only fp16 needs a loss scale"
+        )
+
+
 def _open_source(config: PretrainConfig) -> tuple[WeightSource, NativeSource | None]:
     """Return the weights, and the native checkpoint that they or their adapters come from."""
     start, save = config.start, config.checkpoint.save
     found = save if start.auto_resume and save and (save / TRACKER).is_file() else None
+    if start.auto_resume and found is None:
+        announce(f"auto_resume: {save} holds no checkpoint; this is a new run")
     if config.adapters is not None:
         return _open_adapted(config, config.adapters, found)
     source = open_weights(found) if found else open_source(start, config.training.seed)
@@ -288,6 +305,27 @@ def _with_epochs(config: PretrainConfig, kind: type[Objective], dp: int) -> Pret
         f"{beyond if consumed > samples else ''}"
     )
     return config.model_copy(update={"training": training})
+
+
+def _with_all_held_out(config: PretrainConfig, kind: type[Objective], dp: int) -> PretrainConfig:
+    """Return the config with as many batches of an evaluation as the held-out data fills, if it is to be measured."""
+    if not config.evaluation.measures_all or not config.data.words(1):
+        return config
+    samples = kind.held_out_samples(config.data)
+    if not samples:
+        raise ConfigError(
+            f"eval_interval={config.evaluation.eval_interval}: {config.data.describe_split(1)} leaves nothing to "
+            "measure; give --split 90,10,0 or --valid-data-path, or leave --eval-interval out"
+        )
+    size = config.batch.resolve_global_batch_size(dp)
+    batches = max(samples // size, 1)
+    announce(
+        f"eval_interval without eval_iters: each evaluation takes all {samples:,} held-out samples, "
+        f"--eval-iters {batches}"
+        + (f"; the last {samples % size} are left out" if samples > size and samples % size else "")
+    )
+    evaluation = config.evaluation.model_copy(update={"eval_iters": batches})
+    return config.model_copy(update={"evaluation": evaluation})
 
 
 def _num_samples(config: PretrainConfig, dp: int) -> tuple[int, int, int]:

@@ -8,6 +8,9 @@ from typing import Any
 from ascendspeed_core.observability.metrics import METRICS, read_metrics, save_figure
 from ascendspeed_data.errors import DataError
 
+AT_END = 10
+"""Iterations whose mean loss is the loss at the end."""
+
 
 @dataclass(frozen=True)
 class LossComparison:
@@ -20,6 +23,8 @@ class LossComparison:
         largest: largest relative deviation of the loss.
         at_iteration: where that is.
         mean: mean relative deviation.
+        at_end: losses of the first run and of this one at the end: means of their last common iterations.
+        num_at_end: iterations in these means.
     """
 
     run: Path
@@ -28,6 +33,20 @@ class LossComparison:
     largest: float
     at_iteration: int
     mean: float
+    at_end: tuple[float, float]
+    num_at_end: int
+
+    def verdict(self, first: Path) -> str:
+        """Say which of the two runs has the lower loss at the end, and by how much."""
+        ours, theirs = self.at_end
+        over = f"means of the last {self.num_at_end} common iterations"
+        if ours == theirs:
+            return f"at the end {self.run} and {first} have the same loss, {ours:.4f} ({over})"
+        better, worse = (first, self.run) if ours < theirs else (self.run, first)
+        return (
+            f"at the end {better} is better than {worse} by {abs(ours - theirs):.3g}: {min(ours, theirs):.4f} and "
+            f"{max(ours, theirs):.4f} ({over})"
+        )
 
     def within(self, tolerance: float) -> bool:
         """Whether no iteration deviates by more."""
@@ -61,7 +80,11 @@ def compare_losses(first: Mapping[int, float], other: Mapping[int, float], run: 
     deviations = {number: abs(other[number] - first[number]) / abs(first[number]) for number in common}
     worst = max(common, key=lambda number: deviations[number])
     mean = sum(deviations.values()) / len(common)
-    return LossComparison(run, len(common), len(set(first) ^ set(other)), deviations[worst], worst, mean)
+    last = common[-AT_END:]
+    at_end = (sum(first[n] for n in last) / len(last), sum(other[n] for n in last) / len(last))
+    return LossComparison(
+        run, len(common), len(set(first) ^ set(other)), deviations[worst], worst, mean, at_end, len(last)
+    )
 
 
 def draw_comparison(runs: Sequence[tuple[str, Mapping[int, float]]], path: Path) -> None:

@@ -19,12 +19,12 @@ from ascendspeed_core.weights.external.mp_rank import iteration_folder as extern
 from ascendspeed_core.weights.external.torch_dist import BACKEND, TorchDistSource
 from ascendspeed_core.weights.files.json_file import read_iteration
 from ascendspeed_core.weights.huggingface.config import read_model_config
-from ascendspeed_core.weights.huggingface.files import has_weight_files, what_weights
+from ascendspeed_core.weights.huggingface.files import ADAPTER, has_weight_files, what_weights
 from ascendspeed_core.weights.huggingface.source import HuggingFaceSource
 from ascendspeed_core.weights.native.source import DESCRIPTION, TRACKER, NativeSource
 from ascendspeed_core.weights.random_init import InitialWeights
 from ascendspeed_core.weights.source import CheckpointError, Kind, WeightSource
-from ascendspeed_data.errors import ConfigError, did_you_mean
+from ascendspeed_data.errors import ConfigError, did_you_mean, not_downloaded
 from ascendspeed_data.files import INCOMPLETE
 
 KNOWN_KINDS = {
@@ -46,7 +46,7 @@ def detect_kind(path: Path) -> Kind:
         CheckpointError: the path does not exist, or holds no checkpoint of a known kind.
     """
     if not path.exists():
-        raise CheckpointError(f"checkpoint {path} does not exist; check --load")
+        raise CheckpointError(f"checkpoint {path} does not exist; {not_downloaded(path) or 'check --load'}")
     if path.name.endswith(INCOMPLETE):
         raise CheckpointError(f"{path} was not completed; use an earlier checkpoint of {path.parent}")
     if path.is_file():
@@ -74,6 +74,8 @@ def detect_kind(path: Path) -> Kind:
     others = what_weights(path)
     if others is not None:
         raise CheckpointError(f"{path} has no weights that are read, only {others}")
+    if (path / "adapter_config.json").is_file():
+        raise CheckpointError(f"{path} holds {ADAPTER}")
     known = "; ".join(f"{kind}: {what}" for kind, what in KNOWN_KINDS.items())
     raise CheckpointError(
         f"{path} is not a checkpoint of a known kind ({known}); {_inner_checkpoint(path) or 'check --load'}"

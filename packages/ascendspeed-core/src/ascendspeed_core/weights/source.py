@@ -11,13 +11,16 @@ from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.models.lora import AdapterPlan
 from ascendspeed_core.weights.shard_layout import ShardLayout
 from ascendspeed_data.errors import AscendSpeedError
-from ascendspeed_data.manifest import DatasetManifest
+from ascendspeed_data.manifest import DatasetManifest, read_manifest
 
 Kind = Literal["native", "huggingface", "ascendspeed", "megatron", "torch_dist", "deepspeed"]
 """Kinds of checkpoints that are read."""
 
 WEIGHT_DTYPES = frozenset((torch.float64, torch.float32, torch.float16, torch.bfloat16))
 """Formats of numbers that are weights as they stand."""
+
+DATA_MANIFEST = "data.manifest.json"
+"""File beside weights: what the data that they were trained on is, with the layout of its conversations."""
 
 Index = tuple[slice, ...]
 """One slice with start and stop per dimension; an empty tuple is the whole tensor."""
@@ -153,6 +156,7 @@ class WeightSource(Protocol):
 class BaseWeightSource:
     """What holds for a source unless it says otherwise."""
 
+    path: Path | None = None
     base: WeightSource | None = None
     adapters: AdapterPlan | None = None
     layout: ShardLayout | None = None
@@ -164,8 +168,10 @@ class BaseWeightSource:
 
     @property
     def data_manifest(self) -> DatasetManifest | None:
-        """Return the manifest of the source underneath, if there is one."""
-        return self.base.data_manifest if self.base is not None else None
+        """Return the manifest of the source underneath, or the one that was converted with the weights."""
+        if self.base is not None:
+            return self.base.data_manifest
+        return read_data_manifest(self.path) if self.path is not None else None
 
     def other_contents(self) -> list[str]:
         """Return nothing: only weights are stored."""
@@ -182,6 +188,12 @@ class BaseWeightSource:
     def check(self) -> bool:
         """Return `False`: there are no checksums."""
         return False
+
+
+def read_data_manifest(folder: Path) -> DatasetManifest | None:
+    """Return the manifest of the training data in a folder, if it is there."""
+    path = folder / DATA_MANIFEST
+    return read_manifest(path) if path.is_file() else None
 
 
 def stored_source(source: WeightSource) -> WeightSource:

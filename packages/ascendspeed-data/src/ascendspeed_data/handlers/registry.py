@@ -5,6 +5,7 @@ Other packages can add handlers in the entry-point group `ascendspeed_data.handl
 
 import importlib
 import inspect
+from collections.abc import Collection
 from importlib import metadata
 from typing import Any
 
@@ -37,6 +38,17 @@ BUILT_IN: tuple[type[Any], ...] = (
 )
 
 
+OTHER_NAMES = {
+    "sharegpt": "ShareGPTHandler",
+    "openai": "MessagesHandler",
+    "messages": "MessagesHandler",
+    "chatml": "MessagesHandler",
+    "alpacahandler": "GeneralInstructionHandler",
+    "alpacastyle": "GeneralInstructionHandler",
+}
+"""What the formats are called elsewhere, small letters; of a name that has several the first counts."""
+
+
 def find_handler(name: str) -> TextHandler | SampleHandler:
     """Return the handler with this name, or an instance of the class `module:Class`.
 
@@ -52,11 +64,25 @@ def find_handler(name: str) -> TextHandler | SampleHandler:
     installed = {point.name: point for point in metadata.entry_points(group=ENTRY_POINT_GROUP)}
     if name not in installed:
         known = [*built_in, *sorted(installed)]
+        meant = next((handler for word, handler in OTHER_NAMES.items() if word in name.lower()), None)
+        hint = f"; did you mean {meant}?" if meant else did_you_mean(name, known)
         raise ConfigError(
-            f"handler_name={name} is unknown; choose from {', '.join(known)}{did_you_mean(name, known)} "
+            f"handler_name={name} is unknown{hint}; choose from {', '.join(known)} "
             "(see asd-data handlers), or give your own as module:Class"
         )
     return _make_handler(installed[name].load(), name)
+
+
+def handlers_for(columns: Collection[str]) -> list[str]:
+    """Return the names of built-in handlers of today that read records with these columns, the closest first."""
+    fitting = [
+        handler
+        for handler in BUILT_IN
+        if handler.columns and set(handler.columns) <= set(columns) and not handler.name.endswith("2023")
+    ]
+    # Samples before plain text, and the more columns a handler needs the closer it fits.
+    fitting.sort(key=lambda handler: ("Pretrain" in handler.name, -len(handler.columns)))
+    return [handler.name for handler in fitting]
 
 
 def all_handlers() -> list[tuple[TextHandler | SampleHandler, str]]:

@@ -1,11 +1,13 @@
 """Encode shards in order, in this process or in worker processes."""
 
 import os
+import signal
 import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from multiprocessing import connection, get_context, parent_process
@@ -67,7 +69,9 @@ def encode_shards(task: WorkerTask, shards: Iterator[Shard], workers: int) -> It
         waiting: deque[tuple[Shard, Future[Encoded]]] = deque()
         try:
             for shard in shards:
-                waiting.append((_without_content(shard), pool.submit(_encode, task, shard)))
+                with _held_back_interrupts():
+                    future = pool.submit(_encode, task, shard)
+                waiting.append((_without_content(shard), future))
                 if len(waiting) >= workers * SHARDS_IN_FLIGHT_PER_WORKER:
                     yield _next_result(waiting)
             while waiting:
@@ -79,6 +83,16 @@ def encode_shards(task: WorkerTask, shards: Iterator[Shard], workers: int) -> It
             ) from None
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+@contextmanager
+def _held_back_interrupts() -> Iterator[None]:
+    """Hold Ctrl-C back while processes may be started: they inherit that, and leave it to this one from the start."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _next_result(waiting: deque[tuple[Shard, Future[Encoded]]]) -> tuple[Shard, Encoded]:

@@ -2,8 +2,9 @@
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -14,11 +15,13 @@ from ascendspeed_eval.backends import Backends, find_backends
 from ascendspeed_eval.errors import EvaluationError, UsageError
 from ascendspeed_eval.evaluation import Evaluation, prepare_evaluation
 from ascendspeed_eval.hub import PREFIX, write_files
-from ascendspeed_eval.model import EvaluatedModel
+from ascendspeed_eval.model import Backend, EvaluatedModel
+from ascendspeed_eval.output_folder import SAMPLES
 from ascendspeed_eval.progress import log
 from ascendspeed_eval.report import markdown, warnings
 from ascendspeed_eval.runner import MAX_FAILURES, evaluate
 from ascendspeed_eval.small_files import read_text
+from ascendspeed_eval.stopping import keeping
 from ascendspeed_eval.tasks.base import Task
 from ascendspeed_eval.tasks.registry import find_task, find_variant
 from ascendspeed_eval.tasks.samples import GenerationSettings
@@ -26,20 +29,23 @@ from ascendspeed_eval.tasks.samples import GenerationSettings
 
 def run_command(
     task: Annotated[
-        str,
-        typer.Option(help="Benchmark; `asd-eval tasks` lists them. Or your own task: a .yaml or .py file."),
+        list[str],
+        typer.Option(
+            help="One or several benchmarks; `asd-eval tasks` lists them. Or your own task: a .yaml or .py file."
+        ),
     ],
     task_data_path: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            help="Data of the benchmark: a file, a folder, hf:NAME for a Hugging Face dataset, or `sample` for the "
-            "small file that the package contains."
+            help="Data of each benchmark, in the order of --task: a file, a folder, hf:NAME for a Hugging Face "
+            "dataset, or for boolq `sample`, the small file that the package contains."
         ),
     ] = None,
     output_dir: Annotated[
         Path | None,
         typer.Option(
-            help="Folder for results.json, samples.jsonl, report.md and report.html. [default: write no files]"
+            help="Folder for results.json, samples.jsonl, report.md and report.html; with several tasks each has a "
+            "folder of its name in it. [default: write no files]"
         ),
     ] = None,
     protocol: Annotated[
@@ -53,6 +59,10 @@ def run_command(
     ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Evaluate only the first LIMIT samples of each subset.")
+    ] = None,
+    limit_seed: Annotated[
+        int | None,
+        typer.Option(help="Draw the samples of --limit at random with this seed. [default: the first ones]"),
     ] = None,
     num_fewshot: Annotated[
         int | None, typer.Option(min=0, help="Examples in the prompt. [default: as the protocol says]")
@@ -90,42 +100,79 @@ def run_command(
     ] = MAX_FAILURES,
     **options: Any,
 ) -> None:
-    """Evaluate a model on a benchmark.
+    """Evaluate a model on one or several benchmarks.
 
     Each sample is written as soon as it is scored. Run the same command again to resume an interrupted run, or to ask
     for samples that failed; batch size, number of devices and a server's address may differ.
     """
-    found_task = find_task(task)
-    variant = find_variant(found_task, protocol)
     backend, own = find_backends().choose(options)
-    if task_data_path is None:
-        raise UsageError(
-            f"--task-data-path is missing; {task} reads {found_task.format}; `--task-data-path sample` reads the small "
-            "file that the package contains"
-        )
     generation = GenerationSettings(
         max_new_tokens, num_samples, temperature, seed, allow_code_execution, allow_weak_sandbox
     )
-    _check_generation(found_task, generation)
-    if prompt_template is not None:
-        variant = replace(variant, template=_read_template(prompt_template))
-    if max_new_tokens is not None and not variant.max_new_tokens:
-        log(f"{task}, protocol {variant.name}, generates no text; --max-new-tokens has no effect")
-        generation = replace(generation, max_new_tokens=None)
-    if "seq_length" in {option.name for option in backend.options} and variant.seq_length:
-        own.setdefault("seq_length", variant.seq_length)
     with TemporaryDirectory(prefix="asd-eval-data-") as scratch:
-        if task_data_path.startswith(PREFIX):
-            task_data_path = write_files(found_task.name, task_data_path, Path(scratch))
-        evaluation = prepare_evaluation(
-            found_task, variant, task_data_path, subsets=subset or (), limit=limit, num_fewshot=num_fewshot,
-            generation=generation, seed=seed,
-        )  # fmt: skip
-        if backend.launch(own, sys.argv[1:]):
+        prepared = []
+        for number, (found, path) in enumerate(_with_data(task, task_data_path)):
+            _check_generation(found, generation)
+            variant = find_variant(found, protocol)
+            if prompt_template is not None:
+                variant = replace(variant, template=_read_template(prompt_template))
+            settings = generation
+            if max_new_tokens is not None and not variant.max_new_tokens:
+                log(
+                    f"{found.name}, protocol {variant.name}, generates no text; --max-new-tokens has no effect"
+                )
+                settings = replace(generation, max_new_tokens=None)
+            if path.startswith(PREFIX):
+                (written := Path(scratch) / str(number)).mkdir()
+                path = write_files(found.name, path, written)
+            evaluation = prepare_evaluation(
+                found, variant, path, subsets=subset or (), limit=limit, limit_seed=limit_seed,
+                num_fewshot=num_fewshot, generation=settings, seed=seed,
+            )  # fmt: skip
+            prepared.append(evaluation)
+        if backend.launch(_options_of(backend, own, prepared[0]), sys.argv[1:]):
             return
-        with backend.open(own) as model:
-            if model is not None:
-                _evaluate_and_print(evaluation, model, output_dir, max_failures)
+        for evaluation in prepared:
+            folder = (
+                output_dir if output_dir is None or len(prepared) == 1 else output_dir / evaluation.task.name
+            )
+            with (
+                keeping(partial(_what_is_kept, folder)),
+                backend.open(_options_of(backend, own, evaluation)) as model,
+            ):
+                if model is not None:
+                    _evaluate_and_print(evaluation, model, folder, max_failures)
+
+
+def _with_data(names: Sequence[str], paths: Sequence[str] | None) -> list[tuple[Task, str]]:
+    """Return each task with its data; `sample` and `hf:` alone hold for all tasks.
+
+    Raises:
+        UsageError: a task without data, or twice.
+    """
+    tasks = [find_task(name) for name in names]
+    if len({task.name for task in tasks}) < len(tasks):
+        raise UsageError(f"--task {' '.join(names)} names a task twice; name each once")
+    if not paths:
+        raise UsageError(
+            f"--task-data-path is missing; {names[0]} reads {tasks[0].format}; `--task boolq --task-data-path "
+            "sample` reads the small file that the package contains"
+        )
+    if len(paths) == 1 and paths[0] in ("sample", PREFIX):
+        paths = [paths[0]] * len(tasks)
+    if len(paths) != len(tasks):
+        raise UsageError(
+            f"--task-data-path has {len(paths)} {'path' if len(paths) == 1 else 'paths'} for {len(tasks)} "
+            f"{'task' if len(tasks) == 1 else 'tasks'}; give one for each, in the order of --task, separated by spaces"
+        )
+    return list(zip(tasks, paths, strict=True))
+
+
+def _options_of(backend: Backend, given: Mapping[str, Any], evaluation: Evaluation) -> dict[str, Any]:
+    """Return the options of a backend, with the length that the protocol asks for where the user gave none."""
+    length = evaluation.variant.seq_length
+    takes_length = "seq_length" in {option.name for option in backend.options}
+    return ({"seq_length": length} if takes_length and length else {}) | dict(given)
 
 
 def _check_generation(task: Task, generation: GenerationSettings) -> None:
@@ -154,6 +201,15 @@ def _evaluate_and_print(
         first = next(task["first_failure"] for task in results["tasks"].values() if task["num_failed"])
         again = "; run the same command again to ask for them" if output_dir is not None else ""
         raise EvaluationError(f"{failed} samples failed and have no score{again}. The first: {first}")
+
+
+def _what_is_kept(folder: Path | None) -> str:
+    """Say what an evaluation that ends early has kept, and how to go on."""
+    if folder is None:
+        return "nothing is kept, as no --output-dir was given"
+    samples = folder / SAMPLES
+    finished = samples.read_bytes().count(b"\n") if samples.is_file() else 0
+    return f"{folder} holds {finished} finished samples; the same command goes on after them"
 
 
 def _read_template(path: Path) -> str:

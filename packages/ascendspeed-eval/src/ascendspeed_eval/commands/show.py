@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from ascendspeed_eval.protocol import describe_protocol
 from ascendspeed_eval.report import join_runs
 from ascendspeed_eval.tasks.base import Task
 from ascendspeed_eval.tasks.registry import all_tasks, find_task, find_variant
@@ -25,7 +26,7 @@ def tasks(
         print(f"{one.name} (version {one.version}, {one.size}): {one.summary}; reads {one.format}")
         for variant in one.variants.values():
             mark = "*" if variant.name == one.default_variant else " "
-            print(f"  {mark} {variant.name}: {variant.summary}")
+            print(f"  {mark} {variant.name}: {describe_protocol(one, variant)}")
             if variant.template:
                 print(f"      question: {variant.template!r}")
             if task_data_path is not None and task is not None:

@@ -130,13 +130,13 @@ class AGIEval(Task):
             "choice": (*ENGLISH, *CHINESE),
         }
     )
+    groups_source = "ruixiangcui/AGIEval, dataset_loader.py"
     reference_scores = (("LLaMA-7B", "2023 README", 0.210),)
     variants = MappingProxyType(
         {
             "ascendspeed": TaskVariant(
                 "ascendspeed",
-                "1- to 5-shot, greedy text; the first line is the label or the answer, labels joined by a comma (the "
-                "rule of the 2023 AscendSpeed)",
+                "the first line is the label or the answer, labels joined by a comma (rule of the 2023 AscendSpeed)",
                 "",
                 num_fewshot=5,
                 answer_prefix="",
@@ -149,7 +149,7 @@ class AGIEval(Task):
             ),
             "lm-eval": TaskVariant(
                 "lm-eval",
-                "zero-shot; the likeliest whole option, for cloze questions greedy text (agieval of "
+                "the likeliest whole option; for cloze questions the generated text (agieval of "
                 "lm-evaluation-harness 0.4)",
                 "",
                 options,
@@ -163,7 +163,7 @@ class AGIEval(Task):
             ),
             "authors": TaskVariant(
                 "authors",
-                "zero-shot, greedy text; the first letter, all letters where several can be right, or the cloze answer "
+                "the first letter, all letters where several can be right, or the cloze answer "
                 "compared as mathematics (ruixiangcui/AGIEval)",
                 "",
                 extract=authors_answer,
@@ -272,6 +272,8 @@ class AGIEval(Task):
 
     def baselines(self, records: Sequence[Record], variant: TaskVariant) -> dict[str, float]:
         """Return the score of guessing on the questions with choices, if the variant compares choices."""
+        if variant.choices is None:
+            return super().baselines(records, variant)
         return super().baselines([r for r in records if r.subset not in CLOZE], variant)
 
     @staticmethod

@@ -3,6 +3,7 @@
 import random
 import sys
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -52,7 +53,7 @@ class TaskVariant:
 
     Attributes:
         name: as given to `--protocol`.
-        summary: what it does, for the report.
+        summary: how it asks and scores, for the report; without number of examples and sampling, which are settings.
         template: the question, with the record's fields in braces.
         choices: continuations to compare by likelihood; `None` if the model generates text.
         targets: indices of the right choices.
@@ -110,6 +111,7 @@ class Task(ABC):
         default_variant: name of the variant used unless `--protocol` names another.
         format: the files that the task reads, for messages.
         groups: subsets of each group, such as MMLU's categories.
+        groups_source: whose groups these are, for the report.
         runs_code: whether scoring runs generated programs.
         reference_scores: published scores: model, source, score.
     """
@@ -122,6 +124,7 @@ class Task(ABC):
     default_variant: str = "ascendspeed"
     format: str
     groups: Mapping[str, Sequence[str]] = {}
+    groups_source: str = ""
     runs_code: bool = False
     reference_scores: Sequence[tuple[str, str, float]] = ()
 
@@ -139,6 +142,10 @@ class Task(ABC):
         Raises:
             EvaluationError: the task cannot be scored with these settings, or on this machine.
         """
+
+    def groups_of(self, variant: TaskVariant) -> tuple[str, Mapping[str, Sequence[str]]]:
+        """Return whose groups a report of this variant shows, and the subsets of each."""
+        return self.groups_source or f"the task {self.name}", self.groups
 
     def header(self, variant: TaskVariant, record: Record) -> str:
         """Return the text before the examples."""
@@ -189,7 +196,7 @@ class Task(ABC):
             last = variant.separator if variant.last_separator is None else variant.last_separator
             head = self.header(variant, record) + variant.separator.join(shown) + (last if shown else "")
             shared = len(head) if self.shares_examples(variant) and variant.surplus_draws is None else 0
-            made.append(Sample(record, head + self.question(variant, record), shared))
+            made.append(Sample(record, head + self.question(variant, record), shared, len(shown)))
         return made
 
     def shares_examples(self, variant: TaskVariant) -> bool:
@@ -264,9 +271,12 @@ class Task(ABC):
         )
 
     def baselines(self, records: Sequence[Record], variant: TaskVariant) -> dict[str, float]:
-        """Return the scores of guessing and of always giving the most frequent answer."""
-        if variant.choices is None or not records:
+        """Return the scores of guessing, where there are choices, and of always giving the most frequent answer."""
+        if not records or self.runs_code:
             return {}
+        if variant.choices is None:
+            targets = Counter(str(record.target) for record in records)
+            return {"majority": max(targets.values()) / len(records)}
         chance = sum(len(variant.targets(r)) / len(variant.choices(r)) for r in records) / len(records)
         numbers = {number for record in records for number in variant.targets(record)}
         majority = max(sum(number in variant.targets(r) for r in records) for number in numbers) / len(

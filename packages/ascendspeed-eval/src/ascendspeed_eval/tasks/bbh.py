@@ -81,7 +81,7 @@ class BBH(Task):
         {
             "ascendspeed": TaskVariant(
                 "ascendspeed",
-                "3-shot without reasoning, greedy text; the first line is the answer (rule of the 2023 AscendSpeed)",
+                "without reasoning; the first line is the answer (rule of the 2023 AscendSpeed)",
                 QUESTION,
                 header="{description}\n\n",
                 num_fewshot=3,
@@ -94,7 +94,7 @@ class BBH(Task):
             ),
             "lm-eval": TaskVariant(
                 "lm-eval",
-                "3-shot with reasoning, greedy text; what follows 'the answer is' (bbh, that is bbh_cot_fewshot, of "
+                "with reasoning; what follows 'the answer is' (bbh, that is bbh_cot_fewshot, of "
                 "lm-evaluation-harness 0.4; prompts and rule are the authors')",
                 QUESTION + " " + THINK,
                 header="{description}\n\n",
@@ -108,7 +108,7 @@ class BBH(Task):
             ),
             "lm-eval-direct": TaskVariant(
                 "lm-eval-direct",
-                "3-shot without reasoning, greedy text; the whole text is the answer, with its leading space "
+                "without reasoning; the whole text is the answer, with its leading space "
                 "(bbh_fewshot of lm-evaluation-harness 0.4)",
                 QUESTION,
                 header="{description}\n\n",

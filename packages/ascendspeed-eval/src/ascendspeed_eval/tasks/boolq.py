@@ -32,7 +32,7 @@ class BoolQ(Task):
         {
             "ascendspeed": TaskVariant(
                 "ascendspeed",
-                "zero-shot; the likelier of ' Yes' and ' No' after 'Answer:', yes when equal "
+                "the likelier of ' Yes' and ' No' after 'Answer:', yes when equal "
                 "(the rule of the 2023 AscendSpeed)",
                 TEMPLATE,
                 lambda record: CHOICES["ascendspeed"],
@@ -41,7 +41,7 @@ class BoolQ(Task):
             ),
             "lm-eval": TaskVariant(
                 "lm-eval",
-                "zero-shot; the likelier of ' no' and ' yes' after 'Answer:', no when equal; the title before the "
+                "the likelier of ' no' and ' yes' after 'Answer:', no when equal; the title before the "
                 "passage, as in SuperGLUE (boolq of lm-evaluation-harness 0.4)",
                 "{title}" + TITLE_SEPARATOR + TEMPLATE,
                 lambda record: CHOICES["lm-eval"],

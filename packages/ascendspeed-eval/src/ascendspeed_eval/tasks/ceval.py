@@ -43,12 +43,13 @@ class CEval(Task):
         "folders dev and val (or test) of <subject>_dev.csv, <subject>_val.csv (id,question,A,B,C,D,answer)"
     )
     groups = MappingProxyType(_by_category())
+    groups_source = "hkust-nlp/ceval, subject_mapping.json"
     reference_scores = (("LLaMA-7B", "2023 README, 5-shot, val split", 0.408),)
     variants = MappingProxyType(
         {
             "ascendspeed": TaskVariant(
                 "ascendspeed",
-                "5-shot, greedy text; the whole answer is the letter (the rule of the 2023 AscendSpeed)",
+                "the whole answer is the letter (the rule of the 2023 AscendSpeed)",
                 "问：" + QUESTION + "\n答：",
                 header="请从下列选择题中选择正确的选项。\n\n",
                 num_fewshot=5,
@@ -61,7 +62,8 @@ class CEval(Task):
             ),
             "lm-eval": TaskVariant(
                 "lm-eval",
-                "5-shot; the likeliest of ' A' to ' D' (ceval-valid of lm-evaluation-harness 0.4 with --num_fewshot 5)",
+                "the likeliest of ' A' to ' D' (ceval-valid of lm-evaluation-harness 0.4, whose own number of examples "
+                "is 0)",
                 QUESTION + "\n答案：",
                 letters(4),
                 header="以下是中国关于{subject}的单项选择题，请选出其中的正确答案。\n\n",
@@ -70,7 +72,7 @@ class CEval(Task):
             ),
             "authors": TaskVariant(
                 "authors",
-                "5-shot; the likeliest of 'A' to 'D' right after '答案：' (answer-only setting of hkust-nlp/ceval)",
+                "the likeliest of 'A' to 'D' right after '答案：' (answer-only setting of hkust-nlp/ceval)",
                 QUESTION + "\n答案：",
                 letters(4, ""),
                 header="以下是中国关于{subject}考试的单项选择题，请选出其中的正确答案。\n\n",

@@ -84,7 +84,7 @@ class GSM8K(Task):
         {
             "ascendspeed": TaskVariant(
                 "ascendspeed",
-                "3-shot, greedy text; the number after the first 'The answer is' (the rule of the 2023 AscendSpeed, "
+                "the number after the first 'The answer is' (the rule of the 2023 AscendSpeed, "
                 "whose question has neither 'Q:' nor 'A:')",
                 "{question}",
                 num_fewshot=3,
@@ -97,7 +97,7 @@ class GSM8K(Task):
             ),
             "lm-eval": TaskVariant(
                 "lm-eval",
-                "5-shot, greedy text; the number after '####' (strict) or the last number (flexible) (gsm8k of "
+                "the number after '####' (strict) or the last number (flexible) (gsm8k of "
                 "lm-evaluation-harness 0.4)",
                 "Question: {question}\nAnswer:",
                 num_fewshot=5,

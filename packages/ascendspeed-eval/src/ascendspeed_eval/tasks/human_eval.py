@@ -36,7 +36,7 @@ class HumanEval(Task):
         {
             "ascendspeed": TaskVariant(
                 "ascendspeed",
-                "zero-shot with an instruction, greedy text; of prompt and answer together the imports and functions "
+                "with an instruction; of prompt and answer together the imports and functions "
                 "up to the first line that is neither (the rule of the 2023 AscendSpeed), or the function that the "
                 "answer itself defines, in a fence or not",
                 "The definition and function description of the python function are as follows. Please complete the "
@@ -47,7 +47,7 @@ class HumanEval(Task):
             ),
             "lm-eval": TaskVariant(
                 "lm-eval",
-                "zero-shot; the text up to the next class, function, comment, if or print (the authors' rule, and "
+                "the text up to the next class, function, comment, if or print (the authors' rule, and "
                 "humaneval of lm-evaluation-harness 0.4)",
                 "{prompt}",
                 max_new_tokens=1024,

@@ -1,12 +1,13 @@
 """MMLU (Hendrycks et al., 2021): multiple-choice questions of 57 subjects."""
 
 import re
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 from ascendspeed_eval.errors import EvaluationError
 from ascendspeed_eval.tasks.base import Extracted, Task, TaskVariant, letters, without_first_space
-from ascendspeed_eval.tasks.mmlu_subjects import CATEGORIES
+from ascendspeed_eval.tasks.mmlu_subjects import CATEGORIES, CATEGORIES_OF_LM_EVAL
 from ascendspeed_eval.tasks.reading import find_folder, letter_index, read_csv
 from ascendspeed_eval.tasks.samples import Benchmark, Record
 
@@ -42,6 +43,7 @@ class MMLU(Task):
     size = "14,042 (test split), 57 subjects"
     format = "folders dev and test of <subject>_dev.csv, <subject>_test.csv (question, A, B, C, D, answer; no header)"
     groups = MappingProxyType(CATEGORIES)
+    groups_source = "hendrycks/test, categories.py"
     reference_scores = (
         ("LLaMA-7B", "2023 README, 5-shot", 0.333),
         ("LLaMA-65B", "original implementation (Hugging Face blog, 2023)", 0.637),
@@ -52,7 +54,7 @@ class MMLU(Task):
         {
             "ascendspeed": TaskVariant(
                 "ascendspeed",
-                "5-shot, greedy text; a letter before a full stop, or at the beginning (rule of the 2023 AscendSpeed)",
+                "a letter before a full stop, or at the beginning (rule of the 2023 AscendSpeed)",
                 QUESTION,
                 header=HEADER + "  {subject}.\n",
                 num_fewshot=5,
@@ -66,7 +68,7 @@ class MMLU(Task):
             ),
             "lm-eval": TaskVariant(
                 "lm-eval",
-                "5-shot; the likeliest of ' A' to ' D' (mmlu of lm-evaluation-harness 0.4 with --num_fewshot 5)",
+                "the likeliest of ' A' to ' D' (mmlu of lm-evaluation-harness 0.4, whose own number of examples is 0)",
                 QUESTION,
                 letters(4),
                 header=HEADER + " {subject}.\n\n",
@@ -74,7 +76,7 @@ class MMLU(Task):
             ),
             "authors": TaskVariant(
                 "authors",
-                "5-shot; the likeliest of ' A' to ' D' (evaluate.py of hendrycks/test: questions not stripped, two "
+                "the likeliest of ' A' to ' D' (evaluate.py of hendrycks/test: questions not stripped, two "
                 "spaces after 'about')",
                 QUESTION,
                 letters(4),
@@ -102,6 +104,12 @@ class MMLU(Task):
                 examples[subject] = self._records(dev, subject)
             read += [file, *([dev] if dev.is_file() else [])]
         return Benchmark(records, examples, read)
+
+    def groups_of(self, variant: TaskVariant) -> tuple[str, Mapping[str, Sequence[str]]]:
+        """Return the authors' categories; under `lm-eval` those of the harness, which has anatomy elsewhere."""
+        if variant.name == "lm-eval":
+            return "lm-evaluation-harness, tasks/mmlu", CATEGORIES_OF_LM_EVAL
+        return super().groups_of(variant)
 
     def question(self, variant: TaskVariant, record: Record) -> str:
         """Return the question; under `lm-eval` without spaces at both ends."""

@@ -20,6 +20,10 @@ def find_folder(path: str, patterns: Sequence[str], wanted: str) -> Path:
     """
     named = Path(path)
     if not named.exists():
+        if path == "sample":
+            raise EvaluationError(
+                f"task_data_path=sample: only boolq has a sample; give the folder with the {wanted}"
+            )
         raise EvaluationError(f"task_data_path={path} does not exist; check --task-data-path")
     below = sorted(entry for entry in named.iterdir() if entry.is_dir()) if named.is_dir() else []
     for folder in (named, *below, named.parent):
@@ -35,6 +39,10 @@ def find_files(path: str, patterns: Sequence[str], wanted: str) -> list[Path]:
         return [named]
     files = sorted({file for pattern in patterns for file in named.glob(pattern)}) if named.is_dir() else []
     if not files:
+        if path == "sample" and not named.exists():
+            raise EvaluationError(
+                f"task_data_path=sample: only boolq has a sample; give a file or folder: {wanted}"
+            )
         raise EvaluationError(
             f"task_data_path={path} has no {' or '.join(p.removeprefix('*') for p in patterns)} file; {wanted}"
         )

@@ -46,11 +46,13 @@ class Sample:
         record: the record.
         prompt: full text.
         shared_characters: length of the prefix that all prompts of the subset share.
+        num_examples: solved questions that the prompt shows.
     """
 
     record: Record
     prompt: str
     shared_characters: int
+    num_examples: int = 0
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from ascendspeed_core.config.load import load_config
 from ascendspeed_data.command_line import log
 from ascendspeed_data.command_line.options import options_from
 from ascendspeed_data.command_line.progress import Progress
+from ascendspeed_data.command_line.stopping import keeping
 from ascendspeed_data.errors import ConfigError, DataError
 from ascendspeed_infer.config import GenerateConfig, LoadedModelConfig, inference_layout
 from ascendspeed_infer.engines import NATIVE, check_options, find_engine, refuse_engine_options
@@ -158,12 +159,17 @@ def run(config: GenerateConfig, records: list[PromptRecord] | None, format_: For
             names=[one.where for one in records],
             **config.sampling.model_dump(exclude_unset=True),
         )
-        started, count = time.perf_counter(), 0
-        with Progress("generating", each * len(records), "completions") as progress:
+        started, count, printed = time.perf_counter(), 0, 0
+        total = each * len(records)
+        with (
+            keeping(lambda: f"{printed} of {total} completions were printed, in the order of the prompts"),
+            Progress("generating", total, "completions") as progress,
+        ):
             for one, several in zip(records, completions, strict=True):
                 count += sum(len(completion.token_ids) for completion in several)
                 for completion in several:
                     print(_json_of(completion, one) if as_json else completion.text, flush=True)
+                    printed += 1
                 progress.advance(each)
         seconds = time.perf_counter() - started
         log(f"{count} tokens in {seconds:.2f} s, {count / seconds:.1f} tokens/s")

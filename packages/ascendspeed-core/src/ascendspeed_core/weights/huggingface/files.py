@@ -21,9 +21,13 @@ _PART = re.compile(r"(model|pytorch_model)-(\d+)-of-(\d+)\.(safetensors|bin)")
 
 _SAME_MODEL = "use the model.safetensors files of the same model"
 
+ADAPTER = (
+    "an adapter; give it with --lora-load, and its base with --load (asd-ckpt merge-lora merges the two)"
+)
+
 OTHER_WEIGHTS = (
-    ("adapter_model.safetensors", "an adapter; give it with --lora-load, and its base with --load"),
-    ("adapter_model.bin", "an adapter; give it with --lora-load, and its base with --load"),
+    ("adapter_model.safetensors", ADAPTER),
+    ("adapter_model.bin", ADAPTER),
     ("consolidated.safetensors", f"weights under Mistral's own names; {_SAME_MODEL}"),
     ("consolidated*.pth", f"weights under Meta's own names; {_SAME_MODEL}"),
     ("tf_model.h5", f"TensorFlow's weights; {_SAME_MODEL}"),

@@ -28,14 +28,19 @@ from ascendspeed_core.weights.files.distributed_reader import DistributedTensors
 from ascendspeed_core.weights.files.json_file import read_iteration
 from ascendspeed_core.weights.load import parameter_shapes
 from ascendspeed_core.weights.native.description import read_description
-from ascendspeed_core.weights.source import BaseWeightSource, CheckpointError, Index, TensorInfo
+from ascendspeed_core.weights.source import (
+    BaseWeightSource,
+    CheckpointError,
+    Index,
+    TensorInfo,
+    read_data_manifest,
+)
 from ascendspeed_data.errors import ConfigError
-from ascendspeed_data.manifest import DatasetManifest, read_manifest
+from ascendspeed_data.manifest import DatasetManifest
 
 TRACKER = "latest_checkpointed_iteration.txt"
 DESCRIPTION = "checkpoint.json"
 TOKENIZER = "tokenizer"
-DATA_MANIFEST = "data.manifest.json"
 ITERATION_FOLDER = re.compile(r"iter_(\d{7,})")
 
 
@@ -57,7 +62,8 @@ class NativeSource(BaseWeightSource):
         if adapters and not is_adapter:
             raise CheckpointError(
                 f"{self.folder} holds an adapter only; give its base ({adapters['base'] or 'random weights'}) with "
-                f"--load, and this folder with --lora-load"
+                "--load, and this folder with --lora-load, to asd-core finetune, asd-infer or asd-eval; asd-ckpt "
+                "merge-lora merges the two"
             )
         if is_adapter and not adapters:
             raise CheckpointError(
@@ -141,10 +147,7 @@ class NativeSource(BaseWeightSource):
 
 def find_data_manifest(folder: Path) -> DatasetManifest | None:
     """Return the manifest of the training data beside a checkpoint, or in the folder of its run, if there is one."""
-    for candidate in (folder, folder.parent):
-        if (candidate / DATA_MANIFEST).is_file():
-            return read_manifest(candidate / DATA_MANIFEST)
-    return None
+    return read_data_manifest(folder) or read_data_manifest(folder.parent)
 
 
 def iteration_folder(path: Path) -> Path:
