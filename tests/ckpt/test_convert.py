@@ -243,7 +243,7 @@ def test_a_tokenizer_that_cannot_be_opened_is_copied_with_a_line(
     (hugging_face / name).write_bytes(content)
     done = convert(hugging_face, tmp_path / "out", "--to", to, "--no-verify-logits")
     assert done.status == 0, done.stderr
-    assert "verdict: the same model" in done.stdout
+    assert "holds the same model as" in done.stdout
     lines = [line for line in done.stderr.splitlines() if "the tokenizer was copied as it is" in line]
     assert len(lines) == 1
     assert f"but it cannot be opened: {hugging_face}" in lines[0]

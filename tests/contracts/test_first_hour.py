@@ -1,6 +1,7 @@
 """What someone types who comes from another program: each slip is one line that says what to type instead."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -31,7 +32,9 @@ def test_a_path_that_is_no_prefix_names_the_command_that_makes_one(
     model: Path, dataset: Path, corpus: Path, tmp_path: Path
 ) -> None:
     short = str(dataset).removesuffix("_text_document")
-    (tmp_path / "set_packed_input_ids_document.idx").touch()
+    for part in ("input_ids", "attention_mask", "labels"):
+        for suffix in (".idx", ".bin"):
+            shutil.copy(f"{dataset}{suffix}", tmp_path / f"set_packed_{part}_document{suffix}")
     for data, words in (
         (tmp_path / "set", "holds instruction samples, for asd-core finetune --is-instruction-dataset"),
         (corpus, f"{corpus} is not tokenized yet: asd-data preprocess --input {corpus} --output-prefix"),

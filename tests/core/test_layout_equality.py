@@ -64,7 +64,6 @@ CASES = [
 FURTHER_CASES = [
     (Layout(tp=2), False, 128),
     (Layout(tp=4), True, 125),
-    pytest.param(Layout(tp=8), False, 128, marks=pytest.mark.nightly),
     (Layout(pp=4), True, 128),
     (Layout(pp=3), True, 127),
     (Layout(dp=4, sharded_optimizer=True), True, 127),
@@ -76,7 +75,12 @@ FURTHER_CASES = [
     ("layout", "tied", "vocab_size", "dtype"),
     [(*case, dtype) for dtype in TOLERANCE for case in CASES]
     + [(*case, "float64") for case in FURTHER_CASES]
-    + [pytest.param(Layout(tp=8, sequence_parallel=True), False, 128, "float64", marks=pytest.mark.nightly)],
+    + [
+        pytest.param(
+            Layout(tp=8, sequence_parallel=sequence), False, 128, "float64", marks=pytest.mark.nightly
+        )
+        for sequence in (False, True)
+    ],
     ids=str,
 )
 def test_training_equals_one_process(

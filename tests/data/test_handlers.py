@@ -278,7 +278,7 @@ def test_handlers_of_users_are_found(
     with pytest.raises(AscendSpeedError, match="make the module importable"):
         find_handler("no_such_module_for_test:X")
     with pytest.raises(
-        ConfigError, match=r"choose from GeneralPretrainHandler, .*did you mean GeneralPretrainHandler"
+        ConfigError, match=r"did you mean GeneralPretrainHandler\?; choose from GeneralPretrainHandler, "
     ):
         find_handler("GeneralPretrain")
 

@@ -281,7 +281,7 @@ def test_on_the_command_line(recorded: Path, model: LanguageModel, tp: int, pp: 
 
 
 BAD: dict[str, tuple[list[object], int, str]] = {
-    "beams": (["--num-beams", 2], 2, "No such option"),
+    "beams": (["--num-beams", 2], 2, "--num-beams: asd-infer generate has --num-beams"),
     "no such template": (["--chat-template", "chatlm"], 2, "chat_template=chatlm is neither a file nor one of"),
     "no place for a system message": (["--chat-template", "plain", "--system", "x"], 1, "leave --system out"),
     "no model": (["--load", "/nowhere"], 1, "checkpoint /nowhere does not exist"),

@@ -60,4 +60,6 @@ class StopSignal:
         """Return the signal that asked any rank to stop, the same on all ranks; 0 for none."""
         asked = [float(self._asked_by == number) for number in SIGNALS]
         counts = self._mesh.sum_over_all(torch.tensor(asked, device=self._mesh.device.torch))
-        return next((number for number, count in zip(SIGNALS, counts.tolist(), strict=True) if count), 0)
+        return next(
+            (number for number, count in zip(SIGNALS, counts.cpu().tolist(), strict=True) if count), 0
+        )
