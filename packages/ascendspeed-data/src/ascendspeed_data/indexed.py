@@ -311,8 +311,6 @@ def _how_to_make(prefix: Path) -> str:
         )
     if "," in str(prefix):
         return "separate several prefixes by spaces, each after its weight"
-    if _with_suffix(prefix.with_name(f"{prefix.name}_packed_input_ids_document"), ".idx").is_file():
-        return f"{prefix} holds instruction samples, for asd-core finetune --is-instruction-dataset"
     near = sorted(path.with_suffix("") for path in prefix.parent.glob(f"{glob.escape(prefix.name)}_*.idx"))[
         :3
     ]
