@@ -36,7 +36,10 @@ def test_a_path_that_is_no_prefix_names_the_command_that_makes_one(
         for suffix in (".idx", ".bin"):
             shutil.copy(f"{dataset}{suffix}", tmp_path / f"set_packed_{part}_document{suffix}")
     for data, words in (
-        (tmp_path / "set", "holds samples with labels, not plain text; train on them with `asd-core finetune"),
+        (
+            tmp_path / "set",
+            "holds samples with labels, not plain text; train on them with `asd-core finetune",
+        ),
         (corpus, f"{corpus} is not tokenized yet: asd-data preprocess --input {corpus} --output-prefix"),
         (corpus.parent, f"is a folder; give a prefix in it: {dataset}"),
         (f"{dataset}.bin", f"give the prefix without the ending: {dataset}"),

@@ -121,7 +121,7 @@ CUT = Layout(cp=2, dp=2, sharded_optimizer=True)
     [
         (Layout(), "float32"),
         (Layout(tp=2), "bfloat16"),
-        (Layout(tp=8), "float32"),
+        pytest.param(Layout(tp=8), "float32", marks=pytest.mark.nightly),
         (Layout(tp=2, dp=2), "float32"),
         (Layout(pp=3), "bfloat16"),
         (Layout(tp=2, pp=2, sequence_parallel=True), "float32"),

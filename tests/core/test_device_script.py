@@ -52,6 +52,7 @@ def test_runs_on_a_cpu(tmp_path: Path) -> None:
     assert "7B: Shape(hidden=4096" in done.stdout
 
 
+@pytest.mark.nightly
 def test_goes_on_after_what_fails(on_device: None) -> None:
     from on_device.plan import Item, Outcome
     from on_device.runner import run_all

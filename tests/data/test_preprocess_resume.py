@@ -115,7 +115,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(
     [
         ["--workers", 2],
         ["--workers", 3],
-        ["--shard-size", 1],
+        pytest.param(["--shard-size", 1], marks=pytest.mark.nightly),
         ["--shard-size", 9999],
         ["--tokenizer-not-use-fast"],
     ],

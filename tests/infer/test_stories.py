@@ -17,7 +17,13 @@ from ascendspeed_infer.generation import generate_batch, generate_ids
 from support.processes import WorkerPool
 from support.shared_data import STORIES, needs_shared_data
 
-LAYOUTS = [Layout(), Layout(tp=2), Layout(tp=4), Layout(pp=2), Layout(tp=2, pp=2)]
+LAYOUTS = [
+    Layout(),
+    Layout(tp=2),
+    pytest.param(Layout(tp=4), marks=pytest.mark.nightly),
+    Layout(pp=2),
+    Layout(tp=2, pp=2),
+]
 Ids = list[int]
 
 
