@@ -18,6 +18,7 @@ TEST_TOOLS = (
     "pytest",
     "pytest-timeout",
     "pytest-xdist",
+    "hypothesis",
     "transformers",
     "protobuf",
     "gigatoken",

@@ -2,7 +2,9 @@
 
 import ast
 import datetime
+import importlib.metadata
 import re
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT = Path(__file__).parents[2]
@@ -76,6 +79,50 @@ def test_the_workflow_tests_the_ends_of_the_declared_ranges(name: str) -> None:
     assert Version(pin.version) == Version(bound.version)
     newest = {r.name: r for r in map(Requirement, runs["newest"]["versions"].split())}[name]
     assert newest.specifier == declared
+
+
+def test_the_tests_import_what_their_session_installs() -> None:
+    """A module that only a developer's own environment has would fail on a fresh machine.
+
+    The session installs TEST_TOOLS and the five packages, and what these need with it.
+    """
+    needed = [*tools_of_tests()]
+    for path in ROOT.glob("packages/*/pyproject.toml"):
+        needed += tomllib.loads(path.read_text())["project"]["dependencies"]
+    pinned = {canonicalize_name(name) for name in constraints()}
+    installed: set[str] = set()
+    while needed:
+        wanted = Requirement(needed.pop())
+        name = canonicalize_name(wanted.name)
+        if name not in installed and (wanted.marker is None or wanted.marker.evaluate({"extra": ""})):
+            installed.add(name)
+            needed += importlib.metadata.requires(name) or ()
+    provided = importlib.metadata.packages_distributions()
+    own = {path.stem for folder in ("tests", "benchmarks", "scripts") for path in (ROOT / folder).iterdir()}
+    for path in (ROOT / "tests").rglob("*.py"):
+        for module in imported(path) - sys.stdlib_module_names - own:
+            names = {canonicalize_name(name) for name in provided.get(module, [module])}
+            if not any(name.startswith("ascendspeed-") for name in names):
+                assert names & installed, f"{path} imports {module}, which TEST_TOOLS in noxfile.py lacks"
+                assert names & pinned, f"{path} imports {module}, which constraints.txt lacks"
+
+
+def tools_of_tests() -> tuple[str, ...]:
+    tree = ast.parse((ROOT / "noxfile.py").read_text(encoding="utf-8"))
+    (found,) = (
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "TEST_TOOLS"
+    )
+    return tuple(ast.literal_eval(found))
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level names of the modules that a file imports anywhere."""
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    whole = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    whole |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
+    return {name.partition(".")[0] for name in whole}
 
 
 def test_hooks_have_the_versions_that_lint_has() -> None:
