@@ -53,6 +53,6 @@ def _compiled(plain: Callable[..., Any]) -> Callable[..., Any]:
 def _compiled_for_width(plain: Callable[..., Any]) -> Callable[..., Any]:
     """Compile an operator for the first shape, and once more if the number of tokens changes.
 
-    A width that is known lets the kernel read whole vectors: 2.7 times as fast, forward and backward, on an H100.
+    A width that is known lets the kernel read whole vectors, which is faster.
     """
     return torch.compile(plain)
