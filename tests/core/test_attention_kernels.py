@@ -95,7 +95,9 @@ def test_its_arithmetic_is_that_share() -> None:
         return int(counter.get_total_flops())
 
     out, log_sum = attend_by_blocks(grouped, keys, values, None, BLOCK)
-    context = SimpleNamespace(saved_tensors=(grouped, keys, values, None, out, log_sum), block=BLOCK)
+    context = SimpleNamespace(
+        saved_tensors=(grouped, keys, values, None, out, log_sum), block=BLOCK, scale=q.shape[-1] ** -0.5
+    )
     # Multiplications and additions of one product of all queries with all keys.
     whole = 2 * q.shape[0] * q.shape[1] * 1000 * 1000 * q.shape[-1]
     assert counted(lambda: reference_attention(q, k, v, None)) == 2 * whole

@@ -105,6 +105,7 @@ def test_every_parameter_has_a_row_and_every_row_a_parameter() -> None:
             norm="layernorm", mlp="gelu", position="alibi", qkv_bias=True, output_bias=True, mlp_bias=True,
             embedding_norm=True,
         ),
+        tiny_config(qk_norm=True, qk_norm_kind="by_head", attention_sinks=True, norm_placement="both"),
     ]  # fmt: skip
     used = {id(tensor_sharding(name)) for config in configs for name in parameter_shapes(config)}
     # Frequencies are no parameter, but some formats store them.

@@ -1,11 +1,13 @@
 """Tiny reference models of every family: transformers' own classes, and Baichuan as its published code reads."""
 
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from support.baichuan import BaichuanForCausalLM, BaichuanShape
@@ -31,12 +33,14 @@ class Reference:
         classes: transformers' config and model, by name; or `None` for Baichuan.
         options: changes of the config.
         written: changes of the config.json after transformers wrote it: the published name, and its own keys.
+        renamed: the model's tensors as the published files have them, from those of transformers' class.
     """
 
     family: str
     classes: tuple[str, str] | None
     options: dict[str, Any]
     written: dict[str, Any]
+    renamed: Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]] = dict
 
     def save(self, folder: Path, seed: int = 0) -> nn.Module:
         """Make a random model, save it as a Hugging Face folder, and return it."""
@@ -57,12 +61,14 @@ class Reference:
         model: Any = getattr(transformers, model_name)(getattr(transformers, config_name)(**self.options))
         _fill(model)
         model.save_pretrained(folder)
+        if self.renamed is not dict:
+            weights = folder / "model.safetensors"
+            tensors = {name: tensor.contiguous() for name, tensor in self.renamed(load_file(weights)).items()}
+            save_file(tensors, weights, {"format": "pt"})
         reference: nn.Module = model
         return reference
 
     def _baichuan(self, folder: Path) -> nn.Module:
-        from safetensors.torch import save_file
-
         model = BaichuanForCausalLM(BaichuanShape(**self.options))
         _fill(model)
         folder.mkdir(parents=True, exist_ok=True)

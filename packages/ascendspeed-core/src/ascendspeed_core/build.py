@@ -1,6 +1,7 @@
 """Make this rank's part of a model and fill it."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,7 @@ from ascendspeed_core.config.model import ModelConfig, WeightQuantization
 from ascendspeed_core.config.sharding import Slice, tensor_slice
 from ascendspeed_core.kernels.int8 import Workspace, refuse_missing_format
 from ascendspeed_core.kernels.registry import JOINED_GATED, Choice, KernelContext, choose
-from ascendspeed_core.models.attention import Attention
+from ascendspeed_core.models.attention import Attention, changed_scores
 from ascendspeed_core.models.int8 import largest_of_rows, quantize
 from ascendspeed_core.models.linear import HALVES
 from ascendspeed_core.models.lora import AdapterPlan, add_adapters, freeze
@@ -205,7 +206,7 @@ def apply_kernels(
         ConfigError: an operator was named that the model does not have.
         AscendSpeedError: an implementation was named that cannot run here.
     """
-    context = context or KernelContext()
+    context = replace(context or KernelContext(), changes_scores=changed_scores(model.config))
     chosen: dict[str, Callable[..., Any]] = {}
     choices: list[Choice] = []
     for operator, asked in config.kernel_names().items():
@@ -249,7 +250,8 @@ def apply_inference_kernels(model: Transformer, mesh: ParallelMesh) -> None:
 def _absence(operator: str, model: Transformer, before: Sequence[Choice]) -> str | None:
     """Return why a model does not compute an operator; `None` if it does."""
     described = model.config
-    if operator == "rms_norm" and described.norm != "rmsnorm" and not described.qk_norm:
+    has_rms_norm_of_heads = described.qk_norm and described.qk_norm_kind != "by_head"
+    if operator == "rms_norm" and described.norm != "rmsnorm" and not has_rms_norm_of_heads:
         return "the model has no RMSNorm"
     if operator == "layer_norm" and described.norm != "layernorm":
         return "the model has no LayerNorm"

@@ -12,6 +12,30 @@ def llama3_scaling(config: ModelConfig) -> RotaryScaling | None:
     return llama3_by_factor(config.rotary_scaling.factor)
 
 
+def _in_no_format(config: ModelConfig) -> dict[str, bool]:
+    """Return what neither program computes, or nobody has compared yet, and whether a model has it."""
+    return {
+        "windows in some layers": config.window_layers is not None,
+        "rotary positions in some layers": config.rotary_layers is not None,
+        "rotary positions in a part of each head": config.rotary_dim is not None,
+        "interleaved rotary positions": config.rotary_interleaved,
+        "rotary base of layers with a window": config.window_rotary_base is not None,
+        "scale of attention's scores": config.attention_scale is not None,
+        "soft-capped scores": config.attention_softcap is not None,
+        "attention sinks": config.attention_sinks,
+        "norms of queries and keys but one for all heads": config.qk_norm and config.qk_norm_kind != "shared",
+        "norms after attention and MLP": config.norm_placement != "before",
+        "LayerNorm without bias": config.norm == "layernorm" and not config.norm_bias,
+        "norms that multiply by 1 + weight": config.norm_unit_offset,
+        "attention and MLP side by side": config.parallel_blocks,
+        "embedding multiplier": config.embedding_multiplier != 1,
+        "residual multiplier": config.residual_multiplier != 1,
+        "logits multiplier": config.logits_multiplier != 1,
+        "soft-capped logits": config.logits_softcap is not None,
+        f"{config.mlp} MLP": config.mlp not in ("swiglu", "gelu"),
+    }
+
+
 def check_supported(kind: str, config: ModelConfig) -> None:
     """Raise `CheckpointError` when the format's own program would compute another thing with these weights."""
     is_gpt = config.mlp == "gelu"
@@ -38,7 +62,7 @@ def check_supported(kind: str, config: ModelConfig) -> None:
             "rope scaling but Llama 3's": config.rotary_scaling not in (None, llama3_scaling(config)),
             "bias on attention's output without one in the MLP": config.output_bias != config.mlp_bias,
         }
-    lacks = [what for what, is_wanted in wanted.items() if is_wanted]
+    lacks = [what for what, is_wanted in (wanted | _in_no_format(config)).items() if is_wanted]
     if lacks:
         program = "AscendSpeed of 2023" if kind == "ascendspeed" else "megatron-core's GPTModel"
         raise CheckpointError(

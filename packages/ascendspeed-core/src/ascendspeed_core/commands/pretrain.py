@@ -132,7 +132,7 @@ def describe(plan: "RunPlan") -> None:
     if isinstance(plan.source, AdaptedWeights):
         log(trained_share(plan.source, model))
     if plan.config.compute.mlp_layer_fusion:
-        joined = ["queries, keys and values"] + ["gate and up"] * (model.mlp == "swiglu")
+        joined = ["queries, keys and values"] + ["gate and up"] * model.is_gated
         log(f"one matrix product each for {'; '.join(joined)} (--mlp-layer-fusion)")
     if plan.config.recompute.note:
         log(plan.config.recompute.note)

@@ -33,12 +33,23 @@ class RotaryScaling(Config):
     attention_factor: float | None = Field(
         None, gt=0, description="yarn: factor of cosine and sine. [default: 0.1 ln(factor) + 1]"
     )
+    mscale: float | None = Field(
+        None, gt=0, description="yarn: 0.1 mscale ln(factor) + 1 is in the factor of cosine and sine."
+    )
+    mscale_all_dim: float | None = Field(
+        None, gt=0, description="yarn: the same of it divides that factor, as DeepSeek's models have it."
+    )
+    truncate: bool = Field(True, description="yarn: the ramp begins and ends at whole dimensions.")
 
     @model_validator(mode="after")
     def _has_its_length(self) -> "RotaryScaling":
         if self.kind != "linear" and self.original_max_position_embeddings is None:
             raise ValueError(
                 f"rotary scaling {self.kind} lacks original_max_position_embeddings; add it to the model's config"
+            )
+        if (self.mscale is None) != (self.mscale_all_dim is None):
+            raise ValueError(
+                f"mscale={self.mscale} and mscale_all_dim={self.mscale_all_dim} count only together; give both or none"
             )
         return self
 
@@ -73,13 +84,62 @@ class ModelConfig(Config):
     sliding_window: int | None = Field(
         None, ge=1, description="Tokens that a token sees, itself included. [default: all]"
     )
-    mlp: Literal["swiglu", "gelu"] = Field("swiglu", description="MLP; gelu is its tanh approximation.")
+    mlp: Literal["swiglu", "geglu", "gelu", "relu2"] = Field(
+        "swiglu", description="MLP; gelu is its tanh approximation, relu2 the square of relu."
+    )
     qkv_bias: bool = Field(False, description="Queries, keys and values have a bias.")
     output_bias: bool = Field(False, description="The attention's output projection has a bias.")
     mlp_bias: bool = Field(False, description="The MLP's projections have a bias.")
     qk_norm: bool = Field(False, description="Each query and key head is normalised (RMSNorm).")
     embedding_norm: bool = Field(False, description="A norm follows the embedding.")
     normalised_head: bool = Field(False, description="Rows of the output head are used at length 1.")
+    window_layers: tuple[int, ...] | None = Field(
+        None, description="Layers that have the sliding window, counted from 0. [default: all]"
+    )
+    rotary_layers: tuple[int, ...] | None = Field(
+        None, description="Layers that have rotary positions; the others have none. [default: all]"
+    )
+    rotary_dim: int | None = Field(
+        None, ge=2, description="First numbers of a head that rotary positions turn, R. [default: all]"
+    )
+    rotary_interleaved: bool = Field(
+        False, description="Rotary positions turn neighbours, 2i and 2i + 1, instead of i and i + R/2."
+    )
+    window_rotary_base: float | None = Field(
+        None,
+        gt=0,
+        description="Base of the rotary frequencies, unscaled, in layers with a window. [default: as in others]",
+    )
+    attention_scale: float | None = Field(
+        None, gt=0, description="Factor of attention's scores. [default: 1 / sqrt(D)]"
+    )
+    attention_softcap: float | None = Field(
+        None, gt=0, description="c: each score s becomes c tanh(s / c) before the softmax."
+    )
+    attention_sinks: bool = Field(
+        False, description="Each query head has a learned score that takes weight and gives nothing."
+    )
+    qk_norm_kind: Literal["shared", "by_head", "all_heads"] = Field(
+        "shared",
+        description="With qk_norm: one weight for all heads; each head has its own, and the norm is that of the "
+        "model, without bias; or one RMSNorm over all heads together.",
+    )
+    norm_placement: Literal["before", "after", "both"] = Field(
+        "before", description="Where norms stand: before attention and MLP, after them, or both."
+    )
+    norm_bias: bool = Field(True, description="A layernorm has a bias.")
+    norm_unit_offset: bool = Field(False, description="Norms multiply by 1 + weight.")
+    parallel_blocks: bool = Field(
+        False, description="Attention and MLP read the same norm, and both add to its input."
+    )
+    embedding_multiplier: float = Field(1.0, gt=0, description="Factor of the embedding.")
+    residual_multiplier: float = Field(
+        1.0, gt=0, description="Factor of what attention and MLP add to the residual stream."
+    )
+    logits_multiplier: float = Field(1.0, gt=0, description="Factor of the logits.")
+    logits_softcap: float | None = Field(
+        None, gt=0, description="c: each logit l becomes c tanh(l / c), after its factor."
+    )
     tie_word_embeddings: bool = Field(description="The output head uses the embedding's weight.")
     initializer_range: float = Field(0.02, gt=0, description="Standard deviation of random weights.")
     bos_token_id: int | None = Field(None, description="Id that begins a text.")
@@ -105,18 +165,60 @@ class ModelConfig(Config):
             )
         return self
 
+    @model_validator(mode="after")
+    def _options_fit(self) -> "ModelConfig":
+        for name in ("window_layers", "rotary_layers"):
+            layers = getattr(self, name) or ()
+            if list(layers) != sorted(set(layers)) or any(not 0 <= n < self.num_layers for n in layers):
+                raise ValueError(
+                    f"{name} must name layers of 0 to {self.num_layers - 1}, each once, in order; correct it"
+                )
+        if self.rotary_dim is not None and (self.rotary_dim % 2 or self.rotary_dim > self.head_dim):
+            raise ValueError(
+                f"rotary_dim={self.rotary_dim} is no even part of head_dim={self.head_dim}; correct one of them"
+            )
+        needs = {
+            "window_layers": ("sliding_window", self.sliding_window is not None),
+            "window_rotary_base": ("sliding_window", self.sliding_window is not None),
+            "rotary_layers": ("position=rotary", self.position == "rotary"),
+            "rotary_dim": ("position=rotary", self.position == "rotary"),
+        }
+        for name, (needed, is_there) in needs.items():
+            if getattr(self, name) is not None and not is_there:
+                raise ValueError(f"{name} was given without {needed}, and means nothing then; leave it out")
+        if self.parallel_blocks and self.norm_placement != "before":
+            raise ValueError(
+                f"parallel_blocks=true reads one norm, norm_placement={self.norm_placement} has more; choose one"
+            )
+        return self
+
+    def has_window(self, layer: int) -> bool:
+        """Whether the tokens of a layer see a window only."""
+        return self.sliding_window is not None and (self.window_layers is None or layer in self.window_layers)
+
+    def has_rotary(self, layer: int) -> bool:
+        """Whether a layer turns queries and keys."""
+        return self.position == "rotary" and (self.rotary_layers is None or layer in self.rotary_layers)
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether the MLP has a gate beside its up projection."""
+        return self.mlp in ("swiglu", "geglu")
+
     @property
     def num_parameters(self) -> int:
         """Number of weights; a tied head is counted once."""
         queries, keys = (self.head_dim * n for n in (self.num_attention_heads, self.num_key_value_heads))
-        projections = 3 if self.mlp == "swiglu" else 2
-        norm = self.hidden_size * (2 if self.norm == "layernorm" else 1)
+        projections = 3 if self.is_gated else 2
+        norm = self.hidden_size * (2 if self.norm == "layernorm" and self.norm_bias else 1)
         layer = (
             2 * self.hidden_size * (queries + keys) + projections * self.hidden_size * self.ffn_hidden_size
         )
         layer += self.qkv_bias * (queries + 2 * keys) + self.output_bias * self.hidden_size
         layer += self.mlp_bias * ((projections - 1) * self.ffn_hidden_size + self.hidden_size)
-        layer += 2 * norm + self.qk_norm * 2 * self.head_dim
+        norms = 1 if self.parallel_blocks else 4 if self.norm_placement == "both" else 2
+        of_heads = 2 * self.head_dim if self.qk_norm_kind == "shared" else queries + keys
+        layer += norms * norm + self.qk_norm * of_heads + self.attention_sinks * self.num_attention_heads
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
         return self.num_layers * layer + embeddings + (1 + self.embedding_norm) * norm
 

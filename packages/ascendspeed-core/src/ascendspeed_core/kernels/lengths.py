@@ -8,6 +8,7 @@ Shapes: M queries of all texts, N query heads, K key-value heads, C tokens of th
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -42,7 +43,11 @@ LengthsAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, TextLengt
 
 
 def lengths_attention(
-    device: Device, dtype: torch.dtype, head_dim: int, has_additive_mask: bool
+    device: Device,
+    dtype: torch.dtype,
+    head_dim: int,
+    changes_scores: bool,
+    scale: float | None = None,
 ) -> LengthsAttention | None:
     """Return what attends to all texts in one call on a device; `None` where each needs a call of its own.
 
@@ -50,15 +55,14 @@ def lengths_attention(
         device: of the cache.
         dtype: of what is kept there.
         head_dim: D.
-        has_additive_mask: scores get something added, as ALiBi does.
+        changes_scores: scores are more than products and their scale, as with ALiBi, soft-capping or sinks.
+        scale: factor of the scores, by default 1 / sqrt(D).
     """
     is_narrow = dtype in (torch.bfloat16, torch.float16)
     is_taken = head_dim % HEAD_MULTIPLE == 0 and head_dim <= LARGEST_HEAD
-    return (
-        flash_attention
-        if device.kind == "cuda" and is_narrow and is_taken and not has_additive_mask
-        else None
-    )
+    if device.kind != "cuda" or not (is_narrow and is_taken and not changes_scores):
+        return None
+    return flash_attention if scale is None else partial(flash_attention, scale=scale)
 
 
 def attend_text_by_text(
@@ -90,7 +94,12 @@ def attend_text_by_text(
 
 
 def flash_attention(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, lengths: TextLengths, window: int | None
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    lengths: TextLengths,
+    window: int | None,
+    scale: float | None = None,
 ) -> torch.Tensor:
     """Do what `attend_text_by_text` does in one kernel (Dao, 2023, FlashAttention-2), in 16 bits on CUDA.
 
@@ -109,6 +118,7 @@ def flash_attention(
         # A single query sees all keys; said so, the kernel reads the keys of a group of heads once.
         lengths.most_queries > 1,
         False,
+        scale=scale,
         window_size_left=left,
         window_size_right=right,
         seqused_k=lengths.num_keys,

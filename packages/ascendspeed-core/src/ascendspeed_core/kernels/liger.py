@@ -18,11 +18,13 @@ def liger_rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> tor
 
 
 def liger_layer_norm(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, epsilon: float
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, epsilon: float
 ) -> torch.Tensor:
     """See `models.norm.layer_norm`."""
     from liger_kernel.ops import LigerLayerNormFunction
 
+    # The kernel has no layer norm without a bias.
+    bias = torch.zeros_like(weight) if bias is None else bias
     normed: torch.Tensor = LigerLayerNormFunction.apply(x, weight, bias, epsilon)
     return normed
 

@@ -26,20 +26,21 @@ INT8_ROWS = 65_535
 
 
 def npu_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None = None
 ) -> torch.Tensor:
-    """Causal attention by `npu_fusion_attention`, see `models.attention.causal_attention`.
+    """Causal attention by `npu_fusion_attention`, see `kernels.reference.causal_attention`.
 
     Args:
         q: [B, N, S, D].
         k: [B, K, T, D] with T >= S.
         v: [B, K, T, D].
         mask: of `AttentionInputs`.
+        scale: factor of the scores, by default 1 / sqrt(D).
 
     Returns:
         [B, N, S, D].
     """
-    heads, scale = q.shape[1], q.shape[-1] ** -0.5
+    heads, scale = q.shape[1], q.shape[-1] ** -0.5 if scale is None else scale
     attended: torch.Tensor
     if mask is not None and mask.is_floating_point():
         added = mask if mask.dim() == 4 else mask.unsqueeze(0)

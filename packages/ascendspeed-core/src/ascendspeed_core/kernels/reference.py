@@ -34,8 +34,11 @@ def reference_attention(
     mask: torch.Tensor | None,
     softmax: SoftmaxFunction = scaled_masked_softmax,
     drop: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Causal attention with all scores in memory, see `models.attention.causal_attention`.
+    """Causal attention with all scores in memory, see `causal_attention`.
 
     Args:
         q: [B, N, S, D].
@@ -44,28 +47,43 @@ def reference_attention(
         mask: of `AttentionInputs`.
         softmax: what turns scores into weights.
         drop: drops some of the weights, [B, N, S, T] -> [B, N, S, T].
+        scale: factor of the scores, by default 1 / sqrt(D).
+        softcap: c of c tanh(s / c), which scaled scores s become (Gemma 2, 2024, section 2).
+        sinks: score of each query head for nothing, [N]; it takes its share of the softmax (Xiao et al., 2024,
+            Efficient Streaming Language Models with Attention Sinks; learned as in gpt-oss).
 
     Returns:
         [B, N, S, D].
     """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     queries, keys = q.shape[2], k.shape[2]
     grouped = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(grouped, 1), v.repeat_interleave(grouped, 1)
     if mask is None:
         mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
-    weights = softmax(q @ k.transpose(-1, -2), mask, q.shape[-1] ** -0.5)
+    scores = q @ k.transpose(-1, -2)
+    if softcap is not None:
+        scores, scale = softcap * (scores * (scale / softcap)).tanh(), 1.0
+    if sinks is not None:
+        of_sinks = sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
+        scores, scale = torch.cat([scores * scale, of_sinks], dim=-1), 1.0
+        mask = F.pad(mask, (0, 1), value=0.0 if mask.is_floating_point() else True)
+    weights = softmax(scores, mask, scale)
+    if sinks is not None:
+        weights = weights[..., :keys]
     attended: torch.Tensor = (drop(weights) if drop else weights) @ v
     return attended
 
 
 def plain_layer_norm(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, epsilon: float
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, epsilon: float
 ) -> torch.Tensor:
     """Layer normalisation, see `models.norm.layer_norm`; mean and variance in fp32 when `x` is narrower."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     centred = wide - wide.mean(-1, keepdim=True)
     normed = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + epsilon)
-    return (normed * weight + bias).to(x.dtype)
+    scaled = normed * weight
+    return (scaled if bias is None else scaled + bias).to(x.dtype)
 
 
 def plain_token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -91,12 +109,12 @@ def int8_linear(x: torch.Tensor, integers: torch.Tensor, scale: torch.Tensor) ->
 ALIGNED_MASK_BYTES = 16
 """torch's attention on CUDA ends the process where a mask of numbers begins elsewhere than at a multiple of this."""
 
-AttentionFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
-"""An implementation of `causal_attention`."""
+AttentionFunction = Callable[..., torch.Tensor]
+"""An implementation of `causal_attention`; some take further changes of the scores, as `reference_attention` does."""
 
 
 def causal_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None = None
 ) -> torch.Tensor:
     """Scaled dot-product attention in which the last query sees all keys, the one before all but one, and so on.
 
@@ -105,6 +123,7 @@ def causal_attention(
         k: [B, K, T, D] with T >= S.
         v: [B, K, T, D].
         mask: of `AttentionInputs`.
+        scale: factor of the scores, by default 1 / sqrt(D).
 
     Returns:
         [B, N, S, D].
@@ -119,9 +138,9 @@ def causal_attention(
             mask.unflatten(0, (groups, -1)).squeeze(2) if mask is not None and mask.dim() == 3 else mask
         )
         queries = q.unflatten(1, (groups, -1)).squeeze(3)
-        return _attend(queries, k, v, attn_mask=of_heads).flatten(1, 2).unsqueeze(2)
+        return _attend(queries, k, v, attn_mask=of_heads, scale=scale).flatten(1, 2).unsqueeze(2)
     is_causal = mask is None and q.shape[2] > 1
-    return _attend(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=heads != groups)
+    return _attend(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=heads != groups, scale=scale)
 
 
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
@@ -139,7 +158,7 @@ RMSNormFunction = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
 """An implementation of `rms_norm`."""
 
 
-LayerNormFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
+LayerNormFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, float], torch.Tensor]
 """An implementation of `layer_norm`."""
 
 
@@ -159,13 +178,15 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Ten
     return weight * normed.to(x.dtype)
 
 
-def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, epsilon: float) -> torch.Tensor:
+def layer_norm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, epsilon: float
+) -> torch.Tensor:
     """Normalise the last dimension to mean 0 and variance 1, then scale and shift (Ba et al., 2016): torch's own.
 
     Args:
         x: [..., H].
         weight: [H].
-        bias: [H].
+        bias: [H], or none.
         epsilon: added to the variance.
     """
     return F.layer_norm(x, weight.shape, weight, bias, epsilon)

@@ -36,6 +36,8 @@ class KernelContext:
         tp: ranks that share the vocabulary.
         has_additive_mask: scores get something added, as ALiBi does.
         drops_attention: attention's weights are dropped from.
+        changes_scores: what the model does to scores that only an implementation with all scores in memory can, if it
+            does; see `kernels.reference.reference_attention`.
         seq_length: tokens of a sample, the most if lengths vary.
         lengths_vary: from step to step.
         micro_batch_tokens: most tokens of one forward pass.
@@ -46,6 +48,7 @@ class KernelContext:
     tp: int = 1
     has_additive_mask: bool = False
     drops_attention: bool = False
+    changes_scores: str | None = None
     seq_length: int | None = None
     lengths_vary: bool = False
     micro_batch_tokens: int | None = None
@@ -86,6 +89,8 @@ class Choice:
 def _holds_weights(setting: KernelContext) -> str | None:
     if setting.drops_attention:
         return "attention_dropout drops weights, which only reference holds"
+    if setting.changes_scores:
+        return f"the model has {setting.changes_scores}, which only reference computes"
     return None
 
 
@@ -119,6 +124,8 @@ def _softmax_fits(setting: KernelContext) -> str | None:
     length = setting.seq_length
     if setting.has_additive_mask:
         return "npu_scaled_masked_softmax takes no ALiBi"
+    if setting.changes_scores:
+        return f"npu_scaled_masked_softmax was not checked with {setting.changes_scores}"
     if setting.lengths_vary:
         return "npu_scaled_masked_softmax takes multiples of 32 as seq_length, lengths vary (--no-variable-seq-lengths)"
     if length is None or length % 32 or not 32 <= length <= 4096:

@@ -24,8 +24,9 @@ def triangle_attention(
     v: torch.Tensor,
     mask: torch.Tensor | None,
     block: int = BLOCK,
+    scale: float | None = None,
 ) -> torch.Tensor:
-    """Causal attention, see `models.attention.causal_attention`, whose result it gives.
+    """Causal attention, see `kernels.reference.causal_attention`, whose result it gives.
 
     Args:
         q: [B, N, S, D].
@@ -34,6 +35,7 @@ def triangle_attention(
         mask: of `AttentionInputs`: `None`, keys seen [S, T], or what is added [N, S, T]; or each by text,
             [B, 1, S, T] and [B, N, S, T]. Nothing above the diagonal is read.
         block: side of a block, in tokens.
+        scale: factor of the scores, by default 1 / sqrt(D).
 
     Returns:
         [B, N, S, D].
@@ -45,7 +47,7 @@ def triangle_attention(
         elif mask.dim() == 4:
             mask = mask.unsqueeze(2)
     grouped = q.unflatten(1, (heads, -1))
-    attended: torch.Tensor = attend_by_blocks(grouped, k.unsqueeze(2), v.unsqueeze(2), mask, block)[0]
+    attended: torch.Tensor = attend_by_blocks(grouped, k.unsqueeze(2), v.unsqueeze(2), mask, block, scale)[0]
     return attended.flatten(1, 2)
 
 
@@ -70,7 +72,12 @@ def computed_share(queries: int, keys: int, block: int = BLOCK) -> float:
 # products inside, whose results are overwritten.
 @torch.library.custom_op("ascendspeed::triangle_attention", mutates_args=())
 def attend_by_blocks(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, block: int
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    block: int,
+    scale: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what is attended, [B, K, N/K, S, D], and the logarithm of the softmax's sum, [B, K, N/K, S].
 
@@ -80,8 +87,9 @@ def attend_by_blocks(
         v: [B, K, 1, T, D].
         mask: as `triangle_attention`, its heads as those of q.
         block: side of a block, in tokens.
+        scale: factor of the scores, by default 1 / sqrt(D).
     """
-    scale = q.shape[-1] ** -0.5
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     log_sum = q.new_empty(q.shape[:-1], dtype=wide)
@@ -106,14 +114,15 @@ def attend_by_blocks(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    q, k, v, mask, ctx.block = inputs
+    q, k, v, mask, ctx.block, scale = inputs
+    ctx.scale = q.shape[-1] ** -0.5 if scale is None else scale
     ctx.save_for_backward(q, k, v, mask, *output)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, of_out: torch.Tensor, _: None) -> tuple[torch.Tensor | None, ...]:
     q, k, v, mask, out, log_sum = ctx.saved_tensors
-    scale, wide = q.shape[-1] ** -0.5, log_sum.dtype
+    scale, wide = ctx.scale, log_sum.dtype
     of_q = torch.empty_like(q)
     of_k = torch.zeros_like(k, dtype=wide)
     of_v = torch.zeros_like(v, dtype=wide)
@@ -131,7 +140,7 @@ def _backward(ctx: Any, of_out: torch.Tensor, _: None) -> tuple[torch.Tensor | N
             of_rows += of_scores @ k[..., keys, :]
             of_k[..., keys, :] += _over_group(of_scores, part)
         of_q[..., rows, :] = (of_rows * scale).to(q.dtype)
-    return of_q, of_k.to(k.dtype), of_v.to(v.dtype), None, None
+    return of_q, of_k.to(k.dtype), of_v.to(v.dtype), None, None, None
 
 
 attend_by_blocks.register_autograd(_backward, setup_context=_keep)

@@ -7,7 +7,7 @@ turns.
 
 from collections.abc import Callable
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -17,22 +17,33 @@ from ascendspeed_core.kernels.reference import (
     AttentionFunction,
     RotaryFunction,
     causal_attention,
+    reference_attention,
     rotate_both,
 )
 from ascendspeed_core.models.cache import CachedPass
 from ascendspeed_core.models.linear import apply_linear
-from ascendspeed_core.models.norm import RMSNorm
+from ascendspeed_core.models.norm import AllHeadsNorm, HeadNorm, RMSNorm
 from ascendspeed_core.models.position import AttentionInputs, AttentionKind
 from ascendspeed_core.models.projections import Projections
 
-AttentionWrapper = Callable[
-    [AttentionFunction, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor
-]
-"""Calls an implementation on other queries, keys and values than it is given."""
+AttentionWrapper = Callable[..., torch.Tensor]
+"""Calls an implementation, its first argument, on other queries, keys, values and sinks than it is given."""
+
+
+class Sinks(nn.Module):
+    """A learned score of each query head for nothing: what it takes of the softmax is lost (gpt-oss).
+
+    Args:
+        heads: N.
+    """
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(heads))
 
 
 class Attention(nn.Module):
-    """Project to queries, keys and values, apply rotary embedding, attend, project back.
+    """Project to queries, keys and values, normalise them, apply rotary embedding, attend, project back.
 
     Args:
         config: the model.
@@ -51,13 +62,34 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.qkv_bias)
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.output_bias)
-        self.q_norm = RMSNorm(config.head_dim, config.norm_epsilon) if config.qk_norm else None
-        self.k_norm = RMSNorm(config.head_dim, config.norm_epsilon) if config.qk_norm else None
+        self._make_norms(config)
+        self.sinks = Sinks(config.num_attention_heads) if config.attention_sinks else None
         self.projections = Projections(self, ("q_proj", "k_proj", "v_proj"))
-        self.attend: AttentionFunction = causal_attention
+        options = {"scale": config.attention_scale, "softcap": config.attention_softcap}
+        self.score_options: dict[str, Any] = {name: x for name, x in options.items() if x is not None}
+        """What this model does to scores, as arguments of the implementation."""
+        self.attend: AttentionFunction = reference_attention if changed_scores(config) else causal_attention
         self.attention_wrapper: AttentionWrapper | None = None
         self.attend_dropping: Callable[..., torch.Tensor] | None = None
         self.rotate: RotaryFunction = rotate_both
+
+    def _make_norms(self, config: ModelConfig) -> None:
+        """Make the norms of queries and keys that the config asks for; their names say how they are cut."""
+        self.q_norm: RMSNorm | None = None
+        self.k_norm: RMSNorm | None = None
+        self.q_heads_norm: HeadNorm | AllHeadsNorm | None = None
+        self.k_heads_norm: HeadNorm | AllHeadsNorm | None = None
+        size, epsilon = config.head_dim, config.norm_epsilon
+        heads = (config.num_attention_heads, config.num_key_value_heads)
+        if not config.qk_norm:
+            return
+        if config.qk_norm_kind == "shared":
+            self.q_norm, self.k_norm = (RMSNorm(size, epsilon, config.norm_unit_offset) for _ in heads)
+        elif config.qk_norm_kind == "by_head":
+            is_centred = config.norm == "layernorm"
+            self.q_heads_norm, self.k_heads_norm = (HeadNorm(n, size, epsilon, is_centred) for n in heads)
+        else:
+            self.q_heads_norm, self.k_heads_norm = (AllHeadsNorm(n * size, epsilon) for n in heads)
 
     def cache_shapes(self, tp: int) -> tuple[tuple[int, ...], ...]:
         """Return the shapes of what is kept of one token on each of `tp` ranks: its keys and values, [K, D] each.
@@ -82,28 +114,46 @@ class Attention(nn.Module):
             cache: keys and values of earlier tokens; the new ones are added.
             cache_index: of this layer in the cache.
         """
+        q, k, v = self._heads(x, inputs)
+        if inputs.rotary is not None:
+            q, k = self._rotate(q, k, *inputs.rotary)
+        attend = self._attend_function(inputs)
+        if cache is not None:
+            if self.sinks is not None:
+                attend = partial(attend, sinks=self.sinks.weight)
+            attended = cache.attend(cache_index, q, (k, v), attend, inputs.chunk_masks)
+        else:
+            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+            if self.attention_wrapper is not None:
+                attend = partial(self.attention_wrapper, attend)
+            if self.sinks is not None:
+                attend = partial(attend, sinks=self.sinks.weight)
+            attended = attend(q, k, v, inputs.mask).transpose(1, 2)
+        return apply_linear(self.o_proj, attended.flatten(2), inputs.dropout_masks)
+
+    def _heads(self, x: torch.Tensor, inputs: AttentionInputs) -> tuple[torch.Tensor, ...]:
+        """Return queries, keys and values, the first two normalised: [B, S, N, D] and twice [B, S, K, D]."""
         parts = self.projections(x, inputs.dropout_masks)
+        if isinstance(self.q_heads_norm, AllHeadsNorm) and self.k_heads_norm is not None:
+            parts = [self.q_heads_norm(parts[0]), self.k_heads_norm(parts[1]), parts[2]]
         # `unflatten` does the same in twice the time, as long as an operator on one token.
         q, k, v = (part.view(*part.shape[:-1], -1, self.head_dim) for part in parts)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        if inputs.rotary is not None:
-            q, k = self._rotate(q, k, *inputs.rotary)
-        if cache is not None:
-            attended = cache.attend(cache_index, q, (k, v), self.attend, inputs.chunk_masks)
-        else:
-            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-            attend = self._attend_function(inputs)
-            if self.attention_wrapper is not None:
-                attend = partial(self.attention_wrapper, attend)
-            attended = attend(q, k, v, inputs.mask).transpose(1, 2)
-        return apply_linear(self.o_proj, attended.flatten(2), inputs.dropout_masks)
+        if isinstance(self.q_heads_norm, HeadNorm) and self.k_heads_norm is not None:
+            q, k = self.q_heads_norm(q), self.k_heads_norm(k)
+        return q, k, v
 
     def _rotate(
         self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Turn the first R numbers of every head: [B, S, N, D] and [B, S, K, D]."""
+        """Turn the first R numbers of every head: [B, S, N, D] and [B, S, K, D].
+
+        Neighbours that make a pair come to stand half of R apart, in queries and keys alike, so that scores stay.
+        """
         size = cos.shape[-1]
+        if self.kind.rotary is not None and self.kind.rotary.is_interleaved:
+            q, k = halves_of_pairs(q, size), halves_of_pairs(k, size)
         if size == self.head_dim:
             return self.rotate(q, k, cos, sin)
         turned_q, turned_k = self.rotate(q[..., :size], k[..., :size], cos, sin)
@@ -111,8 +161,20 @@ class Attention(nn.Module):
 
     def _attend_function(self, inputs: AttentionInputs) -> AttentionFunction:
         """Return what attends, dropping weights if dropout wants it."""
-        masks = inputs.dropout_masks
+        masks, options = inputs.dropout_masks, self.score_options
         if masks is None or not masks.dropout.attention:
-            return self.attend
+            return partial(self.attend, **options) if options else self.attend
         assert self.attend_dropping is not None
-        return partial(self.attend_dropping, drop=masks.weights)
+        return partial(self.attend_dropping, drop=masks.weights, **options)
+
+
+def changed_scores(config: ModelConfig) -> str | None:
+    """Say what a model does to scores that only an implementation with all scores in memory can; `None` if nothing."""
+    found = {"soft-capped scores": config.attention_softcap is not None, "sinks": config.attention_sinks}
+    return " and ".join(name for name, is_there in found.items() if is_there) or None
+
+
+def halves_of_pairs(x: torch.Tensor, size: int) -> torch.Tensor:
+    """Move the pairs (2i, 2i + 1) of the first `size` numbers to (i, i + size/2): [..., D] -> [..., D]."""
+    pairs = x[..., :size].unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+    return pairs if size == x.shape[-1] else torch.cat([pairs, x[..., size:]], dim=-1)

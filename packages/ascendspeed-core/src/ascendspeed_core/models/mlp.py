@@ -39,6 +39,25 @@ class SwiGLU(nn.Module):
         return apply_linear(self.down_proj, self.gated(gate, up), dropout_masks)
 
 
+class GeGLU(nn.Module):
+    """`down(gelu(gate(x)) * up(x))` with gelu's tanh approximation (Shazeer, 2020), as in Gemma."""
+
+    auxiliary_losses: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        inner, bias = config.ffn_hidden_size, config.mlp_bias
+        self.gate_proj = nn.Linear(config.hidden_size, inner, bias=bias)
+        self.up_proj = nn.Linear(config.hidden_size, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, config.hidden_size, bias=bias)
+        self.projections = Projections(self, ("gate_proj", "up_proj"))
+
+    def forward(self, x: torch.Tensor, dropout_masks: DropoutMasks | None = None) -> torch.Tensor:
+        """[B, S, H] -> [B, S, H]; `dropout_masks` drop from what adapters read."""
+        gate, up = self.projections(x, dropout_masks)
+        return apply_linear(self.down_proj, F.gelu(gate, approximate="tanh") * up, dropout_masks)
+
+
 class GeluMLP(nn.Module):
     """`down(gelu(up(x)))` with gelu's tanh approximation (Hendrycks and Gimpel, 2016), as in GPT-2 and Bloom."""
 
@@ -51,5 +70,17 @@ class GeluMLP(nn.Module):
 
     def forward(self, x: torch.Tensor, dropout_masks: DropoutMasks | None = None) -> torch.Tensor:
         """[B, S, H] -> [B, S, H]; `dropout_masks` drop from what adapters read."""
-        inner = F.gelu(apply_linear(self.up_proj, x, dropout_masks), approximate="tanh")
+        inner = self.activation(apply_linear(self.up_proj, x, dropout_masks))
         return apply_linear(self.down_proj, inner, dropout_masks)
+
+    def activation(self, x: torch.Tensor) -> torch.Tensor:
+        """Elementwise."""
+        return F.gelu(x, approximate="tanh")
+
+
+class SquaredReluMLP(GeluMLP):
+    """`down(relu(up(x))^2)` (So et al., 2021, Primer, section 4.2), as in Nemotron."""
+
+    def activation(self, x: torch.Tensor) -> torch.Tensor:
+        """Elementwise."""
+        return F.relu(x).square()

@@ -23,11 +23,13 @@ class RotaryKind:
         dim: R, the first numbers of a head, which are turned; even.
         base: of the frequencies.
         scaling: change of the frequencies for long texts.
+        is_interleaved: pairs are neighbours, 2i and 2i + 1 (GPT-J), instead of i and i + R/2 (GPT-NeoX).
     """
 
     dim: int
     base: float
     scaling: RotaryScaling | None = None
+    is_interleaved: bool = False
 
 
 @dataclass(frozen=True)
@@ -268,8 +270,10 @@ def _yarn(frequencies: torch.Tensor, kind: RotaryKind, scaling: RotaryScaling, l
     def dimension_of(turns: float) -> float:
         return kind.dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(kind.base))
 
-    first = max(math.floor(dimension_of(scaling.beta_fast)), 0)
-    last = min(math.ceil(dimension_of(scaling.beta_slow)), kind.dim - 1)
+    first, last = dimension_of(scaling.beta_fast), dimension_of(scaling.beta_slow)
+    if scaling.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, kind.dim - 1)
     pairs = torch.arange(kind.dim // 2, dtype=torch.float32)
     divide = ((pairs - first) / max(last - first, 0.001)).clamp(0, 1)
     return divide * frequencies / scaling.factor + (1 - divide) * frequencies
@@ -281,4 +285,13 @@ def magnitude_of(scaling: RotaryScaling | None) -> float:
         return 1.0
     if scaling.attention_factor is not None:
         return scaling.attention_factor
-    return 0.1 * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
+    if scaling.mscale is not None and scaling.mscale_all_dim is not None:
+        return yarn_mscale(scaling.factor, scaling.mscale) / yarn_mscale(
+            scaling.factor, scaling.mscale_all_dim
+        )
+    return yarn_mscale(scaling.factor, 1.0)
+
+
+def yarn_mscale(factor: float, mscale: float) -> float:
+    """Return `0.1 mscale ln(factor) + 1`, or 1 where nothing is stretched."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0

@@ -145,16 +145,26 @@ class Transformer(nn.Module):
         if stage.is_last and self.output_head is not None and self.final_norm is not None:
             if batch.read_at is not None:
                 x = x.gather(1, batch.read_at.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
-            x = self.output_head(self.final_norm(x))
+            x = self._changed_logits(self.output_head(self.final_norm(x)))
         return x, losses or {}
 
     def _embed(self, tokens: torch.Tensor, dropout_masks: DropoutMasks | None) -> torch.Tensor:
         """[B, S] -> [B, S, H]."""
         assert self.embedding is not None
         x: torch.Tensor = self.embedding(tokens)
+        if self.config.embedding_multiplier != 1:
+            # Rounded to the format of the weights first, as the models that have it were trained.
+            x = x * torch.tensor(self.config.embedding_multiplier, dtype=x.dtype, device=x.device)
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
         return dropout_masks.hidden(x) if dropout_masks else x
+
+    def _changed_logits(self, logits: torch.Tensor) -> torch.Tensor:
+        """Multiply and soft-cap logits, if the model does: [..., V] -> [..., V]."""
+        if self.config.logits_multiplier != 1:
+            logits = logits * self.config.logits_multiplier
+        cap = self.config.logits_softcap
+        return logits if cap is None else cap * (logits / cap).tanh()
 
     def _attention_inputs(
         self, batch: ModelInput, dtype: torch.dtype, dropout_masks: DropoutMasks | None

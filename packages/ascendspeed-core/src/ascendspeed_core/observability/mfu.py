@@ -17,13 +17,14 @@ def training_flops_per_token(model: ModelConfig, seq_length: int) -> float:
     queries, keys = (
         model.head_dim * heads for heads in (model.num_attention_heads, model.num_key_value_heads)
     )
-    projections = 3 if model.mlp == "swiglu" else 2
+    projections = 3 if model.is_gated else 2
     layer = 2 * (queries + keys) + projections * model.ffn_hidden_size
     in_products = model.hidden_size * (model.num_layers * layer + model.vocab_size)
-    window = model.sliding_window or seq_length
+    window = min(model.sliding_window or seq_length, seq_length)
+    windowed = sum(model.has_window(layer) for layer in range(model.num_layers))
     # Twice the keys that a query sees on average: S when it sees all before it.
-    seen = 2 * window - window**2 / seq_length if window < seq_length else seq_length
-    return 6.0 * (in_products + model.num_layers * seen * queries)
+    seen = windowed * (2 * window - window**2 / seq_length) + (model.num_layers - windowed) * seq_length
+    return 6.0 * (in_products + seen * queries)
 
 
 def model_flops_utilization(

@@ -66,6 +66,11 @@ def sum_over_group(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     return total
 
 
+def average_over_group(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Return the mean of `x` over the ranks of `group`; its gradient is the mean of theirs, as each uses the result."""
+    return copy_to_group(sum_over_group(x, group), group) / dist.get_world_size(group)
+
+
 def gather_sequence(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """Gather the parts of the sequence, [B, S/n, H] -> [B, S, H]; the gradient is summed and cut."""
     whole: torch.Tensor = _GatherSequence.apply(x, group)

@@ -53,6 +53,7 @@ def attend_with_some_heads(
     v: torch.Tensor,
     mask: torch.Tensor | None,
     group: dist.ProcessGroup,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend to whole sequences with this rank's share of the heads.
 
@@ -63,6 +64,7 @@ def attend_with_some_heads(
         v: [B, K, S/cp, D].
         mask: of `AttentionInputs`, for whole sequences and this rank's share of the heads.
         group: the ranks.
+        sinks: of `reference_attention`, [N], where the model has them.
 
     Returns:
         [B, N, S/cp, D].
@@ -77,6 +79,8 @@ def attend_with_some_heads(
     # One message to each rank: [B, cp, (N + 2P)/cp, S/cp, D] -> [B, (N + 2P)/cp, S, D].
     together = swap_cut(torch.cat(shares, 2).flatten(1, 2), HEADS, SEQUENCE, group)
     q, k, v = together.split(heads, HEADS)
+    if sinks is not None:
+        attend = partial(attend, sinks=sinks.chunk(size)[dist.get_rank(group)])
     attended = attend(q, k, v, mask)
     return swap_cut(attended, SEQUENCE, HEADS, group)
 

@@ -36,9 +36,11 @@ from ascendspeed_core.config.sharding import (
 from ascendspeed_core.models.auxiliary_losses import AuxiliaryLosses
 from ascendspeed_core.models.dropout import DropoutMasks
 from ascendspeed_core.models.linear import LoraLinear
+from ascendspeed_core.models.norm import AllHeadsNorm
 from ascendspeed_core.models.transformer import Transformer
 from ascendspeed_core.parallel.auxiliary_losses import share_losses
 from ascendspeed_core.parallel.collectives import (
+    average_over_group,
     copy_to_group,
     gather_sequence,
     sum_over_group,
@@ -90,6 +92,8 @@ def apply_tensor_parallel(model: Transformer, group: dist.ProcessGroup, layout: 
     model.positions.heads = query_heads(model.config, layout.tp, dist.get_rank(group))
     blocks: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
+        if isinstance(module, AllHeadsNorm):
+            module.average = partial(average_over_group, group=group)
         sharding = module_sharding(name)
         partition = sharding.partition if sharding is not None else None
         if partition in (Partition.COLUMN_PARALLEL, Partition.KEY_VALUE_HEADS):

@@ -109,6 +109,7 @@ def _check_causal(stored: torch.Tensor, config: ModelConfig) -> str:
     )
     # The other way round: true where nothing is seen.
     is_turned = not is_added and bool((seen == 0).all()) and bool((hidden == 1).all())
+    # Where layers differ, nothing here says whose mask it is.
     is_windowed = config.sliding_window is not None and config.sliding_window < stored.shape[-1]
     if not (is_causal or is_turned) or is_windowed:
         raise ValueError("which is not the causal mask that the config means")

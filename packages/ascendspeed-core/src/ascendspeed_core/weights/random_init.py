@@ -16,7 +16,8 @@ class InitialWeights(BaseWeightSource):
     """Weights of a model that has not been trained.
 
     Matrices are normal with the config's `initializer_range`, divided by sqrt(2 L) where they write into the
-    residual stream (Radford et al., 2019, GPT-2, section 2.3); norm weights are 1, biases 0. All are drawn in fp32.
+    residual stream (Radford et al., 2019, GPT-2, section 2.3); norm weights are 1, or 0 where norms add
+    1 to them, biases and sinks 0. All are drawn in fp32.
     """
 
     kind = "random"
@@ -37,8 +38,10 @@ class InitialWeights(BaseWeightSource):
         shape = self._shapes[name]
         if name.endswith(".bias"):
             return torch.zeros(shape)[index]
-        if len(shape) == 1:
-            return torch.ones(shape)[index]
+        if name.endswith(".sinks.weight"):
+            return torch.zeros(shape)[index]
+        if len(shape) == 1 or name.endswith("_norm.weight"):
+            return torch.full(shape, 0.0 if self.config.norm_unit_offset else 1.0)[index]
         name_drawn, drawn = self._drawn or ("", None)
         if drawn is None or name_drawn != name:
             self._drawn = None

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from ascendspeed_core.kernels.lengths import lengths_attention
+from ascendspeed_core.models.attention import changed_scores
 from ascendspeed_core.models.cache import CachedPass, CacheSlot, KeyValueCache, SequenceChunk
 from ascendspeed_core.models.transformer import ModelInput, Transformer
 from ascendspeed_core.parallel.mesh import ParallelMesh
@@ -188,7 +189,8 @@ def decode_tokens(
 def make_cache(model: Transformer, mesh: ParallelMesh, cache_tokens: int) -> KeyValueCache:
     """Return an empty cache for what this rank's layers keep."""
     dtype, config = next(model.parameters()).dtype, model.config
-    attention = lengths_attention(mesh.device, dtype, config.head_dim, config.position == "alibi")
+    changes_scores = config.position == "alibi" or changed_scores(config) is not None
+    attention = lengths_attention(mesh.device, dtype, config.head_dim, changes_scores, config.attention_scale)
     return KeyValueCache(
         model.layer_caches(mesh.layout.tp), cache_tokens, dtype, mesh.device.torch, attention
     )

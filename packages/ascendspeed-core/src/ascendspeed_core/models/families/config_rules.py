@@ -97,7 +97,7 @@ class Heads:
 SCALING_KEYS: Mapping[str, tuple[str, ...]] = {
     "linear": (),
     "llama3": ("low_freq_factor", "high_freq_factor"),
-    "yarn": ("beta_fast", "beta_slow", "attention_factor"),
+    "yarn": ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"),
 }
 """Kinds of rotary scaling, and what each takes besides its factor and the original length."""
 
@@ -162,7 +162,8 @@ class Rotary:
         if scaling is not None:
             names = ("factor", "original_max_position_embeddings", *SCALING_KEYS[scaling.kind])
             stated = {name: getattr(scaling, name) for name in names}
-            written = {"rope_type": scaling.kind} | {k: v for k, v in stated.items() if v is not None}
+            is_said = {k: v for k, v in stated.items() if v is not None and (k, v) != ("truncate", True)}
+            written = {"rope_type": scaling.kind} | is_said
         return {"rope_theta": config.rotary_base, "rope_scaling": written}
 
 

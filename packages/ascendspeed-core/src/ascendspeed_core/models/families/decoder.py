@@ -3,8 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ascendspeed_core.models.families.base import ConfigRule, WeightRule
+from ascendspeed_core.config.model import ModelConfig
+from ascendspeed_core.models.families.base import Condition, ConfigRule, WeightRule
 from ascendspeed_core.models.families.config_rules import EndIds, Heads, Rotary, key
+from ascendspeed_core.models.families.packing import EqualParts, Packed
 
 _LAYER = "model.layers.{layer}"
 
@@ -20,13 +22,25 @@ QUERY_KEY_VALUE_RULES = tuple(
     for name in ("q", "k", "v")
 )
 
-LAYER_RULES = (
-    WeightRule("layers.{layer}.attention_norm.weight", f"{_LAYER}.input_layernorm.weight"),
-    WeightRule("layers.{layer}.attention.q_norm.weight", f"{_LAYER}.self_attn.q_norm.weight", when="qk_norm"),
-    WeightRule("layers.{layer}.attention.k_norm.weight", f"{_LAYER}.self_attn.k_norm.weight", when="qk_norm"),
+INPUT_NORM_RULES = (WeightRule("layers.{layer}.attention_norm.weight", f"{_LAYER}.input_layernorm.weight"),)
+
+QUERY_KEY_NORM_RULES = tuple(
+    WeightRule(
+        f"layers.{{layer}}.attention.{name}_norm.weight",
+        f"{_LAYER}.self_attn.{name}_norm.weight",
+        when="qk_norm",
+    )
+    for name in ("q", "k")
+)
+
+OUTPUT_RULES = (
     WeightRule("layers.{layer}.attention.o_proj.weight", f"{_LAYER}.self_attn.o_proj.weight"),
     WeightRule("layers.{layer}.attention.o_proj.bias", f"{_LAYER}.self_attn.o_proj.bias", when="output_bias"),
-    WeightRule("layers.{layer}.mlp_norm.weight", f"{_LAYER}.post_attention_layernorm.weight"),
+)
+
+MLP_NORM_RULES = (WeightRule("layers.{layer}.mlp_norm.weight", f"{_LAYER}.post_attention_layernorm.weight"),)
+
+GATED_MLP_RULES = (
     WeightRule("layers.{layer}.mlp.gate_proj.weight", f"{_LAYER}.mlp.gate_proj.weight"),
     WeightRule("layers.{layer}.mlp.gate_proj.bias", f"{_LAYER}.mlp.gate_proj.bias", when="mlp_bias"),
     WeightRule("layers.{layer}.mlp.up_proj.weight", f"{_LAYER}.mlp.up_proj.weight"),
@@ -34,6 +48,8 @@ LAYER_RULES = (
     WeightRule("layers.{layer}.mlp.down_proj.weight", f"{_LAYER}.mlp.down_proj.weight"),
     WeightRule("layers.{layer}.mlp.down_proj.bias", f"{_LAYER}.mlp.down_proj.bias", when="mlp_bias"),
 )
+
+LAYER_RULES = INPUT_NORM_RULES + QUERY_KEY_NORM_RULES + OUTPUT_RULES + MLP_NORM_RULES + GATED_MLP_RULES
 
 HEAD_RULES = (
     WeightRule("final_norm.weight", "model.norm.weight"),
@@ -50,14 +66,23 @@ SIZES: tuple[ConfigRule, ...] = (
     key("num_hidden_layers", "num_layers"),
     key("num_attention_heads"),
 )
-NUMBERS: tuple[ConfigRule, ...] = (
-    key("rms_norm_eps", "norm_epsilon", default=1e-6),
-    key("initializer_range", default=0.02),
-    key("tie_word_embeddings", default=False),
-    key("bos_token_id", default=None),
-    key("pad_token_id", default=None),
-    EndIds(),
-)
+
+
+def numbers(
+    epsilon: str = "rms_norm_eps", epsilon_value: float = 1e-6, is_tied: bool = False
+) -> tuple[ConfigRule, ...]:
+    """Return the rows of what is neither a size nor attention, by the key of the norms' epsilon and the defaults."""
+    return (
+        key(epsilon, "norm_epsilon", default=epsilon_value),
+        key("initializer_range", default=0.02),
+        key("tie_word_embeddings", default=is_tied),
+        key("bos_token_id", default=None),
+        key("pad_token_id", default=None),
+        EndIds(),
+    )
+
+
+NUMBERS = numbers()
 LENGTH = key("max_position_embeddings", default=2048)
 
 CONFIG: tuple[ConfigRule, ...] = (*SIZES, LENGTH, *NUMBERS, Heads(), Rotary())
@@ -68,6 +93,48 @@ MUST_BE: Mapping[str, tuple[Any, ...]] = {"hidden_act": ("silu",)}
 
 DROPOUTS = ("attention_dropout",)
 """What their training drops."""
+
+
+def norm_rules(ours: str, theirs: str, when: str | Condition | None = None) -> tuple[WeightRule, ...]:
+    """Return the rows of a norm: its weight, and a bias where layer norms have one."""
+
+    def has_bias(config: ModelConfig, indices: Mapping[str, int]) -> bool:
+        is_there = when is None or (
+            bool(getattr(config, when)) if isinstance(when, str) else when(config, indices)
+        )
+        return is_there and config.norm == "layernorm" and config.norm_bias
+
+    return (
+        WeightRule(f"{ours}.weight", f"{theirs}.weight", when=when),
+        WeightRule(f"{ours}.bias", f"{theirs}.bias", when=has_bias),
+    )
+
+
+def layer_norm_rules(ours: str, theirs: str, when: str | Condition | None = None) -> tuple[WeightRule, ...]:
+    """Return the rows of a norm of every layer, see `norm_rules`, by its name there and in theirs."""
+    return norm_rules(f"layers.{{layer}}.{ours}", f"{_LAYER}.{theirs}", when)
+
+
+PACKED_QUERY_KEY_VALUE_RULES = tuple(
+    WeightRule(
+        f"layers.{{layer}}.attention.{name}_proj.weight",
+        f"{_LAYER}.self_attn.qkv_proj.weight",
+        packed=Packed(part, "stacked"),
+    )
+    for part, name in enumerate(("q", "k", "v"))
+)
+
+PACKED_MLP_RULES = (
+    *(
+        WeightRule(
+            f"layers.{{layer}}.mlp.{name}_proj.weight",
+            f"{_LAYER}.mlp.gate_up_proj.weight",
+            packed=EqualParts(part),
+        )
+        for part, name in enumerate(("gate", "up"))
+    ),
+    WeightRule("layers.{layer}.mlp.down_proj.weight", f"{_LAYER}.mlp.down_proj.weight"),
+)
 
 
 def size(

@@ -11,16 +11,34 @@ from ascendspeed_core.models.families.aquila import AQUILA
 from ascendspeed_core.models.families.baichuan import BAICHUAN
 from ascendspeed_core.models.families.base import Family
 from ascendspeed_core.models.families.bloom import BLOOM
-from ascendspeed_core.models.families.internlm import INTERNLM
+from ascendspeed_core.models.families.cohere import COHERE, COHERE2
+from ascendspeed_core.models.families.gemma import GEMMA2, GEMMA3
+from ascendspeed_core.models.families.glm import GLM, GLM4
+from ascendspeed_core.models.families.granite import GRANITE, MINICPM, SMOLLM3
+from ascendspeed_core.models.families.internlm import INTERNLM, INTERNLM2, INTERNLM3
 from ascendspeed_core.models.families.llama import LLAMA
 from ascendspeed_core.models.families.mistral import MISTRAL
+from ascendspeed_core.models.families.olmo import OLMO2, OLMO3
+from ascendspeed_core.models.families.phi import PHI3
 from ascendspeed_core.models.families.qwen import QWEN2, QWEN3
+from ascendspeed_core.models.families.stablelm import NEMOTRON, STABLELM
 from ascendspeed_data.errors import AscendSpeedError, did_you_mean
 
 ENTRY_POINTS = "ascendspeed_core.families"
 
+_DENSE_OF_TODAY = (
+    INTERNLM2, INTERNLM3, GEMMA2, GEMMA3, PHI3, OLMO2, OLMO3, GLM, GLM4, GRANITE, SMOLLM3, MINICPM, COHERE, COHERE2,
+    STABLELM, NEMOTRON,
+)  # fmt: skip
+
 FAMILIES = MappingProxyType(
-    {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, INTERNLM, AQUILA, BAICHUAN, BLOOM)}
+    {
+        family.name: family
+        for family in (
+            *(LLAMA, MISTRAL, QWEN2, QWEN3, INTERNLM, AQUILA, BAICHUAN, BLOOM),
+            *_DENSE_OF_TODAY,
+        )
+    }
 )
 """Families of this package by name."""
 
