@@ -7,6 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ascendspeed_ckpt.writers.supported import check_supported
+from ascendspeed_core.models.families import known_families
 from ascendspeed_core.weights import open_weights
 from ascendspeed_core.weights.source import CheckpointError
 from ckpt.test_writers import NAMES, digests, external, to
@@ -59,6 +61,34 @@ def there_and_back(hf: Path, folder: Path, name: str, family: str, layout: dict[
 @pytest.mark.parametrize("name", ["ascendspeed", "megatron", "torch_dist"])
 def test_there_and_back(folders: dict[str, Path], tmp_path: Path, family: str, name: str) -> None:
     there_and_back(folders[family], tmp_path, name, family, {"tp": 2, "pp": 2})
+
+
+@pytest.mark.parametrize(
+    ("size", "lacks"),
+    [
+        ("internlm2-7b", None),
+        ("phi4", None),
+        ("gemma2-2b", "windows in some layers and no scale of attention's scores and no soft-capped scores"),
+        ("gemma3-1b", "rotary base of layers with a window"),
+        ("olmo2-1b", "norms of queries and keys but one for all heads and no norms after attention and MLP"),
+        ("glm4-9b-chat", "rotary positions in a part of each head and no interleaved rotary positions"),
+        ("granite3.1-2b", "embedding multiplier and no residual multiplier and no logits multiplier"),
+        ("smollm3-3b", "rotary positions in some layers"),
+        (
+            "command-r-v01",
+            "LayerNorm without bias and no attention and MLP side by side and no logits multiplier",
+        ),
+        ("minitron-4b", "norms that multiply by 1 \\+ weight and no relu2 MLP"),
+    ],
+)
+def test_options_that_megatron_does_not_compute_are_named(size: str, lacks: str | None) -> None:
+    family = next(family for family in known_families().values() if size in family.sizes)
+    config = family.read_config(family.sizes[size])
+    if lacks is None:
+        check_supported("megatron", config)
+        return
+    with pytest.raises(CheckpointError, match=f"has no .*{lacks}"):
+        check_supported("megatron", config)
 
 
 @pytest.mark.nightly

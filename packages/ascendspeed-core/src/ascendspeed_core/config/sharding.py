@@ -128,6 +128,11 @@ def sharded_dim(name: str, sharding: Mapping[str, ModuleSharding] = SHARDING) ->
     return None
 
 
+def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is a matrix, which is decayed and may be adapted; a norm of each head, [N, D], is none."""
+    return len(shape) > 1 and not name.endswith("_norm.weight")
+
+
 def is_output_projection(name: str) -> bool:
     """Whether a tensor is the weight of a projection that writes into the residual stream."""
     return tensor_sharding(name).partition is Partition.ROW_PARALLEL and name.endswith(".weight")

@@ -16,7 +16,7 @@ from torch import nn
 from ascendspeed_core.build import parameter_slices
 from ascendspeed_core.config.layout import Layout, Stage
 from ascendspeed_core.config.optimizer import OptimizerConfig
-from ascendspeed_core.config.sharding import Slice
+from ascendspeed_core.config.sharding import Slice, is_matrix
 from ascendspeed_core.models.transformer import ModelInput, ModelOutput, Transformer
 from ascendspeed_core.optim.engine import TensorShard
 from ascendspeed_core.optim.update_rule import load_optimizer_state, make_update_rule, optimizer_state_keys
@@ -81,8 +81,8 @@ class ZeroEngine:
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         for name, parameter in trained.items():
             _tell_cut(parameter, self._slices[name], mesh)
-        matrices = [p for name, p in trained.items() if len(self._slices[name].shape) > 1]
-        vectors = [p for name, p in trained.items() if len(self._slices[name].shape) == 1]
+        matrices = [p for name, p in trained.items() if is_matrix(name, self._slices[name].shape)]
+        vectors = [p for name, p in trained.items() if not is_matrix(name, self._slices[name].shape)]
         self.rule = make_update_rule(config, matrices, vectors, mesh.device)
         self._state_keys = optimizer_state_keys(config)
         self._engine, self._zero, *_ = deepspeed.initialize(

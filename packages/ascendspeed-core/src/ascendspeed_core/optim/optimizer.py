@@ -18,7 +18,7 @@ from torch import nn
 from ascendspeed_core.build import parameter_slices
 from ascendspeed_core.config.layout import Stage
 from ascendspeed_core.config.optimizer import OptimizerConfig
-from ascendspeed_core.config.sharding import Slice, assign_writers
+from ascendspeed_core.config.sharding import Slice, assign_writers, is_matrix
 from ascendspeed_core.models.transformer import Transformer
 from ascendspeed_core.optim.engine import TensorShard
 from ascendspeed_core.optim.gradient_sum import FinishSums, ParameterSlot, Replicas, split
@@ -64,8 +64,9 @@ class MasterOptimizer:
             slot.is_borrowed = slot.name in model.borrowed
             if slot.has_copy:
                 slot.accumulate_wide()
-        matrices = [slot.master for slot in self._slots if slot.parameter.dim() > 1]
-        vectors = [slot.master for slot in self._slots if slot.parameter.dim() <= 1]
+        is_decayed = {slot.name: is_matrix(slot.name, slot.parameter.shape) for slot in self._slots}
+        matrices = [slot.master for slot in self._slots if is_decayed[slot.name]]
+        vectors = [slot.master for slot in self._slots if not is_decayed[slot.name]]
         self.rule = make_update_rule(config, matrices, vectors, mesh.device)
         self._state_keys = optimizer_state_keys(config)
         self.num_steps = 0

@@ -67,7 +67,7 @@ GLM4 = Family(
     ),
     sizes={
         "glm4-9b-0414": size(
-            4096, 13696, 40, 32, 151552, 32768, num_key_value_heads=2, attention_bias=False, rms_norm_eps=1e-5, **_IDS
+            4096, 13696, 40, 32, 151552, 32768, num_key_value_heads=2, rms_norm_eps=1e-5, **_IDS
         ),
         "glm4-32b-0414": size(
             6144, 23040, 61, 48, 151552, 32768, num_key_value_heads=8, attention_bias=False, rms_norm_eps=1e-5, **_IDS

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 
 from ascendspeed_core.config.model import ModelConfig
+from ascendspeed_core.config.sharding import is_matrix
 from ascendspeed_core.models.families import find_family
 from ascendspeed_core.weights.load import parameter_shapes
 
@@ -65,14 +66,18 @@ def hugging_face_modules(config: ModelConfig) -> Mapping[str, ModuleKind]:
         parts = module.split(".")
         for length in range(1, len(parts)):
             modules.setdefault(".".join(parts[:length]), "container")
-        if not mapping.is_plain:
+        if mapping.ours.endswith("_norm.weight"):
+            modules[module] = "other"
+        elif not mapping.is_plain:
             modules[module] = "fused"
         elif mapping.ours == "embedding.weight":
             modules[module] = "embedding"
         elif mapping.ours.endswith(".weight"):
             # A head that divides by the lengths of its rows is no linear layer in that code either.
             is_plain = mapping.ours != "output_head.weight" or not config.normalised_head
-            modules[module] = "linear" if len(shapes[mapping.ours]) == 2 and is_plain else "other"
+            modules[module] = (
+                "linear" if is_matrix(mapping.ours, shapes[mapping.ours]) and is_plain else "other"
+            )
     if config.tie_word_embeddings:
         modules[TIED_HEAD.removesuffix(".weight")] = "linear"
     return modules

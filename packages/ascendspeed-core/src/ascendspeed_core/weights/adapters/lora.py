@@ -15,6 +15,7 @@ import torch
 
 from ascendspeed_core.config.lora import LoraConfig
 from ascendspeed_core.config.model import ModelConfig
+from ascendspeed_core.config.sharding import is_matrix
 from ascendspeed_core.models.linear import LowRank
 from ascendspeed_core.models.lora import AdapterPlan
 from ascendspeed_core.weights.adapters.hugging_face import HuggingFaceTensor, hugging_face_tensors
@@ -62,7 +63,7 @@ def plan_adapters(config: LoraConfig, model: ModelConfig, where: str) -> Adapter
     linear = [
         name.removesuffix(".weight")
         for name, shape in shapes.items()
-        if len(shape) == 2 and name != "embedding.weight"
+        if is_matrix(name, shape) and name != "embedding.weight"
     ]
     if model.tie_word_embeddings:
         linear.append("output_head")
@@ -87,6 +88,12 @@ def plan_adapters(config: LoraConfig, model: ModelConfig, where: str) -> Adapter
         for module in _meant(word, modules, hf_tensors, "lora_modules_to_save", where):
             owner = "embedding" if module == "output_head" and model.tie_word_embeddings else module
             trained |= {name for name in shapes if name.rpartition(".")[0] == owner}
+    spread = sorted(trained - hf_tensors.keys())
+    if spread:
+        raise AscendSpeedError(
+            f"lora_modules_to_save: {spread[0]} is several tensors in Hugging Face's code or part of one, so it cannot "
+            "be saved alone; leave it out"
+        )
     packed = sorted(name for name in trained if hf_tensors[name].rows is not None)
     if packed:
         raise AscendSpeedError(
@@ -106,9 +113,12 @@ def _meant(
 ) -> list[str]:
     """Return the modules that a name means: ours, Hugging Face's last word, or that of 2023."""
 
+    # A name of the model itself counts before the same word of 2023, which may have meant another module.
+    theirs = {one.name.split(".")[-2] for one in hf_tensors.values()}
+
     def names(module: str) -> set[str]:
         ours = module.rpartition(".")[2]
-        found = {ours, *(name for name, meant in NAMES_2023.items() if ours in meant)}
+        found = {ours, *(name for name, meant in NAMES_2023.items() if ours in meant and name not in theirs)}
         hf = hf_tensors.get(f"{module}.weight")
         return found | ({hf.name.split(".")[-2]} if hf else set())
 

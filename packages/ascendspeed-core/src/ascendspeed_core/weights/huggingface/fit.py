@@ -19,6 +19,8 @@ _SIZES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"o_proj\.", ("hidden_size", "num_attention_heads", "head_dim")),
     (r"(gate|up|down)_proj\.", ("ffn_hidden_size", "hidden_size")),
     (r"[qk]_norm\.", ("head_dim",)),
+    (r"q_heads_norm\.", ("num_attention_heads", "head_dim")),
+    (r"k_heads_norm\.", ("num_key_value_heads", "head_dim")),
     (r"norm\.", ("hidden_size",)),
 )
 """By the end of one of our names: fields of `ModelConfig` that make its shape."""
