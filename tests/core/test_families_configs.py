@@ -135,8 +135,8 @@ def test_transformers_reads_the_published_sizes_as_we_do() -> None:
         (hf_config("llama", hidden_size=None), "hidden_size is null, and has no default; add it"),
         (hf_config("llama", num_key_value_heads=3), "num_key_value_heads=3"),
         (
-            hf_config("qwen2", use_sliding_window=True, sliding_window=64, max_window_layers=2),
-            "layers with different attention",
+            hf_config("qwen2", use_sliding_window=True, sliding_window=64, layer_types=["full_attention"]),
+            "layer_types must name sliding_attention or full_attention for each of num_hidden_layers=24",
         ),
         (hf_config("bloom", n_inner=77), "n_inner=77 is not four times"),
         (

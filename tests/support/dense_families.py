@@ -55,6 +55,9 @@ _WITHOUT = dict.fromkeys(
 _PARTIAL = {"rope_type": "default", "rope_theta": 10000.0}
 
 DENSE_REFERENCES: dict[str, Reference] = {
+    "Qwen 2 with windows in its last layers": _reference(
+        "qwen2", "Qwen2", use_sliding_window=True, sliding_window=7, max_window_layers=1,
+    ),
     "InternLM 2": Reference(
         "internlm2",
         ("LlamaConfig", "LlamaForCausalLM"),

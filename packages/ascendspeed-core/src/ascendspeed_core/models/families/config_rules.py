@@ -209,12 +209,12 @@ class EndIds:
 
 
 class SlidingWindow:
-    """Qwen's window: switched on, and from one layer on; only all layers or none are supported."""
+    """Qwen's window: switched on, and from one layer on, or in the layers of a list."""
 
     keys: Sequence[str] = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
 
     def read(self, hf: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the window of all layers, if any."""
+        """Return the window and the layers that have it, if any."""
         layers = whole_number(hf, "num_hidden_layers")
         if type(hf.get("use_sliding_window", False)) is not bool:
             raise TypeError("use_sliding_window must be true or false")
@@ -224,21 +224,30 @@ class SlidingWindow:
             "sliding_attention" if window and number >= first else "full_attention"
             for number in range(layers)
         ]
-        if len(set(kinds)) > 1 or set(kinds) - {"sliding_attention", "full_attention"}:
+        if len(kinds) != layers or set(kinds) - {"sliding_attention", "full_attention"}:
             raise AscendSpeedError(
-                "layers with different attention (layer_types, or max_window_layers below "
-                "num_hidden_layers) are not supported; all layers may have a sliding window, or none"
+                f"layer_types must name sliding_attention or full_attention for each of num_hidden_layers={layers} "
+                "layers; correct it"
             )
-        return {"sliding_window": window if kinds[0] == "sliding_attention" else None}
+        windowed = tuple(number for number, kind in enumerate(kinds) if kind == "sliding_attention")
+        if not windowed or window is None:
+            return {"sliding_window": None, "window_layers": None}
+        return {"sliding_window": window, "window_layers": None if len(windowed) == layers else windowed}
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
         """Return the keys."""
-        is_on = config.sliding_window is not None
-        return {
-            "use_sliding_window": is_on,
+        windowed = [layer for layer in range(config.num_layers) if config.has_window(layer)]
+        said = {
+            "use_sliding_window": bool(windowed),
             "sliding_window": config.sliding_window,
-            "max_window_layers": 0 if is_on else config.num_layers,
+            "max_window_layers": windowed[0] if windowed else config.num_layers,
         }
+        if config.window_layers is None:
+            return said
+        kinds = ["full_attention"] * config.num_layers
+        for layer in windowed:
+            kinds[layer] = "sliding_attention"
+        return said | {"layer_types": kinds}
 
 
 def end_ids(stated: Any) -> tuple[int, ...]:
