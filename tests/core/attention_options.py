@@ -22,4 +22,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "norm": "layernorm", "norm_bias": False, "parallel_blocks": True, "qk_norm": True, "qk_norm_kind": "by_head",
         "rotary_interleaved": True, "rotary_dim": 2, "mlp": "relu2", "attention_sinks": True, "attention_scale": 0.3,
     },
+    "latents": {
+        "head_dim": 6, "num_key_value_heads": 8, "rotary_dim": 4, "kv_latent_dim": 12, "q_latent_dim": 10,
+        "value_head_dim": 5, "rotary_interleaved": True, "qkv_bias": True, "output_bias": True,
+        "rotary_scaling": {
+            "kind": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "mscale": 1.0,
+            "mscale_all_dim": 0.7,
+        },
+    },
 }  # fmt: skip

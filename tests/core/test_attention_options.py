@@ -41,6 +41,8 @@ CASES: list[Any] = [
     ("norms over all heads", Layout(tp=2, pp=2, schedule="interleaved", layers_per_stage=1), {}),
     ("blocks side by side", Layout(tp=2, sequence_parallel=True), {"recompute": "selective"}),
     ("blocks side by side", Layout(pp=2, dp=2), {"joined": True}),
+    ("latents", Layout(tp=2, sequence_parallel=True), {"joined": True}),
+    ("latents", Layout(cp=2), {}),
 ]
 CASES += [
     pytest.param(name, layout, {}, marks=pytest.mark.nightly)
@@ -192,6 +194,12 @@ def test_windows_of_some_layers_count_in_flops() -> None:
         ({"rotary_dim": 6}, "rotary_dim=6 is no even part of head_dim=4"),
         ({"position": "alibi", "rotary_dim": 2}, "rotary_dim was given without position=rotary"),
         ({"parallel_blocks": True, "norm_placement": "both"}, "parallel_blocks=true reads one norm"),
+        ({"value_head_dim": 4}, "q_latent_dim or value_head_dim was given without kv_latent_dim"),
+        ({"kv_latent_dim": 8}, "kv_latent_dim=8 needs value_head_dim and a rotary_dim below head_dim=4"),
+        (
+            OPTIONS["latents"] | {"attention_sinks": True, "attention_softcap": 1.0, "attention_scale": 1.0},
+            "kv_latent_dim=12 with attention_scale, attention_softcap, attention_sinks is not supported",
+        ),
         (
             {"rotary_scaling": {"kind": "linear", "factor": 2.0, "mscale": 1.0}},
             "mscale=1.0 and mscale_all_dim=None count only together",

@@ -106,6 +106,9 @@ def test_every_parameter_has_a_row_and_every_row_a_parameter() -> None:
             embedding_norm=True,
         ),
         tiny_config(qk_norm=True, qk_norm_kind="by_head", attention_sinks=True, norm_placement="both"),
+        tiny_config(
+            num_key_value_heads=8, kv_latent_dim=8, q_latent_dim=8, value_head_dim=4, rotary_dim=2
+        ),
     ]  # fmt: skip
     used = {id(tensor_sharding(name)) for config in configs for name in parameter_shapes(config)}
     # Frequencies are no parameter, but some formats store them.

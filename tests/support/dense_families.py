@@ -52,6 +52,10 @@ _MINICPM = {"scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 8}
 _WITHOUT = dict.fromkeys(
     ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
 )
+_LATENT = {
+    "kv_lora_rank": 16, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5, "num_key_value_heads": 8,
+    "first_k_dense_replace": 3,
+}  # fmt: skip
 _PARTIAL = {"rope_type": "default", "rope_theta": 10000.0}
 
 DENSE_REFERENCES: dict[str, Reference] = {
@@ -129,6 +133,14 @@ DENSE_REFERENCES: dict[str, Reference] = {
     "StableLM 2 12B": _reference(
         "stablelm", "StableLm", hidden_size=64, partial_rotary_factor=0.5, qk_layernorm=True,
         use_parallel_residual=True,
+    ),
+    "DeepSeek-V3 without experts": _reference(
+        "deepseek_v3", "DeepseekV3", **_LATENT, q_lora_rank=24, attention_bias=True,
+        rope_scaling=YARN | {"mscale": 1.0, "mscale_all_dim": 0.7},
+    ),
+    "DeepSeek-V2 without experts": _reference(
+        "deepseek_v2", "DeepseekV2", **_LATENT, q_lora_rank=None,
+        rope_scaling=YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
     ),
     "Nemotron": _reference("nemotron", "Nemotron", head_dim=8, mlp_bias=True, attention_bias=True),
 }  # fmt: skip

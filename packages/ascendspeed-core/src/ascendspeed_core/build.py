@@ -17,6 +17,7 @@ from ascendspeed_core.kernels.int8 import Workspace, refuse_missing_format
 from ascendspeed_core.kernels.registry import JOINED_GATED, Choice, KernelContext, choose
 from ascendspeed_core.models.attention import Attention, changed_scores
 from ascendspeed_core.models.int8 import largest_of_rows, quantize
+from ascendspeed_core.models.latent_attention import MOVED_LAYERS
 from ascendspeed_core.models.linear import HALVES
 from ascendspeed_core.models.lora import AdapterPlan, add_adapters, freeze
 from ascendspeed_core.models.mlp import SwiGLU
@@ -167,7 +168,9 @@ def refuse_spread_int8(zero_stage: int | None) -> None:
 
 def _becomes_int8(model: Transformer, layer: str) -> bool:
     """Whether a linear layer's weight does: not a head that shares the embedding's, and no adapter's halves."""
-    return not layer.endswith(HALVES) and not (layer == "output_head" and model.config.tie_word_embeddings)
+    return not layer.endswith((*HALVES, *MOVED_LAYERS)) and not (
+        layer == "output_head" and model.config.tie_word_embeddings
+    )
 
 
 def _quantize_layer(

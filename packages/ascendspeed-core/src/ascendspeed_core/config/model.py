@@ -124,6 +124,18 @@ class ModelConfig(Config):
         description="With qk_norm: one weight for all heads; each head has its own, and the norm is that of the "
         "model, without bias; or one RMSNorm over all heads together.",
     )
+    kv_latent_dim: int | None = Field(
+        None,
+        ge=1,
+        description="Width of the latent from which keys and values of all heads are made; it makes attention "
+        "multi-head latent attention, whose heads end with the rotary_dim numbers that all keys share. [default: none]",
+    )
+    q_latent_dim: int | None = Field(
+        None, ge=1, description="Width of the latent from which queries are made. [default: none]"
+    )
+    value_head_dim: int | None = Field(
+        None, ge=1, description="Width of a value in multi-head latent attention."
+    )
     norm_placement: Literal["before", "after", "both"] = Field(
         "before", description="Where norms stand: before attention and MLP, after them, or both."
     )
@@ -192,6 +204,39 @@ class ModelConfig(Config):
             )
         return self
 
+    @model_validator(mode="after")
+    def _latent_fits(self) -> "ModelConfig":
+        if self.kv_latent_dim is None:
+            if self.q_latent_dim is not None or self.value_head_dim is not None:
+                raise ValueError(
+                    "q_latent_dim or value_head_dim was given without kv_latent_dim and means nothing; leave it out"
+                )
+            return self
+        if self.value_head_dim is None or self.rotary_dim is None or self.rotary_dim >= self.head_dim:
+            raise ValueError(
+                f"kv_latent_dim={self.kv_latent_dim} needs value_head_dim and a rotary_dim below head_dim="
+                f"{self.head_dim}; give both"
+            )
+        refused = {
+            "attention_scale": self.attention_scale is not None,
+            "attention_softcap": self.attention_softcap is not None,
+            "attention_sinks": self.attention_sinks,
+            "qk_norm": self.qk_norm,
+            "sliding_window": self.sliding_window is not None,
+            "rotary_layers": self.rotary_layers is not None,
+            "num_key_value_heads below num_attention_heads": self.num_key_value_heads
+            != self.num_attention_heads,
+            "qkv_bias without q_latent_dim": self.qkv_bias and self.q_latent_dim is None,
+            "value_head_dim above head_dim": self.value_head_dim > self.head_dim,
+        }
+        found = [name for name, is_there in refused.items() if is_there]
+        if found:
+            raise ValueError(
+                f"kv_latent_dim={self.kv_latent_dim} with {', '.join(found)} is not supported: no published model has "
+                "multi-head latent attention with it; leave it out"
+            )
+        return self
+
     def has_window(self, layer: int) -> bool:
         """Whether the tokens of a layer see a window only."""
         return self.sliding_window is not None and (self.window_layers is None or layer in self.window_layers)
@@ -206,15 +251,41 @@ class ModelConfig(Config):
         return self.mlp in ("swiglu", "geglu")
 
     @property
+    def _attention_weights(self) -> int:
+        """Number of weights of the projections of one layer's attention, without biases."""
+        queries, keys = (self.head_dim * n for n in (self.num_attention_heads, self.num_key_value_heads))
+        if self.kv_latent_dim is None:
+            return 2 * self.hidden_size * (queries + keys)
+        assert self.value_head_dim is not None
+        assert self.rotary_dim is not None
+        values = self.num_attention_heads * self.value_head_dim
+        shared = self.num_attention_heads * self.rotary_dim
+        of_queries = self.hidden_size * queries
+        if self.q_latent_dim is not None:
+            of_queries = self.q_latent_dim * (self.hidden_size + queries)
+        down = self.hidden_size * (self.kv_latent_dim + self.rotary_dim)
+        return (
+            of_queries + down + self.kv_latent_dim * (queries - shared + values) + values * self.hidden_size
+        )
+
+    @property
+    def weights_in_products(self) -> int:
+        """Number of weights of one layer that every token is multiplied with: those of attention and a dense MLP."""
+        return self._attention_weights + (3 if self.is_gated else 2) * self.hidden_size * self.ffn_hidden_size
+
+    @property
     def num_parameters(self) -> int:
         """Number of weights; a tied head is counted once."""
         queries, keys = (self.head_dim * n for n in (self.num_attention_heads, self.num_key_value_heads))
         projections = 3 if self.is_gated else 2
         norm = self.hidden_size * (2 if self.norm == "layernorm" and self.norm_bias else 1)
-        layer = (
-            2 * self.hidden_size * (queries + keys) + projections * self.hidden_size * self.ffn_hidden_size
-        )
-        layer += self.qkv_bias * (queries + 2 * keys) + self.output_bias * self.hidden_size
+        layer = self.weights_in_products
+        if self.kv_latent_dim is None:
+            layer += self.qkv_bias * (queries + 2 * keys)
+        else:
+            latents = self.kv_latent_dim + (self.q_latent_dim or 0)
+            layer += latents + self.qkv_bias * (latents + (self.rotary_dim or 0))
+        layer += self.output_bias * self.hidden_size
         layer += self.mlp_bias * ((projections - 1) * self.ffn_hidden_size + self.hidden_size)
         norms = 1 if self.parallel_blocks else 4 if self.norm_placement == "both" else 2
         of_heads = 2 * self.head_dim if self.qk_norm_kind == "shared" else queries + keys

@@ -40,7 +40,7 @@ class Partition(Enum):
 
     REPLICATED_INSIDE = "replicated inside a block"
     """Whole on every rank, but inside a partitioned block: each rank sees its own heads only, so that its gradient is
-    partial. Norms of queries and keys; the down-projections of multi-head latent attention would be too."""
+    partial. Norms of queries and keys, and the down-projections of multi-head latent attention."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,12 @@ SHARDING: Mapping[str, ModuleSharding] = MappingProxyType(
         "rotary": ModuleSharding(Partition.REPLICATED),
         "attention_norm": ModuleSharding(Partition.REPLICATED),
         "attention.q_proj": ModuleSharding(Partition.COLUMN_PARALLEL),
+        "attention.q_down_proj": ModuleSharding(Partition.REPLICATED_INSIDE),
+        "attention.q_latent_norm": ModuleSharding(Partition.REPLICATED_INSIDE),
+        "attention.q_up_proj": ModuleSharding(Partition.COLUMN_PARALLEL),
+        "attention.kv_down_proj": ModuleSharding(Partition.REPLICATED_INSIDE),
+        "attention.kv_latent_norm": ModuleSharding(Partition.REPLICATED_INSIDE),
+        "attention.kv_up_proj": ModuleSharding(Partition.COLUMN_PARALLEL),
         "attention.k_proj": ModuleSharding(Partition.KEY_VALUE_HEADS),
         "attention.v_proj": ModuleSharding(Partition.KEY_VALUE_HEADS),
         "attention.q_norm": ModuleSharding(Partition.REPLICATED_INSIDE),

@@ -56,15 +56,9 @@ class Attention(nn.Module):
         super().__init__()
         self.kind = kind
         self.head_dim, self.num_key_value_heads = config.head_dim, config.num_key_value_heads
-        queries = config.num_attention_heads * config.head_dim
-        keys = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.output_bias)
+        self.projections = self._make_projections(config)
         self._make_norms(config)
         self.sinks = Sinks(config.num_attention_heads) if config.attention_sinks else None
-        self.projections = Projections(self, ("q_proj", "k_proj", "v_proj"))
         options = {"scale": config.attention_scale, "softcap": config.attention_softcap}
         self.score_options: dict[str, Any] = {name: x for name, x in options.items() if x is not None}
         """What this model does to scores, as arguments of the implementation."""
@@ -72,6 +66,16 @@ class Attention(nn.Module):
         self.attention_wrapper: AttentionWrapper | None = None
         self.attend_dropping: Callable[..., torch.Tensor] | None = None
         self.rotate: RotaryFunction = rotate_both
+
+    def _make_projections(self, config: ModelConfig) -> Projections:
+        """Make the linear layers; return those that read the hidden states."""
+        queries = config.num_attention_heads * config.head_dim
+        keys = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.output_bias)
+        return Projections(self, ("q_proj", "k_proj", "v_proj"))
 
     def _make_norms(self, config: ModelConfig) -> None:
         """Make the norms of queries and keys that the config asks for; their names say how they are cut."""
@@ -123,13 +127,23 @@ class Attention(nn.Module):
                 attend = partial(attend, sinks=self.sinks.weight)
             attended = cache.attend(cache_index, q, (k, v), attend, inputs.chunk_masks)
         else:
-            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-            if self.attention_wrapper is not None:
-                attend = partial(self.attention_wrapper, attend)
-            if self.sinks is not None:
-                attend = partial(attend, sinks=self.sinks.weight)
-            attended = attend(q, k, v, inputs.mask).transpose(1, 2)
+            attended = self._attend_whole(attend, q, k, v, inputs.mask)
         return apply_linear(self.o_proj, attended.flatten(2), inputs.dropout_masks)
+
+    def _attend_whole(
+        self,
+        attend: AttentionFunction,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Attend to whole texts without a cache: [B, S, N, D] and twice [B, S, K, D] -> [B, S, N, D]."""
+        if self.attention_wrapper is not None:
+            attend = partial(self.attention_wrapper, attend)
+        if self.sinks is not None:
+            attend = partial(attend, sinks=self.sinks.weight)
+        return attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask).transpose(1, 2)
 
     def _heads(self, x: torch.Tensor, inputs: AttentionInputs) -> tuple[torch.Tensor, ...]:
         """Return queries, keys and values, the first two normalised: [B, S, N, D] and twice [B, S, K, D]."""

@@ -18,6 +18,7 @@ from ascendspeed_core.models.attention import Attention
 from ascendspeed_core.models.auxiliary_losses import ModuleOutput, add_losses, split_output
 from ascendspeed_core.models.cache import CachedPass
 from ascendspeed_core.models.dropout import AFTER_ATTENTION, AFTER_MLP
+from ascendspeed_core.models.latent_attention import LatentAttention
 from ascendspeed_core.models.mlp import GeGLU, GeluMLP, SquaredReluMLP, SwiGLU
 from ascendspeed_core.models.norm import LayerNorm, RMSNorm, make_norm
 from ascendspeed_core.models.position import AttentionInputs, AttentionKind, RotaryKind
@@ -43,7 +44,7 @@ def attention_kind(config: ModelConfig, layer: int) -> AttentionKind:
 
 def attention_class(config: ModelConfig, layer: int) -> type[Attention]:
     """Return which attention a layer has."""
-    return Attention
+    return Attention if config.kv_latent_dim is None else LatentAttention
 
 
 def mlp_class(config: ModelConfig, layer: int) -> type[DenseMLP]:

@@ -10,6 +10,7 @@ from torch import nn
 
 from ascendspeed_core.kernels.onednn import has_packed_product, packed, packed_linear
 from ascendspeed_core.models.inference_weight import InferenceWeight
+from ascendspeed_core.models.latent_attention import MOVED_LAYERS
 from ascendspeed_core.models.linear import HALVES
 from ascendspeed_core.models.lm_head import NormalisedHead
 from ascendspeed_core.models.projections import Projections
@@ -81,7 +82,7 @@ def pack_weights(model: Transformer) -> None:
         if isinstance(projections, Projections) and _is_plain(projections.weight):
             _pack_joined(projections)
     for name, module in model.named_modules():
-        is_left_out = isinstance(module, NormalisedHead) or name.endswith(HALVES)
+        is_left_out = isinstance(module, NormalisedHead) or name.endswith((*HALVES, *MOVED_LAYERS))
         if isinstance(module, nn.Linear) and _is_plain(module.weight) and not is_left_out:
             is_shared = model.embedding is not None and module.weight is model.embedding.weight
             whole = module.weight.detach() if is_shared else packed(module.weight)

@@ -14,17 +14,14 @@ def training_flops_per_token(model: ModelConfig, seq_length: int) -> float:
         model: the architecture.
         seq_length: S.
     """
-    queries, keys = (
-        model.head_dim * heads for heads in (model.num_attention_heads, model.num_key_value_heads)
-    )
-    projections = 3 if model.is_gated else 2
-    layer = 2 * (queries + keys) + projections * model.ffn_hidden_size
-    in_products = model.hidden_size * (model.num_layers * layer + model.vocab_size)
+    # Scores and values each count half.
+    of_heads = model.num_attention_heads * (model.head_dim + (model.value_head_dim or model.head_dim)) / 2
+    in_products = model.num_layers * model.weights_in_products + model.hidden_size * model.vocab_size
     window = min(model.sliding_window or seq_length, seq_length)
     windowed = sum(model.has_window(layer) for layer in range(model.num_layers))
     # Twice the keys that a query sees on average: S when it sees all before it.
     seen = windowed * (2 * window - window**2 / seq_length) + (model.num_layers - windowed) * seq_length
-    return 6.0 * (in_products + seen * queries)
+    return 6.0 * (in_products + seen * of_heads)
 
 
 def model_flops_utilization(

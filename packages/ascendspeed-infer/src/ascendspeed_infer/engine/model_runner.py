@@ -189,7 +189,9 @@ def decode_tokens(
 def make_cache(model: Transformer, mesh: ParallelMesh, cache_tokens: int) -> KeyValueCache:
     """Return an empty cache for what this rank's layers keep."""
     dtype, config = next(model.parameters()).dtype, model.config
-    changes_scores = config.position == "alibi" or changed_scores(config) is not None
+    # One latent for keys and values is not what that call reads.
+    is_latent = config.kv_latent_dim is not None
+    changes_scores = is_latent or config.position == "alibi" or changed_scores(config) is not None
     attention = lengths_attention(mesh.device, dtype, config.head_dim, changes_scores, config.attention_scale)
     return KeyValueCache(
         model.layer_caches(mesh.layout.tp), cache_tokens, dtype, mesh.device.torch, attention

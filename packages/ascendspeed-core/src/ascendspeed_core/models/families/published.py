@@ -59,12 +59,15 @@ class PublishedModel:
             max_position_embeddings=config.max_position_embeddings,
             weight_bytes=config.num_parameters * WEIGHT_BYTES,
             training_bytes=config.num_parameters * TRAINING_BYTES,
-            cache_bytes_per_token=2
-            * WEIGHT_BYTES
-            * config.num_layers
-            * config.num_key_value_heads
-            * config.head_dim,
+            cache_bytes_per_token=WEIGHT_BYTES * config.num_layers * _kept_per_token(config),
         )
+
+
+def _kept_per_token(config: ModelConfig) -> int:
+    """Return how many numbers a layer keeps of a token: keys and values, or a latent and what all keys share."""
+    if config.kv_latent_dim is not None:
+        return config.kv_latent_dim + (config.rotary_dim or 0)
+    return 2 * config.num_key_value_heads * config.head_dim
 
 
 def published_models() -> list[PublishedModel]:

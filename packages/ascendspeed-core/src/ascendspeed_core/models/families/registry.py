@@ -12,6 +12,7 @@ from ascendspeed_core.models.families.baichuan import BAICHUAN
 from ascendspeed_core.models.families.base import Family
 from ascendspeed_core.models.families.bloom import BLOOM
 from ascendspeed_core.models.families.cohere import COHERE, COHERE2
+from ascendspeed_core.models.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from ascendspeed_core.models.families.gemma import GEMMA2, GEMMA3
 from ascendspeed_core.models.families.glm import GLM, GLM4
 from ascendspeed_core.models.families.granite import GRANITE, MINICPM, SMOLLM3
@@ -28,7 +29,7 @@ ENTRY_POINTS = "ascendspeed_core.families"
 
 _DENSE_OF_TODAY = (
     INTERNLM2, INTERNLM3, GEMMA2, GEMMA3, PHI3, OLMO2, OLMO3, GLM, GLM4, GRANITE, SMOLLM3, MINICPM, COHERE, COHERE2,
-    STABLELM, NEMOTRON,
+    STABLELM, NEMOTRON, DEEPSEEK_V2, DEEPSEEK_V3,
 )  # fmt: skip
 
 FAMILIES = MappingProxyType(

@@ -14,6 +14,10 @@ from ascendspeed_core.weights.source import CheckpointError, TensorInfo
 
 _SIZES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"(embedding|output_head)\.weight", ("vocab_size", "hidden_size")),
+    (r"(q_down_proj|q_latent_norm)\.", ("q_latent_dim", "hidden_size")),
+    (r"q_up_proj\.", ("num_attention_heads", "head_dim", "q_latent_dim")),
+    (r"kv_(down_proj|latent_norm)\.", ("kv_latent_dim", "rotary_dim", "hidden_size")),
+    (r"kv_up_proj\.", ("num_attention_heads", "head_dim", "rotary_dim", "value_head_dim", "kv_latent_dim")),
     (r"q_proj\.", ("num_attention_heads", "head_dim", "hidden_size")),
     (r"[kv]_proj\.", ("num_key_value_heads", "head_dim", "hidden_size")),
     (r"o_proj\.", ("hidden_size", "num_attention_heads", "head_dim")),
