@@ -1,7 +1,8 @@
 """Recognise folders whose weights are quantised: by `quantization_config`, or by names and formats of their tensors.
 
 Such weights are integers or narrow floats that mean something only together with scales, in one of many packings.
-Nothing here reads them; what a user needs is to hear which method it is and how to get plain weights.
+Those with block scales under a published rule are read, see `block_scales`. Of the others a user needs to hear which
+method it is and how to get plain weights.
 """
 
 import re

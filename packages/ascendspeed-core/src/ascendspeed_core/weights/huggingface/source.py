@@ -14,6 +14,7 @@ from ascendspeed_core.models.families.base import leading_shape
 from ascendspeed_core.weights.derived_tensors import derived_reason
 from ascendspeed_core.weights.files.file_tensor import StoredTensor
 from ascendspeed_core.weights.files.json_file import read_json
+from ascendspeed_core.weights.huggingface.block_scales import plain_tensors
 from ascendspeed_core.weights.huggingface.config import generation_ids
 from ascendspeed_core.weights.huggingface.files import open_weight_files
 from ascendspeed_core.weights.huggingface.fit import check_names, check_shapes
@@ -63,11 +64,12 @@ class HuggingFaceSource(BaseWeightSource):
         where = path / "config.json"
         self.hf_config = read_json(where) if stored is None else stored.hf_config
         self.family: Family = family_of_hugging_face(self.hf_config, str(where))
-        self._stored = open_weight_files(path) if stored is None else stored.tensors
-        refuse_quantised(path, self.hf_config, {name: stored.info for name, stored in self._stored.items()})
+        found = open_weight_files(path) if stored is None else stored.tensors
+        self._stored, rest = plain_tensors(path, self.hf_config, found)
+        refuse_quantised(path, rest, {name: stored.info for name, stored in self._stored.items()})
         self._left_out: dict[str, str] = {}
         self._embedding_is_head = False
-        self.config = self.family.read_config({**self.hf_config, **generation_ids(path)}, str(where))
+        self.config = self.family.read_config({**rest, **generation_ids(path)}, str(where))
         if self.config.tie_word_embeddings:
             self._compare_head()
         self._mappings = self._mappings_of_this_folder()
