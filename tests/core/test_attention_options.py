@@ -40,7 +40,7 @@ CASES: list[Any] = [
     ("norms over all heads", Layout(tp=2, cp=2), {"documents": True}),
     ("norms over all heads", Layout(tp=2, pp=2, schedule="interleaved", layers_per_stage=1), {}),
     ("blocks side by side", Layout(tp=2, sequence_parallel=True), {"recompute": "selective"}),
-    ("blocks side by side", Layout(pp=2, dp=2), {"joined": True}),
+    ("blocks side by side", Layout(dp=2, sharded_optimizer=True), {"joined": True}),
     ("latents", Layout(tp=2, sequence_parallel=True), {"joined": True}),
     ("latents", Layout(cp=2), {}),
 ]

@@ -112,7 +112,8 @@ def tokens_of(vocab_size: int, length: int = 20) -> torch.Tensor:
 
 FAMILIES = ["LLaMA with all biases", "Qwen 3", "InternLM", "Bloom", "Mistral", "Phi 3", "Command R+"]
 FAMILIES += [
-    pytest.param(name, marks=pytest.mark.nightly) for name in ("Gemma 3", "GLM 4", "OLMo 3", "StableLM 2 12B")
+    pytest.param(name, marks=pytest.mark.nightly)
+    for name in ("Gemma 3", "GLM 4", "OLMo 3", "StableLM 2 12B", "DeepSeek-V3 without experts")
 ]
 
 
