@@ -155,13 +155,30 @@ def npu_weight_quant_batchmatmul(
     return (x.float() @ (weight.float() * antiquant_scale.float())).to(x.dtype)
 
 
+def npu_grouped_matmul(
+    x: list[Tensor], weight: list[Tensor], *, group_list: Tensor | None = None, split_item: int = 0,
+    group_type: int | None = None, group_list_type: int = 0, **more: Any,
+) -> list[Tensor]:  # fmt: skip
+    """Rows of one tensor [N, I], cut at the ends of `group_list`, with the matrices [E, I, O] of one tensor."""
+    assert (len(x), len(weight), split_item, group_type, group_list_type) == (1, 1, 3, 0, 0)
+    assert x[0].dtype == weight[0].dtype
+    assert group_list is not None
+    assert group_list.dtype == torch.int64
+    assert not any(value for value in more.values())
+    ends = group_list.tolist()
+    assert ends == sorted(ends)
+    assert ends[-1] == len(x[0])
+    rows = x[0].tensor_split(ends[:-1])
+    return [torch.cat([part @ matrix for part, matrix in zip(rows, weight[0], strict=True)])]
+
+
 KERNELS = {
     "npu_apply_adam_w.out": npu_apply_adam_w,
     **{
         kernel.__name__: kernel
         for kernel in (
             npu_fusion_attention, npu_fusion_attention_v2, npu_scaled_masked_softmax, npu_rms_norm, npu_rotary_mul,
-            npu_swiglu, npu_cross_entropy_loss, npu_weight_quant_batchmatmul,
+            npu_swiglu, npu_cross_entropy_loss, npu_weight_quant_batchmatmul, npu_grouped_matmul,
         )
     },
 }  # fmt: skip

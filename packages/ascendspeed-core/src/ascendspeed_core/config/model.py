@@ -5,6 +5,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from ascendspeed_core.config.base import Config, spellings
+from ascendspeed_core.config.experts import Experts
 from ascendspeed_data.errors import AscendSpeedError
 
 MOST_LAYERS, WIDEST, MOST_IDS = 10_000, 1 << 20, 1 << 26
@@ -74,6 +75,7 @@ class ModelConfig(Config):
         None, ge=1, description="Tokens that a token sees, itself included. [default: all]"
     )
     mlp: Literal["swiglu", "gelu"] = Field("swiglu", description="MLP; gelu is its tanh approximation.")
+    experts: Experts | None = Field(None, description="Experts in place of one MLP. [default: none]")
     qkv_bias: bool = Field(False, description="Queries, keys and values have a bias.")
     output_bias: bool = Field(False, description="The attention's output projection has a bias.")
     mlp_bias: bool = Field(False, description="The MLP's projections have a bias.")
@@ -105,20 +107,61 @@ class ModelConfig(Config):
             )
         return self
 
+    @model_validator(mode="after")
+    def _experts_fit(self) -> "ModelConfig":
+        if self.experts is None:
+            return self
+        if self.mlp != "swiglu" or self.mlp_bias:
+            raise ValueError("experts are SwiGLU without biases; they go with mlp=swiglu and mlp_bias=false")
+        beyond = [layer for layer in self.experts.dense_layers if not 0 <= layer < self.num_layers]
+        if beyond:
+            raise ValueError(
+                f"experts: dense_layers names layer {beyond[0]}, the model has layers 0 to {self.num_layers - 1}; "
+                "leave it out"
+            )
+        return self
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer has experts in place of one MLP."""
+        return self.experts is not None and layer not in self.experts.dense_layers
+
+    @property
+    def num_expert_layers(self) -> int:
+        """Number of layers with experts."""
+        return sum(self.has_experts(layer) for layer in range(self.num_layers))
+
     @property
     def num_parameters(self) -> int:
         """Number of weights; a tied head is counted once."""
         queries, keys = (self.head_dim * n for n in (self.num_attention_heads, self.num_key_value_heads))
         projections = 3 if self.mlp == "swiglu" else 2
         norm = self.hidden_size * (2 if self.norm == "layernorm" else 1)
-        layer = (
-            2 * self.hidden_size * (queries + keys) + projections * self.hidden_size * self.ffn_hidden_size
-        )
+        layer = 2 * self.hidden_size * (queries + keys)
         layer += self.qkv_bias * (queries + 2 * keys) + self.output_bias * self.hidden_size
-        layer += self.mlp_bias * ((projections - 1) * self.ffn_hidden_size + self.hidden_size)
         layer += 2 * norm + self.qk_norm * 2 * self.head_dim
+        dense = projections * self.hidden_size * self.ffn_hidden_size
+        dense += self.mlp_bias * ((projections - 1) * self.ffn_hidden_size + self.hidden_size)
+        sparse = self.num_expert_layers
+        experts = self._expert_layer_parameters(self.experts.count) if self.experts else 0
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
-        return self.num_layers * layer + embeddings + (1 + self.embedding_norm) * norm
+        mlps = (self.num_layers - sparse) * dense + sparse * experts
+        return self.num_layers * layer + mlps + embeddings + (1 + self.embedding_norm) * norm
+
+    @property
+    def num_active_parameters(self) -> int:
+        """Number of weights that a token uses: of the experts only those that it is sent to."""
+        if self.experts is None:
+            return self.num_parameters
+        idle = self.experts.count - self.experts.per_token
+        one = 3 * self.hidden_size * self.experts.ffn_hidden_size
+        return self.num_parameters - self.num_expert_layers * idle * one
+
+    def _expert_layer_parameters(self, count: int) -> int:
+        """Return the weights of a layer's router, of `count` experts, and of what all tokens use."""
+        assert self.experts is not None
+        inner = count * self.experts.ffn_hidden_size + (self.experts.shared_ffn_hidden_size or 0)
+        router = self.experts.count * (self.hidden_size + self.experts.score_bias)
+        return 3 * self.hidden_size * inner + router + self.experts.shared_gate * self.hidden_size
 
 
 class ArchitectureFlags(Config):

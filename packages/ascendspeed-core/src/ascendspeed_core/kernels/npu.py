@@ -6,7 +6,7 @@ the tests check each call against torch_npu's schemas and run it with CPU kernel
 Shapes: B batch, N query heads, K key-value heads, S queries, T keys, D head size, V vocabulary.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,9 @@ LAST_QUERY_SEES_ALL = 3
 SCALE_THEN_ADD = 0
 """`pse_type` of what is added to scores that are already scaled, as ALiBi is."""
 
+
+ONE_RESULT, GROUPED_ROWS, ENDS_OF_GROUPS = 3, 0, 0
+"""`split_item`, `group_type` and `group_list_type` of `npu_grouped_matmul`: rows of one tensor, cut at these ends."""
 
 INT8_ROWS = 65_535
 """Most output rows that `npu_weight_quant_batchmatmul` takes at once; a head may have more."""
@@ -113,6 +116,48 @@ def npu_int8_linear(x: torch.Tensor, integers: torch.Tensor, scale: torch.Tensor
         for part, of_part in zip(integers.split(INT8_ROWS), scale.split(INT8_ROWS), strict=True)
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
+def npu_grouped_product(
+    rows: torch.Tensor, weights: Sequence[torch.Tensor], counts: Sequence[int]
+) -> torch.Tensor:
+    """`npu_grouped_matmul` of the rows of each expert, see `kernels.experts.grouped_product`; no expert is skipped."""
+    product: torch.Tensor = _GroupedProduct.apply(rows, list(counts), *weights)
+    return product
+
+
+class _GroupedProduct(torch.autograd.Function):
+    """The gradient of the rows is a grouped product too; those of the weights are one product for each expert."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, counts: list[int], *weights: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(rows, *weights)
+        ctx.counts = counts
+        return _grouped_matmul(rows, [weight.T for weight in weights], counts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        rows, *weights = ctx.saved_tensors
+        (gradient,) = gradients
+        of_rows = _grouped_matmul(gradient, weights, ctx.counts) if ctx.needs_input_grad[0] else None
+        parts = zip(gradient.split(ctx.counts), rows.split(ctx.counts), ctx.needs_input_grad[2:], strict=True)
+        return of_rows, None, *(g.T @ part if wanted else None for g, part, wanted in parts)
+
+
+def _grouped_matmul(
+    rows: torch.Tensor, matrices: Sequence[torch.Tensor], counts: Sequence[int]
+) -> torch.Tensor:
+    """Multiply the rows of each group, [N, I], with its matrix, [I, O]."""
+    ends = torch.tensor(counts, device=rows.device).cumsum(0)
+    product: torch.Tensor = torch.ops.npu.npu_grouped_matmul(
+        [rows],
+        [torch.stack(list(matrices))],
+        group_list=ends,
+        split_item=ONE_RESULT,
+        group_type=GROUPED_ROWS,
+        group_list_type=ENDS_OF_GROUPS,
+    )[0]
+    return product
 
 
 class NpuAdamW(torch.optim.Optimizer):

@@ -15,6 +15,7 @@ from ascendspeed_core.models.attention import Attention
 from ascendspeed_core.models.auxiliary_losses import ModuleOutput, add_losses, split_output
 from ascendspeed_core.models.cache import CachedPass
 from ascendspeed_core.models.dropout import AFTER_ATTENTION, AFTER_MLP
+from ascendspeed_core.models.experts import ExpertsMLP
 from ascendspeed_core.models.mlp import GeluMLP, SwiGLU
 from ascendspeed_core.models.norm import make_norm
 from ascendspeed_core.models.position import AttentionInputs, AttentionKind, RotaryKind
@@ -33,8 +34,10 @@ def attention_class(config: ModelConfig, layer: int) -> type[Attention]:
     return Attention
 
 
-def mlp_class(config: ModelConfig, layer: int) -> type[SwiGLU | GeluMLP]:
+def mlp_class(config: ModelConfig, layer: int) -> type[SwiGLU | GeluMLP | ExpertsMLP]:
     """Return which MLP a layer has."""
+    if config.has_experts(layer):
+        return ExpertsMLP
     return SwiGLU if config.mlp == "swiglu" else GeluMLP
 
 
@@ -43,7 +46,7 @@ def make_attention(config: ModelConfig, layer: int) -> Attention:
     return attention_class(config, layer)(config, attention_kind(config, layer))
 
 
-def make_mlp(config: ModelConfig, layer: int) -> SwiGLU | GeluMLP:
+def make_mlp(config: ModelConfig, layer: int) -> SwiGLU | GeluMLP | ExpertsMLP:
     """Return the MLP of a layer."""
     return mlp_class(config, layer)(config)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_data.command_line import log
 from ascendspeed_data.files import INCOMPLETE, write_durably
 from ascendspeed_data.small_files import read_json_lines
@@ -79,6 +80,22 @@ def _read_lines(path: Path) -> tuple[list[dict[str, Any]], bool]:
 def finite_or_none(values: Mapping[str, float]) -> dict[str, float | None]:
     """Return values as JSON can hold them."""
     return {name: value if isfinite(value) else None for name, value in values.items()}
+
+
+def load_metrics(loads: Sequence[Sequence[float]], model: ModelConfig) -> dict[str, float]:
+    """Return how unequally tokens fell on the experts of each layer: the largest and smallest load over the mean.
+
+    Args:
+        loads: tokens that chose each expert, by layer.
+        model: says which layers have experts.
+    """
+    found: dict[str, float] = {}
+    for layer, load in enumerate(loads):
+        mean = sum(load) / len(load)
+        if model.has_experts(layer) and mean:
+            found[f"expert_load/{layer}/largest"] = max(load) / mean
+            found[f"expert_load/{layer}/smallest"] = min(load) / mean
+    return found
 
 
 def format_iteration(record: Mapping[str, Any], train_iters: int, logged_metrics: Mapping[str, int]) -> str:

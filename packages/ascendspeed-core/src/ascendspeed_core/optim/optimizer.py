@@ -226,7 +226,7 @@ class MasterOptimizer:
                 self._mesh.sum_over(axis, value)
             measured.append(value)
         total = reduce(torch.add, measured)
-        for axes in ("tp", "pp", "replicas") if is_sharded else ("tp", "pp"):
+        for axes in ("tp", "pp", "replicas") if is_sharded else ("pp",):
             self._mesh.sum_over(axes, total)
         return total
 

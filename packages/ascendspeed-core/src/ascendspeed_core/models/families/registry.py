@@ -14,14 +14,21 @@ from ascendspeed_core.models.families.bloom import BLOOM
 from ascendspeed_core.models.families.internlm import INTERNLM
 from ascendspeed_core.models.families.llama import LLAMA
 from ascendspeed_core.models.families.mistral import MISTRAL
+from ascendspeed_core.models.families.mixtral import MIXTRAL
 from ascendspeed_core.models.families.qwen import QWEN2, QWEN3
+from ascendspeed_core.models.families.qwen_moe import QWEN2_MOE, QWEN3_MOE
 from ascendspeed_data.errors import AscendSpeedError, did_you_mean
 
 ENTRY_POINTS = "ascendspeed_core.families"
 
 FAMILIES = MappingProxyType(
-    {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, INTERNLM, AQUILA, BAICHUAN, BLOOM)}
-)
+    {
+        family.name: family
+        for family in (
+            LLAMA, MISTRAL, QWEN2, QWEN3, INTERNLM, AQUILA, BAICHUAN, BLOOM, MIXTRAL, QWEN2_MOE, QWEN3_MOE,
+        )
+    }
+)  # fmt: skip
 """Families of this package by name."""
 
 
