@@ -6,7 +6,8 @@ Experts are keyed by their number in the layer, so that a rank that has some of 
 Shapes: B batch, S sequence, H hidden size, T = B S tokens, K experts of each, N = T K rows, E experts.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import ClassVar, Protocol
 
 import torch
@@ -23,13 +24,26 @@ from ascendspeed_core.kernels.experts import (
 from ascendspeed_core.models.auxiliary_losses import AuxiliaryLosses, ModuleOutput
 from ascendspeed_core.models.dropout import DropoutMasks
 from ascendspeed_core.models.mlp import SwiGLU
-from ascendspeed_core.models.router import Router, TokenRows
+from ascendspeed_core.models.router import Router, TokenRows, in_tiles
 
 ApplyExperts = Callable[[torch.Tensor, Sequence[int]], torch.Tensor]
 """Applies the experts of this rank to rows, [N, H] -> [N, H], given how many rows each has, in order of the experts."""
 
 ExchangeRows = Callable[[torch.Tensor, torch.Tensor, ApplyExperts], torch.Tensor]
 """Has rows, sorted by their experts, computed where these are: rows, [N, H], rows of each expert, [E] -> [N, H]."""
+
+
+@contextmanager
+def tiled_experts(model: nn.Module, tile_rows: int) -> Iterator[None]:
+    """Let routers and experts multiply so many rows at once for a while, see `models.router.in_tiles`."""
+    routers = [module.router for module in model.modules() if isinstance(module, ExpertsMLP)]
+    try:
+        for router in routers:
+            router.tile_rows = tile_rows
+        yield
+    finally:
+        for router in routers:
+            router.tile_rows = None
 
 
 class TokenShare(Protocol):
@@ -129,8 +143,11 @@ class ExpertsMLP(nn.Module):
     def apply_experts(self, rows: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
         """Apply the experts of this rank to their rows: [N, H] -> [N, H]."""
         experts: list[SwiGLU] = list(self.experts.values())  # type: ignore[arg-type]
-        if self.product is None:
-            parts = [expert(part) for expert, part in zip(experts, rows.split(list(counts)), strict=True)]
+        if self.product is None or self.router.tile_rows is not None:
+            parts = [
+                in_tiles(part, self.router.tile_rows, expert)
+                for expert, part in zip(experts, rows.split(list(counts)), strict=True)
+            ]
             return torch.cat(parts)
         gate, up, down = (
             [getattr(expert, name).weight for expert in experts]

@@ -88,6 +88,7 @@ class Router(nn.Module):
         bias: takes part in the choice only; always in fp32, no gradient; see `ExpertsConfig`.
         training_config: losses and capacity, which are of training steps only.
         step: of the training step; `None` outside of one.
+        tile_rows: rows that are multiplied at once, here and by the experts; `None` for all.
         sum_load: adds up a count over the ranks that have other tokens of the same sequences.
         sum_batch: adds up a count over the ranks that have other sequences.
         sum_loss: makes of this rank's share of a loss what it reports.
@@ -103,6 +104,7 @@ class Router(nn.Module):
             self.bias = nn.Parameter(torch.zeros(experts.count), requires_grad=False)
         self.training_config: ExpertsConfig | None = None
         self.step: RouterStep | None = None
+        self.tile_rows: int | None = None
         self.sum_load: Callable[[torch.Tensor], torch.Tensor] = _alone
         self.sum_batch: Callable[[torch.Tensor], torch.Tensor] = _alone
         self.sum_loss: Callable[[torch.Tensor], torch.Tensor] = _alone
@@ -112,7 +114,8 @@ class Router(nn.Module):
         """Choose experts for tokens."""
         tokens = given.tokens
         wide = torch.promote_types(tokens.dtype, torch.float32)
-        logits = F.linear(tokens.to(wide), self.weight.to(wide))
+        weight = self.weight.to(wide)
+        logits = in_tiles(tokens.to(wide), self.tile_rows, lambda rows: F.linear(rows, weight))
         scores = logits.sigmoid() if self.experts.score == "sigmoid" else logits.softmax(-1)
         ranked = logits if self.experts.score_after_choice else scores
         chosen = self._within_groups(ranked.detach()).topk(self.experts.per_token, dim=-1).indices
@@ -217,6 +220,25 @@ class Router(nn.Module):
             dropped = is_refused.sum(dtype=torch.float64)
             step.dropped = dropped if step.dropped is None else step.dropped + dropped
         return chosen.masked_fill(is_refused, experts)
+
+
+def in_tiles(
+    rows: torch.Tensor, tile_rows: int | None, apply: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """Apply a function to rows, [N, I] -> [N, O], so many at once, the last ones filled up with zeros.
+
+    How a matrix product rounds may depend on its number of rows. How many tokens an expert has depends on what else is
+    computed, so results that must not depend on that are computed in products of one shape.
+
+    Args:
+        rows: [N, I].
+        tile_rows: how many; `None` for all at once.
+        apply: works on each row alone.
+    """
+    if tile_rows is None:
+        return apply(rows)
+    padded = F.pad(rows, (0, 0, 0, -len(rows) % tile_rows or (0 if len(rows) else tile_rows)))
+    return torch.cat([apply(tile) for tile in padded.split(tile_rows)])[: len(rows)]
 
 
 @torch.no_grad()
