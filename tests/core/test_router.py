@@ -96,7 +96,7 @@ def test_choices_and_weights(kind: str) -> None:
 @pytest.mark.parametrize("over", ["aux_loss", "seq_aux_loss"])
 @pytest.mark.parametrize("kind", ["Mixtral", "DeepSeek-V3"])
 def test_losses(kind: str, over: str) -> None:
-    """E / K x sum over experts of load x mean score, of all tokens or of each sequence; and the mean square of log Z."""
+    """E / K x sum over experts of load x mean score, of all tokens or each sequence; and the mean square of log Z."""
     router, given = make_router(
         kind, moe_aux_loss_coeff=0.5, moe_z_loss_coeff=0.25, moe_router_load_balancing_type=over
     )

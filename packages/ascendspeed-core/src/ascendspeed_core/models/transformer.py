@@ -117,6 +117,12 @@ class Transformer(nn.Module):
         tied = self.config.tie_word_embeddings and self.has_last and not self.has_first
         return ("embedding.weight",) if tied else ()
 
+    def updated_without_gradient(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield names and parameters that steps change by other rules than the optimizer's: biases of routers."""
+        for name, module in self.named_modules():
+            if isinstance(module, Router) and module.bias is not None and self.adapters is None:
+                yield f"{name}.bias", module.bias
+
     def forward(self, batch: ModelInput) -> ModelOutput:
         """Run a model that is one stage: ids [B, S] -> logits of the next token [B, S, V]."""
         return ModelOutput(*self.run_stage(self.stages[0], batch))

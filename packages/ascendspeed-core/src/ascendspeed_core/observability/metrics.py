@@ -15,6 +15,7 @@ from ascendspeed_data.small_files import read_json_lines
 
 METRICS = "metrics.jsonl"
 PICTURE = "loss.png"
+LOAD_PICTURE = "expert_load.png"
 
 
 class Iteration(BaseModel):
@@ -177,6 +178,46 @@ def draw_loss(
         )
     axes.set_xlabel("iteration")
     axes.set_ylabel(f"loss, {unit}")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    save_figure(figure, path)
+
+
+def draw_expert_load(records: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw how unequally tokens fell on experts, a curve for each layer, as a PNG; nothing for models without.
+
+    Args:
+        records: of `metrics.jsonl`.
+        path: the picture.
+    """
+    layers = sorted(
+        {int(key.split("/")[1]) for record in records for key in record if key.startswith("expert_load/")}
+    )
+    if not layers:
+        return
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
+    colours = mpl.colormaps["viridis"]
+    for layer in layers:
+        colour = colours(layers.index(layer) / max(len(layers) - 1, 1))
+        for extreme in ("largest", "smallest"):
+            key = f"expert_load/{layer}/{extreme}"
+            known = [record for record in records if key in record]
+            label = f"layer {layer}" if extreme == "largest" and layer in (layers[0], layers[-1]) else None
+            axes.plot(
+                [record["iteration"] for record in known],
+                [record[key] for record in known],
+                color=colour,
+                lw=1,
+                label=label,
+            )
+    axes.axhline(1.0, color="grey", ls="--", lw=1, label="all experts alike")
+    axes.set_xlabel("iteration")
+    axes.set_ylabel("largest and smallest load of an expert / mean")
     axes.grid(alpha=0.3)
     axes.legend()
     save_figure(figure, path)

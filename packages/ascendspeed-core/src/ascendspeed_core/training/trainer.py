@@ -14,8 +14,10 @@ from ascendspeed_core.data.micro_batch import MicroBatch
 from ascendspeed_core.kernels.registry import table, update_choice
 from ascendspeed_core.models.transformer import Transformer
 from ascendspeed_core.observability.metrics import (
+    LOAD_PICTURE,
     PICTURE,
     MetricsFile,
+    draw_expert_load,
     draw_loss,
     finite_or_none,
     format_iteration,
@@ -351,6 +353,7 @@ class Trainer:
             picture = self.metrics.path.with_name(PICTURE)
             entropy, unit = self.plan.unigram_entropy_nats, self.plan.objective.loss_unit
             draw_loss(self.metrics.records, picture, entropy, unit)
+            draw_expert_load(self.metrics.records, picture.with_name(LOAD_PICTURE))
 
     def _log(self, *lines: str) -> None:
         """Write lines to the log, once for all ranks."""

@@ -158,6 +158,10 @@ def _check_experts(config: PretrainConfig, source: WeightSource) -> None:
         )
     if source.adapters is None:
         return
+    if config.experts.moe_router_bias_update_rate:
+        raise ConfigError(
+            "moe_router_bias_update_rate changes biases of the base, which an adapter does not hold; leave it out"
+        )
     for name, low_rank in source.adapters.layers.items():
         if ".experts." in name and low_rank.dropout:
             raise ConfigError(
