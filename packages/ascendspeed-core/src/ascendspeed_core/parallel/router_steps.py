@@ -12,6 +12,7 @@ Shapes: E experts, L layers of the whole model.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -75,6 +76,24 @@ def begin_router_step(
     loads = _summed_loads(routers, mesh)
     for router, load in zip(routers, loads, strict=True):
         router.step = RouterStep(token_weight=count / total, batch_load=load)
+
+
+@contextmanager
+def tried_routers(model: Transformer) -> Iterator[None]:
+    """Let routers compute for a while what they do in a step, for one whose memory is measured."""
+    experts = model.config.experts
+    routers = [router for _, router in routers_of(model)]
+    for router in routers:
+        assert experts is not None
+        load = None
+        if model.needs_batch_load:
+            load = torch.ones(experts.count, dtype=torch.float64, device=router.weight.device)
+        router.step = RouterStep(batch_load=load)
+    try:
+        yield
+    finally:
+        for router in routers:
+            router.step = None
 
 
 def end_router_step(model: Transformer, mesh: ParallelMesh) -> torch.Tensor | None:
