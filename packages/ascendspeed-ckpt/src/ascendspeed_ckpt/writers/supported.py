@@ -14,6 +14,10 @@ def llama3_scaling(config: ModelConfig) -> RotaryScaling | None:
 
 def check_supported(kind: str, config: ModelConfig) -> None:
     """Raise `CheckpointError` when the format's own program would compute another thing with these weights."""
+    if config.experts is not None:
+        raise CheckpointError(
+            f"--to {kind}: experts are not written in this format; choose --to native or --to huggingface"
+        )
     is_gpt = config.mlp == "gelu"
     biases = {config.qkv_bias, config.output_bias, config.mlp_bias}
     if kind == "ascendspeed":

@@ -143,7 +143,8 @@ class Router(nn.Module):
         best: torch.Tensor = by_group.topk(2 if experts.group_score == "top2" else 1, dim=-1).values.sum(-1)
         groups = best.topk(experts.groups_per_token, dim=-1).indices
         is_open = torch.zeros_like(best, dtype=torch.bool).scatter_(1, groups, True)
-        return by_group.masked_fill(~is_open.unsqueeze(-1), -torch.inf).flatten(1)
+        allowed: torch.Tensor = by_group.masked_fill(~is_open.unsqueeze(-1), -torch.inf)
+        return allowed.flatten(1)
 
     def _weights(self, ranked: torch.Tensor) -> torch.Tensor:
         """Return the weights of what was chosen: [T, K] -> [T, K]."""
