@@ -31,7 +31,7 @@ def fences(document: Path, language: str) -> list[str]:
 def inputs(
     tmp_path_factory: pytest.TempPathFactory, corpus: Path, tokenizer_folder: Path, dataset: Path
 ) -> Path:
-    """The files that documents speak of: corpus.jsonl, its dataset, model.json, experts.json, run/, model-hf/, adapter/."""
+    """The files that documents speak of: corpus.jsonl, its dataset, two models, run/, model-hf/, adapter/."""
     from peft import LoraConfig, get_peft_model
 
     from ascendspeed_ckpt import Conversion, convert

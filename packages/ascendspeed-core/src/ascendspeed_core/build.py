@@ -12,7 +12,7 @@ from ascendspeed_core.config.batch import BatchConfig
 from ascendspeed_core.config.compute import ComputeConfig
 from ascendspeed_core.config.layout import stages_of_ranks
 from ascendspeed_core.config.model import ModelConfig, WeightQuantization
-from ascendspeed_core.config.sharding import Slice, tensor_slice
+from ascendspeed_core.config.sharding import Slice, tensor_sharding, tensor_slice
 from ascendspeed_core.kernels.experts import grouped_product
 from ascendspeed_core.kernels.int8 import Workspace, refuse_missing_format
 from ascendspeed_core.kernels.registry import JOINED_GATED, Choice, ExpertLayers, KernelContext, choose
@@ -173,15 +173,17 @@ def refuse_spread_int8(zero_stage: int | None) -> None:
 
 
 def _becomes_int8(model: Transformer, layer: str) -> bool:
-    """Whether a linear layer's weight does: not a head that shares the embedding's, and no adapter's halves."""
-    return not layer.endswith(HALVES) and not (layer == "output_head" and model.config.tie_word_embeddings)
+    """Whether a linear layer's weight does: no head that shares the embedding's, no adapter's halves, no single row."""
+    return not layer.endswith((*HALVES, "shared_expert_gate")) and not (
+        layer == "output_head" and model.config.tie_word_embeddings
+    )
 
 
 def _quantize_layer(
     linear: nn.Linear, name: str, slices: Mapping[str, Slice], mesh: ParallelMesh, workspace: Workspace
 ) -> None:
     largest = largest_of_rows(linear.weight)
-    group = mesh.group("tp")
+    group = mesh.group(tensor_sharding(name).axis)
     if group is not None and slices[name].sizes[1] < slices[name].shape[1]:
         all_reduce_max(largest, group)
     linear.weight = nn.Parameter(quantize(linear.weight, largest, workspace, name), requires_grad=False)
@@ -270,7 +272,11 @@ def apply_inference_kernels(model: Transformer, mesh: ParallelMesh) -> None:
         has_additive_mask=model.config.position == "alibi",
         lengths_vary=True,
     )
-    apply_kernels(model, ComputeConfig(), context)
+    # All weights of experts side by side would be copied for each token.
+    has_experts = model.config.experts is not None
+    apply_kernels(
+        model, ComputeConfig(grouped_product="reference") if has_experts else ComputeConfig(), context
+    )
 
 
 def _absence(operator: str, model: Transformer, before: Sequence[Choice]) -> str | None:

@@ -144,11 +144,13 @@ class ExpertsMLP(nn.Module):
         """Apply the experts of this rank to their rows: [N, H] -> [N, H]."""
         experts: list[SwiGLU] = list(self.experts.values())  # type: ignore[arg-type]
         if self.product is None or self.router.tile_rows is not None:
+            # Where gradients are wanted, experts without rows have some too: zeros.
             parts = [
                 in_tiles(part, self.router.tile_rows, expert)
                 for expert, part in zip(experts, rows.split(list(counts)), strict=True)
+                if len(part) or torch.is_grad_enabled()
             ]
-            return torch.cat(parts)
+            return torch.cat(parts) if parts else rows
         gate, up, down = (
             [getattr(expert, name).weight for expert in experts]
             for name in ("gate_proj", "up_proj", "down_proj")

@@ -62,7 +62,7 @@ def plan_adapters(config: LoraConfig, model: ModelConfig, where: str) -> Adapter
     linear = [
         name.removesuffix(".weight")
         for name, shape in shapes.items()
-        if len(shape) == 2 and name != "embedding.weight"
+        if len(shape) == 2 and name != "embedding.weight" and not name.endswith(".router.weight")
     ]
     if model.tie_word_embeddings:
         linear.append("output_head")
