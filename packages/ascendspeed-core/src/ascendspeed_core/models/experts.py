@@ -35,7 +35,7 @@ ExchangeRows = Callable[[torch.Tensor, torch.Tensor, ApplyExperts], torch.Tensor
 
 @contextmanager
 def tiled_experts(model: nn.Module, tile_rows: int) -> Iterator[None]:
-    """Let routers and experts multiply so many rows at once for a while, see `models.router.in_tiles`."""
+    """Let routers and experts multiply `tile_rows` rows at once for a while, see `models.router.in_tiles`."""
     routers = [module.router for module in model.modules() if isinstance(module, ExpertsMLP)]
     try:
         for router in routers:

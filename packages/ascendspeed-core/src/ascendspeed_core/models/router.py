@@ -226,14 +226,14 @@ class Router(nn.Module):
 def in_tiles(
     rows: torch.Tensor, tile_rows: int | None, apply: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
-    """Apply a function to rows, [N, I] -> [N, O], so many at once, the last ones filled up with zeros.
+    """Apply a function to rows, [N, I] -> [N, O], in tiles of which the last is filled up with zeros.
 
     How a matrix product rounds may depend on its number of rows. How many tokens an expert has depends on what else is
     computed, so results that must not depend on that are computed in products of one shape.
 
     Args:
         rows: [N, I].
-        tile_rows: how many; `None` for all at once.
+        tile_rows: rows of a tile; `None` for all at once.
         apply: works on each row alone.
     """
     if tile_rows is None:
