@@ -15,7 +15,14 @@ from ascendspeed_core.config.model import ModelConfig, WeightQuantization
 from ascendspeed_core.config.sharding import Slice, tensor_sharding, tensor_slice
 from ascendspeed_core.kernels.experts import grouped_product
 from ascendspeed_core.kernels.int8 import Workspace, refuse_missing_format
-from ascendspeed_core.kernels.registry import JOINED_GATED, Choice, ExpertLayers, KernelContext, choose
+from ascendspeed_core.kernels.registry import (
+    JOINED_GATED,
+    UNPERMUTE,
+    Choice,
+    ExpertLayers,
+    KernelContext,
+    choose,
+)
 from ascendspeed_core.models.attention import Attention
 from ascendspeed_core.models.experts import ExpertsMLP
 from ascendspeed_core.models.int8 import Int8Weight, largest_of_rows, quantize
@@ -243,6 +250,8 @@ def apply_kernels(
             module.gated = chosen["swiglu"]
             module.gated_joined = JOINED_GATED.get(chosen["swiglu"])
         elif isinstance(module, ExpertsMLP):
+            module.permute = chosen["token_permutation"]
+            module.unpermute = UNPERMUTE[module.permute]
             product = chosen["grouped_product"]
             # The plainest way to compute one expert after the other is to apply each.
             module.product = None if product is grouped_product else product
@@ -290,7 +299,7 @@ def _absence(operator: str, model: Transformer, before: Sequence[Choice]) -> str
         return "the model has no rotary embedding"
     if operator == "swiglu" and described.mlp != "swiglu":
         return "the model has no SwiGLU"
-    if operator == "grouped_product" and described.experts is None:
+    if operator in ("grouped_product", "token_permutation") and described.experts is None:
         return "the model has no experts"
     if operator == "scaled_masked_softmax" and before[0].implementation != "reference":
         return "only --attention reference computes a softmax of its own"

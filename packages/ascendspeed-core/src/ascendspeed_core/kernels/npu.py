@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from ascendspeed_core.kernels.experts import RowOrder
+
 CAUSAL_MASK_SIZE = 2048
 """Side of the mask from which the kernel makes a causal one of any size (`sparse_mode` 2 and 3)."""
 
@@ -158,6 +160,67 @@ def _grouped_matmul(
         group_list_type=ENDS_OF_GROUPS,
     )[0]
     return product
+
+
+def npu_permute_tokens(
+    tokens: torch.Tensor, chosen: torch.Tensor, num_experts: int
+) -> tuple[torch.Tensor, RowOrder]:
+    """`npu_moe_init_routing`, see `kernels.experts.permute_tokens`.
+
+    The operator numbers a token's copies by columns: copy k of token t is k T + t.
+    """
+    count, copies = chosen.shape
+    numbers = torch.arange(count * copies, dtype=torch.int32, device=chosen.device).view(copies, count).T
+    with torch.no_grad():
+        rows, positions, _ = torch.ops.npu.npu_moe_init_routing(
+            tokens.detach(), numbers.contiguous(), chosen.to(torch.int32), count
+        )
+    inverse = positions.long().view(copies, count).T.flatten()
+    order = torch.empty_like(inverse)
+    order[inverse] = torch.arange(inverse.numel(), device=inverse.device)
+    found: torch.Tensor = _Permuted.apply(tokens, rows, inverse, copies)
+    return found, RowOrder(order, inverse, chosen.flatten().bincount(minlength=num_experts))
+
+
+def npu_unpermute_tokens(rows: torch.Tensor, weights: torch.Tensor, order: RowOrder) -> torch.Tensor:
+    """`npu_moe_finalize_routing`, see `kernels.experts.unpermute_tokens`; weights are in the format of the rows."""
+    found: torch.Tensor = _Unpermuted.apply(rows, weights, order.inverse)
+    return found
+
+
+class _Permuted(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, tokens: torch.Tensor, rows: torch.Tensor, inverse: torch.Tensor, copies: int
+    ) -> torch.Tensor:
+        ctx.save_for_backward(inverse)
+        ctx.copies = copies
+        return rows.view_as(rows)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return gradients[0][inverse].unflatten(0, (-1, ctx.copies)).sum(1), None, None, None
+
+
+class _Unpermuted(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, weights: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(rows, weights, inverse)
+        by_columns = inverse.view(weights.shape).T.flatten().to(torch.int32)
+        summed: torch.Tensor = torch.ops.npu.npu_moe_finalize_routing(
+            rows, None, None, None, weights.to(rows.dtype), by_columns, None
+        )
+        return summed
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        rows, weights, inverse = ctx.saved_tensors
+        gradient = gradients[0].unsqueeze(1)
+        of_rows = torch.empty_like(rows)
+        of_rows[inverse] = (gradient * weights.unsqueeze(-1)).to(rows.dtype).flatten(0, 1)
+        of_weights = (gradient * rows[inverse].unflatten(0, weights.shape)).sum(-1, dtype=weights.dtype)
+        return of_rows, of_weights, None
 
 
 class NpuAdamW(torch.optim.Optimizer):

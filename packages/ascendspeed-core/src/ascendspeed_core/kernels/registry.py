@@ -12,7 +12,14 @@ from ascendspeed_core.config.compute import KERNELS
 from ascendspeed_core.device import HOST, Device
 from ascendspeed_core.kernels import compiled, liger, npu, reference
 from ascendspeed_core.kernels.adamw import adamw_implementation
-from ascendspeed_core.kernels.experts import grouped_product, torch_grouped_product
+from ascendspeed_core.kernels.experts import (
+    PermuteFunction,
+    UnpermuteFunction,
+    grouped_product,
+    permute_tokens,
+    torch_grouped_product,
+    unpermute_tokens,
+)
 from ascendspeed_core.kernels.reference import (
     GatedFunction,
     JoinedGatedFunction,
@@ -224,6 +231,10 @@ _FUNCTIONS: Mapping[str, Mapping[str, Attached]] = {
         "liger": (liger.liger_gated, _needs_liger),
         "reference": (silu_gated, _anywhere),
     },
+    "token_permutation": {
+        "npu": (npu.npu_permute_tokens, _needs_npu),
+        "reference": (permute_tokens, _anywhere),
+    },
     "grouped_product": {
         "npu": (npu.npu_grouped_product, _first(_needs_npu, _plain_experts)),
         "grouped_mm": (torch_grouped_product, _first(_grouped_mm_fits, _plain_experts)),
@@ -249,6 +260,13 @@ JOINED_GATED: Mapping[GatedFunction, JoinedGatedFunction] = {
     compiled.silu_gated: compiled.silu_gated_joined,
 }
 """What some implementations of `swiglu` do with gate and up side by side, as joined projections leave them."""
+
+
+UNPERMUTE: Mapping[PermuteFunction, UnpermuteFunction] = {
+    npu.npu_permute_tokens: npu.npu_unpermute_tokens,
+    permute_tokens: unpermute_tokens,
+}
+"""The way back of each implementation of `token_permutation`."""
 
 
 def implementations(operator: str) -> dict[str, Callable[..., Any]]:

@@ -128,7 +128,10 @@ class ExpertsMLP(nn.Module):
         routing = self.router(given)
         # What no expert takes comes last, as if there were one expert more.
         count = self.router.experts.count
-        rows, order = self.permute(given.tokens, routing.chosen, count + routing.may_refuse)
+        permute, unpermute = self.permute, self.unpermute
+        if routing.may_refuse:
+            permute, unpermute = permute_tokens, unpermute_tokens
+        rows, order = permute(given.tokens, routing.chosen, count + routing.may_refuse)
         taken, refused = order.counts[:count], rows[:0]
         if routing.may_refuse:
             rows, refused = rows.split([int(taken.sum()), int(order.counts[count])])
@@ -138,7 +141,7 @@ class ExpertsMLP(nn.Module):
             rows = self.apply_experts(rows, taken.tolist())
         if routing.may_refuse:
             rows = torch.cat([rows, torch.zeros_like(refused)])
-        return self.share.leave(self.unpermute(rows, routing.weights, order), x), routing.losses
+        return self.share.leave(unpermute(rows, routing.weights, order), x), routing.losses
 
     def apply_experts(self, rows: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
         """Apply the experts of this rank to their rows: [N, H] -> [N, H]."""
