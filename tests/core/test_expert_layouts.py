@@ -75,6 +75,18 @@ def test_layouts(workers: WorkerPool, layout: Layout, options: dict[str, Any]) -
     check(workers, layout, options)
 
 
+def test_a_batch_in_parts_is_balanced_as_a_whole() -> None:
+    """Four micro-batches with the load of all of them give what one micro-batch of all samples gives by itself."""
+    whole = train_experts(Layout(), micro_batch_size=16, experts=balancing("aux_loss"))
+    for size in (4, 16):
+        parts = train_experts(Layout(), micro_batch_size=size, experts=balancing("global_aux_loss"))
+        assert max(differences(parts, whole)) < TOLERANCE
+        for ours, theirs in zip(parts.auxiliary_losses, whole.auxiliary_losses, strict=True):
+            assert ours["balance"] == pytest.approx(theirs["balance"], rel=1e-13)
+    apart = train_experts(Layout(), micro_batch_size=4, experts=balancing("aux_loss"))
+    assert apart.auxiliary_losses[0]["balance"] > 1.001 * whole.auxiliary_losses[0]["balance"]
+
+
 SPREADS: list[dict[str, Any]] = [
     {"tp": 2},
     {"tp": 2, "ep": 2, "etp": 1},

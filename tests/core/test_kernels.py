@@ -405,7 +405,7 @@ def test_whether_lengths_vary() -> None:
 def test_every_function_of_the_device_modules_is_offered() -> None:
     offered = {
         implementation.run for implementations in OPERATORS.values() for implementation in implementations
-    } | {*int8.IMPLEMENTATIONS.values(), *JOINED_GATED.values()}
+    } | {*int8.IMPLEMENTATIONS.values(), *JOINED_GATED.values(), *UNPERMUTE.values()}
     for module in (npu, liger):
         for name, value in vars(module).items():
             if name.startswith(("npu_", "liger_")):
