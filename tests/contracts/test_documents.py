@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from core.expert_cases import experts_config
 from support.commands import MODULES, environment, run_command, shell_variables
 from support.models import save_hugging_face, tiny_config
 
@@ -30,7 +31,7 @@ def fences(document: Path, language: str) -> list[str]:
 def inputs(
     tmp_path_factory: pytest.TempPathFactory, corpus: Path, tokenizer_folder: Path, dataset: Path
 ) -> Path:
-    """The files that documents speak of: corpus.jsonl, its dataset, model.json, run/, model-hf/, adapter/."""
+    """The files that documents speak of: corpus.jsonl, its dataset, two models, run/, model-hf/, adapter/."""
     from peft import LoraConfig, get_peft_model
 
     from ascendspeed_ckpt import Conversion, convert
@@ -42,6 +43,9 @@ def inputs(
     for suffix in (".bin", ".idx", ".manifest.json"):
         shutil.copy(f"{dataset}{suffix}", folder / f"corpus_text_document{suffix}")
     (folder / "model.json").write_text(json.dumps(find_family("llama").write_config(config)))
+    experts = experts_config(shared_gate=False, shared_ffn_hidden_size=None, dense_layers=())
+    experts = experts.model_copy(update={"family": "mixtral", "ffn_hidden_size": 16, "vocab_size": 400})
+    (folder / "experts.json").write_text(json.dumps(find_family("mixtral").write_config(experts)))
     model = save_hugging_face(config, folder / "model-hf", tokenizer=tokenizer_folder)
     lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
     get_peft_model(model, lora).save_pretrained(folder / "adapter")

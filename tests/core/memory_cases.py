@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from ascendspeed_core.build import load_model
+from ascendspeed_core.config.experts import ExpertsConfig
 from ascendspeed_core.config.layout import Layout
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.optimizer import OptimizerConfig
@@ -16,6 +17,7 @@ from ascendspeed_core.models.transformer import Transformer
 from ascendspeed_core.optim.native_engine import NativeEngine
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.recompute import recomputed
+from ascendspeed_core.parallel.router_steps import train_routers
 from ascendspeed_core.planner.fit_memory import LiveBytes, fit_recompute, layers_of, measure_step
 from ascendspeed_core.planner.memory import can_be_selective, recompute_plans
 from ascendspeed_core.training.step import train_step
@@ -30,6 +32,7 @@ def trainee(
     """A model, its optimizer after one step, and the micro-batches of a step."""
     mesh = ParallelMesh.create(Device("cpu"), layout)
     model = load_model(InitialWeights(config, seed=5), mesh, getattr(torch, dtype_name))
+    train_routers(model, ExpertsConfig(moe_aux_loss_coeff=0.01 if config.experts else 0.0))
     engine = NativeEngine(model, OptimizerConfig(), mesh)
     ids = torch.arange(max(sizes) * (length + 1)).view(max(sizes), -1) % config.vocab_size
     batches = [

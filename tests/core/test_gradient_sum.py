@@ -1,7 +1,7 @@
 """Parameters whose gradients are summed over different groups of ranks, as those of experts and of the rest.
 
 The made-up ones are rows of a bank in each layer, of which every rank of an axis `ep` holds some, as it would hold
-experts. Data-parallel ranks are `edp` x `ep`, so the bank's gradient is summed over `edp` x `cp` only.
+experts. The ranks of a stage are `edp` x `ep`, so the bank's gradient is summed over `edp` only.
 """
 
 from functools import cache
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ascendspeed_core.build import load_model, parameter_slices
+from ascendspeed_core.config.layout import Layout
 from ascendspeed_core.config.optimizer import OptimizerConfig
 from ascendspeed_core.config.sharding import Slice, chunk_range
 from ascendspeed_core.device import Device
@@ -25,7 +26,6 @@ from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.training.step import train_step
 from ascendspeed_core.weights import InitialWeights
 from ascendspeed_data.errors import ConfigError
-from core.expert_layout import ExpertLayout
 from core.training_cases import micro_batches
 from support.models import tiny_config
 from support.processes import WorkerPool
@@ -35,15 +35,15 @@ BANK = (4, CONFIG.hidden_size)
 STEPS = 4
 
 LAYOUTS = [
-    ExpertLayout(dp=2, ep=2),
-    ExpertLayout(dp=4, ep=2),
-    ExpertLayout(dp=4, ep=2, sharded_optimizer=True),
-    ExpertLayout(dp=2, ep=2, sharded_optimizer=True),
-    ExpertLayout(dp=2, ep=2, cp=2),
-    ExpertLayout(dp=2, ep=2, tp=2, sequence_parallel=True),
-    ExpertLayout(dp=2, ep=2, tp=2, sequence_parallel=True, sharded_optimizer=True),
-    ExpertLayout(dp=2, ep=2, pp=2),
-    ExpertLayout(
+    Layout(dp=2, ep=2),
+    Layout(dp=4, ep=2),
+    Layout(dp=4, ep=2, sharded_optimizer=True),
+    Layout(dp=2, ep=2, sharded_optimizer=True),
+    Layout(dp=2, ep=2, cp=2),
+    Layout(dp=2, ep=2, tp=2, sequence_parallel=True),
+    Layout(dp=2, ep=2, tp=2, sequence_parallel=True, sharded_optimizer=True),
+    Layout(dp=2, ep=2, pp=2),
+    Layout(
         dp=2,
         ep=2,
         pp=2,
@@ -52,11 +52,11 @@ LAYOUTS = [
         early_reduction=True,
         sharded_optimizer=True,
     ),
-    ExpertLayout(dp=4, tp=2),
+    Layout(dp=4, tp=2),
 ]
 
 
-def model_with_banks(layout: ExpertLayout) -> tuple[Transformer, ParallelMesh, dict[str, Slice]]:
+def model_with_banks(layout: Layout) -> tuple[Transformer, ParallelMesh, dict[str, Slice]]:
     """A model whose norms before the MLP add what all rows of a bank, one in each layer, make of them."""
     mesh = ParallelMesh.create(Device("cpu"), layout)
     model = load_model(InitialWeights(CONFIG, seed=5), mesh, torch.float64)
@@ -73,7 +73,7 @@ def model_with_banks(layout: ExpertLayout) -> tuple[Transformer, ParallelMesh, d
             tp_replicas=layout.tp,
             tp_replica=mesh.tp_rank,
             has_partial_gradient=layout.sequence_parallel,
-            replica_axes=("edp", "cp"),
+            replica_axes=("edp",),
         )
 
         def add_bank(_: nn.Module, __: Any, out: torch.Tensor, layer: nn.Module = layer) -> torch.Tensor:
@@ -89,7 +89,7 @@ def model_with_banks(layout: ExpertLayout) -> tuple[Transformer, ParallelMesh, d
 Written = list[TensorShard]
 
 
-def train(layout: ExpertLayout) -> tuple[list[float], list[float], Written]:
+def train(layout: Layout) -> tuple[list[float], list[float], Written]:
     """Losses, norms before clipping, and what this rank writes of a checkpoint after some steps."""
     model, mesh, slices = model_with_banks(layout)
     options = OptimizerConfig(lr=1e-2, weight_decay=0.1, clip_grad=0.5)
@@ -121,12 +121,12 @@ def joined(ranks: list[Written]) -> dict[str, torch.Tensor]:
 
 @cache
 def one_process(workers: WorkerPool) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
-    losses, norms, written = workers.run(train, 1, ExpertLayout())[0]
+    losses, norms, written = workers.run(train, 1, Layout())[0]
     return losses, norms, joined([written])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_training_equals_one_process(workers: WorkerPool, layout: ExpertLayout) -> None:
+def test_training_equals_one_process(workers: WorkerPool, layout: Layout) -> None:
     want_losses, want_norms, want = one_process(workers)
     ranks = workers.run(train, layout.world_size, layout)
     for losses, norms, _ in ranks:
@@ -139,7 +139,7 @@ def test_training_equals_one_process(workers: WorkerPool, layout: ExpertLayout) 
         torch.testing.assert_close(got[name], value, rtol=1e-9, atol=1e-9, msg=name)
 
 
-def norm_and_overflow(layout: ExpertLayout) -> tuple[float | None, float | None, int]:
+def norm_and_overflow(layout: Layout) -> tuple[float | None, float | None, int]:
     """The norm of a gradient of ones, what a step says of an infinite element of one bank, and updates made."""
     model, mesh, slices = model_with_banks(layout)
     optimizer = MasterOptimizer(model, OptimizerConfig(clip_grad=0.0), mesh, slices)
@@ -164,9 +164,7 @@ def norm_and_overflow(layout: ExpertLayout) -> tuple[float | None, float | None,
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_each_element_counts_once_and_an_overflow_everywhere(
-    workers: WorkerPool, layout: ExpertLayout
-) -> None:
+def test_each_element_counts_once_and_an_overflow_everywhere(workers: WorkerPool, layout: Layout) -> None:
     elements = CONFIG.num_parameters + CONFIG.num_layers * BANK[0] * BANK[1]
     for norm, after_overflow, num_steps in workers.run(norm_and_overflow, layout.world_size, layout):
         assert norm == pytest.approx(elements**0.5, rel=1e-12)
@@ -176,9 +174,9 @@ def test_each_element_counts_once_and_an_overflow_everywhere(
 
 def test_deepspeed_refuses_another_group_by_name() -> None:
     whole = (slice(0, 4),)
-    slices = {"a": Slice((4,), whole), "layers.0.bank": Slice((4,), whole, replica_axes=("edp", "cp"))}
-    refuse_other_replicas(slices, ExpertLayout(dp=4))
+    slices = {"a": Slice((4,), whole), "layers.0.bank": Slice((4,), whole, replica_axes=("edp",))}
+    refuse_other_replicas(slices, Layout(dp=4))
     with pytest.raises(
         ConfigError, match=r"layers\.0\.bank sums its gradient over edp, but DeepSpeed sums all of"
     ):
-        refuse_other_replicas(slices, ExpertLayout(dp=4, ep=2))
+        refuse_other_replicas(slices, Layout(dp=4, ep=2))

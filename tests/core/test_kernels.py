@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 from unittest.mock import Mock
 
@@ -22,6 +23,7 @@ from ascendspeed_core.kernels.reference import GatedFunction, silu_gated_joined
 from ascendspeed_core.kernels.registry import (
     JOINED_GATED,
     OPERATORS,
+    UNPERMUTE,
     KernelContext,
     choose,
     implementations,
@@ -72,13 +74,32 @@ def inputs(operator: str, dtype: torch.dtype) -> list[Any]:
         return [draw(2, 9, 4, 16), draw(2, 9, 2, 16), angles.cos(), angles.sin()]
     if operator == "swiglu":
         return [draw(2, 9, 32), draw(2, 9, 32)]
+    if operator == "grouped_product":
+        # One expert has no rows.
+        weights = [draw(24, 16) for _ in range(4)]
+        return [draw(13, 16), weights, [5, 0, 7, 1]]
+    if operator == "token_permutation":
+        chosen = torch.stack([torch.randperm(5, generator=generator)[:3] for _ in range(11)])
+        return [draw(11, 16), chosen, torch.rand(11, 3, generator=generator).requires_grad_()]
     assert operator == "cross_entropy"
     return [draw(18, 50), torch.randint(0, 50, (18,), generator=generator)]
 
 
+def there_and_back(
+    permute: Any, tokens: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens sorted by experts, and the sums of what experts that take squares would give."""
+    rows, order = permute(tokens, chosen, 5)
+    assert order.counts.tolist() == chosen.flatten().bincount(minlength=5).tolist()
+    return rows, UNPERMUTE[permute](rows.square(), weights, order)
+
+
 def results(run: Callable[..., Any], arguments: list[Any]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Outputs and gradients."""
-    wanted = [value for value in arguments if isinstance(value, torch.Tensor) and value.requires_grad]
+    flat = [part for value in arguments for part in (value if isinstance(value, list) else [value])]
+    if run in UNPERMUTE:
+        run = partial(there_and_back, run)
+    wanted = [value for value in flat if isinstance(value, torch.Tensor) and value.requires_grad]
     out = run(*arguments)
     outputs = list(out) if isinstance(out, tuple) else [out]
     generator = torch.Generator().manual_seed(9)
@@ -104,7 +125,7 @@ CASES = [
     for implementation in known
     for dtype in TOLERANCE
     if implementation.name not in ("reference", "liger")
-    and not (implementation.name == "npu" and dtype == torch.float64)
+    and not (implementation.name in ("npu", "grouped_mm") and dtype == torch.float64)
     # Logits are never narrower than fp32.
     and not (operator == "cross_entropy" and dtype == torch.bfloat16)
 ]
@@ -257,7 +278,8 @@ def chosen(kind: str, dtype: torch.dtype = torch.bfloat16, **more: Any) -> dict[
 def test_what_auto_takes() -> None:
     assert chosen("cpu") == {
         "attention": "sdpa", "scaled_masked_softmax": "reference", "rms_norm": "reference", "layer_norm": "torch",
-        "rotary": "reference", "swiglu": "reference", "cross_entropy": "torch",
+        "rotary": "reference", "swiglu": "reference", "token_permutation": "reference",
+        "grouped_product": "reference", "cross_entropy": "torch",
     }  # fmt: skip
     assert chosen("npu") == dict.fromkeys(OPERATORS, "npu") | {"layer_norm": "torch"}
     assert chosen("npu", torch.float64) == chosen("cpu", torch.float64)
@@ -338,6 +360,8 @@ def test_help_says_what_auto_takes() -> None:
         "layer_norm": "torch.",
         "rotary": "npu on an NPU, compiled (if not installed: liger) on CUDA, reference on a CPU.",
         "swiglu": "npu on an NPU, compiled (if not installed: liger) on CUDA, reference on a CPU.",
+        "token_permutation": "npu on an NPU, reference elsewhere.",
+        "grouped_product": "npu on an NPU, grouped_mm on CUDA, reference on a CPU.",
         "cross_entropy": "npu on an NPU, compiled (if not installed: torch) on CUDA, torch on a CPU.",
     }
     # The rule itself, where nothing stands in the way.
@@ -381,7 +405,7 @@ def test_whether_lengths_vary() -> None:
 def test_every_function_of_the_device_modules_is_offered() -> None:
     offered = {
         implementation.run for implementations in OPERATORS.values() for implementation in implementations
-    } | {*int8.IMPLEMENTATIONS.values(), *JOINED_GATED.values()}
+    } | {*int8.IMPLEMENTATIONS.values(), *JOINED_GATED.values(), *UNPERMUTE.values()}
     for module in (npu, liger):
         for name, value in vars(module).items():
             if name.startswith(("npu_", "liger_")):

@@ -8,7 +8,6 @@ from ascendspeed_core.config.layout import Layout
 from ascendspeed_core.device import Device
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_data.errors import ConfigError
-from core.expert_layout import ExpertLayout
 from support.processes import WorkerPool
 
 
@@ -29,17 +28,44 @@ def test_groups_along_axes() -> None:
     assert layout.size("dp", "cp") == layout.replicas == 4
     assert layout.spanned("pp", "cp") == ("cp",)
     with pytest.raises(
-        ConfigError, match="the mesh has no axis ep; its axes and their unions are pp, dp, cp, tp, rep"
+        ConfigError, match="the mesh has no axis xp; its axes and their unions are pp, dp, cp, tp, edp"
     ):
-        layout.size("ep")
+        layout.size("xp")
 
 
-def test_an_axis_is_added_by_naming_it() -> None:
-    layout = ExpertLayout(dp=4, ep=2, cp=2)
+def test_ranks_of_experts_are_counted_in_another_way() -> None:
+    layout = Layout(dp=4, ep=2, cp=2)
     assert layout.world_size == 8
     assert [layout.index(rank, "dp") for rank in range(8)] == [0, 0, 1, 1, 2, 2, 3, 3]
-    assert layout.groups("ep") == [[0, 2], [1, 3], [4, 6], [5, 7]]
-    assert layout.groups("expert_replicas") == [[0, 1, 4, 5], [2, 3, 6, 7]]
+    assert layout.groups("ep") == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert layout.groups("edp") == [[0, 2, 4, 6], [1, 3, 5, 7]]
+
+
+def test_an_axis_in_pieces() -> None:
+    """Four experts' ranks that begin within tp and end within dp."""
+    layout = Layout(tp=4, dp=4, ep=4, etp=2, pp=3)
+    assert layout.axes == {"pp": 3, "dp_1": 2, "dp_0": 2, "tp_1": 2, "tp_0": 2} | {"cp": 1}
+    assert list(layout.axes.values()) == [3, 2, 2, 1, 2, 2]
+    plain = Layout(tp=4, dp=4, pp=3)
+    for axis in ("pp", "tp", "dp", "replicas"):
+        assert layout.groups(axis) == plain.groups(axis)
+    assert layout.groups("etp")[:3] == [[0, 1], [2, 3], [4, 5]]
+    assert layout.groups("ep")[0] == [0, 2, 4, 6]
+    assert layout.groups("experts")[0] == list(range(8))
+    assert layout.groups("edp")[0] == [0, 8]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rule"),
+    [
+        ({"tp": 2, "dp": 4, "ep": 3, "etp": 1}, "divides or is a multiple of 2 and 8"),
+        ({"tp": 2, "dp": 2, "ep": 8, "etp": 1}, "no more than the 4 ranks of a stage"),
+        ({"tp": 4, "dp": 3, "ep": 2}, "divides or is a multiple of 4 and 12"),
+    ],
+)
+def test_experts_that_ranks_cannot_share(sizes: dict[str, int], rule: str) -> None:
+    with pytest.raises(ConfigError, match=f"cannot share the experts of a layer on tp.*{rule}"):
+        assert Layout(**sizes).axes
 
 
 def ranks_of_groups(layout: Layout, asked: list[tuple[str, ...]]) -> list[list[int] | None]:
@@ -54,13 +80,10 @@ def ranks_of_groups(layout: Layout, asked: list[tuple[str, ...]]) -> list[list[i
     return found
 
 
-@pytest.mark.parametrize(
-    "layout", [Layout(dp=2, cp=2), Layout(tp=2, dp=2), ExpertLayout(dp=4, ep=2)], ids=str
-)
+@pytest.mark.parametrize("layout", [Layout(dp=2, cp=2), Layout(tp=2, dp=2), Layout(dp=4, ep=2)], ids=str)
 def test_process_groups(workers: WorkerPool, layout: Layout) -> None:
     asked = [("tp",), ("dp",), ("cp",), ("replicas",), ("dp", "cp")]
-    if isinstance(layout, ExpertLayout):
-        asked += [("ep",), ("edp",), ("expert_replicas",)]
+    asked += [("ep",), ("edp",), ("etp",), ("experts",)]
     for rank, found in enumerate(workers.run(ranks_of_groups, layout.world_size, layout, asked)):
         for names, ranks in zip(asked, found, strict=True):
             (wanted,) = (group for group in layout.groups(*names) if rank in group)

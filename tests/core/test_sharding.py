@@ -22,6 +22,7 @@ from ascendspeed_core.config.sharding import (
 from ascendspeed_core.models.families import find_family
 from ascendspeed_core.weights.load import parameter_shapes
 from ascendspeed_data.errors import ConfigError
+from core.expert_cases import experts_config
 from support.families import REFERENCES
 from support.models import tiny_config
 
@@ -101,6 +102,7 @@ def test_every_parameter_has_a_row_and_every_row_a_parameter() -> None:
     """All options of the decoder together have all modules of the table."""
     configs = [
         tiny_config(qk_norm=True),
+        experts_config(),
         tiny_config(
             norm="layernorm", mlp="gelu", position="alibi", qkv_bias=True, output_bias=True, mlp_bias=True,
             embedding_norm=True,
@@ -118,9 +120,9 @@ def test_every_parameter_has_a_row_and_every_row_a_parameter() -> None:
 
 def test_a_module_without_a_row_is_refused_by_name() -> None:
     with pytest.raises(
-        ConfigError, match=r"layers\.3\.mlp\.router\.weight has no row in the sharding table; add"
+        ConfigError, match=r"layers\.3\.mlp\.mixer\.weight has no row in the sharding table; add"
     ):
-        tensor_slice("layers.3.mlp.router.weight", (4, 64), CONFIG, Layout(tp=2), 0)
+        tensor_slice("layers.3.mlp.mixer.weight", (4, 64), CONFIG, Layout(tp=2), 0)
     assert module_sharding("layers.3.mlp") is None
 
 

@@ -8,11 +8,12 @@ import torch
 import torch.distributed as dist
 
 from ascendspeed_core.build import apply_kernels, load_model, parameter_slices
+from ascendspeed_core.config.experts import ExpertsConfig
 from ascendspeed_core.config.layout import Layout, Stage
 from ascendspeed_core.config.lora import LoraConfig
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.optimizer import OptimizerConfig
-from ascendspeed_core.config.sharding import Slice
+from ascendspeed_core.config.sharding import Slice, tensor_sharding
 from ascendspeed_core.config.training import ComputeConfig, DropoutConfig, LossScaleConfig, RecomputeConfig
 from ascendspeed_core.data.documents import document_positions
 from ascendspeed_core.data.micro_batch import MicroBatch
@@ -27,6 +28,7 @@ from ascendspeed_core.parallel.cross_entropy import cross_entropy
 from ascendspeed_core.parallel.dropout import apply_dropout
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.recompute import apply_recompute
+from ascendspeed_core.parallel.router_steps import train_routers
 from ascendspeed_core.training.step import forward_backward, train_step
 from ascendspeed_core.weights import InitialWeights, WeightSource
 
@@ -131,6 +133,7 @@ def train(
     compute: ComputeConfig | None = None,
     dropout: DropoutConfig | None = None,
     lora: LoraConfig | None = None,
+    experts: ExpertsConfig | None = None,
     scale: float = 1.0,
     documents: bool = False,
     **optimizer_options: Any,
@@ -149,6 +152,7 @@ def train(
         compute or ComputeConfig(),
         KernelContext(tp=layout.tp, drops_attention=dropout.attention_dropout > 0),
     )
+    train_routers(model, experts or ExpertsConfig())
     apply_dropout(model, dropout, 1234, mesh)
     apply_recompute(model, recompute or RecomputeConfig(), mesh.pp_rank)
     options: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.1, "clip_grad": 0.5}
@@ -164,7 +168,7 @@ def train(
         norms.append(result.grad_norm)
         auxiliary.append(result.auxiliary_losses)
     slices = parameter_slices(model, mesh)
-    weights = {name: whole(p, slices[name], mesh.group("tp")) for name, p in model.named_parameters()}
+    weights = {name: whole(p, slices[name], sharing(name, mesh)) for name, p in model.named_parameters()}
     return Trained(losses, norms, gradients, weights, auxiliary)
 
 
@@ -185,6 +189,11 @@ class PlainPasses:
         """Wait: `first_gradients` adds up over all devices at the end."""
 
 
+def sharing(name: str, mesh: ParallelMesh) -> dist.ProcessGroup | None:
+    """The ranks that have the parts of a tensor."""
+    return mesh.group(tensor_sharding(name).axis)
+
+
 def first_gradients(
     model: Any,
     batches: list[MicroBatch],
@@ -203,24 +212,30 @@ def first_gradients(
             continue
         place = slices[name]
         gradient = whole(
-            parameter.grad / scale, place, mesh.group("tp"), add_copies=place.has_partial_gradient
+            parameter.grad / scale, place, sharing(name, mesh), add_copies=place.has_partial_gradient
         )
-        sums[name] = mesh.sum_over("replicas", gradient.double())
+        sums[name] = mesh.sum_over(place.replica_axes, gradient.double())
         parameter.grad = None
     return sums
 
 
 def join_stages(ranks: list[Trained], layout: Layout) -> Trained:
     """Put together what the devices of one pipeline reported; a tied weight's gradient has two parts."""
-    stages = [ranks[number * layout.tp * layout.replicas] for number in range(layout.pp)]
+    per_stage = layout.tp * layout.replicas
+    stages = [ranks[number * per_stage : (number + 1) * per_stage] for number in range(layout.pp)]
     gradients: dict[str, torch.Tensor] = {}
     weights: dict[str, torch.Tensor] = {}
     for stage in stages:
-        for name, gradient in stage.gradients.items():
+        # Each device has its own experts, and all the rest.
+        of_stage: dict[str, torch.Tensor] = {}
+        for rank in stage:
+            of_stage |= {name: part for name, part in rank.gradients.items() if name not in of_stage}
+            for name, weight in rank.weights.items():
+                assert torch.equal(weights.setdefault(name, weight), weight), f"copies of {name} differ"
+        for name, gradient in of_stage.items():
             gradients[name] = gradients[name] + gradient if name in gradients else gradient
-        for name, weight in stage.weights.items():
-            assert torch.equal(weights.setdefault(name, weight), weight), f"copies of {name} differ"
-    return Trained(stages[0].losses, stages[0].norms, gradients, weights, stages[0].auxiliary_losses)
+    first = ranks[0]
+    return Trained(first.losses, first.norms, gradients, weights, first.auxiliary_losses)
 
 
 def vocabulary_cross_entropy(vocab_size: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

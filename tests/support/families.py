@@ -157,3 +157,24 @@ REFERENCES: dict[str, Reference] = {
     ),
 }  # fmt: skip
 """Bloom has 12 heads: no power of 2, like the 112 of its largest."""
+
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+
+EXPERT_REFERENCES: dict[str, Reference] = {
+    "Mixtral": Reference(
+        "mixtral", ("MixtralConfig", "MixtralForCausalLM"), _llama(num_local_experts=4, num_experts_per_tok=2), {}
+    ),
+    "Qwen2-MoE": Reference(
+        "qwen2_moe",
+        ("Qwen2MoeConfig", "Qwen2MoeForCausalLM"),
+        _llama(**_EXPERTS, shared_expert_intermediate_size=40, mlp_only_layers=[1]),
+        {},
+    ),
+    "Qwen3-MoE": Reference(
+        "qwen3_moe",
+        ("Qwen3MoeConfig", "Qwen3MoeForCausalLM"),
+        _llama(**_EXPERTS, head_dim=6, norm_topk_prob=True, decoder_sparse_step=2),
+        {},
+    ),
+}  # fmt: skip
+"""Families with experts."""

@@ -155,13 +155,64 @@ def npu_weight_quant_batchmatmul(
     return (x.float() @ (weight.float() * antiquant_scale.float())).to(x.dtype)
 
 
+def npu_grouped_matmul(
+    x: list[Tensor], weight: list[Tensor], *, group_list: Tensor | None = None, split_item: int = 0,
+    group_type: int | None = None, group_list_type: int = 0, **more: Any,
+) -> list[Tensor]:  # fmt: skip
+    """Rows of one tensor [N, I], cut at the ends of `group_list`, with the matrices [E, I, O] of one tensor."""
+    assert (len(x), len(weight), split_item, group_type, group_list_type) == (1, 1, 3, 0, 0)
+    assert x[0].dtype == weight[0].dtype
+    assert group_list is not None
+    assert group_list.dtype == torch.int64
+    assert not any(value for value in more.values())
+    ends = group_list.tolist()
+    assert ends == sorted(ends)
+    assert ends[-1] == len(x[0])
+    rows = x[0].tensor_split(ends[:-1])
+    return [torch.cat([part @ matrix for part, matrix in zip(rows, weight[0], strict=True)])]
+
+
+def npu_moe_init_routing(
+    x: Tensor, row_idx: Tensor, expert_idx: Tensor, active_num: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows [T, H], numbers of their copies [T, K] counted by columns, experts [T, K]; sorted by experts, stably."""
+    tokens, copies = expert_idx.shape
+    assert row_idx.dtype == expert_idx.dtype == torch.int32
+    assert torch.equal(row_idx, torch.arange(tokens * copies, dtype=torch.int32).view(copies, tokens).T)
+    assert active_num == tokens
+    experts, order = expert_idx.flatten().sort(stable=True)
+    source = row_idx.flatten()[order]
+    positions = torch.empty_like(source)
+    positions[source.long()] = torch.arange(len(source), dtype=torch.int32)
+    return x[source.long() % tokens], positions, experts
+
+
+def npu_moe_finalize_routing(
+    expanded_permuted_rows: Tensor, skip1: Tensor | None, skip2: Tensor | None, bias: Tensor | None,
+    scales: Tensor | None, expanded_src_to_dst_row: Tensor, export_for_source_row: Tensor | None, **more: Any,
+) -> Tensor:  # fmt: skip
+    """Sum over k of scale [t, k] x the row at position [k T + t]."""
+    assert skip1 is skip2 is bias is export_for_source_row is None
+    assert more.get("drop_pad_mode", 0) == 0
+    assert scales is not None
+    assert scales.dtype == expanded_permuted_rows.dtype
+    assert expanded_src_to_dst_row.dtype == torch.int32
+    tokens, copies = scales.shape
+    total = torch.zeros(tokens, expanded_permuted_rows.shape[1])
+    for k in range(copies):
+        rows = expanded_permuted_rows[expanded_src_to_dst_row[k * tokens : (k + 1) * tokens].long()]
+        total += scales[:, k, None].float() * rows.float()
+    return total.to(expanded_permuted_rows.dtype)
+
+
 KERNELS = {
     "npu_apply_adam_w.out": npu_apply_adam_w,
     **{
         kernel.__name__: kernel
         for kernel in (
             npu_fusion_attention, npu_fusion_attention_v2, npu_scaled_masked_softmax, npu_rms_norm, npu_rotary_mul,
-            npu_swiglu, npu_cross_entropy_loss, npu_weight_quant_batchmatmul,
+            npu_swiglu, npu_cross_entropy_loss, npu_weight_quant_batchmatmul, npu_grouped_matmul,
+            npu_moe_init_routing, npu_moe_finalize_routing,
         )
     },
 }  # fmt: skip

@@ -12,13 +12,22 @@ from ascendspeed_core.config.batch import BatchConfig
 from ascendspeed_core.config.compute import ComputeConfig
 from ascendspeed_core.config.layout import stages_of_ranks
 from ascendspeed_core.config.model import ModelConfig, WeightQuantization
-from ascendspeed_core.config.sharding import Slice, tensor_slice
+from ascendspeed_core.config.sharding import Slice, tensor_sharding, tensor_slice
+from ascendspeed_core.kernels.experts import grouped_product
 from ascendspeed_core.kernels.int8 import Workspace, refuse_missing_format
-from ascendspeed_core.kernels.registry import JOINED_GATED, Choice, KernelContext, choose
+from ascendspeed_core.kernels.registry import (
+    JOINED_GATED,
+    UNPERMUTE,
+    Choice,
+    ExpertLayers,
+    KernelContext,
+    choose,
+)
 from ascendspeed_core.models.attention import Attention, changed_scores
-from ascendspeed_core.models.int8 import largest_of_rows, quantize
+from ascendspeed_core.models.experts import ExpertsMLP
+from ascendspeed_core.models.int8 import Int8Weight, largest_of_rows, quantize
 from ascendspeed_core.models.latent_attention import MOVED_LAYERS
-from ascendspeed_core.models.linear import HALVES
+from ascendspeed_core.models.linear import HALVES, LoraLinear
 from ascendspeed_core.models.lora import AdapterPlan, add_adapters, freeze
 from ascendspeed_core.models.mlp import SwiGLU
 from ascendspeed_core.models.norm import LayerNorm, RMSNorm
@@ -26,8 +35,9 @@ from ascendspeed_core.models.projections import join_projections, make_joined_pr
 from ascendspeed_core.models.transformer import Transformer, empty_transformer, filled_in_turn
 from ascendspeed_core.parallel.collectives import all_reduce_max
 from ascendspeed_core.parallel.context import apply_context_parallel
+from ascendspeed_core.parallel.experts import apply_expert_parallel
 from ascendspeed_core.parallel.mesh import ParallelMesh
-from ascendspeed_core.parallel.tensor import apply_tensor_parallel
+from ascendspeed_core.parallel.tensor import apply_tensor_parallel, shard_parameters
 from ascendspeed_core.weights.load import check_weights, copy_weight, load_weights, shapes_of
 from ascendspeed_core.weights.source import WeightSource
 from ascendspeed_data.errors import ConfigError
@@ -71,7 +81,11 @@ def _cut_model(
     model = empty_transformer(config, dtype, mine)
     if adapters is not None:
         add_adapters(model, adapters)
+    if config.experts is not None:
+        apply_expert_parallel(model, mesh)
     group = mesh.group("tp")
+    if group is not None or mesh.group("etp") is not None:
+        shard_parameters(model, mesh.layout, mesh.tp_rank, mesh.index("etp"))
     if group is not None:
         apply_tensor_parallel(model, group, mesh.layout)
     context = mesh.group("cp")
@@ -167,8 +181,8 @@ def refuse_spread_int8(zero_stage: int | None) -> None:
 
 
 def _becomes_int8(model: Transformer, layer: str) -> bool:
-    """Whether a linear layer's weight does: not a head that shares the embedding's, and no adapter's halves."""
-    return not layer.endswith((*HALVES, *MOVED_LAYERS)) and not (
+    """Whether a linear layer's weight does: no head that shares the embedding's, no adapter's halves, no single row."""
+    return not layer.endswith((*HALVES, *MOVED_LAYERS, "shared_expert_gate")) and not (
         layer == "output_head" and model.config.tie_word_embeddings
     )
 
@@ -177,7 +191,7 @@ def _quantize_layer(
     linear: nn.Linear, name: str, slices: Mapping[str, Slice], mesh: ParallelMesh, workspace: Workspace
 ) -> None:
     largest = largest_of_rows(linear.weight)
-    group = mesh.group("tp")
+    group = mesh.group(tensor_sharding(name).axis)
     if group is not None and slices[name].sizes[1] < slices[name].shape[1]:
         all_reduce_max(largest, group)
     linear.weight = nn.Parameter(quantize(linear.weight, largest, workspace, name), requires_grad=False)
@@ -186,8 +200,9 @@ def _quantize_layer(
 def parameter_slices(model: Transformer, mesh: ParallelMesh) -> dict[str, Slice]:
     """Return which part of each parameter this rank holds."""
     shapes = shapes_of(model)
+    tp_rank, etp_rank = mesh.tp_rank, mesh.index("etp")
     return {
-        name: tensor_slice(name, shapes[name], model.config, mesh.layout, mesh.tp_rank)
+        name: tensor_slice(name, shapes[name], model.config, mesh.layout, tp_rank, etp_rank=etp_rank)
         for name, _ in model.named_parameters()
     }
 
@@ -209,7 +224,11 @@ def apply_kernels(
         ConfigError: an operator was named that the model does not have.
         AscendSpeedError: an implementation was named that cannot run here.
     """
-    context = replace(context or KernelContext(), changes_scores=changed_scores(model.config))
+    context = replace(
+        context or KernelContext(),
+        changes_scores=changed_scores(model.config),
+        expert_layers=_expert_layers(model),
+    )
     chosen: dict[str, Callable[..., Any]] = {}
     choices: list[Choice] = []
     for operator, asked in config.kernel_names().items():
@@ -235,7 +254,27 @@ def apply_kernels(
         elif isinstance(module, SwiGLU):
             module.gated = chosen["swiglu"]
             module.gated_joined = JOINED_GATED.get(chosen["swiglu"])
+        elif isinstance(module, ExpertsMLP):
+            module.permute = chosen["token_permutation"]
+            module.unpermute = UNPERMUTE[module.permute]
+            product = chosen["grouped_product"]
+            # The plainest way to compute one expert after the other is to apply each.
+            module.product = None if product is grouped_product else product
     return choices
+
+
+def _expert_layers(model: Transformer) -> ExpertLayers:
+    """Return what the linear layers of this process's experts are."""
+    linear = [
+        part
+        for module in model.modules()
+        if isinstance(module, ExpertsMLP)
+        for part in module.experts.modules()
+        if isinstance(part, nn.Linear)
+    ]
+    if any(isinstance(part, LoraLinear) for part in linear):
+        return "adapted"
+    return "int8" if any(isinstance(part.weight, Int8Weight) for part in linear) else "plain"
 
 
 def apply_inference_kernels(model: Transformer, mesh: ParallelMesh) -> None:
@@ -247,7 +286,11 @@ def apply_inference_kernels(model: Transformer, mesh: ParallelMesh) -> None:
         has_additive_mask=model.config.position == "alibi",
         lengths_vary=True,
     )
-    apply_kernels(model, ComputeConfig(), context)
+    # All weights of experts side by side would be copied for each token.
+    has_experts = model.config.experts is not None
+    apply_kernels(
+        model, ComputeConfig(grouped_product="reference") if has_experts else ComputeConfig(), context
+    )
 
 
 def _absence(operator: str, model: Transformer, before: Sequence[Choice]) -> str | None:
@@ -262,6 +305,8 @@ def _absence(operator: str, model: Transformer, before: Sequence[Choice]) -> str
         return "the model has no rotary embedding"
     if operator == "swiglu" and described.mlp != "swiglu":
         return "the model has no SwiGLU"
+    if operator in ("grouped_product", "token_permutation") and described.experts is None:
+        return "the model has no experts"
     if operator == "scaled_masked_softmax" and before[0].implementation != "reference":
         return "only --attention reference computes a softmax of its own"
     return None

@@ -180,6 +180,14 @@ class LayoutConfig(Config):
         ge=1,
         description="Pipeline stages that the layers are split into (pp); they need not be equally long.",
     )
+    expert_model_parallel_size: int = Field(
+        1, ge=1, description="Devices among those of tp that share out the experts of each layer (ep)."
+    )
+    expert_tensor_parallel_size: int | None = Field(
+        None,
+        ge=1,
+        description="Devices that share every expert (etp). [default: --tensor-model-parallel-size]",
+    )
     zero_stage: Literal[1, 2, 3] | None = Field(
         None,
         description="Run under DeepSpeed. 3 shards the weights over the data-parallel processes; 1 and 2 "
@@ -233,12 +241,23 @@ def inference_layout(parallel: ParallelConfig, world_size: int) -> Layout:
     """
     refuse_context_parallel(parallel)
     layout = parallel.layout(world_size)
+    refuse_spread_replicas(layout)
     if layout.dp > 1 and layout.zero_stage is None:
         raise ConfigError(
             f"tensor_model_parallel_size={layout.tp} leaves {world_size} processes to compute the same {layout.dp} "
             f"times; give --tensor-model-parallel-size {world_size // layout.pp}, or start {layout.tp * layout.pp}"
         )
     return layout
+
+
+def refuse_spread_replicas(layout: Layout) -> None:
+    """Raise `ConfigError` when replicas of a model are to share experts, though each computes texts of its own."""
+    if layout.tp % (layout.ep * layout.expert_tp):
+        raise ConfigError(
+            f"expert_model_parallel_size={layout.ep} times expert_tensor_parallel_size={layout.expert_tp} must divide "
+            f"tensor_model_parallel_size={layout.tp} in inference, where only the ranks of tp compute the same text; "
+            f"give --expert-tensor-parallel-size 1 with an --expert-model-parallel-size that divides {layout.tp}"
+        )
 
 
 def refuse_context_parallel(parallel: ParallelConfig) -> None:

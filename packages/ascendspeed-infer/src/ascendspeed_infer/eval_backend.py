@@ -12,7 +12,12 @@ from ascendspeed_core.config.load import load_config
 from ascendspeed_data.command_line import log
 from ascendspeed_data.command_line.options import further_flags, option_help, plain_type, walk_fields
 from ascendspeed_data.errors import AscendSpeedError
-from ascendspeed_infer.config import EvalConfig, ScoringConfig, refuse_context_parallel
+from ascendspeed_infer.config import (
+    EvalConfig,
+    ScoringConfig,
+    refuse_context_parallel,
+    refuse_spread_replicas,
+)
 
 if TYPE_CHECKING:
     from ascendspeed_infer.engine.control_channel import ControlChannel
@@ -91,7 +96,7 @@ class AscendSpeedBackend:
         config = load_config(EvalConfig, None, dict(options))
         world_size = planned_world_size(config.launch.nproc_per_node)
         refuse_context_parallel(config.parallel)
-        config.parallel.layout(world_size)
+        refuse_spread_replicas(config.parallel.layout(world_size))
         prepare_torch(config.launch.device)
         from ascendspeed_infer.loading import check_source
 

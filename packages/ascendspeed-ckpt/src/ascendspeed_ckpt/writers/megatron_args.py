@@ -68,4 +68,28 @@ def megatron_args(plan: WritePlan, config: ModelConfig, dtype: torch.dtype) -> N
         "transformer_impl": "transformer_engine" if plan.transformer_engine else "local",
         "num_experts": None,
     }
-    return Namespace(**common)
+    return Namespace(**common | _expert_args(plan, config))
+
+
+def _expert_args(plan: WritePlan, config: ModelConfig) -> dict[str, Any]:
+    """Return the arguments that say what experts there are and how they are chosen."""
+    experts = config.experts
+    if experts is None:
+        return {}
+    is_softmax = experts.score == "softmax"
+    return {
+        "num_experts": experts.count,
+        "moe_ffn_hidden_size": experts.ffn_hidden_size,
+        "moe_layer_freq": [int(config.has_experts(layer)) for layer in range(config.num_layers)],
+        "moe_router_topk": experts.per_token,
+        # A softmax over all, then over the sum of the chosen, is a softmax over the chosen.
+        "moe_router_pre_softmax": is_softmax and not experts.normalised and not experts.score_after_choice,
+        "moe_router_score_function": experts.score,
+        "moe_router_enable_expert_bias": experts.score_bias,
+        "moe_router_topk_scaling_factor": None if experts.scaling == 1 else experts.scaling,
+        "moe_shared_expert_intermediate_size": experts.shared_ffn_hidden_size,
+        "moe_shared_expert_gate": experts.shared_gate,
+        "moe_grouped_gemm": plan.transformer_engine,
+        "expert_model_parallel_size": 1,
+        "expert_tensor_parallel_size": plan.layout.tp,
+    }

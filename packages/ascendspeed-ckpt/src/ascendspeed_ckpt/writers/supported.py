@@ -39,6 +39,10 @@ def _in_no_format(config: ModelConfig) -> dict[str, bool]:
 
 def check_supported(kind: str, config: ModelConfig) -> None:
     """Raise `CheckpointError` when the format's own program would compute another thing with these weights."""
+    if config.experts is not None and kind != "megatron":
+        raise CheckpointError(
+            f"--to {kind}: experts are not written in this format; choose --to megatron, native or huggingface"
+        )
     is_gpt = config.mlp == "gelu"
     biases = {config.qkv_bias, config.output_bias, config.mlp_bias}
     if kind == "ascendspeed":
@@ -62,6 +66,7 @@ def check_supported(kind: str, config: ModelConfig) -> None:
             "normalised head": config.normalised_head,
             "rope scaling but Llama 3's": config.rotary_scaling not in (None, llama3_scaling(config)),
             "bias on attention's output without one in the MLP": config.output_bias != config.mlp_bias,
+            "groups of experts chosen like that": config.experts is not None and config.experts.groups > 1,
         }
     lacks = [what for what, is_wanted in (wanted | _in_no_format(config)).items() if is_wanted]
     if lacks:

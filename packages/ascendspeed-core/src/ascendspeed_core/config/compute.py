@@ -64,6 +64,15 @@ KERNELS: Mapping[str, Mapping[str, Kernel]] = MappingProxyType(
             "reference": _PLAIN,
         },
         "swiglu": {"npu": _NPU, "compiled": _COMPILED, "liger": _LIGER, "reference": _PLAIN},
+        "token_permutation": {
+            "npu": Kernel(f"{_FUSED_NPU}s npu_moe_init_routing and npu_moe_finalize_routing", ("npu",)),
+            "reference": _PLAIN,
+        },
+        "grouped_product": {
+            "npu": Kernel(f"{_FUSED_NPU} npu_grouped_matmul", ("npu",)),
+            "grouped_mm": Kernel("torch's grouped_mm, one kernel for all experts", ("cuda",)),
+            "reference": Kernel("plain torch, one expert after the other", EVERYWHERE),
+        },
         "cross_entropy": {
             "npu": _NPU,
             "liger": _LIGER_ASKED,
@@ -127,6 +136,12 @@ class ComputeConfig(Config):
     layer_norm: KernelName[str, "layer_norm"] = _kernel("layer_norm", "LayerNorm")
     rotary: KernelName[str, "rotary"] = _kernel("rotary", "Rotary position embedding")
     swiglu: KernelName[str, "swiglu"] = _kernel("swiglu", "silu(gate) * up")
+    token_permutation: KernelName[str, "token_permutation"] = _kernel(
+        "token_permutation", "Tokens sorted by their experts, and back"
+    )
+    grouped_product: KernelName[str, "grouped_product"] = _kernel(
+        "grouped_product", "Products with the weights of experts"
+    )
     cross_entropy: KernelName[str, "cross_entropy"] = _kernel(
         "cross_entropy", "Cross-entropy loss, if the vocabulary is not split over devices"
     )

@@ -1,8 +1,9 @@
 """How one model is spread over ranks: sizes of the mesh axes, pipeline stages; pure arithmetic, no torch."""
 
+import itertools
 from dataclasses import dataclass
 from math import prod
-from typing import Literal
+from typing import Literal, NoReturn
 
 from ascendspeed_data.errors import ConfigError
 
@@ -47,6 +48,8 @@ class Layout:
         early_reduction: gradients of a stage are summed over its replicas while other stages of the rank still
             compute.
         zero_stage: what DeepSpeed cuts over dp: optimizer state (1), gradients (2), weights (3); `None` without it.
+        ep: shares of the experts of a layer, over the ranks of one stage.
+        etp: ranks that share one expert; `None` is tp.
     """
 
     tp: int = 1
@@ -59,19 +62,73 @@ class Layout:
     layers_per_stage: int | None = None
     early_reduction: bool = False
     zero_stage: int | None = None
+    ep: int = 1
+    etp: int | None = None
+
+    @property
+    def expert_tp(self) -> int:
+        """Ranks that share one expert."""
+        return self.tp if self.etp is None else self.etp
 
     @property
     def axes(self) -> dict[str, int]:
-        """Sizes of the mesh's axes, slowest first: tp varies fastest with the rank, as in Megatron-LM."""
-        return {"pp": self.pp, "dp": self.dp, "cp": self.cp, "tp": self.tp}
+        """Sizes of the mesh's axes, slowest first: tp varies fastest with the rank, as in Megatron-LM.
+
+        The ranks of a stage are counted in two ways: dp x cp x tp for all but experts, edp x ep x etp for these, tp and
+        etp fastest. An axis that ends of the other count lie within stands here in pieces, `dp_0` and `dp_1`, of which
+        `unions` makes the axis again.
+        """
+        return {"pp": self.pp} | {piece: size for _, piece, size, _ in reversed(self._pieces())}
 
     @property
     def unions(self) -> dict[str, tuple[str, ...]]:
         """Axes that have a name and a process group together.
 
-        A rank's replicas hold the same weights and sum their gradients.
+        A rank's replicas hold the same weights and sum their gradients. Those of its experts are `edp`; the experts of
+        a layer are spread over `experts`, ep x etp.
         """
-        return {"replicas": ("dp", "cp")}
+        pieces = self._pieces()
+        found: dict[str, tuple[str, ...]] = {}
+        for axis in ("dp", "cp", "tp"):
+            parts = tuple(piece for owner, piece, _, _ in pieces if owner == axis)
+            if parts != (axis,):
+                found[axis] = parts
+        for axis in ("edp", "ep", "etp"):
+            found[axis] = tuple(piece for _, piece, _, owner in pieces if owner == axis)
+        return found | {"replicas": ("dp", "cp"), "experts": ("ep", "etp")}
+
+    def _pieces(self) -> list[tuple[str, str, int, str]]:
+        """Return the pieces of tp, cp and dp, fastest first: its axis, its name, its size, and its axis for experts.
+
+        Raises:
+            ConfigError: the two ways to count the ranks of a stage have no common pieces.
+        """
+        first, second = self.expert_tp, self.expert_tp * self.ep
+        found, stride = [], 1
+        for axis, size in (("tp", self.tp), ("cp", self.cp), ("dp", self.dp)):
+            end = stride * size
+            marks = [stride, *sorted({edge for edge in (first, second) if stride < edge < end}), end]
+            steps = list(itertools.pairwise(marks))
+            if any(upper % lower for lower, upper in steps):
+                self._refuse_experts(f"divides or is a multiple of {' and '.join(map(str, self._strides()))}")
+            for number, (lower, upper) in enumerate(steps):
+                name = axis if len(steps) == 1 else f"{axis}_{len(steps) - 1 - number}"
+                owner = "etp" if upper <= first else "ep" if upper <= second else "edp"
+                found.append((axis, name, upper // lower, owner))
+            stride = end
+        if second > stride:
+            self._refuse_experts(f"is no more than the {stride} ranks of a stage, dp x cp x tp")
+        return found
+
+    def _strides(self) -> list[int]:
+        return sorted({self.tp, self.tp * self.cp, self.tp * self.cp * self.dp})
+
+    def _refuse_experts(self, rule: str) -> NoReturn:
+        raise ConfigError(
+            f"expert_model_parallel_size={self.ep} with expert_tensor_parallel_size={self.expert_tp}: "
+            f"{self.ep * self.expert_tp} ranks cannot share the experts of a layer on tp{self.tp} x cp{self.cp} x "
+            f"dp{self.dp}; choose sizes of which each product, etp and etp x ep, {rule}"
+        )
 
     def expand(self, *names: str) -> tuple[str, ...]:
         """Return the axes that some axes and unions consist of, slowest first.
@@ -146,6 +203,7 @@ class Layout:
 
     def __str__(self) -> str:
         sizes = f"tp{self.tp} x pp{self.pp} x dp{self.dp}" + f" x cp{self.cp}" * (self.cp > 1)
+        sizes += f" x ep{self.ep}" * (self.ep > 1) + (f" x etp{self.etp}" if self.etp is not None else "")
         pipeline = "" if self.schedule == "1f1b" else f" + {self.schedule}"
         if self.layers_per_stage:
             pipeline += f" of {self.layers_per_stage} layer{'s' * (self.layers_per_stage > 1)}"

@@ -5,6 +5,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from ascendspeed_core.config.base import Config, spellings
+from ascendspeed_core.config.experts import Experts
 from ascendspeed_data.errors import AscendSpeedError
 
 MOST_LAYERS, WIDEST, MOST_IDS = 10_000, 1 << 20, 1 << 26
@@ -87,6 +88,7 @@ class ModelConfig(Config):
     mlp: Literal["swiglu", "geglu", "gelu", "relu2"] = Field(
         "swiglu", description="MLP; gelu is its tanh approximation, relu2 the square of relu."
     )
+    experts: Experts | None = Field(None, description="Experts in place of one MLP. [default: none]")
     qkv_bias: bool = Field(False, description="Queries, keys and values have a bias.")
     output_bias: bool = Field(False, description="The attention's output projection has a bias.")
     mlp_bias: bool = Field(False, description="The MLP's projections have a bias.")
@@ -237,6 +239,20 @@ class ModelConfig(Config):
             )
         return self
 
+    @model_validator(mode="after")
+    def _experts_fit(self) -> "ModelConfig":
+        if self.experts is None:
+            return self
+        if self.mlp != "swiglu" or self.mlp_bias:
+            raise ValueError("experts are SwiGLU without biases; they go with mlp=swiglu and mlp_bias=false")
+        beyond = [layer for layer in self.experts.dense_layers if not 0 <= layer < self.num_layers]
+        if beyond:
+            raise ValueError(
+                f"experts: dense_layers names layer {beyond[0]}, the model has layers 0 to {self.num_layers - 1}; "
+                "leave it out"
+            )
+        return self
+
     def has_window(self, layer: int) -> bool:
         """Whether the tokens of a layer see a window only."""
         return self.sliding_window is not None and (self.window_layers is None or layer in self.window_layers)
@@ -268,30 +284,59 @@ class ModelConfig(Config):
             of_queries + down + self.kv_latent_dim * (queries - shared + values) + values * self.hidden_size
         )
 
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer has experts in place of one MLP."""
+        return self.experts is not None and layer not in self.experts.dense_layers
+
+    @property
+    def num_expert_layers(self) -> int:
+        """Number of layers with experts."""
+        return sum(self.has_experts(layer) for layer in range(self.num_layers))
+
     @property
     def weights_in_products(self) -> int:
-        """Number of weights of one layer that every token is multiplied with: those of attention and a dense MLP."""
-        return self._attention_weights + (3 if self.is_gated else 2) * self.hidden_size * self.ffn_hidden_size
+        """Number of weights of all layers that a token is multiplied with: of experts, those that it is sent to."""
+        dense = (3 if self.is_gated else 2) * self.hidden_size * self.ffn_hidden_size
+        sparse = self.num_expert_layers
+        experts = (
+            self.experts.weights_in_products(self.hidden_size, self.experts.per_token) if self.experts else 0
+        )
+        return (
+            self.num_layers * self._attention_weights + (self.num_layers - sparse) * dense + sparse * experts
+        )
 
     @property
     def num_parameters(self) -> int:
         """Number of weights; a tied head is counted once."""
         queries, keys = (self.head_dim * n for n in (self.num_attention_heads, self.num_key_value_heads))
-        projections = 3 if self.is_gated else 2
         norm = self.hidden_size * (2 if self.norm == "layernorm" and self.norm_bias else 1)
-        layer = self.weights_in_products
+        layer = self._attention_weights
         if self.kv_latent_dim is None:
             layer += self.qkv_bias * (queries + 2 * keys)
         else:
             latents = self.kv_latent_dim + (self.q_latent_dim or 0)
             layer += latents + self.qkv_bias * (latents + (self.rotary_dim or 0))
         layer += self.output_bias * self.hidden_size
-        layer += self.mlp_bias * ((projections - 1) * self.ffn_hidden_size + self.hidden_size)
         norms = 1 if self.parallel_blocks else 4 if self.norm_placement == "both" else 2
         of_heads = 2 * self.head_dim if self.qk_norm_kind == "shared" else queries + keys
         layer += norms * norm + self.qk_norm * of_heads + self.attention_sinks * self.num_attention_heads
+        projections = 3 if self.is_gated else 2
+        dense = projections * self.hidden_size * self.ffn_hidden_size
+        dense += self.mlp_bias * ((projections - 1) * self.ffn_hidden_size + self.hidden_size)
+        sparse = self.num_expert_layers
+        experts = self.experts.parameters(self.hidden_size) if self.experts else 0
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
-        return self.num_layers * layer + embeddings + (1 + self.embedding_norm) * norm
+        mlps = (self.num_layers - sparse) * dense + sparse * experts
+        return self.num_layers * layer + mlps + embeddings + (1 + self.embedding_norm) * norm
+
+    @property
+    def num_active_parameters(self) -> int:
+        """Number of weights that a token uses: of the experts only those that it is sent to."""
+        if self.experts is None:
+            return self.num_parameters
+        idle = self.experts.count - self.experts.per_token
+        one = 3 * self.hidden_size * self.experts.ffn_hidden_size
+        return self.num_parameters - self.num_expert_layers * idle * one
 
 
 class ArchitectureFlags(Config):

@@ -41,6 +41,17 @@ class ParallelConfig(Config):
         description="Context parallelism (cp): processes that split every sequence; each computes a part of its "
         "tokens, and in attention a part of its heads.",
     )
+    expert_model_parallel_size: int = Field(
+        1,
+        ge=1,
+        description="Expert parallelism (ep): processes that share out the experts of each layer; tokens are sent to "
+        "them and back. They are among those of dp, cp and tp.",
+    )
+    expert_tensor_parallel_size: int | None = Field(
+        None,
+        ge=1,
+        description="Processes that split every expert (etp). [default: --tensor-model-parallel-size]",
+    )
     sequence_parallel: bool = Field(
         False,
         description="Split activations of norms and residuals along the sequence: less memory. Needs tp > 1.",
@@ -180,7 +191,7 @@ class ParallelConfig(Config):
                 "sequence_parallel=true splits the sequence over the tensor-parallel ranks, of which there is one; "
                 "give --tensor-model-parallel-size 2 or more, or leave it out"
             )
-        return Layout(
+        layout = Layout(
             tp=tp,
             pp=pp,
             dp=world_size // (tp * pp * cp),
@@ -191,7 +202,12 @@ class ParallelConfig(Config):
             layers_per_stage=self.num_layers_per_virtual_pipeline_stage,
             early_reduction=self.foldx_mode is not None,
             zero_stage=self.resolved_zero_stage(),
+            ep=self.expert_model_parallel_size,
+            etp=self.expert_tensor_parallel_size,
         )
+        # Names the sizes that do not fit together.
+        assert layout.axes
+        return layout
 
     def _schedule(self) -> PipelineSchedule:
         if self.foldx_mode:
@@ -203,7 +219,8 @@ class ParallelConfig(Config):
         """Raise `ConfigError` when the model cannot be cut this way."""
         pp = self.pipeline_model_parallel_size
         smallest = self.tensor_model_parallel_size * pp * self.context_parallel_size
-        stages_of_ranks(model.num_layers, self.layout(smallest))
+        plain = self.model_copy(update={"expert_model_parallel_size": 1, "expert_tensor_parallel_size": None})
+        stages_of_ranks(model.num_layers, plain.layout(smallest))
         tp, heads = self.tensor_model_parallel_size, model.num_key_value_heads
         for name in ("num_attention_heads", "ffn_hidden_size"):
             size = getattr(model, name)
@@ -217,11 +234,43 @@ class ParallelConfig(Config):
                 f"{_fitting(model)}"
             )
         self._check_heads_of_context(model)
+        self._check_experts(model)
         if tp > heads and self.resolved_zero_stage():
             raise ConfigError(
                 f"tensor_model_parallel_size={tp} puts each of num_key_value_heads={heads} on several ranks, whose "
                 "gradients DeepSpeed does not add up; "
                 f"choose {', '.join(str(n) for n in divisors(heads))} with ZeRO"
+            )
+
+    def _check_experts(self, model: ModelConfig) -> None:
+        """Check that the experts can be shared out, and are there."""
+        ep, etp = self.expert_model_parallel_size, self.expert_tensor_parallel_size
+        if model.experts is None:
+            if ep > 1 or etp is not None:
+                given = f"expert_model_parallel_size={ep}" if ep > 1 else f"expert_tensor_parallel_size={etp}"
+                raise ConfigError(f"{given} was given for a model without experts; leave it out")
+            return
+        if self.deepspeed or self.resolved_zero_stage():
+            raise ConfigError(
+                f"zero_stage={self.resolved_zero_stage()} for a model with experts: DeepSpeed would divide the state "
+                "of experts over ranks that hold other ones; use --use-distributed-optimizer"
+            )
+        if model.experts.count % ep:
+            raise ConfigError(
+                f"expert_model_parallel_size={ep} does not divide the {model.experts.count} experts of a layer; "
+                f"choose {', '.join(map(str, divisors(model.experts.count)))}"
+            )
+        parts = self.tensor_model_parallel_size if etp is None else etp
+        if model.experts.ffn_hidden_size % parts:
+            raise ConfigError(
+                f"expert_tensor_parallel_size={parts} does not divide the experts' width of "
+                f"{model.experts.ffn_hidden_size}; choose a divisor"
+            )
+        tp, shared = self.tensor_model_parallel_size, model.experts.shared_ffn_hidden_size
+        if shared is not None and shared % tp:
+            raise ConfigError(
+                f"tensor_model_parallel_size={tp} does not divide the shared expert's width of {shared}; choose a "
+                "divisor"
             )
 
     def _check_heads_of_context(self, model: ModelConfig) -> None:

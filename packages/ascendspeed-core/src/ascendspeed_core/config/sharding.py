@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 from types import MappingProxyType
+from typing import Literal
 
 from ascendspeed_core.config.layout import Layout
 from ascendspeed_core.config.model import ModelConfig
@@ -40,7 +41,8 @@ class Partition(Enum):
 
     REPLICATED_INSIDE = "replicated inside a block"
     """Whole on every rank, but inside a partitioned block: each rank sees its own heads only, so that its gradient is
-    partial. Norms of queries and keys, and the down-projections of multi-head latent attention."""
+    partial. Norms of queries and keys, the down-projections of multi-head latent attention, and routers, which see a
+    share of the tokens."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,16 @@ class ModuleSharding:
         partition: over the tensor-parallel ranks.
         replica_axes: mesh axes whose ranks hold the same part and compute other tokens: gradients are summed, and a
             sharded optimizer's state is cut, over them.
+        axis: whose ranks divide the weight: those of tensor parallelism, or those that share one expert.
     """
 
     partition: Partition
     replica_axes: tuple[str, ...] = ("dp", "cp")
+    axis: Literal["tp", "etp"] = "tp"
+
+
+def _expert(partition: Partition) -> ModuleSharding:
+    return ModuleSharding(partition, ("edp",), "etp")
 
 
 SHARDING: Mapping[str, ModuleSharding] = MappingProxyType(
@@ -84,11 +92,19 @@ SHARDING: Mapping[str, ModuleSharding] = MappingProxyType(
         "mlp.up_proj": ModuleSharding(Partition.COLUMN_PARALLEL),
         "mlp.down_proj": ModuleSharding(Partition.ROW_PARALLEL),
         "mlp_post_norm": ModuleSharding(Partition.REPLICATED),
+        "mlp.router": ModuleSharding(Partition.REPLICATED_INSIDE),
+        "mlp.experts.{expert}.gate_proj": _expert(Partition.COLUMN_PARALLEL),
+        "mlp.experts.{expert}.up_proj": _expert(Partition.COLUMN_PARALLEL),
+        "mlp.experts.{expert}.down_proj": _expert(Partition.ROW_PARALLEL),
+        "mlp.shared_expert.gate_proj": ModuleSharding(Partition.COLUMN_PARALLEL),
+        "mlp.shared_expert.up_proj": ModuleSharding(Partition.COLUMN_PARALLEL),
+        "mlp.shared_expert.down_proj": ModuleSharding(Partition.ROW_PARALLEL),
+        "mlp.shared_expert_gate": ModuleSharding(Partition.REPLICATED),
         "final_norm": ModuleSharding(Partition.REPLICATED),
         "output_head": ModuleSharding(Partition.VOCABULARY),
     }
 )
-"""By module, within its layer if it is in one, how it is sharded. `{expert}` would stand for an expert's number."""
+"""By module, within its layer if it is in one, how it is sharded. `{expert}` stands for an expert's number."""
 
 _ADAPTER_HALVES = ("lora_A", "lora_B")
 
@@ -221,6 +237,7 @@ def tensor_slice(
     layout: Layout,
     tp_rank: int,
     sharding: Mapping[str, ModuleSharding] = SHARDING,
+    etp_rank: int | None = None,
 ) -> Slice:
     """Return the part of one tensor that a rank holds.
 
@@ -231,17 +248,22 @@ def tensor_slice(
         layout: of all ranks.
         tp_rank: which of the tensor-parallel ranks.
         sharding: the table.
+        etp_rank: which of the ranks that share an expert; `None` is `tp_rank`, where both are the same ranks.
 
     Raises:
         ConfigError: the ranks do not divide what is cut, or no row names the module.
     """
-    tp, row, dim = layout.tp, tensor_sharding(name, sharding), sharded_dim(name, sharding)
+    row, dim = tensor_sharding(name, sharding), sharded_dim(name, sharding)
+    tp, is_expert = layout.tp, row.axis == "etp"
+    if is_expert:
+        tp, tp_rank = layout.expert_tp, tp_rank if etp_rank is None else etp_rank
     index = [slice(0, length) for length in shape]
     if dim is None:
         # The half of an adapter that is not cut meets only the rank's own share of the other half.
         is_adapter = bool(_parts_of(name)[1]) and row.partition is not Partition.REPLICATED
         is_inside = is_adapter or row.partition is Partition.REPLICATED_INSIDE
-        is_partial = layout.sequence_parallel or (tp > 1 and is_inside)
+        # An expert's gradient is of the tokens of all its ranks: sequence parallelism changes nothing in it.
+        is_partial = (layout.sequence_parallel and not is_expert) or (tp > 1 and is_inside)
         return Slice(shape, tuple(index), tp, tp_rank, is_partial, row.replica_axes)
     replicas = 1
     if row.partition is Partition.VOCABULARY:

@@ -10,6 +10,7 @@ from ascendspeed_core.config.batch import BatchConfig
 from ascendspeed_core.config.compute import ComputeConfig as ComputeConfig
 from ascendspeed_core.config.data import DataConfig as DataConfig
 from ascendspeed_core.config.eval_prompts import EvalPromptsConfig
+from ascendspeed_core.config.experts import ExpertsConfig
 from ascendspeed_core.config.lora import LoraConfig
 from ascendspeed_core.config.model import ArchitectureFlags
 from ascendspeed_core.config.monitor import MonitorConfig
@@ -232,6 +233,7 @@ class PretrainConfig(Config):
     batch: BatchConfig = BatchConfig()
     training: TrainingConfig
     recompute: RecomputeConfig = RecomputeConfig()
+    experts: ExpertsConfig = ExpertsConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     dropout: DropoutConfig = DropoutConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

@@ -6,10 +6,12 @@ the tests check each call against torch_npu's schemas and run it with CPU kernel
 Shapes: B batch, N query heads, K key-value heads, S queries, T keys, D head size, V vocabulary.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+
+from ascendspeed_core.kernels.experts import RowOrder
 
 CAUSAL_MASK_SIZE = 2048
 """Side of the mask from which the kernel makes a causal one of any size (`sparse_mode` 2 and 3)."""
@@ -20,6 +22,9 @@ LAST_QUERY_SEES_ALL = 3
 SCALE_THEN_ADD = 0
 """`pse_type` of what is added to scores that are already scaled, as ALiBi is."""
 
+
+ONE_RESULT, GROUPED_ROWS, ENDS_OF_GROUPS = 3, 0, 0
+"""`split_item`, `group_type` and `group_list_type` of `npu_grouped_matmul`: rows of one tensor, cut at these ends."""
 
 INT8_ROWS = 65_535
 """Most output rows that `npu_weight_quant_batchmatmul` takes at once; a head may have more."""
@@ -114,6 +119,109 @@ def npu_int8_linear(x: torch.Tensor, integers: torch.Tensor, scale: torch.Tensor
         for part, of_part in zip(integers.split(INT8_ROWS), scale.split(INT8_ROWS), strict=True)
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
+def npu_grouped_product(
+    rows: torch.Tensor, weights: Sequence[torch.Tensor], counts: Sequence[int]
+) -> torch.Tensor:
+    """`npu_grouped_matmul` of the rows of each expert, see `kernels.experts.grouped_product`; no expert is skipped."""
+    product: torch.Tensor = _GroupedProduct.apply(rows, list(counts), *weights)
+    return product
+
+
+class _GroupedProduct(torch.autograd.Function):
+    """The gradient of the rows is a grouped product too; those of the weights are one product for each expert."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, counts: list[int], *weights: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(rows, *weights)
+        ctx.counts = counts
+        return _grouped_matmul(rows, [weight.T for weight in weights], counts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        rows, *weights = ctx.saved_tensors
+        (gradient,) = gradients
+        of_rows = _grouped_matmul(gradient, weights, ctx.counts) if ctx.needs_input_grad[0] else None
+        parts = zip(gradient.split(ctx.counts), rows.split(ctx.counts), ctx.needs_input_grad[2:], strict=True)
+        return of_rows, None, *(g.T @ part if wanted else None for g, part, wanted in parts)
+
+
+def _grouped_matmul(
+    rows: torch.Tensor, matrices: Sequence[torch.Tensor], counts: Sequence[int]
+) -> torch.Tensor:
+    """Multiply the rows of each group, [N, I], with its matrix, [I, O]."""
+    ends = torch.tensor(counts, device=rows.device).cumsum(0)
+    product: torch.Tensor = torch.ops.npu.npu_grouped_matmul(
+        [rows],
+        [torch.stack(list(matrices))],
+        group_list=ends,
+        split_item=ONE_RESULT,
+        group_type=GROUPED_ROWS,
+        group_list_type=ENDS_OF_GROUPS,
+    )[0]
+    return product
+
+
+def npu_permute_tokens(
+    tokens: torch.Tensor, chosen: torch.Tensor, num_experts: int
+) -> tuple[torch.Tensor, RowOrder]:
+    """`npu_moe_init_routing`, see `kernels.experts.permute_tokens`.
+
+    The operator numbers a token's copies by columns: copy k of token t is k T + t.
+    """
+    count, copies = chosen.shape
+    numbers = torch.arange(count * copies, dtype=torch.int32, device=chosen.device).view(copies, count).T
+    with torch.no_grad():
+        rows, positions, _ = torch.ops.npu.npu_moe_init_routing(
+            tokens.detach(), numbers.contiguous(), chosen.to(torch.int32), count
+        )
+    inverse = positions.long().view(copies, count).T.flatten()
+    order = torch.empty_like(inverse)
+    order[inverse] = torch.arange(inverse.numel(), device=inverse.device)
+    found: torch.Tensor = _Permuted.apply(tokens, rows, inverse, copies)
+    return found, RowOrder(order, inverse, chosen.flatten().bincount(minlength=num_experts))
+
+
+def npu_unpermute_tokens(rows: torch.Tensor, weights: torch.Tensor, order: RowOrder) -> torch.Tensor:
+    """`npu_moe_finalize_routing`, see `kernels.experts.unpermute_tokens`; weights are in the format of the rows."""
+    found: torch.Tensor = _Unpermuted.apply(rows, weights, order.inverse)
+    return found
+
+
+class _Permuted(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, tokens: torch.Tensor, rows: torch.Tensor, inverse: torch.Tensor, copies: int
+    ) -> torch.Tensor:
+        ctx.save_for_backward(inverse)
+        ctx.copies = copies
+        return rows.view_as(rows)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return gradients[0][inverse].unflatten(0, (-1, ctx.copies)).sum(1), None, None, None
+
+
+class _Unpermuted(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, weights: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(rows, weights, inverse)
+        by_columns = inverse.view(weights.shape).T.flatten().to(torch.int32)
+        summed: torch.Tensor = torch.ops.npu.npu_moe_finalize_routing(
+            rows, None, None, None, weights.to(rows.dtype), by_columns, None
+        )
+        return summed
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        rows, weights, inverse = ctx.saved_tensors
+        gradient = gradients[0].unsqueeze(1)
+        of_rows = torch.empty_like(rows)
+        of_rows[inverse] = (gradient * weights.unsqueeze(-1)).to(rows.dtype).flatten(0, 1)
+        of_weights = (gradient * rows[inverse].unflatten(0, weights.shape)).sum(-1, dtype=weights.dtype)
+        return of_rows, of_weights, None
 
 
 class NpuAdamW(torch.optim.Optimizer):

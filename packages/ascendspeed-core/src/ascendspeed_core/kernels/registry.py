@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,14 @@ from ascendspeed_core.config.compute import KERNELS
 from ascendspeed_core.device import HOST, Device
 from ascendspeed_core.kernels import compiled, liger, npu, reference
 from ascendspeed_core.kernels.adamw import adamw_implementation
+from ascendspeed_core.kernels.experts import (
+    PermuteFunction,
+    UnpermuteFunction,
+    grouped_product,
+    permute_tokens,
+    torch_grouped_product,
+    unpermute_tokens,
+)
 from ascendspeed_core.kernels.reference import (
     GatedFunction,
     JoinedGatedFunction,
@@ -24,6 +32,9 @@ from ascendspeed_core.kernels.reference import (
 )
 from ascendspeed_core.kernels.triangle import triangle_attention
 from ascendspeed_data.errors import AscendSpeedError, ConfigError
+
+ExpertLayers = Literal["plain", "adapted", "int8"]
+"""Linear layers of experts: plain ones, some with adapters, or of int8 weights."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +52,7 @@ class KernelContext:
         seq_length: tokens of a sample, the most if lengths vary.
         lengths_vary: from step to step.
         micro_batch_tokens: most tokens of one forward pass.
+        expert_layers: what the linear layers of experts are.
     """
 
     device: Device = HOST
@@ -52,6 +64,7 @@ class KernelContext:
     seq_length: int | None = None
     lengths_vary: bool = False
     micro_batch_tokens: int | None = None
+    expert_layers: ExpertLayers = "plain"
 
 
 UnsupportedReason = Callable[[KernelContext], str | None]
@@ -142,6 +155,19 @@ def _losses_fit(setting: KernelContext) -> str | None:
     return None
 
 
+def _plain_experts(setting: KernelContext) -> str | None:
+    if setting.expert_layers != "plain":
+        what = "adapters" if setting.expert_layers == "adapted" else "int8 weights"
+        return f"it multiplies plain weights, and experts have {what}"
+    return None
+
+
+def _grouped_mm_fits(setting: KernelContext) -> str | None:
+    if setting.dtype == torch.float64:
+        return "torch's grouped_mm takes float16, bfloat16 and float32, not float64"
+    return None
+
+
 def _whole_vocabulary(setting: KernelContext) -> str | None:
     if setting.tp > 1:
         return f"the vocabulary is cut over tp={setting.tp} ranks"
@@ -212,6 +238,15 @@ _FUNCTIONS: Mapping[str, Mapping[str, Attached]] = {
         "liger": (liger.liger_gated, _needs_liger),
         "reference": (silu_gated, _anywhere),
     },
+    "token_permutation": {
+        "npu": (npu.npu_permute_tokens, _needs_npu),
+        "reference": (permute_tokens, _anywhere),
+    },
+    "grouped_product": {
+        "npu": (npu.npu_grouped_product, _first(_needs_npu, _plain_experts)),
+        "grouped_mm": (torch_grouped_product, _first(_grouped_mm_fits, _plain_experts)),
+        "reference": (grouped_product, _anywhere),
+    },
     "cross_entropy": {
         "npu": (npu.npu_token_losses, _first(_whole_vocabulary, _needs_npu, _losses_fit)),
         "liger": (liger.liger_token_losses, _first(_whole_vocabulary, _needs_liger)),
@@ -232,6 +267,13 @@ JOINED_GATED: Mapping[GatedFunction, JoinedGatedFunction] = {
     compiled.silu_gated: compiled.silu_gated_joined,
 }
 """What some implementations of `swiglu` do with gate and up side by side, as joined projections leave them."""
+
+
+UNPERMUTE: Mapping[PermuteFunction, UnpermuteFunction] = {
+    npu.npu_permute_tokens: npu.npu_unpermute_tokens,
+    permute_tokens: unpermute_tokens,
+}
+"""The way back of each implementation of `token_permutation`."""
 
 
 def implementations(operator: str) -> dict[str, Callable[..., Any]]:

@@ -18,6 +18,7 @@ from ascendspeed_core.models.attention import Attention
 from ascendspeed_core.models.auxiliary_losses import ModuleOutput, add_losses, split_output
 from ascendspeed_core.models.cache import CachedPass
 from ascendspeed_core.models.dropout import AFTER_ATTENTION, AFTER_MLP
+from ascendspeed_core.models.experts import ExpertsMLP
 from ascendspeed_core.models.latent_attention import LatentAttention
 from ascendspeed_core.models.mlp import GeGLU, GeluMLP, SquaredReluMLP, SwiGLU
 from ascendspeed_core.models.norm import LayerNorm, RMSNorm, make_norm
@@ -47,9 +48,9 @@ def attention_class(config: ModelConfig, layer: int) -> type[Attention]:
     return Attention if config.kv_latent_dim is None else LatentAttention
 
 
-def mlp_class(config: ModelConfig, layer: int) -> type[DenseMLP]:
+def mlp_class(config: ModelConfig, layer: int) -> type[DenseMLP] | type[ExpertsMLP]:
     """Return which MLP a layer has."""
-    return DENSE_MLPS[config.mlp]
+    return ExpertsMLP if config.has_experts(layer) else DENSE_MLPS[config.mlp]
 
 
 def make_attention(config: ModelConfig, layer: int) -> Attention:
@@ -57,7 +58,7 @@ def make_attention(config: ModelConfig, layer: int) -> Attention:
     return attention_class(config, layer)(config, attention_kind(config, layer))
 
 
-def make_mlp(config: ModelConfig, layer: int) -> DenseMLP:
+def make_mlp(config: ModelConfig, layer: int) -> DenseMLP | ExpertsMLP:
     """Return the MLP of a layer."""
     return mlp_class(config, layer)(config)
 

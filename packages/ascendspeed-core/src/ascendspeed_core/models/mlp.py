@@ -17,13 +17,18 @@ from ascendspeed_core.models.projections import Projections
 
 
 class SwiGLU(nn.Module):
-    """`down(silu(gate(x)) * up(x))` (Shazeer, 2020, GLU Variants Improve Transformer)."""
+    """`down(silu(gate(x)) * up(x))` (Shazeer, 2020, GLU Variants Improve Transformer).
+
+    Args:
+        config: the model.
+        inner: F, where it is not the model's `ffn_hidden_size`.
+    """
 
     auxiliary_losses: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, inner: int | None = None) -> None:
         super().__init__()
-        inner, bias = config.ffn_hidden_size, config.mlp_bias
+        inner, bias = inner or config.ffn_hidden_size, config.mlp_bias
         self.gate_proj = nn.Linear(config.hidden_size, inner, bias=bias)
         self.up_proj = nn.Linear(config.hidden_size, inner, bias=bias)
         self.down_proj = nn.Linear(inner, config.hidden_size, bias=bias)

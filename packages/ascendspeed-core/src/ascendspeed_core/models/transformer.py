@@ -21,6 +21,7 @@ from ascendspeed_core.models.lm_head import make_head
 from ascendspeed_core.models.lora import AdapterPlan
 from ascendspeed_core.models.norm import LayerNorm, RMSNorm, make_norm
 from ascendspeed_core.models.position import AttentionInputs, AttentionKind, Positions
+from ascendspeed_core.models.router import Router
 
 
 class ModelInput(NamedTuple):
@@ -99,6 +100,8 @@ class Transformer(nn.Module):
         self._kind_index = {number: kinds.index(layer.attention.kind) for number, layer in layers.items()}
         self.auxiliary_loss_names = auxiliary_loss_names(config)
         """Names of the auxiliary losses of the whole model, sorted."""
+        self.needs_batch_load = False
+        """Whether routers must know the load of the global batch before its first backward."""
         self.adapters: AdapterPlan | None = None
         """Which tensors are trained, when not all are; see `models.lora`."""
         self.tie_weights()
@@ -113,6 +116,12 @@ class Transformer(nn.Module):
         """Names of parameters that belong to the first stage and are here for a tied head."""
         tied = self.config.tie_word_embeddings and self.has_last and not self.has_first
         return ("embedding.weight",) if tied else ()
+
+    def updated_without_gradient(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield names and parameters that steps change by other rules than the optimizer's: biases of routers."""
+        for name, module in self.named_modules():
+            if isinstance(module, Router) and module.bias is not None and self.adapters is None:
+                yield f"{name}.bias", module.bias
 
     def forward(self, batch: ModelInput) -> ModelOutput:
         """Run a model that is one stage: ids [B, S] -> logits of the next token [B, S, V]."""
@@ -223,7 +232,12 @@ class Transformer(nn.Module):
 def empty_transformer(config: ModelConfig, dtype: torch.dtype, stages: Sequence[Stage] = ()) -> Transformer:
     """Return the model without storage (torch's meta device): shapes only, to be cut before it is filled."""
     with torch.device("meta"):
-        return Transformer(config, stages).to(dtype)
+        model = Transformer(config, stages).to(dtype)
+        for module in model.modules():
+            if isinstance(module, Router) and module.bias is not None:
+                # Steps change it by less than a 16-bit number could show.
+                module.bias = nn.Parameter(module.bias.float(), requires_grad=False)
+    return model
 
 
 def filled_in_turn(

@@ -8,12 +8,14 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_data.command_line import log
 from ascendspeed_data.files import INCOMPLETE, write_durably
 from ascendspeed_data.small_files import read_json_lines
 
 METRICS = "metrics.jsonl"
 PICTURE = "loss.png"
+LOAD_PICTURE = "expert_load.png"
 
 
 class Iteration(BaseModel):
@@ -79,6 +81,22 @@ def _read_lines(path: Path) -> tuple[list[dict[str, Any]], bool]:
 def finite_or_none(values: Mapping[str, float]) -> dict[str, float | None]:
     """Return values as JSON can hold them."""
     return {name: value if isfinite(value) else None for name, value in values.items()}
+
+
+def load_metrics(loads: Sequence[Sequence[float]], model: ModelConfig) -> dict[str, float]:
+    """Return how unequally tokens fell on the experts of each layer: the largest and smallest load over the mean.
+
+    Args:
+        loads: tokens that chose each expert, by layer.
+        model: says which layers have experts.
+    """
+    found: dict[str, float] = {}
+    for layer, load in enumerate(loads):
+        mean = sum(load) / len(load)
+        if model.has_experts(layer) and mean:
+            found[f"expert_load/{layer}/largest"] = max(load) / mean
+            found[f"expert_load/{layer}/smallest"] = min(load) / mean
+    return found
 
 
 def format_iteration(record: Mapping[str, Any], train_iters: int, logged_metrics: Mapping[str, int]) -> str:
@@ -160,6 +178,46 @@ def draw_loss(
         )
     axes.set_xlabel("iteration")
     axes.set_ylabel(f"loss, {unit}")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    save_figure(figure, path)
+
+
+def draw_expert_load(records: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw how unequally tokens fell on experts, a curve for each layer, as a PNG; nothing for models without.
+
+    Args:
+        records: of `metrics.jsonl`.
+        path: the picture.
+    """
+    layers = sorted(
+        {int(key.split("/")[1]) for record in records for key in record if key.startswith("expert_load/")}
+    )
+    if not layers:
+        return
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
+    colours = mpl.colormaps["viridis"]
+    for layer in layers:
+        colour = colours(layers.index(layer) / max(len(layers) - 1, 1))
+        for extreme in ("largest", "smallest"):
+            key = f"expert_load/{layer}/{extreme}"
+            known = [record for record in records if key in record]
+            label = f"layer {layer}" if extreme == "largest" and layer in (layers[0], layers[-1]) else None
+            axes.plot(
+                [record["iteration"] for record in known],
+                [record[key] for record in known],
+                color=colour,
+                lw=1,
+                label=label,
+            )
+    axes.axhline(1.0, color="grey", ls="--", lw=1, label="all experts alike")
+    axes.set_xlabel("iteration")
+    axes.set_ylabel("largest and smallest load of an expert / mean")
     axes.grid(alpha=0.3)
     axes.legend()
     save_figure(figure, path)

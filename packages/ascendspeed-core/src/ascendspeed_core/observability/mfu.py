@@ -8,7 +8,8 @@ def training_flops_per_token(model: ModelConfig, seq_length: int) -> float:
 
     Six for each weight in a matrix product, two forwards and four backwards, and for causal attention six for each
     layer, key seen on average (S / 2, twice: scores and values) and dimension of the heads (Chowdhery et al., 2022,
-    PaLM, appendix B, which counts attention without the causal half). What recompute does twice counts once.
+    PaLM, appendix B, which counts attention without the causal half). What recompute does twice counts once; of the
+    experts those count that a token uses.
 
     Args:
         model: the architecture.
@@ -16,7 +17,7 @@ def training_flops_per_token(model: ModelConfig, seq_length: int) -> float:
     """
     # Scores and values each count half.
     of_heads = model.num_attention_heads * (model.head_dim + (model.value_head_dim or model.head_dim)) / 2
-    in_products = model.num_layers * model.weights_in_products + model.hidden_size * model.vocab_size
+    in_products = model.weights_in_products + model.hidden_size * model.vocab_size
     window = min(model.sliding_window or seq_length, seq_length)
     windowed = sum(model.has_window(layer) for layer in range(model.num_layers))
     # Twice the keys that a query sees on average: S when it sees all before it.

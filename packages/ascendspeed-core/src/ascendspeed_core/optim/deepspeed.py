@@ -219,8 +219,8 @@ def refuse_other_replicas(slices: Mapping[str, Slice], layout: Layout) -> None:
         axes = layout.spanned(*part.replica_axes)
         if axes != summed:
             raise ConfigError(
-                f"{name} sums its gradient over {' x '.join(axes) or 'no other rank'}, but DeepSpeed sums all "
-                f"of them over {' x '.join(summed)}; leave --zero-stage and --deepspeed out"
+                f"{name} sums its gradient over {' x '.join(part.replica_axes) if axes else 'no other rank'}, but "
+                f"DeepSpeed sums all of them over {' x '.join(summed)}; leave --zero-stage and --deepspeed out"
             )
 
 

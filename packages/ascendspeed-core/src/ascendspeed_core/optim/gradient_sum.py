@@ -88,8 +88,8 @@ class Replicas:
 
     Attributes:
         axes: of the mesh, along which they are; those of one rank left out.
-        other_axes: along which ranks hold other parts of these parameters, beside tp and pp: those along which the
-            rest of the model has replicas, and an expert has none.
+        other_axes: along which ranks of the same stage hold other parts of these parameters: tp; of experts those
+            over which they are spread.
         group: these ranks; `None` when this one is alone.
         size: how many they are.
         index: which of them this rank is.
@@ -108,7 +108,7 @@ class Replicas:
         """Look up the ranks along some axes of the mesh."""
         layout = mesh.layout
         spanned = layout.spanned(*axes)
-        others = tuple(axis for axis in layout.spanned("replicas") if axis not in spanned)
+        others = tuple(axis for axis in layout.spanned("replicas", "tp") if axis not in spanned)
         size = layout.size(*axes)
         is_sharded = layout.sharded_optimizer and size > 1
         return cls(spanned, others, mesh.group(*axes), size, mesh.index(*axes), is_sharded)

@@ -227,7 +227,7 @@ class MasterOptimizer:
                 self._mesh.sum_over(axis, value)
             measured.append(value)
         total = reduce(torch.add, measured)
-        for axes in ("tp", "pp", "replicas") if is_sharded else ("tp", "pp"):
+        for axes in ("tp", "pp", "replicas") if is_sharded else ("pp",):
             self._mesh.sum_over(axes, total)
         return total
 
@@ -279,6 +279,12 @@ class MasterOptimizer:
             holders, holder = slot.slice.tp_replicas * size, slot.slice.tp_replica * size + index
             for kind, value in self._state_of(slot).items():
                 held.append((f"optimizer/{kind}/{slot.name}", slot.slice, value, holders, holder))
+        for name, bias in self._model.updated_without_gradient():
+            # All ranks of a stage have it.
+            size, index = self._mesh.layout.replicas, self._mesh.replica
+            part = self._slices[name]
+            holders, holder = part.tp_replicas * size, part.tp_replica * size + index
+            held.append((f"model/{name}", part, bias, holders, holder))
         held = [entry for entry in held if not entry[0].endswith(borrowed)]
         writers = assign_writers((name, part, holders) for name, part, _, holders, _ in held)
         return [

@@ -70,10 +70,12 @@ class LossSums:
     Attributes:
         loss: the main one.
         auxiliary: the others by name, of which every rank has the same; empty when the model has none.
+        expert_loads: tokens that chose each expert, see `parallel.router_steps`.
     """
 
     loss: torch.Tensor
     auxiliary: dict[str, torch.Tensor]
+    expert_loads: torch.Tensor | None = None
 
     @classmethod
     def zeros(cls, model: Transformer, device: torch.device) -> "LossSums":

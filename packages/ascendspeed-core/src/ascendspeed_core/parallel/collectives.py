@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from ascendspeed_core.config.sharding import chunk_range
+
 Value = TypeVar("Value")
 
 SMALL_ELEMENTS = 1 << 18
@@ -126,6 +128,36 @@ def exchange_rows(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     return _after(_start_exchange(list(rows), list(received), group), received)
 
 
+def exchange_parts(
+    x: torch.Tensor, to: Sequence[int], of: Sequence[int], group: dist.ProcessGroup
+) -> torch.Tensor:
+    """Send consecutive rows of `x` to the ranks of `group`, and return the rows received, in order of the ranks.
+
+    Args:
+        x: [N, H].
+        to: rows for each rank; they add up to N.
+        of: rows from each rank.
+        group: the ranks.
+    """
+    received: torch.Tensor = _ExchangeParts.apply(x, list(to), list(of), group)
+    return received
+
+
+def take_share(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Return this rank's rows of `x`, which all ranks have, [T, H]; the gradients of all shares are put together.
+
+    As `torch.chunk` cuts: the last ranks may have fewer rows, or none.
+    """
+    share: torch.Tensor = _TakeShare.apply(x, group)
+    return share
+
+
+def gather_shares(x: torch.Tensor, length: int, group: dist.ProcessGroup) -> torch.Tensor:
+    """Put the shares of `take_share` together, on every rank: -> [T, H]; the gradient is cut, not summed."""
+    whole: torch.Tensor = _GatherShares.apply(x, length, group)
+    return whole
+
+
 def swap_cut(x: torch.Tensor, cut: int, joined: int, group: dist.ProcessGroup) -> torch.Tensor:
     """Cut a dimension that is whole over the ranks of `group`, and join one that was cut.
 
@@ -187,6 +219,65 @@ class _SumOverGroup(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
         return gradients[0], None
+
+
+class _ExchangeParts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, to: list[int], of: list[int], group: dist.ProcessGroup
+    ) -> torch.Tensor:
+        ctx.to, ctx.of, ctx.group = to, of, group
+        return _exchange_parts(x, to, of, group)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        return _exchange_parts(gradients[0], ctx.of, ctx.to, ctx.group), None, None, None
+
+
+def _exchange_parts(x: torch.Tensor, to: list[int], of: list[int], group: dist.ProcessGroup) -> torch.Tensor:
+    received = x.new_empty((sum(of), *x.shape[1:]))
+    x = x.contiguous()
+    if dist.get_backend(group) != dist.Backend.GLOO:
+        dist.all_to_all_single(received, x, of, to, group=group)
+        return received
+    rank, outgoing, incoming = dist.get_rank(group), x.split(to), received.split(of)
+    incoming[rank].copy_(outgoing[rank])
+    others = [other for other in range(len(to)) if other != rank]
+    works = [dist.isend(outgoing[other], group=group, group_dst=other) for other in others if to[other]]
+    works += [dist.irecv(incoming[other], group=group, group_src=other) for other in others if of[other]]
+    return _after(works, received)
+
+
+class _TakeShare(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.length, ctx.group = len(x), group
+        return _share_of(x, group).clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return _join_shares(gradients[0], ctx.length, ctx.group), None
+
+
+class _GatherShares(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, length: int, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        return _join_shares(x, length, group)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return _share_of(gradients[0], ctx.group).contiguous(), None, None
+
+
+def _share_of(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    return x[chunk_range(len(x), dist.get_world_size(group), dist.get_rank(group))]
+
+
+def _join_shares(x: torch.Tensor, length: int, group: dist.ProcessGroup) -> torch.Tensor:
+    share = -(-length // dist.get_world_size(group))
+    padded = torch.nn.functional.pad(x, (0, 0, 0, share - len(x)))
+    return all_gather_rows(padded, group).flatten(0, 1)[:length]
 
 
 class _SwapCut(torch.autograd.Function):

@@ -95,9 +95,10 @@ class ParallelMesh:
 
     def tp_subgroup(self, count: int) -> dist.ProcessGroup:
         """Return the group of `count` neighbouring tensor-parallel ranks; all processes ask together."""
-        if count == self.layout.tp:
-            assert self.mesh is not None
-            return self.mesh.get_group("tp")
+        for axis, size in (("tp", self.layout.tp), ("etp", self.layout.expert_tp)):
+            group = self.group(axis) if count == size else None
+            if group is not None:
+                return group
         if count not in self._tp_subgroups:
             for first in range(0, self.layout.world_size, count):
                 ranks = list(range(first, first + count))

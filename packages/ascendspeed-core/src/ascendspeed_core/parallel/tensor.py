@@ -66,13 +66,13 @@ class _Border:
 
 
 def apply_tensor_parallel(model: Transformer, group: dist.ProcessGroup, layout: Layout) -> None:
-    """Partition `model` over the ranks of `group`, in place.
+    """Make `model`, whose parameters are parts, compute with the other ranks of `group`, in place.
 
     `model(batch)` then gives this rank's logits, [B, S, V/tp]. With sequence parallelism hidden states between
     layers, and so between pipeline stages, are [B, S/tp, H].
 
     Args:
-        model: on the meta device or filled; sizes must fit, see `ParallelConfig.check_model`.
+        model: after `shard_parameters`; sizes must fit, see `ParallelConfig.check_model`.
         group: ranks that share each layer.
         layout: of all ranks.
     """
@@ -88,14 +88,14 @@ def apply_tensor_parallel(model: Transformer, group: dist.ProcessGroup, layout: 
         border = _Border(
             group, partial(copy_to_group, group=group), partial(sum_over_group, group=group), share
         )
-    _shard_parameters(model, layout, dist.get_rank(group))
     model.positions.heads = query_heads(model.config, layout.tp, dist.get_rank(group))
     blocks: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         if isinstance(module, AllHeadsNorm):
             module.average = partial(average_over_group, group=group)
         sharding = module_sharding(name)
-        partition = sharding.partition if sharding is not None else None
+        # Experts give and take whole tokens, see `parallel.experts`.
+        partition = sharding.partition if sharding is not None and sharding.axis == "tp" else None
         if partition in (Partition.COLUMN_PARALLEL, Partition.KEY_VALUE_HEADS):
             block = name.rpartition(".")[0]
             blocks[block] = model.get_submodule(block)
@@ -124,9 +124,10 @@ def gather_logits(logits: torch.Tensor, vocab_size: int, group: dist.ProcessGrou
     return torch.cat(parts, dim=-1)[..., :vocab_size]
 
 
-def _shard_parameters(model: Transformer, layout: Layout, tp_rank: int) -> None:
+def shard_parameters(model: Transformer, layout: Layout, tp_rank: int, etp_rank: int) -> None:
+    """Leave to each parameter this rank's part, in place; on the meta device or filled."""
     for name, whole in list(model.named_parameters()):
-        part = tensor_slice(name, tuple(whole.shape), model.config, layout, tp_rank)
+        part = tensor_slice(name, tuple(whole.shape), model.config, layout, tp_rank, etp_rank=etp_rank)
         if part.sizes != part.shape:
             owner, _, kind = name.rpartition(".")
             setattr(model.get_submodule(owner), kind, nn.Parameter(whole.detach()[part.index].clone()))

@@ -5,7 +5,7 @@ from its making to its end. `planner.memory` puts a step together from these siz
 for itself while it runs, and what an allocator leaves unused between tensors, is not seen.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from math import prod
@@ -26,6 +26,7 @@ from ascendspeed_core.optim.engine import Engine
 from ascendspeed_core.parallel.auxiliary_losses import attach_losses
 from ascendspeed_core.parallel.mesh import ParallelMesh, gather_objects
 from ascendspeed_core.parallel.recompute import recompute, recomputed
+from ascendspeed_core.parallel.router_steps import tried_routers
 from ascendspeed_core.parallel.stages import hidden_shape, logits_shape
 from ascendspeed_core.parallel.timeline import Recorder
 from ascendspeed_core.planner.memory import (
@@ -207,7 +208,8 @@ def measure_step(
         )
     rows = [len(micro_batch.tokens) for micro_batch in micro_batches]
     largest = micro_batches[rows.index(max(rows))]
-    stages = [_measure_stage(model, mesh, stage, largest) for stage in model.stages]
+    with tried_routers(model):
+        stages = [_measure_stage(model, mesh, stage, largest) for stage in model.stages]
     actions = _pipeline_actions(model, mesh, micro_batches)
     engine.zero_grad()
     return StepMemory(
@@ -221,7 +223,10 @@ def measure_step(
 
 def _measure_stage(model: Transformer, mesh: ParallelMesh, stage: Stage, batch: MicroBatch) -> StageMemory:
     dtype = next(model.parameters()).dtype
-    hidden = torch.zeros(hidden_shape(batch.tokens, model, mesh), dtype=dtype, device=mesh.device.torch)
+    # Different tokens, which experts share out.
+    generator = torch.Generator().manual_seed(mesh.rank)
+    hidden = torch.randn(hidden_shape(batch.tokens, model, mesh), generator=generator)
+    hidden = hidden.to(mesh.device.torch, dtype)
 
     def run(x: torch.Tensor | None, part: Stage) -> torch.Tensor:
         out, losses = model.run_stage(part, batch.input, x)
@@ -232,26 +237,30 @@ def _measure_stage(model: Transformer, mesh: ParallelMesh, stage: Stage, batch: 
         # A pipeline keeps what a stage gave until its backward.
         return masked_sum(model, logits, batch, mesh), logits if mesh.layout.pp > 1 else None
 
-    number = stage.layers[0]
-    layer = model.layers[str(number)]
-    layers: dict[Mode, PartMemory] = {}
-    modes: tuple[Mode, ...] = ("none", "selective", "full")
-    for mode in modes:
-        with recomputed(layer, mode):
-            found = _measure(
-                lambda x: (run(x, Stage(1, 3, range(number, number + 1))), None),
-                hidden,
-                gradient_bytes([layer]),
-            )
-        layers[mode] = found
+    def measure_layer(number: int) -> dict[Mode, PartMemory]:
+        layer = model.layers[str(number)]
+        found: dict[Mode, PartMemory] = {}
+        modes: tuple[Mode, ...] = ("none", "selective", "full")
+        for mode in modes:
+            with recomputed(layer, mode):
+                found[mode] = _measure(
+                    lambda x: (run(x, Stage(1, 3, range(number, number + 1))), None),
+                    hidden,
+                    gradient_bytes([layer]),
+                )
+        return found
+
+    # Layers of one model may differ; those of one kind are measured once.
+    first_of_kind: dict[tuple[type, ...], int] = {}
+    for number in stage.layers:
+        first_of_kind.setdefault(_kind_of(model.layers[str(number)]), number)
+    by_kind = {kind: measure_layer(number) for kind, number in first_of_kind.items()}
     # A layer that is computed again keeps what it gives, and the tables that all layers share.
-    shared = layers["full"].kept - hidden.nbytes
-    layers = {
-        mode: replace(found, kept=found.kept - shared, forward=found.forward - shared)
-        for mode, found in layers.items()
-    }
-    if layers["selective"].kept >= layers["none"].kept:
-        del layers["selective"]
+    shared = next(iter(by_kind.values()))["full"].kept - hidden.nbytes
+    by_kind = {kind: _without_shared(found, shared) for kind, found in by_kind.items()}
+    kinds = [_kind_of(model.layers[str(number)]) for number in stage.layers]
+    layers = by_kind[kinds[0]]
+    others = {at: by_kind[kind] for at, kind in enumerate(kinds) if kind != kinds[0]}
     before = after = None
     # A tied weight has its gradient from the head, whose backward comes first.
     of_head = [m for m in (model.final_norm, model.output_head) if m is not None]
@@ -262,7 +271,7 @@ def _measure_stage(model: Transformer, mesh: ParallelMesh, stage: Stage, batch: 
     if stage.is_last:
         after = _measure(head, hidden, gradient_bytes(of_head))
     if mesh.layout.pp == 1:
-        return StageMemory(layers, len(stage.layers), before, after, shared)
+        return StageMemory(layers, len(stage.layers), before, after, shared, others=others)
     inner, outer = (0 if is_end else hidden.nbytes for is_end in (stage.is_first, stage.is_last))
     return StageMemory(
         layers, len(stage.layers), before, after, shared,
@@ -270,7 +279,24 @@ def _measure_stage(model: Transformer, mesh: ParallelMesh, stage: Stage, batch: 
         received=outer,
         # With several stages on a rank torch keeps what it sent, hidden states and gradients, until the step ends.
         sent=inner + outer if len(model.stages) > 1 else 0,
+        others=others,
     )  # fmt: skip
+
+
+def _kind_of(layer: torch.nn.Module) -> tuple[type, ...]:
+    """Return what layers have in common that take the same."""
+    return type(layer.get_submodule("attention")), type(layer.get_submodule("mlp"))
+
+
+def _without_shared(found: Mapping[Mode, PartMemory], shared: int) -> dict[Mode, PartMemory]:
+    """Return what a layer alone takes, without what all layers share; no `selective` where it saves nothing."""
+    own = {
+        mode: replace(part, kept=part.kept - shared, forward=part.forward - shared)
+        for mode, part in found.items()
+    }
+    if own["selective"].kept >= own["none"].kept:
+        del own["selective"]
+    return own
 
 
 def _measure(

@@ -9,7 +9,7 @@ a rank's first stage go first: their activations wait the longest.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ascendspeed_core.config.recompute import Mode
 
@@ -38,6 +38,7 @@ class StageMemory:
     Attributes:
         layers: what a layer takes, by what of it is computed again; without `selective` where that is no choice.
         num_layers: how many of them.
+        others: the same of layers that take other than the rest, by their number in the stage.
         before: the embedding, in the first stage.
         after: the head and the loss, in the last stage.
         attention_inputs: masks and rotary angles, kept while a micro-batch is between its forward and its backward.
@@ -54,10 +55,11 @@ class StageMemory:
     output: int = 0
     received: int = 0
     sent: int = 0
+    others: Mapping[int, Mapping[Mode, PartMemory]] = field(default_factory=dict)
 
     def parts(self, modes: Sequence[Mode]) -> list[PartMemory]:
         """Return all parts in the order of the forward, for a mode of each layer."""
-        layers = [self.layers[mode] for mode in modes]
+        layers = [self.others.get(number, self.layers)[mode] for number, mode in enumerate(modes)]
         return [part for part in (self.before, *layers, self.after) if part is not None]
 
 
@@ -169,4 +171,5 @@ def first_plan_within(memory: StepMemory, choices: Sequence[tuple[Mode, ...]], b
 
 def can_be_selective(memory: StepMemory) -> bool:
     """Whether `selective` is a choice for all layers."""
-    return all("selective" in stage.layers for stage in memory.stages)
+    kinds = (kind for stage in memory.stages for kind in (stage.layers, *stage.others.values()))
+    return all("selective" in kind for kind in kinds)

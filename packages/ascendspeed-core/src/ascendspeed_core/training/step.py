@@ -1,11 +1,11 @@
 """One training step.
 
 Shapes: B micro-batch size, S sequence length (S/cp under context parallelism), V/tp this rank's part of the
-vocabulary.
+vocabulary, L layers, E experts.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import nan
 
 import torch
@@ -18,6 +18,7 @@ from ascendspeed_core.optim.engine import Engine
 from ascendspeed_core.optim.loss_scale import LossScale
 from ascendspeed_core.parallel.auxiliary_losses import LossSums
 from ascendspeed_core.parallel.mesh import ParallelMesh
+from ascendspeed_core.parallel.router_steps import begin_router_step, end_router_step, update_router_biases
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,14 @@ class StepResult:
         grad_norm: of the whole model's gradient, before clipping; `None` when the step was skipped.
         tokens: tokens that counted.
         auxiliary_losses: by name, divided by what `loss` is divided by and not in it; empty when the model has none.
+        expert_loads: tokens that chose each expert of each layer, [L, E]; `None` when the model has none.
     """
 
     loss: float
     grad_norm: float | None
     tokens: int
     auxiliary_losses: dict[str, float] = field(default_factory=dict)
+    expert_loads: torch.Tensor | None = None
 
     @property
     def is_skipped(self) -> bool:
@@ -82,7 +85,9 @@ def train_step(
     auxiliary = {name: float(mesh.sum_over("replicas", part)) for name, part in share.auxiliary.items()}
     # The loss is waited for last: what the step asks of the device meets no pause.
     grad_norm = engine.step(scale)
-    result = StepResult(float(loss), grad_norm, tokens, auxiliary)
+    if share.expert_loads is not None and grad_norm is not None:
+        update_router_biases(model, share.expert_loads)
+    result = StepResult(float(loss), grad_norm, tokens, auxiliary, share.expert_loads)
     if loss_scale:
         loss_scale.update(overflow=result.is_skipped)
     return result
@@ -99,6 +104,8 @@ def forward_backward(
 ) -> LossSums:
     """Add the gradients of this rank's micro-batches to the parameters, and return their share of the losses.
 
+    Experts' loads are those of all ranks already.
+
     Args:
         model: this rank's part.
         engine: computes its gradients.
@@ -112,6 +119,8 @@ def forward_backward(
     def share(number: int, logits: torch.Tensor) -> torch.Tensor:
         return loss_of(number, logits) / count
 
+    inputs = [micro_batch.input for micro_batch in micro_batches]
+    begin_router_step(model, mesh, inputs, count)
     if mesh.layout.pp > 1:
         # torch's schedules take seconds to import.
         from ascendspeed_core.parallel.pipeline import run_pipeline
@@ -119,7 +128,7 @@ def forward_backward(
         sums = run_pipeline(
             model,
             mesh,
-            [micro_batch.input for micro_batch in micro_batches],
+            inputs,
             lambda number, logits: share(number, logits) * scale,
             on_stage_done=engine.start_reduction if mesh.layout.early_reduction else None,
             auxiliary_scale=scale / count,
@@ -127,8 +136,8 @@ def forward_backward(
         sums.loss.div_(scale)
     else:
         sums = LossSums.zeros(model, mesh.device.torch)
-        for number, micro_batch in enumerate(micro_batches):
-            logits, losses = engine.forward(micro_batch.input)
+        for number, given in enumerate(inputs):
+            logits, losses = engine.forward(given)
             loss = share(number, logits)
             # The largest activation of all: it must not outlive its use.
             del logits
@@ -142,4 +151,4 @@ def forward_backward(
             # Each tensor-parallel rank has the losses of its part of the sequence, or a share of the whole.
             mesh.sum_over("tp", auxiliary)
         auxiliary.div_(count)
-    return sums
+    return replace(sums, expert_loads=end_router_step(model, mesh))

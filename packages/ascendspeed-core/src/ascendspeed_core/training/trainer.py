@@ -14,11 +14,14 @@ from ascendspeed_core.data.micro_batch import MicroBatch
 from ascendspeed_core.kernels.registry import table, update_choice
 from ascendspeed_core.models.transformer import Transformer
 from ascendspeed_core.observability.metrics import (
+    LOAD_PICTURE,
     PICTURE,
     MetricsFile,
+    draw_expert_load,
     draw_loss,
     finite_or_none,
     format_iteration,
+    load_metrics,
 )
 from ascendspeed_core.observability.monitor import Monitor
 from ascendspeed_core.optim.build_engine import make_engine, zero_settings
@@ -27,6 +30,7 @@ from ascendspeed_core.optim.schedule import Schedule
 from ascendspeed_core.parallel.dropout import apply_dropout
 from ascendspeed_core.parallel.mesh import ParallelMesh, gather_objects
 from ascendspeed_core.parallel.recompute import apply_recompute
+from ascendspeed_core.parallel.router_steps import train_routers
 from ascendspeed_core.planner.auto import plan_micro_batches, plan_recompute
 from ascendspeed_core.training.check_finite import check_evaluation, check_finite
 from ascendspeed_core.training.checkpoint import (
@@ -75,6 +79,7 @@ class Trainer:
             drops_attention=config.dropout.attention_dropout > 0,
         )
         kernels = apply_kernels(self.model, config.compute, self.kernel_context)
+        train_routers(self.model, config.experts)
         apply_recompute(self.model, config.recompute, mesh.pp_rank)
         self.objective = plan.objective.make_loss(self.model, mesh, self._load_frozen)
         self.engine = make_engine(self.model, config, mesh, settings)
@@ -261,6 +266,8 @@ class Trainer:
         }
         auxiliary = {f"auxiliary_losses/{name}": loss for name, loss in result.auxiliary_losses.items()}
         record |= finite_or_none(auxiliary)
+        if result.expert_loads is not None:
+            record |= load_metrics(result.expert_loads.tolist(), self.plan.model)
         record |= finite_or_none(self.objective.metrics())
         return record | self.monitor.metrics(tokens / seconds)
 
@@ -346,6 +353,7 @@ class Trainer:
             picture = self.metrics.path.with_name(PICTURE)
             entropy, unit = self.plan.unigram_entropy_nats, self.plan.objective.loss_unit
             draw_loss(self.metrics.records, picture, entropy, unit)
+            draw_expert_load(self.metrics.records, picture.with_name(LOAD_PICTURE))
 
     def _log(self, *lines: str) -> None:
         """Write lines to the log, once for all ranks."""

@@ -118,6 +118,7 @@ def plan_run(config: PretrainConfig, world_size: int) -> RunPlan:
     _check_dropout(config, source)
     config.parallel.check_model(source.config)
     config.parallel.check_sequence(config.data.seq_length)
+    _check_experts(config, source)
     _check_pipeline(config, layout, source.config)
     check_zero(config, layout)
     _say_what_scales_nothing(config)
@@ -142,6 +143,31 @@ def plan_run(config: PretrainConfig, world_size: int) -> RunPlan:
     tokenizer = config.data.tokenizer_name_or_path or source.tokenizer
     prompts = plan_eval_prompts(config.eval_prompts, source.config, layout, tokenizer)
     return RunPlan(config, layout, source, state, checkpoint, samples, manifest, objective, prompts)
+
+
+def _check_experts(config: PretrainConfig, source: WeightSource) -> None:
+    """Check that options of routers mean something, and that no adapter asks for what experts cannot do."""
+    given, experts = sorted(config.experts.model_fields_set), source.config.experts
+    where = source.path or config.start.model_config_file
+    if given and experts is None:
+        raise ConfigError(f"{given[0]} was given for {where}, a model without experts; leave it out")
+    if config.experts.moe_router_bias_update_rate and experts is not None and not experts.score_bias:
+        raise ConfigError(
+            f"moe_router_bias_update_rate={config.experts.moe_router_bias_update_rate}: the routers of {where} have "
+            "no bias; balance their load by --moe-aux-loss-coeff"
+        )
+    if source.adapters is None:
+        return
+    if config.experts.moe_router_bias_update_rate:
+        raise ConfigError(
+            "moe_router_bias_update_rate changes biases of the base, which an adapter does not hold; leave it out"
+        )
+    for name, low_rank in source.adapters.layers.items():
+        if ".experts." in name and low_rank.dropout:
+            raise ConfigError(
+                f"lora_dropout={low_rank.dropout} drops by the token's position, which {name} does not know; choose 0, "
+                "or leave experts out of --lora-target-modules"
+            )
 
 
 def _say_what_scales_nothing(config: PretrainConfig) -> None:

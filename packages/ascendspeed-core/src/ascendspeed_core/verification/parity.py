@@ -25,6 +25,8 @@ _ERROR = "asd-core: error: "
 OPTIONS: dict[str, tuple[str, ...]] = {
     "sp": ("--sequence-parallel",),
     "sharded": ("--use-distributed-optimizer",),
+    "ep(N)": ("--expert-model-parallel-size", "N"),
+    "etp(N)": ("--expert-tensor-parallel-size", "N"),
     "zero(N)": ("--zero-stage", "N"),
     **{name: ("--pipeline-schedule", name) for name in ("gpipe", *V_SCHEDULES)},
     **{name: ("--foldx-mode", name) for name in FOLD_SCHEDULES},

@@ -2,8 +2,9 @@
 
 A matrix product adds up in an order that depends on its shape. So the same text gets other last bits when other texts
 are computed with it, and another token where two are nearly equal. In this mode every pass has one of two fixed
-shapes, filled up with padding, and attention reads each text in chunks that depend on that text alone. Whether all
-rows of one product are added up alike is not assumed: it is tried on the model itself.
+shapes, filled up with padding, and attention reads each text in chunks that depend on that text alone. Experts multiply
+a fixed number of rows at once. Whether all rows of one product are added up alike is not assumed: it is tried on the
+model itself.
 
 What it costs: a pass that decodes one text computes 16 rows, prompts are read 128 tokens at a time with logits at each
 of them, and of a shared prefix only whole chunks are reused. `benchmarks/infer.py` measures it.
@@ -28,6 +29,8 @@ T = TypeVar("T")
 CHUNK_TOKENS = 32
 PREFILL_TOKENS = 128
 DECODE_TOKENS = 16
+EXPERT_ROWS = 16
+"""Rows that an expert multiplies at once: how many tokens choose it depends on the others in a pass."""
 
 
 @dataclass(frozen=True)

@@ -82,5 +82,12 @@ class _Recorded:
 
 def decode_graphs_for(model: Transformer, mesh: ParallelMesh, cache: KeyValueCache) -> DecodeGraphs | None:
     """Return what records and replays passes; `None` where the device or the layout cannot."""
-    is_able = mesh.device.can_record and mesh.layout.world_size == 1 and cache.lengths_attention is not None
+    # How many rows an expert gets is read by the host, which a record cannot.
+    has_experts = model.config.experts is not None
+    is_able = (
+        not has_experts
+        and mesh.device.can_record
+        and mesh.layout.world_size == 1
+        and cache.lengths_attention is not None
+    )
     return DecodeGraphs(model, mesh, cache) if is_able else None

@@ -21,12 +21,14 @@ import torch
 from ascendspeed_core.kernels.lengths import lengths_attention
 from ascendspeed_core.models.attention import changed_scores
 from ascendspeed_core.models.cache import CachedPass, CacheSlot, KeyValueCache, SequenceChunk
+from ascendspeed_core.models.experts import tiled_experts
 from ascendspeed_core.models.transformer import ModelInput, Transformer
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.stages import forward_through_stages
 from ascendspeed_core.parallel.tensor import gather_logits
 from ascendspeed_data.errors import AscendSpeedError
 from ascendspeed_infer.engine.batch_invariant import (
+    EXPERT_ROWS,
     check_order_of_sums,
     pack,
     pass_shapes_for,
@@ -111,7 +113,8 @@ class ModelRunner:
         """Run chunks in one pass of `size` tokens, the rest of it padding, with logits everywhere."""
         ids = [token for one in chunks for token in one.token_ids]
         cached = CachedPass(self.cache, [one.chunk for one in chunks], size)
-        logits = self._forward([*ids, *[0] * (size - len(ids))], cached, None)
+        with tiled_experts(self.model, EXPERT_ROWS):
+            logits = self._forward([*ids, *[0] * (size - len(ids))], cached, None)
         counts = [len(one.token_ids) for one in chunks]
         *parts, _ = logits.split([*counts, size - len(ids)])
         return [part[len(part) - one.num_logits :] for part, one in zip(parts, chunks, strict=True)]

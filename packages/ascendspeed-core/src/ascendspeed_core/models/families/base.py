@@ -3,8 +3,8 @@
 import itertools
 import re
 import string
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from ascendspeed_core.config.load import validate
@@ -181,6 +181,7 @@ class Family:
         architectures: `architectures` entries of Hugging Face configs that belong to it; the first is written.
         config: the config table.
         rules: the weight table.
+        other_rules: weight tables of other layouts of the same tensors, which are read but never written.
         fixed: fields of `ModelConfig` that are the same for all its models.
         must_be: keys of the config.json with the values that the family does; the first is written, and is what an
             absent key means.
@@ -202,6 +203,7 @@ class Family:
     unused: tuple[str, ...] = ()
     prefix: str = ""
     sizes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    other_rules: tuple[tuple[WeightRule, ...], ...] = ()
     indices: Mapping[str, Callable[[ModelConfig], int]] = field(
         default_factory=lambda: {"layer": count_layers}
     )
@@ -306,6 +308,21 @@ class Family:
             said = ", ".join(f"{name}={getattr(config, name)!r}" for name in lost)
             raise AscendSpeedError(f"a config.json of {self.name} cannot say {said}; choose another family")
         return hf | {"use_cache": True}
+
+    def in_layout_of(self, names: Collection[str], config: ModelConfig) -> "Family":
+        """Return this family with the weight table that most of these tensors are in; its own where none is better."""
+
+        def found(rules: tuple[WeightRule, ...]) -> int:
+            family = replace(self, rules=rules, other_rules=())
+            return len({mapping.theirs for mapping in family.weights(config)} & set(names))
+
+        if not self.other_rules:
+            return self
+        own = {mapping.theirs for mapping in self.weights(config)}
+        if own <= set(names):
+            return self
+        best = max((self.rules, *self.other_rules), key=found)
+        return replace(self, rules=best)
 
     def weights(self, config: ModelConfig) -> Iterator[TensorMapping]:
         """Yield the table with all indices filled in: every tensor of the model, once."""

@@ -19,9 +19,11 @@ from ascendspeed_core.models.families.granite import GRANITE, MINICPM, SMOLLM3
 from ascendspeed_core.models.families.internlm import INTERNLM, INTERNLM2, INTERNLM3
 from ascendspeed_core.models.families.llama import LLAMA
 from ascendspeed_core.models.families.mistral import MISTRAL
+from ascendspeed_core.models.families.mixtral import MIXTRAL
 from ascendspeed_core.models.families.olmo import OLMO2, OLMO3
 from ascendspeed_core.models.families.phi import PHI3
 from ascendspeed_core.models.families.qwen import QWEN2, QWEN3
+from ascendspeed_core.models.families.qwen_moe import QWEN2_MOE, QWEN3_MOE
 from ascendspeed_core.models.families.stablelm import NEMOTRON, STABLELM
 from ascendspeed_data.errors import AscendSpeedError, did_you_mean
 
@@ -38,6 +40,7 @@ FAMILIES = MappingProxyType(
         for family in (
             *(LLAMA, MISTRAL, QWEN2, QWEN3, INTERNLM, AQUILA, BAICHUAN, BLOOM),
             *_DENSE_OF_TODAY,
+            *(MIXTRAL, QWEN2_MOE, QWEN3_MOE),
         )
     }
 )

@@ -63,7 +63,7 @@ def plan_adapters(config: LoraConfig, model: ModelConfig, where: str) -> Adapter
     linear = [
         name.removesuffix(".weight")
         for name, shape in shapes.items()
-        if is_matrix(name, shape) and name != "embedding.weight"
+        if is_matrix(name, shape) and name != "embedding.weight" and not name.endswith(".router.weight")
     ]
     if model.tie_word_embeddings:
         linear.append("output_head")

@@ -29,7 +29,10 @@ def detect_name_map(names: Iterable[str], folder: Path) -> tuple[Kind, NameMap, 
 
     if has("decoder.layers.0.", "linear_qkv"):
         is_engine = has("linear_qkv.layer_norm_")
-        return "megatron", megatron(is_engine), "Transformer Engine" if is_engine else "local"
+        is_grouped = has("mlp.experts.linear_fc1.weight") or (
+            False if has("mlp.experts.local_experts.") else None
+        )
+        return "megatron", megatron(is_engine, is_grouped), "Transformer Engine" if is_engine else "local"
     if has("language_model.encoder.layers.0.", "query_key_value"):
         if has("mlp.gate_proj") or has("mlp.proj."):
             return "ascendspeed", modellink_llama(has("mlp.proj.")), "LLaMA of December 2023"

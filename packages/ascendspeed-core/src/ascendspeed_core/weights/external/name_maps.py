@@ -19,6 +19,7 @@ Sources: AscendSpeed of October 2023 (`llama_model.py`, `gpt_model.py`), ModelLi
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.sharding import SHARDING, ModuleSharding, Partition, sharded_dim, tensor_sharding
@@ -43,12 +44,14 @@ class NameRule:
             the second.
         by_head: it holds for each key-value head its queries, its key, its value instead.
         transposed: its matrices are stored as [in, out], ours as [out, in].
+        only: layers of which kind have it; `None` for both.
     """
 
     theirs: str
     ours: tuple[str, ...]
     by_head: bool = False
     transposed: bool = False
+    only: Literal["dense", "experts"] | None = None
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,8 @@ class NameMap:
             indices: values of the indices besides `{layer}` and `{kind}`, by name.
             sharding: how each module is cut.
         """
+        if indices is None and config.experts is not None:
+            indices = {"expert": range(config.experts.count)}
         packer = Packer(shapes, config, vocabulary_rows, indices or {}, sharding)
         if chunk.is_first:
             yield from packer.pack(self.first)
@@ -131,6 +136,8 @@ class Packer:
             position: number of the layer within its stage.
         """
         for rule in rules:
+            if rule.only is not None and (rule.only == "experts") != self.config.has_experts(layer):
+                continue
             in_theirs, in_ours = _further_indices(rule.theirs), _further_indices(rule.ours[0])
             fused = [name for name in in_ours if name not in in_theirs]
             ranges = [self.indices.get(name, range(0)) for name in in_theirs]
@@ -257,10 +264,36 @@ def modellink_llama(merged_mlp: bool) -> NameMap:
     )
 
 
-def megatron(transformer_engine: bool) -> NameMap:
+def _megatron_experts(layer: str, grouped: bool) -> tuple[NameRule, ...]:
+    """Return the rules of router and experts; these are one module (`TEGroupedMLP`) or many (`SequentialMLP`)."""
+    gate, up, down = (f"{_L}mlp.experts.{{expert}}.{part}_proj.weight" for part in ("gate", "up", "down"))
+    shared = tuple(f"{_L}mlp.shared_expert.{part}_proj.weight" for part in ("gate", "up", "down"))
+    first, second = (
+        f"{layer}mlp.experts.linear_fc{number}.weight{{expert}}"
+        if grouped
+        else f"{layer}mlp.experts.local_experts.{{expert}}.linear_fc{number}.weight"
+        for number in (1, 2)
+    )
+    return (
+        NameRule(f"{layer}mlp.router.weight", (f"{_L}mlp.router.weight",)),
+        NameRule(f"{layer}mlp.router.expert_bias", (f"{_L}mlp.router.bias",)),
+        NameRule(first, (gate, up)),
+        NameRule(second, (down,)),
+        NameRule(f"{layer}mlp.shared_experts.linear_fc1.weight", shared[:2]),
+        NameRule(f"{layer}mlp.shared_experts.linear_fc2.weight", shared[2:]),
+        NameRule(f"{layer}mlp.shared_experts.gate_weight", (f"{_L}mlp.shared_expert_gate.weight",)),
+    )
+
+
+def megatron(transformer_engine: bool, grouped_experts: bool | None = None) -> NameMap:
     """Return the names of megatron-core's `GPTModel`.
 
-    Its Transformer-Engine layers keep the norms in the linear layers that follow them; its own layers do not.
+    Its Transformer-Engine layers keep the norms in the linear layers that follow them, except before experts; its own
+    layers do not.
+
+    Args:
+        transformer_engine: which layers.
+        grouped_experts: whether the experts of a layer are one module; by default those of Transformer Engine are.
     """
     layer = "decoder.layers.{layer}."
     norms = (
@@ -276,7 +309,9 @@ def megatron(transformer_engine: bool) -> NameMap:
             NameRule(f"{layer}self_attention.linear_qkv.{{kind}}", QKV, by_head=True),
             NameRule(f"{layer}self_attention.q_layernorm.{{kind}}", (f"{_L}attention.q_norm.{{kind}}",)),
             NameRule(f"{layer}self_attention.k_layernorm.{{kind}}", (f"{_L}attention.k_norm.{{kind}}",)),
-            NameRule(f"{layer}{norms[1]}", NORM_2),
+            NameRule(f"{layer}{norms[1]}", NORM_2, only="dense"),
+            NameRule(f"{layer}pre_mlp_layernorm.{{kind}}", NORM_2, only="experts"),
+            *_megatron_experts(layer, transformer_engine if grouped_experts is None else grouped_experts),
             NameRule(f"{layer}mlp.linear_fc1.{{kind}}", GATE + UP),
             NameRule(f"{layer}mlp.linear_fc2.{{kind}}", DOWN),
         ),

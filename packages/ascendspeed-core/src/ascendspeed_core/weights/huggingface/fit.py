@@ -21,6 +21,7 @@ _SIZES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"q_proj\.", ("num_attention_heads", "head_dim", "hidden_size")),
     (r"[kv]_proj\.", ("num_key_value_heads", "head_dim", "hidden_size")),
     (r"o_proj\.", ("hidden_size", "num_attention_heads", "head_dim")),
+    (r"\.(router|experts)\.", ("hidden_size",)),
     (r"(gate|up|down)_proj\.", ("ffn_hidden_size", "hidden_size")),
     (r"[qk]_norm\.", ("head_dim",)),
     (r"q_heads_norm\.", ("num_attention_heads", "head_dim")),

@@ -70,6 +70,7 @@ class HuggingFaceSource(BaseWeightSource):
         self._left_out: dict[str, str] = {}
         self._embedding_is_head = False
         self.config = self.family.read_config({**rest, **generation_ids(path)}, str(where))
+        self.family = self.family.in_layout_of(self._stored.keys(), self.config)
         if self.config.tie_word_embeddings:
             self._compare_head()
         self._mappings = self._mappings_of_this_folder()
