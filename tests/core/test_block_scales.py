@@ -8,10 +8,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
+from ascendspeed_core.build import load_model
+from ascendspeed_core.config.layout import Layout
+from ascendspeed_core.device import Device
+from ascendspeed_core.models.transformer import ModelInput
+from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.weights import Index, TensorInfo, open_weights
 from ascendspeed_core.weights.huggingface.block_scales import Fp8Tensor, MxFp4Tensor, plain_tensors
 from ascendspeed_core.weights.source import CheckpointError
+from support.families import EXPERT_REFERENCES
 from support.models import save_hugging_face, tiny_config
 
 BLOCK = (5, 7)
@@ -125,6 +132,46 @@ def test_scales_that_do_not_fit_are_refused(folder: Path, change: dict[str, Any]
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=complaint):
         open_weights(folder)
+
+
+def test_gpt_oss_in_mxfp4_is_the_plain_model(tmp_path: Path) -> None:
+    """The folder as it is published, blocks of 32 along the input, beside one with the weights that they stand for."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    plain, packed = tmp_path / "plain", tmp_path / "packed"
+    EXPERT_REFERENCES["gpt-oss"].save(plain)
+    packed.mkdir()
+    generator, tensors = torch.Generator().manual_seed(3), load_file(plain / "model.safetensors")
+    config = json.loads((plain / "config.json").read_text()) | {"intermediate_size": 32}
+    held = {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
+    blocked = dict(held)
+    for name in [name for name in held if ".experts." in name]:
+        del blocked[name]
+        rows = 32 if ".down_proj" in name else 64
+        if name.endswith("_bias"):
+            held[name] = blocked[name] = torch.randn(4, rows, generator=generator).to(torch.bfloat16)
+            continue
+        blocks = torch.randint(0, 256, (4, rows, 1, 16), dtype=torch.uint8, generator=generator)
+        scales = torch.randint(120, 126, (4, rows, 1), dtype=torch.uint8, generator=generator)
+        blocked |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        held[name] = convert_moe_packed_tensors(
+            blocks.clone(), scales.clone(), dtype=torch.bfloat16
+        ).contiguous()
+    (plain / "config.json").write_text(json.dumps(config))
+    save_file(held, plain / "model.safetensors", {"format": "pt"})
+    (packed / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}})
+    )
+    save_file(blocked, packed / "model.safetensors", {"format": "pt"})
+    source, want = open_weights(packed), open_weights(plain)
+    assert source.config == want.config
+    assert source.tensors() == want.tensors()
+    assert all(torch.equal(source.read(name), want.read(name)) for name in want.tensors())
+    # Ours are those that transformers computes with.
+    tokens = torch.randint(0, 125, (2, 9), generator=generator)
+    theirs = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32)
+    ours = load_model(source, ParallelMesh(Device("cpu"), Layout()), torch.float32)
+    assert float((ours(ModelInput(tokens)).logits - theirs(tokens).logits).abs().max()) < 1e-5
 
 
 def test_elements_without_scales_and_scales_without_elements_are_refused(tmp_path: Path) -> None:

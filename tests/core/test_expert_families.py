@@ -11,11 +11,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ascendspeed_ckpt.writers.huggingface import write_hugging_face
+from ascendspeed_ckpt.writers.native import write_native
 from ascendspeed_core.build import load_model, parameter_slices
 from ascendspeed_core.config.layout import Layout
 from ascendspeed_core.config.sharding import tensor_sharding
 from ascendspeed_core.device import Device
 from ascendspeed_core.models.families import find_family
+from ascendspeed_core.models.families.packing import Alternating
 from ascendspeed_core.models.families.registry import FAMILIES
 from ascendspeed_core.models.transformer import ModelInput
 from ascendspeed_core.parallel.mesh import ParallelMesh
@@ -30,7 +32,16 @@ from support.tables import ReportTables
 
 TITLE = "Models with experts against transformers: largest absolute difference, fp32"
 HEADER = ("model", "layout", "logits", "gradients")
-LAYOUTS = [Layout(), Layout(tp=2), Layout(pp=2), Layout(tp=2, ep=2, etp=1), Layout(tp=2, dp=2, ep=2)]
+QUICK = [Layout(), Layout(tp=2)]
+FURTHER = [Layout(pp=2), Layout(dp=2, ep=2), Layout(tp=2, ep=2, etp=1), Layout(tp=2, dp=2, ep=2)]
+CASES: list[Any] = [(name, layout) for name in EXPERT_REFERENCES for layout in QUICK]
+CASES += [("DeepSeek-V3", Layout(pp=2)), ("DeepSeek-V3", Layout(tp=2, ep=2, etp=1))]
+CASES += [
+    pytest.param(name, layout, marks=pytest.mark.nightly)
+    for name in EXPERT_REFERENCES
+    for layout in FURTHER
+    if (name, layout) not in CASES
+]
 # fp32 rounds at 6e-8; logits of about 1, sums of up to 48 terms in three layers.
 TOLERANCE = 1e-5
 TOKENS = torch.randint(0, 125, (2, 17), generator=torch.Generator().manual_seed(3))
@@ -51,6 +62,8 @@ def logits(folder: str, layout: Layout) -> tuple[torch.Tensor, dict[str, torch.T
     (losses.mean() / layout.dp).backward()
     gradients = {}
     for name, part in parameter_slices(model, mesh).items():
+        if not model.get_parameter(name).requires_grad:
+            continue
         group = mesh.group(tensor_sharding(name).axis)
         gradient = whole(model.get_parameter(name).grad, part, group, part.has_partial_gradient)  # type: ignore[arg-type]
         gradients[name] = mesh.sum_over(part.replica_axes, gradient)
@@ -58,49 +71,60 @@ def logits(folder: str, layout: Layout) -> tuple[torch.Tensor, dict[str, torch.T
 
 
 def their_gradients(reference: nn.Module, folder: Path) -> dict[str, torch.Tensor]:
-    """Gradients of transformers' model by our names."""
+    """Gradients of transformers' model by our names; what it holds as a buffer has none."""
     config = open_weights(folder).config
-    fused = find_family(config.family)
-    rules = fused.other_rules[0]
-    found = {}
-    for mapping in (m for rule in rules for m in rule.expand(config, fused.index_ranges(config))):
-        gradient = reference.get_parameter(mapping.theirs).grad
+    family = find_family(config.family)
+    rules = (*family.other_rules, family.rules)[0]
+    parameters, found = dict(reference.named_parameters()), {}
+    for mapping in (m for rule in rules for m in rule.expand(config, family.index_ranges(config))):
+        if mapping.theirs not in parameters:
+            assert mapping.ours.endswith(".router.bias")
+            continue
+        gradient = parameters[mapping.theirs].grad
         assert gradient is not None
         for position in mapping.their_position:
             gradient = gradient[position]
-        found[mapping.ours] = gradient if mapping.packed is None else gradient.chunk(2)[mapping.packed.part]
+        gradient = gradient.T if mapping.transposed and gradient.dim() == 2 else gradient
+        if isinstance(mapping.packed, Alternating):
+            gradient = gradient[mapping.packed.part :: 2]
+        elif mapping.packed is not None:
+            gradient = gradient.chunk(2)[mapping.packed.part]
+        found[mapping.ours] = gradient
     return found
 
 
-@pytest.mark.parametrize("name", EXPERT_REFERENCES)
+@pytest.mark.parametrize(("name", "layout"), CASES, ids=str)
 def test_computes_what_transformers_computes(
-    workers: WorkerPool, report: ReportTables, tmp_path: Path, name: str
+    workers: WorkerPool, report: ReportTables, tmp_path: Path, name: str, layout: Layout
 ) -> None:
     reference = EXPERT_REFERENCES[name].save(tmp_path)
     want = logits_of(reference, TOKENS)
     F.cross_entropy(want[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten()).backward()
     gradients = their_gradients(reference, tmp_path)
     assert float(want.detach().abs().max()) > 0.5
-    for layout in LAYOUTS:
-        seen: dict[str, torch.Tensor] = {}
-        differences = []
-        for found, ours in workers.run(logits, layout.world_size, str(tmp_path), layout):
-            differences.append(float((found - want.detach()).abs().max()))
-            seen |= ours
-        assert not seen or seen.keys() == gradients.keys()
-        largest = max((float((seen[n] - gradients[n]).abs().max()) for n in seen), default=0.0)
-        report.add(TITLE, HEADER, name, str(layout), max(differences), largest)
-        assert max(*differences, largest) < TOLERANCE
+    seen: dict[str, torch.Tensor] = {}
+    differences = []
+    for found, ours in workers.run(logits, layout.world_size, str(tmp_path), layout):
+        differences.append(float((found - want.detach()).abs().max()))
+        seen |= ours
+    assert bool(seen) is (layout.pp == 1)
+    assert not seen or seen.keys() == gradients.keys()
+    largest = max((float((seen[n] - gradients[n]).abs().max()) for n in seen), default=0.0)
+    report.add(TITLE, HEADER, name, str(layout), max(differences), largest)
+    assert max(*differences, largest) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", EXPERT_REFERENCES)
 def test_files_come_back_bit_for_bit(tmp_path: Path, name: str) -> None:
-    folder, back, fused = (tmp_path / part for part in ("hf", "back", "fused"))
+    folder, native, back, fused = (tmp_path / part for part in ("hf", "native", "back", "fused"))
     reference = EXPERT_REFERENCES[name].save(folder)
     back.mkdir()
     fused.mkdir()
     source = open_weights(folder)
-    write_hugging_face(source, back, None, 1 << 30)
+    native.mkdir()
+    write_native(source, native, None)
+    assert open_weights(native).config == source.config
+    write_hugging_face(open_weights(native), back, None, 1 << 30)
     stored, written = load_file(folder / "model.safetensors"), load_file(back / "model.safetensors")
     assert written.keys() == stored.keys()
     assert all(torch.equal(written[key], stored[key]) for key in stored)
@@ -121,13 +145,59 @@ def test_published_sizes() -> None:
     stated = {
         "mixtral-8x7b": (46.7, 12.9), "mixtral-8x22b": (140.6, 39.1), "qwen1.5-moe-a2.7b": (14.3, 2.7),
         "qwen2-57b-a14b": (57.4, 14.2), "qwen3-30b-a3b": (30.5, 3.3), "qwen3-235b-a22b": (235.1, 22.2),
+        "deepseek-v2-lite": (15.7, 2.4), "deepseek-v3": (671, 37), "kimi-k2": (1000, 32), "glm-4.5": (355, 32),
+        "glm-4.5-air": (106, 12), "gpt-oss-20b": (20.9, 3.6), "gpt-oss-120b": (116.8, 5.1),
     }  # fmt: skip
-    for family in ("mixtral", "qwen2_moe", "qwen3_moe"):
+    for family in dict.fromkeys(reference.family for reference in EXPERT_REFERENCES.values()):
         for name, hf in FAMILIES[family].sizes.items():
             config = FAMILIES[family].read_config(hf)
-            assert config.num_parameters / 1e9 == pytest.approx(stated[name][0], abs=0.06)
-            # What the publishers count as active differs by the embedding.
-            assert config.num_active_parameters / 1e9 == pytest.approx(stated[name][1], abs=0.4)
+            total, active = stated.pop(name)
+            # Whole numbers are rounded, up to that of Kimi's trillion.
+            assert config.num_parameters / 1e9 == pytest.approx(
+                total, abs=0.06 if total % 1 else 0.03 * total
+            )
+            # What the publishers count as active differs by the embedding, and the head.
+            both = 2 * config.vocab_size * config.hidden_size / 1e9
+            assert -0.4 < config.num_active_parameters / 1e9 - active < both + 0.4
+            assert FAMILIES[family].read_config(FAMILIES[family].write_config(config)) == config
+    assert not stated
+
+
+def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None:
+    EXPERT_REFERENCES["DeepSeek-V3"].save(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    inner = {name: t.clone() for name, t in tensors.items() if name.startswith("model.layers.2.")}
+    further = {name.replace(".2.", ".3.", 1): tensor for name, tensor in inner.items()}
+    save_file(tensors | further, tmp_path / "model.safetensors", {"format": "pt"})
+    left = open_weights(tmp_path).left_out()
+    assert "of a layer that predicts a further token (num_nextn_predict_layers=1)" in str(left)
+    hf = json.loads((tmp_path / "config.json").read_text()) | {"num_nextn_predict_layers": 0}
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    with pytest.raises(AscendSpeedError, match="num_hidden_layers=3, but there are weights of layer 3"):
+        open_weights(tmp_path)
+
+
+def test_how_deepseek_says_experts() -> None:
+    v2, v3 = FAMILIES["deepseek_v2"], FAMILIES["deepseek_v3"]
+    greedy = v2.read_config(v2.sizes["deepseek-v2-lite"] | {"n_group": 8, "topk_group": 3}).experts
+    assert greedy is not None
+    assert (greedy.groups, greedy.normalised, greedy.shared_ffn_hidden_size) == (1, False, 2816)
+    limited = v3.read_config(v3.sizes["deepseek-v3"]).experts
+    assert limited is not None
+    assert (limited.groups, limited.groups_per_token, limited.dense_layers) == (8, 4, (0, 1, 2))
+    for family, name, changes, message in (
+        (v2, "deepseek-v2-lite", {"topk_method": "noaux_tc"}, "topk_method='noaux_tc' is not supported here"),
+        (v2, "deepseek-v2-lite", {"norm_topk_prob": True}, "norm_topk_prob=True is not supported"),
+        (v3, "deepseek-v3", {"scoring_func": "softmax"}, "scoring_func='softmax' is not supported here"),
+        (v3, "deepseek-v3", {"moe_layer_freq": 2}, "moe_layer_freq=2 is not supported; only 1 is"),
+        (v3, "deepseek-v3", {"n_group": 7}, "groups=7 does not divide count=256"),
+        (v3, "deepseek-v3", {"first_k_dense_replace": -1}, "first_k_dense_replace=-1 is not a whole number"),
+    ):
+        with pytest.raises(AscendSpeedError, match=message):
+            family.read_config(family.sizes[name] | changes)
+    gpt = FAMILIES["gpt_oss"]
+    with pytest.raises(AscendSpeedError, match="rope_scaling is missing, and has no default"):
+        gpt.read_config({k: v for k, v in gpt.sizes["gpt-oss-20b"].items() if k != "rope_scaling"})
 
 
 BASE: dict[str, Any] = {

@@ -22,6 +22,15 @@ HEADER = ("layout", "options", "losses", "grad norm", "first gradients", "weight
 TOLERANCE = 1e-9
 
 LORA = LoraConfig(lora_target_modules=("q_proj", "gate_proj", "down_proj"), lora_r=3)
+BIASED = {
+    "biases": True, "clamp": 0.5, "score_after_choice": True, "shared_ffn_hidden_size": None, "shared_gate": False,
+}  # fmt: skip
+"""Experts as gpt-oss has them."""
+GROUPED = {
+    "count": 8, "score": "sigmoid", "score_bias": True, "groups": 4, "groups_per_token": 2, "scaling": 2.5,
+    "shared_gate": False,
+}  # fmt: skip
+"""Experts as DeepSeek-V3 has them."""
 FULL, SELECTIVE, ATTENTION = (
     RecomputeConfig(checkpoint_activations=True, checkpoint_policy=policy)  # type: ignore[arg-type]
     for policy in ("full", "selective", "attention")
@@ -67,6 +76,7 @@ CASES: list[tuple[Layout, dict[str, Any]]] = [
     (Layout(cp=2, ep=2), {}),
     (Layout(pp=2, schedule="zbv"), {}),
     (Layout(dp=2, ep=2), {"lora": LORA}),
+    (Layout(tp=2), {"changes": BIASED}),
 ]
 
 
@@ -135,6 +145,11 @@ MORE_CASES: list[tuple[Layout, dict[str, Any]]] = [
     (Layout(pp=2, ep=2, dp=2, **INTERLEAVED), {"micro_batch_size": (1, 3, 1, 3)}),
     (Layout(tp=2, ep=2, etp=1, sequence_parallel=True), {"experts": balancing("seq_aux_loss")}),
     (Layout(cp=2, ep=2), {"experts": balancing("seq_aux_loss")}),
+    (Layout(tp=2, dp=2, etp=4), {"changes": BIASED, "recompute": FULL}),
+    (Layout(tp=2, dp=2, ep=2, sequence_parallel=True, sharded_optimizer=True), {"changes": BIASED}),
+    (Layout(pp=2, dp=2, etp=2), {"changes": BIASED, "lora": LORA}),
+    (Layout(dp=2, ep=2), {"changes": GROUPED}),
+    (Layout(tp=2, pp=2, ep=2, etp=1), {"changes": GROUPED}),
     (Layout(pp=2, dp=2, ep=2), {"experts": balancing("seq_aux_loss")}),
 ]
 """Sums of many ranks, all schedules, pieces of axes, losses of sequences."""

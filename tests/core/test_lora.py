@@ -36,7 +36,7 @@ from core.test_sft_dataset import ALONE, config, distances, finetune
 from core.training_cases import Trained, join_stages
 from support.commands import call
 from support.dense_families import DENSE_REFERENCES
-from support.families import REFERENCES
+from support.families import EXPERT_REFERENCES, REFERENCES
 from support.instruction import LENGTH
 from support.models import save_hugging_face, tiny_config
 from support.peft_adapters import TOKENS, make, reloaded_logits
@@ -100,6 +100,16 @@ def test_names_of_2023_and_of_hugging_face() -> None:
     assert plan_adapters(both, tiny_config(tie_word_embeddings=True), "").trained == {"embedding.weight"}
 
 
+def test_experts_in_fused_tensors_get_no_adapter(tmp_path: Path) -> None:
+    """As gpt-oss's; all-linear leaves them out, as peft does."""
+    EXPERT_REFERENCES["gpt-oss"].save(tmp_path)
+    config = open_weights(tmp_path).config
+    layers = plan_adapters(lora("all-linear"), config, "").layers
+    assert {name.split(".")[-1] for name in layers} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    with pytest.raises(AscendSpeedError, match="experts.0.down_proj is a part of a fused tensor"):
+        plan_adapters(lora("down_proj"), config, "")
+
+
 def opened(base: Path, adapter: Path) -> AdaptedWeights:
     """Return a model with an adapter beside its weights."""
     source = open_weights(base)
@@ -110,12 +120,17 @@ def tokens_of(vocab_size: int, length: int = 20) -> torch.Tensor:
     return torch.randint(0, vocab_size, (2, length), generator=torch.Generator().manual_seed(4))
 
 
+OF_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 LATENT_TARGETS = ("q_down_proj", "q_up_proj", "kv_down_proj", "kv_up_proj", "o_proj")
 FAMILIES = ["LLaMA with all biases", "Qwen 3", "InternLM", "Bloom", "Mistral", "Phi 3", "Command R+"]
 FAMILIES += [
     pytest.param(name, marks=pytest.mark.nightly)
-    for name in ("Gemma 3", "GLM 4", "OLMo 3", "StableLM 2 12B", "DeepSeek-V3 without experts")
+    for name in (
+        *("Gemma 3", "GLM 4", "OLMo 3", "StableLM 2 12B", "DeepSeek-V3 without experts"),
+        *("DeepSeek-V3", "GLM-4.5"),
+    )
 ]
+FAMILIES.append("gpt-oss")
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -124,7 +139,8 @@ def test_peft_reads_what_we_write_and_finds_our_logits_and_gradients(name: str, 
 
     # peft takes every MLP of a DeepSeek model for experts, dense ones too.
     targets = LATENT_TARGETS if "DeepSeek" in name else ("all-linear",)
-    base = (REFERENCES | DENSE_REFERENCES)[name].save(tmp_path / "base").double()
+    targets = OF_ATTENTION if name in ("GLM-4.5", "gpt-oss") else targets
+    base = (REFERENCES | DENSE_REFERENCES | EXPERT_REFERENCES)[name].save(tmp_path / "base").double()
     source = used_adapters(open_weights(tmp_path / "base"), lora(*targets, lora_modules_to_save=SAVED))
     model = load_model(source, ALONE, torch.float64)
     (tmp_path / "adapter").mkdir()

@@ -44,8 +44,14 @@ def greedy(folder: str, layout: Layout) -> list[list[int]]:
     return [list(one.token_ids) for one in generate_batch(LLMEngine(model, mesh), PROMPTS, settings)]
 
 
-@pytest.mark.parametrize("name", EXPERT_REFERENCES)
-def test_greedy_ids_are_those_of_transformers(workers: WorkerPool, tmp_path: Path, name: str) -> None:
+GREEDY: list[Any] = [(name, LAYOUTS[:2]) for name in EXPERT_REFERENCES]
+GREEDY += [pytest.param(name, LAYOUTS[2:], marks=pytest.mark.nightly) for name in EXPERT_REFERENCES]
+
+
+@pytest.mark.parametrize(("name", "layouts"), GREEDY)
+def test_greedy_ids_are_those_of_transformers(
+    workers: WorkerPool, tmp_path: Path, name: str, layouts: list[Layout]
+) -> None:
     reference: Any = EXPERT_REFERENCES[name].save(tmp_path)
     want = []
     for prompt in PROMPTS:
@@ -55,7 +61,7 @@ def test_greedy_ids_are_those_of_transformers(workers: WorkerPool, tmp_path: Pat
         )  # fmt: skip
         want.append(ids[0, len(prompt) :].tolist())
     assert len({token for ids in want for token in ids}) > 5
-    for layout in LAYOUTS:
+    for layout in layouts:
         for found in workers.run(greedy, layout.world_size, str(tmp_path), layout):
             assert found == want, layout
 
@@ -81,9 +87,18 @@ def in_company_and_alone(folder: str, layout: Layout) -> list[tuple[torch.Tensor
     return list(zip(run(texts), (run([ids])[0] for ids in texts), strict=True))
 
 
-@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2, ep=2, etp=1)], ids=str)
-def test_company_changes_no_bit(workers: WorkerPool, tmp_path: Path, layout: Layout) -> None:
-    EXPERT_REFERENCES["Qwen2-MoE"].save(tmp_path)
+COMPANY: list[Any] = [(name, Layout()) for name in ("Qwen2-MoE", "DeepSeek-V3", "gpt-oss")]
+COMPANY.append(("Qwen2-MoE", Layout(tp=2, ep=2, etp=1)))
+COMPANY += [
+    pytest.param(name, layout, marks=pytest.mark.nightly)
+    for name in ("DeepSeek-V2", "DeepSeek-V3", "GLM-4.5", "gpt-oss")
+    for layout in (Layout(tp=2), Layout(tp=2, ep=2, etp=1))
+]
+
+
+@pytest.mark.parametrize(("name", "layout"), COMPANY, ids=str)
+def test_company_changes_no_bit(workers: WorkerPool, tmp_path: Path, name: str, layout: Layout) -> None:
+    EXPERT_REFERENCES[name].save(tmp_path)
     for pairs in workers.run(in_company_and_alone, layout.world_size, str(tmp_path), layout):
         assert len(pairs) == 5
         for together, alone in pairs:

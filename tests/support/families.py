@@ -84,6 +84,9 @@ def _fill(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         is_norm_weight = parameter.dim() == 1 and name.endswith("weight")
         nn.init.normal_(parameter, 1.0 if is_norm_weight else 0.0, 0.08 if is_norm_weight else 0.15)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            nn.init.normal_(buffer, 0.0, 0.15)
 
 
 def logits_of(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
@@ -160,6 +163,23 @@ REFERENCES: dict[str, Reference] = {
 
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
+_SIGMOID = {
+    "n_routed_experts": 8, "n_shared_experts": 1, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 3,
+    "routed_scaling_factor": 1.7, "first_k_dense_replace": 1,
+}  # fmt: skip
+
+
+def _latent(**options: Any) -> dict[str, Any]:
+    scaling = YARN | {"mscale": 1.0, "mscale_all_dim": 0.7}
+    sizes = {"kv_lora_rank": 16, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 8}
+    return (
+        _llama(
+            **_MULTI_HEAD, **sizes, moe_intermediate_size=24, rope_scaling=scaling, first_k_dense_replace=1
+        )
+        | options
+    )
+
+
 EXPERT_REFERENCES: dict[str, Reference] = {
     "Mixtral": Reference(
         "mixtral", ("MixtralConfig", "MixtralForCausalLM"), _llama(num_local_experts=4, num_experts_per_tok=2), {}
@@ -174,6 +194,39 @@ EXPERT_REFERENCES: dict[str, Reference] = {
         "qwen3_moe",
         ("Qwen3MoeConfig", "Qwen3MoeForCausalLM"),
         _llama(**_EXPERTS, head_dim=6, norm_topk_prob=True, decoder_sparse_step=2),
+        {},
+    ),
+    "DeepSeek-V2": Reference(
+        "deepseek_v2",
+        ("DeepseekV2Config", "DeepseekV2ForCausalLM"),
+        _latent(
+            n_routed_experts=8, n_shared_experts=2, topk_method="group_limited_greedy", n_group=4, topk_group=2,
+            num_experts_per_tok=3, routed_scaling_factor=1.7, q_lora_rank=None,
+        ),
+        {},
+    ),
+    "DeepSeek-V3": Reference(
+        "deepseek_v3", ("DeepseekV3Config", "DeepseekV3ForCausalLM"), _latent(**_SIGMOID, q_lora_rank=24), {}
+    ),
+    "Kimi-K2": Reference(
+        "deepseek_v3",
+        ("DeepseekV3Config", "DeepseekV3ForCausalLM"),
+        _latent(**_SIGMOID | {"n_group": 1, "topk_group": 1}, q_lora_rank=24),
+        {"model_type": "kimi_k2"},
+    ),
+    "GLM-4.5": Reference(
+        "glm4_moe",
+        ("Glm4MoeConfig", "Glm4MoeForCausalLM"),
+        _llama(**_SIGMOID, moe_intermediate_size=24, head_dim=8, use_qk_norm=True, attention_bias=True),
+        {},
+    ),
+    "gpt-oss": Reference(
+        "gpt_oss",
+        ("GptOssConfig", "GptOssForCausalLM"),
+        _llama(
+            num_local_experts=4, num_experts_per_tok=2, head_dim=6, sliding_window=7, swiglu_limit=0.5,
+            rope_parameters=YARN | {"rope_theta": 150000.0, "truncate": False},
+        ),
         {},
     ),
 }  # fmt: skip

@@ -274,6 +274,8 @@ def _expert_layers(model: Transformer) -> ExpertLayers:
     ]
     if any(isinstance(part, LoraLinear) for part in linear):
         return "adapted"
+    if any(part.bias is not None for part in linear):
+        return "biased"
     return "int8" if any(isinstance(part.weight, Int8Weight) for part in linear) else "plain"
 
 

@@ -70,11 +70,10 @@ class HuggingFaceView:
             found = self._read_ours(mappings[0], index)
         else:
             by_part = {mapping.packed.part: mapping for mapping in mappings if mapping.packed is not None}
-            pieces = [
-                self._read_ours(by_part[part], (rows, *index[1:]))
-                for part, rows in packed.unpacked_slices(self._config, shape[0], index[0])
-            ]
-            found = torch.cat(pieces) if pieces else self._read_ours(mappings[0], (slice(0, 0), *index[1:]))
+            sizes = [part.stop - part.start for part in index]
+            found = torch.empty(sizes, dtype=self._infos[mappings[0].theirs].dtype)
+            for part, rows, where in packed.unpacked_slices(self._config, shape[0], index[0]):
+                found[where] = self._read_ours(by_part[part], (rows, *index[1:]))
         return found.T if is_swapped else found
 
     def _read_ours(self, mapping: TensorMapping, index: Index) -> torch.Tensor:

@@ -14,7 +14,10 @@ def llama3_scaling(config: ModelConfig) -> RotaryScaling | None:
 
 def _in_no_format(config: ModelConfig) -> dict[str, bool]:
     """Return what neither program computes, or nobody has compared yet, and whether a model has it."""
+    experts = config.experts
     return {
+        "experts with biases": experts is not None and experts.biases,
+        "experts with clamped SwiGLU": experts is not None and experts.clamp is not None,
         "multi-head latent attention": config.kv_latent_dim is not None,
         "windows in some layers": config.window_layers is not None,
         "rotary positions in some layers": config.rotary_layers is not None,

@@ -46,6 +46,13 @@ class Experts(Config):
         description="Width of the shared expert, which all tokens use. [default: none]",
     )
     shared_gate: bool = Field(False, description="A sigmoid of each token scales the shared expert's result.")
+    biases: bool = Field(False, description="Router and experts have biases (gpt-oss).")
+    clamp: float | None = Field(
+        None,
+        gt=0,
+        description="c: an expert is down(g sigmoid(1.702 g) (u + 1)) of the gate g, at most c, and the up projection "
+        "u, from -c to c (gpt-oss). [default: plain SwiGLU]",
+    )
     dense_layers: tuple[int, ...] = Field((), description="Layers that have a plain MLP, from 0.")
 
     @model_validator(mode="after")
@@ -74,6 +81,11 @@ class Experts(Config):
                 "experts: score_after_choice=true is a softmax over the chosen logits; it goes with score=softmax "
                 "and score_bias=false"
             )
+        if (self.biases or self.clamp is not None) and self.shared_ffn_hidden_size is not None:
+            raise ValueError(
+                "experts: biases=true or clamp with shared_ffn_hidden_size is not supported: no published model has a "
+                "shared expert with them; leave it out"
+            )
         if self.shared_gate and self.shared_ffn_hidden_size is None:
             raise ValueError(
                 "experts: shared_gate=true needs shared_ffn_hidden_size; give it, or leave the gate out"
@@ -87,7 +99,12 @@ class Experts(Config):
 
     def parameters(self, hidden_size: int) -> int:
         """Return the number of weights of a layer's experts, router, and what all tokens use."""
-        return self.weights_in_products(hidden_size, self.count) + self.score_bias * self.count
+        biases = self.count * (2 * self.ffn_hidden_size + hidden_size + 1)
+        return (
+            self.weights_in_products(hidden_size, self.count)
+            + self.score_bias * self.count
+            + self.biases * biases
+        )
 
 
 BalancingKind = Literal["aux_loss", "seq_aux_loss", "global_aux_loss"]

@@ -244,7 +244,9 @@ class ModelConfig(Config):
         if self.experts is None:
             return self
         if self.mlp != "swiglu" or self.mlp_bias:
-            raise ValueError("experts are SwiGLU without biases; they go with mlp=swiglu and mlp_bias=false")
+            raise ValueError(
+                "experts go with mlp=swiglu and mlp_bias=false; what is theirs stands in experts"
+            )
         beyond = [layer for layer in self.experts.dense_layers if not 0 <= layer < self.num_layers]
         if beyond:
             raise ValueError(
@@ -335,7 +337,8 @@ class ModelConfig(Config):
         if self.experts is None:
             return self.num_parameters
         idle = self.experts.count - self.experts.per_token
-        one = 3 * self.hidden_size * self.experts.ffn_hidden_size
+        inner = self.experts.ffn_hidden_size
+        one = 3 * self.hidden_size * inner + self.experts.biases * (2 * inner + self.hidden_size)
         return self.num_parameters - self.num_expert_layers * idle * one
 
 

@@ -33,7 +33,7 @@ from ascendspeed_core.kernels.reference import (
 from ascendspeed_core.kernels.triangle import triangle_attention
 from ascendspeed_data.errors import AscendSpeedError, ConfigError
 
-ExpertLayers = Literal["plain", "adapted", "int8"]
+ExpertLayers = Literal["plain", "adapted", "int8", "biased"]
 """Linear layers of experts: plain ones, some with adapters, or of int8 weights."""
 
 
@@ -157,7 +157,7 @@ def _losses_fit(setting: KernelContext) -> str | None:
 
 def _plain_experts(setting: KernelContext) -> str | None:
     if setting.expert_layers != "plain":
-        what = "adapters" if setting.expert_layers == "adapted" else "int8 weights"
+        what = {"adapted": "adapters", "int8": "int8 weights", "biased": "biases"}[setting.expert_layers]
         return f"it multiplies plain weights, and experts have {what}"
     return None
 

@@ -23,7 +23,7 @@ from ascendspeed_core.kernels.experts import (
 )
 from ascendspeed_core.models.auxiliary_losses import AuxiliaryLosses, ModuleOutput
 from ascendspeed_core.models.dropout import DropoutMasks
-from ascendspeed_core.models.mlp import SwiGLU
+from ascendspeed_core.models.mlp import ClampedSwiGLU, SwiGLU
 from ascendspeed_core.models.router import Router, TokenRows, in_tiles
 
 ApplyExperts = Callable[[torch.Tensor, Sequence[int]], torch.Tensor]
@@ -76,6 +76,14 @@ class WholeTokens:
         return tokens.view(x.shape)
 
 
+def _make_expert(config: ModelConfig) -> SwiGLU | ClampedSwiGLU:
+    experts = config.experts
+    assert experts is not None
+    if experts.clamp is None:
+        return SwiGLU(config, experts.ffn_hidden_size, experts.biases)
+    return ClampedSwiGLU(config, experts.ffn_hidden_size, experts.clamp, experts.biases)
+
+
 class ExpertsMLP(nn.Module):
     """Router, experts, and what all tokens use besides.
 
@@ -98,9 +106,7 @@ class ExpertsMLP(nn.Module):
         assert experts is not None
         hidden = config.hidden_size
         self.router = Router(experts, hidden)
-        self.experts = nn.ModuleDict(
-            {str(number): SwiGLU(config, experts.ffn_hidden_size) for number in range(experts.count)}
-        )
+        self.experts = nn.ModuleDict({str(number): _make_expert(config) for number in range(experts.count)})
         self.shared_expert: SwiGLU | None = None
         self.shared_expert_gate: nn.Linear | None = None
         if experts.shared_ffn_hidden_size is not None:
@@ -145,7 +151,7 @@ class ExpertsMLP(nn.Module):
 
     def apply_experts(self, rows: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
         """Apply the experts of this rank to their rows: [N, H] -> [N, H]."""
-        experts: list[SwiGLU] = list(self.experts.values())  # type: ignore[arg-type]
+        experts: list[SwiGLU | ClampedSwiGLU] = list(self.experts.values())  # type: ignore[arg-type]
         if self.product is None or self.router.tile_rows is not None:
             # Where gradients are wanted, experts without rows have some too: zeros.
             parts = [

@@ -22,13 +22,15 @@ class SwiGLU(nn.Module):
     Args:
         config: the model.
         inner: F, where it is not the model's `ffn_hidden_size`.
+        bias: the projections have one, where it is not the model's `mlp_bias`.
     """
 
     auxiliary_losses: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, config: ModelConfig, inner: int | None = None) -> None:
+    def __init__(self, config: ModelConfig, inner: int | None = None, bias: bool | None = None) -> None:
         super().__init__()
-        inner, bias = inner or config.ffn_hidden_size, config.mlp_bias
+        inner = inner or config.ffn_hidden_size
+        bias = config.mlp_bias if bias is None else bias
         self.gate_proj = nn.Linear(config.hidden_size, inner, bias=bias)
         self.up_proj = nn.Linear(config.hidden_size, inner, bias=bias)
         self.down_proj = nn.Linear(inner, config.hidden_size, bias=bias)
@@ -40,6 +42,37 @@ class SwiGLU(nn.Module):
         """[B, S, H] -> [B, S, H]; `dropout_masks` drop from what adapters read."""
         if self.gated_joined and (joined := self.projections.in_one_piece(x)) is not None:
             return apply_linear(self.down_proj, self.gated_joined(joined), dropout_masks)
+        gate, up = self.projections(x, dropout_masks)
+        return apply_linear(self.down_proj, self.gated(gate, up), dropout_masks)
+
+
+class ClampedSwiGLU(nn.Module):
+    """`down(g sigmoid(1.702 g) (u + 1))`, g at most c and u from -c to c (OpenAI, 2025, gpt-oss model card, 2.2).
+
+    Args:
+        config: the model.
+        inner: F.
+        clamp: c.
+        bias: the projections have one.
+    """
+
+    auxiliary_losses: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, config: ModelConfig, inner: int, clamp: float, bias: bool) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, inner, bias=bias)
+        self.up_proj = nn.Linear(config.hidden_size, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, config.hidden_size, bias=bias)
+        self.projections = Projections(self, ("gate_proj", "up_proj"))
+        self.clamp = clamp
+
+    def gated(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """[..., F] each -> [..., F]."""
+        gate, up = gate.clamp(max=self.clamp), up.clamp(-self.clamp, self.clamp)
+        return gate * torch.sigmoid(gate * 1.702) * (up + 1)
+
+    def forward(self, x: torch.Tensor, dropout_masks: DropoutMasks | None = None) -> torch.Tensor:
+        """[N, H] -> [N, H]; `dropout_masks` drop from what adapters read."""
         gate, up = self.projections(x, dropout_masks)
         return apply_linear(self.down_proj, self.gated(gate, up), dropout_masks)
 

@@ -86,6 +86,7 @@ class Router(nn.Module):
 
     Attributes:
         bias: takes part in the choice only; always in fp32, no gradient; see `ExpertsConfig`.
+        logits_bias: added to the logits, a weight like others.
         training_config: losses and capacity, which are of training steps only.
         step: of the training step; `None` outside of one.
         tile_rows: rows that are multiplied at once, here and by the experts; `None` for all.
@@ -102,6 +103,7 @@ class Router(nn.Module):
         self.bias: nn.Parameter | None = None
         if experts.score_bias:
             self.bias = nn.Parameter(torch.zeros(experts.count), requires_grad=False)
+        self.logits_bias = nn.Parameter(torch.zeros(experts.count)) if experts.biases else None
         self.training_config: ExpertsConfig | None = None
         self.step: RouterStep | None = None
         self.tile_rows: int | None = None
@@ -115,7 +117,8 @@ class Router(nn.Module):
         tokens = given.tokens
         wide = torch.promote_types(tokens.dtype, torch.float32)
         weight = self.weight.to(wide)
-        logits = in_tiles(tokens.to(wide), self.tile_rows, lambda rows: F.linear(rows, weight))
+        bias = None if self.logits_bias is None else self.logits_bias.to(wide)
+        logits = in_tiles(tokens.to(wide), self.tile_rows, lambda rows: F.linear(rows, weight, bias))
         scores = logits.sigmoid() if self.experts.score == "sigmoid" else logits.softmax(-1)
         ranked = logits if self.experts.score_after_choice else scores
         chosen = self._within_groups(ranked.detach()).topk(self.experts.per_token, dim=-1).indices

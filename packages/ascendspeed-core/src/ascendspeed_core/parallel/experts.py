@@ -21,11 +21,14 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 
 from ascendspeed_core.config.sharding import chunk_range
 from ascendspeed_core.kernels.experts import order_by_group
+from ascendspeed_core.models.dropout import DropoutMasks
 from ascendspeed_core.models.experts import ApplyExperts, ExpertsMLP, rows_of_sequences
+from ascendspeed_core.models.linear import LoraLinear
 from ascendspeed_core.models.router import TokenRows
 from ascendspeed_core.models.transformer import Transformer
 from ascendspeed_core.parallel.collectives import (
@@ -52,6 +55,9 @@ def apply_expert_parallel(model: Transformer, mesh: ParallelMesh) -> None:
             continue
         mine = local_experts(len(module.experts), layout.ep, mesh.index("ep"))
         module.experts = nn.ModuleDict({str(number): module.experts[str(number)] for number in mine})
+        if mesh.index("etp") > 0 and module.router.experts.biases:
+            for expert in module.experts.values():
+                _leave_out_bias(expert.down_proj)  # type: ignore[arg-type]
         group = mesh.group("experts")
         if group is not None:
             module.exchange = TokenExchange(group, layout.ep, layout.expert_tp)
@@ -67,6 +73,16 @@ def local_experts(count: int, ep: int, ep_rank: int) -> range:
     """Return the experts of a layer that a rank has."""
     share = count // ep
     return range(ep_rank * share, (ep_rank + 1) * share)
+
+
+def _leave_out_bias(down: nn.Linear) -> None:
+    """Let a part of an expert's last product lack the bias, which the first part adds; its gradient stays the same."""
+
+    def forward(x: torch.Tensor, draws: DropoutMasks | None = None) -> torch.Tensor:
+        share = down.product(x, draws) if isinstance(down, LoraLinear) else F.linear(x, down.weight)
+        return share + (down.bias - down.bias.detach())
+
+    down.forward = forward  # type: ignore[method-assign, assignment]
 
 
 class TokenExchange:

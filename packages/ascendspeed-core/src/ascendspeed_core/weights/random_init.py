@@ -36,9 +36,7 @@ class InitialWeights(BaseWeightSource):
     def read(self, name: str, index: Index = ()) -> torch.Tensor:
         """Draw the whole tensor and return a slice of it; kept until another is asked for, or its last rows."""
         shape = self._shapes[name]
-        if name.endswith(".bias"):
-            return torch.zeros(shape)[index]
-        if name.endswith(".sinks.weight"):
+        if name.endswith((".bias", ".logits_bias", ".sinks.weight")):
             return torch.zeros(shape)[index]
         if len(shape) == 1 or name.endswith("_norm.weight"):
             return torch.full(shape, 0.0 if self.config.norm_unit_offset else 1.0)[index]

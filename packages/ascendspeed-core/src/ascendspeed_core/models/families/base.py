@@ -47,6 +47,9 @@ IGNORED_HF_KEYS = frozenset(
 )
 """Keys of a config.json that speak of files, training tools or transformers itself, not of the model."""
 
+PREDICTED_LAYERS = "num_nextn_predict_layers"
+"""Key of layers after the last that predict further tokens (DeepSeek-V3, section 2.2); the decoder has none."""
+
 _OTHER_KEYS = {"rotary_base": "rope_theta", "rotary_scaling": "rope_scaling", "eos_token_ids": "eos_token_id"}
 """Keys of all families by the fields that they say, besides those of `Key`."""
 
@@ -181,6 +184,7 @@ class Family:
         architectures: `architectures` entries of Hugging Face configs that belong to it; the first is written.
         config: the config table.
         rules: the weight table.
+        other_model_types: of configs that say the same architecture under another name, which is not written.
         other_rules: weight tables of other layouts of the same tensors, which are read but never written.
         fixed: fields of `ModelConfig` that are the same for all its models.
         must_be: keys of the config.json with the values that the family does; the first is written, and is what an
@@ -203,6 +207,7 @@ class Family:
     unused: tuple[str, ...] = ()
     prefix: str = ""
     sizes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    other_model_types: tuple[str, ...] = ()
     other_rules: tuple[tuple[WeightRule, ...], ...] = ()
     indices: Mapping[str, Callable[[ModelConfig], int]] = field(
         default_factory=lambda: {"layer": count_layers}

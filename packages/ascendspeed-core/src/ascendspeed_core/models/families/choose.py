@@ -81,7 +81,7 @@ def _by_architectures(
             f"{where}: {ARCHITECTURES}={list(named)!r} is not supported; supported are {', '.join(claims)}"
             f"{did_you_mean(named[0], claims)}"
         )
-    if model_type is not None and model_type != found.model_type:
+    if model_type is not None and model_type not in (found.model_type, *found.other_model_types):
         raise AscendSpeedError(
             f"{where}: {ARCHITECTURES} says {known[0]}, whose {MODEL_TYPE} is {found.model_type!r}, but {MODEL_TYPE} "
             f"says {model_type!r}{_known_as(model_type, families)}; correct the one that is wrong"
@@ -127,7 +127,7 @@ def _by_model_type(model_type: Any, families: Sequence[Family], where: str) -> F
 
 
 def _of_model_type(model_type: Any, families: Sequence[Family]) -> list[Family]:
-    return [family for family in families if family.model_type == model_type]
+    return [family for family in families if model_type in (family.model_type, *family.other_model_types)]
 
 
 def _needs_its_name(family: Family) -> bool:

@@ -1,11 +1,11 @@
-"""DeepSeek-V2 and V3: multi-head latent attention. The tables know dense layers; a model with experts is refused."""
+"""DeepSeek-V2 and V3, and Kimi-K2, which is V3's: multi-head latent attention, experts after the first layers."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ascendspeed_core.config.model import ModelConfig
-from ascendspeed_core.models.families.base import ConfigRule, Family, WeightRule
+from ascendspeed_core.models.families.base import PREDICTED_LAYERS, ConfigRule, Family, WeightRule
 from ascendspeed_core.models.families.config_rules import Rotary, key, whole_number
 from ascendspeed_core.models.families.decoder import (
     DROPOUTS,
@@ -19,6 +19,21 @@ from ascendspeed_core.models.families.decoder import (
     NUMBERS,
     OUTPUT_RULES,
     SIZES,
+    size,
+)
+from ascendspeed_core.models.families.expert_rules import (
+    DEEPSEEK_SHARED_RULES,
+    DENSE_RULES,
+    FUSED_EXPERT_RULES,
+    INDICES,
+    expert_rules,
+)
+from ascendspeed_core.models.families.routed_experts import (
+    GREEDY,
+    GROUP_LIMITED,
+    ROUTER_KEYS,
+    WITHOUT_LOSS,
+    RoutedExperts,
 )
 from ascendspeed_data.errors import AscendSpeedError
 
@@ -31,6 +46,10 @@ def _has_query_latent(config: ModelConfig, indices: Mapping[str, int]) -> bool:
 
 def _has_down_bias(config: ModelConfig, indices: Mapping[str, int]) -> bool:
     return config.q_latent_dim is not None and config.qkv_bias
+
+
+def _has_dense_bias(config: ModelConfig, indices: Mapping[str, int]) -> bool:
+    return config.mlp_bias and not config.has_experts(indices["layer"])
 
 
 LATENT_ATTENTION_RULES = (
@@ -105,26 +124,6 @@ class LatentHeads:
         }
 
 
-class NoExperts:
-    """All layers are dense: the first `first_k_dense_replace`, of which there must be as many as layers."""
-
-    keys: Sequence[str] = ("first_k_dense_replace",)
-
-    def read(self, hf: Mapping[str, Any]) -> dict[str, Any]:
-        """Return nothing, or refuse layers with experts."""
-        layers, dense = whole_number(hf, "num_hidden_layers"), hf.get("first_k_dense_replace", 0)
-        if hf.get("n_routed_experts") and dense < layers:
-            raise AscendSpeedError(
-                f"first_k_dense_replace={dense} is below num_hidden_layers={layers}: some layers have experts, which "
-                "this table does not know; use a dense model"
-            )
-        return {}
-
-    def write(self, config: ModelConfig) -> dict[str, Any]:
-        """Say that all layers are dense."""
-        return {"first_k_dense_replace": config.num_layers}
-
-
 LATENT_ATTENTION_CONFIG: tuple[ConfigRule, ...] = (
     *SIZES,
     *NUMBERS,
@@ -135,45 +134,90 @@ LATENT_ATTENTION_CONFIG: tuple[ConfigRule, ...] = (
 )
 """The config table without the MLP."""
 
-_OF_EXPERTS = (
-    "aux_loss_alpha", "ep_size", "moe_intermediate_size", "moe_layer_freq", "n_group", "n_routed_experts",
-    "n_shared_experts", "norm_topk_prob", "num_experts_per_tok", "num_nextn_predict_layers", "output_router_logits",
-    "routed_scaling_factor", "router_aux_loss_coef", "scoring_func", "seq_aux", "topk_group", "topk_method",
-)  # fmt: skip
-"""Keys that mean nothing where no layer has experts."""
-
-_RULES = (
+_DENSE_BIASES = tuple(
+    replace(rule, when=_has_dense_bias) for rule in GATED_MLP_RULES if rule.ours.endswith(".bias")
+)
+_ALL_BUT_EXPERTS = (
     *EMBEDDING_RULES,
     *INPUT_NORM_RULES,
     *LATENT_ATTENTION_RULES,
     *MLP_NORM_RULES,
-    *GATED_MLP_RULES,
+    *DENSE_RULES,
+    *_DENSE_BIASES,
+    *DEEPSEEK_SHARED_RULES,
     *HEAD_RULES,
 )
+_RULES = _ALL_BUT_EXPERTS + expert_rules("mlp")
+_FUSED = (_ALL_BUT_EXPERTS + FUSED_EXPERT_RULES,)
+_UNUSED = ("pretraining_tp", PREDICTED_LAYERS, *ROUTER_KEYS)
+
+_LATENT = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
+_V2_IDS = {"bos_token_id": 100000, "eos_token_id": 100001, "rms_norm_eps": 1e-6, "rope_theta": 10000.0}
+
+
+def _yarn(factor: float, mscale: float, beta_fast: float = 32.0) -> dict[str, Any]:
+    return {
+        "type": "yarn", "factor": factor, "original_max_position_embeddings": 4096, "beta_fast": beta_fast,
+        "beta_slow": 1.0, "mscale": mscale, "mscale_all_dim": mscale,
+    }  # fmt: skip
+
 
 DEEPSEEK_V2 = Family(
     name="deepseek_v2",
     model_type="deepseek_v2",
     architectures=("DeepseekV2ForCausalLM",),
-    config=(*LATENT_ATTENTION_CONFIG, NoExperts(), key("mlp_bias", default=False)),
+    config=(
+        *LATENT_ATTENTION_CONFIG,
+        RoutedExperts("softmax", (GREEDY, GROUP_LIMITED), is_normalised=False),
+        key("mlp_bias", default=False),
+    ),
     fixed={"rotary_interleaved": True},
-    must_be=MUST_BE,
+    must_be={**MUST_BE, "norm_topk_prob": (False, None)},
     dropouts=DROPOUTS,
-    unused=("pretraining_tp", *_OF_EXPERTS),
+    unused=_UNUSED,
     rules=_RULES,
-)
+    other_rules=_FUSED,
+    indices=INDICES,
+    sizes={
+        "deepseek-v2-lite": size(
+            2048, 10944, 27, 16, 102400, 163840, **_LATENT, **_V2_IDS, q_lora_rank=None,
+            rope_scaling=_yarn(40.0, 0.707), n_routed_experts=64, num_experts_per_tok=6, moe_intermediate_size=1408,
+            n_shared_experts=2, n_group=1, topk_group=1, topk_method=GREEDY, routed_scaling_factor=1.0,
+            first_k_dense_replace=1,
+        ),
+    },
+)  # fmt: skip
 
 DEEPSEEK_V3 = Family(
     name="deepseek_v3",
     model_type="deepseek_v3",
     architectures=("DeepseekV3ForCausalLM",),
+    other_model_types=("kimi_k2",),
     config=(
         *LATENT_ATTENTION_CONFIG,
-        NoExperts(),
+        RoutedExperts(
+            "sigmoid", (WITHOUT_LOSS,), default_groups=(8, 4), default_scaling=2.5, default_dense=3
+        ),
         key("rope_interleave", "rotary_interleaved", default=True),
     ),
     must_be=MUST_BE,
     dropouts=DROPOUTS,
-    unused=("pretraining_tp", *_OF_EXPERTS),
+    unused=_UNUSED,
     rules=_RULES,
-)
+    other_rules=_FUSED,
+    indices=INDICES,
+    sizes={
+        "deepseek-v3": size(
+            7168, 18432, 61, 128, 129280, 163840, **_LATENT, q_lora_rank=1536, bos_token_id=0, eos_token_id=1,
+            rms_norm_eps=1e-6, rope_theta=10000.0, rope_scaling=_yarn(40.0, 1.0), n_routed_experts=256,
+            num_experts_per_tok=8, moe_intermediate_size=2048, n_shared_experts=1, n_group=8, topk_group=4,
+            routed_scaling_factor=2.5, first_k_dense_replace=3,
+        ),
+        "kimi-k2": size(
+            7168, 18432, 61, 64, 163840, 131072, **_LATENT, q_lora_rank=1536, bos_token_id=163584,
+            eos_token_id=163585, rms_norm_eps=1e-6, rope_theta=50000.0, rope_scaling=_yarn(32.0, 1.0, 1.0),
+            n_routed_experts=384, num_experts_per_tok=8, moe_intermediate_size=2048, n_shared_experts=1, n_group=1,
+            topk_group=1, routed_scaling_factor=2.827, first_k_dense_replace=1,
+        ),
+    },
+)  # fmt: skip

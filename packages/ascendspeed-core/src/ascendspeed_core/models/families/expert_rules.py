@@ -46,6 +46,10 @@ def _with_shared_gate(config: ModelConfig, indices: Mapping[str, int]) -> bool:
     return _in_expert_layers(config, indices) and config.experts is not None and config.experts.shared_gate
 
 
+def _with_score_bias(config: ModelConfig, indices: Mapping[str, int]) -> bool:
+    return _in_expert_layers(config, indices) and config.experts is not None and config.experts.score_bias
+
+
 _OURS, _THEIRS = "layers.{layer}.mlp", "model.layers.{layer}"
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
@@ -63,15 +67,20 @@ DENSE_RULES = tuple(
 )
 """The MLP of layers without experts."""
 
-SHARED_RULES = (
-    *(
+
+def _shared_rules(block: str) -> tuple[WeightRule, ...]:
+    return tuple(
         WeightRule(
             f"{_OURS}.shared_expert.{name}.weight",
-            f"{_THEIRS}.mlp.shared_expert.{name}.weight",
+            f"{_THEIRS}.mlp.{block}.{name}.weight",
             when=_with_shared_expert,
         )
         for name in _PROJECTIONS
-    ),
+    )
+
+
+SHARED_RULES = (
+    *_shared_rules("shared_expert"),
     WeightRule(
         f"{_OURS}.shared_expert_gate.weight",
         f"{_THEIRS}.mlp.shared_expert_gate.weight",
@@ -79,6 +88,12 @@ SHARED_RULES = (
     ),
 )
 """What all tokens use beside their experts."""
+
+DEEPSEEK_SHARED_RULES = (
+    *_shared_rules("shared_experts"),
+    WeightRule(f"{_OURS}.router.bias", f"{_THEIRS}.mlp.gate.e_score_correction_bias", when=_with_score_bias),
+)
+"""The same under DeepSeek's names, and the biases of the choice."""
 
 
 def expert_rules(block: str, names: Sequence[str] = _PROJECTIONS) -> tuple[WeightRule, ...]:

@@ -45,7 +45,7 @@ class RowPacking(ABC):
         return sum(run.rows for run in self.runs(config, packed_rows) if run.part == self.part)
 
     def packed_slices(self, config: ModelConfig, packed_rows: int, rows: slice) -> Iterator[slice]:
-        """Yield which rows of the packed tensor hold these rows of ours, in our order."""
+        """Yield which rows of the packed tensor hold these rows of ours, in our order; steps may be above 1."""
         for run in self.runs(config, packed_rows):
             first, last = max(rows.start, run.start), min(rows.stop, run.start + run.rows)
             if run.part == self.part and first < last:
@@ -53,12 +53,16 @@ class RowPacking(ABC):
 
     def unpacked_slices(
         self, config: ModelConfig, packed_rows: int, rows: slice
-    ) -> Iterator[tuple[int, slice]]:
-        """Yield part and rows of that part for these rows of the packed tensor, in its order."""
+    ) -> Iterator[tuple[int, slice, slice]]:
+        """Yield part, rows of that part, and where among these rows of the packed tensor they stand."""
         for run in self.runs(config, packed_rows):
             first, last = max(rows.start, run.offset), min(rows.stop, run.offset + run.rows)
             if first < last:
-                yield run.part, slice(run.start + first - run.offset, run.start + last - run.offset)
+                yield (
+                    run.part,
+                    slice(run.start + first - run.offset, run.start + last - run.offset),
+                    slice(first - rows.start, last - rows.start),
+                )
 
 
 @dataclass(frozen=True)
@@ -103,3 +107,40 @@ class EqualParts(RowPacking):
         rows = packed_rows // self.count
         for part in range(self.count):
             yield RowRun(part, 0, rows, part * rows)
+
+
+@dataclass(frozen=True)
+class Alternating(RowPacking):
+    """Our tensor is one of several of equal size, whose rows take turns: the first of each, the second of each.
+
+    Attributes:
+        part: 0 for the first.
+        count: how many there are.
+    """
+
+    part: int
+    count: int = 2
+
+    def runs(self, config: ModelConfig, packed_rows: int) -> Iterator[RowRun]:
+        """Yield the rows of all parts."""
+        for row in range(packed_rows - packed_rows % self.count):
+            yield RowRun(row % self.count, row // self.count, 1, row)
+
+    def packed_slices(self, config: ModelConfig, packed_rows: int, rows: slice) -> Iterator[slice]:
+        """Yield one slice with steps."""
+        if rows.start < rows.stop:
+            first, last = (row * self.count + self.part for row in (rows.start, rows.stop - 1))
+            yield slice(first, last + 1, self.count)
+
+    def unpacked_slices(
+        self, config: ModelConfig, packed_rows: int, rows: slice
+    ) -> Iterator[tuple[int, slice, slice]]:
+        """Yield each part once."""
+        for part in range(self.count):
+            first, last = (-(-(row - part) // self.count) for row in (rows.start, rows.stop))
+            if first < last:
+                yield (
+                    part,
+                    slice(first, last),
+                    slice(first * self.count + part - rows.start, None, self.count),
+                )

@@ -14,7 +14,8 @@ from ascendspeed_core.models.families.bloom import BLOOM
 from ascendspeed_core.models.families.cohere import COHERE, COHERE2
 from ascendspeed_core.models.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from ascendspeed_core.models.families.gemma import GEMMA2, GEMMA3
-from ascendspeed_core.models.families.glm import GLM, GLM4
+from ascendspeed_core.models.families.glm import GLM, GLM4, GLM4_MOE
+from ascendspeed_core.models.families.gpt_oss import GPT_OSS
 from ascendspeed_core.models.families.granite import GRANITE, MINICPM, SMOLLM3
 from ascendspeed_core.models.families.internlm import INTERNLM, INTERNLM2, INTERNLM3
 from ascendspeed_core.models.families.llama import LLAMA
@@ -40,7 +41,7 @@ FAMILIES = MappingProxyType(
         for family in (
             *(LLAMA, MISTRAL, QWEN2, QWEN3, INTERNLM, AQUILA, BAICHUAN, BLOOM),
             *_DENSE_OF_TODAY,
-            *(MIXTRAL, QWEN2_MOE, QWEN3_MOE),
+            *(MIXTRAL, QWEN2_MOE, QWEN3_MOE, GLM4_MOE, GPT_OSS),
         )
     }
 )

@@ -49,7 +49,7 @@ def hugging_face_tensors(config: ModelConfig) -> dict[str, HuggingFaceTensor]:
             total = packed_rows[mapping.theirs]
             every_row = slice(0, mapping.packed.num_rows(config, total))
             parts = mapping.packed.packed_slices(config, total, every_row)
-            rows = torch.cat([torch.arange(part.start, part.stop) for part in parts])
+            rows = torch.cat([torch.arange(part.start, part.stop, part.step or 1) for part in parts])
         found[mapping.ours] = HuggingFaceTensor(mapping.theirs, rows)
     return found
 

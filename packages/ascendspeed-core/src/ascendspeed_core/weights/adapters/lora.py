@@ -70,9 +70,16 @@ def plan_adapters(config: LoraConfig, model: ModelConfig, where: str) -> Adapter
     scale = config.lora_alpha / (sqrt(config.lora_r) if config.lora_use_rslora else config.lora_r)
     layers: dict[str, LowRank] = {}
     for word in config.lora_target_modules:
-        found = [name for name in linear if name != "output_head"]
+        # As in peft, what Hugging Face's code holds as no linear layer is not among all of them.
+        found = [name for name in linear if name != "output_head" and f"{name}.weight" in hf_tensors]
         if word != ALL_LINEAR:
             found = _meant(word, linear, hf_tensors, "lora_target_modules", where)
+            fused = [name for name in found if name != "output_head" and f"{name}.weight" not in hf_tensors]
+            if fused:
+                raise AscendSpeedError(
+                    f"lora_target_modules: {fused[0]} is a part of a fused tensor in Hugging Face's code, for which no "
+                    f"adapter can be saved; leave {word} out"
+                )
         layers |= dict.fromkeys(found, LowRank(config.lora_r, scale, config.lora_dropout))
     if "output_head" in layers and (model.normalised_head or model.tie_word_embeddings):
         why = "is divided by the lengths of its rows" if model.normalised_head else "is that of the embedding"

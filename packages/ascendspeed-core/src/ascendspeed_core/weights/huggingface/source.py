@@ -1,5 +1,6 @@
 """Read a Hugging Face folder by slices: safetensors, one or several files with an index, or `.bin`."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -10,7 +11,7 @@ import torch
 
 from ascendspeed_core.launch import announce
 from ascendspeed_core.models.families import Family, TensorMapping, family_of_hugging_face
-from ascendspeed_core.models.families.base import leading_shape
+from ascendspeed_core.models.families.base import PREDICTED_LAYERS, leading_shape
 from ascendspeed_core.weights.derived_tensors import derived_reason
 from ascendspeed_core.weights.files.file_tensor import StoredTensor
 from ascendspeed_core.weights.files.json_file import read_json
@@ -133,9 +134,10 @@ class HuggingFaceSource(BaseWeightSource):
         """Read a slice of one matrix of their tensor, given and returned in our orientation."""
         position = tuple(slice(at, at + 1) for at in mapping.their_position)
         is_swapped = mapping.transposed and len(index) == 2
+        step, index = index[0].step or 1, (slice(index[0].start, index[0].stop), *index[1:])
         found = self._read(mapping.theirs, (*position, *(reversed(index) if is_swapped else index)))
         found = found.reshape(found.shape[len(position) :])
-        return found.T if is_swapped else found
+        return (found.T if is_swapped else found)[::step]
 
     def _matrix_shape(self, mapping: TensorMapping) -> tuple[int, ...]:
         """Shape of one matrix of their tensor in our orientation, whatever is packed in it."""
@@ -230,12 +232,23 @@ class HuggingFaceSource(BaseWeightSource):
         """Their name of the head; families without one of their own would keep it under this one."""
         return next((rule.theirs for rule in self.family.rules if rule.tied), "lm_head.weight")
 
+    def _predicted_layer(self, name: str) -> str | None:
+        """Say why a tensor is left out that belongs to a layer after the last, if the config has such layers."""
+        count = self.hf_config.get(PREDICTED_LAYERS) if PREDICTED_LAYERS in self.family.unused else None
+        found = re.match(r"model\.layers\.(\d+)\.", name)
+        if found is None or type(count) is not int:
+            return None
+        is_one = 0 <= int(found[1]) - self.config.num_layers < count
+        return f"of a layer that predicts a further token ({PREDICTED_LAYERS}={count})" if is_one else None
+
     def _check_names(self) -> None:
         """Every tensor of the model is there, and none that we would drop unseen."""
         wanted = {mapping.theirs for mappings in self._mappings.values() for mapping in mappings}
         extra = []
         for name in sorted(set(self._stored) - wanted - set(self._left_out)):
-            reason = derived_reason(name, self._stored[name], self.config, self._folder)
+            reason = self._predicted_layer(name) or derived_reason(
+                name, self._stored[name], self.config, self._folder
+            )
             if reason is None:
                 extra.append(name)
             else:
