@@ -19,8 +19,8 @@ def experts_config(**changes: Any) -> ModelConfig:
 
 
 def train_experts(layout: Layout, dtype: str = "float64", steps: int = 3, **options: Any) -> Trained:
-    """A few steps of it, with losses of the routers."""
-    changes = options.pop("changes", {})
+    """A few steps of it, with losses of the routers; `changes` of its experts are pairs."""
+    changes = dict(options.pop("changes", ()))
     return train(
         experts_config(**changes), layout, dtype, **({"experts": BALANCED, "steps": steps} | options)
     )

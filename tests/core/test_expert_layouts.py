@@ -22,14 +22,18 @@ HEADER = ("layout", "options", "losses", "grad norm", "first gradients", "weight
 TOLERANCE = 1e-9
 
 LORA = LoraConfig(lora_target_modules=("q_proj", "gate_proj", "down_proj"), lora_r=3)
-BIASED = {
-    "biases": True, "clamp": 0.5, "score_after_choice": True, "shared_ffn_hidden_size": None, "shared_gate": False,
-}  # fmt: skip
+BIASED = tuple(
+    {
+        "biases": True, "clamp": 0.5, "score_after_choice": True, "shared_ffn_hidden_size": None, "shared_gate": False,
+    }.items()
+)  # fmt: skip
 """Experts as gpt-oss has them."""
-GROUPED = {
-    "count": 8, "score": "sigmoid", "score_bias": True, "groups": 4, "groups_per_token": 2, "scaling": 2.5,
-    "shared_gate": False,
-}  # fmt: skip
+GROUPED = tuple(
+    {
+        "count": 8, "score": "sigmoid", "score_bias": True, "groups": 4, "groups_per_token": 2, "scaling": 2.5,
+        "shared_gate": False,
+    }.items()
+)  # fmt: skip
 """Experts as DeepSeek-V3 has them."""
 FULL, SELECTIVE, ATTENTION = (
     RecomputeConfig(checkpoint_activations=True, checkpoint_policy=policy)  # type: ignore[arg-type]

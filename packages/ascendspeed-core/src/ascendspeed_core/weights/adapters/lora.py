@@ -16,6 +16,7 @@ import torch
 from ascendspeed_core.config.lora import LoraConfig
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.sharding import is_matrix
+from ascendspeed_core.models.families import find_family
 from ascendspeed_core.models.linear import LowRank
 from ascendspeed_core.models.lora import AdapterPlan
 from ascendspeed_core.weights.adapters.hugging_face import HuggingFaceTensor, hugging_face_tensors
@@ -60,6 +61,7 @@ def plan_adapters(config: LoraConfig, model: ModelConfig, where: str) -> Adapter
         AscendSpeedError: a name means nothing in this model, or something that cannot have an adapter.
     """
     hf_tensors, shapes = hugging_face_tensors(model), parameter_shapes(model)
+    fused = {mapping.ours for mapping in find_family(model.family).weights(model) if not mapping.is_plain}
     linear = [
         name.removesuffix(".weight")
         for name, shape in shapes.items()
@@ -71,13 +73,13 @@ def plan_adapters(config: LoraConfig, model: ModelConfig, where: str) -> Adapter
     layers: dict[str, LowRank] = {}
     for word in config.lora_target_modules:
         # As in peft, what Hugging Face's code holds as no linear layer is not among all of them.
-        found = [name for name in linear if name != "output_head" and f"{name}.weight" in hf_tensors]
+        found = [name for name in linear if name != "output_head" and f"{name}.weight" not in fused]
         if word != ALL_LINEAR:
             found = _meant(word, linear, hf_tensors, "lora_target_modules", where)
-            fused = [name for name in found if name != "output_head" and f"{name}.weight" not in hf_tensors]
-            if fused:
+            parts = [name for name in found if f"{name}.weight" in fused]
+            if parts:
                 raise AscendSpeedError(
-                    f"lora_target_modules: {fused[0]} is a part of a fused tensor in Hugging Face's code, for which no "
+                    f"lora_target_modules: {parts[0]} is a part of a fused tensor in Hugging Face's code, for which no "
                     f"adapter can be saved; leave {word} out"
                 )
         layers |= dict.fromkeys(found, LowRank(config.lora_r, scale, config.lora_dropout))
