@@ -37,6 +37,20 @@ def test_formats_without_experts_refuse_them(tmp_path: Path) -> None:
             convert(Conversion(tmp_path / "hf", tmp_path / kind, kind, write_plan=plan))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("name", "lacks"),
+    [
+        ("gpt-oss", "experts with biases and no experts with clamped SwiGLU"),
+        ("DeepSeek-V3", "groups of experts chosen like that and no multi-head latent attention"),
+    ],
+)
+def test_what_megatron_core_was_not_compared_with_is_refused(tmp_path: Path, name: str, lacks: str) -> None:
+    EXPERT_REFERENCES[name].save(tmp_path / "hf")
+    plan = WritePlan("megatron", shard_layout(3))
+    with pytest.raises(CheckpointError, match=lacks):
+        convert(Conversion(tmp_path / "hf", tmp_path / "megatron", "megatron", write_plan=plan))
+
+
 def their_names() -> dict[str, tuple[int, ...]]:
     """Tensors of megatron-core's own model with experts, one after the other, and a shared one."""
     from support.megatron_on_cpu import install

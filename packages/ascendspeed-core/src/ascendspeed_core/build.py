@@ -305,7 +305,9 @@ def _absence(operator: str, model: Transformer, before: Sequence[Choice]) -> str
         return "the model has no LayerNorm"
     if operator == "rotary" and described.position != "rotary":
         return "the model has no rotary embedding"
-    if operator == "swiglu" and described.mlp != "swiglu":
+    experts = described.experts
+    is_clamped = experts is not None and experts.clamp is not None and not experts.dense_layers
+    if operator == "swiglu" and (described.mlp != "swiglu" or is_clamped):
         return "the model has no SwiGLU"
     if operator in ("grouped_product", "token_permutation") and described.experts is None:
         return "the model has no experts"

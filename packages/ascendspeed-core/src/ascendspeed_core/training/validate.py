@@ -14,7 +14,7 @@ from ascendspeed_core.objectives.objective import Objective
 from ascendspeed_core.objectives.registry import objective_of
 from ascendspeed_core.observability.monitor import check_monitor
 from ascendspeed_core.optim.build_engine import check_zero
-from ascendspeed_core.optim.schedule import samples_of_run, with_epochs, with_iterations
+from ascendspeed_core.optim.schedule import with_iterations
 from ascendspeed_core.training.changes import changed_options
 from ascendspeed_core.training.checkpoint import (
     TrainState,
@@ -24,6 +24,7 @@ from ascendspeed_core.training.checkpoint import (
 )
 from ascendspeed_core.training.data_order import as_it_began, check_data_order, data_order
 from ascendspeed_core.training.eval_prompts import EvalPromptsPlan, plan_eval_prompts
+from ascendspeed_core.training.run_length import num_samples, with_all_epochs, with_all_held_out
 from ascendspeed_core.weights import NativeSource, WeightSource, open_source, open_weights
 from ascendspeed_core.weights.adapters.ascendspeed import open_adapter
 from ascendspeed_core.weights.adapters.lora import (
@@ -124,9 +125,9 @@ def plan_run(config: PretrainConfig, world_size: int) -> RunPlan:
     _say_what_scales_nothing(config)
     _check_length(config, source.config, where)
     kind = objective_of(config)
-    config = _with_epochs(config, kind, layout.dp)
-    config = _with_all_held_out(config, kind, layout.dp)
-    samples = _num_samples(config, layout.dp)
+    config = with_all_epochs(config, kind, layout.dp)
+    config = with_all_held_out(config, kind, layout.dp)
+    samples = num_samples(config, layout.dp)
     manifest = kind.check_data(config.data, samples)
     _check_vocabulary(config, source, manifest)
     state = _initial_state(config, checkpoint, data_order(config, kind.data_order))
@@ -316,52 +317,6 @@ def _check_vocabulary(config: PretrainConfig, source: WeightSource, manifest: Da
         from ascendspeed_data.tokenizer import load_tokenizer
 
         check_tokenizer(manifest, load_tokenizer(tokenizer))
-
-
-def _with_epochs(config: PretrainConfig, kind: type[Objective], dp: int) -> PretrainConfig:
-    """Return the config with the steps that `num_train_epochs` takes; as it is without."""
-    epochs = config.training.num_train_epochs
-    if epochs is None:
-        return config
-    samples = kind.samples_of_epochs(config.data, epochs)
-    training, consumed = with_epochs(config.training, config.batch, dp, samples)
-    beyond = f", the last of which begins another pass with {consumed - samples} of its samples"
-    announce(
-        f"num_train_epochs={epochs:g}: {samples:,} samples, {training.train_iters:,} iterations"
-        f"{beyond if consumed > samples else ''}"
-    )
-    return config.model_copy(update={"training": training})
-
-
-def _with_all_held_out(config: PretrainConfig, kind: type[Objective], dp: int) -> PretrainConfig:
-    """Return the config with as many batches of an evaluation as the held-out data fills, if it is to be measured."""
-    if not config.evaluation.measures_all or not config.data.words(1):
-        return config
-    samples = kind.held_out_samples(config.data)
-    if not samples:
-        raise ConfigError(
-            f"eval_interval={config.evaluation.eval_interval}: {config.data.describe_split(1)} leaves nothing to "
-            "measure; give --split 90,10,0 or --valid-data-path, or leave --eval-interval out"
-        )
-    size = config.batch.resolve_global_batch_size(dp)
-    batches = max(samples // size, 1)
-    announce(
-        f"eval_interval without eval_iters: each evaluation takes all {samples:,} held-out samples, "
-        f"--eval-iters {batches}"
-        + (f"; the last {samples % size} are left out" if samples > size and samples % size else "")
-    )
-    evaluation = config.evaluation.model_copy(update={"eval_iters": batches})
-    return config.model_copy(update={"evaluation": evaluation})
-
-
-def _num_samples(config: PretrainConfig, dp: int) -> tuple[int, int, int]:
-    batch, evaluation = config.batch, config.evaluation
-    of_one = evaluation.eval_iters * batch.resolve_global_batch_size(dp)
-    evaluations = config.training.train_iters // evaluation.eval_interval + 1
-    held_out = evaluations * of_one if config.data.words(1) else 0
-    # The third share of --split is left alone; test data of its own is measured once.
-    tested = of_one if config.data.test_data_path else 0
-    return samples_of_run(config.training, batch, dp), held_out, tested
 
 
 def _initial_state(config: PretrainConfig, source: NativeSource | None, order: dict[str, Any]) -> TrainState:
