@@ -152,6 +152,7 @@ CONFIGS = (
     "ascendspeed-data/src/ascendspeed_data/preprocessing/job.py",
     "ascendspeed-core/src/ascendspeed_core/config",
     "ascendspeed-core/src/ascendspeed_core/training/validate.py",
+    "ascendspeed-core/src/ascendspeed_core/training/run_length.py",
     "ascendspeed-core/src/ascendspeed_core/training/eval_prompts.py",
     "ascendspeed-ckpt/src/ascendspeed_ckpt/config.py",
     "ascendspeed-infer/src/ascendspeed_infer/config.py",
