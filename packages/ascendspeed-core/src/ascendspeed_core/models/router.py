@@ -88,6 +88,7 @@ class Router(nn.Module):
         bias: takes part in the choice only; always in fp32, no gradient; see `ExpertsConfig`.
         training_config: losses and capacity, which are of training steps only.
         step: of the training step; `None` outside of one.
+        in_turn: tokens are given to experts in turn, whatever their scores say: a balanced load, to measure with.
         tile_rows: rows that are multiplied at once, here and by the experts; `None` for all.
         sum_load: adds up a count over the ranks that have other tokens of the same sequences.
         sum_batch: adds up a count over the ranks that have other sequences.
@@ -104,6 +105,7 @@ class Router(nn.Module):
             self.bias = nn.Parameter(torch.zeros(experts.count), requires_grad=False)
         self.training_config: ExpertsConfig | None = None
         self.step: RouterStep | None = None
+        self.in_turn = False
         self.tile_rows: int | None = None
         self.sum_load: Callable[[torch.Tensor], torch.Tensor] = _alone
         self.sum_batch: Callable[[torch.Tensor], torch.Tensor] = _alone
@@ -119,6 +121,8 @@ class Router(nn.Module):
         scores = logits.sigmoid() if self.experts.score == "sigmoid" else logits.softmax(-1)
         ranked = logits if self.experts.score_after_choice else scores
         chosen = self._within_groups(ranked.detach()).topk(self.experts.per_token, dim=-1).indices
+        if self.in_turn:
+            chosen = torch.arange(chosen.numel(), device=chosen.device).view_as(chosen) % self.experts.count
         weights = self._weights(ranked.gather(1, chosen))
         config, step = self.training_config, self.step
         if config is None or step is None:
