@@ -49,12 +49,14 @@ class Routing:
         weights: of each, fp32 or float64, [T, K].
         losses: by name; empty outside of training.
         may_refuse: experts have a capacity.
+        padded_rows: rows to which those of each expert are filled up; `None` leaves them as they are.
     """
 
     chosen: torch.Tensor
     weights: torch.Tensor
     losses: AuxiliaryLosses
     may_refuse: bool = False
+    padded_rows: int | None = None
 
 
 @dataclass
@@ -131,10 +133,14 @@ class Router(nn.Module):
         _count(marks, step)
         # The pass that counts the load of the batch needs no losses.
         losses = self._losses(logits, scores, marks, given, config, step) if torch.is_grad_enabled() else {}
-        may_refuse = config.moe_expert_capacity_factor is not None
-        if may_refuse:
-            chosen = self._within_capacity(chosen, weights, given, config, step)
-        return Routing(chosen, weights, losses, may_refuse)
+        if config.moe_expert_capacity_factor is None:
+            return Routing(chosen, weights, losses)
+        chosen, capacity = self._within_capacity(chosen, weights, given, config, step)
+        # An expert has no more of this rank's rows than its capacity of all sequences, nor than there are tokens.
+        padded = min(given.num_sequences * capacity, len(tokens))
+        return Routing(
+            chosen, weights, losses, True, padded if config.moe_pad_expert_input_to_capacity else None
+        )
 
     def _within_groups(self, ranked: torch.Tensor) -> torch.Tensor:
         """Return by what experts are chosen: with their biases, and of the best groups only; [T, E] -> [T, E]."""
@@ -202,8 +208,11 @@ class Router(nn.Module):
         given: TokenRows,
         config: ExpertsConfig,
         step: RouterStep,
-    ) -> torch.Tensor:
-        """Return the choices, those that experts beyond their capacity refuse replaced by E: [T, K] -> [T, K]."""
+    ) -> tuple[torch.Tensor, int]:
+        """Return the choices, those that experts beyond their capacity refuse replaced by E, and the capacity.
+
+        [T, K] -> [T, K]; tokens that an expert takes of one sequence.
+        """
         factor, experts = config.moe_expert_capacity_factor, self.experts.count
         assert factor is not None
         queue = (given.sequences.unsqueeze(1) * experts + chosen).flatten()
@@ -224,7 +233,7 @@ class Router(nn.Module):
         if not _is_recomputing():
             dropped = is_refused.sum(dtype=torch.float64)
             step.dropped = dropped if step.dropped is None else step.dropped + dropped
-        return chosen.masked_fill(is_refused, experts)
+        return chosen.masked_fill(is_refused, experts), capacity
 
 
 def in_tiles(
