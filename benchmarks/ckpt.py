@@ -1,12 +1,15 @@
 """What converting a checkpoint costs: HF -> AscendSpeed 2023 at tp 4, pp 2 -> HF, beside `cp` and transformers.
 
-Made weights of a LLaMA shape, bf16. Every way runs in a process of its own, from a warm page cache, after the disk has
-taken what was written before; what it wrote is removed afterwards. The better of two alternating rounds counts.
+Made weights of a LLaMA shape, bf16; with `--experts` of Mixtral's, HF -> Megatron-LM at tp 2, ep 4 -> HF. Every way
+runs in a process of its own, from a warm page cache, after the disk has taken what was written before; what it wrote is
+removed afterwards. The better of two alternating rounds counts.
 `written` is from the first read until the last byte was handed to the system, as `cp` counts; `on disk` adds the flush
 that our conversions do before they rename, and `sync` after `cp`. Imports, and the verdict (checksums of input and
 output, comparison of every bit), are apart.
 
-    python benchmarks/ckpt.py [LAYERS]      20 layers are 8.6 GB; needs three times that on the disk
+    python benchmarks/ckpt.py [LAYERS] [--experts]
+
+20 layers are 8.6 GB; of Mixtral's one is 3.4 GB, two are 6.3 GB; needs three times that on the disk.
 """
 
 import json
@@ -25,23 +28,31 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
+from ascendspeed_core.config.experts import Experts
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.weights import BaseWeightSource, Index, TensorInfo
 from ascendspeed_core.weights.load import parameter_shapes
 from support.models import tiny_config
 from support.tables import ReportTables
 
-SMALL_LAYERS, LAYERS, ROUNDS = 4, 20, 2
-CP_HF, CP_THERE = "cp -r of the HF folder", "cp -r of the 2023 folder"
-THERE, BACK = "HF -> 2023, tp4 x pp2 (.pt)", "2023 -> HF (safetensors)"
+SMALL_LAYERS, LAYERS, MIXTRAL_LAYERS, ROUNDS = 4, 20, 1, 2
+MIXTRAL = Experts(count=8, per_token=2, ffn_hidden_size=14336)
+CP_HF, CP_THERE, BACK = "cp -r of the HF folder", "cp -r of that folder", "that -> HF (safetensors)"
+THERE = {"ascendspeed": "HF -> 2023, tp4 x pp2 (.pt)", "megatron": "HF -> Megatron-LM, tp2 x ep4 (.pt)"}
 HEADER = (
     "way", "written", "on disk", "written / cp", "on disk / cp + sync", "GB/s", "anonymous GB", "verdict", "imports",
 )  # fmt: skip
 LIMIT = "1 GiB + 2 x largest tensor"
 
 
-def shape(num_layers: int) -> ModelConfig:
-    """LLaMA 7B with fewer layers."""
+def shape(num_layers: int, with_experts: bool) -> ModelConfig:
+    """LLaMA 7B, or Mixtral 8x7B, with fewer layers."""
+    if with_experts:
+        return tiny_config(
+            family="mixtral", vocab_size=32000, hidden_size=4096, ffn_hidden_size=14336, num_layers=num_layers,
+            num_attention_heads=32, num_key_value_heads=8, head_dim=128, max_position_embeddings=32768,
+            experts=MIXTRAL,
+        )  # fmt: skip
     return tiny_config(
         vocab_size=32000, hidden_size=4096, ffn_hidden_size=11008, num_layers=num_layers, num_attention_heads=32,
         num_key_value_heads=32, head_dim=128, max_position_embeddings=2048,
@@ -92,11 +103,12 @@ def watched_memory(found: dict[str, Any]) -> Iterator[None]:
         found["anonymous"] = peak[0]
 
 
-def child_make(target: str, num_layers: str) -> dict[str, Any]:
+def child_make(target: str, num_layers: str, kind: str) -> dict[str, Any]:
     from ascendspeed_ckpt.writers.huggingface import write_hugging_face
 
     Path(target).mkdir()
-    write_hugging_face(MadeWeights(shape(int(num_layers))), Path(target), None, 5_000_000_000, workers=2)
+    config = shape(int(num_layers), kind == "megatron")
+    write_hugging_face(MadeWeights(config), Path(target), None, 5_000_000_000, workers=2)
     return {}
 
 
@@ -115,6 +127,8 @@ def child_convert(source: str, target: str, to: str) -> dict[str, Any]:
         write_plan = None
         if to == "ascendspeed":
             write_plan = WritePlan("ascendspeed", shard_layout(opened.config.num_layers, tp=4, pp=2))
+        elif to == "megatron":
+            write_plan = WritePlan("megatron", shard_layout(opened.config.num_layers, tp=2, ep=4))
         verdict = convert(Conversion(opened, Path(target), to, write_plan=write_plan, verify_logits=False))  # type: ignore[arg-type]
     return found | {
         "written": opening + verdict.seconds - verdict.flush_seconds,
@@ -169,10 +183,10 @@ def best(rounds: list[dict[str, Any]]) -> dict[str, Any]:
     return {key: (max if key == "anonymous" else min)(found[key] for found in rounds) for key in rounds[0]}
 
 
-def measure(num_layers: int, folder: Path, tables: ReportTables, with_others: bool) -> None:
-    config = shape(num_layers)
+def measure(num_layers: int, kind: str, folder: Path, tables: ReportTables, with_others: bool) -> None:
+    config = shape(num_layers, kind == "megatron")
     hf, there, back, copy = (folder / name for name in ("hf", "there", "back", "copy"))
-    run("make", hf, num_layers)
+    run("make", hf, num_layers, kind)
     size = sum(path.stat().st_size for path in hf.glob("*.safetensors"))
     rounds: dict[str, list[dict[str, Any]]] = {}
 
@@ -182,7 +196,7 @@ def measure(num_layers: int, folder: Path, tables: ReportTables, with_others: bo
 
     for _ in range(ROUNDS):
         once(CP_HF, "cp", hf, copy)
-        once(THERE, "convert", hf, there, "ascendspeed")
+        once(THERE[kind], "convert", hf, there, kind)
         once(CP_THERE, "cp", there, copy)
         once(BACK, "convert", there, back, "huggingface")
         shutil.rmtree(there)
@@ -216,11 +230,13 @@ def main() -> None:
     if sys.argv[1:2] == ["child"]:
         print(json.dumps(CHILDREN[sys.argv[2]](*sys.argv[3:])))
         return
-    num_layers = int(sys.argv[1]) if len(sys.argv) > 1 else LAYERS
+    kind = "megatron" if "--experts" in sys.argv else "ascendspeed"
+    given = [int(argument) for argument in sys.argv[1:] if argument.isdecimal()]
+    num_layers = given[0] if given else MIXTRAL_LAYERS if kind == "megatron" else LAYERS
     tables = ReportTables()
     with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix="bench-ckpt-") as folder:
-        for layers in (SMALL_LAYERS, num_layers):
-            measure(layers, Path(folder), tables, with_others=layers == num_layers)
+        for layers in (num_layers,) if kind == "megatron" else (SMALL_LAYERS, num_layers):
+            measure(layers, kind, Path(folder), tables, with_others=layers == num_layers)
     print("\n".join(tables.render()))
 
 

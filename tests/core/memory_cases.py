@@ -17,7 +17,7 @@ from ascendspeed_core.models.transformer import Transformer
 from ascendspeed_core.optim.native_engine import NativeEngine
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.recompute import recomputed
-from ascendspeed_core.parallel.router_steps import train_routers
+from ascendspeed_core.parallel.router_steps import balanced_routers, train_routers
 from ascendspeed_core.planner.fit_memory import LiveBytes, fit_recompute, layers_of, measure_step
 from ascendspeed_core.planner.memory import can_be_selective, recompute_plans
 from ascendspeed_core.training.step import train_step
@@ -54,7 +54,8 @@ def measured_peak(model: Transformer, engine: NativeEngine, batches: list[MicroB
             *(value for state in engine.rule.state.values() for value in state.values()),
         )
     }
-    with LiveBytes() as live:
+    # As planned: experts with equal loads, whatever their scores say.
+    with balanced_routers(model), LiveBytes() as live:
         train_step(model, engine, batches, mesh)
     return live.peak + sum(resident.values())
 

@@ -58,12 +58,14 @@ def balancing(kind: str) -> ExpertsConfig:
     )
 
 
-def check(workers: WorkerPool, layout: Layout, options: dict[str, Any]) -> tuple[float, ...]:
-    """The differences; the balancing loss is the same number in every layout."""
+def check(
+    workers: WorkerPool, layout: Layout, options: dict[str, Any], wanted: dict[str, Any] | None = None
+) -> tuple[float, ...]:
+    """The differences; the balancing loss is the same number in every layout. `wanted` are options of one process."""
     spread = {"micro_batch_size": 16 // (4 * layout.dp)} | options
     got = join_stages(workers.run(train_experts, layout.world_size, layout, **spread), layout)
     same = ("recompute", "micro_batch_size")
-    want = one_process(**{key: value for key, value in options.items() if key not in same})
+    want = one_process(**{key: value for key, value in (wanted or options).items() if key not in same})
     balance = 0.0
     for ours, theirs in zip(got.auxiliary_losses, want.auxiliary_losses, strict=True):
         assert tuple(ours) == tuple(theirs) == ("balance", "router_z")
@@ -191,6 +193,7 @@ def test_narrow_formats(workers: WorkerPool, report: ReportTables, dtype: str) -
 
 
 CAPPED = ExpertsConfig(moe_aux_loss_coeff=0.05, moe_z_loss_coeff=0.02, moe_expert_capacity_factor=0.8)
+PADDED = CAPPED.model_copy(update={"moe_pad_expert_input_to_capacity": True})
 
 
 @pytest.mark.parametrize(
@@ -208,3 +211,13 @@ def test_capacity(workers: WorkerPool, layout: Layout) -> None:
     check(workers, layout, {"experts": CAPPED})
     with pytest.raises(AssertionError):
         assert one_process(experts=CAPPED).losses == pytest.approx(one_process().losses, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(dp=2, ep=2), pytest.param(Layout(cp=2, tp=2, ep=4, etp=1), marks=pytest.mark.nightly)],
+    ids=str,
+)
+def test_padding_changes_nothing(workers: WorkerPool, layout: Layout) -> None:
+    """Experts filled up to their capacity, against one process without."""
+    check(workers, layout, {"experts": PADDED}, {"experts": CAPPED})

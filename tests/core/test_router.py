@@ -141,6 +141,43 @@ def test_capacity(policy: str) -> None:
     assert int(router.step.dropped) == refused > 0  # type: ignore[arg-type]
 
 
+def test_experts_are_filled_up_to_their_capacity(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ceil(0.75 x 8 tokens x 2 / 4 experts) = 3 of each of three sequences; results and gradients stay."""
+    found = []
+    for pad in (False, True):
+        torch.manual_seed(2)
+        layer = ExpertsMLP(experts_config(dense_layers=())).double()
+        layer.router.training_config = ExpertsConfig(
+            moe_expert_capacity_factor=0.75, moe_pad_expert_input_to_capacity=pad
+        )
+        layer.router.step = RouterStep()
+        for parameter in layer.parameters():
+            torch.nn.init.normal_(parameter)
+        sizes: list[list[int]] = []
+        apply = layer.apply_experts
+        monkeypatch.setattr(
+            layer,
+            "apply_experts",
+            lambda rows, counts, a=apply, s=sizes: s.append(list(counts)) or a(rows, counts),
+        )
+        x = torch.randn(3, 8, 32, dtype=torch.float64, requires_grad=True)
+        out = layer(x)
+        out.square().sum().backward()
+        gradients = [parameter.grad for parameter in (x, *layer.parameters())]
+        found.append((out.detach(), *(g for g in gradients if g is not None)))
+        (counts,) = sizes
+        assert counts == [9] * 4 if pad else sum(counts) < 36
+    assert len(found[0]) == len(found[1]) > 10
+    # float64: products of more rows may round otherwise.
+    for plain, padded in zip(*found, strict=True):
+        assert torch.allclose(plain, padded, rtol=1e-12, atol=1e-9)
+
+
+def test_padding_needs_a_capacity() -> None:
+    with pytest.raises(ValueError, match="moe_pad_expert_input_to_capacity=true needs moe_expert_capacity"):
+        ExpertsConfig(moe_pad_expert_input_to_capacity=True)
+
+
 def test_permutation_and_back() -> None:
     torch.manual_seed(1)
     tokens = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)

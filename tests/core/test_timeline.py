@@ -9,6 +9,7 @@ import pytest
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from ascendspeed_core.config.batch import MICRO_BATCH_EXAMPLES
+from ascendspeed_core.config.experts import Experts
 from ascendspeed_core.models.families import find_family
 from ascendspeed_core.parallel.timeline import Action, Timeline, ideal
 from ascendspeed_core.planner.micro_batches import (
@@ -209,3 +210,36 @@ def test_early_reductions_are_on_the_timeline(tmp_path: Path) -> None:
         }
         # The first starts when its stage is done, while the device's other stage still computes.
         assert ends[early["stage"]] <= early["start"] < ends[late["stage"]] <= late["start"]
+
+
+def test_all_to_alls_of_experts_are_on_the_timeline(tmp_path: Path) -> None:
+    experts = Experts(count=4, per_token=2, ffn_hidden_size=48)
+    config = tiny_config(family="mixtral", experts=experts)
+    (tmp_path / "model.json").write_text(json.dumps(find_family("mixtral").write_config(config)))
+    done = run_command(
+        "asd-core", "timeline", "--model-config", tmp_path / "model.json", "--seq-length", 16, "--micro-batch-size", 2,
+        "--global-batch-size", 8, "--device", "cpu", "--picture", tmp_path / "experts.png",
+        "--expert-model-parallel-size", 2, "--nproc-per-node", 2,
+    )  # fmt: skip
+    assert done.status == 0, done.stderr
+    numbers = json.loads((tmp_path / "experts.json").read_text())
+    (actions,), (exchanges,) = numbers["actions"], numbers["exchanges"]
+    # Two micro-batches of each rank, four layers: there and back, in the forward and in the backward.
+    assert len(exchanges) == 2 * 4 * 4
+    assert "device 0: 32 all-to-alls of experts" in done.complaint
+    row = config.hidden_size * 4
+    for action in actions:
+        inside = [
+            one["sent_bytes"]
+            for one in exchanges
+            if action["start"] <= one["start"] < one["end"] <= action["end"]
+        ]
+        assert len(inside) == 8
+        there, back = inside[::2], inside[1::2]
+        if action["kind"] == "forward":
+            sent = there, back
+        else:
+            # Gradients go the ways of what they are of, the last layer's first.
+            assert (there[::-1], back[::-1]) == sent
+        # No more than all rows: 2 x 16 tokens, two experts of each; and whole rows.
+        assert all(0 < size <= 2 * 16 * 2 * row and size % row == 0 for size in inside)

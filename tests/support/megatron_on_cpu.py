@@ -67,6 +67,9 @@ def install() -> None:
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
             module.torch = over  # type: ignore[attr-defined]
+    # Without Transformer Engine it asks whether this is None, and nobody has said so.
+    experts: Any = sys.modules["megatron.core.transformer.moe.moe_utils"]
+    experts.te_general_gemm = getattr(experts, "te_general_gemm", None)
     seeds: Any = sys.modules["megatron.core.tensor_parallel.random"]
     seeds._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment]

@@ -92,6 +92,12 @@ class OutputOptions(Config):
         description="Pipeline stages of the output. [default: 1]",
         json_schema_extra=spellings("--tgt-pipeline-model-parallel-size"),
     )
+    expert_model_parallel_size: int | None = Field(
+        None,
+        ge=1,
+        description="Ranks of the output over which the experts of a layer are spread. [default: 1]",
+        json_schema_extra=spellings("--target-expert-parallel-size"),
+    )
     num_layers_per_virtual_pipeline_stage: int | None = Field(
         None,
         ge=1,
@@ -132,6 +138,7 @@ class OutputOptions(Config):
             for name in (
                 "tensor_model_parallel_size",
                 "pipeline_model_parallel_size",
+                "expert_model_parallel_size",
                 "num_layers_per_virtual_pipeline_stage",
                 "partition_layers",
             )

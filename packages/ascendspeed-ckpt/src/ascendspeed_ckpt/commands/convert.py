@@ -106,6 +106,7 @@ def make_write_plan(output: OutputOptions, to: TargetKind, num_layers: int, dtyp
         output.pipeline_model_parallel_size or 1,
         output.num_layers_per_virtual_pipeline_stage,
         output.stage_sizes(),
+        output.expert_model_parallel_size or 1,
     )
     return WritePlan(
         to,  # type: ignore[arg-type]

@@ -77,11 +77,15 @@ def _expert_args(plan: WritePlan, config: ModelConfig) -> dict[str, Any]:
     if experts is None:
         return {}
     is_softmax = experts.score == "softmax"
+    places = [config.has_experts(layer) for layer in range(config.num_layers)]
     return {
         "num_experts": experts.count,
         "moe_ffn_hidden_size": experts.ffn_hidden_size,
-        "moe_layer_freq": [int(config.has_experts(layer)) for layer in range(config.num_layers)],
+        # A list, even of ones, lets megatron-core store each layer by itself.
+        "moe_layer_freq": 1 if all(places) else [int(place) for place in places],
         "moe_router_topk": experts.per_token,
+        "moe_router_num_groups": experts.groups if experts.groups > 1 else None,
+        "moe_router_group_topk": experts.groups_per_token if experts.groups > 1 else None,
         # A softmax over all, then over the sum of the chosen, is a softmax over the chosen.
         "moe_router_pre_softmax": is_softmax and not experts.normalised and not experts.score_after_choice,
         "moe_router_score_function": experts.score,
@@ -90,6 +94,6 @@ def _expert_args(plan: WritePlan, config: ModelConfig) -> dict[str, Any]:
         "moe_shared_expert_intermediate_size": experts.shared_ffn_hidden_size,
         "moe_shared_expert_gate": experts.shared_gate,
         "moe_grouped_gemm": plan.transformer_engine,
-        "expert_model_parallel_size": 1,
+        "expert_model_parallel_size": plan.layout.ep,
         "expert_tensor_parallel_size": plan.layout.tp,
     }

@@ -10,6 +10,7 @@ from ascendspeed_ckpt.writers.packed_slabs import packed_slabs
 from ascendspeed_ckpt.writers.sidecar import write_sidecar
 from ascendspeed_ckpt.writers.write_plan import WritePlan
 from ascendspeed_core.weights.external.detect_format import STATES
+from ascendspeed_core.weights.external.mp_rank import Rank
 from ascendspeed_core.weights.external.packing import PackedTensor
 from ascendspeed_core.weights.external.sidecar import Sidecar
 from ascendspeed_core.weights.files.torch_archive import TorchArchive
@@ -43,7 +44,7 @@ def write_mp_rank(
     checksums: dict[str, dict[str, int]] = {}
     count = ByteCounter(on_bytes)
 
-    def task(rank: tuple[int, int], chunks: list[list[PackedTensor]]) -> None:
+    def task(rank: Rank, chunks: list[list[PackedTensor]]) -> None:
         path = release / plan.layout.folder(*rank) / STATES
         path.parent.mkdir(parents=True)
         checksums[f"{path.parent.name}/{STATES}"] = _write_file(
@@ -65,7 +66,7 @@ def _write_file(
     source: WeightSource,
     path: Path,
     plan: WritePlan,
-    rank: tuple[int, int],
+    rank: Rank,
     chunks: list[list[PackedTensor]],
     checkpoint: str,
     count: ByteCounter,
@@ -80,7 +81,7 @@ def _write_file(
         "checkpoint_version": 3.0,
         "iteration": 0,
         "tokens": 0,
-        "ascendspeed": {"tensor_rank": rank[0], "stage": rank[1], "checkpoint": checkpoint},
+        "ascendspeed": {**plan.layout.record(*rank), "checkpoint": checkpoint},
         **{name: _nested(state) for name, state in zip(names, states, strict=True)},
     }
     with path.open("wb", buffering=0) as file, TorchArchive(file, content) as archive:

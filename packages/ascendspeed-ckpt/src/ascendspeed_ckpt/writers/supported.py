@@ -1,5 +1,6 @@
 """Which models each external program computes as this project does; others are not written for it."""
 
+from ascendspeed_core.config.experts import Experts
 from ascendspeed_core.config.model import ModelConfig, RotaryScaling
 from ascendspeed_core.weights.external.config_of_arguments import llama3_by_factor
 from ascendspeed_core.weights.source import CheckpointError
@@ -40,11 +41,25 @@ def _in_no_format(config: ModelConfig) -> dict[str, bool]:
     }
 
 
+def _of_experts(experts: Experts) -> dict[str, bool]:
+    """Return what of the choice of experts megatron-core does otherwise, see its `topk_routing_with_score_function`."""
+    best_of_group = 2 if experts.group_score == "top2" else 1
+    return {
+        "groups of experts chosen like that": experts.groups > 1
+        and experts.per_token // experts.groups_per_token != best_of_group,
+        "sigmoid scores that are not divided by their sum": experts.score == "sigmoid"
+        and not experts.normalised
+        and experts.per_token > 1,
+        "bias of softmax scores": experts.score == "softmax" and experts.score_bias,
+    }
+
+
 def check_supported(kind: str, config: ModelConfig) -> None:
     """Raise `CheckpointError` when the format's own program would compute another thing with these weights."""
-    if config.experts is not None and kind != "megatron":
+    if config.experts is not None and kind == "ascendspeed":
         raise CheckpointError(
-            f"--to {kind}: experts are not written in this format; choose --to megatron, native or huggingface"
+            f"--to {kind}: experts are not written in this format; choose --to megatron, torch_dist, native or "
+            "huggingface"
         )
     is_gpt = config.mlp == "gelu"
     biases = {config.qkv_bias, config.output_bias, config.mlp_bias}
@@ -69,8 +84,8 @@ def check_supported(kind: str, config: ModelConfig) -> None:
             "normalised head": config.normalised_head,
             "rope scaling but Llama 3's": config.rotary_scaling not in (None, llama3_scaling(config)),
             "bias on attention's output without one in the MLP": config.output_bias != config.mlp_bias,
-            "groups of experts chosen like that": config.experts is not None and config.experts.groups > 1,
         }
+        wanted |= _of_experts(config.experts) if config.experts is not None else {}
     lacks = [what for what, is_wanted in (wanted | _in_no_format(config)).items() if is_wanted]
     if lacks:
         program = "AscendSpeed of 2023" if kind == "ascendspeed" else "megatron-core's GPTModel"

@@ -1,7 +1,7 @@
 """Write megatron-core's distributed checkpoints (`torch_dist`) without megatron-core and in one process.
 
 See `weights.external.torch_dist` for the files. Megatron-core stores a tensor of all layers as one tensor, whose first
-dimension is the layer.
+dimension is the layer, unless some layers have experts and others do not.
 """
 
 import io
@@ -20,6 +20,7 @@ from ascendspeed_ckpt.writers.mp_rank import RELEASE
 from ascendspeed_ckpt.writers.packed_slabs import packed_slabs
 from ascendspeed_ckpt.writers.sidecar import write_sidecar
 from ascendspeed_ckpt.writers.write_plan import WritePlan
+from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.sharding import Slice
 from ascendspeed_core.weights.external.packing import PackedTensor
 from ascendspeed_core.weights.external.sidecar import Sidecar
@@ -36,13 +37,6 @@ from ascendspeed_core.weights.native.source import TRACKER
 from ascendspeed_core.weights.shard_layout import shard_layout
 from ascendspeed_core.weights.source import TensorInfo, WeightSource
 from ascendspeed_data.files import write_durably
-
-_WITH_EXTRA_STATE = (
-    "self_attention.linear_proj",
-    "self_attention.linear_qkv",
-    "mlp.linear_fc1",
-    "mlp.linear_fc2",
-)
 
 
 def write_torch_dist(
@@ -76,7 +70,7 @@ def write_torch_dist(
         with TensorFile(release, number) as file:
             for packed in shares[number]:
                 info = plan.info(packed, stored)
-                name, part = _stacked(packed, config.num_layers)
+                name, part = _stacked(packed, config)
                 file.add_slabs(
                     name,
                     TensorInfo(part.sizes, info.dtype),
@@ -86,7 +80,7 @@ def write_torch_dist(
                 count(info.num_bytes)
             if number == 0:
                 nothing = _saved_nothing()
-                for key in _extra_states(config.num_layers):
+                for key in _extra_states(config):
                     file.add_object(key, nothing)
                 objects.extend(file.objects)
         shards[number] = file.shards
@@ -101,23 +95,47 @@ def write_torch_dist(
     write_durably(folder / TRACKER, f"{RELEASE}\n")
 
 
-def _stacked(packed: PackedTensor, num_layers: int) -> tuple[str, Slice]:
+def _are_alike(config: ModelConfig) -> bool:
+    """Whether all layers have experts, or none: megatron-core then stores a tensor of all layers as one."""
+    return len({config.has_experts(layer) for layer in range(config.num_layers)}) == 1
+
+
+def _stacked(packed: PackedTensor, config: ModelConfig) -> tuple[str, Slice]:
     """Return the name of the tensor that holds all layers, and which part of it this tensor is."""
     match = LAYER_NAME.fullmatch(packed.key)
     index = tuple(slice(0, length) for length in packed.shape)
-    if match is None:
+    if match is None or not _are_alike(config):
         return packed.key, Slice(packed.shape, index)
     layer = int(match.group(1))
     return f"decoder.layers.{match.group(2)}", Slice(
-        (num_layers, *packed.shape), (slice(layer, layer + 1), *index)
+        (config.num_layers, *packed.shape), (slice(layer, layer + 1), *index)
     )
 
 
-def _extra_states(num_layers: int) -> Iterator[str]:
+def _extra_states(config: ModelConfig) -> Iterator[str]:
     """Yield the names of the empty states that megatron-core expects of every linear layer."""
-    for module in _WITH_EXTRA_STATE:
-        for layer in range(num_layers):
-            yield f"decoder.layers.{module}._extra_state/shard_{layer}_{num_layers}"
+    alike, num_layers = _are_alike(config), config.num_layers
+    for layer in range(num_layers):
+        of_layer, in_stack = ("", [(layer, num_layers)]) if alike else (f"{layer}.", [])
+        for module, count in _linear_modules(config, layer):
+            for of_experts in [[(number, count)] for number in range(count)] or [[]]:
+                place = [*in_stack, *of_experts] or [(0, 1)]
+                offsets, sizes = (".".join(map(str, numbers)) for numbers in zip(*place, strict=True))
+                yield f"decoder.layers.{of_layer}{module}._extra_state/shard_{offsets}_{sizes}"
+
+
+def _linear_modules(config: ModelConfig, layer: int) -> Iterator[tuple[str, int]]:
+    """Yield the linear modules of a layer, and for those of experts how many there are."""
+    yield "self_attention.linear_proj", 0
+    yield "self_attention.linear_qkv", 0
+    experts = config.experts
+    for part in ("linear_fc1", "linear_fc2"):
+        if experts is None or not config.has_experts(layer):
+            yield f"mlp.{part}", 0
+            continue
+        yield f"mlp.experts.experts.{part}", experts.count
+        if experts.shared_ffn_hidden_size is not None:
+            yield f"mlp.shared_experts.{part}", 0
 
 
 def _saved_nothing() -> bytes:

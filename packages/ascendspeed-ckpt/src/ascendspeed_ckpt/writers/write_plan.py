@@ -8,17 +8,21 @@ import torch
 
 from ascendspeed_ckpt.writers.supported import check_supported
 from ascendspeed_core.config.model import ModelConfig
+from ascendspeed_core.weights.external.mp_rank import Rank
 from ascendspeed_core.weights.external.name_maps import (
     ROTARY,
     NameMap,
     ascendspeed_gpt,
     ascendspeed_llama,
+    expert_indices,
     megatron,
+    megatron_distributed,
 )
 from ascendspeed_core.weights.external.packing import PackedTensor
 from ascendspeed_core.weights.load import parameter_shapes
 from ascendspeed_core.weights.shard_layout import ShardLayout
 from ascendspeed_core.weights.source import CheckpointError, TensorInfo, WeightSource
+from ascendspeed_data.errors import ConfigError
 
 ExternalKind = Literal["ascendspeed", "megatron", "torch_dist"]
 
@@ -55,17 +59,30 @@ class WritePlan:
             CheckpointError: the format cannot hold something that the model has.
         """
         check_supported(self.kind, config)
+        self._check_experts(config)
         if self.kind == "ascendspeed" and config.num_key_value_heads % self.layout.tp:
             raise CheckpointError(
                 f"tensor_model_parallel_size={self.layout.tp} does not divide num_key_value_heads="
                 f"{config.num_key_value_heads}, and AscendSpeed of 2023 does not copy heads; choose a divisor"
             )
-        if self.kind != "ascendspeed":
-            return megatron(self.transformer_engine or self.kind == "torch_dist")
+        if self.kind == "torch_dist":
+            return megatron_distributed(own_layers=not self.transformer_engine)
+        if self.kind == "megatron":
+            return megatron(self.transformer_engine)
         return ascendspeed_gpt() if config.mlp == "gelu" else ascendspeed_llama(self.merged_mlp)
 
-    def plan(self, source: WeightSource) -> Iterator[tuple[tuple[int, int], list[list[PackedTensor]]]]:
-        """Yield tensor-parallel rank and stage of each file, and the tensors of each of its chunks."""
+    def _check_experts(self, config: ModelConfig) -> None:
+        """Raise `AscendSpeedError` unless there are experts to spread, as many on each rank."""
+        if config.experts is not None:
+            self.layout.experts(config.experts.count, 0)
+        elif self.layout.ep > 1:
+            raise ConfigError(
+                f"expert_model_parallel_size={self.layout.ep} spreads experts, which this model does not have; "
+                "leave it out"
+            )
+
+    def plan(self, source: WeightSource) -> Iterator[tuple[Rank, list[list[PackedTensor]]]]:
+        """Yield tensor-parallel rank, stage and expert-parallel rank of each file, and the tensors of its chunks."""
         config = source.config
         shapes = parameter_shapes(config)
         if config.position == "rotary":
@@ -73,15 +90,17 @@ class WritePlan:
         name_map, rows = self.name_map(config), self.vocabulary_rows(config)
         layout = self.layout
         for stage in range(layout.pp):
-            whole = [
-                list(name_map.of_chunk(shapes, config, layout.stage(stage, chunk), rows))
-                for chunk in range(layout.vpp)
-            ]
-            for rank in range(layout.tp):
-                yield (
-                    (rank, stage),
-                    [[packed.of_rank(rank, layout.tp) for packed in chunk] for chunk in whole],
-                )
+            for ep_rank in range(layout.ep):
+                indices = expert_indices(config, layout, ep_rank)
+                whole = [
+                    list(name_map.of_chunk(shapes, config, layout.stage(stage, chunk), rows, indices))
+                    for chunk in range(layout.vpp)
+                ]
+                for rank in range(layout.tp):
+                    yield (
+                        (rank, stage, ep_rank),
+                        [[packed.of_rank(rank, layout.tp) for packed in chunk] for chunk in whole],
+                    )
 
     def info(self, packed: PackedTensor, stored: Mapping[str, TensorInfo]) -> TensorInfo:
         """Return shape and format of a tensor to be written."""

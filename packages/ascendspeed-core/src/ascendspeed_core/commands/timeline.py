@@ -16,6 +16,8 @@ from ascendspeed_data.errors import ConfigError
 def timeline(**given: Any) -> None:
     """Run a few steps of a pipeline on random tokens, and draw what each device did when in the last one.
 
+    Of a model whose experts are spread over ranks it counts and times the all-to-alls too.
+
     Below the measured step the picture shows the same work with messages that take no time: what the schedule itself
     leaves idle.
     """
@@ -41,9 +43,12 @@ def check_timeline(config: TimelineConfig, world_size: int) -> None:
     from ascendspeed_core.config.layout import stages_of_ranks
     from ascendspeed_core.weights import open_source
 
-    if config.parallel.pipeline_model_parallel_size == 1:
-        raise ConfigError("a timeline shows a pipeline; give --pipeline-model-parallel-size 2 or more")
     layout = config.parallel.layout(world_size)
+    if layout.pp == 1 and layout.ep == 1:
+        raise ConfigError(
+            "a timeline shows a pipeline, or what experts exchange; give --pipeline-model-parallel-size 2 or more, or "
+            "--expert-model-parallel-size"
+        )
     model = open_source(config.source, config.training.seed).config
     config.parallel.check_model(model)
     config.parallel.check_sequence(config.drawing.seq_length)
@@ -107,12 +112,11 @@ def record_timeline(config: TimelineConfig) -> None:
             length, largest = config.drawing.seq_length, config.batch.micro_batch_size
             sizes, _ = choose_sizes(model, mesh, length, size // layout.dp, largest, engine)
         recorded = record_step(model, mesh, sizes, config.drawing.seq_length, engine)
-        mine = (mesh.tp_rank, mesh.replica, recorded.actions, recorded.reductions)
-        everything = gather_objects(mine, mesh)
+        everything = gather_objects((mesh.tp_rank, mesh.replica, *recorded.noted), mesh)
         if world.rank:
             return
-        first = [(own, reductions) for tp, replica, own, reductions in everything if tp == replica == 0]
-        measured = Timeline(tuple(tuple(own) for own, _ in first), tuple(tuple(own) for _, own in first))
+        first = [noted for tp, replica, *noted in everything if tp == replica == 0]
+        measured = Timeline(*zip(*first, strict=True))
         planned = ideal(measured)
         picture = config.drawing.picture
         draw_timelines([(f"{layout}, measured", measured), ("messages that take no time", planned)], picture)
@@ -123,9 +127,17 @@ def record_timeline(config: TimelineConfig) -> None:
             "ideal": {"seconds": planned.makespan, "bubble": planned.bubble},
             "actions": [[asdict(action) for action in own] for own in measured.devices],
             "reductions": [[asdict(one) for one in own] for own in measured.reductions],
+            "exchanges": [[asdict(one) for one in own] for own in measured.exchanges],
         }
         picture.with_suffix(".json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
         log(
             f"{picture}: step {measured.makespan * 1000:.0f} ms, bubble {measured.bubble:.1%}; with messages that take "
             f"no time {planned.makespan * 1000:.0f} ms, bubble {planned.bubble:.1%}"
         )
+        for number, own in enumerate(measured.exchanges):
+            if own:
+                log(
+                    f"device {number}: {len(own)} all-to-alls of experts, {sum(one.sent_bytes for one in own):,} bytes "
+                    f"sent, {sum(one.seconds for one in own) * 1000:.0f} ms with the wait for other ranks, "
+                    f"{sum(one.seconds for one in own) / measured.makespan:.1%} of the step"
+                )

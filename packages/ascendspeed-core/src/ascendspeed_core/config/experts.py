@@ -152,6 +152,21 @@ class ExpertsConfig(Config):
         description="Which tokens an expert beyond its capacity drops: those of lowest weight, or the last ones.",
     )
 
+    moe_pad_expert_input_to_capacity: bool = Field(
+        False,
+        description="Fill the tokens of each expert up to its capacity with zeros: products and exchanges have one "
+        "size, and results stay what they are.",
+        json_schema_extra={"off": ""},
+    )
+
+    @model_validator(mode="after")
+    def _pads_to_something(self) -> "ExpertsConfig":
+        if self.moe_pad_expert_input_to_capacity and self.moe_expert_capacity_factor is None:
+            raise ValueError(
+                "moe_pad_expert_input_to_capacity=true needs moe_expert_capacity_factor; give it, or leave padding out"
+            )
+        return self
+
     @property
     def has_losses(self) -> bool:
         """Whether routers add losses."""

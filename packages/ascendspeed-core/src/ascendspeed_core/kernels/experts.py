@@ -52,6 +52,23 @@ def order_by_group(groups: torch.Tensor, num_groups: int) -> RowOrder:
     return RowOrder(order, inverse, groups.bincount(minlength=num_groups))
 
 
+def pad_groups(rows: torch.Tensor, counts: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Fill groups of rows that stand together up to one length, with zeros.
+
+    Args:
+        rows: [N, H].
+        counts: rows of each group, [E], none above `length`.
+        length: of every group, P.
+
+    Returns:
+        The groups, [E P, H], and where in them each row is, [N].
+    """
+    groups = torch.arange(len(counts), device=rows.device)
+    gaps = groups * length - (counts.cumsum(0) - counts)
+    positions = torch.arange(len(rows), device=rows.device) + gaps.repeat_interleave(counts)
+    return rows.new_zeros(len(counts) * length, rows.shape[1]).index_copy(0, positions, rows), positions
+
+
 PermuteFunction = Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, RowOrder]]
 """An implementation of `permute_tokens`."""
 

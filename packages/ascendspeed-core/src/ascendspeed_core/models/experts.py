@@ -18,6 +18,7 @@ from ascendspeed_core.kernels.experts import (
     GroupedProduct,
     PermuteFunction,
     UnpermuteFunction,
+    pad_groups,
     permute_tokens,
     unpermute_tokens,
 )
@@ -141,10 +142,16 @@ class ExpertsMLP(nn.Module):
         taken, refused = order.counts[:count], rows[:0]
         if routing.may_refuse:
             rows, refused = rows.split([int(taken.sum()), int(order.counts[count])])
+        positions = None
+        if routing.padded_rows is not None:
+            rows, positions = pad_groups(rows, taken, routing.padded_rows)
+            taken = torch.full_like(taken, routing.padded_rows)
         if self.exchange is not None:
             rows = self.exchange(rows, taken, self.apply_experts)
         else:
             rows = self.apply_experts(rows, taken.tolist())
+        if positions is not None:
+            rows = rows[positions]
         if routing.may_refuse:
             rows = torch.cat([rows, torch.zeros_like(refused)])
         return self.share.leave(unpermute(rows, routing.weights, order), x), routing.losses

@@ -49,12 +49,14 @@ class Routing:
         weights: of each, fp32 or float64, [T, K].
         losses: by name; empty outside of training.
         may_refuse: experts have a capacity.
+        padded_rows: rows to which those of each expert are filled up; `None` leaves them as they are.
     """
 
     chosen: torch.Tensor
     weights: torch.Tensor
     losses: AuxiliaryLosses
     may_refuse: bool = False
+    padded_rows: int | None = None
 
 
 @dataclass
@@ -89,6 +91,7 @@ class Router(nn.Module):
         logits_bias: added to the logits, a weight like others.
         training_config: losses and capacity, which are of training steps only.
         step: of the training step; `None` outside of one.
+        in_turn: tokens are given to experts in turn, whatever their scores say: a balanced load, to measure with.
         tile_rows: rows that are multiplied at once, here and by the experts; `None` for all.
         sum_load: adds up a count over the ranks that have other tokens of the same sequences.
         sum_batch: adds up a count over the ranks that have other sequences.
@@ -106,6 +109,7 @@ class Router(nn.Module):
         self.logits_bias = nn.Parameter(torch.zeros(experts.count)) if experts.biases else None
         self.training_config: ExpertsConfig | None = None
         self.step: RouterStep | None = None
+        self.in_turn = False
         self.tile_rows: int | None = None
         self.sum_load: Callable[[torch.Tensor], torch.Tensor] = _alone
         self.sum_batch: Callable[[torch.Tensor], torch.Tensor] = _alone
@@ -122,6 +126,8 @@ class Router(nn.Module):
         scores = logits.sigmoid() if self.experts.score == "sigmoid" else logits.softmax(-1)
         ranked = logits if self.experts.score_after_choice else scores
         chosen = self._within_groups(ranked.detach()).topk(self.experts.per_token, dim=-1).indices
+        if self.in_turn:
+            chosen = torch.arange(chosen.numel(), device=chosen.device).view_as(chosen) % self.experts.count
         weights = self._weights(ranked.gather(1, chosen))
         config, step = self.training_config, self.step
         if config is None or step is None:
@@ -130,10 +136,14 @@ class Router(nn.Module):
         _count(marks, step)
         # The pass that counts the load of the batch needs no losses.
         losses = self._losses(logits, scores, marks, given, config, step) if torch.is_grad_enabled() else {}
-        may_refuse = config.moe_expert_capacity_factor is not None
-        if may_refuse:
-            chosen = self._within_capacity(chosen, weights, given, config, step)
-        return Routing(chosen, weights, losses, may_refuse)
+        if config.moe_expert_capacity_factor is None:
+            return Routing(chosen, weights, losses)
+        chosen, capacity = self._within_capacity(chosen, weights, given, config, step)
+        # An expert has no more of this rank's rows than its capacity of all sequences, nor than there are tokens.
+        padded = min(given.num_sequences * capacity, len(tokens))
+        return Routing(
+            chosen, weights, losses, True, padded if config.moe_pad_expert_input_to_capacity else None
+        )
 
     def _within_groups(self, ranked: torch.Tensor) -> torch.Tensor:
         """Return by what experts are chosen: with their biases, and of the best groups only; [T, E] -> [T, E]."""
@@ -201,8 +211,11 @@ class Router(nn.Module):
         given: TokenRows,
         config: ExpertsConfig,
         step: RouterStep,
-    ) -> torch.Tensor:
-        """Return the choices, those that experts beyond their capacity refuse replaced by E: [T, K] -> [T, K]."""
+    ) -> tuple[torch.Tensor, int]:
+        """Return the choices, those that experts beyond their capacity refuse replaced by E, and the capacity.
+
+        [T, K] -> [T, K]; tokens that an expert takes of one sequence.
+        """
         factor, experts = config.moe_expert_capacity_factor, self.experts.count
         assert factor is not None
         queue = (given.sequences.unsqueeze(1) * experts + chosen).flatten()
@@ -223,7 +236,7 @@ class Router(nn.Module):
         if not _is_recomputing():
             dropped = is_refused.sum(dtype=torch.float64)
             step.dropped = dropped if step.dropped is None else step.dropped + dropped
-        return chosen.masked_fill(is_refused, experts)
+        return chosen.masked_fill(is_refused, experts), capacity
 
 
 def in_tiles(

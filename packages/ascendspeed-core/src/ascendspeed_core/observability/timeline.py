@@ -16,6 +16,7 @@ COLOURS: dict[Kind, str] = {
 
 
 REDUCTION_COLOUR = "#b279a2"
+EXCHANGE_COLOUR = "#d62728"
 
 
 def draw_timelines(timelines: Sequence[tuple[str, Timeline]], path: Path) -> None:
@@ -54,12 +55,14 @@ def draw_timelines(timelines: Sequence[tuple[str, Timeline]], path: Path) -> Non
     handles = [Patch(color=colour, label=kind) for kind, colour in COLOURS.items() if kind in shown]
     if any(any(timeline.reductions) for _, timeline in timelines):
         handles.append(Patch(color=REDUCTION_COLOUR, label="reduction of gradients"))
-    figure.legend(handles=handles, loc="upper right", ncols=5, fontsize=8)
+    if any(any(timeline.exchanges) for _, timeline in timelines):
+        handles.append(Patch(color=EXCHANGE_COLOUR, label="all-to-all of experts"))
+    figure.legend(handles=handles, loc="upper right", ncols=6, fontsize=8)
     save_figure(figure, path)
 
 
 def _draw(axes: Any, timeline: Timeline) -> None:
-    """Draw one timeline: a row for each device, its reductions at the foot of the row."""
+    """Draw one timeline: a row for each device, its reductions at the foot of the row, exchanges at its head."""
     zero = timeline.start
     for device, actions in enumerate(timeline.devices):
         stages = sorted({action.stage for action in actions})
@@ -77,6 +80,10 @@ def _draw(axes: Any, timeline: Timeline) -> None:
             axes.barh(device + 0.43, width, left=left, height=0.12, color=REDUCTION_COLOUR, alpha=0.6)
             name = "rest" if one.stage is None else f"stage {one.stage}"
             axes.text(left, device + 0.43, name, ha="left", va="center", fontsize=4)
+    for device, exchanges in enumerate(timeline.exchanges):
+        for exchange in exchanges:
+            left, width = (exchange.start - zero) * 1000, exchange.seconds * 1000
+            axes.barh(device - 0.4, width, left=left, height=0.1, color=EXCHANGE_COLOUR)
     for origin, ready, device, used in timeline.messages():
         axes.plot(
             [(ready - zero) * 1000, (used - zero) * 1000], [origin, device], color="black", lw=0.3, alpha=0.4

@@ -9,6 +9,7 @@ Shapes: B batch, S sequence, H hidden size, n ranks of the group.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -128,8 +129,21 @@ def exchange_rows(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     return _after(_start_exchange(list(rows), list(received), group), received)
 
 
+NoteExchange = Callable[[int], AbstractContextManager[None]]
+"""Times what is done inside, given the bytes that this rank sends to others."""
+
+
+def unnoted(_sent_bytes: int) -> AbstractContextManager[None]:
+    """Time nothing."""
+    return nullcontext()
+
+
 def exchange_parts(
-    x: torch.Tensor, to: Sequence[int], of: Sequence[int], group: dist.ProcessGroup
+    x: torch.Tensor,
+    to: Sequence[int],
+    of: Sequence[int],
+    group: dist.ProcessGroup,
+    noting: NoteExchange = unnoted,
 ) -> torch.Tensor:
     """Send consecutive rows of `x` to the ranks of `group`, and return the rows received, in order of the ranks.
 
@@ -138,8 +152,9 @@ def exchange_parts(
         to: rows for each rank; they add up to N.
         of: rows from each rank.
         group: the ranks.
+        noting: what times it, and its like in the backward.
     """
-    received: torch.Tensor = _ExchangeParts.apply(x, list(to), list(of), group)
+    received: torch.Tensor = _ExchangeParts.apply(x, list(to), list(of), group, noting)
     return received
 
 
@@ -224,14 +239,27 @@ class _SumOverGroup(torch.autograd.Function):
 class _ExchangeParts(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, to: list[int], of: list[int], group: dist.ProcessGroup
+        ctx: Any,
+        x: torch.Tensor,
+        to: list[int],
+        of: list[int],
+        group: dist.ProcessGroup,
+        noting: NoteExchange,
     ) -> torch.Tensor:
-        ctx.to, ctx.of, ctx.group = to, of, group
-        return _exchange_parts(x, to, of, group)
+        ctx.to, ctx.of, ctx.group, ctx.noting = to, of, group, noting
+        with noting(_sent_bytes(x, to, group)):
+            return _exchange_parts(x, to, of, group)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        return _exchange_parts(gradients[0], ctx.of, ctx.to, ctx.group), None, None, None
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
+        with ctx.noting(_sent_bytes(gradients[0], ctx.of, ctx.group)):
+            return _exchange_parts(gradients[0], ctx.of, ctx.to, ctx.group), None, None, None, None
+
+
+def _sent_bytes(x: torch.Tensor, to: list[int], group: dist.ProcessGroup) -> int:
+    """Return the bytes of the rows that go to other ranks."""
+    rows = sum(to) - to[dist.get_rank(group)]
+    return rows * (x.nbytes // len(x) if len(x) else 0)
 
 
 def _exchange_parts(x: torch.Tensor, to: list[int], of: list[int], group: dist.ProcessGroup) -> torch.Tensor:

@@ -32,12 +32,14 @@ from ascendspeed_core.models.linear import LoraLinear
 from ascendspeed_core.models.router import TokenRows
 from ascendspeed_core.models.transformer import Transformer
 from ascendspeed_core.parallel.collectives import (
+    NoteExchange,
     all_gather_rows,
     exchange_parts,
     exchange_rows,
     gather_shares,
     sum_over_group,
     take_share,
+    unnoted,
 )
 from ascendspeed_core.parallel.mesh import ParallelMesh
 
@@ -69,6 +71,13 @@ def apply_expert_parallel(model: Transformer, mesh: ParallelMesh) -> None:
         module.router.gather = partial(_gather_rows, mesh=mesh)
 
 
+def note_exchanges(model: nn.Module, noting: NoteExchange) -> None:
+    """Have all exchanges of rows of a model's experts timed."""
+    for module in model.modules():
+        if isinstance(module, ExpertsMLP) and isinstance(module.exchange, TokenExchange):
+            module.exchange.noting = noting
+
+
 def local_experts(count: int, ep: int, ep_rank: int) -> range:
     """Return the experts of a layer that a rank has."""
     share = count // ep
@@ -92,10 +101,14 @@ class TokenExchange:
         group: the ranks that have the experts of a layer, in order of the experts.
         ep: shares of the experts.
         etp: ranks that have parts of the same experts; neighbours in the group.
+
+    Attributes:
+        noting: times the exchanges of rows.
     """
 
     def __init__(self, group: dist.ProcessGroup, ep: int, etp: int) -> None:
         self._group, self._ep, self._etp = group, ep, etp
+        self.noting: NoteExchange = unnoted
 
     def __call__(self, rows: torch.Tensor, counts: torch.Tensor, apply: ApplyExperts) -> torch.Tensor:
         """Return what experts give for rows.
@@ -116,12 +129,12 @@ class TokenExchange:
         if self._etp > 1:
             parts = rows.split(outgoing[:: self._etp])
             rows = torch.cat([part for part in parts for _ in range(self._etp)])
-        arrived = exchange_parts(rows, outgoing, incoming, self._group)
+        arrived = exchange_parts(rows, outgoing, incoming, self._group, self.noting)
         # From each rank they come sorted; an expert wants its rows of all ranks together.
         numbers = torch.arange(received.shape[1], device=received.device).repeat(len(received))
         order = order_by_group(numbers.repeat_interleave(received.flatten()), received.shape[1])
         computed = order.restore(apply(order.sort(arrived), of_experts))
-        returned = exchange_parts(computed, incoming, outgoing, self._group)
+        returned = exchange_parts(computed, incoming, outgoing, self._group, self.noting)
         if self._etp == 1:
             return returned
         copies = returned.split(outgoing)

@@ -79,6 +79,19 @@ def begin_router_step(
 
 
 @contextmanager
+def balanced_routers(model: Transformer) -> Iterator[None]:
+    """Let all experts have the same load for a while, for one whose memory or time is measured."""
+    routers = [router for _, router in routers_of(model)]
+    for router in routers:
+        router.in_turn = True
+    try:
+        yield
+    finally:
+        for router in routers:
+            router.in_turn = False
+
+
+@contextmanager
 def tried_routers(model: Transformer) -> Iterator[None]:
     """Let routers compute for a while what they do in a step, for one whose memory is measured."""
     experts = model.config.experts

@@ -52,6 +52,26 @@ class Reduction:
     end: float
 
 
+@dataclass(frozen=True)
+class Exchange:
+    """One all-to-all of the ranks that share a layer's experts, inside an action.
+
+    Attributes:
+        start: seconds on the machine's clock.
+        end: when all had arrived; it includes the wait for ranks that come later.
+        sent_bytes: from this device to others.
+    """
+
+    start: float
+    end: float
+    sent_bytes: int
+
+    @property
+    def seconds(self) -> float:
+        """How long it took."""
+        return self.end - self.start
+
+
 @dataclass
 class Recorder:
     """Notes the actions of this process.
@@ -60,11 +80,18 @@ class Recorder:
         synchronize: waits until the device has done what it was given.
         actions: in the order in which they ran.
         reductions: in the order in which they started.
+        exchanges: all-to-alls of experts, in the order in which they ran.
     """
 
     synchronize: Callable[[], None]
     actions: list[Action] = field(default_factory=list)
     reductions: list[Reduction] = field(default_factory=list)
+    exchanges: list[Exchange] = field(default_factory=list)
+
+    @property
+    def noted(self) -> tuple[tuple[Action, ...], tuple[Reduction, ...], tuple[Exchange, ...]]:
+        """What a `Timeline` has of one device."""
+        return tuple(self.actions), tuple(self.reductions), tuple(self.exchanges)
 
     @contextmanager
     def note(self, kind: Kind, stage: int, micro_batch: int) -> Iterator[None]:
@@ -75,6 +102,15 @@ class Recorder:
         self.synchronize()
         self.actions.append(Action(kind, stage, micro_batch, started, time.perf_counter()))
 
+    @contextmanager
+    def note_exchange(self, sent_bytes: int) -> Iterator[None]:
+        """Time one all-to-all."""
+        self.synchronize()
+        started = time.perf_counter()
+        yield
+        self.synchronize()
+        self.exchanges.append(Exchange(started, time.perf_counter(), sent_bytes))
+
 
 @dataclass(frozen=True)
 class Timeline:
@@ -83,10 +119,12 @@ class Timeline:
     Attributes:
         devices: actions, each in its order.
         reductions: of gradients over data-parallel devices; empty without them.
+        exchanges: all-to-alls of experts; empty without them.
     """
 
     devices: tuple[tuple[Action, ...], ...]
     reductions: tuple[tuple[Reduction, ...], ...] = ()
+    exchanges: tuple[tuple[Exchange, ...], ...] = ()
 
     @property
     def start(self) -> float:

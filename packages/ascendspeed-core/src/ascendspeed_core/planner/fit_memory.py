@@ -2,7 +2,8 @@
 
 Each part of this rank's stages runs forwards and backwards once, and every tensor that comes into being is counted
 from its making to its end. `planner.memory` puts a step together from these sizes. What a fused operator takes
-for itself while it runs, and what an allocator leaves unused between tensors, is not seen.
+for itself while it runs, and what an allocator leaves unused between tensors, is not seen. Experts are measured with
+equal loads; a rank whose experts are chosen more often holds more.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +27,7 @@ from ascendspeed_core.optim.engine import Engine
 from ascendspeed_core.parallel.auxiliary_losses import attach_losses
 from ascendspeed_core.parallel.mesh import ParallelMesh, gather_objects
 from ascendspeed_core.parallel.recompute import recompute, recomputed
-from ascendspeed_core.parallel.router_steps import tried_routers
+from ascendspeed_core.parallel.router_steps import balanced_routers, tried_routers
 from ascendspeed_core.parallel.stages import hidden_shape, logits_shape
 from ascendspeed_core.parallel.timeline import Recorder
 from ascendspeed_core.planner.memory import (
@@ -169,10 +170,12 @@ def fit_recompute(
     modes = choices[agreed]
     for layer, mode in zip(layers_of(model), modes, strict=True):
         recompute(layer, mode)
+    balance = "" if model.config.experts is None else "; experts are taken to have equal loads"
     mine = (mesh.pp_rank, _describe_plan(modes), memory.peak(modes), memory.peak(choices[0]), memory.resident)
     return [
         f"recompute: pipeline stage {stage}: {text}; {planned / GIB:.4g} GiB planned at the peak of a step, "
         f"{whole / GIB:.4g} without recompute, {resident / GIB:.4g} of it weights, optimizer state and message buffers"
+        f"{balance}"
         for stage, text, planned, whole, resident in sorted(set(gather_objects(mine, mesh)))
     ]
 
@@ -208,7 +211,7 @@ def measure_step(
         )
     rows = [len(micro_batch.tokens) for micro_batch in micro_batches]
     largest = micro_batches[rows.index(max(rows))]
-    with tried_routers(model):
+    with tried_routers(model), balanced_routers(model):
         stages = [_measure_stage(model, mesh, stage, largest) for stage in model.stages]
     actions = _pipeline_actions(model, mesh, micro_batches)
     engine.zero_grad()
@@ -223,10 +226,7 @@ def measure_step(
 
 def _measure_stage(model: Transformer, mesh: ParallelMesh, stage: Stage, batch: MicroBatch) -> StageMemory:
     dtype = next(model.parameters()).dtype
-    # Different tokens, which experts share out.
-    generator = torch.Generator().manual_seed(mesh.rank)
-    hidden = torch.randn(hidden_shape(batch.tokens, model, mesh), generator=generator)
-    hidden = hidden.to(mesh.device.torch, dtype)
+    hidden = torch.zeros(hidden_shape(batch.tokens, model, mesh), dtype=dtype, device=mesh.device.torch)
 
     def run(x: torch.Tensor | None, part: Stage) -> torch.Tensor:
         out, losses = model.run_stage(part, batch.input, x)

@@ -1,14 +1,16 @@
 """Time the pipeline of a model on random tokens: for pictures, and to choose sizes of micro-batches."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from ascendspeed_core.config.layout import Stage
 from ascendspeed_core.models.transformer import ModelInput, Transformer
 from ascendspeed_core.optim.engine import Engine
+from ascendspeed_core.parallel.collectives import unnoted
 from ascendspeed_core.parallel.cross_entropy import cross_entropy
+from ascendspeed_core.parallel.experts import note_exchanges
 from ascendspeed_core.parallel.mesh import ParallelMesh, gather_objects
 from ascendspeed_core.parallel.timeline import Recorder, Reduction
 from ascendspeed_core.planner.micro_batches import StageCost, best_sizes
@@ -53,9 +55,13 @@ def record_step(
             started.append((stage.index, time.perf_counter()))
             engine.start_reduction(stage)
 
+        note_exchanges(model, recorder.note_exchange)
         mesh.barrier()
         is_early = mesh.layout.early_reduction and reduces
-        run_pipeline(model, mesh, inputs, loss_of, recorder, on_stage_done if is_early else None)
+        if mesh.layout.pp == 1:
+            _run_alone(model, inputs, loss_of, recorder)
+        else:
+            run_pipeline(model, mesh, inputs, loss_of, recorder, on_stage_done if is_early else None)
         if engine is not None and reduces:
             if not is_early:
                 started.append((None, time.perf_counter()))
@@ -65,7 +71,22 @@ def record_step(
         if engine is not None:
             engine.zero_grad()
         model.zero_grad(set_to_none=True)
+    note_exchanges(model, unnoted)
     return recorder
+
+
+def _run_alone(
+    model: Transformer,
+    inputs: Sequence[ModelInput],
+    loss_of: Callable[[int, torch.Tensor], torch.Tensor],
+    recorder: Recorder,
+) -> None:
+    """Run micro-batches one after the other, the whole model on this rank."""
+    for number, given in enumerate(inputs):
+        with recorder.note("forward", 0, number):
+            loss = loss_of(number, model(given).logits)
+        with recorder.note("backward", 0, number):
+            loss.backward()
 
 
 def measure_stage_cost(

@@ -24,15 +24,17 @@ class PipelineChunk:
 
 @dataclass(frozen=True)
 class ShardLayout:
-    """Tensor-parallel ranks, pipeline stages, and chunks of each stage.
+    """Tensor-parallel ranks, pipeline stages, chunks of each stage, and expert-parallel ranks.
 
     Attributes:
-        tp: tensor-parallel ranks.
+        tp: tensor-parallel ranks, which cut experts too.
         chunks: for each stage the layers of each of its chunks; one chunk without a virtual pipeline.
+        ep: ranks over which the experts of a layer are spread; what is no expert each of them has whole.
     """
 
     tp: int
     chunks: tuple[tuple[range, ...], ...]
+    ep: int = 1
 
     @property
     def pp(self) -> int:
@@ -52,14 +54,34 @@ class ShardLayout:
             is_last=pp_rank == self.pp - 1 and chunk == self.vpp - 1,
         )
 
-    def folder(self, tp_rank: int, pp_rank: int) -> str:
+    def folder(self, tp_rank: int, pp_rank: int, ep_rank: int = 0) -> str:
         """Return the name of a rank's folder, as Megatron-LM writes it."""
-        return f"mp_rank_{tp_rank:02d}" + (f"_{pp_rank:03d}" if self.pp > 1 else "")
+        stage = f"_{pp_rank:03d}" if self.pp > 1 else ""
+        return f"mp_rank_{tp_rank:02d}{stage}" + (f"_{ep_rank:03d}" if self.ep > 1 else "")
+
+    def record(self, tp_rank: int, pp_rank: int, ep_rank: int = 0) -> dict[str, int]:
+        """Return what a rank's file says of itself, where asd-ckpt wrote it."""
+        of_experts = {"expert_rank": ep_rank} if self.ep > 1 else {}
+        return {"tensor_rank": tp_rank, "stage": pp_rank, **of_experts}
+
+    def experts(self, count: int, ep_rank: int) -> range:
+        """Return which of a layer's experts an expert-parallel rank has.
+
+        Raises:
+            ConfigError: the ranks do not divide them.
+        """
+        if count % self.ep:
+            raise ConfigError(
+                f"expert_model_parallel_size={self.ep} does not divide the {count} experts of a layer; choose a divisor"
+            )
+        share = count // self.ep
+        return range(ep_rank * share, (ep_rank + 1) * share)
 
     def __str__(self) -> str:
         uneven = len({len(layers) for stage in self.chunks for layers in stage}) > 1
         sizes = f" ({', '.join(str(sum(map(len, stage))) for stage in self.chunks)} layers)" if uneven else ""
-        return f"tp{self.tp} x pp{self.pp}{sizes}" + (f" x vpp{self.vpp}" if self.vpp > 1 else "")
+        virtual = f" x vpp{self.vpp}" if self.vpp > 1 else ""
+        return f"tp{self.tp} x pp{self.pp}{sizes}{virtual}" + (f" x ep{self.ep}" if self.ep > 1 else "")
 
 
 def shard_layout(
@@ -68,6 +90,7 @@ def shard_layout(
     pp: int = 1,
     layers_per_chunk: int | None = None,
     layers_of_stages: Sequence[int] | None = None,
+    ep: int = 1,
 ) -> ShardLayout:
     """Return the layout of a checkpoint to be written.
 
@@ -77,6 +100,7 @@ def shard_layout(
         pp: pipeline stages.
         layers_per_chunk: `--num-layers-per-virtual-pipeline-stage`.
         layers_of_stages: layers of each stage; by default as equal as possible.
+        ep: expert-parallel ranks.
 
     Raises:
         ConfigError: the sizes do not fit.
@@ -91,21 +115,22 @@ def shard_layout(
                 f"partition_layers={','.join(map(str, layers_of_stages))} must be pipeline_model_parallel_size={pp} "
                 f"numbers from 1 that add up to the model's {num_layers} layers"
             )
-        return from_counts(tp, [[count] for count in layers_of_stages])
+        return from_counts(tp, [[count] for count in layers_of_stages], ep)
     if layers_per_chunk is None:
         return ShardLayout(
             tp,
             tuple((stage.layers,) for stage in stages(num_layers, pp, f"pipeline_model_parallel_size={pp}")),
+            ep,
         )
     if layers_per_chunk < 1 or pp < 2 or num_layers % (pp * layers_per_chunk):
         raise ConfigError(
             f"num_layers_per_virtual_pipeline_stage={layers_per_chunk} times pipeline_model_parallel_size={pp} must "
             f"divide the model's {num_layers} layers, with 2 stages or more; choose another size"
         )
-    return from_counts(tp, [[layers_per_chunk] * (num_layers // (pp * layers_per_chunk))] * pp)
+    return from_counts(tp, [[layers_per_chunk] * (num_layers // (pp * layers_per_chunk))] * pp, ep)
 
 
-def from_counts(tp: int, counts: Sequence[Sequence[int]]) -> ShardLayout:
+def from_counts(tp: int, counts: Sequence[Sequence[int]], ep: int = 1) -> ShardLayout:
     """Return the layout with these numbers of layers by stage and chunk; layers fill chunk 0 of all stages first."""
     found: list[list[range]] = [[] for _ in counts]
     start = 0
@@ -113,4 +138,4 @@ def from_counts(tp: int, counts: Sequence[Sequence[int]]) -> ShardLayout:
         for stage, of_stage in enumerate(counts):
             found[stage].append(range(start, start + of_stage[chunk]))
             start += of_stage[chunk]
-    return ShardLayout(tp, tuple(tuple(stage) for stage in found))
+    return ShardLayout(tp, tuple(tuple(stage) for stage in found), ep)

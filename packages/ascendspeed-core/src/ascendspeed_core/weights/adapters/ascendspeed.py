@@ -26,6 +26,7 @@ from ascendspeed_core.weights.external.mp_rank import (
     iteration_folder,
     model_chunks,
     open_rank_files,
+    sizes_of,
 )
 from ascendspeed_core.weights.external.name_maps import EMBEDDING, HEAD, NameMap, NameRule, Packer
 from ascendspeed_core.weights.external.packing import PackedTensor
@@ -63,8 +64,8 @@ def open_adapter(path: Path, model: ModelConfig, base: Path | None = None) -> Ad
 def _read(folder: Path, model: ModelConfig) -> Adapter:
     """Read what all ranks wrote, and put it together under the names of the Hugging Face model."""
     files = open_rank_files(folder)
-    tp, pp = (max(rank[i] for rank in files) + 1 for i in (0, 1))
-    first = dict(stored_tensors(model_chunks(files[0, 0])[0]))
+    tp, pp, _ = sizes_of(files)
+    first = dict(stored_tensors(model_chunks(files[0, 0, 0])[0]))
     rank = next((t.info.shape[0] for key, t in first.items() if key.endswith("lora_A.default.weight")), None)
     if rank is None:
         raise CheckpointError(f"{folder} holds no adapter (nothing ends with lora_A.default.weight)")
@@ -77,10 +78,11 @@ def _read(folder: Path, model: ModelConfig) -> Adapter:
     all_shapes = shapes | everything.shapes(shapes)
     sharded = ShardedTensors(all_shapes)
     counts = [
-        [count_layers(chunk, files[0, s].path) for chunk in model_chunks(files[0, s])] for s in range(pp)
+        [count_layers(chunk, files[0, s, 0].path) for chunk in model_chunks(files[0, s, 0])]
+        for s in range(pp)
     ]
     layout, packer = from_counts(tp, counts), Packer(all_shapes, model, rows)
-    for (tp_rank, stage), file in files.items():
+    for (tp_rank, stage, _), file in files.items():
         for number, chunk in enumerate(model_chunks(file)):
             stored = dict(stored_tensors(chunk))
             used = set()
@@ -98,7 +100,7 @@ def _read(folder: Path, model: ModelConfig) -> Adapter:
     sharded.check_complete(folder, names)
     _check_layers(folder, names, linear)
     sharded.check_replicas(SMALL_BYTES)
-    scale = _alpha(files[0, 0]) / rank
+    scale = _alpha(files[0, 0, 0]) / rank
     adapted = {name: LowRank(rank, scale) for name in linear if f"{name}.lora_B.weight" in names}
 
     def read(name: str) -> torch.Tensor:

@@ -163,8 +163,44 @@ def check_given(folder: Path, recorded: ModelConfig, given: ModelConfig) -> None
         )
 
 
+def check_experts(folder: Path, arguments: Any, config: ModelConfig, layout: ShardLayout) -> None:
+    """Check what arguments and files say of experts against the config.
+
+    Raises:
+        CheckpointError: they contradict it, or experts are cut otherwise than the rest.
+    """
+    experts = config.experts
+    if experts is None:
+        if layout.ep > 1:
+            raise CheckpointError(
+                f"{folder} has files of {layout.ep} expert-parallel ranks, but the model's config has no experts; "
+                "name the right config"
+            )
+        return
+    if experts.count % layout.ep:
+        raise CheckpointError(
+            f"{folder} has files of {layout.ep} expert-parallel ranks, which do not divide the {experts.count} experts "
+            "of the model's config; name the right config or another checkpoint"
+        )
+    cut = getattr(arguments, "expert_tensor_parallel_size", None)
+    if isinstance(cut, int) and cut != layout.tp:
+        raise CheckpointError(
+            f"{folder}: its arguments say expert_tensor_parallel_size={cut} with "
+            f"tensor_model_parallel_size={layout.tp}; experts that are cut otherwise than the rest are not read; "
+            "save it again with both alike, or as torch_dist"
+        )
+    of_experts = {"num_experts": experts.count, "moe_router_topk": experts.per_token}
+    for name, known in of_experts.items():
+        said = getattr(arguments, name, None)
+        if isinstance(said, int) and said != known:
+            raise CheckpointError(
+                f"{folder}: its arguments say {name}={said}, the model's config {known}; "
+                "name the right config or another checkpoint"
+            )
+
+
 def check_arguments(
-    file: TorchFile, sidecar: Sidecar | None, layout: ShardLayout, tp_rank: int, stage: int
+    file: TorchFile, sidecar: Sidecar | None, layout: ShardLayout, rank: tuple[int, int, int]
 ) -> None:
     """Check that a file is that of its rank, as far as it says.
 
@@ -173,17 +209,19 @@ def check_arguments(
     """
     content = file.content
     mine = content.get("ascendspeed")
-    if sidecar is not None:
-        expected = {"tensor_rank": tp_rank, "stage": stage, "checkpoint": sidecar.checkpoint}
-        if mine != expected:
-            raise CheckpointError(
-                f"{file.path} is not tensor rank {tp_rank} of stage {stage} of this checkpoint, it says {mine}; "
-                "files were swapped or mixed, copy the folder again"
-            )
+    tp_rank, stage, ep_rank = rank
+    of_experts = f", expert-parallel rank {ep_rank}," if layout.ep > 1 else ""
+    if sidecar is not None and mine != {**layout.record(*rank), "checkpoint": sidecar.checkpoint}:
+        raise CheckpointError(
+            f"{file.path} is not tensor rank {tp_rank} of stage {stage}{of_experts} of this checkpoint, it says "
+            f"{mine}; files were swapped or mixed, copy the folder again"
+        )
     arguments = content.get("args")
     if not isinstance(arguments, Namespace):
         return
     sizes = {"tensor_model_parallel_size": layout.tp, "pipeline_model_parallel_size": layout.pp}
+    if layout.ep > 1 or getattr(arguments, "num_experts", None):
+        sizes["expert_model_parallel_size"] = layout.ep
     for name, found in sizes.items():
         said = getattr(arguments, name, found)
         if said != found:
@@ -191,14 +229,14 @@ def check_arguments(
                 f"{file.path}: its arguments say {name}={said}, but there are files for {found}; files are missing or "
                 "of another checkpoint"
             )
-    rank, world = getattr(arguments, "rank", None), getattr(arguments, "world_size", None)
-    if mine is None and isinstance(rank, int) and isinstance(world, int) and world % layout.pp == 0:
-        # Megatron-LM counts ranks with the tensor-parallel one fastest and the stage slowest.
-        expected_rank = (rank % layout.tp, rank // (world // layout.pp))
-        if expected_rank != (tp_rank, stage):
+    process, world = getattr(arguments, "rank", None), getattr(arguments, "world_size", None)
+    if mine is None and isinstance(process, int) and isinstance(world, int) and world % layout.pp == 0:
+        # Megatron-LM counts ranks with the tensor-parallel one fastest, then that of experts, the stage slowest.
+        of_process = (process % layout.tp, process // (world // layout.pp), process // layout.tp % layout.ep)
+        if of_process != rank:
             raise CheckpointError(
-                f"{file.path} was written by process {rank} of {world}, which is not tensor rank {tp_rank} of stage "
-                f"{stage}; files were swapped, copy the folder again"
+                f"{file.path} was written by process {process} of {world}, which is not tensor rank {tp_rank} of stage "
+                f"{stage}{of_experts.rstrip(',')}; files were swapped, copy the folder again"
             )
 
 

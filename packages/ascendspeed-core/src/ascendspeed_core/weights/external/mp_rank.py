@@ -1,4 +1,5 @@
-"""Read model-parallel checkpoints: one `mp_rank_TT[_PPP]/model_optim_rng.pt` for each tensor-parallel rank and stage.
+"""Read model-parallel checkpoints: one `mp_rank_TT[_PPP][_EEE]/model_optim_rng.pt` for each tensor-parallel rank, stage
+and expert-parallel rank.
 
 AscendSpeed of 2023 and Megatron-LM share this layout; names and packing differ, see `name_maps`:
 
@@ -7,11 +8,13 @@ AscendSpeed of 2023 and Megatron-LM share this layout; names and packing differ,
         mp_rank_00_000/model_optim_rng.pt    args, iteration, model (or model0, model1, ... with a virtual pipeline)
         ascendspeed.json                     only where asd-ckpt wrote it, see `sidecar`
 
+The files of expert-parallel ranks hold their experts, and all of them the rest.
+
 The files of DeepSpeed's engine hold the same models, see `deepspeed_ranks`.
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +24,16 @@ from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.weights.derived_tensors import derived_reason
 from ascendspeed_core.weights.external.config_of_arguments import CheckpointFacts
 from ascendspeed_core.weights.external.deepspeed import LATEST, step_folder
-from ascendspeed_core.weights.external.deepspeed_ranks import Rank, is_deepspeed_ranks, open_deepspeed_ranks
+from ascendspeed_core.weights.external.deepspeed_ranks import is_deepspeed_ranks, open_deepspeed_ranks
 from ascendspeed_core.weights.external.detect_format import STATES, detect_name_map
 from ascendspeed_core.weights.external.megatron_args import (
     check_arguments,
+    check_experts,
     read_arguments,
     resolve_config,
 )
 from ascendspeed_core.weights.external.model_state import ModelState, model_state
-from ascendspeed_core.weights.external.name_maps import EMBEDDING, ROTARY, NameMap
+from ascendspeed_core.weights.external.name_maps import EMBEDDING, ROTARY, NameMap, expert_indices
 from ascendspeed_core.weights.external.sharded_tensors import ShardedTensors
 from ascendspeed_core.weights.external.sidecar import read_sidecar, written_by
 from ascendspeed_core.weights.external.source import ExternalSource
@@ -40,8 +44,12 @@ from ascendspeed_core.weights.native.source import TRACKER
 from ascendspeed_core.weights.shard_layout import ShardLayout, from_counts
 from ascendspeed_core.weights.source import CheckpointError, Kind, inside
 
-_RANK_FOLDER = re.compile(r"mp_rank_(\d+)(?:_(\d+))?")
+_RANK_FOLDER = re.compile(r"mp_rank_(\d+)(?:_(\d+))?(?:_(\d+))?")
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
+
+Rank = tuple[int, int, int]
+"""Tensor rank, stage and expert-parallel rank."""
+
 FIRST_VERSION = 2.0
 """Of `checkpoint_version`; a file without one is read as the newest."""
 SMALL_BYTES = 1 << 20
@@ -69,22 +77,22 @@ class MpRankSource(ExternalSource):
         self.path: Path | None = path
         self.folder = folder_with_ranks(path)
         self._files, chunks = _open_states(self.folder)
-        self.tp, pp = (max(rank[i] for rank in self._files) + 1 for i in (0, 1))
+        self.tp, pp, ep = sizes_of(self._files)
         self.sidecar = read_sidecar(self.folder)
         counts = [
-            [_count_layers(chunk.tensors, self._files[0, stage].path) for chunk in chunks[0, stage]]
+            [_count_layers(chunk.tensors, self._files[0, stage, 0].path) for chunk in chunks[0, stage, 0]]
             for stage in range(pp)
         ]
-        self.layout: ShardLayout = from_counts(self.tp, counts)
-        first = dict(chunks[0, 0][0].tensors)
+        self.layout: ShardLayout = from_counts(self.tp, counts, ep)
+        first = dict(chunks[0, 0, 0][0].tensors)
         kind, name_map, self.naming = detect_name_map(first, self.folder)
         self.kind: str = "deepspeed" if is_deepspeed_ranks(self.folder) else kind
-        _check_version(self._files[0, 0])
-        self.arguments: Any = read_arguments(self._files[0, 0])
+        _check_version(self._files[0, 0, 0])
+        self.arguments: Any = read_arguments(self._files[0, 0, 0])
         embedding = next(iter(first[key] for key in first if key.endswith("word_embeddings.weight")), None)
         if embedding is None:
             raise CheckpointError(
-                f"{self._files[0, 0].path} holds no embedding; it is no first stage, or several stages were written "
+                f"{self._files[0, 0, 0].path} holds no embedding; it is no first stage, or several stages were written "
                 "under one name: convert the model again with one stage"
             )
         self.vocabulary_rows = embedding.info.shape[0] * self.tp
@@ -96,10 +104,11 @@ class MpRankSource(ExternalSource):
         self._shapes = shapes | {ROTARY: (self.config.head_dim // 2,)}
         self._sharded = ShardedTensors(self._shapes)
         self.num_stored = sum(len(chunk.tensors) for states in chunks.values() for chunk in states)
-        for (tp_rank, stage), file in self._files.items():
-            check_arguments(file, self.sidecar, self.layout, tp_rank, stage)
-            for number, chunk in enumerate(chunks[tp_rank, stage]):
-                self._locate(file, chunk, name_map, (tp_rank, stage, number))
+        check_experts(self.folder, self.arguments, self.config, self.layout)
+        for rank, file in self._files.items():
+            check_arguments(file, self.sidecar, self.layout, rank)
+            for number, chunk in enumerate(chunks[rank]):
+                self._locate(file, chunk, name_map, rank, number)
         self._sharded.check_complete(self.folder, shapes)
         self._sharded.check_replicas(SMALL_BYTES, whole=(EMBEDDING,))
         self._check_rotary()
@@ -107,13 +116,13 @@ class MpRankSource(ExternalSource):
     @classmethod
     def kind_in(cls, folder: Path) -> Kind:
         """Return `ascendspeed` or `megatron`, by the names of the tensors in one of the files."""
-        file = open_rank_files(folder)[0, 0]
+        file = open_rank_files(folder)[0, 0, 0]
         kind: Kind = detect_name_map(dict(stored_tensors(model_chunks(file)[0])), folder)[0]
         return kind
 
     def other_contents(self) -> list[str]:
         """Name what is stored in the files beside the weights of the model, and other files beside them."""
-        content = self._files[0, 0].content
+        content = self._files[0, 0, 0].content
         known = {"model", "module", "args", "checkpoint_version", "iteration", "tokens", "ascendspeed"}
         found = {str(key) for key in content if key not in known and not re.fullmatch(r"model\d+", str(key))}
         return sorted(found.union(path.name for path in self.folder.glob("*zero_pp_rank_*")))
@@ -133,13 +142,11 @@ class MpRankSource(ExternalSource):
         """Return layout, rows of the embedding with padding, and who wrote the checkpoint."""
         return super().details() | {"written by": written_by(self.sidecar)}
 
-    def _locate(
-        self, file: TorchFile, state: ModelState, name_map: NameMap, rank: tuple[int, int, int]
-    ) -> None:
-        tp_rank, stage, chunk = rank
+    def _locate(self, file: TorchFile, state: ModelState, name_map: NameMap, rank: Rank, chunk: int) -> None:
+        tp_rank, stage, ep_rank = rank
         stored = state.tensors
-        layers = self.layout.stage(stage, chunk)
-        for packed in name_map.of_chunk(self._shapes, self.config, layers, self.vocabulary_rows):
+        layers, indices = self.layout.stage(stage, chunk), expert_indices(self.config, self.layout, ep_rank)
+        for packed in name_map.of_chunk(self._shapes, self.config, layers, self.vocabulary_rows, indices):
             key = packed.key.replace("/", ".")
             if key not in stored:
                 if ROTARY in packed.slices[0].name:
@@ -198,8 +205,9 @@ def follows_latest(path: Path) -> bool:
 def _open_states(folder: Path) -> tuple[dict[Rank, TorchFile], dict[Rank, list[ModelState]]]:
     """Return all files, and the state of each of their chunks, by tensor rank and stage."""
     if is_deepspeed_ranks(folder):
-        files, states = open_deepspeed_ranks(folder)
-        return files, {rank: [state] for rank, state in states.items()}
+        opened, state_of = open_deepspeed_ranks(folder)
+        files = {(*rank, 0): file for rank, file in opened.items()}
+        return files, {(*rank, 0): [state] for rank, state in state_of.items()}
     files = open_rank_files(folder)
     return files, {
         rank: [model_state(chunk, file.path) for chunk in model_chunks(file)] for rank, file in files.items()
@@ -228,30 +236,56 @@ def iteration_folder(path: Path) -> Path:
     return folder
 
 
-def open_rank_files(folder: Path) -> dict[tuple[int, int], TorchFile]:
-    """Open all files by tensor rank and stage.
+def open_rank_files(folder: Path) -> dict[Rank, TorchFile]:
+    """Open all files by tensor rank, stage and expert-parallel rank.
 
     Raises:
         CheckpointError: one is missing.
     """
-    found: dict[tuple[int, int], str] = {}
+    names: dict[tuple[int, ...], str] = {}
     for path in sorted(folder.glob("mp_rank_*")):
         match = _RANK_FOLDER.fullmatch(path.name)
         if match and path.is_dir():
-            found[int(match.group(1)), int(match.group(2) or 0)] = path.name
-    if not found:
+            names[tuple(int(number) for number in match.groups() if number is not None)] = path.name
+    if not names:
         raise CheckpointError(f"{folder} holds no mp_rank_* folders; copy it again")
-    tp, pp = (max(rank[i] for rank in found) + 1 for i in (0, 1))
-    for rank in ((t, p) for p in range(pp) for t in range(tp)):
+    spread = len(max(names, key=len)) == 2 and _are_expert_ranks(folder, names)
+    found: dict[Rank, str] = {}
+    for numbers, name in names.items():
+        tensor_rank, *others = numbers
+        first, second = (*others, 0, 0)[:2]
+        found[(tensor_rank, 0, first) if spread else (tensor_rank, first, second)] = name
+    tp, pp, ep = sizes_of(found)
+    ranks = [(t, p, e) for p in range(pp) for e in range(ep) for t in range(tp)]
+    for rank in ranks:
         if rank not in found:
+            expert = f", expert-parallel rank {rank[2]}" if ep > 1 else ""
+            sizes = f"{tp} x {pp}" + (f" x {ep}" if ep > 1 else "")
             raise CheckpointError(
-                f"{folder} lacks tensor rank {rank[0]} of stage {rank[1]}, though it has "
-                f"{len(found)} of {tp} x {pp} files; copy it again"
+                f"{folder} lacks tensor rank {rank[0]} of stage {rank[1]}{expert}, though it has "
+                f"{len(found)} of {sizes} files; copy it again"
             )
-    return {
-        rank: TorchFile(inside(folder, f"{found[rank]}/{STATES}"))
-        for rank in ((t, p) for p in range(pp) for t in range(tp))
-    }
+    return {rank: TorchFile(inside(folder, f"{found[rank]}/{STATES}")) for rank in ranks}
+
+
+def sizes_of(ranks: Iterable[Rank]) -> tuple[int, int, int]:
+    """Return how many tensor ranks, stages and expert-parallel ranks there are."""
+    tp, pp, ep = (max(numbers) + 1 for numbers in zip(*ranks, strict=True))
+    return tp, pp, ep
+
+
+def _are_expert_ranks(folder: Path, names: Mapping[tuple[int, ...], str]) -> bool:
+    """Tell whether the second number is that of an expert-parallel rank: of stages only the first has an embedding."""
+    if not {(0, 0), (0, 1)} <= names.keys():
+        return False
+    files = [TorchFile(inside(folder, f"{names[0, number]}/{STATES}")) for number in (0, 1)]
+    return all(
+        any(
+            key.endswith("embedding.word_embeddings.weight")
+            for key, _ in stored_tensors(model_chunks(file)[0])
+        )
+        for file in files
+    )
 
 
 def _check_version(file: TorchFile) -> None:

@@ -25,7 +25,7 @@ from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.sharding import SHARDING, ModuleSharding, Partition, sharded_dim, tensor_sharding
 from ascendspeed_core.models.families.base import index_names
 from ascendspeed_core.weights.external.packing import Cut, PackedTensor, interleaved, padded, whole
-from ascendspeed_core.weights.shard_layout import PipelineChunk
+from ascendspeed_core.weights.shard_layout import PipelineChunk, ShardLayout
 
 ROTARY = "rotary.inv_freq"
 """Not a weight: the rotary frequencies, which some formats store beside the weights."""
@@ -94,9 +94,8 @@ class NameMap:
             indices: values of the indices besides `{layer}` and `{kind}`, by name.
             sharding: how each module is cut.
         """
-        if indices is None and config.experts is not None:
-            indices = {"expert": range(config.experts.count)}
-        packer = Packer(shapes, config, vocabulary_rows, indices or {}, sharding)
+        indices = expert_indices(config) if indices is None else indices
+        packer = Packer(shapes, config, vocabulary_rows, indices, sharding)
         if chunk.is_first:
             yield from packer.pack(self.first)
         for position, number in enumerate(chunk.layers):
@@ -107,6 +106,16 @@ class NameMap:
                 yield from packer.pack((NameRule(self.head, (HEAD,)),))
             elif self.tied_head is None or not chunk.is_first:
                 yield from packer.pack((NameRule(self.tied_head or self.head, (EMBEDDING,)),))
+
+
+def expert_indices(
+    config: ModelConfig, layout: ShardLayout | None = None, ep_rank: int = 0
+) -> dict[str, range]:
+    """Return the values of `{expert}`: of all experts of a layer, or of those that one expert-parallel rank has."""
+    if config.experts is None:
+        return {}
+    count = config.experts.count
+    return {"expert": range(count) if layout is None else layout.experts(count, ep_rank)}
 
 
 @dataclass(frozen=True)
@@ -319,3 +328,24 @@ def megatron(transformer_engine: bool, grouped_experts: bool | None = None) -> N
         head="output_layer.weight",
         tied_head="output_layer.weight",
     )
+
+
+def megatron_distributed(own_layers: bool = False) -> NameMap:
+    """Return the names in `torch_dist` checkpoints of `GPTModel`: those of its Transformer-Engine layers.
+
+    The experts of a layer are one tensor, [E, out, in], whatever their modules are.
+
+    Args:
+        own_layers: of megatron-core's own layers, where the norm before experts is called like that of an MLP.
+    """
+
+    def renamed(rule: NameRule) -> NameRule:
+        theirs = rule.theirs
+        if ".mlp.experts." in theirs:
+            theirs = theirs.replace(".mlp.experts.", ".mlp.experts.experts.").replace("{expert}", "")
+        if own_layers:
+            theirs = theirs.replace("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_")
+        return replace(rule, theirs=theirs)
+
+    names = megatron(transformer_engine=True)
+    return replace(names, layer=tuple(map(renamed, names.layer)))

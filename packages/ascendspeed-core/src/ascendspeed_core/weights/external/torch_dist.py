@@ -7,7 +7,8 @@
         .metadata, *.distcp               DCP; tensors of `GPTModel`, uncut but packed
 
 Tensors of all layers are one tensor with the layer as its first dimension, or one for each layer if the layers are
-not alike (`non_homogeneous_layers`); both are read, the first is written, which is megatron-core 0.16's own choice.
+not alike (`non_homogeneous_layers`); both are read, and written as megatron-core 0.16 does: by layer where some have
+experts and others do not. The experts of a layer are one more dimension.
 """
 
 import re
@@ -24,7 +25,7 @@ from ascendspeed_core.weights.external.config_of_arguments import CheckpointFact
 from ascendspeed_core.weights.external.megatron_args import read_arguments, resolve_config
 from ascendspeed_core.weights.external.model_state import EXTRA_STATE, EXTRA_STATE_REASON
 from ascendspeed_core.weights.external.mp_rank import iteration_folder
-from ascendspeed_core.weights.external.name_maps import megatron
+from ascendspeed_core.weights.external.name_maps import megatron_distributed
 from ascendspeed_core.weights.external.sharded_tensors import ShardedTensors
 from ascendspeed_core.weights.external.sidecar import read_sidecar, written_by
 from ascendspeed_core.weights.external.source import ExternalSource
@@ -108,7 +109,8 @@ class TorchDistSource(ExternalSource):
         )
         shapes = parameter_shapes(self.config)
         self._sharded = ShardedTensors(shapes)
-        name_map, stage = megatron(True), self.layout.stage(0, 0)
+        own_layers = not any(key.endswith("pre_mlp_layernorm.weight") for key in found)
+        name_map, stage = megatron_distributed(own_layers), self.layout.stage(0, 0)
         for packed in name_map.of_chunk(shapes, self.config, stage, self.vocabulary_rows):
             if packed.key not in found:
                 raise CheckpointError(
