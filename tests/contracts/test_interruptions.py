@@ -105,6 +105,7 @@ def commands(
             [],
             lambda out, done: [(out / name).read_text() for name in ("samples.jsonl", "results.json")],
             ("finished samples; the same command goes on", "run the same command again"),
+            reached=lambda out: _lines_of(out / "samples.jsonl") / 40,
         ),
     }  # fmt: skip
 
@@ -229,12 +230,18 @@ def test_ctrl_c_of_two_processes(
     try_moments(two, f"{name}, two processes", tmp_path, 3, random.randrange(1 << 30), report)
 
 
-def press_twice(command: Interrupted, folder: Path, seconds: float, times: int, seed: int) -> int:
+def press_twice(command: Interrupted, folder: Path, times: int, seed: int) -> int:
     """Press Ctrl-C twice, up to half a second apart; return how often that ended the command.
 
     A second one that meets a process at its very end kills it, without a line.
     """
     draw, ended = random.Random(seed), 0
+    (folder / "whole").mkdir(parents=True)
+    started = time.monotonic()
+    whole = run_command(*_with_output(command.args, folder / "whole"))
+    seconds = time.monotonic() - started
+    assert whole.status == 0, whole.stderr
+    expected = command.result(folder / "whole", whole)
     for number in range(times):
         out = folder / f"twice{number}"
         out.mkdir()
@@ -245,16 +252,18 @@ def press_twice(command: Interrupted, folder: Path, seconds: float, times: int, 
         if done.status == 130:
             assert sum("error: " in line for line in done.stderr.splitlines()) == 1, done.stderr
         ended += done.status != 0
-        if command.is_resumed:
-            again = run_command(*_with_output(command.args, out), *(command.go_on if done.status else []))
-            assert again.status == 0 or "already" in again.complaint, again.stderr
+        if command.is_resumed and done.status:
+            again = run_command(*_with_output(command.args, out), *command.go_on)
+            was_complete = "exists; give --overwrite" in again.complaint
+            assert again.status == 0 or was_complete, again.stderr
+            assert command.result(out, again) == expected
         shutil.rmtree(out)
     return ended
 
 
 def test_ctrl_c_twice(commands: dict[str, Interrupted], tmp_path: Path) -> None:
     """One command once; at night all of them ten times."""
-    press_twice(commands["preprocess"], tmp_path, seconds=4, times=1, seed=3)
+    press_twice(commands["preprocess"], tmp_path, times=1, seed=3)
 
 
 @pytest.mark.nightly
@@ -267,12 +276,7 @@ def test_ctrl_c_twice_ten_times(
     ranks = ["--nproc-per-node", 2, "--tensor-model-parallel-size", 2]
     for more in [[], ranks] if name in ("pretrain", "generate", "eval") else [[]]:
         command = replace(commands[name], args=[*commands[name].args, *more])
-        folder = tmp_path / f"ranks{len(more)}"
-        (folder / "whole").mkdir(parents=True)
-        started = time.monotonic()
-        run_command(*_with_output(command.args, folder / "whole"))
-        seconds = time.monotonic() - started
-        ended = press_twice(command, folder, seconds, 10, random.randrange(1 << 30))
+        ended = press_twice(command, tmp_path / f"ranks{len(more)}", 10, random.randrange(1 << 30))
         label = f"{name}, two processes" if more else name
         report.add("Interrupted by two Ctrl-C at random moments", header, label, 10, ended, 0)
 
