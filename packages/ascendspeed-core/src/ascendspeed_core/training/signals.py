@@ -29,12 +29,16 @@ class StoppedError(AscendSpeedError):
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 NAMES = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
+ENDED_AT_ONCE_BY: dict[int, str] = {signal.SIGTERM: "Ctrl-C", signal.SIGINT: "a second one"}
 SECONDS_UNTIL_ALL_ENDED = 5.0
 """For a launcher to send all ranks the signal that it has sent to one."""
 
 
 class StopSignal:
     """Remembers SIGTERM or Ctrl-C instead of dying from it; a second one ends the process at once.
+
+    But a second SIGTERM after a first changes nothing: a scheduler may send it to the launcher and to the ranks, and
+    the launcher passes it on.
 
     A thread reads the signals from a pipe that the interpreter writes each into as it arrives. So the second one is
     heard too while the main thread waits for another rank, where Python runs no handlers.
@@ -78,11 +82,13 @@ class StopSignal:
             if number not in SIGNALS:
                 continue
             name = NAMES[signal.Signals(number)]
+            if self._asked_by == number == signal.SIGTERM:
+                continue
             if self._asked_by:
                 end_process(StoppedError(f"ended at once by {name}; {self._kept()}", number))
             self._asked_by = number
             if self._mesh.rank == 0:
-                log(f"{name}: saving after this step; a second one ends the run at once")
+                log(f"{name}: saving after this step; {ENDED_AT_ONCE_BY[number]} ends the run at once")
 
     def requested(self) -> int:
         """Return the signal that asked any rank to stop, the same on all ranks; 0 for none."""
