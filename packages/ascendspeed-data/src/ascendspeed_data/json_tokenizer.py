@@ -11,6 +11,7 @@ from ascendspeed_data.added_tokens import TextPart, tokens_beside_json
 from ascendspeed_data.command_line import announce
 from ascendspeed_data.errors import DataError
 from ascendspeed_data.stand_ins import FIRST_STAND_IN, check_literal, written_out
+from ascendspeed_data.template_values import TemplateValues
 from ascendspeed_data.token_batch import TokenBatch
 from ascendspeed_data.tokenizer_config import CONFIG_FILE, DEFAULT, TokenizerFiles, TokenRecord
 
@@ -26,6 +27,7 @@ class JsonTokenizer:
         self.path, self.model_file = path, json_file
         self.named_chat_templates = dict(files.chat_templates)
         self.chat_template = self.named_chat_templates.pop(DEFAULT, None)
+        self.template_values = TemplateValues()
         self._content = json_file.read_bytes()
         try:
             self._tokenizer = FastTokenizer.from_str(self._content.decode("utf-8"))

@@ -14,6 +14,11 @@ from ascendspeed_data.fast_tokenizer import ExactEncoder
 from ascendspeed_data.fields import filled
 from ascendspeed_data.handlers import Sample, Segment
 from ascendspeed_data.handlers.chat import MessagesHandler, ShareGPTHandler
+from ascendspeed_data.handlers.completion import (
+    CompletionHandler,
+    MessagesCompletionHandler,
+    ResponseHandler,
+)
 from ascendspeed_data.handlers.instruction import (
     USER,
     BelleMultiTurnInstructionHandler,
@@ -53,6 +58,8 @@ HH_USER = "\n\nHuman: "
 """Text before a question in HH-RLHF."""
 
 _OF_TEMPLATE = (
+    MessagesCompletionHandler.name,
+    ResponseHandler.name,
     MessagesHandler.name,
     ShareGPTHandler.name,
     MessagesPairHandler.name,
@@ -71,6 +78,7 @@ _BY_NAME = {
     MOSSMultiTurnHandler2023.name: "baichuan2",
     HHRLHFHandler.name: "hh-rlhf",
     TextPairHandler.name: "plain",
+    CompletionHandler.name: "plain",
 }
 _WITHOUT_ENDS = (BelleMultiTurnInstructionHandler2023.name, MOSSInstructionHandler2023.name)
 
@@ -127,6 +135,9 @@ def recorded_layout(manifest: DatasetManifest, tokenizer: Tokenizer) -> PromptLa
     if manifest.kind == "text":
         return None
     if handler in _OF_TEMPLATE:
+        tokenizer.template_values = tokenizer.template_values.with_kwargs(
+            {**manifest.chat_template_kwargs, **tokenizer.template_values.kwargs}
+        )
         return _of_template(manifest.template, tokenizer, "the chat template of the training data")
     if handler in _BY_NAME:
         return layout_named(_BY_NAME[handler], tokenizer)

@@ -5,11 +5,13 @@ from typing import Annotated
 
 import typer
 
+from ascendspeed_data.column_names import columns_of_flag
 from ascendspeed_data.command_line import log
 from ascendspeed_data.fields import unused_summary
 from ascendspeed_data.manifest import DatasetManifest
 from ascendspeed_data.preprocess import check_options, preprocess_dataset
 from ascendspeed_data.preprocessing.job import PreprocessJob
+from ascendspeed_data.template_values import DATE_HELP, KWARGS_HELP
 
 SKIPPED = {
     "text": "empty documents",
@@ -97,6 +99,24 @@ def preprocess_command(
             "without it they are text.",
         ),
     ] = False,
+    chat_template_kwargs: Annotated[str | None, typer.Option(help=KWARGS_HELP)] = None,
+    chat_template_date: Annotated[
+        str | None,
+        typer.Option(
+            help=f"{DATE_HELP} [default: templates have no strftime_now; some fall back to a fixed day]"
+        ),
+    ] = None,
+    reasoning: Annotated[
+        str,
+        typer.Option(
+            help="Thoughts of answers: keep learns each as it is served, in a sample of its own where the template "
+            "drops it later; drop takes all off; last keeps those after the last question, one sample a conversation."
+        ),
+    ] = "keep",
+    columns: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=COLUMN,...: the handler reads COLUMN of the input as its column NAME."),
+    ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Number of processes; does not change the output.")] = 1,
     shard_size: Annotated[
         int,
@@ -136,6 +156,10 @@ def preprocess_command(
         hf_datasets_params=hf_datasets_params,
         streaming=streaming,
         parse_special=parse_special,
+        chat_template_kwargs=chat_template_kwargs,
+        chat_template_date=chat_template_date,
+        reasoning=reasoning,
+        columns=tuple(columns_of_flag(columns or ()).items()),
         workers=workers,
         shard_bytes=shard_size << 10,
         overwrite=overwrite,
@@ -144,6 +168,8 @@ def preprocess_command(
     unused = next(iter(manifests.values())).unused_columns
     if unused:
         log(unused_summary(unused))
+    for reason, count in next(iter(manifests.values())).split_conversations.items():
+        log(f"{count:,} conversations are several samples each: {reason}")
     spelling = next(iter(manifests.values())).num_spelling_records
     if spelling:
         log(
