@@ -1,10 +1,10 @@
 """Find the answers in a rendered conversation: the text that the model must produce after the prompt that it gets.
 
-The prompt of an answer is the rendering of the messages before it, with the start of an answer (`add_generation_prompt`).
-What the rendering up to the answer has after that prompt is to be learned, with the piece that ends the turn. A
-conversation is one sample where the whole rendering shows each prompt and answer just so. Where a template renders
-earlier turns differently once others follow (Qwen3 drops earlier thoughts), the answer is learned in a sample of its
-own, which ends with it.
+The prompt of an answer is the rendering of the messages before it, with the start of an answer
+(`add_generation_prompt`). What the rendering up to the answer has after that prompt is to be learned, with the piece
+that ends the turn. A conversation is one sample where the whole rendering shows each prompt and answer just so. Where
+a template renders earlier turns differently once others follow (Qwen3 drops earlier thoughts), the answer is learned
+in a sample of its own, which ends with it.
 """
 
 import re

@@ -77,9 +77,15 @@ class ChatTemplate:
 
     @classmethod
     def from_tokenizer(
-        cls, tokenizer: Tokenizer, source: str | None = None, has_tools: bool = False
+        cls,
+        tokenizer: Tokenizer,
+        source: str | None = None,
+        has_tools: bool = False,
+        values: TemplateValues | None = None,
     ) -> "ChatTemplate":
         """Return the template of a tokenizer, or `source` with the special tokens of the tokenizer.
+
+        `values` take the place of the tokenizer's.
 
         Of several templates it is `tool_use` for a conversation with tools, otherwise `default`, as in transformers.
 
@@ -111,7 +117,10 @@ class ChatTemplate:
         # A token may end a turn without being special; one that only a message contains does not.
         in_source = {token: number for token, number in tokenizer.added_ids.items() if token in source}
         return _compiled(
-            source, tokens, tuple({**tokenizer.special_ids, **in_source}.items()), tokenizer.template_values
+            source,
+            tokens,
+            tuple({**tokenizer.special_ids, **in_source}.items()),
+            values or tokenizer.template_values,
         )
 
     def samples(self, conversation: Conversation) -> list[Sample]:

@@ -6,7 +6,7 @@ The rules and the encoding are those of `asd-data preprocess`, so the ids before
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ascendspeed_data.chat_template import ChatTemplate, chat_template_named
+from ascendspeed_data.chat_template import ChatTemplate, chat_template_named, variables_read_by
 from ascendspeed_data.content_forms import joined_text
 from ascendspeed_data.conversation import Message, conversation_of
 from ascendspeed_data.errors import ConfigError, DataError, did_you_mean
@@ -49,6 +49,7 @@ from ascendspeed_data.handlers.pairs import (
 from ascendspeed_data.literal_pieces import LiteralTokenizer, literal_samples
 from ascendspeed_data.manifest import DatasetManifest
 from ascendspeed_data.sample_encoding import encode_samples
+from ascendspeed_data.template_values import TemplateValues
 from ascendspeed_data.tokenizer import Tokenizer
 
 LAYOUT_NAMES = ("tokenizer", "instruction", "baichuan2", "hh-rlhf", "plain")
@@ -94,6 +95,7 @@ class PromptLayout:
         append_eod: whether each answer ends with the end-of-sequence id.
         end_ids: ids that end an answer, besides those of the model.
         stop: strings that end an answer if no id does.
+        reads: variables that its chat template reads; none if it has no chat template.
     """
 
     name: str
@@ -102,6 +104,7 @@ class PromptLayout:
     append_eod: bool = True
     end_ids: tuple[int, ...] = ()
     stop: tuple[str, ...] = ()
+    reads: frozenset[str] = frozenset()
 
     def ids(self, messages: Sequence[Message], parse_special: bool = False) -> list[int]:
         """Return the ids of a conversation that ends with a message of the user.
@@ -135,10 +138,9 @@ def recorded_layout(manifest: DatasetManifest, tokenizer: Tokenizer) -> PromptLa
     if manifest.kind == "text":
         return None
     if handler in _OF_TEMPLATE:
-        tokenizer.template_values = tokenizer.template_values.with_kwargs(
-            {**manifest.chat_template_kwargs, **tokenizer.template_values.kwargs}
-        )
-        return _of_template(manifest.template, tokenizer, "the chat template of the training data")
+        given = tokenizer.template_values
+        values = given.with_kwargs({**manifest.chat_template_kwargs, **given.kwargs})
+        return _of_template(manifest.template, tokenizer, "the chat template of the training data", values)
     if handler in _BY_NAME:
         return layout_named(_BY_NAME[handler], tokenizer)
     if handler in (*_OF_INSTRUCTIONS, *_WITHOUT_ENDS):
@@ -203,14 +205,17 @@ def exchanges_of(messages: Sequence[Message]) -> list[Exchange]:
     return list(zip(texts[::2], [*texts[1::2], ""], strict=True))
 
 
-def _of_template(source: str, tokenizer: Tokenizer, name: str) -> PromptLayout:
-    template = ChatTemplate.from_tokenizer(tokenizer, source)
+def _of_template(
+    source: str, tokenizer: Tokenizer, name: str, values: TemplateValues | None = None
+) -> PromptLayout:
+    template = ChatTemplate.from_tokenizer(tokenizer, source, values=values)
     return PromptLayout(
         name,
         tokenizer,
         lambda messages: template.prompt(list(messages)),
         append_eod=False,
         end_ids=template.end_of_turn(),
+        reads=frozenset(variables_read_by(source)),
     )
 
 

@@ -18,7 +18,7 @@ TODAY = "today"
 
 KWARGS_HELP = (
     'JSON object with variables of the chat template, such as {"enable_thinking": false}; '
-    "a record's own come first."
+    "a record's own values come first."
 )
 DATE_HELP = "Day that the chat template's strftime_now gives: YYYY-MM-DD, or today."
 

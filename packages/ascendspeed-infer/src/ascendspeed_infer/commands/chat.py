@@ -32,7 +32,10 @@ def run(config: ChatConfig) -> None:
         if opened is None:
             return
         model, source = opened
+        values = config.conversation.template_values()
+        model.tokenizer.template_values = values
         layout = choose_layout(source, model.tokenizer, config.conversation.chat_template)
+        values.check_read(set(layout.reads))
         for line in config.sampling.ineffective_options():
             log(line)
         converse(Chat(model, layout, config.sampling, config.conversation.system), read_line, _write)
