@@ -29,8 +29,11 @@ ENDS_WITH_NOTHING = "the chat template has no piece that ends an answer, so each
 NAMES_OF_ASSISTANT = ("gpt", "chatgpt", "bot", "chatbot", "model", "ai", "bing", "bard")
 """Roles that other programs give the assistant; templates that mark no answers do not say that these are answers."""
 
-Render = Callable[[int, bool], str]
-"""Renders the first messages of a conversation, with the start of an answer if asked to."""
+Render = Callable[[int, bool, int], str]
+"""Renders the first messages of a conversation, with the start of an answer if asked to.
+
+The third argument is the number of messages, from the first on, that lose their thoughts.
+"""
 
 Part = tuple[str, bool]
 """A text, and whether it is learned."""
@@ -105,12 +108,14 @@ class _Turn:
         prompt: the rendering before it.
         answer: what follows, without white space after its end.
         trailer: what follows only if no message does.
+        is_apart: whether no rendering has the answer after this prompt, because what comes after drops thoughts of it.
     """
 
     number: int
     prompt: str
     answer: str
     trailer: str = ""
+    is_apart: bool = False
 
     def is_in(self, text: str) -> bool:
         """Return whether a rendering shows the answer after its prompt, as serving does."""
@@ -164,18 +169,28 @@ class Answers:
                 count = left[-1] + 1
                 reason = reason or self._reason(self._turn(left[-1]), text)
                 continue
-            if left[-1] not in shown:
-                raise DataError(
-                    f"message {left[-1] + 1}: the chat template renders what comes before this answer differently "
-                    "once the answer follows, so the text to learn is unknown; mark it in the template with "
-                    "{% generation %}"
-                )
-            made.append(AnsweredSample(count, self._parts(count, shown), tuple(shown), reason))
-            left = hidden
+            if left[-1] in shown:
+                made.append(AnsweredSample(count, self._parts(count, shown), tuple(shown), reason))
+                left = hidden
+            else:
+                made.append(self._apart(self._turn(left.pop()), reason))
             if left:
                 reason = self._reason(self._turn(left[-1]), text)
                 count = left[-1] + 1
         return made[::-1]
+
+    def _apart(self, turn: _Turn, reason: str) -> AnsweredSample:
+        """Return the sample of an answer that stands in no rendering after the prompt that asks for it."""
+        if not turn.is_apart:
+            raise self._unknown(turn.number)
+        parts = [(turn.prompt, False), (turn.answer + turn.trailer, True)]
+        return AnsweredSample(turn.number + 1, parts, (turn.number,), reason)
+
+    def _unknown(self, number: int) -> DataError:
+        return DataError(
+            f"message {number + 1}: the chat template renders what comes before this answer differently once the "
+            "answer follows, so the text to learn is unknown; mark it in the template with {% generation %}"
+        )
 
     def _is_learned(self, number: int, message: Any) -> bool:
         role = str(message["role"])
@@ -188,7 +203,7 @@ class Answers:
     def _render(self, count: int, add_generation_prompt: bool = False) -> str:
         key = (count, add_generation_prompt)
         if key not in self._rendered:
-            self._rendered[key] = self._render_marked(count, add_generation_prompt)
+            self._rendered[key] = self._render_marked(count, add_generation_prompt, 0)
         return self._rendered[key]
 
     def _bare(self, count: int, add_generation_prompt: bool = False) -> str:
@@ -199,7 +214,10 @@ class Answers:
         if number not in self._turns:
             upto = self._bare(number + 1)
             prompt = self._prompt(number)
-            if not upto.startswith(prompt):
+            is_apart = not upto.startswith(prompt) and self._answer_apart(number) is not None
+            if is_apart:
+                upto = prompt + (self._answer_apart(number) or "")
+            elif not upto.startswith(prompt):
                 # The start of the answer says more than the answer itself, as `<think>` of DeepSeek-R1's template
                 # before an answer without thoughts: the opener that both have is the prompt.
                 prompt = self._shared_opener(number, prompt, upto)
@@ -211,7 +229,7 @@ class Answers:
             else:
                 trailer = ""
             answer = answer.rstrip() if self._ends.ended(answer) else answer
-            self._turns[number] = _Turn(number, prompt, answer, trailer)
+            self._turns[number] = _Turn(number, prompt, answer, trailer, is_apart)
         return self._turns[number]
 
     def _prompt(self, number: int) -> str:
@@ -223,15 +241,24 @@ class Answers:
                 return ""
             raise
 
+    def _answer_apart(self, number: int) -> str | None:
+        """Return an answer before which the template drops thoughts that its prompt has; `None` if it is none.
+
+        So does the template of gpt-oss with the thoughts before a tool call, once the last answer follows.
+        """
+        if self._is_marked:
+            return None
+        prompt = without_marks(self._render_marked(number, True, number))
+        upto = without_marks(self._render_marked(number + 1, False, number))
+        is_same = upto == self._bare(number + 1) and upto.startswith(prompt)
+        return upto[len(prompt) :] if is_same and prompt != self._bare(number, True) else None
+
     def _shared_opener(self, number: int, prompt: str, upto: str) -> str:
         before = "" if number == 0 else self._bare(number)
         if not (upto.startswith(before) and prompt.startswith(before)):
             if self._is_marked:
                 return ""
-            raise DataError(
-                f"message {number + 1}: the chat template renders what comes before this answer differently once the "
-                "answer follows, so the text to learn is unknown; mark it in the template with {% generation %}"
-            )
+            raise self._unknown(number)
         shared = len(before)
         for piece in self._ends.special.finditer(prompt, shared):
             if not upto.startswith(prompt[shared : piece.end()], shared):

@@ -135,12 +135,14 @@ class ChatTemplate:
         conversation, dropped = with_reasoning(conversation, self._values.reasoning)
         fitted = self._forms.fit(conversation.messages)
 
-        def render(count: int, add_generation_prompt: bool) -> str:
-            return self._render(fitted[:count], conversation.variables, add_generation_prompt)
+        def render(count: int, add_generation_prompt: bool, num_without_thoughts: int) -> str:
+            bare = [_without_thoughts(message) for message in fitted[:num_without_thoughts]]
+            messages = [*bare, *fitted[len(bare) : count]]
+            return self._render(messages, conversation.variables, add_generation_prompt)
 
         self._check_variables(conversation)
         answers = Answers(conversation, render, self._ends(), self._marks_generation)
-        answered = answers.samples(render(len(fitted), False))
+        answered = answers.samples(render(len(fitted), False, 0))
         if self._values.reasoning == "last":
             answered = answered[-1:]
         made = []
