@@ -5,6 +5,7 @@ messages before it with `add_generation_prompt`, and what the rendering up to th
 """
 
 import json
+import random
 from collections import Counter
 from itertools import groupby
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 from ascendspeed_data.errors import DataError
 from ascendspeed_data.fast_tokenizer import ExactEncoder
 from ascendspeed_data.handlers.chat import MessagesHandler
+from ascendspeed_data.prompting import layout_named
 from ascendspeed_data.sample_encoding import encode_samples
 from ascendspeed_data.template_values import TemplateValues
 from ascendspeed_data.tokenizer import load_tokenizer
@@ -239,3 +241,30 @@ def test_many_ids_and_masks_equal_transformers_and_trl(tokenizers: tuple[Any, An
     seed = time.time_ns()
     counts = compare(tokenizers, name, seed, 35)
     assert counts["equal"] >= 40, (seed, counts)
+
+
+def test_control_that_users_spell_is_text(tokenizers: tuple[Any, Any], report: ReportTables) -> None:
+    """Ids are those of transformers with `sanitize_control_tokens`, which encodes such pieces as text."""
+    theirs, ours = tokenizers
+    compared, spelled = 0, 0
+    for name, (source, _) in TEMPLATES.items():
+        draw = random.Random(name)
+        ours.chat_template = source
+        layout = layout_named("tokenizer", ours)
+        pieces = [piece for piece in ours.added_ids if piece in source]
+        for _ in range(4):
+            words = ["the", "year", *draw.choices(pieces, k=3), "was", "it"]
+            draw.shuffle(words)
+            content: Any = "a" + draw.choice(("", " ")).join(words) + "b"
+            if name in TAKES_LISTS_ONLY:
+                content = [{"type": "text", "text": content}]
+            asked = [{"role": "user", "content": content}]
+            given = theirs.apply_chat_template(
+                asked, chat_template=source, add_generation_prompt=True, sanitize_control_tokens=True
+            )
+            assert layout.ids(asked) == list(given["input_ids"]), (name, content)
+            plain = theirs.apply_chat_template(asked, chat_template=source, add_generation_prompt=True)
+            compared += 1
+            spelled += list(plain["input_ids"]) != list(given["input_ids"])
+    report.add("Control that users spell", ("prompts", "other ids if read as control"), compared, spelled)
+    assert spelled > compared / 2

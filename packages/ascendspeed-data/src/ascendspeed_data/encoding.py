@@ -112,7 +112,7 @@ class ShardEncoder:
     def __post_init__(self) -> None:
         self._suffix = document_suffix(self.tokenizer, self.append_eod)
         reads_control = self.parse_special or getattr(self.handler, "reads_special_pieces", False)
-        self._literal = None if reads_control else LiteralTokenizer(self.tokenizer)
+        self._literal = None if reads_control else LiteralTokenizer.for_tokenizer(self.tokenizer)
 
     def encode(self, shard: Shard) -> dict[str, EncodedOutput]:
         """Return the encoded documents of a shard, by column; samples have the key ``""``."""
@@ -199,10 +199,14 @@ class ShardEncoder:
                 literal = self._with_literals(handler, plain, made)
             except DataError as error:
                 raise DataError(f"{location_of(shard, number)}: {error}") from None
+            made = made if literal is None else literal
             for sample in made:
                 for segment in sample.segments:
                     if isinstance(segment.content, str):
-                        counts.num_text_bytes += _size_of(segment.content, shard, number)
+                        text = segment.content
+                        if literal is not None and self._literal is not None:
+                            text = self._literal.written_out(text)
+                        counts.num_text_bytes += _size_of(text, shard, number)
             counts.num_empty_documents += not made
             if literal is not None:
                 counts.num_spelling_records += 1

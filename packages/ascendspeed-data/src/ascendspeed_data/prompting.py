@@ -96,6 +96,7 @@ class PromptLayout:
         end_ids: ids that end an answer, besides those of the model.
         stop: strings that end an answer if no id does.
         reads: variables that its chat template reads; none if it has no chat template.
+        sources: its chat template, if it has one.
     """
 
     name: str
@@ -105,6 +106,7 @@ class PromptLayout:
     end_ids: tuple[int, ...] = ()
     stop: tuple[str, ...] = ()
     reads: frozenset[str] = frozenset()
+    sources: tuple[str, ...] = ()
 
     def ids(self, messages: Sequence[Message], parse_special: bool = False) -> list[int]:
         """Return the ids of a conversation that ends with a message of the user.
@@ -119,7 +121,7 @@ class PromptLayout:
         sample = self.sample(messages)
         tokenizer: Tokenizer = self.tokenizer
         if not parse_special:
-            literal = LiteralTokenizer(tokenizer)
+            literal = LiteralTokenizer(tokenizer, self.sources)
             masked = literal_samples(lambda given: [self.sample(given)], list(messages), [sample], literal)
             if masked is not None:
                 (sample,), tokenizer = masked, literal
@@ -216,6 +218,7 @@ def _of_template(
         append_eod=False,
         end_ids=template.end_of_turn(),
         reads=frozenset(variables_read_by(source)),
+        sources=(source,),
     )
 
 
