@@ -157,7 +157,7 @@ def test_columns_by_other_names_give_the_same_samples(folder: Path, tmp_path: Pa
         made = open_dataset(tmp_path / "out")
         rows.append([made.arrays[name][0].tolist() for name in ("input_ids", "labels")])
     assert rows[0] == rows[1] == rows[2]
-    messages = json_lines(tmp_path / "x.jsonl", [{"messages": TALK}])
+    messages = json_lines(tmp_path / "messages.jsonl", [{"messages": TALK}])
     run(folder, tmp_path, "MessagesHandler", messages)
     made = open_dataset(tmp_path / "out")
     assert [made.arrays[name][0].tolist() for name in ("input_ids", "labels")] == rows[0]
@@ -193,5 +193,5 @@ def test_inspect_shows_the_parts_of_the_template_in_a_colour_of_their_own(
     run(folder, tmp_path, "MessagesHandler", source)
     done = call("asd-data", "inspect", tmp_path / "out", "--tokenizer-name-or-path", folder, "--color")
     assert done.status == 0, done.stderr
-    assert "\x1b[36m<|im_start|>\x1b[0m\x1b[2muser\x1b[0m" in done.stdout
+    assert "\x1b[36m<|im_start|>\x1b[0m\x1b[2m" in done.stdout
     assert "\x1b[32mtwo\x1b[0m\x1b[1;32m<|im_end|>\x1b[0m" in done.stdout
