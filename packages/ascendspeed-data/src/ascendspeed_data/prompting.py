@@ -4,7 +4,8 @@ The rules and the encoding are those of `asd-data preprocess`, so the ids before
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from ascendspeed_data.chat_template import ChatTemplate, chat_template_named, variables_read_by
 from ascendspeed_data.content_forms import joined_text
@@ -97,6 +98,7 @@ class PromptLayout:
         stop: strings that end an answer if no id does.
         reads: variables that its chat template reads; none if it has no chat template.
         sources: its chat template, if it has one.
+        template: that template, for conversations with tools too.
     """
 
     name: str
@@ -107,6 +109,20 @@ class PromptLayout:
     stop: tuple[str, ...] = ()
     reads: frozenset[str] = frozenset()
     sources: tuple[str, ...] = ()
+    template: ChatTemplate | None = None
+
+    def with_tools(self, tools: Any) -> "PromptLayout":
+        """Return the layout with tools that the model may call.
+
+        Raises:
+            ConfigError: the layout is no chat template.
+        """
+        template = self.template
+        if template is None:
+            raise ConfigError(
+                f"tools are for chat templates, and {self.name} has no place for them; leave them out"
+            )
+        return replace(self, sample=lambda messages: template.prompt(list(messages), tools))
 
     def ids(self, messages: Sequence[Message], parse_special: bool = False) -> list[int]:
         """Return the ids of a conversation that ends with a message of the user.
@@ -219,6 +235,7 @@ def _of_template(
         end_ids=template.end_of_turn(),
         reads=frozenset(variables_read_by(source)),
         sources=(source,),
+        template=template,
     )
 
 

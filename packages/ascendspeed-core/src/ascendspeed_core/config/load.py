@@ -31,6 +31,17 @@ def load_config(
     Raises:
         ConfigError: an unreadable recipe, an unknown section or key, a value outside its range.
     """
+    return validate(config, merged_sections(config, recipe, given, say))
+
+
+def merged_sections(
+    config: type[Model], recipe: Path | None, given: dict[str, Any], say: Callable[[str], None] = log
+) -> dict[str, dict[str, Any]]:
+    """Return the values of each section of a config, unchecked: those of a recipe, overridden by flags.
+
+    Raises:
+        ConfigError: an unreadable recipe, an unknown section or key.
+    """
     sections = {name: _section(field.annotation) for name, field in config.model_fields.items()}
     merged: dict[str, dict[str, Any]] = {name: {} for name in sections}
     for section, values in (_read_recipe(recipe, say) if recipe else {}).items():
@@ -46,7 +57,7 @@ def load_config(
     for key, value in given.items():
         section = next(name for name, inner in sections.items() if key in inner.model_fields)
         merged[section][key] = value
-    return validate(config, merged)
+    return merged
 
 
 def validate(config: type[Model], values: dict[str, Any], strict: bool = False) -> Model:

@@ -152,6 +152,10 @@ class PreprocessJob:
             )
         tokenizer.chat_template, tokenizer.named_chat_templates = template, {}
 
+    def input_files(self) -> list[Path]:
+        """Return the files of `inputs`."""
+        return find_inputs(self.inputs)
+
     def sources(self, handler: TextHandler | SampleHandler) -> list[Source]:
         """Open the inputs.
 
@@ -167,7 +171,7 @@ class PreprocessJob:
         if not isinstance(handler, SampleHandler):
             read = [*handler.columns, *getattr(handler, "optional_columns", ())] or list(self.keys)
             columns = [dict(self.columns).get(name, name) for name in read]
-        return [FileSource(path, columns) for path in find_inputs(self.inputs)]
+        return [FileSource(path, columns) for path in self.input_files()]
 
     def identity(
         self, tokenizer: Tokenizer, handler: TextHandler | SampleHandler, encoder: str
