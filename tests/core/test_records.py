@@ -10,6 +10,7 @@ from ascendspeed_core.config.finetune import FinetuneConfig
 from ascendspeed_core.config.preference import DpoConfig
 from ascendspeed_data.dataset import open_dataset
 from ascendspeed_data.errors import AscendSpeedError, DataError
+from ascendspeed_data.handlers import kind_of
 from ascendspeed_data.handlers.detection import detected_handler
 from ascendspeed_data.handlers.registry import BUILT_IN, find_handler
 from ascendspeed_data.prompting import recorded_layout
@@ -99,6 +100,8 @@ def test_each_format_is_detected(folder: Path, tmp_path: Path) -> None:
     found = {}
     for kind in BUILT_IN:
         handler: Any = find_handler(kind.name)
+        if kind_of(handler) == "text":
+            continue
         for wanted in ("samples", "pairs"):
             try:
                 found.setdefault(detected_handler(handler.example, wanted), []).append(handler.name)  # type: ignore[arg-type]

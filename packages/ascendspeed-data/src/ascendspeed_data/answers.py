@@ -44,7 +44,7 @@ class AnsweredSample:
     """A sample of a conversation.
 
     Attributes:
-        num_messages: the sample is the rendering of so many messages.
+        num_messages: the sample is the rendering of this number of messages.
         parts: the rendering.
         learned: numbers from 0 of the messages that are learned in it.
         reason: why it is not part of the next sample; empty for the last one.
