@@ -187,6 +187,7 @@ def test_what_a_user_sees(model: LanguageModel) -> None:
         shown = spoken(Chat(model, layout, settings), ["the", "", "it", end])
         assert f"{USER}{ANSWER}{first}\n[The answer reached its limit" in shown
         assert f"{USER}{USER}{ANSWER}{second}\n" in shown
+    assert "begin a new conversation. Ctrl-C: stop an answer." in spoken(chat, ["/help", "q"])
     for clear in ("clear", "new"):
         shown = spoken(Chat(model, layout, settings), ["the", clear, "the", "q"])
         assert shown.count(f"{ANSWER}{first}\n") == 2

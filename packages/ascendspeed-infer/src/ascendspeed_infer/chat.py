@@ -1,6 +1,7 @@
 """A conversation with a model, whose history is kept within the model's context."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
 
 from ascendspeed_core.weights import WeightSource
 from ascendspeed_data.command_line import log
@@ -12,9 +13,15 @@ from ascendspeed_data.tokenizer import Tokenizer
 from ascendspeed_infer.config import AnswerConfig
 from ascendspeed_infer.requests import StreamedText
 from ascendspeed_infer.text_generator import TextGenerator, check_text
+from ascendspeed_infer.thinking import OPEN, Part, ThoughtSplitter
 
+HELP = "/help"
+DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 QUIT = ("q", "quit", "exit")
 CLEAR = ("clear", "new")
+Thinking = Literal["shown", "dimmed", "hidden"]
+"""How thoughts before an answer are shown."""
+
 USER, ANSWER = "You >> ", "AscendSpeed: "
 
 
@@ -40,6 +47,8 @@ class Chat:
         self.messages: list[Message] = []
         self.left_out_turns = 0
         """Turns at the beginning that no longer fit."""
+        self.opened_thoughts = False
+        """Whether the prompt of the last answer opened its thoughts."""
         self._num_answers = 0
         self._session = model.engine.new_session()
         self._limit = model.engine.max_model_len
@@ -76,6 +85,7 @@ class Chat:
         if not self._sampling.ignore_eos:
             options["eos_token_ids"] = tuple(dict.fromkeys((*eos_token_ids, *self.layout.end_ids))) or None
         self._num_answers += 1
+        self.opened_thoughts = self.model.tokenizer.decode(ids[-4:]).rstrip().endswith(OPEN)
         answer = ""
         try:
             for token in self.model.stream(ids, session=self._session, **options):
@@ -157,6 +167,7 @@ def converse(
     chat: Chat,
     read: Callable[[str], str | None],
     write: Callable[[str], None],
+    thinking: Thinking = "shown",
 ) -> None:
     """Ask and answer until the user quits.
 
@@ -164,6 +175,7 @@ def converse(
         chat: the conversation.
         read: shows a prompt and returns the user's line; `None` at the end of the input.
         write: shows text to the user.
+        thinking: how thoughts before an answer are shown: as they are, dimmed, or not at all.
     """
     write(f"Quit with {', '.join(QUIT)}; begin a new conversation with {' or '.join(CLEAR)}.\n")
     while True:
@@ -171,21 +183,38 @@ def converse(
         if line is None or line.strip().lower() in QUIT:
             write("\n" if line is None else "")
             return
-        if line.strip().lower() in CLEAR:
+        if line.strip().lower() == HELP:
+            write(
+                f"{', '.join(QUIT)}: quit. {', '.join(CLEAR)}: begin a new conversation. Ctrl-C: stop an answer. Any "
+                "other line is a message.\n"
+            )
+        elif line.strip().lower() in CLEAR:
             chat.clear()
             write("A new conversation.\n")
         elif line.strip():
-            _answer(chat, line.strip(), write)
+            _answer(chat, line.strip(), write, thinking)
 
 
-def _answer(chat: Chat, text: str, write: Callable[[str], None]) -> None:
+def _answer(chat: Chat, text: str, write: Callable[[str], None], thinking: Thinking) -> None:
     before = chat.left_out_turns
+    splitter = ThoughtSplitter()
+
+    def show(parts: Sequence[Part]) -> None:
+        for part, is_thought in parts:
+            if not is_thought or thinking == "shown":
+                write(part)
+            elif thinking == "dimmed":
+                write(f"{DIM}{part}{PLAIN}")
+
     try:
         write(ANSWER)
         last = None
         for token in chat.say(text):
-            write(token.text)
+            if last is None:
+                splitter.is_open = chat.opened_thoughts
+            show(splitter.feed(token.text))
             last = token
+        show(splitter.end())
         write("\n")
         if last is not None and last.finish_reason == "length":
             write("[The answer reached its limit and was cut off.]\n")

@@ -373,6 +373,16 @@ class ConversationConfig(Config):
     )
     chat_template_date: str | None = Field(None, description=f"{DATE_HELP} [default: the day of the run]")
 
+    tools: Path | None = Field(
+        None,
+        description="JSON file with a list of tools that the model may call; the chat template shows them.",
+    )
+    hide_thinking: bool = Field(
+        False,
+        description="Do not show what the model thinks before its answers; on a terminal thoughts are dimmed.",
+        json_schema_extra={"off": ""},
+    )
+
     def template_values(self) -> TemplateValues:
         """Return what the chat template gets besides the messages."""
         return TemplateValues.of_flags(self.chat_template_kwargs, self.chat_template_date, clock=True)

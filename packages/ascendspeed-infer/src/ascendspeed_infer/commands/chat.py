@@ -2,14 +2,20 @@
 
 import sys
 from contextlib import suppress
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ascendspeed_core.config.load import load_config
 from ascendspeed_data.command_line import log
 from ascendspeed_data.command_line.options import options_from
+from ascendspeed_data.conversation import tools_of
 from ascendspeed_data.errors import DataError
+from ascendspeed_data.small_files import read_json
 from ascendspeed_infer.commands.generate import launched_ranks, opened_model
 from ascendspeed_infer.config import ChatConfig
+
+if TYPE_CHECKING:
+    from ascendspeed_infer.chat import Thinking
 
 
 @options_from(ChatConfig)
@@ -36,9 +42,22 @@ def run(config: ChatConfig) -> None:
         model.tokenizer.template_values = values
         layout = choose_layout(source, model.tokenizer, config.conversation.chat_template)
         values.check_read(set(layout.reads))
+        if config.conversation.tools is not None:
+            layout = layout.with_tools(read_tools(config.conversation.tools))
         for line in config.sampling.ineffective_options():
             log(line)
-        converse(Chat(model, layout, config.sampling, config.conversation.system), read_line, _write)
+        chat = Chat(model, layout, config.sampling, config.conversation.system)
+        shown: Thinking = "dimmed" if sys.stdout.isatty() else "shown"
+        converse(chat, read_line, _write, "hidden" if config.conversation.hide_thinking else shown)
+
+
+def read_tools(path: Path) -> list[Any]:
+    """Return the tools of a JSON file.
+
+    Raises:
+        DataError: it cannot be read, or is not a list of objects.
+    """
+    return tools_of(read_json(path, list[dict[str, Any]], f"tools={path}", "give a JSON list of tools"))
 
 
 def read_line(prompt: str) -> str | None:
