@@ -40,6 +40,7 @@ ALLOWED = {
     "ascendspeed_data/tokenizer_config.py": "files of tokenizers, whose errors name the key",
     "ascendspeed_data/json_tokenizer.py": "a tokenizer.json that the tokenizers library has read",
     "ascendspeed_data/chat_template.py": "templates, whose errors name their lines",
+    "ascendspeed_data/template_values.py": "the value of an option, whose errors name it",
     "ascendspeed_core/data/build_index.py": "what the process above wrote on stdin",
     "ascendspeed_core/data/sample_index.py": "the cache, which is built again when it is damaged",
     "ascendspeed_core/observability/watchdog.py": "what another rank put into the store",

@@ -134,16 +134,30 @@ class PromptLayout:
         Raises:
             DataError: the layout does not support the messages.
         """
-        sample = self.sample(messages)
-        tokenizer: Tokenizer = self.tokenizer
-        if not parse_special:
-            literal = LiteralTokenizer(tokenizer, self.sources)
-            masked = literal_samples(lambda given: [self.sample(given)], list(messages), [sample], literal)
-            if masked is not None:
-                (sample,), tokenizer = masked, literal
+        sample, tokenizer = self.rendered(messages, parse_special)
         encoder = ExactEncoder(tokenizer)
         ((ids, _),) = encode_samples([sample], tokenizer, encoder, [], self.append_eod)
         return [int(token) for token in ids]
+
+    def rendered(self, messages: Sequence[Message], parse_special: bool = False) -> tuple[Sample, Tokenizer]:
+        """Return a conversation as the layout writes it, and the tokenizer that reads it.
+
+        Special pieces that messages spell have stand-ins there, which this tokenizer reads as their text.
+
+        Args:
+            messages: of the conversation.
+            parse_special: as in `ids`.
+
+        Raises:
+            DataError: the layout does not support the messages.
+        """
+        sample = self.sample(messages)
+        if not parse_special:
+            literal = LiteralTokenizer(self.tokenizer, self.sources)
+            masked = literal_samples(lambda given: [self.sample(given)], list(messages), [sample], literal)
+            if masked is not None:
+                return masked[0], literal
+        return sample, self.tokenizer
 
 
 def recorded_layout(manifest: DatasetManifest, tokenizer: Tokenizer) -> PromptLayout | None:
