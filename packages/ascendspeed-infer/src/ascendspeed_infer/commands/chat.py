@@ -15,14 +15,14 @@ from ascendspeed_infer.commands.generate import launched_ranks, opened_model
 from ascendspeed_infer.config import ChatConfig
 
 if TYPE_CHECKING:
-    from ascendspeed_infer.chat import Thinking
+    from ascendspeed_infer.conversing import Thinking
 
 
 @options_from(ChatConfig)
 def chat(**given: Any) -> None:
     """Talk with the model of any checkpoint, in turns; answers appear as they grow.
 
-    q, quit or exit ends; clear or new begins a new conversation; Ctrl-C stops an answer.
+    q, quit or exit ends; clear or new begins a new conversation; /help lists further commands; Ctrl-C stops an answer.
     """
     config = load_config(ChatConfig, None, given)
     with launched_ranks(config, sys.argv[1:]) as is_rank:
@@ -32,7 +32,8 @@ def chat(**given: Any) -> None:
 
 def run(config: ChatConfig) -> None:
     """Talk; the first rank reads and prints, the others follow it."""
-    from ascendspeed_infer.chat import Chat, choose_layout, converse
+    from ascendspeed_infer.chat import Chat, choose_layout
+    from ascendspeed_infer.conversing import converse
 
     with opened_model(config) as opened:
         if opened is None:
@@ -40,13 +41,14 @@ def run(config: ChatConfig) -> None:
         model, source = opened
         values = config.conversation.template_values()
         model.tokenizer.template_values = values
-        layout = choose_layout(source, model.tokenizer, config.conversation.chat_template)
+        given = config.conversation.tools
+        tools = None if given is None else read_tools(given)
+        chosen = config.conversation.chat_template
+        layout = choose_layout(source, model.tokenizer, chosen, has_tools=tools is not None)
         values.check_read(set(layout.reads))
-        if config.conversation.tools is not None:
-            layout = layout.with_tools(read_tools(config.conversation.tools))
         for line in config.sampling.ineffective_options():
             log(line)
-        chat = Chat(model, layout, config.sampling, config.conversation.system)
+        chat = Chat(model, layout, config.sampling, config.conversation.system, tools)
         shown: Thinking = "dimmed" if sys.stdout.isatty() else "shown"
         converse(chat, read_line, _write, "hidden" if config.conversation.hide_thinking else shown)
 
