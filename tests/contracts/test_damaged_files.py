@@ -46,6 +46,7 @@ ALLOWED = {
     "ascendspeed_core/observability/watchdog.py": "what another rank put into the store",
     "ascendspeed_core/weights/files/safetensors_files.py": "headers inside weight files",
     "ascendspeed_infer/engine/control_channel.py": "what rank 0 sent",
+    "ascendspeed_infer/tool_calls.py": "answers of a model; what is no JSON stays text",
     "ascendspeed_eval/server/answers.py": "what a server answered, which pydantic models check",
     "ascendspeed_eval/sandbox/run.py": "what the sandbox's own processes say",
     "ascendspeed_eval/sandbox/stage.py": "what the process above sent, and children in /proc",

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 from ascendspeed_data.errors import DataError
 from ascendspeed_data.handlers.base import Kind
+from ascendspeed_data.hub import origin_of
 from ascendspeed_data.small_files import JsonObject, check_shape, read_json
 from ascendspeed_data.template_values import Reasoning
 from ascendspeed_data.tokenizer import Tokenizer, tokenizer_files
@@ -81,11 +82,11 @@ class TokenizerRecord(_Frozen):
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Tokenizer) -> "TokenizerRecord":
-        """Describe a tokenizer; the record has the name of its folder, not the path."""
+        """Describe a tokenizer; the record has the name of its folder, not the path, or name and commit on a hub."""
         keys = ("kind", "fingerprint", "vocab_size", "bos_id", "eos_id", "unk_id", "pad_id", "add_bos")
         files = tokenizer_files(tokenizer.path)
         return cls(
-            name=tokenizer.path.name,
+            name=origin_of(tokenizer.path) or tokenizer.path.name,
             files={file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files},
             **{key: getattr(tokenizer, key) for key in keys},
         )
@@ -126,6 +127,7 @@ class DatasetManifest(_Frozen):
     they are filled.
     `chat_template_kwargs` and `chat_template_date` are the values that the template got besides the conversation.
     `reasoning` says which thoughts were kept, and `split_conversations` why conversations became several samples.
+    `hub` names the repositories that tokenizer and inputs came from, as `org/name@commit`.
     `columns` gives the names in the input by those that the handler read.
     """
 
@@ -155,6 +157,7 @@ class DatasetManifest(_Frozen):
     reasoning: Reasoning = "keep"
     columns: dict[str, str] = {}
     split_conversations: dict[str, int] = {}
+    hub: tuple[str, ...] = ()
     unused_columns: dict[str, int]
     unigram_entropy_nats: float
     inputs: tuple[FileRecord, ...]

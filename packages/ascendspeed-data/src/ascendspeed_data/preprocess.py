@@ -24,6 +24,7 @@ from ascendspeed_data.errors import AscendSpeedError, ConfigError, DataError
 from ascendspeed_data.fast_tokenizer import EncoderChoice, ExactEncoder, choose_encoder
 from ascendspeed_data.files import INCOMPLETE, full_disk_named
 from ascendspeed_data.handlers import SampleHandler, TextHandler, kind_of
+from ascendspeed_data.hub import origins_in
 from ascendspeed_data.indexed import IndexedDatasetWriter
 from ascendspeed_data.json_tokenizer import JsonTokenizer
 from ascendspeed_data.lock import output_lock
@@ -332,6 +333,7 @@ class _PreprocessRun:
             chat_template_date=self.tokenizer.template_values.day,
             reasoning=self.tokenizer.template_values.reasoning,
             columns=dict(job.columns),
+            hub=tuple(origins_in([self.tokenizer.path, *map(Path, job.inputs)])),
             seq_length=job.seq_length,
             pack=pack,
             token_format=output.first.format.name,

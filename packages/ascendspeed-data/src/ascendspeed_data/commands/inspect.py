@@ -12,6 +12,7 @@ from ascendspeed_data.blend import open_blend
 from ascendspeed_data.command_line import log
 from ascendspeed_data.dataset import Dataset, open_dataset
 from ascendspeed_data.errors import ConfigError
+from ascendspeed_data.hub import local_path
 from ascendspeed_data.manifest import check_tokenizer
 from ascendspeed_data.statistics import draw_histogram, histogram_lines, length_statistics
 from ascendspeed_data.tokenizer import Tokenizer, load_tokenizer
@@ -60,7 +61,9 @@ def inspect_command(
     dataset = open_dataset(Path(data_path[0]))
     tokenizer = None
     if tokenizer_name_or_path is not None:
-        tokenizer = load_tokenizer(tokenizer_name_or_path)
+        tokenizer = load_tokenizer(
+            local_path(tokenizer_name_or_path, "tokenizer", "--tokenizer-name-or-path")
+        )
         if dataset.manifest is not None:
             check_tokenizer(dataset.manifest, tokenizer, str(dataset.prefix))
     count = len(dataset.ids.documents) - 1

@@ -7,6 +7,7 @@ import typer
 
 from ascendspeed_data.column_names import columns_of_flag
 from ascendspeed_data.command_line import log
+from ascendspeed_data.hub import data_paths, local_path
 from ascendspeed_data.preprocess import check_options, preprocess_dataset
 from ascendspeed_data.preprocessing.job import PreprocessJob
 from ascendspeed_data.preprocessing.report import report
@@ -134,9 +135,9 @@ def preprocess_command(
     if hf_datasets_params is not None and input:
         log("--input has no effect, because --hf-datasets-params is given")
     job = PreprocessJob(
-        inputs=tuple(input or ()),
+        inputs=tuple(path for one in input or () for path in data_paths(one, "--input")),
         output_prefix=output_prefix,
-        tokenizer=tokenizer_name_or_path,
+        tokenizer=local_path(tokenizer_name_or_path, "tokenizer", "--tokenizer-name-or-path"),
         tokenizer_type=tokenizer_type,
         use_fast=not tokenizer_not_use_fast,
         json_keys=tuple(json_key or ()),
