@@ -105,6 +105,7 @@ def commands(
             [],
             lambda out, done: [(out / name).read_text() for name in ("samples.jsonl", "results.json")],
             ("finished samples; the same command goes on", "run the same command again"),
+            reached=lambda out: _lines_of(out / "samples.jsonl") / 40,
         ),
     }  # fmt: skip
 
@@ -129,7 +130,9 @@ def _lines_of(file: Path) -> int:
     return file.read_bytes().count(b"\n") if file.exists() else 0
 
 
-def interrupt(command: Interrupted, out: Path, share: float, seconds: float) -> Finished:
+def interrupt(
+    command: Interrupted, out: Path, share: float, seconds: float, again_after: float | None = None
+) -> Finished:
     """Run a command and press Ctrl-C in the midst: its whole process group gets SIGINT, as from a terminal.
 
     Args:
@@ -137,6 +140,7 @@ def interrupt(command: Interrupted, out: Path, share: float, seconds: float) -> 
         out: its folder.
         share: of its work, or of its time, that is done then.
         seconds: that it takes.
+        again_after: seconds from then to a second Ctrl-C, if there is one.
     """
     running = RunningCommand(*_with_output(command.args, out))
     if command.reached is None or share < 0.1:
@@ -145,6 +149,9 @@ def interrupt(command: Interrupted, out: Path, share: float, seconds: float) -> 
         while running.poll() is None and command.reached(out) < share:
             time.sleep(0.002)
     if running.poll() is None:
+        running.send_group_signal(signal.SIGINT)
+    if again_after is not None:
+        time.sleep(again_after)
         running.send_group_signal(signal.SIGINT)
     return running.finish(timeout=120)
 
@@ -221,6 +228,57 @@ def test_ctrl_c_of_two_processes(
         two = replace(two, args=[*two.args, "--max-new-tokens", 6])
     two = replace(two, kept=(*one.kept, "all 2 processes with it;"))
     try_moments(two, f"{name}, two processes", tmp_path, 3, random.randrange(1 << 30), report)
+
+
+def press_twice(command: Interrupted, folder: Path, times: int, seed: int) -> int:
+    """Press Ctrl-C twice, up to half a second apart; return how often that ended the command.
+
+    A second one that meets a process at its very end kills it, without a line.
+    """
+    draw, ended = random.Random(seed), 0
+    (folder / "whole").mkdir(parents=True)
+    started = time.monotonic()
+    whole = run_command(*_with_output(command.args, folder / "whole"))
+    seconds = time.monotonic() - started
+    assert whole.status == 0, whole.stderr
+    expected = command.result(folder / "whole", whole)
+    for number in range(times):
+        out = folder / f"twice{number}"
+        out.mkdir()
+        done = interrupt(command, out, draw.uniform(0.05, 0.9), seconds, again_after=draw.uniform(0, 0.5))
+        assert "Traceback" not in done.stderr, done.stderr
+        assert "ignored" not in done.stderr, done.stderr
+        assert done.status in (0, 130, -signal.SIGINT), (done.status, done.stderr)
+        if done.status == 130:
+            assert sum("error: " in line for line in done.stderr.splitlines()) == 1, done.stderr
+        ended += done.status != 0
+        if command.is_resumed and done.status:
+            again = run_command(*_with_output(command.args, out), *command.go_on)
+            was_complete = "exists; give --overwrite" in again.complaint
+            assert again.status == 0 or was_complete, again.stderr
+            assert command.result(out, again) == expected
+        shutil.rmtree(out)
+    return ended
+
+
+def test_ctrl_c_twice(commands: dict[str, Interrupted], tmp_path: Path) -> None:
+    """One command once; at night all of them ten times."""
+    press_twice(commands["preprocess"], tmp_path, times=1, seed=3)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", ["pretrain", "preprocess", "convert", "generate", "eval"])
+def test_ctrl_c_twice_ten_times(
+    commands: dict[str, Interrupted], tmp_path: Path, report: ReportTables, name: str
+) -> None:
+    """In one process and, where a command starts ranks, in two."""
+    header = ("command", "tried", "ended by it", "tracebacks")
+    ranks = ["--nproc-per-node", 2, "--tensor-model-parallel-size", 2]
+    for more in [[], ranks] if name in ("pretrain", "generate", "eval") else [[]]:
+        command = replace(commands[name], args=[*commands[name].args, *more])
+        ended = press_twice(command, tmp_path / f"ranks{len(more)}", 10, random.randrange(1 << 30))
+        label = f"{name}, two processes" if more else name
+        report.add("Interrupted by two Ctrl-C at random moments", header, label, 10, ended, 0)
 
 
 def fill_disk(command: Interrupted, name: str, folder: Path, limit: int) -> Finished:

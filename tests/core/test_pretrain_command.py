@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from ascendspeed_core.models.families import find_family
@@ -168,7 +169,9 @@ def test_sigterm_saves_and_exits(arguments: list[object], tmp_path: Path, proces
     layout = ["--nproc-per-node", processes, "--tensor-model-parallel-size", processes, "--device", "cpu"]
     flags = [*arguments, *layout, "--train-iters", 40, "--async-save"]
     running = start(flags, tmp_path / "run", records=2)
-    running.send_signal(signal.SIGTERM)
+    # Schedulers may signal every process of a job, and the launcher passes on what it gets.
+    for process in (*psutil.Process(running.pid).children(recursive=True), psutil.Process(running.pid)):
+        process.send_signal(signal.SIGTERM)
     done = running.finish(timeout=60)
     assert done.status == 143, done.stderr
     assert "SIGTERM: saving after this step" in done.stderr

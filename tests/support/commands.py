@@ -181,5 +181,7 @@ def call(*args: object, stdin: str = "") -> Finished:
         patch.object(sys, "argv", words),
         patch.object(sys, "stdin", io.StringIO(stdin)),
     ):
-        status = importlib.import_module(module.build_app.__module__).run_app(module.app, words[0], words[1:])
+        status = importlib.import_module(module.run_and_exit.__module__).run_app(
+            module.app, words[0], words[1:]
+        )
     return Finished(status, out.getvalue(), err.getvalue())

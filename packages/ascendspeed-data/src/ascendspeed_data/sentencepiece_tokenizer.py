@@ -164,7 +164,9 @@ class SentencePieceTokenizer:
         self._content_of = {token.id: token.content for token in plain}
         self._plain, self._rendered = TextSplitter(plain), TextSplitter([*tokens, *undeclared])
         # Models that strip white space lose the spaces that begin a text, unless `legacy` is false.
-        self._always_splits = bool(plain) and not self._is_legacy and not self._keeps_spaces()
+        # A special token that is spelled with SentencePiece's space may come up in what its model makes of a text.
+        comes_up = any(token.named and SPACE in token.content for token in plain)
+        self._always_splits = bool(plain) and not self._is_legacy and (comes_up or not self._keeps_spaces())
         self._rules = [
             [*token.rules, *(() if self._is_legacy else (token.named,))]
             for token in sorted(plain, key=lambda token: token.id)

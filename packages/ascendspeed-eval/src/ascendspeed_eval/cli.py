@@ -1,7 +1,8 @@
 """The command `asd-eval`."""
 
 from ascendspeed_eval import __version__
-from ascendspeed_eval.command_line import Command, build_app, run_and_exit
+from ascendspeed_eval.command_line import Command, build_app
+from ascendspeed_eval.running import run_and_exit
 
 COMMANDS = "ascendspeed_eval.commands"
 

@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -42,7 +41,12 @@ def run_training(config: PretrainConfig, dry_run: bool) -> None:
     from ascendspeed_core.launch import is_worker, launch, planned_world_size, worker_errors
 
     world_size = planned_world_size(config.launch.nproc_per_node)
-    kept = partial(what_is_kept, config.checkpoint.save)
+
+    def kept() -> str:
+        from ascendspeed_core.training.checkpoint import what_is_kept
+
+        return what_is_kept(config.checkpoint.save)
+
     with worker_errors(), keeping(kept):
         from ascendspeed_core.device import prepare_torch
 
@@ -65,18 +69,6 @@ def run_training(config: PretrainConfig, dry_run: bool) -> None:
             records = Trainer(plan, mesh).train()
         if records:
             conclude(records, plan)
-
-
-def what_is_kept(save: Path | None) -> str:
-    """Say what a run that ends early has kept, and how to go on."""
-    from ascendspeed_core.training.checkpoint import saved_iterations
-
-    if save is None:
-        return "nothing of the run is kept, as no --save was given"
-    saved = saved_iterations(save)
-    if not saved:
-        return f"{save} holds no checkpoint yet; run the same command again to start it"
-    return f"{save} holds iteration {saved[-1]}; the same command with --auto-resume goes on from there"
 
 
 @contextmanager

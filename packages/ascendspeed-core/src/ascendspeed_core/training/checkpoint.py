@@ -349,3 +349,13 @@ def saved_iterations(run_folder: Path) -> list[int]:
         if match and (path / DESCRIPTION).is_file():
             found.append(int(match.group(1)))
     return sorted(found)
+
+
+def what_is_kept(save: Path | None) -> str:
+    """Say what a run that ends early has kept, and how to go on."""
+    if save is None:
+        return "nothing of the run is kept, as no --save was given"
+    saved = saved_iterations(save)
+    if not saved:
+        return f"{save} holds no checkpoint yet; run the same command again to start it"
+    return f"{save} holds iteration {saved[-1]}; the same command with --auto-resume goes on from there"

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from signal import Signals
 from typing import Any
 
@@ -35,6 +36,7 @@ from ascendspeed_core.training.checkpoint import (
     TrainState,
     load_optimizer,
     load_random_state,
+    what_is_kept,
 )
 from ascendspeed_core.training.eval_prompts import EvalPromptsWriter
 from ascendspeed_core.training.signals import NAMES, StoppedError, StopSignal
@@ -202,7 +204,7 @@ class Trainer:
             self.metrics = MetricsFile(self.writer.run_folder, self.iteration)
             stack.callback(self.metrics.close)
         stack.callback(self.writer.wait)
-        return stack.enter_context(StopSignal(self.mesh))
+        return stack.enter_context(StopSignal(self.mesh, partial(what_is_kept, self.writer.run_folder)))
 
     def _is_exit(self) -> bool:
         """Whether `exit_interval` ends the run here."""

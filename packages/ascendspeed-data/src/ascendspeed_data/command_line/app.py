@@ -5,21 +5,15 @@ import path of the function.
 """
 
 import importlib
-import os
 import re
-import signal
-import sys
-import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NoReturn, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 from ascendspeed_data.command_line.other_programs import COMMANDS, announce_accepted, refuse, settle_flags
-from ascendspeed_data.command_line.stopping import NO_SPACE, no_space
-from ascendspeed_data.errors import AscendSpeedError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -71,7 +65,7 @@ class SpaceSeparatedCommand(TyperCommand):
             for spelling, param in spelled
             if lists[spelling] and (spelling in LISTS_OF_NAMES or _is_number(param))
         }
-        choices = {spelling: _choices_of(param) for spelling, param in spelled}
+        choices = {spelling: choices_of(param) for spelling, param in spelled}
         expanded = expand_arguments(split_at_commas(kept, with_commas), lists)
         return list(super().parse_args(ctx, usual_choices(expanded, choices)))
 
@@ -95,9 +89,6 @@ class SpaceSeparatedCommand(TyperCommand):
             with formatter.section(panel):
                 formatter.write_dl(records)
 
-
-INTERRUPTED = 130
-"""Exit status of a command that Ctrl-C ended."""
 
 LISTS_OF_NAMES = frozenset(
     f"--{name}"
@@ -258,7 +249,7 @@ def usual_choices(args: Sequence[str], choices: dict[str, list[str]]) -> list[st
     return written
 
 
-def _choices_of(param: Any) -> list[str]:
+def choices_of(param: Any) -> list[str]:
     """Return the choices of an option; empty if it takes any value."""
     annotation = getattr(getattr(param, "type_descriptor", None), "annotation", None)
     found = getattr(getattr(param, "type", None), "choices", ())
@@ -329,108 +320,3 @@ def build_app(summary: str, version: str, commands: Sequence[Command]) -> typer.
     for row in commands:
         app.command(name=row.name, help=row.summary)(lambda: None)
     return app
-
-
-def without_local_rank(words: Sequence[str]) -> list[str]:
-    """Leave out the --local-rank that torch.distributed.launch puts before the command; LOCAL_RANK says it too."""
-    first = words[0].replace("_", "-") if words else ""
-    if not first.startswith("--local-rank"):
-        return list(words)
-    if "LOCAL_RANK" not in os.environ:
-        return ["--local-rank"]
-    return list(words[1:] if "=" in first else words[2:])
-
-
-def run_and_exit(app: typer.Typer, name: str) -> NoReturn:
-    """Run an application on this process's command line, and end the process.
-
-    What is done stays done: while Python ends, one Ctrl-C changes nothing, and a second one kills.
-    """
-    status = run_app(app, name)
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, lambda *_: signal.signal(signal.SIGINT, signal.SIG_DFL))
-    sys.exit(status)
-
-
-def run_app(app: typer.Typer, name: str, args: Sequence[str] | None = None) -> int:
-    """Run an application and return its exit status; errors for the user become one line on stderr.
-
-    Exit 2: the arguments or the config are wrong. Exit 1: a file, a device or another process caused an error.
-    Exit 130: interrupted. Any other exception is a bug and keeps its traceback.
-    """
-    command = typer.main.get_command(app)
-    words = without_local_rank(sys.argv[1:] if args is None else args)
-    if words and words[0].startswith("--local-rank"):
-        return _print_error(name, f"{words[0]} is for processes of a launcher, which sets LOCAL_RANK too", 2)
-    try:
-        result = command.main(args=words, prog_name=name, standalone_mode=False)
-        # What is printed belongs to the command: without space for it the command has failed.
-        sys.stdout.flush()
-    except AscendSpeedError as error:
-        return _print_error(name, str(error), error.exit_code)
-    except (typer.Abort, KeyboardInterrupt):
-        return _say_interrupted(name)
-    except typer.TyperException as error:
-        if type(error).__name__ == "NoArgsIsHelpError":
-            print(error.format_message())
-            return 2
-        return _print_error(name, _one_line(error, words), error.exit_code)
-    except BrokenPipeError:
-        sys.stderr.close()
-        return 1
-    except OSError as error:
-        if error.errno not in NO_SPACE:
-            raise
-        return _print_error(name, f"{no_space(error)}, and run the same command again", 1)
-    if result == INTERRUPTED:
-        # Typer returns this for Ctrl-C, and says nothing.
-        return _say_interrupted(name)
-    return result if isinstance(result, int) else 0
-
-
-def _say_interrupted(name: str) -> int:
-    """Say that Ctrl-C ended the command; the launcher of several processes says it for them."""
-    if "ASCENDSPEED_LAUNCHED" in os.environ and "RANK" in os.environ:
-        return INTERRUPTED
-    return _print_error(name, "interrupted; run the same command again", INTERRUPTED)
-
-
-def _one_line(error: typer.TyperException, words: Sequence[str]) -> str:
-    """Return an error of Typer as one line, with the wrong value and similar flags."""
-    line = " ".join(error.format_message().split()).replace("Value error, ", "")
-    line = re.sub(
-        r" \(Possible options: (.*)\)$", lambda m: f"; did you mean {m[1].replace(', ', ' or ')}?", line
-    )
-    flags = getattr(getattr(error, "param", None), "opts", ())
-    values = [" ".join(_values_after(words, number)) for number, word in enumerate(words) if word in flags]
-    if values:
-        line = line.replace("Invalid value for", f"Invalid value {values[-1]!r} for", 1)
-        choices = _choices_of(getattr(error, "param", None))
-        hint = HINTS.get(values[-1].lower().replace("_", "-"))
-        remedy = next((REMEDIES[flag, values[-1]] for flag in flags if (flag, values[-1]) in REMEDIES), None)
-        if remedy:
-            line = f"{line.rstrip('.')}; {remedy}"
-        elif hint and hint.split()[0] in choices:
-            line = f"{line.rstrip('.')}; did you mean {hint}?"
-        elif choices:
-            line = line.rstrip(".") + did_you_mean(values[-1], choices)
-    return line
-
-
-def _values_after(words: Sequence[str], number: int) -> list[str]:
-    """Return what follows a flag: the next word, and those after it up to another flag."""
-    following = list(words[number + 1 :])
-    end = next(
-        (position for position, word in enumerate(following) if position and word.startswith("--")), None
-    )
-    return following[:end]
-
-
-def _print_error(name: str, message: str, status: int) -> int:
-    try:
-        sys.stdout.flush()
-    except OSError:
-        # Python would try again as it ends, and complain of it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    print(f"{name}: error: {' '.join(message.splitlines())}", file=sys.stderr)
-    return status

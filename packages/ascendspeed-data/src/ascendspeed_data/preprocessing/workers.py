@@ -95,12 +95,24 @@ def encode_shards(task: WorkerTask, shards: Iterator[Shard], workers: int) -> It
 
 @contextmanager
 def _held_back_interrupts() -> Iterator[None]:
-    """Hold Ctrl-C back while processes may be started: they inherit that, and leave it to this one from the start."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    """Hold Ctrl-C back while processes may be started: a half-started one would end with a traceback.
+
+    Processes that start inherit the blocked signal, and leave it to this one from the start. Other threads of this
+    process may still be given it, so its handler waits too.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _next_result(waiting: deque[tuple[Shard, Future[Encoded]]]) -> tuple[Shard, Encoded]:

@@ -8,6 +8,8 @@ import io
 import pickle
 import zipfile
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -42,9 +44,10 @@ class TorchArchive:
         self._next = 0
         self.checksums: list[int] = []
         self._info: zipfile.ZipInfo | None = None
-        self._put("data.pkl", _pickle(content))
-        self._put("byteorder", b"little")
-        self._put("version", b"3\n")
+        with self._given_up_after_errors():
+            self._put("data.pkl", _pickle(content))
+            self._put("byteorder", b"little")
+            self._put("version", b"3\n")
 
     def begin_tensor(self, info: TensorInfo) -> None:
         """Begin the next tensor."""
@@ -62,12 +65,24 @@ class TorchArchive:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Finish the archive, or give it up after an error; the file stays open."""
-        if kind is None:
+        if kind is not None:
+            self._give_up()
+            return
+        with self._given_up_after_errors():
             self._end_tensor()
             self._zip.close()
-        else:
-            # Half of it is of no use, and `zipfile` would complain when it is collected.
-            self._zip.fp = None
+
+    @contextmanager
+    def _given_up_after_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self._give_up()
+            raise
+
+    def _give_up(self) -> None:
+        # Half an archive is of no use, and `zipfile` would try to end it, and complain, when it is collected.
+        self._zip.fp = None
 
     def _end_tensor(self) -> None:
         if self._record is not None:
