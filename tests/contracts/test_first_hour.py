@@ -56,14 +56,18 @@ def test_a_path_that_is_no_prefix_names_the_command_that_makes_one(
     ("args", "words"),
     [
         (["asd-infer", "generate", "--load", "meta-llama/Llama-2-7b-hf", "--prompt", "a"],
-         "`hf download meta-llama/Llama-2-7b-hf --local-dir Llama-2-7b-hf`"),
+         "load=meta-llama/Llama-2-7b-hf: HF_HUB_OFFLINE is set and the cache does not have it"),
         (["asd-ckpt", "inspect", "Qwen/Qwen2.5-0.5B"], "it looks like a name on the Hugging Face hub"),
         (["asd-ckpt", "inspect", "/nowhere/at/all"], "does not exist; check --load"),
         (["asd-core", "pretrain", "--num-layers", 2, "--data-path", "x", "--seq-length", 8, "--train-iters", 1],
          "`asd-core models llama2-7b --config` prints such a file; --num-layers and the other sizes only check"),
     ],
 )  # fmt: skip
-def test_names_of_the_hub_and_sizes_without_a_model(args: list[object], words: str) -> None:
+def test_names_of_the_hub_and_sizes_without_a_model(
+    args: list[object], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     done = call(*args)
     assert done.status in (1, 2)
     assert words in done.complaint

@@ -18,6 +18,7 @@ from ascendspeed_core.config.finetune import FinetuneConfig
 from ascendspeed_core.config.load import load_config
 from ascendspeed_core.config.migrate import FORMAT_VERSION, migrate_config
 from ascendspeed_core.config.preference import DpoConfig
+from ascendspeed_core.config.records import RecordsConfig
 from ascendspeed_core.config.training import PretrainConfig
 from ascendspeed_core.weights import NativeSource
 from ascendspeed_data.errors import ConfigError
@@ -60,6 +61,8 @@ def test_a_recipe_gives_the_settings_that_the_release_stored(run: str, command: 
     new = {"data": DATA_SINCE, "training": {"num_train_epochs": None}}
     new["start"] = {"orig_vocab_size": None}
     expected = {section: values | new.get(section, {}) for section, values in migrated.items()}
+    if command == "finetune":
+        expected["records"] = RecordsConfig().model_dump(mode="json")
     assert loaded.model_dump(mode="json") == expected
 
 

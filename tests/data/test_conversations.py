@@ -117,8 +117,10 @@ def test_random_prompts_equal_transformers(
     )
 
 
-def test_weights_choose_among_marked_answers_that_are_shown_differently(tokenizers: tuple[Any, Any]) -> None:
-    """A template may show the last answer with its thoughts and the others without; marks still tell them apart."""
+def test_answers_that_are_shown_differently_later_have_samples_of_their_own(
+    tokenizers: tuple[Any, Any],
+) -> None:
+    """Where a template shows only the last answer with its thoughts, each answer is the last of a sample."""
     _, ours = tokenizers
     ours.chat_template = (
         "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}{% generation %}"
@@ -138,7 +140,10 @@ def test_weights_choose_among_marked_answers_that_are_shown_differently(tokenize
     for weights in ((0, 1, 1), (1, 0, 0), (0, 1, 0), (1, 0, 1), (0, 0, 1), (1, 1, 0)):
         weighed = iter(weights)
         messages = [{**m, "weight": next(weighed)} if m["role"] == "assistant" else m for m in turns]
-        sample = ChatTemplate.from_tokenizer(ours).sample(conversation_of(messages))
-        learned = "".join(str(segment.content) for segment in sample.segments if segment.trained)
-        shown = ("b<|im_end|>", "d<|im_end|>", "<think></think>e<|im_end|>")
-        assert learned == "".join(text for text, weight in zip(shown, weights, strict=True) if weight)
+        samples = ChatTemplate.from_tokenizer(ours).samples(conversation_of(messages))
+        learned = [
+            "".join(str(segment.content) for segment in sample.segments if segment.trained)
+            for sample in samples
+        ]
+        shown = [f"<think></think>{text}<|im_end|>" for text in "bde"]
+        assert learned == [text for text, weight in zip(shown, weights, strict=True) if weight]

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from ascendspeed_data.answers import DROPS_THOUGHTS
 from ascendspeed_data.chat_template import ChatTemplate
 from ascendspeed_data.conversation import conversation_of
 from ascendspeed_data.errors import DataError
@@ -167,7 +168,7 @@ def test_calls_and_tools_that_a_template_only_asks_for_are_refused(chat_tokenize
     assert "column 'tools': the chat template does not print all of it" in error
 
 
-def test_thoughts_of_earlier_turns_are_counted_and_those_of_the_last_one_must_be_printed(
+def test_thoughts_of_earlier_turns_are_learned_in_samples_of_their_own_and_must_be_printed_there(
     chat_tokenizer: Any,
 ) -> None:
     chat_tokenizer.chat_template = QWEN_3
@@ -178,7 +179,13 @@ def test_thoughts_of_earlier_turns_are_counted_and_those_of_the_last_one_must_be
         made = counted({"messages": [asked, answer]}, "MessagesHandler", chat_tokenizer)
         assert made.unused_columns == {}
         made = counted({"messages": [asked, answer, asked, answered]}, "MessagesHandler", chat_tokenizer)
+        assert made.unused_columns == {}
+        assert made.split_conversations == {DROPS_THOUGHTS: 1}
+        assert made.num_sequences == 2
+        weighed = [asked, {**answer, "weight": 0}, asked, answered]
+        made = counted({"messages": weighed}, "MessagesHandler", chat_tokenizer)
         assert made.unused_columns == {"thoughts of earlier turns": 1}
+        assert made.num_sequences == 1
     chat_tokenizer.chat_template = QWEN_3.replace("if r and loop.index0 > ns.last", "if false")
     for answer in (thinks, reasons):
         error = str(encoded({"messages": [asked, answer]}, "MessagesHandler", chat_tokenizer))

@@ -93,6 +93,60 @@ def test_further_keys_and_headers_are_sent(server: tuple[Server, list[str]], tmp
     assert (other.status, "extra_body" in other.complaint) == (1, True)
 
 
+def test_conversations_are_sent_as_messages(server: tuple[Server, list[str]], tmp_path: Path) -> None:
+    own, (address, _) = server
+    own.message = {"content": "<think>It is 1. No.</think>\n\nThe answer is 1."}
+    values = '{"enable_thinking": true}'
+    flags = ("--apply-chat-template", "--system", "Be brief.", "--chat-template-kwargs", values)
+    done = run(tmp_path, address, *flags, "--num-fewshot", 1)
+    assert done.status == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
+    for body, line in zip(sorted(own.bodies, key=lambda body: str(body["messages"][-1])), lines, strict=True):
+        assert [one["role"] for one in body["messages"]] == ["system", "user", "assistant", "user"]
+        assert body["messages"][0]["content"] == "Be brief."
+        assert body["messages"] == line["messages"] == json.loads(line["prompt"])
+        assert body["chat_template_kwargs"] == {"enable_thinking": True}
+        assert "stop" not in body
+        assert line["outputs"] == ["The answer is 1."]
+        assert line["removed"] == ["<think>It is 1. No.</think>\n\n"]
+        assert line["marks"] == ["reasoning"]
+    settings = json.loads((tmp_path / "out" / "run.json").read_text())["settings"]["chat"]
+    assert settings["system"] == "Be brief."
+    own.message = {"content": "The answer is 1.", "reasoning_content": "Kept apart."}
+    (other := tmp_path / "other").mkdir()
+    assert run(other, address, "--apply-chat-template").status == 0
+    first = json.loads((other / "out" / "samples.jsonl").read_text().split("\n")[0])
+    assert (first["outputs"], first["removed"]) == (["The answer is 1."], ["Kept apart."])
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--system", "Hi"), "system=Hi means nothing without --apply-chat-template"),
+        (("--no-fewshot-as-multiturn",), "means nothing without --apply-chat-template"),
+        (("--apply-chat-template", "--api", "completions"), "api=completions takes texts"),
+        (("--apply-chat-template", "--chat-template-kwargs", "[1]"), "is no JSON object"),
+        (("--apply-chat-template", "--chat-template-date", "soon"), "is not a day"),
+        (("--apply-chat-template", "--chat-template-date", "today"), "the server renders the chat template"),
+        (
+            (
+                "--apply-chat-template", "--chat-template-kwargs", '{"a": 1}', "--extra-body",
+                '{"chat_template_kwargs": {"a": 2}}',
+            ),
+            "keep one",
+        ),
+    ],
+)  # fmt: skip
+def test_options_of_conversations_are_checked(
+    server: tuple[Server, list[str]], tmp_path: Path, flags: tuple[str, ...], said: str
+) -> None:
+    own, (address, _) = server
+    done = run(tmp_path, address, *flags)
+    assert done.status != 0
+    assert said in done.complaint
+    assert own.bodies == []
+
+
 def test_secrets_that_a_server_repeats_are_left_out(
     server: tuple[Server, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,7 +185,7 @@ CUT: dict[str, tuple[dict[str, Any], str | None, str]] = {
         "length",
         "6 of 6 answers hold only reasoning",
     ),
-    "thinking alone": ({"content": "<think>Is it 4"}, "length", "6 of 6 answers hold only reasoning"),
+    "thinking alone": ({"content": "<think>Is it 4"}, "length", "6 of 6 answers never end their reasoning"),
     "withheld": ({"content": None}, "content_filter", "6 of 6 answers were withheld by a filter"),
     "refused": ({"content": None, "refusal": "No."}, "stop", "6 of 6 answers were refused"),
     "empty": ({"content": ""}, "stop", "6 of 6 answers are empty"),

@@ -11,8 +11,9 @@ from ascendspeed_core.config.source import ModelSourceConfig
 from ascendspeed_core.weights import open_source
 from ascendspeed_data.errors import AscendSpeedError, ConfigError
 from ascendspeed_data.prompting import layout_named
-from ascendspeed_infer.chat import ANSWER, USER, Chat, choose_layout, converse
+from ascendspeed_infer.chat import Chat, choose_layout
 from ascendspeed_infer.config import AnswerConfig
+from ascendspeed_infer.conversing import ANSWER, USER, converse
 from ascendspeed_infer.language_model import LanguageModel
 from support.commands import call, run_command
 from support.corpus import make_chat_tokenizer
@@ -187,6 +188,7 @@ def test_what_a_user_sees(model: LanguageModel) -> None:
         shown = spoken(Chat(model, layout, settings), ["the", "", "it", end])
         assert f"{USER}{ANSWER}{first}\n[The answer reached its limit" in shown
         assert f"{USER}{USER}{ANSWER}{second}\n" in shown
+    assert "Ctrl-C: stop an answer. Any other line is a message." in spoken(chat, ["/help", "q"])
     for clear in ("clear", "new"):
         shown = spoken(Chat(model, layout, settings), ["the", clear, "the", "q"])
         assert shown.count(f"{ANSWER}{first}\n") == 2

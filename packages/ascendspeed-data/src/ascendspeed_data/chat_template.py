@@ -1,63 +1,38 @@
 """Chat templates: Jinja templates of a tokenizer that format a conversation.
 
-The loss covers what the assistant says. A template may mark that with `{% generation %}`. For other templates,
-rendering a conversation with and without an assistant message shows which text the message adds.
+The loss covers what the assistant says. A template may mark that with `{% generation %}`; otherwise `answers` finds it.
 """
 
-import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError, meta, nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2 import TemplateError, meta
 
+from ascendspeed_data.answers import THOUGHTS_END, Answers, Ends
 from ascendspeed_data.content_forms import ContentForms
 from ascendspeed_data.conversation import Conversation, Message, conversation_of
 from ascendspeed_data.errors import ConfigError, DataError
-from ascendspeed_data.fields import (
-    MESSAGE_CONTENT,
-    REASONING,
-    TEMPLATE_VARIABLES,
-    check_unlisted,
-    field_of,
-    filled,
-    message_key,
-)
+from ascendspeed_data.fields import REASONING, TEMPLATE_VARIABLES
+from ascendspeed_data.message_keys import tracked, unread_keys
 from ascendspeed_data.printed import PrintedParts
 from ascendspeed_data.sample import Sample, Segment
+from ascendspeed_data.template_environment import template_environment, without_marks
+from ascendspeed_data.template_values import Reasoning, TemplateValues
 from ascendspeed_data.tokenizer import Tokenizer
 from ascendspeed_data.tokenizer_config import DEFAULT, TOOL_USE
-from ascendspeed_data.tracking import TrackedObject, unread_of
 
-GENERATION_BEGIN, GENERATION_END = "\x02generation\x03", "\x02endgeneration\x03"
-"""Delimiters of `{% generation %}` blocks in rendered text; conversations must not contain them."""
+LEARNED_OPENERS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
+    (("[gMASK]", "<|observation|>", "<|assistant|>"), ("<|user|>", "<|observation|>", "<|system|>")),
+)
+"""Families whose answers end with the opener of the next turn: pieces by which to know the template, and the openers.
 
-
-NAMES_OF_ASSISTANT = ("gpt", "chatgpt", "bot", "chatbot", "model", "ai", "bing", "bard")
-"""Roles that other programs give the assistant; templates that mark no answers do not say that these are answers."""
-
-
-class GenerationBlocks(Extension):
-    """`{% generation %}...{% endgeneration %}`, as transformers defines it."""
-
-    tags = {"generation"}  # noqa: RUF012 - jinja's own declaration
-
-    def parse(self, parser: Any) -> nodes.Node:
-        """Wrap the body in a call that adds the delimiters."""
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("_wrap"), [], [], body).set_lineno(line)
-
-    def _wrap(self, caller: Callable[[], str]) -> str:
-        return GENERATION_BEGIN + caller() + GENERATION_END
-
-
-def _without_marks(text: str) -> str:
-    return text.replace(GENERATION_BEGIN, "").replace(GENERATION_END, "")
+Of each the first follows an answer, the second follows calls. GLM-4.x: trl/chat_templates/glm4moe_training.jinja, and
+`eos_token_id` of the models' generation_config.json.
+"""
 
 
 class ChatTemplate:
@@ -67,27 +42,31 @@ class ChatTemplate:
         source: the Jinja template.
         special_tokens: `bos_token`, `eos_token` ... for the template to use.
         special_ids: ids of the special tokens; the rendered text encodes to these ids.
+        values: further values that each rendering gets.
     """
 
-    def __init__(self, source: str, special_tokens: dict[str, str], special_ids: dict[str, int]) -> None:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True,
-            lstrip_blocks=True,
-            extensions=[GenerationBlocks, loopcontrols],
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _raise_exception
-        # No strftime_now: samples would depend on the date of preprocessing. Templates fall back to a fixed date.
+    def __init__(
+        self,
+        source: str,
+        special_tokens: dict[str, str],
+        special_ids: dict[str, int],
+        values: TemplateValues | None = None,
+    ) -> None:
+        self._values = values or TemplateValues()
+        environment = template_environment(self._values.strftime_now)
         try:
             self._template = environment.from_string(source)
-            self._variables = meta.find_undeclared_variables(environment.parse(source))
         except TemplateError as error:
             raise DataError(f"the chat template is not valid: {error}") from None
+        self._variables = variables_read_by(source)
         self._marks_generation = re.search(r"\{%-?\s*generation\s*-?%\}", source) is not None
         self._special_tokens = special_tokens
         self._special_ids = special_ids
         longest_first = sorted(special_ids, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        openers = next((ends for pieces, ends in LEARNED_OPENERS if all(one in source for one in pieces)), ())
+        self._found_ends: Ends | None = None
+        self._openers = tuple(one for one in openers if one in special_ids)
         self._forms = ContentForms(self._render)
         self._printed = PrintedParts(self._render)
 
@@ -98,9 +77,15 @@ class ChatTemplate:
 
     @classmethod
     def from_tokenizer(
-        cls, tokenizer: Tokenizer, source: str | None = None, has_tools: bool = False
+        cls,
+        tokenizer: Tokenizer,
+        source: str | None = None,
+        has_tools: bool = False,
+        values: TemplateValues | None = None,
     ) -> "ChatTemplate":
         """Return the template of a tokenizer, or `source` with the special tokens of the tokenizer.
+
+        `values` take the place of the tokenizer's.
 
         Of several templates it is `tool_use` for a conversation with tools, otherwise `default`, as in transformers.
 
@@ -131,28 +116,71 @@ class ChatTemplate:
         )
         # A token may end a turn without being special; one that only a message contains does not.
         in_source = {token: number for token, number in tokenizer.added_ids.items() if token in source}
-        return _compiled(source, tokens, tuple({**tokenizer.special_ids, **in_source}.items()))
+        return _compiled(
+            source,
+            tokens,
+            tuple({**tokenizer.special_ids, **in_source}.items()),
+            values or tokenizer.template_values,
+        )
 
-    def sample(self, conversation: Conversation) -> Sample:
-        """Format a conversation, with loss on every assistant message to learn and the special token that ends it.
+    def samples(self, conversation: Conversation) -> list[Sample]:
+        """Format a conversation, with loss on every assistant message to learn and on what ends it.
+
+        There are several samples where the template shows earlier answers differently once others follow.
 
         Raises:
             DataError: the template does not support the conversation, or leaves out a part of it that says something;
                 or there is nothing to learn.
         """
-        messages, whole, unused = self._whole(conversation, add_generation_prompt=False)
-        split = self._split_at_marks if self._marks_generation else self._split_by_comparing
-        segments: list[Segment] = []
-        for text, trained in split(messages, whole, conversation):
-            segments += self._segments(text, trained)
-        if not any(segment.trained for segment in segments):
-            raise DataError(
-                "the conversation has no assistant message to learn, so there is nothing to learn"
+        conversation, dropped = with_reasoning(conversation, self._values.reasoning)
+        fitted = self._forms.fit(conversation.messages)
+
+        def render(count: int, add_generation_prompt: bool, num_without_thoughts: int) -> str:
+            bare = [_without_thoughts(message) for message in fitted[:num_without_thoughts]]
+            messages = [*bare, *fitted[len(bare) : count]]
+            return self._render(messages, conversation.variables, add_generation_prompt)
+
+        self._check_variables(conversation)
+        answers = Answers(conversation, render, self._ends(), self._marks_generation)
+        answered = answers.samples(render(len(fitted), False, 0))
+        if self._values.reasoning == "last":
+            answered = answered[-1:]
+        made = []
+        for number, one in enumerate(answered):
+            elsewhere = {index for other in answered if other is not one for index in other.learned}
+            if self._values.reasoning == "last":
+                elsewhere = set(range(one.num_messages)) - set(one.learned)
+            unused = self._check(fitted[: one.num_messages], conversation, False, elsewhere)
+            segments = self._sample_segments(one.parts)
+            if not any(segment.trained for segment in segments):
+                raise DataError(
+                    "the conversation has no assistant message to learn, so there is nothing to learn"
+                )
+            reason = one.reason if number < len(answered) - 1 else ""
+            made.append(
+                Sample(
+                    tuple(segments),
+                    add_special_tokens=False,
+                    is_rendered=True,
+                    unused=tuple(dict.fromkeys((*dropped, *unused))),
+                    reason=reason,
+                )
             )
-        last = next(p for p in reversed(segments) if not str(p.content).isspace())
-        if last.trained and not self._is_special_end(last):
-            segments.append(Segment(None, True))
-        return Sample(tuple(segments), add_special_tokens=False, is_rendered=True, unused=unused)
+        return made
+
+    def sample(self, conversation: Conversation) -> Sample:
+        """Format a conversation as one sample, as `samples` does.
+
+        Raises:
+            DataError: it becomes several, or as `samples` says.
+        """
+        made = self.samples(conversation)
+        if len(made) > 1:
+            raise DataError(
+                f"{made[0].reason}, so the answers to learn do not stand in one sample; give weight 0 to all but the "
+                "last, or use another chat template"
+            )
+        return made[0]
 
     def prompt(self, messages: Sequence[Message], tools: Any = None) -> Sample:
         """Format a conversation up to the start of an answer, without loss.
@@ -161,30 +189,29 @@ class ChatTemplate:
             DataError: the template does not support the conversation, or leaves out a part of it that says something.
         """
         conversation = conversation_of(messages, {"tools": tools})
-        _, text, _ = self._whole(conversation, add_generation_prompt=True)
-        segments = self._segments(_without_marks(text), False)
+        self._check_variables(conversation)
+        fitted = self._forms.fit(conversation.messages)
+        text = self._render(fitted, conversation.variables, add_generation_prompt=True)
+        self._check(fitted, conversation, True, range(len(fitted)))
+        segments = self._segments(without_marks(text), False)
         return Sample(tuple(segments), add_special_tokens=False, is_rendered=True)
 
     def _render(
         self, messages: Sequence[Message], variables: Mapping[str, Any], add_generation_prompt: bool = False
     ) -> str:
         """Return messages as text; `add_generation_prompt` adds the start of an assistant message."""
-        given = {"tools": None, "documents": None, **variables, **self._special_tokens}
+        given = {
+            "tools": None, "documents": None, **self._values.kwargs, **variables, **self._special_tokens,
+        }  # fmt: skip
         try:
             return self._template.render(
                 messages=messages, add_generation_prompt=add_generation_prompt, **given
             )
         except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
-            raise DataError(f"the chat template does not support the conversation: {error}") from None
+            hint = "; give --chat-template-date" if "strftime_now" in str(error) else ""
+            raise DataError(f"the chat template does not support the conversation: {error}{hint}") from None
 
-    def _whole(
-        self, conversation: Conversation, add_generation_prompt: bool
-    ) -> tuple[list[TrackedObject], str, tuple[str, ...]]:
-        """Render a conversation, and check that the template reads and prints what says something.
-
-        Returns:
-            The messages as the template gets them, the text, and the keys without effect.
-        """
+    def _check_variables(self, conversation: Conversation) -> None:
         for name in conversation.variables:
             if name not in self._variables:
                 raise DataError(
@@ -192,91 +219,87 @@ class ChatTemplate:
                     if name in TEMPLATE_VARIABLES.names
                     else f"column 'chat_template_kwargs' sets {name!r}, which the template does not read; remove it"
                 )
-        fitted = self._forms.fit(conversation.messages)
-        messages = [_tracked(message) for message in fitted]
-        text = self._render(messages, conversation.variables, add_generation_prompt)
+
+    def _check(
+        self,
+        fitted: Sequence[Message],
+        conversation: Conversation,
+        add_generation_prompt: bool,
+        elsewhere: Collection[int],
+    ) -> tuple[str, ...]:
+        """Check that the template reads and prints what says something, and return the keys without effect.
+
+        Args:
+            fitted: messages as the template gets them.
+            conversation: that they are of.
+            add_generation_prompt: whether the rendering ends with the start of an answer.
+            elsewhere: numbers from 0 of messages whose thoughts need not be printed here.
+        """
+        variables = conversation.variables
+        messages = [tracked(message) for message in fitted]
+        text = self._render(messages, variables, add_generation_prompt)
         unused = dict.fromkeys(conversation.unused)
-        for number, message in enumerate(messages, 1):
+        for number, message in enumerate(messages):
             try:
-                unused |= dict.fromkeys(_unread_keys(message))
+                unused |= dict.fromkeys(unread_keys(message, number in elsewhere))
             except DataError as error:
-                raise DataError(f"message {number}: {error}") from None
-        left_out = self._printed.check(fitted, conversation.variables, text, add_generation_prompt)
-        return messages, text, tuple(unused | dict.fromkeys(left_out))
+                raise DataError(f"message {number + 1}: {error}") from None
+        left_out = self._printed.check(fitted, variables, text, add_generation_prompt, elsewhere)
+        return tuple(unused | dict.fromkeys(left_out))
 
     def end_of_turn(self) -> tuple[int, ...]:
-        """Return the id of the special token that ends an answer, if the template has one."""
-        answer = "The answer."
+        """Return the ids of the special tokens that end an answer or calls, if the template has them."""
+        found = self._special.match(self._after_answer().lstrip())
+        ends = [] if found is None else [found[0]]
+        calls = self._end_of_calls()
+        return tuple(dict.fromkeys(self._special_ids[piece] for piece in (*ends, *calls, *self._openers)))
+
+    def _ends(self) -> Ends:
+        """Return what ends an answer, found out by trial."""
+        if self._found_ends is None:
+            ends = Ends(self._special, self._openers)
+            try:
+                trailer = ends.trailer_in(self._after_answer(), self._after_answer(is_followed=True))
+            except DataError:
+                trailer = ""
+            self._found_ends = replace(ends, trailer=trailer)
+        return self._found_ends
+
+    def _after_answer(self, is_followed: bool = False) -> str:
+        """Return what the template prints after an answer."""
+        answer = "zq7 answer"
         turns = [{"role": "user", "content": "A question."}, {"role": "assistant", "content": answer}]
-        text = _without_marks(self._render(self._forms.fit(turns), {}))
-        found = self._special.match(text.rpartition(answer)[2].lstrip())
-        return () if found is None else (self._special_ids[found[0]],)
+        if is_followed:
+            turns.append({"role": "user", "content": "Another."})
+        text = without_marks(self._render(self._forms.fit(turns), {}))
+        return text.rpartition(answer)[2] if answer in text else ""
 
-    def _split_at_marks(
-        self, messages: Sequence[Message], whole: str, conversation: Conversation
-    ) -> list[tuple[str, bool]]:
-        blocks = whole.split(GENERATION_BEGIN)
-        learned = self._learned_blocks(messages, conversation, len(blocks) - 1)
-        parts: list[tuple[str, bool]] = [(blocks[0], False)]
-        for block, is_learned in zip(blocks[1:], learned, strict=True):
-            inside, end, outside = block.partition(GENERATION_END)
-            if not end:
-                raise DataError("the conversation contains the delimiter of a generation block; remove it")
-            parts += [(inside, is_learned), (outside, False)]
-        return parts
+    def _end_of_calls(self) -> list[str]:
+        """Return the special token at the end of an answer that calls a tool, if the template prints calls."""
+        call = {
+            "id": "abcdefghi",
+            "type": "function",
+            "function": {"name": "probed", "arguments": {"a": "b"}},
+        }
+        turns: list[Message] = [
+            {"role": "user", "content": "A question."},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+        ]
+        try:
+            text = without_marks(self._render(self._forms.fit(conversation_of(turns).messages), {})).rstrip()
+        except DataError:
+            return []
+        found = [one for one in self._special.finditer(text) if one.end() == len(text)]
+        return [one[0] for one in found if "probed" in text]
 
-    def _learned_blocks(
-        self, messages: Sequence[Message], conversation: Conversation, num_blocks: int
-    ) -> list[bool]:
-        """Return whether each generation block belongs to a message that is learned.
-
-        Rendering the messages up to one whose mask differs from the next one's shows how many blocks belong to them.
-        """
-        answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-        flags: list[bool] = []
-        for number, following in zip(answers, [*answers[1:], None], strict=True):
-            learned = conversation.learned[number]
-            if following is None:
-                end = num_blocks
-            elif conversation.learned[following] == learned:
-                continue
-            else:
-                end = self._render(messages[:following], conversation.variables).count(GENERATION_BEGIN)
-            if not len(flags) <= end <= num_blocks:
-                raise DataError(
-                    f"message {number + 1}: the chat template marks another number of answers if others follow, so "
-                    "those to learn are unknown; give all answers the same weight"
-                )
-            flags += [learned] * (end - len(flags))
-        return flags or [True] * num_blocks
-
-    def _split_by_comparing(
-        self, messages: Sequence[Message], whole: str, conversation: Conversation
-    ) -> list[tuple[str, bool]]:
-        variables = conversation.variables
-        parts: list[tuple[str, bool]] = []
-        done = 0
-        for number, message in enumerate(messages):
-            role = str(message["role"])
-            if role.lower() in (*NAMES_OF_ASSISTANT, "assistant") and role != "assistant":
-                raise DataError(
-                    f"message {number + 1}: an answer of the role {role!r} would not be learned; name the "
-                    "role 'assistant'"
-                )
-            if role != "assistant" or not conversation.learned[number]:
-                continue
-            before = self._render(messages[:number], variables, add_generation_prompt=True)
-            after = self._render(messages[: number + 1], variables)
-            if not (whole.startswith(after) and after.startswith(before) and len(before) >= done):
-                before = self._render(messages[:number], variables)
-            if not (whole.startswith(after) and after.startswith(before) and len(before) >= done):
-                raise DataError(
-                    f"message {number + 1}: the chat template renders this message differently if others follow, so "
-                    "the text to learn is unknown; mark it in the template with {% generation %}"
-                )
-            parts += [(whole[done : len(before)], False), (whole[len(before) : len(after)], True)]
-            done = len(after)
-        return [*parts, (whole[done:], False)]
+    def _sample_segments(self, parts: Sequence[tuple[str, bool]]) -> list[Segment]:
+        segments: list[Segment] = []
+        for text, trained in parts:
+            segments += self._segments(text, trained)
+        last = next((p for p in reversed(segments) if not str(p.content).isspace()), None)
+        if last is not None and last.trained and not self._is_special_end(last):
+            segments.append(Segment(None, True))
+        return segments
 
     def _segments(self, text: str, trained: bool) -> list[Segment]:
         """Return a text as segments; white space after a special token that ends it has no loss."""
@@ -327,79 +350,49 @@ def read_chat_template(path: Path) -> str:
         raise DataError(f"chat_template={path} cannot be read: {error}") from None
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=8)
 def _compiled(
-    source: str, tokens: tuple[tuple[str, str], ...], special: tuple[tuple[str, int], ...]
+    source: str,
+    tokens: tuple[tuple[str, str], ...],
+    special: tuple[tuple[str, int], ...],
+    values: TemplateValues,
 ) -> ChatTemplate:
-    return ChatTemplate(source, dict(tokens), dict(special))
+    return ChatTemplate(source, dict(tokens), dict(special), values)
 
 
-def _tracked(message: Message) -> TrackedObject:
-    """Return a message that notes which keys the template reads, also in its tool calls."""
-    made = dict(message)
-    if "tool_calls" in made:
-        made["tool_calls"] = [
-            TrackedObject(
-                {**call, "function": TrackedObject(call["function"])} if "function" in call else call
-            )
-            for call in made["tool_calls"]
-        ]
-    return TrackedObject(made)
-
-
-def _unread_keys(message: TrackedObject) -> list[str]:
-    """Return the keys without effect of a message that was rendered.
+def variables_read_by(source: str) -> set[str]:
+    """Return the variables that a chat template reads.
 
     Raises:
-        DataError: a key that says something was not read.
+        DataError: the template is not valid.
     """
-    unread = unread_of(message)
-    role = dict.get(message, "role")
-    counted = []
-    for name, value in unread.items():
-        if name == "role" or not filled(value) or (value is False and field_of(name, "message") is not None):
-            continue
-        if name in REASONING and any(other in message and other not in unread for other in REASONING):
-            continue
-        if name == "content" and any(
-            n not in unread for n in ("tool_calls", "function_call") if n in message
-        ):
-            text = value if isinstance(value, str) else "".join(part["text"] for part in value)
-            if not text.strip():
-                continue
-        if field_of(name, "message") is None:
-            check_unlisted(name, value, "message", str(role))
-        if field_of(name, "message") is None or (name == "name" and role in ("tool", "function")):
-            counted.append(message_key(name))
-        else:
-            shown = (
-                " or ".join(repr(n) for n in REASONING if n in message) if name in REASONING else repr(name)
-            )
-            raise DataError(
-                f"key {shown} (role {role!r}): {MESSAGE_CONTENT.reason}; {MESSAGE_CONTENT.remedy}"
-            )
-    if "tool_calls" not in unread:
-        for number, call in enumerate(dict.get(message, "tool_calls") or (), 1):
-            inner = dict.get(call, "function")
-            for named in (call, inner) if isinstance(inner, TrackedObject) else (call,):
-                for name in ("function", "name", "arguments"):
-                    if filled(unread_of(named).get(name)):
-                        raise DataError(f"tool_calls[{number}]: key {name!r}: {MESSAGE_CONTENT.reason}")
-    return counted
+    try:
+        return meta.find_undeclared_variables(template_environment(None).parse(source))
+    except TemplateError as error:
+        raise DataError(f"the chat template is not valid: {error}") from None
 
 
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Return JSON text; the arguments are those of transformers."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+def with_reasoning(conversation: Conversation, reasoning: Reasoning) -> tuple[Conversation, list[str]]:
+    """Return a conversation with the thoughts that are wanted, and what to count if some were taken off.
+
+    Thoughts are `reasoning_content` and its other names, and what stands before `</think>` in an answer.
+    """
+    if reasoning == "keep":
+        return conversation, []
+    messages = conversation.messages
+    last_question = max((n for n, message in enumerate(messages) if message["role"] == "user"), default=-1)
+    end = len(messages) if reasoning == "drop" else last_question
+    kept = [
+        _without_thoughts(message) if number < end and message["role"] == "assistant" else message
+        for number, message in enumerate(messages)
+    ]
+    dropped = [f"thoughts (--reasoning {reasoning})"] if kept != messages else []
+    return replace(conversation, messages=kept), dropped
 
 
-def _raise_exception(message: str) -> None:
-    raise TemplateError(message)
+def _without_thoughts(message: Message) -> Message:
+    made = {name: value for name, value in message.items() if name not in REASONING}
+    content = made.get("content")
+    if isinstance(content, str) and THOUGHTS_END in content:
+        made["content"] = content.rpartition(THOUGHTS_END)[2].lstrip("\n")
+    return made

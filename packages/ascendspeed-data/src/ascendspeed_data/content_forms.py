@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from ascendspeed_data.conversation import CallArguments, Message
 from ascendspeed_data.errors import DataError
@@ -31,7 +31,7 @@ class ContentForms:
     def __init__(self, render: Render) -> None:
         self._render = render
         self._of_role: dict[str, _Forms] = {}
-        self._takes_null: bool | None = None
+        self._of_null: Literal["absent", "null", "text"] | None = None
 
     def fit(self, messages: Sequence[Message]) -> list[Message]:
         """Return messages whose content has a form that the template takes.
@@ -39,12 +39,19 @@ class ContentForms:
         A list of parts stays a list if the template takes lists, as in transformers and vLLM. Otherwise its texts are
         joined, see `joined_text`. Text becomes a list of one part if the template takes lists only.
         """
-        return [{**message, "content": self._content(message)} for message in messages]
+        made = []
+        for message in messages:
+            content = self._content(message)
+            rest = {name: value for name, value in message.items() if name != "content"}
+            # transformers takes keys off that are null.
+            without = content is None and self._null_form() == "absent"
+            made.append(rest if without else {**message, "content": content})
+        return made
 
     def _content(self, message: Message) -> Any:
         content = message["content"]
         if content is None:
-            return None if self._null_is_taken() else ""
+            return "" if self._null_form() == "text" else None
         forms = self._forms(message["role"])
         if isinstance(content, str):
             return content if forms.text or not forms.parts else [{"type": "text", "text": content}]
@@ -83,11 +90,23 @@ class ContentForms:
         ]
         return self._try(as_lists)
 
-    def _null_is_taken(self) -> bool:
-        if self._takes_null is None:
-            rendered = self._try([{"role": "user", "content": "a"}, _tool_call(None)])
-            self._takes_null = bool(rendered) and "None" not in rendered
-        return self._takes_null
+    def _null_form(self) -> Literal["absent", "null", "text"]:
+        """Return what stands for null: no key, as in transformers; null; or an empty text."""
+        if self._of_null is None:
+            user: Message = {"role": "user", "content": "a"}
+            call = _tool_call(None)
+            absent = {name: value for name, value in call.items() if name != "content"}
+            self._of_null = "text"
+            forms: tuple[tuple[Literal["absent", "null"], Message], ...] = (
+                ("absent", absent),
+                ("null", call),
+            )
+            for form, message in forms:
+                rendered = self._try([user, message])
+                if rendered and "None" not in rendered:
+                    self._of_null = form
+                    break
+        return self._of_null
 
     def _try(self, turns: list[Message]) -> str:
         try:

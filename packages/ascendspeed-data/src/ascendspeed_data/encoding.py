@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ascendspeed_data.column_names import renamed
 from ascendspeed_data.errors import DataError
 from ascendspeed_data.fast_tokenizer import Encoder, ExactEncoder, spot_check
 from ascendspeed_data.fields import check_record, filled
@@ -43,18 +44,26 @@ class Counts:
     """Columns and keys that nothing read, with the number of records in which they are filled."""
     num_spelling_records: int = 0
     """Records whose texts spell special pieces, which were read as text."""
+    split_conversations: dict[str, int] = field(default_factory=dict)
+    """Why conversations became several samples, with the number of such records."""
 
     def add(self, other: "Counts") -> None:
         """Add other counts."""
         for name, value in vars(other).items():
-            if name != "unused_columns":
+            if not isinstance(value, dict):
                 setattr(self, name, getattr(self, name) + value)
         self.add_unused(other.unused_columns)
+        self.add_split(other.split_conversations)
 
     def add_unused(self, counts: Mapping[str, int]) -> None:
         """Add numbers of records with columns and keys that nothing read."""
         for name, count in counts.items():
             self.unused_columns[name] = self.unused_columns.get(name, 0) + count
+
+    def add_split(self, counts: Mapping[str, int]) -> None:
+        """Add numbers of conversations that became several samples, by the reason."""
+        for reason, count in counts.items():
+            self.split_conversations[reason] = self.split_conversations.get(reason, 0) + count
 
 
 @dataclass(frozen=True)
@@ -87,6 +96,7 @@ class ShardEncoder:
         tokenizer: defines the ids.
         encoder: computes the ids, possibly faster than the tokenizer.
         parse_special: read special pieces that records of samples spell as control; otherwise they are text.
+        columns: names of columns in the input, by the names that the handler reads.
     """
 
     handler: TextHandler | SampleHandler
@@ -95,13 +105,14 @@ class ShardEncoder:
     tokenizer: Tokenizer
     encoder: Encoder
     parse_special: bool = False
+    columns: Mapping[str, str] = field(default_factory=dict)
     _suffix: list[int] = field(init=False)
     _literal: LiteralTokenizer | None = field(init=False)
 
     def __post_init__(self) -> None:
         self._suffix = document_suffix(self.tokenizer, self.append_eod)
         reads_control = self.parse_special or getattr(self.handler, "reads_special_pieces", False)
-        self._literal = None if reads_control else LiteralTokenizer(self.tokenizer)
+        self._literal = None if reads_control else LiteralTokenizer.for_tokenizer(self.tokenizer)
 
     def encode(self, shard: Shard) -> dict[str, EncodedOutput]:
         """Return the encoded documents of a shard, by column; samples have the key ``""``."""
@@ -114,9 +125,10 @@ class ShardEncoder:
     ) -> Iterator[tuple[int, list[list[str]]]]:
         """Yield the number of each record and its texts by column; count columns that nothing read in `unused`."""
         assert isinstance(self.handler, TextHandler)
-        for number, plain in records_of_shard(shard):
-            record = TrackedObject(plain)
+        for number, read in records_of_shard(shard):
             try:
+                plain = renamed(read, self.columns)
+                record = TrackedObject(plain)
                 if self.handler.columns:
                     check_columns(plain, self.handler.columns, f"{self.handler.name} needs it")
                 else:
@@ -170,8 +182,9 @@ class ShardEncoder:
         literal_rows: dict[int, Sample] = {}
         sequences: list[int] = []
         counts = Counts()
-        for number, plain in records_of_shard(shard):
+        for number, read in records_of_shard(shard):
             try:
+                plain = renamed(read, self.columns)
                 check_columns(plain, handler.columns, f"{handler.name} needs it")
                 record = TrackedObject(plain)
                 made = handler.samples(record, self.tokenizer)
@@ -180,15 +193,20 @@ class ShardEncoder:
                 for sample in made:
                     unused |= dict.fromkeys(sample.unused, 1)
                 counts.add_unused(unused)
+                counts.add_split(dict.fromkeys((sample.reason for sample in made if sample.reason), 1))
                 if is_pairs and len(made) not in (0, 2):
                     raise DataError(f"{handler.name} made {len(made)} samples of a record; a pair has two")
                 literal = self._with_literals(handler, plain, made)
             except DataError as error:
                 raise DataError(f"{location_of(shard, number)}: {error}") from None
+            made = made if literal is None else literal
             for sample in made:
                 for segment in sample.segments:
                     if isinstance(segment.content, str):
-                        counts.num_text_bytes += _size_of(segment.content, shard, number)
+                        text = segment.content
+                        if literal is not None and self._literal is not None:
+                            text = self._literal.written_out(text)
+                        counts.num_text_bytes += _size_of(text, shard, number)
             counts.num_empty_documents += not made
             if literal is not None:
                 counts.num_spelling_records += 1

@@ -11,6 +11,7 @@ from ascendspeed_data.added_tokens import TextPart, tokens_beside_json
 from ascendspeed_data.command_line import announce
 from ascendspeed_data.errors import DataError
 from ascendspeed_data.stand_ins import FIRST_STAND_IN, check_literal, written_out
+from ascendspeed_data.template_values import TemplateValues
 from ascendspeed_data.token_batch import TokenBatch
 from ascendspeed_data.tokenizer_config import CONFIG_FILE, DEFAULT, TokenizerFiles, TokenRecord
 
@@ -26,6 +27,7 @@ class JsonTokenizer:
         self.path, self.model_file = path, json_file
         self.named_chat_templates = dict(files.chat_templates)
         self.chat_template = self.named_chat_templates.pop(DEFAULT, None)
+        self.template_values = TemplateValues()
         self._content = json_file.read_bytes()
         try:
             self._tokenizer = FastTokenizer.from_str(self._content.decode("utf-8"))
@@ -46,7 +48,7 @@ class JsonTokenizer:
         tokens = self._tokenizer.get_added_tokens_decoder()
         self.added_ids = {token.content: number for number, token in tokens.items()}
         self.special_ids = {token.content: number for number, token in tokens.items() if token.special}
-        self._renamed: Any = None
+        self._renamed: tuple[dict[str, str], Any] | None = None
         extension = json.dumps(self._added_tokens()).encode() if self._is_extended else b""
         self.fingerprint = hashlib.sha256(self._content + extension).hexdigest()
 
@@ -164,14 +166,17 @@ class JsonTokenizer:
     ) -> tuple[list[int], list[tuple[int, int]]]:
         """Return ids and ranges of a rendered conversation in which some characters stand for texts, not for control.
 
-        The special tokens get other names, which no text spells; those of the conversation are renamed before the texts
+        The control tokens get other names, which no text spells; those of the conversation are renamed before the texts
         are written out.
         """
-        longest_first = sorted(self.special_ids, key=len, reverse=True)
+        added = {piece: self.added_ids[piece] for piece in literals.values() if piece in self.added_ids}
+        control = {**self.special_ids, **added}
+        longest_first = sorted(control, key=len, reverse=True)
         first = FIRST_STAND_IN + len(literals)
         names = {piece: chr(first + number) for number, piece in enumerate(longest_first)}
-        if self._renamed is None:
-            self._renamed = _renamed(self.to_json(), names)
+        if self._renamed is None or self._renamed[0] != names:
+            self._renamed = names, _renamed(self.to_json(), names)
+        renamed = self._renamed[1]
         replaced = {**names, **literals}
         pattern = re.compile("|".join(map(re.escape, [*longest_first, *literals])) or r"(?!)")
         parts, done = list[tuple[str, str]](), 0
@@ -180,10 +185,10 @@ class JsonTokenizer:
             parts += [(kept, kept), (found[0], replaced[found[0]])]
             done = found.end()
         whole = written_out([*parts, (text[done:], text[done:])])
-        own = {self._renamed.token_to_id(name): self.special_ids[piece] for piece, name in names.items()}
-        encoded = self._renamed.encode(whole.text, add_special_tokens=False)
+        own = {renamed.token_to_id(name): control[piece] for piece, name in names.items()}
+        encoded = renamed.encode(whole.text, add_special_tokens=False)
         ids = [own.get(number, number) for number in encoded.ids]
-        check_literal((number for number in encoded.ids if number not in own), self.special_ids, self.path)
+        check_literal((number for number in encoded.ids if number not in own), control, self.path)
         return ids, whole.ranges(encoded.offsets)
 
     def split_rendered(self, text: str) -> list[TextPart] | None:

@@ -10,10 +10,12 @@ from pydantic import BaseModel, ConfigDict
 
 from ascendspeed_data.errors import DataError
 from ascendspeed_data.handlers.base import Kind
+from ascendspeed_data.hub import origin_of
 from ascendspeed_data.small_files import JsonObject, check_shape, read_json
+from ascendspeed_data.template_values import Reasoning
 from ascendspeed_data.tokenizer import Tokenizer, tokenizer_files
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 
 def _from_version_1(content: dict[str, Any]) -> dict[str, Any]:
@@ -40,7 +42,23 @@ def _from_version_2(content: dict[str, Any]) -> dict[str, Any]:
     return {**content, "unused_columns": {}}
 
 
-MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_version_1, 2: _from_version_2}
+def _from_version_3(content: dict[str, Any]) -> dict[str, Any]:
+    """Version 3 gives chat templates no values."""
+    return {
+        **content,
+        "chat_template_kwargs": {},
+        "chat_template_date": None,
+        "reasoning": "keep",
+        "columns": {},
+        "split_conversations": {},
+    }
+
+
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    1: _from_version_1,
+    2: _from_version_2,
+    3: _from_version_3,
+}
 """For each old version, the function that converts its content to the next version."""
 
 
@@ -64,11 +82,11 @@ class TokenizerRecord(_Frozen):
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Tokenizer) -> "TokenizerRecord":
-        """Describe a tokenizer; the record has the name of its folder, not the path."""
+        """Describe a tokenizer; the record has the name of its folder, not the path, or name and commit on a hub."""
         keys = ("kind", "fingerprint", "vocab_size", "bos_id", "eos_id", "unk_id", "pad_id", "add_bos")
         files = tokenizer_files(tokenizer.path)
         return cls(
-            name=tokenizer.path.name,
+            name=origin_of(tokenizer.path) or tokenizer.path.name,
             files={file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files},
             **{key: getattr(tokenizer, key) for key in keys},
         )
@@ -107,6 +125,10 @@ class DatasetManifest(_Frozen):
     `num_spelling_records` counts records whose texts spell special pieces, which were read as text.
     `unused_columns` names the columns and the keys of messages that nothing read, with the number of records in which
     they are filled.
+    `chat_template_kwargs` and `chat_template_date` are the values that the template got besides the conversation.
+    `reasoning` says which thoughts were kept, and `split_conversations` why conversations became several samples.
+    `hub` names the repositories that tokenizer and inputs came from, as `org/name@commit`.
+    `columns` gives the names in the input by those that the handler read.
     """
 
     format_version: int = FORMAT_VERSION
@@ -130,6 +152,12 @@ class DatasetManifest(_Frozen):
     num_text_bytes: int
     num_spelling_records: int = 0
     parse_special: bool = False
+    chat_template_kwargs: dict[str, Any] = {}
+    chat_template_date: str | None = None
+    reasoning: Reasoning = "keep"
+    columns: dict[str, str] = {}
+    split_conversations: dict[str, int] = {}
+    hub: tuple[str, ...] = ()
     unused_columns: dict[str, int]
     unigram_entropy_nats: float
     inputs: tuple[FileRecord, ...]

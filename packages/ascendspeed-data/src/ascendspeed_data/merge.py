@@ -139,9 +139,10 @@ def _manifest(
         "num_spelling_records",
     )  # fmt: skip
     sums = {name: sum(getattr(manifest, name) for manifest in known) for name in counted}
-    unused = Counter[str]()
+    unused, split = Counter[str](), Counter[str]()
     for manifest in known:
         unused.update(manifest.unused_columns)
+        split.update(manifest.split_conversations)
     handlers = list(dict.fromkeys(manifest.handler for manifest in known))
     pack = None
     if first.pack is not None:
@@ -158,6 +159,7 @@ def _manifest(
         update={
             **sums,
             "unused_columns": dict(unused),
+            "split_conversations": dict(split),
             "handler": " + ".join(handlers),
             "pack": pack,
             "unigram_entropy_nats": unigram_entropy_nats(frequencies),

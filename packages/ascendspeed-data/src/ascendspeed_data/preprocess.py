@@ -24,6 +24,7 @@ from ascendspeed_data.errors import AscendSpeedError, ConfigError, DataError
 from ascendspeed_data.fast_tokenizer import EncoderChoice, ExactEncoder, choose_encoder
 from ascendspeed_data.files import INCOMPLETE, full_disk_named
 from ascendspeed_data.handlers import SampleHandler, TextHandler, kind_of
+from ascendspeed_data.hub import origins_in
 from ascendspeed_data.indexed import IndexedDatasetWriter
 from ascendspeed_data.json_tokenizer import JsonTokenizer
 from ascendspeed_data.lock import output_lock
@@ -69,7 +70,7 @@ def preprocess_dataset(
     """
     handler = job.handler()
     tokenizer = load_tokenizer(job.tokenizer, job.tokenizer_type)
-    job.use_chat_template(tokenizer)
+    job.use_chat_template(tokenizer, handler)
     if job.append_eod and tokenizer.eos_id is None:
         raise DataError(
             f"tokenizer {job.tokenizer} has no end-of-sequence token to append to documents; give --no-append-eod"
@@ -177,6 +178,7 @@ class _PreprocessRun:
         task = WorkerTask(
             job.handler_name, job.keys, job.append_eod, self.choice,
             self.tokenizer.chat_template if job.chat_template else None, job.parse_special,
+            self.tokenizer.template_values, dict(job.columns),
         )  # fmt: skip
         held = 0
         last: Shard | None = None
@@ -327,6 +329,11 @@ class _PreprocessRun:
             json_key=output.key or None,
             append_eod=job.append_eod,
             parse_special=job.parse_special,
+            chat_template_kwargs=self.tokenizer.template_values.kwargs,
+            chat_template_date=self.tokenizer.template_values.day,
+            reasoning=self.tokenizer.template_values.reasoning,
+            columns=dict(job.columns),
+            hub=tuple(origins_in([self.tokenizer.path, *map(Path, job.inputs)])),
             seq_length=job.seq_length,
             pack=pack,
             token_format=output.first.format.name,
@@ -372,7 +379,14 @@ def _sample_texts(
     """Return text from the start of the input; this also finds unreadable input early."""
     for shard in islice(first_shards(sources, SAMPLE_CHARACTERS), 1):
         if isinstance(handler, TextHandler):
-            reader = ShardEncoder(handler, job.keys, job.append_eod, tokenizer, ExactEncoder(tokenizer))
+            reader = ShardEncoder(
+                handler,
+                job.keys,
+                job.append_eod,
+                tokenizer,
+                ExactEncoder(tokenizer),
+                columns=dict(job.columns),
+            )
             found = [text for _, outputs in reader.texts(shard) for texts in outputs for text in texts]
         else:
             from ascendspeed_data.reading.records import records_of_shard

@@ -7,16 +7,14 @@ text between them, nothing is lost, and the second rendering is not needed.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ascendspeed_data.answers import THOUGHTS_END
 from ascendspeed_data.conversation import CallArguments, Message
 from ascendspeed_data.errors import DataError
 from ascendspeed_data.fields import MESSAGE_CONTENT, REASONING, message_key
-
-THOUGHTS_END = "</think>"
-"""Ends the thoughts that stand before an answer in its content."""
 
 MAX_GAPS = 1000
 """Texts between messages to remember for each template; templates have a few."""
@@ -59,6 +57,7 @@ class PrintedParts:
         variables: Mapping[str, Any],
         text: str,
         add_generation_prompt: bool = False,
+        elsewhere: Collection[int] = (),
     ) -> list[str]:
         """Return what the template leaves out on purpose: thoughts of earlier turns and names of tools.
 
@@ -67,6 +66,7 @@ class PrintedParts:
             variables: further variables that it got.
             text: what it made of them.
             add_generation_prompt: whether it was asked for the start of an answer.
+            elsewhere: numbers from 0 of messages whose thoughts need not be printed here.
 
         Raises:
             DataError: a message, a part of one, or a variable is not in the text.
@@ -86,7 +86,7 @@ class PrintedParts:
         else:
             lost = [part for mark, part in marked.parts.items() if mark not in shown]
             kept = [part for mark, part in marked.parts.items() if mark in shown]
-        counted = _judged(messages, lost, kept)
+        counted = _judged(messages, lost, kept, elsewhere)
         if gaps is not None and not lost:
             if len(self._gaps) > MAX_GAPS:
                 self._gaps.clear()
@@ -102,7 +102,7 @@ def _gaps(messages: Sequence[Message], text: str) -> list[str] | None:
     gaps = []
     done, before = 0, ""
     for message in messages:
-        content = message["content"]
+        content = message.get("content")
         if not isinstance(content, str) or len(message) != 2:
             return None
         content = content.strip()
@@ -226,7 +226,9 @@ def _outer_words(line: str, with_first: bool) -> list[tuple[int, int]]:
     return (found[:1] if with_first else []) + found[-1:]
 
 
-def _judged(messages: Sequence[Message], lost: Sequence[_Part], kept: Sequence[_Part]) -> list[str]:
+def _judged(
+    messages: Sequence[Message], lost: Sequence[_Part], kept: Sequence[_Part], elsewhere: Collection[int]
+) -> list[str]:
     """Return the lost parts that a template may leave out, to be counted.
 
     Raises:
@@ -243,6 +245,8 @@ def _judged(messages: Sequence[Message], lost: Sequence[_Part], kept: Sequence[_
         role = messages[part.number - 1]["role"]
         if part.key == "name" and role in ("tool", "function"):
             counted[message_key("name")] = None
+        elif part.is_thought and part.number - 1 in elsewhere:
+            continue
         elif part.is_thought and part.number < last_question:
             counted["thoughts of earlier turns"] = None
         else:

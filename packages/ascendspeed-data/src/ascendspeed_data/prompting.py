@@ -4,9 +4,10 @@ The rules and the encoding are those of `asd-data preprocess`, so the ids before
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
-from ascendspeed_data.chat_template import ChatTemplate, chat_template_named
+from ascendspeed_data.chat_template import ChatTemplate, chat_template_named, variables_read_by
 from ascendspeed_data.content_forms import joined_text
 from ascendspeed_data.conversation import Message, conversation_of
 from ascendspeed_data.errors import ConfigError, DataError, did_you_mean
@@ -14,6 +15,11 @@ from ascendspeed_data.fast_tokenizer import ExactEncoder
 from ascendspeed_data.fields import filled
 from ascendspeed_data.handlers import Sample, Segment
 from ascendspeed_data.handlers.chat import MessagesHandler, ShareGPTHandler
+from ascendspeed_data.handlers.completion import (
+    CompletionHandler,
+    MessagesCompletionHandler,
+    ResponseHandler,
+)
 from ascendspeed_data.handlers.instruction import (
     USER,
     BelleMultiTurnInstructionHandler,
@@ -44,6 +50,7 @@ from ascendspeed_data.handlers.pairs import (
 from ascendspeed_data.literal_pieces import LiteralTokenizer, literal_samples
 from ascendspeed_data.manifest import DatasetManifest
 from ascendspeed_data.sample_encoding import encode_samples
+from ascendspeed_data.template_values import TemplateValues
 from ascendspeed_data.tokenizer import Tokenizer
 
 LAYOUT_NAMES = ("tokenizer", "instruction", "baichuan2", "hh-rlhf", "plain")
@@ -53,6 +60,8 @@ HH_USER = "\n\nHuman: "
 """Text before a question in HH-RLHF."""
 
 _OF_TEMPLATE = (
+    MessagesCompletionHandler.name,
+    ResponseHandler.name,
     MessagesHandler.name,
     ShareGPTHandler.name,
     MessagesPairHandler.name,
@@ -71,6 +80,7 @@ _BY_NAME = {
     MOSSMultiTurnHandler2023.name: "baichuan2",
     HHRLHFHandler.name: "hh-rlhf",
     TextPairHandler.name: "plain",
+    CompletionHandler.name: "plain",
 }
 _WITHOUT_ENDS = (BelleMultiTurnInstructionHandler2023.name, MOSSInstructionHandler2023.name)
 
@@ -86,6 +96,9 @@ class PromptLayout:
         append_eod: whether each answer ends with the end-of-sequence id.
         end_ids: ids that end an answer, besides those of the model.
         stop: strings that end an answer if no id does.
+        reads: variables that its chat template reads; none if it has no chat template.
+        sources: its chat template, if it has one.
+        template: that template, for conversations with tools too.
     """
 
     name: str
@@ -94,6 +107,22 @@ class PromptLayout:
     append_eod: bool = True
     end_ids: tuple[int, ...] = ()
     stop: tuple[str, ...] = ()
+    reads: frozenset[str] = frozenset()
+    sources: tuple[str, ...] = ()
+    template: ChatTemplate | None = None
+
+    def with_tools(self, tools: Any) -> "PromptLayout":
+        """Return the layout with tools that the model may call.
+
+        Raises:
+            ConfigError: the layout is no chat template.
+        """
+        template = self.template
+        if template is None:
+            raise ConfigError(
+                f"tools are for chat templates, and {self.name} has no place for them; leave them out"
+            )
+        return replace(self, sample=lambda messages: template.prompt(list(messages), tools))
 
     def ids(self, messages: Sequence[Message], parse_special: bool = False) -> list[int]:
         """Return the ids of a conversation that ends with a message of the user.
@@ -105,16 +134,30 @@ class PromptLayout:
         Raises:
             DataError: the layout does not support the messages.
         """
-        sample = self.sample(messages)
-        tokenizer: Tokenizer = self.tokenizer
-        if not parse_special:
-            literal = LiteralTokenizer(tokenizer)
-            masked = literal_samples(lambda given: [self.sample(given)], list(messages), [sample], literal)
-            if masked is not None:
-                (sample,), tokenizer = masked, literal
+        sample, tokenizer = self.rendered(messages, parse_special)
         encoder = ExactEncoder(tokenizer)
         ((ids, _),) = encode_samples([sample], tokenizer, encoder, [], self.append_eod)
         return [int(token) for token in ids]
+
+    def rendered(self, messages: Sequence[Message], parse_special: bool = False) -> tuple[Sample, Tokenizer]:
+        """Return a conversation as the layout writes it, and the tokenizer that reads it.
+
+        Special pieces that messages spell have stand-ins there, which this tokenizer reads as their text.
+
+        Args:
+            messages: of the conversation.
+            parse_special: as in `ids`.
+
+        Raises:
+            DataError: the layout does not support the messages.
+        """
+        sample = self.sample(messages)
+        if not parse_special:
+            literal = LiteralTokenizer(self.tokenizer, self.sources)
+            masked = literal_samples(lambda given: [self.sample(given)], list(messages), [sample], literal)
+            if masked is not None:
+                return masked[0], literal
+        return sample, self.tokenizer
 
 
 def recorded_layout(manifest: DatasetManifest, tokenizer: Tokenizer) -> PromptLayout | None:
@@ -127,7 +170,9 @@ def recorded_layout(manifest: DatasetManifest, tokenizer: Tokenizer) -> PromptLa
     if manifest.kind == "text":
         return None
     if handler in _OF_TEMPLATE:
-        return _of_template(manifest.template, tokenizer, "the chat template of the training data")
+        given = tokenizer.template_values
+        values = given.with_kwargs({**manifest.chat_template_kwargs, **given.kwargs})
+        return _of_template(manifest.template, tokenizer, "the chat template of the training data", values)
     if handler in _BY_NAME:
         return layout_named(_BY_NAME[handler], tokenizer)
     if handler in (*_OF_INSTRUCTIONS, *_WITHOUT_ENDS):
@@ -192,14 +237,19 @@ def exchanges_of(messages: Sequence[Message]) -> list[Exchange]:
     return list(zip(texts[::2], [*texts[1::2], ""], strict=True))
 
 
-def _of_template(source: str, tokenizer: Tokenizer, name: str) -> PromptLayout:
-    template = ChatTemplate.from_tokenizer(tokenizer, source)
+def _of_template(
+    source: str, tokenizer: Tokenizer, name: str, values: TemplateValues | None = None
+) -> PromptLayout:
+    template = ChatTemplate.from_tokenizer(tokenizer, source, values=values)
     return PromptLayout(
         name,
         tokenizer,
         lambda messages: template.prompt(list(messages)),
         append_eod=False,
         end_ids=template.end_of_turn(),
+        reads=frozenset(variables_read_by(source)),
+        sources=(source,),
+        template=template,
     )
 
 

@@ -40,6 +40,7 @@ class Sample:
         encode_separately: whether to encode each text separately, with its own BOS and EOS, as rules of 2023 do.
         is_rendered: whether a chat template made the texts: special tokens in them become their ids.
         unused: keys inside the record that have no effect, to be counted.
+        reason: why a conversation has more samples than this one; empty for its last one.
     """
 
     segments: tuple[Segment, ...]
@@ -47,6 +48,7 @@ class Sample:
     encode_separately: bool = False
     is_rendered: bool = False
     unused: tuple[str, ...] = ()
+    reason: str = ""
 
 
 def text_in(record: Record, column: str) -> str:

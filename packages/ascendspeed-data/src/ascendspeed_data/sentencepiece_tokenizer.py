@@ -20,6 +20,7 @@ from ascendspeed_data.added_tokens import (
 from ascendspeed_data.command_line import announce
 from ascendspeed_data.errors import DataError
 from ascendspeed_data.stand_ins import check_literal, written_out
+from ascendspeed_data.template_values import TemplateValues
 from ascendspeed_data.token_batch import TokenBatch
 from ascendspeed_data.tokenizer_config import CONFIG_FILE, DEFAULT, TokenizerFiles, read_json
 
@@ -56,6 +57,7 @@ class SentencePieceTokenizer:
         self.path, self.model_file = path, model_file
         self.named_chat_templates = dict(files.chat_templates)
         self.chat_template = self.named_chat_templates.pop(DEFAULT, None)
+        self.template_values = TemplateValues()
         config = files.config
         if config.sp_model_kwargs:
             raise DataError(

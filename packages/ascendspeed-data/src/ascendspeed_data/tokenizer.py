@@ -13,6 +13,7 @@ from ascendspeed_data.added_tokens import TextPart
 from ascendspeed_data.errors import ConfigError, DataError, did_you_mean, not_downloaded
 from ascendspeed_data.json_tokenizer import JsonTokenizer
 from ascendspeed_data.sentencepiece_tokenizer import SentencePieceTokenizer
+from ascendspeed_data.template_values import TemplateValues
 from ascendspeed_data.token_batch import TokenBatch
 from ascendspeed_data.tokenizer_config import TEMPLATES_FOLDER, TokenizerFiles
 
@@ -62,6 +63,7 @@ class Tokenizer(Protocol):
         added_ids: id of each token that a text is split at before it is encoded, special or not.
         chat_template: Jinja template for conversations, or `None`.
         named_chat_templates: further templates by name; `tool_use` is for conversations with tools.
+        template_values: further values that its chat templates get.
         fingerprint: SHA-256 of everything that defines the ids.
     """
 
@@ -79,6 +81,7 @@ class Tokenizer(Protocol):
     added_ids: dict[str, int]
     chat_template: str | None
     named_chat_templates: dict[str, str]
+    template_values: TemplateValues
     fingerprint: str
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:

@@ -11,11 +11,13 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ascendspeed_eval.backends import find_backends
     from ascendspeed_eval.compare import compare_runs
+    from ascendspeed_eval.conversations import ChatSettings
     from ascendspeed_eval.errors import EvaluationError, UsageError
     from ascendspeed_eval.evaluation import Evaluation, prepare_evaluation
     from ascendspeed_eval.model import (
         Backend,
         BackendOption,
+        ChatModel,
         EvaluatedModel,
         GenerateRequest,
         GenerateResult,
@@ -35,6 +37,8 @@ _MODULE_OF = {
     "Backend": "model",
     "BackendOption": "model",
     "Benchmark": "tasks.samples",
+    "ChatModel": "model",
+    "ChatSettings": "conversations",
     "EvaluatedModel": "model",
     "Evaluation": "evaluation",
     "EvaluationError": "errors",
@@ -66,6 +70,8 @@ __all__ = [
     "Backend",
     "BackendOption",
     "Benchmark",
+    "ChatModel",
+    "ChatSettings",
     "EvaluatedModel",
     "Evaluation",
     "EvaluationError",

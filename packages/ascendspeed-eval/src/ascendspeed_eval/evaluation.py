@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ascendspeed_eval.conversations import ChatSettings
 from ascendspeed_eval.errors import UsageError, did_you_mean
 from ascendspeed_eval.tasks.base import Task, TaskVariant
 from ascendspeed_eval.tasks.samples import Benchmark, GenerationSettings, Record, Sample
@@ -21,6 +22,7 @@ class Evaluation:
         samples: the prompts.
         generation: settings that change generated answers.
         settings: all settings that `run.json` records.
+        chat: how prompts become conversations; `None` where they are texts.
     """
 
     task: Task
@@ -29,6 +31,7 @@ class Evaluation:
     samples: Sequence[Sample]
     generation: GenerationSettings = field(default_factory=GenerationSettings)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    chat: ChatSettings | None = None
 
 
 def prepare_evaluation(
@@ -42,6 +45,7 @@ def prepare_evaluation(
     num_fewshot: int | None = None,
     generation: GenerationSettings | None = None,
     seed: int = 1234,
+    chat: ChatSettings | None = None,
 ) -> Evaluation:
     """Read the benchmark and build the prompts.
 
@@ -55,6 +59,7 @@ def prepare_evaluation(
         num_fewshot: number of examples in the prompt; the variant's number by default.
         generation: settings that change generated answers.
         seed: recorded in `run.json`.
+        chat: ask in conversations, by the model's chat template.
 
     Raises:
         UsageError: an unknown subset, a `limit_seed` without `limit`, or fewer examples than `num_fewshot`.
@@ -71,7 +76,7 @@ def prepare_evaluation(
         )
     benchmark = Benchmark(records, benchmark.examples, benchmark.files)
     samples = task.samples(benchmark, variant, num_fewshot)
-    settings = {
+    settings: dict[str, Any] = {
         "limit": limit,
         "limit_seed": limit_seed,
         "subsets": list(subsets),
@@ -81,7 +86,9 @@ def prepare_evaluation(
         "temperature": generation.temperature,
         "seed": seed,
     }
-    return Evaluation(task, variant, benchmark, samples, generation, settings)
+    if chat is not None:
+        settings["chat"] = chat.as_settings()
+    return Evaluation(task, variant, benchmark, samples, generation, settings, chat)
 
 
 def _choose_subsets(

@@ -14,11 +14,13 @@ class LoglikelihoodRequest:
         context: text before the continuation.
         continuation: text to score.
         shared_characters: length of the prefix of `context` that other requests share; a backend may compute it once.
+        messages: the conversation that `context` renders, where the model is asked in a chat.
     """
 
     context: str
     continuation: str
     shared_characters: int = 0
+    messages: tuple[Mapping[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class GenerateRequest:
         temperature: 0 is greedy decoding; otherwise tokens are sampled.
         seed: of sampling.
         shared_characters: as in `LoglikelihoodRequest`.
+        messages: the conversation that `prompt` renders, where the model is asked in a chat.
     """
 
     prompt: str
@@ -55,6 +58,7 @@ class GenerateRequest:
     temperature: float = 0.0
     seed: int = 0
     shared_characters: int = 0
+    messages: tuple[Mapping[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,28 @@ class EvaluatedModel(Protocol):
 
     def generate(self, requests: Sequence[GenerateRequest]) -> Sequence[GenerateResult | RequestFailure]:
         """Generate a text after each prompt."""
+        ...
+
+
+@runtime_checkable
+class ChatModel(Protocol):
+    """A model that can be asked in a conversation, for `--apply-chat-template`."""
+
+    def start_chat(self, template_values: Mapping[str, Any], day: str | None) -> None:
+        """Get ready; from now on `describe` says with which chat template.
+
+        Args:
+            template_values: variables of the chat template.
+            day: `YYYY-MM-DD` that the template shows.
+        """
+        ...
+
+    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[str, Sequence[Mapping[str, str]]]:
+        """Return a conversation up to the answer as text, and the messages that were rendered.
+
+        Requests with these messages are answered by what the text means as control and content; a server that renders
+        messages itself returns them as JSON.
+        """
         ...
 
 

@@ -51,15 +51,40 @@ class ServerModel:
     ) -> None:
         self._client, self._api, self._concurrency = client, api, concurrency
         self._extra = extra_body or {}
+        self._template_values: Mapping[str, Any] = {}
 
     def describe(self) -> ModelDescription:
         """Return the model's name; servers do not report size or weights."""
         details = {"backend": "openai", "api": self._api}
+        if self._template_values:
+            details["chat_template_kwargs"] = json.dumps(self._template_values, sort_keys=True)
         if self._extra:
             details["extra_body"] = json.dumps(self._extra, sort_keys=True)
         return ModelDescription(
             self._client.model, details=details, location={"server": self._client.address}
         )
+
+    def start_chat(self, template_values: Mapping[str, Any], day: str | None) -> None:
+        """Get ready to send messages.
+
+        Raises:
+            UsageError: the API takes no messages, or the server decides what an option would.
+        """
+        if self._api != "chat":
+            raise UsageError(
+                "api=completions takes texts, and --apply-chat-template sends messages; give --api chat"
+            )
+        if day is not None:
+            raise UsageError(
+                f"chat_template_date={day} cannot be sent: the server renders the chat template; leave it out"
+            )
+        if template_values and "chat_template_kwargs" in self._extra:
+            raise UsageError("chat_template_kwargs is given by --extra-body too; keep one")
+        self._template_values = template_values
+
+    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[str, Sequence[Mapping[str, str]]]:
+        """Return the messages as JSON: the server renders them."""
+        return json.dumps([dict(one) for one in messages], ensure_ascii=False, indent=1), messages
 
     def loglikelihood(
         self, requests: Sequence[LoglikelihoodRequest]
@@ -164,7 +189,10 @@ class ServerModel:
             return continuation_of(answer, is_chat)
 
         if is_chat:
-            body["messages"] = [{"role": "user", "content": request.prompt}]
+            sent = request.messages or ({"role": "user", "content": request.prompt},)
+            body["messages"] = [dict(one) for one in sent]
+            if self._template_values:
+                body["chat_template_kwargs"] = dict(self._template_values)
             found = self._client.post("chat/completions", body, read)
         else:
             found = self._client.post("completions", {**body, "prompt": request.prompt}, read)

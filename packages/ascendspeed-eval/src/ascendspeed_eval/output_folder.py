@@ -149,7 +149,7 @@ def read_samples(folder: Path) -> list[ScoredSample]:
 _TYPES: KeyTypes = {
     "id": str, "subset": str, "prompt": str, "scores": dict, "truncated_tokens": int, "choices": list,
     "logprobs": list, "answer": (int, type(None)), "outputs": list, "extracted": dict, "finish_reasons": list,
-    "marks": list,
+    "marks": list, "messages": list, "removed": list,
 }  # fmt: skip
 
 
@@ -178,7 +178,7 @@ def _sample(line: bytes, where: str) -> ScoredSample:
     check_keys(given, {key: kind for key, kind in _TYPES.items() if key in given}, where)
     sample = ScoredSample(**given)
     numbers = [*sample.scores.values(), *sample.logprobs]
-    texts = [*sample.choices, *sample.outputs, *sample.finish_reasons, *sample.marks]
+    texts = [*sample.choices, *sample.outputs, *sample.finish_reasons, *sample.marks, *sample.removed]
     is_whole = all(is_a(one, (str,)) for one in texts)
     is_whole = is_whole and all(is_a(one, (int, float)) and math.isfinite(one) for one in numbers)
     if not is_whole or (sample.answer is not None and not 0 <= sample.answer < len(sample.choices)):

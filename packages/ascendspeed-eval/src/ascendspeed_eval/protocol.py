@@ -31,8 +31,20 @@ def describe_protocol(
         parts.append("with a question template of your own (--prompt-template) in place of the protocol's")
     if variant.max_new_tokens:
         parts.append(_generated(variant, given))
+    if chat := given.get("chat"):
+        parts.append(_asked_in_chat(chat, bool(variant.max_new_tokens)))
     parts.append(variant.summary)
     return "; ".join(parts) + _chosen(given)
+
+
+def _asked_in_chat(chat: Mapping[str, Any], generates: bool) -> str:
+    """Say how prompts became conversations, and what happened to answers."""
+    text = "asked in conversations by the model's chat template"
+    text += f" with the system message {chat['system']!r}" if chat["system"] else ""
+    text += (
+        ", each example as a turn" if chat["fewshot_as_multiturn"] else ", with the examples in one message"
+    )
+    return text + (", reasoning up to the last </think> removed" if generates else "")
 
 
 def _shots(least: int, most: int) -> str:

@@ -103,6 +103,10 @@ def _sample(one: ScoredSample) -> str:
         answer = "\n".join(shown)
     else:
         answer = "\n---\n".join(one.outputs)
+        thought = "\n---\n".join(one.removed)
+        answer = (
+            f"[removed before the answer was looked for:\n{_cut(thought)}]\n{answer}" if thought else answer
+        )
     details = f"target {one.target!r}, scores {dict(one.scores)}, extracted {dict(one.extracted)}"
     return (
         f'<details><summary class="{kind}">{escape(one.id)}: {score}</summary>'

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from ascendspeed_eval import __version__
 from ascendspeed_eval.aggregate import task_results
 from ascendspeed_eval.answer_quality import quality
 from ascendspeed_eval.ask import Results, ask
+from ascendspeed_eval.conversations import conversations
 from ascendspeed_eval.errors import EvaluationError, ScoringError
 from ascendspeed_eval.evaluation import Evaluation
 from ascendspeed_eval.model import EvaluatedModel, ModelDescription, RequestFailure
@@ -55,6 +57,9 @@ def evaluate(
         EvaluationError: the folder holds a run with other settings, data or model, another process writes to it, too
             many samples failed, or all of them.
     """
+    if evaluation.chat is not None:
+        asked = conversations(evaluation.chat, evaluation.samples, model)
+        evaluation = replace(evaluation, samples=asked)
     samples = evaluation.samples
     positions = _positions(samples)
     folder.mkdir(parents=True, exist_ok=True)

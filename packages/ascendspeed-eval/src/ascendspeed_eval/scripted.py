@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ascendspeed_eval.errors import EvaluationError
+from ascendspeed_eval.errors import EvaluationError, UsageError
 from ascendspeed_eval.model import (
     BackendOption,
     EvaluatedModel,
@@ -42,6 +42,22 @@ class ScriptedModel:
             value = float(logprobs.get(request.continuation, -100.0))
             results.append(LoglikelihoodResult(value, value == max(logprobs.values(), default=None), 0))
         return results
+
+    def start_chat(self, template_values: Mapping[str, Any], day: str | None) -> None:
+        """Get ready to answer conversations, which it renders without a template.
+
+        Raises:
+            UsageError: values for a template are given.
+        """
+        if template_values or day is not None:
+            raise UsageError(
+                "scripted_answers has no chat template; leave --chat-template-kwargs and --chat-template-date out"
+            )
+
+    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[str, Sequence[Mapping[str, str]]]:
+        """Return each message after its role in brackets."""
+        shown = [f"[{one['role']}]\n{one['content']}\n" for one in messages]
+        return "".join(shown) + "[assistant]\n", messages
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[GenerateResult]:
         """Look up the texts."""

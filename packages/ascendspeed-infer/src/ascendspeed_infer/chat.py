@@ -1,6 +1,7 @@
 """A conversation with a model, whose history is kept within the model's context."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from ascendspeed_core.weights import WeightSource
 from ascendspeed_data.command_line import log
@@ -9,13 +10,12 @@ from ascendspeed_data.errors import AscendSpeedError, ConfigError
 from ascendspeed_data.manifest import DatasetManifest
 from ascendspeed_data.prompting import LAYOUT_NAMES, PromptLayout, layout_named, recorded_layout
 from ascendspeed_data.tokenizer import Tokenizer
+from ascendspeed_data.tokenizer_config import TOOL_USE
 from ascendspeed_infer.config import AnswerConfig
 from ascendspeed_infer.requests import StreamedText
 from ascendspeed_infer.text_generator import TextGenerator, check_text
-
-QUIT = ("q", "quit", "exit")
-CLEAR = ("clear", "new")
-USER, ANSWER = "You >> ", "AscendSpeed: "
+from ascendspeed_infer.thinking import OPEN
+from ascendspeed_infer.tool_calls import ToolCalls, find_tool_calls
 
 
 class Chat:
@@ -26,6 +26,7 @@ class Chat:
         layout: how messages become a prompt.
         sampling: how answers are generated; `max_new_tokens` is the longest answer.
         system: the system message before the first turn.
+        tools: that the model may call; the layout shows them, and calls of them are found in answers.
     """
 
     def __init__(
@@ -34,12 +35,18 @@ class Chat:
         layout: PromptLayout,
         sampling: AnswerConfig,
         system: str | None = None,
+        tools: list[Any] | None = None,
     ) -> None:
-        self.model, self.layout, self._sampling = model, layout, sampling
+        self.model, self._sampling, self.tools = model, sampling, tools
+        self.layout = layout if tools is None else layout.with_tools(tools)
         self._system: list[Message] = [{"role": "system", "content": system}] if system else []
         self.messages: list[Message] = []
         self.left_out_turns = 0
         """Turns at the beginning that no longer fit."""
+        self.opened_thoughts = False
+        """Whether the prompt of the last answer opened its thoughts."""
+        self.called: ToolCalls | None = None
+        """The calls of tools in the last answer, if it makes any."""
         self._num_answers = 0
         self._session = model.engine.new_session()
         self._limit = model.engine.max_model_len
@@ -49,10 +56,44 @@ class Chat:
 
     def clear(self) -> None:
         """Begin a new conversation."""
-        self.messages, self.left_out_turns = [], 0
+        self.messages, self.left_out_turns, self.called = [], 0, None
 
-    def say(self, text: str) -> Iterator[StreamedText]:
+    def history(self) -> list[Message]:
+        """Return the conversation with its system message."""
+        return [*self._system, *self.messages]
+
+    def go_on_with(self, messages: list[Message]) -> None:
+        """Take the place of the conversation; a system message at the beginning replaces the present one.
+
+        Raises:
+            DataError: the layout does not support the messages.
+        """
+        has_system = bool(messages) and messages[0].get("role") == "system"
+        system, rest = (messages[:1], messages[1:]) if has_system else (self._system, messages)
+        self.layout.ids([*system, *rest, {"role": "user", "content": "Hello"}], self._sampling.parse_special)
+        self.clear()
+        self._system, self.messages = list(system), list(rest)
+
+    def open_calls(self) -> list[Any]:
+        """Return the calls of tools at the end of the history that have no result yet."""
+        for results, message in enumerate(reversed(self.messages)):
+            if message["role"] != "tool":
+                return list(message.get("tool_calls") or ())[results:]
+        return []
+
+    def add_result(self, text: str) -> bool:
+        """Give the result of the first call that has none; return whether all have one now."""
+        check_text(text)
+        call = self.open_calls()[0]
+        name = call["function"]["name"]
+        made: Message = {"role": "tool", "tool_call_id": call["id"], "name": name, "content": text}
+        self.messages = [*self.messages, made]
+        return not self.open_calls()
+
+    def say(self, text: str | None) -> Iterator[StreamedText]:
         """Answer a message, token by token; the whole answer joins the history at the end.
+
+        Without a message the last results of tools are answered.
 
         The oldest turns are left out when the history leaves no room for an answer of `max_new_tokens`, or of half of
         the model's context if that is less.
@@ -60,11 +101,14 @@ class Chat:
         Raises:
             AscendSpeedError: the message alone is too long.
         """
-        check_text(text)
-        message: Message = {"role": "user", "content": text}
-        ids, kept = self._fit_history([*self.messages, message])
-        self.left_out_turns += (len(self.messages) + 1 - len(kept)) // 2
-        self.messages = kept[:-1]
+        asked: list[Message] = []
+        if text is not None:
+            check_text(text)
+            asked = [{"role": "user", "content": text}]
+        ids, kept = self._fit_history([*self.messages, *asked])
+        gone = self.messages[: len(self.messages) + len(asked) - len(kept)]
+        self.left_out_turns += sum(one["role"] == "user" for one in gone)
+        self.messages, self.called = kept[: len(kept) - len(asked)], None
         options = self._sampling.effective_options()
         stop = (*self._sampling.stop, *self.layout.stop)
         eos_token_ids = self._sampling.eos_token_ids or self.model.eos_token_ids()
@@ -76,6 +120,7 @@ class Chat:
         if not self._sampling.ignore_eos:
             options["eos_token_ids"] = tuple(dict.fromkeys((*eos_token_ids, *self.layout.end_ids))) or None
         self._num_answers += 1
+        self.opened_thoughts = self.model.tokenizer.decode(ids[-4:]).rstrip().endswith(OPEN)
         answer = ""
         try:
             for token in self.model.stream(ids, session=self._session, **options):
@@ -83,28 +128,42 @@ class Chat:
                 yield token
         finally:
             # An answer that was interrupted counts as far as it got.
-            self.messages = [*self.messages, message, {"role": "assistant", "content": answer.strip()}]
+            self.messages = [*self.messages, *asked, self._message(answer.strip())]
+
+    def _message(self, answer: str) -> Message:
+        """Return an answer as a message; calls of tools become what a chat template takes."""
+        if self.tools is not None:
+            before = sum(len(one.get("tool_calls") or ()) for one in self.messages)
+            self.called = find_tool_calls(answer, before)
+        if self.called is None:
+            return {"role": "assistant", "content": answer}
+        return {"role": "assistant", "content": self.called.text, "tool_calls": self.called.calls}
 
     def _ids(self, messages: list[Message]) -> list[int]:
         return self.layout.ids([*self._system, *messages], self._sampling.parse_special)
 
     def _fit_history(self, messages: list[Message]) -> tuple[list[int], list[Message]]:
-        """Leave out the oldest turns until an answer fits."""
+        """Leave out the oldest turns, each up to the next message of the user, until an answer fits."""
         while True:
             ids = self._ids(messages)
             if len(ids) + self._reserved <= self._limit:
                 return ids, messages
-            if len(messages) == 1:
+            later = [number for number, one in enumerate(messages) if number and one["role"] == "user"]
+            if not later:
                 raise AscendSpeedError(
                     f"the message has {len(ids)} tokens with its template; with {self._reserved} for the answer that "
                     f"is more than max_position_embeddings={self._limit} of the model; shorten it or lower "
                     "--max-new-tokens"
                 )
-            messages = messages[2:]
+            messages = messages[later[0] :]
 
 
 def choose_layout(
-    source: WeightSource, tokenizer: Tokenizer, template: str | None, say: Callable[[str], None] = log
+    source: WeightSource,
+    tokenizer: Tokenizer,
+    template: str | None,
+    say: Callable[[str], None] = log,
+    has_tools: bool = False,
 ) -> PromptLayout:
     """Return the layout of conversations: the one recorded with the checkpoint, or else the tokenizer's own.
 
@@ -113,6 +172,7 @@ def choose_layout(
         tokenizer: of the model.
         template: name or file of another one, which gives a warning if one is recorded.
         say: where lines for the user go.
+        has_tools: whether tools are declared, for which a tokenizer may have a template of its own.
 
     Raises:
         AscendSpeedError: neither the checkpoint nor the tokenizer has a template.
@@ -135,6 +195,9 @@ def choose_layout(
         assert recorded is not None
         say(f"template: {recorded.name} (recorded with the checkpoint)")
         return recorded
+    if has_tools and TOOL_USE in tokenizer.named_chat_templates:
+        say(f"template: the tokenizer's {TOOL_USE} (none is recorded with the checkpoint)")
+        return layout_named(TOOL_USE, tokenizer)
     if tokenizer.chat_template is not None:
         say("template: the tokenizer's own (none is recorded with the checkpoint)")
         return layout_named("tokenizer", tokenizer)
@@ -151,50 +214,3 @@ def _recorded(manifest: DatasetManifest | None, tokenizer: Tokenizer, is_strict:
         if is_strict:
             raise
         return None
-
-
-def converse(
-    chat: Chat,
-    read: Callable[[str], str | None],
-    write: Callable[[str], None],
-) -> None:
-    """Ask and answer until the user quits.
-
-    Args:
-        chat: the conversation.
-        read: shows a prompt and returns the user's line; `None` at the end of the input.
-        write: shows text to the user.
-    """
-    write(f"Quit with {', '.join(QUIT)}; begin a new conversation with {' or '.join(CLEAR)}.\n")
-    while True:
-        line = read(USER)
-        if line is None or line.strip().lower() in QUIT:
-            write("\n" if line is None else "")
-            return
-        if line.strip().lower() in CLEAR:
-            chat.clear()
-            write("A new conversation.\n")
-        elif line.strip():
-            _answer(chat, line.strip(), write)
-
-
-def _answer(chat: Chat, text: str, write: Callable[[str], None]) -> None:
-    before = chat.left_out_turns
-    try:
-        write(ANSWER)
-        last = None
-        for token in chat.say(text):
-            write(token.text)
-            last = token
-        write("\n")
-        if last is not None and last.finish_reason == "length":
-            write("[The answer reached its limit and was cut off.]\n")
-    except KeyboardInterrupt:
-        write("\n[Interrupted.]\n")
-    except AscendSpeedError as error:
-        write(f"\n[{error}]\n")
-    if chat.left_out_turns > before:
-        write(
-            f"[The conversation is longer than the model's context: its first {chat.left_out_turns} turns are left "
-            "out.]\n"
-        )

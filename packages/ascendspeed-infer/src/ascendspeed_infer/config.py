@@ -13,6 +13,7 @@ from ascendspeed_core.config.parallel import ParallelConfig
 from ascendspeed_core.config.source import ModelSourceConfig
 from ascendspeed_core.config.training import LaunchConfig, PrecisionConfig
 from ascendspeed_data.errors import ConfigError
+from ascendspeed_data.template_values import DATE_HELP, KWARGS_HELP, TemplateValues
 
 
 class TokenizerConfig(Config):
@@ -386,6 +387,24 @@ class ConversationConfig(Config):
         "Jinja file. [default: what the checkpoint was trained with, or else the tokenizer's own]",
     )
     system: str | None = Field(None, description="System message before the first turn.")
+    chat_template_kwargs: str | None = Field(
+        None, description=f"{KWARGS_HELP} [default: those that training recorded]"
+    )
+    chat_template_date: str | None = Field(None, description=f"{DATE_HELP} [default: the day of the run]")
+
+    tools: Path | None = Field(
+        None,
+        description="JSON file with a list of tools that the model may call; the chat template shows them.",
+    )
+    hide_thinking: bool = Field(
+        False,
+        description="Do not show what the model thinks before its answers; on a terminal thoughts are dimmed.",
+        json_schema_extra={"off": ""},
+    )
+
+    def template_values(self) -> TemplateValues:
+        """Return what the chat template gets besides the messages."""
+        return TemplateValues.of_flags(self.chat_template_kwargs, self.chat_template_date, clock=True)
 
 
 class ChatConfig(LoadedModelConfig):

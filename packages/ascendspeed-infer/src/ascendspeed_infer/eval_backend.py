@@ -20,6 +20,8 @@ from ascendspeed_infer.config import (
 )
 
 if TYPE_CHECKING:
+    from ascendspeed_core.weights import WeightSource
+    from ascendspeed_infer.chat_prompts import ChatPrompts
     from ascendspeed_infer.engine.control_channel import ControlChannel
     from ascendspeed_infer.language_model import LanguageModel
 
@@ -143,7 +145,7 @@ class AscendSpeedBackend:
                 if not leads:
                     yield None
                     return
-                served = ServedModel(model, name, fingerprint(source), config.scoring, leaders)
+                served = ServedModel(model, source, name, fingerprint(source), config.scoring, leaders)
                 if world.rank != 0:
                     served.serve_shares()
                     yield None
@@ -167,6 +169,7 @@ class ServedModel:
 
     Args:
         model: on the first rank of a replica.
+        source: of its weights; says how conversations are laid out.
         name: for the report.
         fingerprint: digest of the weights.
         scoring: batch size and longest text.
@@ -176,6 +179,7 @@ class ServedModel:
     def __init__(
         self,
         model: "LanguageModel",
+        source: "WeightSource",
         name: str,
         fingerprint: str,
         scoring: ScoringConfig,
@@ -183,7 +187,8 @@ class ServedModel:
     ) -> None:
         self._model, self._name, self._fingerprint = model, name, fingerprint
         self._batch_size, self._max_tokens = scoring.micro_batch_size, scoring.seq_length
-        self._leaders = leaders
+        self._leaders, self._source = leaders, source
+        self._chat: ChatPrompts | None = None
         self._is_batch_invariant = True
         try:
             model.check_batch_invariance()
@@ -208,16 +213,46 @@ class ServedModel:
         }
         if has_int8_weights(model):
             details["weight_quantization"] = "int8"
+        if self._chat is not None:
+            details |= self._chat.details()
         return ModelDescription(self._name, model.config.num_parameters, self._fingerprint, details)
 
     def loglikelihood(self, requests: Sequence[Any]) -> Sequence[Any]:
         """Score continuations."""
+        if self._chat is not None:
+            pairs = self._chat.pairs([(r.messages, r.continuation) for r in requests])
+            return self._share("loglikelihood", [(one.context, one.continuation, one.text) for one in pairs])
         return self._share("loglikelihood", [(r.context, r.continuation) for r in requests])
 
     def generate(self, requests: Sequence[Any]) -> Sequence[Any]:
         """Continue prompts."""
-        plain = [(r.prompt, r.max_new_tokens, tuple(r.stop), r.temperature, r.seed) for r in requests]
+        chat = self._chat
+        ends = () if chat is None else chat.end_ids
+        prompts = [r.prompt if chat is None else chat.ids(r.messages) for r in requests]
+        plain = [
+            (prompt, r.max_new_tokens, tuple(r.stop), r.temperature, r.seed, ends)
+            for prompt, r in zip(prompts, requests, strict=True)
+        ]
         return self._share("generate", plain)
+
+    def start_chat(self, template_values: Mapping[str, Any], day: str | None) -> None:
+        """Get ready to answer conversations, in the layout that a chat with this model has.
+
+        Raises:
+            AscendSpeedError: there is no chat template, or it does not read a value.
+        """
+        from ascendspeed_infer.chat import choose_layout
+        from ascendspeed_infer.chat_prompts import ChatPrompts, values_of
+
+        values = values_of(template_values, day)
+        self._model.tokenizer.template_values = values
+        layout = choose_layout(self._source, self._model.tokenizer, None)
+        self._chat = ChatPrompts(layout, values)
+
+    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[str, Sequence[Mapping[str, str]]]:
+        """Return a conversation up to the answer, and the messages that it shows."""
+        assert self._chat is not None
+        return self._chat.render(messages)
 
     def serve_shares(self) -> None:
         """Compute this replica's share of what rank 0 is asked, until it is done."""
@@ -253,7 +288,10 @@ class ServedModel:
 
     def _score(self, requests: list[Any]) -> list[Any]:
         # What cannot be scored fails its sample alone; so do log-likelihoods that are not finite, in asd-eval.
-        found = self._model.loglikelihood_each(requests, self._max_tokens)
+        from ascendspeed_infer.scoring import IdPair, TextPair
+
+        pairs = [IdPair(*one) if len(one) == 3 else TextPair(*one) for one in requests]
+        found = self._model.loglikelihood_each(pairs, self._max_tokens)
         return [RequestFailure(str(one)) if isinstance(one, AscendSpeedError) else one for one in found]
 
     def _continue(self, requests: list[Any]) -> list[GenerateResult | RequestFailure]:
@@ -267,7 +305,7 @@ class ServedModel:
             if isinstance(done, AscendSpeedError):
                 results.append(RequestFailure(str(done)))
                 continue
-            cut = len(self._model.tokenizer.encode(one.prompt)) - len(done.prompt_token_ids)
+            cut = len(one.ids(self._model.tokenizer)) - len(done.prompt_token_ids)
             results.append(GenerateResult(done.text, done.finish_reason, cut))
         return results
 

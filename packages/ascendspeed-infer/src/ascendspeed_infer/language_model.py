@@ -32,6 +32,7 @@ from ascendspeed_infer.native_engine import NativeEngine
 from ascendspeed_infer.requests import Completion, GenerationRequest
 from ascendspeed_infer.sampling import SamplingParams
 from ascendspeed_infer.scoring import (
+    IdPair,
     TextPair,
     check_finite_scores,
     inputs_of_ids,
@@ -208,12 +209,12 @@ class LanguageModel(TextGenerator):
         prompts = []
         for one in requests:
             check_length(1, one.max_new_tokens, limit)
-            prompts.append(self.tokenizer.encode(one.prompt)[-(limit - one.max_new_tokens) :])
+            prompts.append(one.ids(self.tokenizer)[-(limit - one.max_new_tokens) :])
         settings = [
             GenerationSettings(
                 one.max_new_tokens,
                 SamplingParams(one.temperature > 0, one.temperature or 1.0, seed=one.seed),
-                self.eos_token_ids(),
+                (*self.eos_token_ids(), *one.end_ids),
                 tuple(one.stop),
             )
             for one in requests
@@ -237,7 +238,8 @@ class LanguageModel(TextGenerator):
             if isinstance(output, AscendSpeedError):
                 found.append(output)
             else:
-                found.append(self._completion(one.prompt, ids, own, output))
+                prompt = one.prompt if isinstance(one.prompt, str) else self.tokenizer.decode(ids)
+                found.append(self._completion(prompt, ids, own, output))
         return found
 
     def check_batch_invariance(self) -> None:
@@ -263,11 +265,11 @@ class LanguageModel(TextGenerator):
         return check_finite_scores(score(self.llm_engine, inputs))
 
     def loglikelihood_each(
-        self, pairs: Sequence[tuple[str, str]], max_tokens: int | None = None
+        self, pairs: Sequence[tuple[str, str] | TextPair | IdPair], max_tokens: int | None = None
     ) -> list[Score | AscendSpeedError]:
         """Score continuations as `loglikelihood` does; an error of one stands in its place, its number may be any."""
-        texts = [TextPair(*pair) for pair in pairs]
-        inputs = inputs_or_errors(self.tokenizer, texts, self._longest(max_tokens))
+        given = [pair if isinstance(pair, TextPair | IdPair) else TextPair(*pair) for pair in pairs]
+        inputs = inputs_or_errors(self.tokenizer, given, self._longest(max_tokens))
         found = iter(score(self.llm_engine, [one for one in inputs if not isinstance(one, AscendSpeedError)]))
         return [one if isinstance(one, AscendSpeedError) else next(found) for one in inputs]
 

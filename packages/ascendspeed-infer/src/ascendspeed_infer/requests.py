@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
+from ascendspeed_data.tokenizer import Tokenizer
 from ascendspeed_infer.beams import EarlyStopping
 from ascendspeed_infer.engine.sequence import FinishReason
 
@@ -58,18 +59,24 @@ class GenerationRequest:
     """A prompt, and how it is continued.
 
     Attributes:
-        prompt: text.
+        prompt: text, or its ids.
         max_new_tokens: most new tokens.
         stop: strings that end it.
         temperature: 0 takes the likeliest token; otherwise tokens are drawn.
         seed: seed of the draws.
+        end_ids: ids that end it, besides those of the model.
     """
 
-    prompt: str
+    prompt: str | tuple[int, ...]
     max_new_tokens: int
     stop: tuple[str, ...] = ()
     temperature: float = 0.0
     seed: int = 1234
+    end_ids: tuple[int, ...] = ()
+
+    def ids(self, tokenizer: Tokenizer) -> list[int]:
+        """Return the ids of the prompt."""
+        return tokenizer.encode(self.prompt) if isinstance(self.prompt, str) else list(self.prompt)
 
 
 class GenerateOptions(TypedDict, total=False):

@@ -9,6 +9,7 @@ from ascendspeed_data.tokenizer import Tokenizer
 from ascendspeed_infer.engine.scoring_request import Score, ScoringInput
 
 __all__ = [
+    "IdPair",
     "Score",
     "TextPair",
     "check_finite_scores",
@@ -32,6 +33,21 @@ class TextPair:
     continuation: str
 
 
+@dataclass(frozen=True)
+class IdPair:
+    """What is scored, as ids.
+
+    Attributes:
+        context: the ids before.
+        continuation: the ids whose likelihood is wanted.
+        text: of the continuation, for messages.
+    """
+
+    context: tuple[int, ...]
+    continuation: tuple[int, ...]
+    text: str = ""
+
+
 def inputs_of_texts(tokenizer: Tokenizer, pairs: Sequence[TextPair], max_tokens: int) -> list[ScoringInput]:
     """Tokenize pairs; each text once, however many pairs have it.
 
@@ -52,18 +68,24 @@ def inputs_of_texts(tokenizer: Tokenizer, pairs: Sequence[TextPair], max_tokens:
 
 
 def inputs_or_errors(
-    tokenizer: Tokenizer, pairs: Sequence[TextPair], max_tokens: int
+    tokenizer: Tokenizer, pairs: Sequence["TextPair | IdPair"], max_tokens: int
 ) -> list[ScoringInput | AscendSpeedError]:
-    """Tokenize pairs as `inputs_of_texts` does; an error of one stands in its place."""
-    moved = [_spaces_to_continuation(pair) for pair in pairs]
+    """Tokenize pairs as `inputs_of_texts` does; an error of one stands in its place. Pairs of ids stay as they are."""
+    moved = [one if isinstance(one, IdPair) else _spaces_to_continuation(one) for one in pairs]
     texts = list(
-        dict.fromkeys(text for context, continuation in moved for text in (context, context + continuation))
+        dict.fromkeys(
+            text for one in moved if not isinstance(one, IdPair) for text in (one[0], one[0] + one[1])
+        )
     )
     ids = dict(zip(texts, tokenizer.encode_batch(texts), strict=True))
     inputs: list[ScoringInput | AscendSpeedError] = []
-    for context, continuation in moved:
-        whole, cut = ids[context + continuation], len(ids[context])
-        before, after = whole[:cut], whole[cut:]
+    for one in moved:
+        if isinstance(one, IdPair):
+            before, after, continuation = list(one.context), list(one.continuation), one.text
+        else:
+            context, continuation = one
+            whole, cut = ids[context + continuation], len(ids[context])
+            before, after = whole[:cut], whole[cut:]
         if not before:
             before = [token for token in (tokenizer.bos_id, tokenizer.eos_id) if token is not None][:1]
         problem = None

@@ -13,6 +13,7 @@ from ascendspeed_infer.transformers_engine import TransformersEngine, load_trans
 
 if TYPE_CHECKING:
     from ascendspeed_data.tokenizer import Tokenizer
+    from ascendspeed_infer.chat_prompts import ChatPrompts
 
 OPTIONS = (
     BackendOption("transformers_model", str, "Hugging Face folder or name of a causal model."),
@@ -28,6 +29,7 @@ class TransformersModel:
         self._model, self._tokenizer, self._name = model, tokenizer, name
         self._engine = TransformersEngine(model)
         self._limit = self._engine.max_model_len
+        self._chat: ChatPrompts | None = None
 
     def describe(self) -> ModelDescription:
         """Say which model this is."""
@@ -36,15 +38,39 @@ class TransformersModel:
             "dtype": str(self._model.dtype).removeprefix("torch."),
             "tokenizer": self._tokenizer.fingerprint,
         }
+        if self._chat is not None:
+            details |= self._chat.details()
         return ModelDescription(self._name, self._model.num_parameters(), None, details)
+
+    def start_chat(self, template_values: Mapping[str, Any], day: str | None) -> None:
+        """Get ready to answer conversations, by the tokenizer's own chat template.
+
+        Raises:
+            AscendSpeedError: there is none, or it does not read a value.
+        """
+        from ascendspeed_data.prompting import layout_named
+        from ascendspeed_infer.chat_prompts import ChatPrompts, values_of
+
+        values = values_of(template_values, day)
+        self._tokenizer.template_values = values
+        self._chat = ChatPrompts(layout_named("tokenizer", self._tokenizer), values)
+
+    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[str, Sequence[Mapping[str, str]]]:
+        """Return a conversation up to the answer, and the messages that it shows."""
+        assert self._chat is not None
+        return self._chat.render(messages)
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
         """Score continuations; one that cannot be scored fails alone."""
         import torch
 
-        from ascendspeed_infer.scoring import Score, TextPair, inputs_or_errors
+        from ascendspeed_infer.scoring import IdPair, Score, TextPair, inputs_or_errors
 
-        pairs = [TextPair(one.context, one.continuation) for one in requests]
+        pairs: Sequence[TextPair | IdPair] = (
+            [TextPair(one.context, one.continuation) for one in requests]
+            if self._chat is None
+            else self._chat.pairs([(one.messages, one.continuation) for one in requests])
+        )
         scores: list[Any] = []
         for one in inputs_or_errors(self._tokenizer, pairs, self._limit):
             if isinstance(one, AscendSpeedError):
@@ -76,13 +102,17 @@ class TransformersModel:
         from ascendspeed_infer.engines import TokenRequest
         from ascendspeed_infer.sampling import SamplingParams
 
-        ids = self._tokenizer.encode(request.prompt)
+        chat = self._chat
+        ids = self._tokenizer.encode(request.prompt) if chat is None else list(chat.ids(request.messages))
         cut = max(len(ids) - (self._limit - request.max_new_tokens), 0)
         eos_token_ids = self._engine.eos_token_ids or (self._tokenizer.eos_id,)
         settings = GenerationSettings(
             request.max_new_tokens,
             SamplingParams(request.temperature > 0, request.temperature or 1.0, seed=request.seed),
-            tuple(token for token in eos_token_ids if token is not None),
+            (
+                *(token for token in eos_token_ids if token is not None),
+                *(() if chat is None else chat.end_ids),
+            ),
             tuple(request.stop),
         )
         detokenizer = Detokenizer(self._tokenizer, ids[cut:], settings.eos_token_ids, settings.stop)

@@ -3,9 +3,8 @@
 from typing import Any
 
 from ascendspeed_core.commands.pretrain import DryRun, Recipe, run_training
-from ascendspeed_core.config.load import load_config
+from ascendspeed_core.commands.records import config_with_records
 from ascendspeed_core.config.preference import DpoConfig
-from ascendspeed_core.launch import announce
 from ascendspeed_data.command_line.options import options_from
 
 
@@ -13,8 +12,9 @@ from ascendspeed_data.command_line.options import options_from
 def dpo(config: Recipe = None, dry_run: DryRun = False, **given: Any) -> None:
     """Tune a checkpoint on pairs of a chosen and a rejected answer (direct preference optimization).
 
-    --data-path names pairs made by a pair handler of asd-data; batch sizes count pairs. --load outside
-    of --save starts a new run from its weights; --load equal to --save, or --auto-resume, resumes, with the reference
-    model that the run began with. Layouts, precision, recompute and what --save holds are those of `asd-core pretrain`.
+    --data-path names pairs made by a pair handler of asd-data, --data FILE the records themselves; batch sizes count
+    pairs. --load outside of --save starts a new run from its weights; --load equal to --save, or --auto-resume,
+    resumes, with the reference model that the run began with. Layouts, precision, recompute and what --save holds are
+    those of `asd-core pretrain`.
     """
-    run_training(load_config(DpoConfig, config, given, announce), dry_run)
+    run_training(config_with_records(DpoConfig, config, given, "pairs"), dry_run)

@@ -5,6 +5,7 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from ascendspeed_core.config.lora import LoraConfig
+from ascendspeed_core.config.records import RecordsConfig
 from ascendspeed_core.config.training import DataConfig, PretrainConfig
 
 
@@ -86,6 +87,7 @@ class FinetuneConfig(TuneConfig):
     """Everything `asd-core finetune` takes; the sections of a TOML recipe."""
 
     data: FinetuneDataConfig
+    records: RecordsConfig = RecordsConfig()
 
     @property
     def objective(self) -> str:

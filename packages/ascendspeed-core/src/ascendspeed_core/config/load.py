@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 from ascendspeed_core.config.migrate import FORMAT_VERSION, VERSION_KEY, describe_moves, migrate_config
 from ascendspeed_data.command_line import log
 from ascendspeed_data.errors import ConfigError, did_you_mean
+from ascendspeed_data.hub import What, data_paths, hub_name, local_path
 from ascendspeed_data.small_files import read_toml
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -31,6 +32,20 @@ def load_config(
     Raises:
         ConfigError: an unreadable recipe, an unknown section or key, a value outside its range.
     """
+    return validate(config, merged_sections(config, recipe, given, say))
+
+
+def merged_sections(
+    config: type[Model], recipe: Path | None, given: dict[str, Any], say: Callable[[str], None] = log
+) -> dict[str, dict[str, Any]]:
+    """Return the values of each section of a config, unchecked: those of a recipe, overridden by flags.
+
+    Names on hubs become the folders of what they name, which is fetched.
+
+    Raises:
+        ConfigError: an unreadable recipe, an unknown section or key.
+        AscendSpeedError: a name on a hub cannot be fetched.
+    """
     sections = {name: _section(field.annotation) for name, field in config.model_fields.items()}
     merged: dict[str, dict[str, Any]] = {name: {} for name in sections}
     for section, values in (_read_recipe(recipe, say) if recipe else {}).items():
@@ -46,7 +61,25 @@ def load_config(
     for key, value in given.items():
         section = next(name for name, inner in sections.items() if key in inner.model_fields)
         merged[section][key] = value
-    return validate(config, merged)
+    for section, values in merged.items():
+        merged[section] = {key: _fetched(key, value) for key, value in values.items()}
+    return merged
+
+
+FROM_HUBS: dict[str, What] = {
+    "load": "model", "tokenizer_name_or_path": "tokenizer", "lora_load": "adapter", "data": "data",
+}  # fmt: skip
+"""Options that take a name on a hub for a path, and what is fetched."""
+
+
+def _fetched(key: str, value: Any) -> Any:
+    """Return a value with the folders of names on hubs in their place."""
+    what = FROM_HUBS.get(key)
+    if what is None or not value:
+        return value
+    if isinstance(value, list | tuple):
+        return tuple(path for one in value for path in data_paths(str(one), key))
+    return local_path(value, what, key) if hub_name(str(value)) else value
 
 
 def validate(config: type[Model], values: dict[str, Any], strict: bool = False) -> Model:

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from ascendspeed_core.config.base import Config
 from ascendspeed_core.config.finetune import PaddedDataConfig, TuneConfig
+from ascendspeed_core.config.records import RecordsConfig
 
 
 class PreferenceDataConfig(PaddedDataConfig):
@@ -61,6 +62,7 @@ class DpoConfig(TuneConfig):
     """Everything `asd-core dpo` takes; the sections of a TOML recipe."""
 
     data: PreferenceDataConfig
+    records: RecordsConfig = RecordsConfig()
     preference: PreferenceConfig = PreferenceConfig()
 
     @property

@@ -14,7 +14,7 @@ class ModelSourceConfig(Config):
     load: Path | None = Field(
         None,
         description="Start from this checkpoint: a run's folder, a Hugging Face folder, or one of AscendSpeed 2023, "
-        "Megatron-LM (mp_rank or torch_dist) or DeepSpeed.",
+        "Megatron-LM (mp_rank or torch_dist) or DeepSpeed; or a name on the Hugging Face hub, org/name@revision.",
     )
     model_config_file: Path | None = Field(
         None,

@@ -46,6 +46,7 @@ from ascendspeed_core.weights.source import CheckpointError
 from ascendspeed_data.command_line import log
 from ascendspeed_data.command_line.stopping import NO_SPACE, no_space
 from ascendspeed_data.files import INCOMPLETE, write_durably
+from ascendspeed_data.hub import origins_in
 
 
 @dataclass(frozen=True)
@@ -166,6 +167,8 @@ class CheckpointWriter:
             "model": model.config.model_dump(mode="json"),
             "run": {VERSION_KEY: CONFIG_FORMAT_VERSION, **run_config},
         }
+        if origins := origins_in(dict(run_config)):
+            description["hub"] = origins
         if model.adapters is not None:
             description["adapters"] = description_of(model.adapters, self._base)
         if not self._in_background:

@@ -12,13 +12,21 @@ from ascendspeed_data.blend import open_blend
 from ascendspeed_data.command_line import log
 from ascendspeed_data.dataset import Dataset, open_dataset
 from ascendspeed_data.errors import ConfigError
+from ascendspeed_data.hub import local_path
 from ascendspeed_data.manifest import check_tokenizer
 from ascendspeed_data.statistics import draw_histogram, histogram_lines, length_statistics
 from ascendspeed_data.tokenizer import Tokenizer, load_tokenizer
 from ascendspeed_data.verify import verify_dataset
 
 PAIR = ("chosen", "rejected")
-TRAINED, RESET, UNTRAINED = "\x1b[32m", "\x1b[0m", "\x1b[2m"
+RESET = "\x1b[0m"
+COLOURS = {
+    (True, False): "\x1b[32m",
+    (False, False): "\x1b[2m",
+    (True, True): "\x1b[1;32m",
+    (False, True): "\x1b[36m",
+}
+"""By whether a token is trained, and whether it is a special or added piece, as those of chat templates."""
 
 
 def inspect_command(
@@ -40,7 +48,9 @@ def inspect_command(
     color: Annotated[
         bool | None,
         typer.Option(
-            "--color/--no-color", help="Show trained tokens in green. [default: only on a terminal]"
+            "--color/--no-color",
+            help="Show trained tokens in green, and the pieces of templates bold or blue. [default: only on a "
+            "terminal]",
         ),
     ] = None,
 ) -> None:
@@ -51,7 +61,9 @@ def inspect_command(
     dataset = open_dataset(Path(data_path[0]))
     tokenizer = None
     if tokenizer_name_or_path is not None:
-        tokenizer = load_tokenizer(tokenizer_name_or_path)
+        tokenizer = load_tokenizer(
+            local_path(tokenizer_name_or_path, "tokenizer", "--tokenizer-name-or-path")
+        )
         if dataset.manifest is not None:
             check_tokenizer(dataset.manifest, tokenizer, str(dataset.prefix))
     count = len(dataset.ids.documents) - 1
@@ -98,6 +110,8 @@ def _document(dataset: Dataset, number: int, max_tokens: int, tokenizer: Tokeniz
         if tokenizer is not None:
             described["text"] = tokenizer.decode(ids)
             described["pieces"] = tokenizer.convert_ids_to_tokens(ids)
+            control = {*tokenizer.special_ids.values(), *tokenizer.added_ids.values()}
+            described["control"] = [token in control for token in ids]
         sequences.append(described)
     if dataset.is_pairs:
         return {"document": number, **dict(zip(PAIR, sequences, strict=True))}
@@ -120,9 +134,10 @@ def _print_document(document: dict[str, Any], has_labels: bool, colored: bool) -
         if not has_labels:
             print(f"  {sequence['text']!r}")
         elif colored:
+            control = sequence["control"]
             words = [
-                f"{TRAINED if trained else UNTRAINED}{token}{RESET}"
-                for token, trained in zip(sequence["pieces"], flags, strict=True)
+                f"{COLOURS[bool(trained), is_control]}{token}{RESET}"
+                for token, trained, is_control in zip(sequence["pieces"], flags, control, strict=True)
             ]
             print("  " + "".join(words))
         else:

@@ -5,18 +5,13 @@ from typing import Annotated
 
 import typer
 
+from ascendspeed_data.column_names import columns_of_flag
 from ascendspeed_data.command_line import log
-from ascendspeed_data.fields import unused_summary
-from ascendspeed_data.manifest import DatasetManifest
+from ascendspeed_data.hub import data_paths, local_path
 from ascendspeed_data.preprocess import check_options, preprocess_dataset
 from ascendspeed_data.preprocessing.job import PreprocessJob
-
-SKIPPED = {
-    "text": "empty documents",
-    "samples": "records with nothing to learn",
-    "pairs": "pairs with equal answers",
-}
-"""What a handler leaves out, by kind of dataset."""
+from ascendspeed_data.preprocessing.report import report
+from ascendspeed_data.template_values import DATE_HELP, KWARGS_HELP
 
 
 def preprocess_command(
@@ -97,6 +92,24 @@ def preprocess_command(
             "without it they are text.",
         ),
     ] = False,
+    chat_template_kwargs: Annotated[str | None, typer.Option(help=KWARGS_HELP)] = None,
+    chat_template_date: Annotated[
+        str | None,
+        typer.Option(
+            help=f"{DATE_HELP} [default: templates have no strftime_now; some fall back to a fixed day]"
+        ),
+    ] = None,
+    reasoning: Annotated[
+        str,
+        typer.Option(
+            help="Thoughts of answers: keep learns each as it is served, in a sample of its own where the template "
+            "drops it later; drop takes all off; last keeps those after the last question, one sample a conversation."
+        ),
+    ] = "keep",
+    columns: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=COLUMN,...: the handler reads COLUMN of the input as its column NAME."),
+    ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Number of processes; does not change the output.")] = 1,
     shard_size: Annotated[
         int,
@@ -122,9 +135,9 @@ def preprocess_command(
     if hf_datasets_params is not None and input:
         log("--input has no effect, because --hf-datasets-params is given")
     job = PreprocessJob(
-        inputs=tuple(input or ()),
+        inputs=tuple(path for one in input or () for path in data_paths(one, "--input")),
         output_prefix=output_prefix,
-        tokenizer=tokenizer_name_or_path,
+        tokenizer=local_path(tokenizer_name_or_path, "tokenizer", "--tokenizer-name-or-path"),
         tokenizer_type=tokenizer_type,
         use_fast=not tokenizer_not_use_fast,
         json_keys=tuple(json_key or ()),
@@ -136,48 +149,13 @@ def preprocess_command(
         hf_datasets_params=hf_datasets_params,
         streaming=streaming,
         parse_special=parse_special,
+        chat_template_kwargs=chat_template_kwargs,
+        chat_template_date=chat_template_date,
+        reasoning=reasoning,
+        columns=tuple(columns_of_flag(columns or ()).items()),
         workers=workers,
         shard_bytes=shard_size << 10,
         overwrite=overwrite,
     )
     manifests = preprocess_dataset(job, log_interval)
-    unused = next(iter(manifests.values())).unused_columns
-    if unused:
-        log(unused_summary(unused))
-    spelling = next(iter(manifests.values())).num_spelling_records
-    if spelling:
-        log(
-            f"{spelling:,} records spell special pieces, which are read as text; give --parse-special if control is "
-            "meant"
-        )
-    for key, manifest in manifests.items():
-        prefix = job.column_prefix(key) if key else job.packed_prefix("*")
-        log(f"wrote {prefix}.bin: {summary(manifest)}")
-
-
-def summary(manifest: DatasetManifest) -> str:
-    """Return the counts of a dataset in one line."""
-    text = (
-        f"{manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens, "
-        f"{manifest.num_text_bytes / max(manifest.num_tokens, 1):.2f} bytes per token, unigram entropy "
-        f"{manifest.unigram_entropy_nats:.3f} nats"
-    )
-    if manifest.kind != "text":
-        samples = "chosen and rejected" if manifest.kind == "pairs" else f"{manifest.num_sequences:,} samples"
-        text += f"; {samples}, {manifest.num_trained_tokens:,} tokens trained"
-    if manifest.num_empty_documents:
-        text += f"; {manifest.num_empty_documents:,} {SKIPPED[manifest.kind]} skipped"
-    if manifest.pack is not None:
-        pack = manifest.pack
-        text += (
-            f"; packed to {pack.seq_length}: {pack.padding_share:.1%} padding instead of "
-            f"{pack.padding_share_unpacked:.1%}"
-        )
-        if pack.num_cut_samples or pack.num_dropped_samples:
-            text += (
-                f"; {pack.num_cut_samples:,} longer samples truncated, {pack.num_dropped_samples:,} dropped because no "
-                "trained token was left"
-            )
-    elif manifest.seq_length is not None:
-        text += f"; {manifest.num_tokens // manifest.seq_length:,} sequences of {manifest.seq_length}"
-    return text
+    report(job, manifests)

@@ -56,11 +56,11 @@ class MessagesHandler(HandlerBase):
         return with_system(record, messages_of(record.get("messages"), "messages"))
 
     def samples(self, record: Record, tokenizer: Tokenizer) -> list[Sample]:
-        """Return the conversation as one sample; a conversation whose answers all have weight 0 is skipped."""
+        """Return the samples of the conversation, most often one; one whose answers all have weight 0 is skipped."""
         conversation = conversation_of(self.messages(record), variables_in(record))
         if conversation.is_masked:
             return []
-        return [ChatTemplate.for_conversation(tokenizer, conversation).sample(conversation)]
+        return ChatTemplate.for_conversation(tokenizer, conversation).samples(conversation)
 
 
 class ShareGPTHandler(MessagesHandler):

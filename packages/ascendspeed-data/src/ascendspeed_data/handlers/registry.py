@@ -10,7 +10,7 @@ from importlib import metadata
 from typing import Any
 
 from ascendspeed_data.errors import AscendSpeedError, ConfigError, did_you_mean
-from ascendspeed_data.handlers import chat, instruction, moss, pairs, text
+from ascendspeed_data.handlers import chat, completion, instruction, moss, pairs, text
 from ascendspeed_data.handlers.base import SampleHandler, TextHandler
 
 ENTRY_POINT_GROUP = "ascendspeed_data.handlers"
@@ -26,6 +26,9 @@ BUILT_IN: tuple[type[Any], ...] = (
     instruction.LeetcodePythonInstructionHandler,
     chat.ShareGPTHandler,
     chat.MessagesHandler,
+    completion.CompletionHandler,
+    completion.MessagesCompletionHandler,
+    completion.ResponseHandler,
     pairs.TextPairHandler,
     pairs.HHRLHFHandler,
     pairs.AlpacaPairHandler,

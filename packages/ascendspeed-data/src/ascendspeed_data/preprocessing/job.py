@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ascendspeed_data.chat_template import chat_template_named
+from ascendspeed_data.chat_template import chat_template_named, variables_read_by
 from ascendspeed_data.errors import ConfigError, did_you_mean
 from ascendspeed_data.handlers import SampleHandler, TextHandler, find_handler, kind_of
 from ascendspeed_data.reading.inputs import find_inputs
 from ascendspeed_data.reading.sources import DatasetsSource, FileSource, Source
+from ascendspeed_data.template_values import TemplateValues
 from ascendspeed_data.tokenizer import Tokenizer
 from ascendspeed_data.tokenizer_config import TOOL_USE
 
@@ -39,6 +40,10 @@ class PreprocessJob:
         hf_datasets_params: JSON file with arguments of `datasets.load_dataset`, instead of `inputs`.
         streaming: stream that dataset.
         parse_special: read special pieces that records of samples spell, such as `<|im_end|>`, as control.
+        chat_template_kwargs: JSON object with variables of the chat template.
+        chat_template_date: day of the chat template's `strftime_now`, `YYYY-MM-DD` or `today`.
+        reasoning: `keep`, `drop` or `last`: what to do with the thoughts of answers.
+        columns: pairs of a name that the handler reads and the name in the input.
         workers: number of processes that tokenize.
         shard_bytes: size of the input that a worker takes at a time.
         overwrite: replace existing outputs and discard an interrupted run.
@@ -58,6 +63,10 @@ class PreprocessJob:
     hf_datasets_params: Path | None = None
     streaming: bool = False
     parse_special: bool = False
+    chat_template_kwargs: str | None = None
+    chat_template_date: str | None = None
+    reasoning: str = "keep"
+    columns: tuple[tuple[str, str], ...] = ()
     workers: int = 1
     shard_bytes: int = SHARD_BYTES
     overwrite: bool = False
@@ -113,13 +122,25 @@ class PreprocessJob:
             )
         return handler
 
-    def use_chat_template(self, tokenizer: Tokenizer) -> None:
-        """Make the template of `chat_template` that of the tokenizer.
+    def use_chat_template(self, tokenizer: Tokenizer, handler: TextHandler | SampleHandler) -> None:
+        """Make the template of `chat_template`, and the values that it gets, those of the tokenizer.
 
         Raises:
-            ConfigError: it is neither a file nor the name of a template.
+            ConfigError: it is neither a file nor the name of a template, or does not read a value.
             DataError: the file cannot be read.
         """
+        values = TemplateValues.of_flags(self.chat_template_kwargs, self.chat_template_date, self.reasoning)
+        if values != TemplateValues() and getattr(handler, "template", "") != OF_TOKENIZER:
+            raise ConfigError(
+                f"chat_template_kwargs, chat_template_date and reasoning are for chat templates, and {handler.name} "
+                "uses none; leave them out"
+            )
+        self._choose_template(tokenizer)
+        sources = [tokenizer.chat_template, *tokenizer.named_chat_templates.values()]
+        values.check_read({name for source in sources if source for name in variables_read_by(source)})
+        tokenizer.template_values = values
+
+    def _choose_template(self, tokenizer: Tokenizer) -> None:
         if self.chat_template is None:
             return
         given, known = str(self.chat_template), sorted(tokenizer.named_chat_templates)
@@ -130,6 +151,10 @@ class PreprocessJob:
                 f"chat_template={given} is neither a file nor a chat template of the tokenizer{others}"
             )
         tokenizer.chat_template, tokenizer.named_chat_templates = template, {}
+
+    def input_files(self) -> list[Path]:
+        """Return the files of `inputs`."""
+        return find_inputs(self.inputs)
 
     def sources(self, handler: TextHandler | SampleHandler) -> list[Source]:
         """Open the inputs.
@@ -144,14 +169,15 @@ class PreprocessJob:
         # A handler of samples gets whole records: a column that it does not read may change what is to be learned.
         columns = None
         if not isinstance(handler, SampleHandler):
-            columns = [*handler.columns, *getattr(handler, "optional_columns", ())] or list(self.keys)
-        return [FileSource(path, columns) for path in find_inputs(self.inputs)]
+            read = [*handler.columns, *getattr(handler, "optional_columns", ())] or list(self.keys)
+            columns = [dict(self.columns).get(name, name) for name in read]
+        return [FileSource(path, columns) for path in self.input_files()]
 
     def identity(
         self, tokenizer: Tokenizer, handler: TextHandler | SampleHandler, encoder: str
     ) -> dict[str, Any]:
         """Return all settings that decide the bytes of the output; the inputs are not included."""
-        tool_use = tool_use_template_of(handler, tokenizer)
+        tool_use, values = tool_use_template_of(handler, tokenizer), tokenizer.template_values
         return {
             "tokenizer": tokenizer.fingerprint,
             "encoder": encoder,
@@ -163,7 +189,15 @@ class PreprocessJob:
             "seq_length": self.seq_length if self.pack else None,
             "pack": self.pack,
             "parse_special": self.parse_special,
-        } | ({} if tool_use is None else {"chat template for tools": tool_use})
+        } | {
+            name: value
+            for name, value in {
+                "chat template for tools": tool_use,
+                "template values": [vars(values)] if values != TemplateValues() else None,
+                "columns": [list(pair) for pair in self.columns] or None,
+            }.items()
+            if value is not None
+        }
 
 
 def template_of(handler: TextHandler | SampleHandler, tokenizer: Tokenizer) -> str:

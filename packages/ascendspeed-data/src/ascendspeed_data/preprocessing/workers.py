@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from multiprocessing import connection, get_context, parent_process
 
@@ -17,6 +17,7 @@ from ascendspeed_data.errors import AscendSpeedError
 from ascendspeed_data.fast_tokenizer import EncoderChoice
 from ascendspeed_data.handlers import find_handler
 from ascendspeed_data.reading.shards import Shard
+from ascendspeed_data.template_values import TemplateValues
 
 SHARDS_IN_FLIGHT_PER_WORKER = 2
 
@@ -34,6 +35,8 @@ class WorkerTask:
         choice: tokenizer and encoder.
         chat_template: chat template to use instead of the tokenizer's.
         parse_special: read special pieces that records of samples spell as control.
+        template_values: further values that chat templates get.
+        columns: names of columns in the input, by the names that the handler reads.
     """
 
     handler_name: str
@@ -42,14 +45,19 @@ class WorkerTask:
     choice: EncoderChoice
     chat_template: str | None = None
     parse_special: bool = False
+    template_values: TemplateValues = field(default_factory=TemplateValues)
+    columns: dict[str, str] = field(default_factory=dict, hash=False)
 
     def open(self) -> ShardEncoder:
         """Load the tokenizer and the handler."""
         tokenizer, encoder = self.choice.open()
         if self.chat_template is not None:
             tokenizer.chat_template, tokenizer.named_chat_templates = self.chat_template, {}
-        handler = find_handler(self.handler_name)
-        return ShardEncoder(handler, self.json_keys, self.append_eod, tokenizer, encoder, self.parse_special)
+        tokenizer.template_values = self.template_values
+        return ShardEncoder(
+            find_handler(self.handler_name), self.json_keys, self.append_eod, tokenizer, encoder,
+            self.parse_special, self.columns,
+        )  # fmt: skip
 
 
 def encode_shards(task: WorkerTask, shards: Iterator[Shard], workers: int) -> Iterator[tuple[Shard, Encoded]]:

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from ascendspeed_eval.backends import Backends, find_backends
+from ascendspeed_eval.conversations import ChatSettings
 from ascendspeed_eval.errors import EvaluationError, UsageError
 from ascendspeed_eval.evaluation import Evaluation, prepare_evaluation
 from ascendspeed_eval.hub import PREFIX, write_files
@@ -83,6 +84,32 @@ def run_command(
     temperature: Annotated[
         float, typer.Option(min=0, help="Sampling temperature; 0 is greedy decoding.")
     ] = 0.0,
+    apply_chat_template: Annotated[
+        bool,
+        typer.Option(
+            "--apply-chat-template",
+            help="Ask in conversations, by the model's chat template; reasoning is removed from answers (see "
+            "docs/evaluation.md).",
+        ),
+    ] = False,
+    system: Annotated[
+        str | None,
+        typer.Option(help="System message of each conversation; the task's own header follows it."),
+    ] = None,
+    chat_template_kwargs: Annotated[
+        str | None,
+        typer.Option(help='JSON object with variables of the template, such as {"enable_thinking": false}.'),
+    ] = None,
+    chat_template_date: Annotated[
+        str | None,
+        typer.Option(help="Day that a template with a date shows: YYYY-MM-DD, or today."),
+    ] = None,
+    fewshot_as_multiturn: Annotated[
+        bool | None,
+        typer.Option(
+            help="Give each example of the prompt as a turn, or all in one message. [default: turns]",
+        ),
+    ] = None,
     allow_code_execution: Annotated[
         bool,
         typer.Option("--allow-code-execution", help="Allow running programs that the model wrote."),
@@ -106,6 +133,9 @@ def run_command(
     for samples that failed; batch size, number of devices and a server's address may differ.
     """
     backend, own = find_backends().choose(options)
+    chat = ChatSettings.of_flags(
+        apply_chat_template, system, chat_template_kwargs, chat_template_date, fewshot_as_multiturn
+    )
     generation = GenerationSettings(
         max_new_tokens, num_samples, temperature, seed, allow_code_execution, allow_weak_sandbox
     )
@@ -128,6 +158,7 @@ def run_command(
             evaluation = prepare_evaluation(
                 found, variant, path, subsets=subset or (), limit=limit, limit_seed=limit_seed,
                 num_fewshot=num_fewshot, generation=settings, seed=seed,
+                chat=chat,
             )  # fmt: skip
             prepared.append(evaluation)
         if backend.launch(_options_of(backend, own, prepared[0]), sys.argv[1:]):

@@ -17,6 +17,7 @@ from ascendspeed_eval.model import (
     Request,
 )
 from ascendspeed_eval.tasks.answer_marks import marks_of
+from ascendspeed_eval.tasks.chat_answers import opens_reasoning, split_answer
 from ascendspeed_eval.tasks.samples import Benchmark, GenerationSettings, Record, Sample, ScoredSample
 from ascendspeed_eval.tasks.template import fill_template
 
@@ -189,14 +190,23 @@ class Task(ABC):
                     f"num_fewshot={count} is more than the {len(examples)} examples that {self.name}, subset "
                     f"{record.subset}, has; give --num-fewshot {len(examples)} or the files with examples"
                 )
-            shown = [
-                self.question(variant, example) + variant.answer_prefix + self.answer(variant, example)
-                for example in examples
-            ]
+            turns = tuple((self.question(variant, one), self.answer(variant, one)) for one in examples)
+            shown = [question + variant.answer_prefix + answer for question, answer in turns]
             last = variant.separator if variant.last_separator is None else variant.last_separator
             head = self.header(variant, record) + variant.separator.join(shown) + (last if shown else "")
             shared = len(head) if self.shares_examples(variant) and variant.surplus_draws is None else 0
-            made.append(Sample(record, head + self.question(variant, record), shared, len(shown)))
+            question = self.question(variant, record)
+            made.append(
+                Sample(
+                    record,
+                    head + question,
+                    shared,
+                    len(examples),
+                    self.header(variant, record),
+                    turns,
+                    question,
+                )
+            )
         return made
 
     def shares_examples(self, variant: TaskVariant) -> bool:
@@ -206,20 +216,24 @@ class Task(ABC):
     def requests(
         self, sample: Sample, variant: TaskVariant, settings: GenerationSettings
     ) -> Sequence[Request]:
-        """Return what the model is asked for a sample: its choices, or `num_samples` texts."""
+        """Return what the model is asked for a sample: its choices, or `num_samples` texts.
+
+        In a chat no stop string ends a text, as it could stand in what the model thinks; see `split_answer`.
+        """
         if variant.choices is not None:
             return [
-                LoglikelihoodRequest(sample.prompt, choice, sample.shared_characters)
-                for choice in variant.choices(sample.record)
+                LoglikelihoodRequest(sample.prompt, choice, sample.shared_characters, sample.messages)
+                for choice in _shown_choices(sample, variant)
             ]
         return [
             GenerateRequest(
                 sample.prompt,
                 settings.max_new_tokens or variant.max_new_tokens,
-                variant.stop,
+                () if sample.messages else variant.stop,
                 settings.temperature,
                 settings.seed + number,
                 sample.shared_characters,
+                sample.messages,
             )
             for number in range(settings.num_samples)
         ]
@@ -234,14 +248,27 @@ class Task(ABC):
         """Score what the model answered to the `requests` of a sample."""
         if variant.choices is not None:
             own = [one for one in results if isinstance(one, LoglikelihoodResult)]
-            return _compare_choices(sample, own, variant, variant.choices(sample.record))
+            return _compare_choices(sample, own, variant, _shown_choices(sample, variant))
         texts = [one for one in results if isinstance(one, GenerateResult)]
         truncated = max(one.truncated_tokens for one in texts)
-        scored = self.score_texts(sample, [one.text for one in texts], truncated, variant, settings)
+        is_open = bool(sample.messages) and opens_reasoning(sample.prompt)
+        answers, removed = texts, list[str]()
+        if sample.messages:
+            split = [split_answer(one, variant.stop, is_open) for one in texts]
+            answers = [answer for answer, _ in split]
+            # Some servers keep the reasoning apart from the text themselves.
+            removed = [one.reasoning + thought for one, (_, thought) in zip(texts, split, strict=True)]
+        scored = self.score_texts(sample, [one.text for one in answers], truncated, variant, settings)
+        ended = [
+            replace(one, finish_reason=answer.finish_reason)
+            for one, answer in zip(texts, answers, strict=True)
+        ]
         return replace(
             scored,
-            finish_reasons=[one.finish_reason for one in texts],
-            marks=list(dict.fromkeys([*marks_of(texts), *scored.marks])),
+            finish_reasons=[one.finish_reason for one in ended],
+            marks=list(dict.fromkeys([*marks_of(ended, is_open), *scored.marks])),
+            messages=list(sample.messages),
+            removed=removed,
         )
 
     def score_texts(
@@ -285,6 +312,13 @@ class Task(ABC):
         return {"chance": chance, "majority": majority}
 
 
+def _shown_choices(sample: Sample, variant: TaskVariant) -> Sequence[str]:
+    """Return the choices; in a chat without the text between question and answer, as an answer begins a turn."""
+    assert variant.choices is not None
+    choices = variant.choices(sample.record)
+    return [one.removeprefix(variant.answer_prefix) for one in choices] if sample.messages else choices
+
+
 def _compare_choices(
     sample: Sample, results: Sequence[LoglikelihoodResult], variant: TaskVariant, shown: Sequence[str]
 ) -> ScoredSample:
@@ -308,6 +342,7 @@ def _compare_choices(
         choices=list(shown),
         logprobs=logprobs,
         answer=answer,
+        messages=list(sample.messages),
     )
 
 

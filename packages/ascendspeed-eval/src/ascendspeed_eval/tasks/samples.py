@@ -38,6 +38,10 @@ class Benchmark:
     files: Sequence[Path]
 
 
+ChatMessage = Mapping[str, str]
+"""`role` and `content`."""
+
+
 @dataclass(frozen=True)
 class Sample:
     """One record with its prompt.
@@ -47,12 +51,20 @@ class Sample:
         prompt: full text.
         shared_characters: length of the prefix that all prompts of the subset share.
         num_examples: solved questions that the prompt shows.
+        header: the prompt's text before the examples.
+        examples: question and answer of each.
+        question: the last part of the prompt.
+        messages: what is sent instead of the prompt's text, in a chat; `prompt` is then what they are rendered to.
     """
 
     record: Record
     prompt: str
     shared_characters: int
     num_examples: int = 0
+    header: str = ""
+    examples: tuple[tuple[str, str], ...] = ()
+    question: str = ""
+    messages: tuple[ChatMessage, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -73,6 +85,8 @@ class ScoredSample:
         extracted: answers found in the first text; for HumanEval the result of each program.
         finish_reasons: why each text ended.
         marks: what is unusual in its texts, such as `length` or `only reasoning`; the report counts them.
+        messages: the conversation, where the model was asked in a chat; `prompt` is what it was rendered to.
+        removed: in a chat, the reasoning removed from the beginning of each text.
     """
 
     id: str
@@ -88,6 +102,8 @@ class ScoredSample:
     extracted: Mapping[str, Any] = field(default_factory=dict)
     finish_reasons: Sequence[str] = ()
     marks: Sequence[str] = ()
+    messages: Sequence[ChatMessage] = ()
+    removed: Sequence[str] = ()
 
     @property
     def correct(self) -> bool:

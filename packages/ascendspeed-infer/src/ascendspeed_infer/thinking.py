@@ -1,0 +1,49 @@
+"""Tell what a model thinks from what it answers, in a text that grows."""
+
+OPEN, CLOSE = "<think>", "</think>"
+
+Part = tuple[str, bool]
+"""A text, and whether it is a thought; the marks around thoughts are part of them."""
+
+
+class ThoughtSplitter:
+    """Splits an answer into thoughts and the rest, piece by piece.
+
+    Args:
+        is_open: whether the prompt already opened the thoughts.
+    """
+
+    def __init__(self, is_open: bool = False) -> None:
+        self.is_open = is_open
+        """Whether the text so far ends inside of thoughts."""
+        self._held = ""
+
+    def feed(self, text: str) -> list[Part]:
+        """Return the parts that are certain after a further piece of the text."""
+        self._held += text
+        found: list[Part] = []
+        while True:
+            mark = CLOSE if self.is_open else OPEN
+            before, is_there, after = self._held.partition(mark)
+            if not is_there:
+                break
+            thought = before + mark if self.is_open else mark
+            if not self.is_open and before:
+                found.append((before, False))
+            found.append((thought, True))
+            self.is_open, self._held = not self.is_open, after
+        kept = _begun(self._held, mark)
+        if len(self._held) > kept:
+            found.append((self._held[: len(self._held) - kept], self.is_open))
+            self._held = self._held[len(self._held) - kept :]
+        return found
+
+    def end(self) -> list[Part]:
+        """Return what was held back because a mark could have followed."""
+        held, self._held = self._held, ""
+        return [(held, self.is_open)] if held else []
+
+
+def _begun(text: str, mark: str) -> int:
+    """Return how many characters at the end of a text could begin a mark."""
+    return next((size for size in range(len(mark) - 1, 0, -1) if text.endswith(mark[:size])), 0)
