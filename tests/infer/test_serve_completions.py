@@ -183,6 +183,10 @@ def test_a_stop_string_ends_before_it(server: Running, model: LanguageModel) -> 
         ({"prompt": []}, "prompt is an empty list"),
         ({"prompt": "\ud800"}, "half a surrogate pair"),
         ({}, "prompt: Field required"),
+        ({"prompt": "a", "temperature": float("nan")}, "temperature: "),
+        ({"prompt": "a", "repetition_penalty": float("inf")}, "repetition_penalty: "),
+        ({"prompt": "a", "seed": 2**63 - 1}, "seed: "),
+        ({"prompt": "a", "n": True}, "n: "),
         ({"prompt": "a", "stream_options": {"include_usage": True}}, "stream_options is for stream=true"),
     ],
 )  # fmt: skip

@@ -11,7 +11,8 @@ from ascendspeed_infer.serve.errors import ApiError
 
 BodyT = TypeVar("BodyT", bound="Body")
 
-LARGEST_SEED = 2**63 - 1
+LARGEST_SEED = 2**62
+"""Draws of several texts have the seeds that follow, which must fit 64 bits too."""
 
 
 class Body(BaseModel):
@@ -22,7 +23,9 @@ class Body(BaseModel):
         unsupported: fields that OpenAI's API has and this server has not, with the values that mean nothing.
     """
 
-    model_config = ConfigDict(extra="allow", strict=True, frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="allow", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=()
+    )
     ignored: ClassVar[frozenset[str]] = frozenset({"user", "metadata", "store", "safety_identifier"})
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {}
 
@@ -61,7 +64,7 @@ class TextBody(Body):
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1)
     repetition_penalty: float | None = Field(None, gt=0)
-    seed: int | None = Field(None, ge=-LARGEST_SEED - 1, le=LARGEST_SEED)
+    seed: int | None = Field(None, ge=-LARGEST_SEED, le=LARGEST_SEED)
     stop: str | list[str] | None = None
     ignore_eos: bool | None = None
     stream: bool | None = None

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import uvicorn
 
+from ascendspeed_data import small_files
 from ascendspeed_data.errors import AscendSpeedError, ConfigError
 from ascendspeed_data.prompting import PromptLayout
 from ascendspeed_infer.language_model import LanguageModel
@@ -106,11 +107,8 @@ def read_api_keys(path: Path | None, variable: str) -> list[str]:
     keys = [key.strip() for key in variable.split(",") if key.strip()]
     if path is None:
         return keys
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"api_key_file={path} cannot be read: {error}; give one key per line") from None
-    found = [line.strip() for line in lines if line.strip()]
+    text = small_files.read_text(path, f"api_key_file={path}", "give one key per line", ConfigError)
+    found = [line.strip() for line in text.splitlines() if line.strip()]
     if not found:
         raise ConfigError(f"api_key_file={path} has no key; give one key per line")
     return [*keys, *found]
