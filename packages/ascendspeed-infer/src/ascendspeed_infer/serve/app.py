@@ -212,7 +212,7 @@ async def _server_sent(served: ServedModel, first: Json, events: Any) -> AsyncIt
 
 
 def _told(served: ServedModel, error: Exception) -> ApiError:
-    """Return what the client is told of an error; the log has those that are nobody's request."""
+    """Return the error that the client gets; the log has those that no request explains."""
     if not isinstance(error, AscendSpeedError | ApiError):
         served.say("".join(traceback.format_exception(error)))
     return failed(error)

@@ -133,8 +133,8 @@ class ChatCall:
         asked = body.max_completion_tokens or body.max_tokens
         if body.max_tokens == 0:
             raise ApiError("max_tokens=0 leaves no answer; give more", param="max_tokens")
-        room = min(engine.max_model_len, self.served.cache_tokens) - len(self._ids)
-        max_tokens = max(room, 1) if asked is None else asked
+        longest = min(engine.max_model_len, self.served.cache_tokens) - len(self._ids)
+        max_tokens = max(longest, 1) if asked is None else asked
         self.served.check_length(len(self._ids), max_tokens)
         sampling = sampling_params(body)
         ends = () if body.ignore_eos else tuple(dict.fromkeys((*model.eos_token_ids(), *layout.end_ids)))

@@ -6,7 +6,7 @@
     driver.cancel(tickets)
     driver.close(timeout_seconds=30)
 
-What a request gets is told to its `on_output`, on the driver's thread, so that function returns at once. An error of
+`on_output` of a request gets what each pass did for it, on the driver's thread, so it returns at once. An error of
 one request ends that request; an error of a pass ends all of them and the driver, because nobody knows what the cache
 holds then.
 """
@@ -47,7 +47,7 @@ class NewRequest:
 
     Attributes:
         request: a new one.
-        on_output: is told what it gets.
+        on_output: gets what each pass did for it.
         batch_invariant: see `LLMEngine.add_request`.
         cache_salt: see `LLMEngine.add_request`.
     """
@@ -190,7 +190,7 @@ class EngineDriver:
                 return
             with self._changed:
                 for output in outputs:
-                    self._tell(output)
+                    self._report(output)
                 self._num_waiting = max(len(self._tickets) - self.engine.num_running, 0)
                 self._changed.notify_all()
 
@@ -212,7 +212,7 @@ class EngineDriver:
             # What was aborted last is still taken out of the cache.
             return not self._is_stopped or self.engine.has_unfinished_requests()
 
-    def _tell(self, output: RequestOutput) -> None:
+    def _report(self, output: RequestOutput) -> None:
         ticket = self._tickets.get(output.request_id)
         if ticket is None:
             return  # Cancelled while its pass ran.

@@ -15,7 +15,7 @@ RETRY_SECONDS = 1
 
 
 class ApiError(Exception):
-    """What a client is told.
+    """An error that a client gets.
 
     Args:
         message: one line.
@@ -43,7 +43,7 @@ class ApiError(Exception):
 
 
 def refused(error: AscendSpeedError, param: str | None = None) -> ApiError:
-    """Return what a client is told of a request that was not taken."""
+    """Return the error for a request that was not taken."""
     if isinstance(error, QueueFullError):
         return ApiError(str(error), 429, kind="rate_limit_error")
     if isinstance(error, ServerClosingError):
@@ -54,7 +54,7 @@ def refused(error: AscendSpeedError, param: str | None = None) -> ApiError:
 
 
 def failed(error: Exception) -> ApiError:
-    """Return what a client is told of a request that was taken and could not be answered."""
+    """Return the error for a request that was taken and could not be answered."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, TimeLimitError):
@@ -67,5 +67,5 @@ def failed(error: Exception) -> ApiError:
 
 
 def internal_error() -> ApiError:
-    """Return what a client is told of anything else: nothing of what is inside."""
+    """Return the error for anything else, which says nothing of what is inside."""
     return ApiError("the server failed; its log says why", 500, kind="server_error")
