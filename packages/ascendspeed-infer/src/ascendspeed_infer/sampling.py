@@ -120,6 +120,13 @@ def sample_token(
     )
 
 
+def top_log_probs(logits: torch.Tensor, count: int) -> tuple[tuple[int, float], ...]:
+    """Return the likeliest tokens of [V] with their log-probabilities, computed as `SampledToken.log_prob` is."""
+    wide = logits.double().cpu()
+    values, ids = (wide - wide.logsumexp(dim=-1)).topk(min(count, len(wide)))
+    return tuple(zip(ids.tolist(), values.tolist(), strict=True))
+
+
 def check_finite_logits(largest: float) -> None:
     """Raise `AscendSpeedError` unless the largest logit is a finite number; NaN counts as the largest."""
     if not math.isfinite(largest):

@@ -1,6 +1,6 @@
 """Continue texts with an engine: encode, check, ask for ids, decode."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal, Unpack, cast, overload
@@ -190,26 +190,19 @@ class TextGenerator:
         Raises:
             AscendSpeedError: a text with half a surrogate pair, or an id that the model does not have.
         """
-        if isinstance(prompt, str):
+        if isinstance(prompt, str) and parse_special:
             check_text(prompt)
-            if parse_special:
-                ids, _ = self.tokenizer.encode_rendered(prompt)
-                return [*self.tokenizer.prefix_ids, *ids, *self.tokenizer.suffix_ids]
-            literal = LiteralTokenizer.for_texts(self.tokenizer, [prompt])
-            if literal is None:
-                return self.tokenizer.encode(prompt)
+            ids, _ = self.tokenizer.encode_rendered(prompt)
+            return [*self.tokenizer.prefix_ids, *ids, *self.tokenizer.suffix_ids]
+
+        def say(pieces: str) -> None:
             if self.is_main_process:
-                pieces = ", ".join(literal.spelled(prompt))
                 log(
                     f"{name or 'the prompt'} spells {pieces}, which is read as text; give --parse-special if control "
                     "is meant"
                 )
-            return literal.encode(prompt)
-        limit = self.engine.vocab_size
-        wrong = next((token for token in prompt if not 0 <= token < limit), None)
-        if wrong is not None:
-            raise ConfigError(f"prompt id {wrong} is not in 0 to {limit - 1}, the model's vocabulary")
-        return list(prompt)
+
+        return encode_prompt(self.tokenizer, self.engine.vocab_size, prompt, say)
 
     def _settings(self, config: SamplingConfig, ids: Sequence[int], seed: int) -> GenerationSettings:
         if config.max_length is not None and config.max_length <= len(ids):
@@ -286,6 +279,37 @@ class TextGenerator:
         """Return the ids that end a text: those of the model's config, or else the tokenizer's."""
         eos_token_ids = self.engine.eos_token_ids or (self.tokenizer.eos_id,)
         return tuple(token for token in eos_token_ids if token is not None)
+
+
+def encode_prompt(
+    tokenizer: Tokenizer,
+    vocab_size: int,
+    prompt: str | Sequence[int],
+    on_special: Callable[[str], None] | None = None,
+) -> list[int]:
+    """Return the ids of a prompt; special pieces that a text spells are text.
+
+    Args:
+        tokenizer: of the model.
+        vocab_size: of the model.
+        prompt: a text, or its ids.
+        on_special: told the special pieces that the text spells.
+
+    Raises:
+        AscendSpeedError: a text with half a surrogate pair, or an id that the model does not have.
+    """
+    if isinstance(prompt, str):
+        check_text(prompt)
+        literal = LiteralTokenizer.for_texts(tokenizer, [prompt])
+        if literal is None:
+            return tokenizer.encode(prompt)
+        if on_special is not None:
+            on_special(", ".join(literal.spelled(prompt)))
+        return literal.encode(prompt)
+    wrong = next((token for token in prompt if not 0 <= token < vocab_size), None)
+    if wrong is not None:
+        raise ConfigError(f"prompt id {wrong} is not in 0 to {vocab_size - 1}, the model's vocabulary")
+    return list(prompt)
 
 
 def check_text(text: str) -> None:

@@ -11,11 +11,13 @@ class ThoughtSplitter:
 
     Args:
         is_open: whether the prompt already opened the thoughts.
+        marks: before and after thoughts; others than those of thoughts tell other parts, such as tool calls.
     """
 
-    def __init__(self, is_open: bool = False) -> None:
+    def __init__(self, is_open: bool = False, marks: tuple[str, str] = (OPEN, CLOSE)) -> None:
         self.is_open = is_open
         """Whether the text so far ends inside of thoughts."""
+        self._marks = marks
         self._held = ""
 
     def feed(self, text: str) -> list[Part]:
@@ -23,7 +25,7 @@ class ThoughtSplitter:
         self._held += text
         found: list[Part] = []
         while True:
-            mark = CLOSE if self.is_open else OPEN
+            mark = self._marks[int(self.is_open)]
             before, is_there, after = self._held.partition(mark)
             if not is_there:
                 break

@@ -115,6 +115,11 @@ class LLMEngine:
         return self._worker.free_blocks
 
     @property
+    def num_running(self) -> int:
+        """Requests that the last step let into the cache and that have not left it."""
+        return len(self._scheduler.running)
+
+    @property
     def reused_tokens(self) -> int:
         """Tokens of prompts whose keys and values were copied, not computed."""
         return self._scheduler.reused_tokens
@@ -189,6 +194,17 @@ class LLMEngine:
         """Step until every request is finished."""
         while self.has_unfinished_requests():
             self.step()
+
+    def fix_cache(self, num_tokens: int, max_num_seqs: int | None = None) -> None:
+        """Keep the cache at this size from now on, whatever is asked, as a server does; nothing may run.
+
+        Args:
+            num_tokens: of all sequences that are to run side by side.
+            max_num_seqs: most sequences in one pass.
+        """
+        assert not self.has_unfinished_requests()
+        self._cache_tokens = self._next_cache_tokens = num_tokens
+        self._scheduler.max_num_seqs = max_num_seqs
 
     def resize_cache(self, num_tokens: int, only_grow: bool = False) -> None:
         """Make the cache for this many tokens as soon as nothing runs; kept prefixes are lost.

@@ -120,8 +120,12 @@ class ScoringRequest:
             if chunk.num_logits:
                 self._logits.append(part)
             if chunk.chunk.end == len(sequence.token_ids):
-                self.scores |= _scores(torch.cat(self._logits), self._inputs[sequence])
+                self.take_logits(torch.cat(self._logits), self._inputs[sequence])
                 self._logits = []
+
+    def take_logits(self, logits: torch.Tensor, inputs: Sequence[ScoringInput]) -> None:
+        """Score the continuations of one sequence from the logits of its last positions, [P, V]."""
+        self.scores |= _scores(logits, inputs)
 
 
 def _pieces(slot: CacheSlot, sequences: Iterable[_ScoredSequence], shapes: PassShapes) -> Iterator[_Piece]:
@@ -144,9 +148,14 @@ def _pieces(slot: CacheSlot, sequences: Iterable[_ScoredSequence], shapes: PassS
         before, ends_before = sequence, ends
 
 
+def log_probs_of(logits: torch.Tensor) -> torch.Tensor:
+    """Return log-probabilities in fp32 or wider, [P, V] -> [P, V]."""
+    return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(dim=-1)
+
+
 def _scores(logits: torch.Tensor, inputs: Sequence[ScoringInput]) -> dict[ScoringInput, Score]:
     """Add up the log-probabilities of continuations of one sequence; logits of its last positions, [P, V]."""
-    log_probs = (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(dim=-1)
+    log_probs = log_probs_of(logits)
     scores = {}
     for one in inputs:
         own = log_probs[len(log_probs) - one.num_continuation :]

@@ -11,7 +11,7 @@ import torch
 
 from ascendspeed_data.errors import ConfigError
 from ascendspeed_infer.beams import BeamHypotheses, BeamSettings
-from ascendspeed_infer.sampling import SamplingParams, sample_token
+from ascendspeed_infer.sampling import SamplingParams, sample_token, top_log_probs
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class GenerationSettings:
         eos_token_ids: ids that end the text; the id itself is kept in `token_ids`, not in the text.
         stop: strings that end the text; they are cut off together with what follows.
         return_log_probs: whether the log-probability of each token is wanted.
+        num_top_log_probs: how many of the likeliest tokens are wanted beside each, with `return_log_probs`.
     """
 
     max_new_tokens: int
@@ -31,6 +32,7 @@ class GenerationSettings:
     eos_token_ids: tuple[int, ...] = ()
     stop: tuple[str, ...] = ()
     return_log_probs: bool = False
+    num_top_log_probs: int = 0
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -42,6 +44,10 @@ class GenerationSettings:
 FinishReason = Literal["length", "stop"]
 StopCheck = Callable[[Sequence[int]], bool]
 """Gets the new ids after each token and returns whether the text has ended (stop strings)."""
+
+
+TopLogProbs = tuple[tuple[int, float], ...]
+"""Tokens with their log-probabilities, the likeliest first."""
 
 
 def never_stop(new_ids: Sequence[int]) -> bool:
@@ -74,11 +80,13 @@ class TokenOutput:
         token_id: the token.
         log_prob: its log-probability, if it was asked for.
         finish_reason: why the text ends with it; `None` when it goes on.
+        top_log_probs: the likeliest tokens at its place, if they were asked for.
     """
 
     token_id: int
     log_prob: float | None
     finish_reason: FinishReason | None
+    top_log_probs: TopLogProbs = ()
 
 
 @dataclass(frozen=True)
@@ -146,6 +154,7 @@ class SamplingRequest:
     Attributes:
         new_ids: the tokens so far.
         log_probs: of each token, if asked for.
+        top_log_probs: at the place of each token, if asked for.
         finish_reason: `None` until the text is complete.
     """
 
@@ -159,6 +168,7 @@ class SamplingRequest:
         self.error: Exception | None = None
         self.new_ids: list[int] = []
         self.log_probs: list[float] = []
+        self.top_log_probs: list[TopLogProbs] = []
         self.finish_reason: FinishReason | None = None
         self._stop_check = stop_check
         self._generator = settings.sampling.generator()
@@ -171,6 +181,9 @@ class SamplingRequest:
         sampled = sample_token(logits[0], own.sampling, noise, ids, own.return_log_probs)
         if sampled.log_prob is not None:
             self.log_probs.append(sampled.log_prob)
+            self.top_log_probs.append(
+                top_log_probs(logits[0], own.num_top_log_probs) if own.num_top_log_probs else ()
+            )
         return self.take(sampled.token_id)
 
     @property
@@ -203,6 +216,7 @@ class SamplingRequest:
                 self.new_ids[number],
                 self.log_probs[number] if self.log_probs else None,
                 self.finish_reason if number == last else None,
+                self.top_log_probs[number] if self.top_log_probs else (),
             )
             for number in range(start, last + 1)
         ]

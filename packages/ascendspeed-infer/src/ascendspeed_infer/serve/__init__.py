@@ -1,0 +1,1 @@
+"""`asd-infer serve`: the models over HTTP, in the form of OpenAI's API."""

@@ -1,0 +1,117 @@
+"""What of an answer is thought, said and called, as it grows."""
+
+import json
+import secrets
+from dataclasses import dataclass, field
+from typing import Any
+
+from ascendspeed_infer.thinking import CLOSE, OPEN, ThoughtSplitter
+
+CALL_MARKS = ("<tool_call>", "</tool_call>")
+"""Around the JSON of a tool call, in the templates of Hermes and Qwen."""
+
+
+@dataclass
+class AnswerPart:
+    """What a piece of text adds to an answer.
+
+    Attributes:
+        reasoning: of thoughts.
+        content: of what is said.
+        calls: of tools, each whole.
+    """
+
+    reasoning: str = ""
+    content: str = ""
+    calls: list[dict[str, Any]] = field(default_factory=list)
+
+
+class AnswerParser:
+    """Parses an answer piece by piece; the parts of all pieces together are the parts of the whole.
+
+    Args:
+        thinks: whether the prompt opened the thoughts.
+        has_tools: whether tool calls are looked for.
+    """
+
+    def __init__(self, thinks: bool, has_tools: bool) -> None:
+        self._thoughts = ThoughtSplitter(thinks)
+        self._calls = ThoughtSplitter(marks=CALL_MARKS) if has_tools else None
+        self._open_call = ""
+        self._num_calls = 0
+        self._has_reasoning = thinks
+        self._has_begun = {"reasoning": False, "content": False}
+        self._held_newlines = ""
+
+    @property
+    def num_calls(self) -> int:
+        """Tool calls so far."""
+        return self._num_calls
+
+    def feed(self, text: str, is_last: bool) -> AnswerPart:
+        """Return what a piece of the text adds."""
+        part = AnswerPart()
+        parts = [*self._thoughts.feed(text), *(self._thoughts.end() if is_last else [])]
+        for piece, is_thought in parts:
+            if is_thought:
+                self._has_reasoning = True
+                part.reasoning += self._reasoning(piece.replace(OPEN, "").replace(CLOSE, ""))
+            elif self._calls is None:
+                part.content += self._content(piece)
+            else:
+                self._split_calls(part, self._calls.feed(piece))
+        if is_last and self._calls is not None:
+            self._split_calls(part, self._calls.end())
+            # A call that was cut off is text.
+            part.content += self._content(self._open_call)
+            self._open_call = ""
+        return part
+
+    def _split_calls(self, part: AnswerPart, pieces: list[tuple[str, bool]]) -> None:
+        opened, closed = CALL_MARKS
+        for piece, is_call in pieces:
+            if not is_call:
+                part.content += self._content(piece)
+                continue
+            self._open_call += piece
+            if not self._open_call.endswith(closed):
+                continue
+            call = _read_call(self._open_call.removeprefix(opened).removesuffix(closed), self._num_calls)
+            if call is None:
+                part.content += self._content(self._open_call)
+            else:
+                part.calls.append(call)
+                self._num_calls += 1
+            self._open_call = ""
+
+    def _reasoning(self, piece: str) -> str:
+        """Leave out line ends around thoughts."""
+        if not self._has_begun["reasoning"]:
+            piece = piece.lstrip("\n")
+        piece = self._held_newlines + piece
+        kept = piece.rstrip("\n")
+        self._held_newlines = piece[len(kept) :]
+        self._has_begun["reasoning"] |= bool(kept)
+        return kept
+
+    def _content(self, piece: str) -> str:
+        """Leave out line ends between thoughts and what is said."""
+        if self._has_reasoning and not self._has_begun["content"]:
+            piece = piece.lstrip("\n")
+        self._has_begun["content"] |= bool(piece)
+        return piece
+
+
+def _read_call(text: str, index: int) -> dict[str, Any] | None:
+    """Return a tool call in OpenAI's form; `None` if the model wrote something else."""
+    try:
+        call = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+        return None
+    arguments = call.get("arguments", {})
+    if not isinstance(arguments, str):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    function = {"name": call["name"], "arguments": arguments}
+    return {"index": index, "id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}

@@ -1,0 +1,265 @@
+"""The routes of the server."""
+
+import asyncio
+import hashlib
+import hmac
+import json
+import traceback
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+from fastapi import Depends, FastAPI, HTTPException, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+from ascendspeed_data.errors import AscendSpeedError
+from ascendspeed_infer import __version__
+from ascendspeed_infer.serve.bodies import (
+    BodyT,
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    TokenizeBody,
+    read_body,
+)
+from ascendspeed_infer.serve.chat_completions import ChatCall
+from ascendspeed_infer.serve.completions import CompletionCall, Json
+from ascendspeed_infer.serve.errors import ApiError, failed, internal_error
+from ascendspeed_infer.serve.metrics import Metrics
+from ascendspeed_infer.serve.served_model import ServedModel
+
+OPEN_PATHS = ("/health", "/ready")
+"""Asked by what watches the server, which has no key."""
+CLIENT_LEFT = 499
+"""Status that is counted for a client that left; nobody gets it."""
+
+ResultT = TypeVar("ResultT")
+
+
+def build_app(served: ServedModel, api_keys: Sequence[str] = ()) -> FastAPI:
+    """Return the application.
+
+    Args:
+        served: answers.
+        api_keys: of which a request must give one; none lets everybody in.
+    """
+    digests = [hashlib.sha256(key.encode()).digest() for key in api_keys]
+
+    def check_key(request: Request) -> None:
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        own = hashlib.sha256(given.strip().encode()).digest()
+        # All are compared, so that the time says nothing of which one is near.
+        found = [hmac.compare_digest(own, digest) for digest in digests]
+        if digests and request.url.path not in OPEN_PATHS and not (any(found) and scheme.lower() == "bearer"):
+            raise ApiError("the request has no valid API key", 401, kind="authentication_error")
+
+    app = FastAPI(
+        title="asd-infer serve",
+        version=__version__,
+        dependencies=[Depends(check_key)],
+        docs_url=None,
+        redoc_url=None,
+    )
+    _add_errors(app, served)
+    _add_state_routes(app, served)
+    _add_model_routes(app, served)
+    return app
+
+
+class RequestCounter:
+    """Counts answers by path and status.
+
+    Args:
+        app: the application.
+        metrics: has the count.
+    """
+
+    def __init__(self, app: Any, metrics: Metrics) -> None:
+        self._app, self._metrics = app, metrics
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Answer a request (ASGI)."""
+
+        async def counting(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                path = getattr(scope.get("route"), "path", "other")
+                self._metrics.requests.labels(path, message["status"]).inc()
+            await send(message)
+
+        await self._app(scope, receive, counting)
+
+
+def _add_errors(app: FastAPI, served: ServedModel) -> None:
+    app.add_middleware(RequestCounter, metrics=served.metrics)
+
+    @app.exception_handler(ApiError)
+    async def api_error(request: Request, error: ApiError) -> Response:
+        return JSONResponse(error.content(), error.status, error.headers())
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        made = ApiError(f"{request.method} {request.url.path}: {error.detail}", error.status_code)
+        return JSONResponse(made.content(), made.status, error.headers)
+
+    app.add_exception_handler(404, http_error)  # type: ignore[arg-type]
+    app.add_exception_handler(405, http_error)  # type: ignore[arg-type]
+
+    @app.exception_handler(Exception)
+    async def other_error(request: Request, error: Exception) -> Response:
+        made = internal_error()
+        return JSONResponse(made.content(), made.status)
+
+
+def _add_state_routes(app: FastAPI, served: ServedModel) -> None:
+    @app.get("/health")
+    async def health() -> Response:
+        """Whether the engine works."""
+        return JSONResponse({"status": "ok"} if served.driver.failure is None else {"status": "failed"},
+                            200 if served.driver.failure is None else 503)  # fmt: skip
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        """Whether requests are taken."""
+        is_ready = served.driver.is_accepting
+        return JSONResponse({"status": "ready" if is_ready else "closing"}, 200 if is_ready else 503)
+
+    @app.get("/version")
+    async def version() -> Response:
+        """The version of the server."""
+        return JSONResponse({"version": __version__})
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """Counts in Prometheus' form."""
+        return Response(served.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        """The models."""
+        return JSONResponse({"object": "list", "data": [_model_card(served)]})
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> Response:
+        """One model."""
+        served.check_name(name)
+        return JSONResponse(_model_card(served))
+
+
+def _add_model_routes(app: FastAPI, served: ServedModel) -> None:
+    @app.post("/v1/completions", openapi_extra=_takes(CompletionBody))
+    async def completions(request: Request) -> Response:
+        """Continue texts."""
+        body = await _body(request, served, CompletionBody)
+        call = CompletionCall(served, body)
+        return await _answered(request, served, call.events(), call.answer, bool(body.stream))
+
+    @app.post("/v1/chat/completions", openapi_extra=_takes(ChatBody))
+    async def chat_completions(request: Request) -> Response:
+        """Answer a conversation."""
+        body = await _body(request, served, ChatBody)
+        call = ChatCall(served, body)
+        return await _answered(request, served, call.events(), call.answer, bool(body.stream))
+
+    @app.post("/tokenize", openapi_extra=_takes(TokenizeBody))
+    async def tokenize(request: Request) -> Response:
+        """Return the ids of a text."""
+        body = await _body(request, served, TokenizeBody)
+        served.check_name(body.model)
+        ids = served.encode(body.prompt)
+        longest = served.driver.engine.max_model_len
+        return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": longest})
+
+    @app.post("/detokenize", openapi_extra=_takes(DetokenizeBody))
+    async def detokenize(request: Request) -> Response:
+        """Return the text of ids."""
+        body = await _body(request, served, DetokenizeBody)
+        served.check_name(body.model)
+        ids = served.encode(body.tokens, "tokens")
+        return JSONResponse({"prompt": served.model.tokenizer.decode(ids)})
+
+
+async def _answered(
+    request: Request,
+    served: ServedModel,
+    events: AsyncIterator[Json],
+    answer: Callable[[], Awaitable[Json]],
+    streams: bool,
+) -> Response:
+    """Answer whole or as a stream; a client that leaves ends what is computed for it."""
+    try:
+        if not streams:
+            found = await _unless_gone(request, answer())
+            return Response(status_code=CLIENT_LEFT) if found is None else JSONResponse(found)
+        # The status is known once there is a first piece.
+        first = await _unless_gone(request, anext(events))
+    except Exception as error:  # noqa: BLE001 - told to the client
+        raise _told(served, error) from None
+    if first is None:
+        return Response(status_code=CLIENT_LEFT)
+    return StreamingResponse(_server_sent(served, first, events), media_type="text/event-stream")
+
+
+async def _server_sent(served: ServedModel, first: Json, events: Any) -> AsyncIterator[bytes]:
+    """Yield server-sent events."""
+    async with aclosing(events):
+        try:
+            yield _event(first)
+            async for one in events:
+                yield _event(one)
+        except Exception as error:  # noqa: BLE001 - the status is sent already, so the error is an event
+            yield _event(_told(served, error).content())
+        yield b"data: [DONE]\n\n"
+
+
+def _told(served: ServedModel, error: Exception) -> ApiError:
+    """Return the error that the client gets; the log has those that no request explains."""
+    if not isinstance(error, AscendSpeedError | ApiError):
+        served.say("".join(traceback.format_exception(error)))
+    return failed(error)
+
+
+def _event(content: Json) -> bytes:
+    return b"data: " + json.dumps(content, ensure_ascii=False).encode("utf-8", "replace") + b"\n\n"
+
+
+async def _unless_gone(request: Request, work: Awaitable[ResultT]) -> ResultT | None:
+    """Wait for something, and cancel it if the client leaves; `None` then."""
+
+    async def left() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    working, watching = asyncio.ensure_future(work), asyncio.ensure_future(left())
+    try:
+        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        for task in (working, watching):
+            task.cancel()
+        await asyncio.gather(working, watching, return_exceptions=True)
+
+
+async def _body(request: Request, served: ServedModel, kind: type[BodyT]) -> BodyT:
+    limit, content = served.limits.max_body_bytes, bytearray()
+    async for piece in request.stream():
+        content += piece
+        if len(content) > limit:
+            raise ApiError(f"the body is larger than the {limit} bytes allowed", 413)
+    return read_body(kind, bytes(content), served.limits.lenient, served.say)
+
+
+def _model_card(served: ServedModel) -> Json:
+    return {
+        "id": served.name,
+        "object": "model",
+        "created": served.created,
+        "owned_by": "ascendspeed",
+        "max_model_len": served.driver.engine.max_model_len,
+    }
+
+
+def _takes(kind: type[BodyT]) -> Json:
+    """Describe the body of a route in the OpenAPI document."""
+    schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
+    schema.pop("$defs", None)
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}

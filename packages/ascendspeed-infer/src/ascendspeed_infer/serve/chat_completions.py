@@ -1,0 +1,179 @@
+"""`/v1/chat/completions`: answer conversations in the layout of the checkpoint."""
+
+import secrets
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Any
+
+from ascendspeed_data.errors import AscendSpeedError
+from ascendspeed_data.prompting import PromptLayout
+from ascendspeed_infer.engine.sequence import GenerationSettings, TokenOutput
+from ascendspeed_infer.serve.answer_parser import CALL_MARKS, AnswerParser, AnswerPart
+from ascendspeed_infer.serve.bodies import ChatBody
+from ascendspeed_infer.serve.errors import ApiError
+from ascendspeed_infer.serve.log_probs import chat_log_probs
+from ascendspeed_infer.serve.served_model import ServedModel
+from ascendspeed_infer.serve.text_plan import (
+    GrowingText,
+    check_log_probs,
+    check_text_body,
+    grow,
+    sampling_params,
+)
+from ascendspeed_infer.thinking import OPEN
+
+Json = dict[str, Any]
+
+
+class ChatCall:
+    """One request.
+
+    Args:
+        served: the model.
+        body: what was asked.
+
+    Raises:
+        ApiError: what was asked cannot be done; nothing was computed.
+    """
+
+    def __init__(self, served: ServedModel, body: ChatBody) -> None:
+        self.served, self.body = served, body
+        self._n = body.n or 1
+        check_text_body(served, body, self._n)
+        check_log_probs(served, body.top_logprobs or 0, "top_logprobs")
+        if body.top_logprobs and not body.logprobs:
+            raise ApiError("top_logprobs is for logprobs=true", param="top_logprobs")
+        layout = self._layout()
+        try:
+            self._ids = layout.ids(body.messages)
+        except AscendSpeedError as error:
+            raise ApiError(str(error), param="messages") from None
+        self._texts = self._new_texts(layout)
+        opened = served.model.tokenizer.decode(self._ids[-4:]).rstrip().endswith(OPEN)
+        self._parsers = [AnswerParser(opened, self._has_tools) for _ in self._texts]
+        self._head = {
+            "id": f"chatcmpl-{secrets.token_hex(12)}",
+            "object": "chat.completion.chunk" if body.stream else "chat.completion",
+            "created": int(time.time()),
+            "model": served.name,
+        }
+
+    async def answer(self) -> Json:
+        """Return the whole answer."""
+        parts: list[list[AnswerPart]] = [[] for _ in self._texts]
+        async with aclosing(grow(self.served, self._texts, len(self._ids))) as growing:
+            async for index, added, _ in growing:
+                parts[index].append(self._parse(index, added))
+        choices = []
+        for index, own in enumerate(parts):
+            calls = [
+                {key: call[key] for key in ("id", "type", "function")} for one in own for call in one.calls
+            ]
+            content, reasoning = "".join(one.content for one in own), "".join(one.reasoning for one in own)
+            message: Json = {
+                "role": "assistant",
+                "content": None if calls and not content.strip() else content,
+            }
+            if reasoning:
+                message["reasoning_content"] = reasoning
+            if calls:
+                message["tool_calls"] = calls
+            choice = {"index": index, "message": message, "finish_reason": self._finish_reason(index)}
+            choices.append(choice | self._details(index, self._texts[index].tokens))
+        return {**self._head, "choices": choices, "usage": self._usage()}
+
+    async def events(self) -> AsyncGenerator[Json, None]:
+        """Yield the answer as it grows, one object for each piece."""
+        options = self.body.stream_options
+        with_usage = options is not None and options.include_usage
+        more: Json = {"usage": None} if with_usage else {}
+        begun = set[int]()
+        async with aclosing(grow(self.served, self._texts, len(self._ids))) as growing:
+            async for index, added, tokens in growing:
+                part = self._parse(index, added)
+                delta: Json = {} if index in begun else {"role": "assistant", "content": ""}
+                begun.add(index)
+                if part.reasoning:
+                    delta["reasoning_content"] = part.reasoning
+                if part.content:
+                    delta["content"] = part.content
+                if part.calls:
+                    delta["tool_calls"] = part.calls
+                choice = {"index": index, "delta": delta, "finish_reason": self._finish_reason(index)}
+                choice |= self._details(index, tokens)
+                yield {**self._head, "choices": [choice], **more}
+        if with_usage:
+            yield {**self._head, "choices": [], "usage": self._usage()}
+
+    @property
+    def _has_tools(self) -> bool:
+        return bool(self.body.tools) and self.body.tool_choice != "none"
+
+    def _layout(self) -> PromptLayout:
+        layout = self.served.layout
+        if layout is None:
+            raise ApiError("the model has no chat template; use /v1/completions", param="messages")
+        if not self._has_tools:
+            return layout
+        if not any(CALL_MARKS[0] in source for source in layout.sources):
+            raise ApiError(
+                f"the chat template has no {CALL_MARKS[0]}, and calls of other forms are not parsed; leave tools out",
+                param="tools",
+            )
+        try:
+            return layout.with_tools(self.body.tools)
+        except AscendSpeedError as error:
+            raise ApiError(str(error), param="tools") from None
+
+    def _new_texts(self, layout: PromptLayout) -> list[GrowingText]:
+        """Return the answers; draws have seeds that follow."""
+        body, model, engine = self.body, self.served.model, self.served.driver.engine
+        asked = body.max_completion_tokens or body.max_tokens
+        if body.max_tokens == 0:
+            raise ApiError("max_tokens=0 leaves no answer; give more", param="max_tokens")
+        longest = min(engine.max_model_len, self.served.cache_tokens) - len(self._ids)
+        max_tokens = max(longest, 1) if asked is None else asked
+        self.served.check_length(len(self._ids), max_tokens)
+        sampling = sampling_params(body)
+        ends = () if body.ignore_eos else tuple(dict.fromkeys((*model.eos_token_ids(), *layout.end_ids)))
+        settings = GenerationSettings(
+            max_tokens,
+            sampling,
+            ends,
+            (*body.stops, *layout.stop),
+            return_log_probs=bool(body.logprobs),
+            num_top_log_probs=body.top_logprobs or 0,
+        )
+        return [
+            GrowingText(
+                self.served,
+                self._ids,
+                replace(settings, sampling=replace(sampling, seed=sampling.seed + number)),
+            )
+            for number in range(self._n)
+        ]
+
+    def _parse(self, index: int, added: str) -> AnswerPart:
+        return self._parsers[index].feed(added, self._texts[index].finish_reason is not None)
+
+    def _finish_reason(self, index: int) -> str | None:
+        reason = self._texts[index].finish_reason
+        return "tool_calls" if reason == "stop" and self._parsers[index].num_calls else reason
+
+    def _details(self, index: int, tokens: Sequence[TokenOutput]) -> Json:
+        """Return log-probabilities and ids of a part of an answer, if they were asked for."""
+        found: Json = {"logprobs": None}
+        if self.body.logprobs:
+            own = self._texts[index].tokens
+            before = [*self._ids, *(one.token_id for one in own[: len(own) - len(tokens)])]
+            found["logprobs"] = chat_log_probs(self.served.model.tokenizer, before, tokens)
+        if self.body.return_token_ids:
+            found["token_ids"] = [one.token_id for one in tokens]
+        return found
+
+    def _usage(self) -> Json:
+        new = sum(len(one.tokens) for one in self._texts)
+        prompt = len(self._ids)
+        return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}

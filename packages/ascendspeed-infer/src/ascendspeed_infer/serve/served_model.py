@@ -1,0 +1,123 @@
+"""The model that a server answers with: names, limits, and requests that run on its driver."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from ascendspeed_core.models.cache import BLOCK_TOKENS, blocks_of
+from ascendspeed_data.errors import AscendSpeedError
+from ascendspeed_data.prompting import PromptLayout
+from ascendspeed_infer.engine.llm_engine import RequestOutput, check_length
+from ascendspeed_infer.engine.scoring_request import ScoringRequest
+from ascendspeed_infer.engine.sequence import Request
+from ascendspeed_infer.language_model import LanguageModel
+from ascendspeed_infer.serve.config import ServerConfig
+from ascendspeed_infer.serve.engine_driver import EngineDriver, NewRequest, OutputListener
+from ascendspeed_infer.serve.errors import ApiError, refused
+from ascendspeed_infer.serve.metrics import Metrics
+from ascendspeed_infer.text_generator import encode_prompt
+
+DEFAULT_CACHE_TOKENS = 65536
+
+
+def cache_size(config: ServerConfig, longest: int) -> int:
+    """Return the tokens of the key-value cache."""
+    if config.cache_tokens is not None:
+        return config.cache_tokens
+    whole = blocks_of(longest) * BLOCK_TOKENS
+    return max(min(DEFAULT_CACHE_TOKENS, config.max_num_seqs * whole), whole)
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A model behind the server.
+
+    Attributes:
+        name: in requests and answers.
+        model: encodes and decodes.
+        driver: runs its engine.
+        limits: what requests may ask for.
+        metrics: counts.
+        say: where lines for the log go.
+        layout: of conversations; `None` if the model has no chat template.
+        created: seconds since the epoch.
+    """
+
+    name: str
+    model: LanguageModel
+    driver: EngineDriver
+    limits: ServerConfig
+    metrics: Metrics
+    say: Callable[[str], None]
+    layout: PromptLayout | None = None
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def cache_tokens(self) -> int:
+        """Tokens of the key-value cache."""
+        return cache_size(self.limits, self.driver.engine.max_model_len)
+
+    def check_name(self, name: str | None) -> None:
+        """Raise `ApiError` if a request names another model."""
+        if name is not None and name != self.name:
+            raise ApiError(f"the model {name!r} does not exist; there is {self.name!r}", 404, "model")
+
+    def encode(self, prompt: str | Sequence[int], param: str = "prompt") -> list[int]:
+        """Return the ids of a prompt.
+
+        Raises:
+            ApiError: it cannot be read, or holds an id that the model does not have.
+        """
+        try:
+            return encode_prompt(self.model.tokenizer, self.model.engine.vocab_size, prompt)
+        except AscendSpeedError as error:
+            raise ApiError(str(error), param=param) from None
+
+    def check_length(self, num_prompt: int, max_tokens: int) -> None:
+        """Raise `ApiError` unless prompt and answer fit the model."""
+        try:
+            check_length(num_prompt, max_tokens, self.driver.engine.max_model_len)
+        except AscendSpeedError as error:
+            raise ApiError(str(error).replace("max_new_tokens", "max_tokens"), param="max_tokens") from None
+
+    async def run(
+        self, requests: Sequence[Request | ScoringRequest]
+    ) -> AsyncGenerator[tuple[int, RequestOutput], None]:
+        """Run requests side by side and yield what each gets, with its number; those that are open at the end of the
+        iteration, however it ends, are cancelled.
+
+        Raises:
+            ApiError: they were not taken.
+            Exception: the error of one of them.
+        """
+        loop = asyncio.get_running_loop()
+        outputs: asyncio.Queue[tuple[int, RequestOutput]] = asyncio.Queue()
+
+        def listener(number: int) -> OutputListener:
+            def tell(output: RequestOutput) -> None:
+                # The loop may be closed when the server ends.
+                with suppress(RuntimeError):
+                    loop.call_soon_threadsafe(outputs.put_nowait, (number, output))
+
+            return tell
+
+        new = [
+            NewRequest(one, listener(number), self.limits.batch_invariant)
+            for number, one in enumerate(requests)
+        ]
+        try:
+            names = self.driver.submit(new, self.limits.request_seconds)
+        except AscendSpeedError as error:
+            raise refused(error) from None
+        try:
+            num_open = len(requests)
+            while num_open:
+                number, output = await outputs.get()
+                if output.error is not None:
+                    raise output.error
+                num_open -= output.is_finished
+                yield number, output
+        finally:
+            self.driver.cancel(names)

@@ -1,0 +1,134 @@
+"""From the fields of a request to what the engine runs, and from its tokens to a text that grows."""
+
+import secrets
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+from ascendspeed_infer.detokenizer import Detokenizer
+from ascendspeed_infer.engine.sequence import (
+    FinishReason,
+    GenerationSettings,
+    SamplingRequest,
+    TokenOutput,
+    never_stop,
+)
+from ascendspeed_infer.sampling import SamplingParams
+from ascendspeed_infer.serve.bodies import LARGEST_SEED, TextBody
+from ascendspeed_infer.serve.errors import ApiError
+from ascendspeed_infer.serve.served_model import ServedModel
+
+
+def sampling_params(body: TextBody) -> SamplingParams:
+    """Return how tokens are chosen; temperature 0 takes the likeliest one, no seed takes any."""
+    temperature = 1.0 if body.temperature is None else body.temperature
+    seed = secrets.randbelow(LARGEST_SEED) if body.seed is None else body.seed
+    return SamplingParams(
+        do_sample=temperature > 0,
+        temperature=temperature or 1.0,
+        top_k=max(body.top_k or 0, 0),
+        top_p=1.0 if body.top_p is None else body.top_p,
+        seed=seed,
+        repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
+    )
+
+
+def check_text_body(served: ServedModel, body: TextBody, num_texts: int) -> None:
+    """Raise `ApiError` for what the server does not allow."""
+    limits = served.limits
+    served.check_name(body.model)
+    if num_texts > limits.max_choices:
+        raise ApiError(
+            f"{num_texts} texts were asked for, more than the {limits.max_choices} allowed", param="n"
+        )
+    if len(body.stops) > limits.max_stop:
+        raise ApiError(
+            f"{len(body.stops)} stop strings are more than the {limits.max_stop} allowed", param="stop"
+        )
+    if "" in body.stops:
+        raise ApiError("stop holds an empty text, which would end every answer; leave it out", param="stop")
+    if body.stream_options is not None:
+        if not body.stream:
+            raise ApiError("stream_options is for stream=true; leave it out", param="stream_options")
+        body.stream_options.check_fields(limits.lenient, served.say)
+
+
+def check_log_probs(served: ServedModel, count: int, param: str) -> None:
+    """Raise `ApiError` if more alternatives were asked for than are allowed."""
+    if count > served.limits.max_logprobs:
+        raise ApiError(f"{param}={count} is more than the {served.limits.max_logprobs} allowed", param=param)
+
+
+async def grow(
+    served: ServedModel, texts: Sequence["GrowingText"], num_prompt_tokens: int
+) -> AsyncGenerator[tuple[int, str, Sequence[TokenOutput]], None]:
+    """Run the engine until all texts are complete; yield the number of a text, what was added to it, and its tokens.
+
+    Args:
+        served: the model.
+        texts: new ones.
+        num_prompt_tokens: to be counted.
+    """
+    started, is_first, metrics = time.perf_counter(), True, served.metrics
+    metrics.prompt_tokens.inc(num_prompt_tokens)
+    async with aclosing(served.run([one.new_request() for one in texts])) as running:
+        async for number, output in running:
+            if is_first:
+                metrics.first_token_seconds.observe(time.perf_counter() - started)
+                is_first = False
+            metrics.completion_tokens.inc(len(output.new_tokens))
+            yield number, texts[number].add(output.new_tokens), output.new_tokens
+    metrics.request_seconds.observe(time.perf_counter() - started)
+
+
+@dataclass
+class GrowingText:
+    """One answer: what the engine runs for it, and what it has so far.
+
+    Attributes:
+        prompt_ids: before it.
+        settings: how it is continued.
+        tokens: new ones.
+        text: of them, as far as it is certain.
+        shown_length: characters of the tokens whose log-probabilities were shown.
+    """
+
+    served: ServedModel
+    prompt_ids: Sequence[int]
+    settings: GenerationSettings
+    tokens: list[TokenOutput] = field(default_factory=list)
+    text: str = ""
+    shown_length: int = 0
+
+    def __post_init__(self) -> None:
+        self._detokenizer = self._new_detokenizer()
+        self._ids: list[int] = []
+
+    def new_request(self) -> SamplingRequest:
+        """Return the request of the engine."""
+        # The check runs on the engine's thread, with a detokenizer of its own.
+        check = self._new_detokenizer().has_stop_string if self.settings.stop else never_stop
+        return SamplingRequest(self.prompt_ids, self.settings, check)
+
+    def add(self, tokens: Sequence[TokenOutput]) -> str:
+        """Take new tokens and return what they add to the text."""
+        self.tokens += tokens
+        self._ids += (one.token_id for one in tokens)
+        added = self._detokenizer.next_text(self._ids, self.finish_reason is not None)
+        self.text += added
+        return added
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """Why it ended."""
+        return self.tokens[-1].finish_reason if self.tokens else None
+
+    @property
+    def mean_log_prob(self) -> float:
+        """Of its tokens, for the choice of the best."""
+        return sum(one.log_prob or 0.0 for one in self.tokens) / len(self.tokens)
+
+    def _new_detokenizer(self) -> Detokenizer:
+        own = self.settings
+        return Detokenizer(self.served.model.tokenizer, self.prompt_ids, own.eos_token_ids, own.stop)
