@@ -1,6 +1,7 @@
 """Run the project's commands as a user does."""
 
 import atexit
+import codecs
 import importlib
 import io
 import os
@@ -82,7 +83,9 @@ class RunningCommand(ForkedCommand):
     def _text(self, number: int) -> str:
         # Read at a position of its own: the process goes on writing at the file's.
         file = self._printed[number].fileno()
-        return os.pread(file, os.fstat(file).st_size, 0).decode()
+        printed = os.pread(file, os.fstat(file).st_size, 0)
+        # A command that still writes, or whose disk is full, may have written half a character.
+        return codecs.getincrementaldecoder("utf-8")().decode(printed)
 
     def finish(self, timeout: float = 300) -> Finished:
         """Wait; a command that takes longer is killed with all of its session.
