@@ -178,6 +178,9 @@ class PlainPasses:
     def __init__(self, model: Any) -> None:
         self._model = model
 
+    def forward_backward(self, inputs: Any, share: Any, scale: float) -> None:
+        """Leave the order of micro-batches to the trainer."""
+
     def forward(self, given: ModelInput) -> ModelOutput:
         output: ModelOutput = self._model(given)
         return output

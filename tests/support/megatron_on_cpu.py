@@ -7,6 +7,7 @@ torch, so it imports those that are used first. It changes `torch.Tensor`: call 
 import contextlib
 import functools
 import importlib
+import os
 import sys
 import types
 from collections.abc import Callable
@@ -20,6 +21,9 @@ USED = (
     "models.gpt.gpt_layer_specs",
     "models.gpt.gpt_model",
     "inference.contexts",
+    "pipeline_parallel",
+    "distributed",
+    "optimizer",
     "dist_checkpointing",
     "dist_checkpointing.serialization",
     "dist_checkpointing.strategies.torch",
@@ -50,6 +54,12 @@ class _Over(types.ModuleType):
 
 
 def install() -> None:
+    if torch.Tensor.type is _type:
+        return
+    # It compiles small functions where it may, for a minute each.
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].config.disable = True  # type: ignore[attr-defined]
     for name in USED:
         importlib.import_module(f"megatron.core.{name}")
     random = {
@@ -58,11 +68,21 @@ def install() -> None:
         "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
     }
     cuda = _Over(
-        torch.cuda, current_device=lambda: CPU, random=types.SimpleNamespace(**random), **random,
-        synchronize=_nothing, empty_cache=_nothing, set_device=_nothing, Stream=_Done, Event=_Done,
-        current_stream=_Done, default_stream=_Done, stream=lambda stream: contextlib.nullcontext(),
+        torch.cuda,
+        is_available=lambda: True,
+        current_device=lambda: CPU,
+        random=types.SimpleNamespace(**random),
+        **random,
+        synchronize=_nothing,
+        empty_cache=_nothing,
+        set_device=_nothing,
+        Stream=_Done,
+        Event=_Done,
+        current_stream=_Done,
+        default_stream=_Done,
+        stream=lambda stream: contextlib.nullcontext(),
         nvtx=types.SimpleNamespace(range_push=_nothing, range_pop=_nothing),
-    )  # fmt: skip
+    )
     over = _Over(torch, cuda=cuda, **{name: _on_cpu(getattr(torch, name)) for name in FACTORIES})
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
@@ -73,10 +93,17 @@ def install() -> None:
     seeds: Any = sys.modules["megatron.core.tensor_parallel.random"]
     seeds._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment]
+    torch.Tensor.type = _type  # type: ignore[method-assign, assignment]
 
 
 def _nothing(*_: Any, **__: Any) -> None:
     pass
+
+
+def _type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """`Tensor.type`, with the names by which megatron-core's optimizers sort parameters."""
+    kind = torch._C.TensorBase.type(self, *args, **kwargs)
+    return kind if args or kwargs else kind.replace("torch.", "torch.cuda.", 1)
 
 
 def _on_cpu(make: Callable[..., Any]) -> Callable[..., Any]:

@@ -98,6 +98,11 @@ class Device:
         return found[0] * 1e12 if found else None
 
     @property
+    def megatron_adaptor(self) -> str | None:
+        """Module through which megatron-core computes on this kind of device; `None` where it does by itself."""
+        return "mindspeed.megatron_adaptor" if self.kind == "npu" else None
+
+    @property
     def can_record(self) -> bool:
         """Whether what is asked of the accelerator can be recorded, and asked again at once."""
         return self.kind == "cuda"
@@ -150,6 +155,18 @@ class Device:
         import torch
 
         getattr(torch, self.kind).set_rng_state(state, self.index)
+
+
+def device_of_cuda_calls(module: Any) -> "torch.device | None":
+    """Return where a program that calls `torch.cuda` computes; `None` where those calls find no device.
+
+    Args:
+        module: torch as the program sees it. Adaptors give some programs another one, or change it for all.
+    """
+    if not module.cuda.is_available():
+        return None
+    current = module.cuda.current_device()
+    return module.device(current)  # type: ignore[no-any-return]
 
 
 HOST = Device("cpu")

@@ -81,7 +81,7 @@ def join_run(plan: "RunPlan") -> "Iterator[ParallelMesh]":
     save = plan.config.checkpoint.save
     # The watchdog says more than a collective that gives up; where both watch, it comes first.
     patience = 600.0 + plan.config.monitor.hang_timeout_seconds
-    alone = plan.layout.zero_stage is not None
+    alone = plan.config.parallel.chosen_engine != "ascendspeed"
     joined = process_group(plan.config.launch.device, patience, even_alone=alone)
     with joined as (world, device), ExitStack() as held:
         if save is not None and world.rank == 0:
@@ -117,6 +117,9 @@ def describe(plan: "RunPlan") -> None:
         f"hidden {model.hidden_size}, vocabulary {model.vocab_size}, weights: {plan.source.kind}"
     )
     size = batch.resolve_global_batch_size(plan.layout.dp)
+    engine = plan.config.parallel.chosen_engine
+    if engine != "ascendspeed":
+        log(f"engine: {engine}")
     log(
         f"layout: {plan.layout}, {plan.config.precision.dtype_name}; batch: {size} samples of "
         f"{plan.config.data.seq_length} tokens; iterations {plan.state.iteration} to {plan.config.training.train_iters}"

@@ -76,6 +76,16 @@ class ParallelConfig(Config):
         description='DeepSpeed\'s JSON file. Values set in both places must match, or be "auto" in the file.',
         json_schema_extra=spellings("--deepspeed_config"),
     )
+    engine: Literal["ascendspeed", "deepspeed", "megatron"] | None = Field(
+        None,
+        description="Who computes and applies gradients: this project's engine; DeepSpeed, with --zero-stage; or "
+        "megatron-core, on GPUs and NPUs. [default: deepspeed where it is asked for, else ascendspeed]",
+    )
+    megatron_args: Path | None = Field(
+        None,
+        description="With --engine megatron: JSON file with further fields of its configs, "
+        '{"TransformerConfig": {...}, "OptimizerConfig": {...}, "DistributedDataParallelConfig": {...}}.',
+    )
     num_layers_per_virtual_pipeline_stage: int | None = Field(
         None,
         ge=1,
@@ -118,6 +128,25 @@ class ParallelConfig(Config):
             raise ValueError(
                 f"pipeline_schedule={schedule} needs several stages for each rank; give "
                 "--num-layers-per-virtual-pipeline-stage N"
+            )
+        return self
+
+    @property
+    def chosen_engine(self) -> Literal["ascendspeed", "deepspeed", "megatron"]:
+        """Who computes and applies gradients."""
+        return self.engine or ("deepspeed" if self.deepspeed or self.zero_stage else "ascendspeed")
+
+    @model_validator(mode="after")
+    def _engine_fits(self) -> "ParallelConfig":
+        asks_zero = self.deepspeed or self.zero_stage is not None
+        if self.engine == "deepspeed" and not asks_zero:
+            raise ValueError("engine=deepspeed needs a stage; give --zero-stage 1, 2 or 3")
+        if self.engine not in (None, "deepspeed") and asks_zero:
+            asked = f"zero_stage={self.zero_stage}" if self.zero_stage else "deepspeed=true"
+            raise ValueError(f"engine={self.engine} and {asked} name two engines; leave one of them out")
+        if self.megatron_args is not None and self.engine != "megatron":
+            raise ValueError(
+                f"megatron_args={self.megatron_args} means nothing without --engine megatron; give it too"
             )
         return self
 

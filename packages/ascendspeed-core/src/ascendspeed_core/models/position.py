@@ -78,13 +78,14 @@ class Positions:
         kinds: of the layers on this rank, each once.
 
     Attributes:
+        kinds: as given.
         heads: query heads that attention has on this rank, all of them unless the model is cut.
         sequence_parts: ranks that each have a part of the sequence outside attention, one unless it is cut.
         sequence_part: which of the parts this rank has.
     """
 
     def __init__(self, config: ModelConfig, kinds: Sequence[AttentionKind]) -> None:
-        self._kinds = tuple(kinds)
+        self.kinds = tuple(kinds)
         rotary = dict.fromkeys(kind.rotary for kind in kinds)
         self._embeddings = {kind: RotaryEmbedding(kind) for kind in rotary if kind is not None}
         self._slopes = alibi_slopes(config.num_attention_heads) if config.position == "alibi" else None
@@ -124,7 +125,7 @@ class Positions:
         angles = self._cos_sin(positions, dtype)
         return [
             AttentionInputs(angles[kind.rotary], masks[kind.window], dropout_masks=dropout_masks)
-            for kind in self._kinds
+            for kind in self.kinds
         ]
 
     def cached_attention_inputs(self, cached: CachedPass, dtype: torch.dtype) -> list[AttentionInputs]:
@@ -135,10 +136,10 @@ class Positions:
             for window in self._windows()
         }
         angles = self._cos_sin(cached.positions, dtype)
-        return [AttentionInputs(angles[kind.rotary], None, masks[kind.window]) for kind in self._kinds]
+        return [AttentionInputs(angles[kind.rotary], None, masks[kind.window]) for kind in self.kinds]
 
     def _windows(self) -> dict[int | None, None]:
-        return dict.fromkeys(kind.window for kind in self._kinds)
+        return dict.fromkeys(kind.window for kind in self.kinds)
 
     def _cos_sin(
         self, positions: torch.Tensor, dtype: torch.dtype

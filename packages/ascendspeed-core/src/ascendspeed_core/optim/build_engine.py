@@ -1,8 +1,11 @@
-"""Choose the engine of a run, native or DeepSpeed, and write the config that DeepSpeed gets."""
+"""Choose the engine of a run: this project's, DeepSpeed or megatron-core; check what it is asked for, and make it."""
 
 from math import log2
 from typing import Any
 
+import torch
+
+from ascendspeed_core.build import apply_kernels, load_model
 from ascendspeed_core.config.deepspeed import (
     RunValues,
     check_deepspeed_config,
@@ -10,22 +13,55 @@ from ascendspeed_core.config.deepspeed import (
     read_deepspeed_config,
 )
 from ascendspeed_core.config.layout import Layout
+from ascendspeed_core.config.megatron import check_megatron, read_megatron_args
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.training import PretrainConfig
+from ascendspeed_core.device import choose_device
+from ascendspeed_core.kernels.registry import Choice, KernelContext
+from ascendspeed_core.launch import world_of_environment
 from ascendspeed_core.models.transformer import Transformer
 from ascendspeed_core.optim.engine import Engine
 from ascendspeed_core.optim.native_engine import NativeEngine
 from ascendspeed_core.parallel.mesh import ParallelMesh
+from ascendspeed_core.parallel.recompute import apply_recompute
+from ascendspeed_core.parallel.router_steps import train_routers
+from ascendspeed_core.weights.source import WeightSource
 from ascendspeed_data.errors import ConfigError
 
 
-def check_zero(config: PretrainConfig, layout: Layout) -> None:
-    """Refuse what does not go with DeepSpeed.
+def check_engine(config: PretrainConfig, layout: Layout, model: ModelConfig) -> None:
+    """Refuse what does not go with the engine of a run.
 
     Raises:
-        ConfigError: options that exclude each other.
-        AscendSpeedError: DeepSpeed's JSON contradicts the run, or says what is not taken over.
+        ConfigError: options that exclude each other, or that the engine lacks.
+        AscendSpeedError: a file of the engine's own settings contradicts the run, or says what is not taken over; the
+            engine does not compute on this device.
     """
+    if config.parallel.chosen_engine == "megatron":
+        check_megatron(config, layout, model)
+        from ascendspeed_core.optim.megatron.core import prepare
+
+        prepare(choose_device(config.launch.device, world_of_environment().local_rank, quiet=True))
+        megatron_fields(config)
+        return
+    _check_zero(config, layout)
+
+
+def megatron_fields(config: PretrainConfig) -> dict[str, dict[str, Any]]:
+    """Return the further fields of megatron-core's configs that a run gives, checked; none under other engines.
+
+    Raises:
+        AscendSpeedError: its file cannot be read, or gives what there is not, or what the run decides.
+    """
+    path = config.parallel.megatron_args
+    if path is None:
+        return {}
+    from ascendspeed_core.optim.megatron.arguments import check_fields
+
+    return check_fields(read_megatron_args(path), path)
+
+
+def _check_zero(config: PretrainConfig, layout: Layout) -> None:
     stage = layout.zero_stage
     if stage is None:
         return
@@ -57,17 +93,72 @@ def zero_settings(config: PretrainConfig, model: ModelConfig, layout: Layout) ->
     return engine_settings(given, _run_values(config, layout), parameters, largest_unit)
 
 
+def make_model(
+    source: WeightSource,
+    config: PretrainConfig,
+    mesh: ParallelMesh,
+    dtype: torch.dtype,
+    settings: dict[str, Any] | None,
+) -> Transformer:
+    """Return this rank's part of the model that a run trains, as its engine wants it.
+
+    Args:
+        source: the weights.
+        config: of the run.
+        mesh: of this rank.
+        dtype: of the weights.
+        settings: of `zero_settings`.
+    """
+    if config.parallel.chosen_engine != "megatron":
+        return load_model(source, mesh, dtype, config.compute.mlp_layer_fusion, settings)
+    from ascendspeed_core.optim.megatron.model import load_megatron_model
+
+    fields = megatron_fields(config).get("TransformerConfig", {})
+    return load_megatron_model(source, mesh, dtype, config.recompute, fields)
+
+
+def prepare_model(
+    model: Transformer, config: PretrainConfig, mesh: ParallelMesh, context: KernelContext
+) -> list[Choice]:
+    """Give a model of `make_model` its kernels, what its routers train for, and what is recomputed, in place.
+
+    Args:
+        model: this rank's part.
+        config: of the run.
+        mesh: of this rank.
+        context: where it runs.
+
+    Returns:
+        Which kernels were chosen.
+    """
+    if config.parallel.chosen_engine == "megatron":
+        from ascendspeed_core.optim.megatron.model import MegatronTransformer, choose_kernels
+
+        assert isinstance(model, MegatronTransformer)
+        return choose_kernels(model, config.compute, context)
+    choices = apply_kernels(model, config.compute, context)
+    train_routers(model, config.experts)
+    apply_recompute(model, config.recompute, mesh.pp_rank)
+    return choices
+
+
 def make_engine(
     model: Transformer, config: PretrainConfig, mesh: ParallelMesh, settings: dict[str, Any] | None
 ) -> Engine:
     """Return the engine that computes and applies the gradients of `model`.
 
     Args:
-        model: this rank's part, ready to train.
+        model: of `make_model`, ready to train.
         config: of the run.
         mesh: of this rank.
         settings: of `zero_settings`.
     """
+    if config.parallel.chosen_engine == "megatron":
+        from ascendspeed_core.optim.megatron.engine import MegatronEngine
+        from ascendspeed_core.optim.megatron.model import MegatronTransformer
+
+        assert isinstance(model, MegatronTransformer)
+        return MegatronEngine(model, config.optimizer, mesh, megatron_fields(config))
     if settings is None:
         return NativeEngine(model, config.optimizer, mesh)
     from ascendspeed_core.optim.deepspeed import ZeroEngine

@@ -5,7 +5,7 @@ has an equal range. Where a parameter lies in them is looked up once; a checkpoi
 parameter's name, in the run's own format, so that any layout, with or without DeepSpeed, can go on from it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Any
@@ -18,7 +18,7 @@ from ascendspeed_core.config.layout import Layout, Stage
 from ascendspeed_core.config.optimizer import OptimizerConfig
 from ascendspeed_core.config.sharding import Slice, is_matrix
 from ascendspeed_core.models.transformer import ModelInput, ModelOutput, Transformer
-from ascendspeed_core.optim.engine import TensorShard
+from ascendspeed_core.optim.engine import ShareOfLoss, TensorShard
 from ascendspeed_core.optim.update_rule import load_optimizer_state, make_update_rule, optimizer_state_keys
 from ascendspeed_core.parallel.collectives import all_reduce_sum
 from ascendspeed_core.parallel.deepspeed import (
@@ -108,6 +108,10 @@ class ZeroEngine:
     @property
     def memory(self) -> None:
         """Unknown: DeepSpeed does not say what its buffers take."""
+        return
+
+    def forward_backward(self, inputs: Sequence[ModelInput], share: ShareOfLoss, scale: float) -> None:
+        """Leave the order of micro-batches to the trainer."""
         return
 
     def forward(self, given: ModelInput) -> ModelOutput:

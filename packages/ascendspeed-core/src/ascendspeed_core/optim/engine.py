@@ -1,13 +1,17 @@
-"""What computes and applies gradients, as the trainer sees it: the native engine, or DeepSpeed."""
+"""What computes and applies gradients, as the trainer sees it: the native engine, DeepSpeed, or megatron-core."""
 
-from collections.abc import Mapping
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from ascendspeed_core.config.layout import Stage
 from ascendspeed_core.config.sharding import Slice
 from ascendspeed_core.models.transformer import ModelInput, ModelOutput
+from ascendspeed_core.parallel.auxiliary_losses import LossSums
+
+ShareOfLoss = Callable[[int, torch.Tensor], torch.Tensor]
+"""Number of a micro-batch and its logits, [B, S, V/tp] -> its share of the loss of the global batch."""
 
 
 class TensorShard(NamedTuple):
@@ -36,11 +40,23 @@ class EngineMemory(NamedTuple):
     update_bytes: int
 
 
-class Engine(Protocol):
-    """Forward, backward and update of this rank's part of a model."""
+class UpdateRule(Protocol):
+    """How gradients change weights, as a schedule sees it: the groups whose rates it sets."""
 
     @property
-    def rule(self) -> torch.optim.Optimizer:
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Weights and numbers of each group, as in torch's optimizers."""
+
+
+class Engine(Protocol):
+    """Forward, backward and update of this rank's part of a model.
+
+    The trainer runs micro-batches through `forward` and `backward`, or through its own pipeline; an engine that has
+    schedules of its own runs a whole step in `forward_backward` instead.
+    """
+
+    @property
+    def rule(self) -> UpdateRule:
         """How a gradient changes a weight; the schedule sets its rates."""
 
     @property
@@ -54,6 +70,20 @@ class Engine(Protocol):
     @property
     def memory(self) -> EngineMemory | None:
         """What the engine takes; `None` where that is not known."""
+
+    def forward_backward(
+        self, inputs: Sequence[ModelInput], share: ShareOfLoss, scale: float
+    ) -> LossSums | None:
+        """Add the gradients of all micro-batches of a step, by a schedule of the engine's own.
+
+        Args:
+            inputs: of each micro-batch.
+            share: its part of all losses of the global batch.
+            scale: factor of the gradients; `step` gets it again.
+
+        Returns:
+            This rank's share of the losses, the same on all stages; `None` where the trainer runs the micro-batches.
+        """
 
     def forward(self, given: ModelInput) -> ModelOutput:
         """Run the model; logits are [B, S, V/tp]. Their losses, and the auxiliary ones, are what `backward` takes."""

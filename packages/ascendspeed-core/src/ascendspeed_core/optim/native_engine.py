@@ -1,6 +1,6 @@
 """The native engine: a plain forward and backward pass, and a `MasterOptimizer` that reduces and applies gradients."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -8,7 +8,7 @@ from ascendspeed_core.config.layout import Stage
 from ascendspeed_core.config.optimizer import OptimizerConfig
 from ascendspeed_core.config.sharding import Slice
 from ascendspeed_core.models.transformer import ModelInput, ModelOutput, Transformer
-from ascendspeed_core.optim.engine import EngineMemory, TensorShard
+from ascendspeed_core.optim.engine import EngineMemory, ShareOfLoss, TensorShard
 from ascendspeed_core.optim.optimizer import MasterOptimizer
 from ascendspeed_core.parallel.mesh import ParallelMesh
 
@@ -55,6 +55,10 @@ class NativeEngine:
     def memory(self) -> EngineMemory:
         """What optimizer state and updates take."""
         return EngineMemory(self.optimizer.state_bytes, self.optimizer.update_bytes)
+
+    def forward_backward(self, inputs: Sequence[ModelInput], share: ShareOfLoss, scale: float) -> None:
+        """Leave the order of micro-batches to the trainer."""
+        return
 
     def forward(self, given: ModelInput) -> ModelOutput:
         """Run a model without a pipeline."""

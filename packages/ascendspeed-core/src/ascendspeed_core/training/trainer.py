@@ -25,13 +25,11 @@ from ascendspeed_core.observability.metrics import (
     load_metrics,
 )
 from ascendspeed_core.observability.monitor import Monitor
-from ascendspeed_core.optim.build_engine import make_engine, zero_settings
+from ascendspeed_core.optim.build_engine import make_engine, make_model, prepare_model, zero_settings
 from ascendspeed_core.optim.loss_scale import LossScale
 from ascendspeed_core.optim.schedule import Schedule
 from ascendspeed_core.parallel.dropout import apply_dropout
 from ascendspeed_core.parallel.mesh import ParallelMesh, gather_objects
-from ascendspeed_core.parallel.recompute import apply_recompute
-from ascendspeed_core.parallel.router_steps import train_routers
 from ascendspeed_core.planner.auto import plan_micro_batches, plan_recompute
 from ascendspeed_core.training.check_finite import check_evaluation, check_finite
 from ascendspeed_core.training.checkpoint import (
@@ -70,8 +68,7 @@ class Trainer:
         self.metrics: MetricsFile | None = None
 
         settings = zero_settings(config, plan.model, plan.layout)
-        fusion = config.compute.mlp_layer_fusion
-        self.model = load_model(plan.source, mesh, self.dtype, fusion, settings)
+        self.model = make_model(plan.source, config, mesh, self.dtype, settings)
         self.kernel_context = kernel_context(
             self.model,
             mesh,
@@ -80,9 +77,7 @@ class Trainer:
             lengths_vary=config.data.lengths_vary,
             drops_attention=config.dropout.attention_dropout > 0,
         )
-        kernels = apply_kernels(self.model, config.compute, self.kernel_context)
-        train_routers(self.model, config.experts)
-        apply_recompute(self.model, config.recompute, mesh.pp_rank)
+        kernels = prepare_model(self.model, config, mesh, self.kernel_context)
         self.objective = plan.objective.make_loss(self.model, mesh, self._load_frozen)
         self.engine = make_engine(self.model, config, mesh, settings)
         self.sizes, lines = plan_micro_batches(self.model, self.engine, config, mesh)

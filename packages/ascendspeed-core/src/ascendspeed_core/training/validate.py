@@ -13,7 +13,7 @@ from ascendspeed_core.launch import announce
 from ascendspeed_core.objectives.objective import Objective
 from ascendspeed_core.objectives.registry import objective_of
 from ascendspeed_core.observability.monitor import check_monitor
-from ascendspeed_core.optim.build_engine import check_zero
+from ascendspeed_core.optim.build_engine import check_engine, megatron_fields
 from ascendspeed_core.optim.schedule import with_iterations
 from ascendspeed_core.training.changes import changed_options
 from ascendspeed_core.training.checkpoint import (
@@ -85,6 +85,8 @@ class RunPlan:
     def checkpoint_record(self) -> dict[str, Any]:
         """Return what a checkpoint keeps of the run beside its config, read anew from the files."""
         record = self.objective.checkpoint_record()
+        if self.config.parallel.megatron_args is not None:
+            record["megatron_fields"] = megatron_fields(self.config)
         if isinstance(self.source, AdaptedWeights):
             record[BASE_KEY] = fingerprint(self.source.untouched)
         return record
@@ -121,7 +123,7 @@ def plan_run(config: PretrainConfig, world_size: int) -> RunPlan:
     config.parallel.check_sequence(config.data.seq_length)
     _check_experts(config, source)
     _check_pipeline(config, layout, source.config)
-    check_zero(config, layout)
+    check_engine(config, layout, source.config)
     _say_what_scales_nothing(config)
     _check_length(config, source.config, where)
     kind = objective_of(config)

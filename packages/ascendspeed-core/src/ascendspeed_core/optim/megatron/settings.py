@@ -1,0 +1,134 @@
+"""What megatron-core is told of a run: the fields of its configs that follow from ours.
+
+Settings that give wrong numbers, or none, are not left to a user:
+
+- `batch_p2p_comm` is off where ranks hold several stages: with two ranks, two sends between them would cross.
+- `overlap_p2p_comm` and `deallocate_pipeline_outputs` are never on together: what is sent may be gone before it is.
+- Losses are shares of a sum over the global batch, so that nothing is divided (`calculate_per_token_loss`).
+- Micro-batches may differ in size (`variable_seq_lengths`, which wants `alltoall` as dispatcher, experts or not).
+"""
+
+from typing import Any
+
+import torch
+
+from ascendspeed_core.config.layout import Layout
+from ascendspeed_core.config.model import ModelConfig
+from ascendspeed_core.config.optimizer import OptimizerConfig
+from ascendspeed_core.config.recompute import RecomputeConfig
+from ascendspeed_core.optim.megatron.layers import activation_of
+
+
+def transformer_fields(
+    model: ModelConfig, layout: Layout, dtype: torch.dtype, recompute: RecomputeConfig, stages_per_rank: int
+) -> dict[str, Any]:
+    """Return the fields of `TransformerConfig` that the run sets.
+
+    Args:
+        model: the architecture.
+        layout: of all ranks.
+        dtype: of the weights.
+        recompute: what is computed again.
+        stages_per_rank: of the pipeline.
+    """
+    fields: dict[str, Any] = {
+        "num_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "ffn_hidden_size": model.ffn_hidden_size,
+        "num_attention_heads": model.num_attention_heads,
+        "num_query_groups": model.num_key_value_heads,
+        "kv_channels": model.head_dim,
+        "normalization": "RMSNorm" if model.norm == "rmsnorm" else "LayerNorm",
+        "layernorm_epsilon": model.norm_epsilon,
+        "gated_linear_unit": model.is_gated,
+        "activation_func": activation_of(model),
+        "add_bias_linear": model.mlp_bias,
+        "add_qkv_bias": model.qkv_bias,
+        "qk_layernorm": model.qk_norm,
+        "softmax_scale": model.attention_scale,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "perform_initialization": False,
+        "params_dtype": dtype,
+        "fp16": dtype == torch.float16,
+        "bf16": dtype == torch.bfloat16,
+    }
+    return fields | _layout_fields(layout, dtype, stages_per_rank) | _recompute_fields(recompute) | _KERNELS
+
+
+_KERNELS: dict[str, Any] = {
+    # They need Apex, Transformer Engine or a compiler.
+    "gradient_accumulation_fusion": False,
+    "persist_layer_norm": False,
+    "bias_activation_fusion": False,
+    "bias_dropout_fusion": False,
+    "masked_softmax_fusion": False,
+    "apply_rope_fusion": False,
+}
+
+
+def _layout_fields(layout: Layout, dtype: torch.dtype, stages_per_rank: int) -> dict[str, Any]:
+    return {
+        "tensor_model_parallel_size": layout.tp,
+        "pipeline_model_parallel_size": layout.pp,
+        "virtual_pipeline_model_parallel_size": stages_per_rank if stages_per_rank > 1 else None,
+        "sequence_parallel": layout.sequence_parallel,
+        "expert_model_parallel_size": layout.ep,
+        "expert_tensor_parallel_size": layout.expert_tp,
+        "pipeline_dtype": dtype,
+        "batch_p2p_comm": stages_per_rank == 1,
+        "overlap_p2p_comm": False,
+        "deallocate_pipeline_outputs": False,
+        "variable_seq_lengths": layout.pp > 1,
+        "moe_token_dispatcher_type": "alltoall",
+        "calculate_per_token_loss": True,
+    }
+
+
+def _recompute_fields(recompute: RecomputeConfig) -> dict[str, Any]:
+    if not recompute.checkpoint_activations:
+        return {}
+    if recompute.checkpoint_policy == "attention":
+        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    is_block = recompute.checkpoint_policy == "block"
+    return {
+        "recompute_granularity": "full",
+        "recompute_method": "block" if is_block else "uniform",
+        "recompute_num_layers": recompute.checkpoint_block_layer if is_block else 1,
+    }
+
+
+def optimizer_fields(config: OptimizerConfig, dtype: torch.dtype, is_sharded: bool) -> dict[str, Any]:
+    """Return the fields of its `OptimizerConfig` that the run sets.
+
+    Args:
+        config: update rule and clipping.
+        dtype: of the weights.
+        is_sharded: replicas cut the state.
+    """
+    return {
+        "optimizer": "sgd" if config.optimizer == "sgd" else "adam",
+        "lr": config.lr,
+        "min_lr": config.min_lr,
+        "weight_decay": config.weight_decay,
+        "adam_beta1": config.adam_beta1,
+        "adam_beta2": config.adam_beta2,
+        "adam_eps": config.adam_eps,
+        "sgd_momentum": config.sgd_momentum,
+        "clip_grad": config.clip_grad,
+        "params_dtype": dtype,
+        "fp16": dtype == torch.float16,
+        "bf16": dtype == torch.bfloat16,
+        # The run's own scaler says the scale of each step.
+        "loss_scale": 1.0 if dtype == torch.float16 else None,
+        "use_distributed_optimizer": is_sharded,
+    }
+
+
+def ddp_fields(dtype: torch.dtype, is_sharded: bool) -> dict[str, Any]:
+    """Return the fields of `DistributedDataParallelConfig` that the run sets."""
+    return {
+        "use_distributed_optimizer": is_sharded,
+        # 16-bit gradients are added up in fp32; fp64 ones would be narrowed.
+        "grad_reduce_in_fp32": dtype in (torch.float16, torch.bfloat16),
+    }

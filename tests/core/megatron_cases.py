@@ -1,0 +1,66 @@
+"""Cases that worker processes run: train a tiny model under megatron-core and report everything about it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ascendspeed_core.config.layout import Layout
+from ascendspeed_core.config.model import ModelConfig
+from ascendspeed_core.config.optimizer import OptimizerConfig
+from ascendspeed_core.config.training import LossScaleConfig, RecomputeConfig
+from ascendspeed_core.device import Device
+from ascendspeed_core.optim.engine import Engine
+from ascendspeed_core.optim.loss_scale import LossScale
+from ascendspeed_core.optim.megatron.engine import MegatronEngine
+from ascendspeed_core.optim.megatron.model import load_megatron_model
+from ascendspeed_core.parallel.mesh import ParallelMesh
+from ascendspeed_core.training.step import train_step
+from ascendspeed_core.weights import InitialWeights
+from core.training_cases import Trained, join, micro_batches
+from support import megatron_on_cpu
+
+
+def train_megatron(
+    config: ModelConfig,
+    layout: Layout,
+    dtype_name: str,
+    steps: int = 10,
+    micro_batch_size: int | Sequence[int] = 4,
+    masked: bool = True,
+    recompute: RecomputeConfig | None = None,
+    scale: float = 1.0,
+    documents: bool = False,
+    more: dict[str, dict[str, Any]] | None = None,
+    **optimizer_options: Any,
+) -> Trained:
+    """Train from seeded weights as `training_cases.train` does, under megatron-core."""
+    megatron_on_cpu.install()
+    mesh, more = ParallelMesh.create(Device("cpu"), layout), more or {}
+    dtype = getattr(torch, dtype_name)
+    fields = more.get("TransformerConfig", {})
+    model = load_megatron_model(
+        InitialWeights(config, seed=5), mesh, dtype, recompute or RecomputeConfig(), fields
+    )
+    options: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.1, "clip_grad": 0.5}
+    engine = MegatronEngine(model, OptimizerConfig(**(options | optimizer_options)), mesh, more)
+    loss_scale = LossScale.create(LossScaleConfig(loss_scale=scale), is_fp16=scale != 1.0)
+    losses, norms = [], []
+    for step in range(steps):
+        batches = micro_batches(config.vocab_size, step, mesh, micro_batch_size, masked, documents)
+        result = train_step(model, engine, batches, mesh, loss_scale)
+        losses.append(result.loss)
+        norms.append(result.grad_norm)
+    return Trained(losses, norms, {}, written_weights(engine))
+
+
+def written_weights(engine: Engine) -> dict[str, torch.Tensor]:
+    """The weights as a checkpoint would hold them, put together on every rank."""
+    mine = [(shard.name, shard.slice, shard.values.clone()) for shard in engine.checkpoint_shards()]
+    everything: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everything, [part for part in mine if part[0].startswith("model/")])
+    by_name: dict[str, list[Any]] = {}
+    for name, place, values in (part for of_rank in everything for part in of_rank):
+        by_name.setdefault(name.removeprefix("model/"), []).append((place, values))
+    return {name: join(pieces) for name, pieces in by_name.items()}

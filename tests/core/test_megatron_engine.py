@@ -1,0 +1,194 @@
+"""`--engine megatron`: megatron-core's GPTModel, schedules and optimizer compute what one process of ours does.
+
+megatron-core asks for a GPU; `support.megatron_on_cpu` answers with the CPU, here and nowhere else.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from ascendspeed_core.config.layout import Layout
+from ascendspeed_core.config.model import ModelConfig
+from ascendspeed_core.config.training import RecomputeConfig
+from core.megatron_cases import train_megatron
+from core.training_cases import Trained, train
+from support.models import tiny_config
+from support.processes import WorkerPool
+from support.tables import ReportTables
+
+EPSILON = 1e-3
+"""Of AdamW: a gradient of nothing but rounding would otherwise become a step of full length."""
+
+LARGEST = {"float64": 2e-7, "float32": 2e-5}
+"""float64: megatron-core sums the gradient's norm in fp32, by which gradients are clipped; float32: rounding."""
+
+QUICK = (Layout(tp=2, sequence_parallel=True), Layout(pp=2, schedule="interleaved", layers_per_stage=1))
+NIGHTLY = (
+    Layout(),
+    Layout(tp=2),
+    Layout(pp=2),
+    Layout(tp=2, pp=2),
+    Layout(tp=2, pp=2, sequence_parallel=True, schedule="interleaved", layers_per_stage=1),
+    Layout(dp=2),
+    Layout(dp=2, pp=2),
+)
+LAYOUTS = (*QUICK, *(pytest.param(layout, marks=pytest.mark.nightly) for layout in NIGHTLY))
+
+
+@pytest.fixture(scope="module")
+def megatron_workers() -> Iterator[WorkerPool]:
+    """Processes of their own: megatron-core on a CPU changes `torch.Tensor`."""
+    pool = WorkerPool()
+    yield pool
+    pool.close()
+
+
+def far(found: Trained, expected: Trained) -> tuple[float, float, float]:
+    """Largest relative deviations of losses, gradient norms and weights."""
+
+    def numbers(ours: list[Any], theirs: list[Any]) -> float:
+        return max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
+
+    assert found.weights.keys() == expected.weights.keys()
+    weights = max(
+        float((found.weights[name].double() - weight.double()).abs().max() / weight.abs().max())
+        for name, weight in expected.weights.items()
+    )
+    return numbers(found.losses, expected.losses), numbers(found.norms, expected.norms), weights
+
+
+def compare(
+    layout: Layout,
+    workers: WorkerPool,
+    megatron_workers: WorkerPool,
+    report: ReportTables,
+    what: str,
+    config: ModelConfig | None = None,
+    dtype: str = "float64",
+    more: dict[str, Any] | None = None,
+    **options: Any,
+) -> None:
+    """Train ten steps with one process of ours and under megatron-core, and compare."""
+    config, largest = config or tiny_config(), LARGEST[dtype]
+    (one,) = workers.run(train, 1, config, Layout(), dtype, adam_eps=EPSILON, **options)
+    ranks = megatron_workers.run(
+        train_megatron, layout.world_size, config, layout, dtype, adam_eps=EPSILON, **options, **(more or {})
+    )
+    differences = far(ranks[0], one)
+    report.add(
+        "Ten steps under megatron-core: largest relative difference to one process of ours",
+        ("what", "layout", "dtype", "losses", "gradient norms", "weights after"),
+        what,
+        str(layout),
+        dtype,
+        *differences,
+    )
+    assert max(differences) < largest
+    assert all(rank.losses == ranks[0].losses for rank in ranks)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_ten_steps_equal_one_process_of_ours(
+    layout: Layout, workers: WorkerPool, megatron_workers: WorkerPool, report: ReportTables
+) -> None:
+    compare(layout, workers, megatron_workers, report, "LLaMA, grouped queries")
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(dp=2, sharded_optimizer=True),
+        *(
+            pytest.param(layout, marks=pytest.mark.nightly)
+            for layout in (
+                Layout(tp=2),
+                Layout(pp=2),
+                Layout(dp=2),
+                Layout(tp=2, pp=2, sequence_parallel=True),
+                Layout(dp=2, tp=2, sequence_parallel=True, sharded_optimizer=True),
+                Layout(dp=2, pp=2, sharded_optimizer=True, schedule="interleaved", layers_per_stage=1),
+            )
+        ),
+    ],
+    ids=str,
+)
+def test_ten_steps_in_fp32(
+    layout: Layout, workers: WorkerPool, megatron_workers: WorkerPool, report: ReportTables
+) -> None:
+    compare(layout, workers, megatron_workers, report, "LLaMA, grouped queries", dtype="float32")
+
+
+OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+
+
+@pytest.mark.nightly
+def test_overlapped_reductions(
+    workers: WorkerPool, megatron_workers: WorkerPool, report: ReportTables
+) -> None:
+    """Fields of `--megatron-args`: gradients are reduced and weights gathered while stages compute."""
+    layout = Layout(dp=2, pp=2, sharded_optimizer=True)
+    more = {
+        "more": {"DistributedDataParallelConfig": OVERLAP, "OptimizerConfig": {"overlap_param_gather": True}}
+    }
+    compare(layout, workers, megatron_workers, report, "overlapped", dtype="float32", more=more)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("policy", ["full", "block", "attention"])
+def test_recomputed_layers(
+    policy: str, workers: WorkerPool, megatron_workers: WorkerPool, report: ReportTables
+) -> None:
+    options = {"checkpoint_block_layer": 1} if policy == "block" else {}
+    recompute = RecomputeConfig(checkpoint_activations=True, checkpoint_policy=policy, **options)
+    compare(
+        Layout(tp=2, sequence_parallel=True), workers, megatron_workers, report, f"recompute {policy}",
+        more={"recompute": recompute},
+    )  # fmt: skip
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    ("what", "layout", "changes"),
+    [
+        ("more ranks than key-value heads", Layout(tp=2), {"num_key_value_heads": 1}),
+        ("tied head", Layout(tp=2, pp=2), {"tie_word_embeddings": True}),
+        ("tied head", Layout(dp=2, pp=2, schedule="interleaved", layers_per_stage=1), {"tie_word_embeddings": True}),
+        ("norms of queries and keys", Layout(tp=2, sequence_parallel=True), {"qk_norm": True, "head_dim": 6}),
+        ("vocabulary that does not divide", Layout(tp=2), {"vocab_size": 127}),
+        ("uneven stages", Layout(pp=2), {"num_layers": 3}),
+        ("InternLM's biases", Layout(tp=2, sequence_parallel=True), {"qkv_bias": True, "output_bias": True}),
+        ("window", Layout(tp=2), {"sliding_window": 6}),
+        (
+            "Bloom", Layout(tp=2, sequence_parallel=True, pp=2),
+            {
+                "norm": "layernorm", "mlp": "gelu", "position": "alibi", "embedding_norm": True, "qkv_bias": True,
+                "output_bias": True, "mlp_bias": True, "tie_word_embeddings": True, "num_key_value_heads": 8,
+            },
+        ),
+    ],
+)  # fmt: skip
+def test_models(
+    what: str,
+    layout: Layout,
+    changes: dict[str, Any],
+    workers: WorkerPool,
+    megatron_workers: WorkerPool,
+    report: ReportTables,
+) -> None:
+    compare(layout, workers, megatron_workers, report, what, config=tiny_config(**changes))
+
+
+@pytest.mark.nightly
+def test_micro_batches_of_several_sizes(
+    workers: WorkerPool, megatron_workers: WorkerPool, report: ReportTables
+) -> None:
+    for layout in (Layout(pp=2), Layout(pp=2, schedule="interleaved", layers_per_stage=1)):
+        compare(layout, workers, megatron_workers, report, "sizes 1,4,5,6", micro_batch_size=(1, 4, 5, 6))
+
+
+@pytest.mark.nightly
+def test_documents(workers: WorkerPool, megatron_workers: WorkerPool, report: ReportTables) -> None:
+    """Attention and positions stay inside a document."""
+    layout = Layout(tp=2, sequence_parallel=True, pp=2)
+    compare(layout, workers, megatron_workers, report, "documents", documents=True)
