@@ -131,6 +131,28 @@ def deepspeed_keys() -> Iterator[Row]:
         yield f"`{key}`", reason
 
 
+def megatron_options() -> Iterator[Row]:
+    from ascendspeed_core.config.megatron import LACKING_OPTIONS
+
+    for option in LACKING_OPTIONS:
+        values = code(option.values) if option.values is not None else "all but the default"
+        yield f"`{option.name}`", values, option.reason
+
+
+def megatron_models() -> Iterator[Row]:
+    from ascendspeed_core.config.megatron import LACKING_MODELS
+
+    for lacking in LACKING_MODELS:
+        yield lacking.what, lacking.reason
+
+
+def megatron_fields() -> Iterator[Row]:
+    from ascendspeed_core.optim.megatron.arguments import UNSUPPORTED
+
+    for name, reason in UNSUPPORTED.items():
+        yield f"`{name}`", reason
+
+
 def engine_options() -> Iterator[Row]:
     from ascendspeed_infer.transformers_engine import TransformersEngine
     from ascendspeed_infer.transformers_engine import kind as transformers_kind
@@ -280,6 +302,25 @@ TABLES = (
         "refused too, and so is an unknown one.",
         ("key", "why"),
         deepspeed_keys,
+    ),
+    Table(
+        "What `--engine megatron` lacks",
+        "megatron-core does not have these options; `--engine ascendspeed` has all of them. Adapters, and float64 with "
+        "the distributed optimizer, are refused too. [Engines](engines.md) say when to take which.",
+        ("option", "values", "why"),
+        megatron_options,
+    ),
+    Table(
+        "Models that `--engine megatron` lacks",
+        "`GPTModel` does not express these; `--engine ascendspeed` has all families.",
+        ("fields of the model", "why"),
+        megatron_models,
+    ),
+    Table(
+        "Fields that `--megatron-args` may not give",
+        "Nor those that the run's own options decide.",
+        ("field", "why"),
+        megatron_fields,
     ),
     Table(
         "Options of other engines",

@@ -7,9 +7,10 @@ import torch
 import torch.distributed as dist
 
 from ascendspeed_core.config.layout import Layout
+from ascendspeed_core.config.load import load_config
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.optimizer import OptimizerConfig
-from ascendspeed_core.config.training import LossScaleConfig, RecomputeConfig
+from ascendspeed_core.config.training import LossScaleConfig, PretrainConfig, RecomputeConfig
 from ascendspeed_core.device import Device
 from ascendspeed_core.optim.engine import Engine
 from ascendspeed_core.optim.loss_scale import LossScale
@@ -17,6 +18,8 @@ from ascendspeed_core.optim.megatron.engine import MegatronEngine
 from ascendspeed_core.optim.megatron.model import load_megatron_model
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.training.step import train_step
+from ascendspeed_core.training.trainer import Trainer
+from ascendspeed_core.training.validate import plan_run
 from ascendspeed_core.weights import InitialWeights
 from core.training_cases import Trained, join, micro_batches
 from support import megatron_on_cpu
@@ -41,7 +44,12 @@ def train_megatron(
     dtype = getattr(torch, dtype_name)
     fields = more.get("TransformerConfig", {})
     model = load_megatron_model(
-        InitialWeights(config, seed=5), mesh, dtype, recompute or RecomputeConfig(), fields
+        InitialWeights(config, seed=5),
+        mesh,
+        dtype,
+        recompute or RecomputeConfig(),
+        not isinstance(micro_batch_size, int),
+        fields,
     )
     options: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.1, "clip_grad": 0.5}
     engine = MegatronEngine(model, OptimizerConfig(**(options | optimizer_options)), mesh, more)
@@ -64,3 +72,24 @@ def written_weights(engine: Engine) -> dict[str, torch.Tensor]:
     for name, place, values in (part for of_rank in everything for part in of_rank):
         by_name.setdefault(name.removeprefix("model/"), []).append((place, values))
     return {name: join(pieces) for name, pieces in by_name.items()}
+
+
+def trainer_of(options: dict[str, Any]) -> Trainer:
+    """The trainer of a run with these options, in this process group."""
+    megatron_on_cpu.install()
+    # The command makes it, for its lock.
+    options["save"].mkdir(exist_ok=True)
+    plan = plan_run(load_config(PretrainConfig, None, options), dist.get_world_size())
+    return Trainer(plan, ParallelMesh.create(Device("cpu"), plan.layout))
+
+
+def train_run(options: dict[str, Any]) -> None:
+    """Train as `asd-core pretrain` does."""
+    trainer_of(options).train()
+
+
+def resave(options: dict[str, Any]) -> None:
+    """Load a checkpoint, and save what was loaded."""
+    trainer = trainer_of(options)
+    assert trainer.writer is not None
+    trainer._save(trainer.writer)

@@ -13,9 +13,16 @@ from ascendspeed_data.errors import AscendSpeedError, ConfigError
 def parity(
     data_path: Annotated[list[str], typer.Option(help="Prefix of a .bin/.idx pair, or a blend.")],
     layouts: Annotated[
-        str,
-        typer.Option(help="What to compare with one process: tp2,pp2,tp2pp2dp2+sp,pp2+zbv,1+full+triangle."),
-    ],
+        str | None,
+        typer.Option(
+            help="What to compare with one process: tp2,pp2,tp2pp2dp2+sp,pp2+zbv,1+full+triangle. "
+            "[default: 1, with --engines]"
+        ),
+    ] = None,
+    engines: Annotated[
+        str | None,
+        typer.Option(help="Train each layout under these: ascendspeed,deepspeed,megatron."),
+    ] = None,
     load: Annotated[Path | None, typer.Option(help="Checkpoint to start from.")] = None,
     model_config_file: Annotated[
         Path | None,
@@ -39,8 +46,12 @@ def parity(
     train_iters: Annotated[int, typer.Option(min=1, help="Steps.")] = 5,
     lr: Annotated[float, typer.Option(min=0, help="Highest learning rate.")] = 1e-4,
     dtype: Annotated[
-        str, typer.Option(help="float64 shows real differences; narrower formats blur them.")
-    ] = "float64",
+        str | None,
+        typer.Option(
+            help="float64 shows real differences; narrower formats blur them. [default: float64; float32 with "
+            "--engines, of which some keep no more]"
+        ),
+    ] = None,
     tolerance: Annotated[
         float | None, typer.Option(min=0, help="Largest accepted relative deviation. [default: by --dtype]")
     ] = None,
@@ -50,18 +61,25 @@ def parity(
 
     A layout is tp, pp and dp with their sizes, or 1 for one process. Features stand behind it, each after a plus: sp,
     sharded, gpipe, zbv, dualpipev, vppN, vppN-zb, aiao, fifo, full, selective, attention, blockN, triangle, reference,
-    mlp-fusion, mbsN-N. Ends with status 1 when a layout deviates. Nothing is kept.
+    mlp-fusion, mbsN-N. With --engines each layout is trained under each of them and compared with one process of this
+    project's; what an engine refuses is said below the table. Ends with status 1 when a layout deviates. Nothing is
+    kept.
     """
+    if layouts is None and engines is None:
+        raise ConfigError("neither of --layouts and --engines given; give --layouts tp2,pp2, for example")
     if (load is None) == (model_config_file is None):
         raise ConfigError("give either --load DIR or --model-config FILE")
     from ascendspeed_core.device import prepare_torch
 
     prepare_torch(device)
-    from ascendspeed_core.verification.parity import TOLERANCE, parse_layouts, run_parity, table
+    from ascendspeed_core.verification.parity import TOLERANCE, parse_layouts, run_parity, table, with_engines
 
+    dtype = dtype or ("float32" if engines else "float64")
     if dtype not in TOLERANCE:
         raise ConfigError(f"dtype={dtype} is unknown; there are {', '.join(TOLERANCE)}")
-    wanted = parse_layouts(layouts)
+    wanted = parse_layouts(layouts or "1")
+    if engines is not None:
+        wanted = with_engines(wanted, engines)
     for candidate in wanted:
         dp = candidate.sizes.get("dp", 1)
         if global_batch_size % (micro_batch_size * dp):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ascendspeed_core.config.experts import Experts
 from ascendspeed_core.config.layout import Layout
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.training import PretrainConfig
@@ -103,8 +104,38 @@ def _has_some_biases(model: ModelConfig) -> bool:
     return model.mlp_bias and not (model.qkv_bias and model.output_bias)
 
 
+def is_softmax_of_chosen(experts: Experts) -> bool:
+    """Whether the weights of a token's experts are the softmax of their own logits only."""
+    return experts.score == "softmax" and (experts.normalised or experts.score_after_choice)
+
+
+def _routes_otherwise(experts: Experts) -> bool:
+    if experts.score == "softmax":
+        return experts.score_bias
+    return not experts.normalised and experts.per_token > 1
+
+
+def _groups_otherwise(experts: Experts) -> bool:
+    if experts.groups == 1:
+        return False
+    counted = experts.per_token // experts.groups_per_token
+    return is_softmax_of_chosen(experts) or counted != (2 if experts.group_score == "top2" else 1)
+
+
 LACKING_MODELS = (
-    LackingModel("experts", "not joined yet", lambda model: model.experts is not None),
+    LackingModel(
+        "experts.biases, experts.clamp", "its experts are plain SwiGLU",
+        lambda model: model.experts is not None and (model.experts.biases or model.experts.clamp is not None),
+    ),
+    LackingModel(
+        "experts.score=sigmoid with normalised=false, or score_bias with softmax",
+        "its sigmoids are divided by their sum, and biases go with them",
+        lambda model: model.experts is not None and _routes_otherwise(model.experts),
+    ),
+    LackingModel(
+        "experts.groups of another score", "a group's score is the sum of per_token / groups_per_token scores",
+        lambda model: model.experts is not None and _groups_otherwise(model.experts),
+    ),
     LackingModel("kv_latent_dim", "not joined yet", lambda model: model.kv_latent_dim is not None),
     LackingModel("rotary_scaling=yarn", "it sharpens attention by a factor of its own", _is_yarn),
     LackingModel(
@@ -163,6 +194,11 @@ def check_megatron(config: PretrainConfig, layout: Layout, model: ModelConfig) -
                 f"engine=megatron for a model of family {model.family} ({missing.what}): {missing.reason}; give "
                 "--engine ascendspeed, which has it"
             )
+    if model.experts is not None and layout.tp > 1 and not layout.sequence_parallel:
+        raise ConfigError(
+            f"engine=megatron with tensor_model_parallel_size={layout.tp} for a model with experts: they take a part "
+            "of the sequence on each rank; give --sequence-parallel too"
+        )
     if config.adapters is not None:
         raise ConfigError(
             "engine=megatron with adapters: peft's layers for megatron-core are out of date, and adapters are this "
@@ -173,6 +209,17 @@ def check_megatron(config: PretrainConfig, layout: Layout, model: ModelConfig) -
             "engine=megatron with dtype=float64 and use_distributed_optimizer=true: its distributed optimizer takes "
             "fp32, bf16 and fp16 only; give --dtype float32, or --engine ascendspeed"
         )
+    if shapes_vary(config) and layout.layers_per_stage is not None:
+        raise ConfigError(
+            f"engine=megatron with num_layers_per_virtual_pipeline_stage={layout.layers_per_stage} and micro-batches "
+            "of several shapes (manual_mbs, variable_seq_lengths): the shapes that its stages tell each other cross; "
+            "leave one of them out, or give --engine ascendspeed"
+        )
+
+
+def shapes_vary(config: PretrainConfig) -> bool:
+    """Whether micro-batches differ in their number or length of samples."""
+    return bool(config.batch.manual_sizes()) or config.data.lengths_vary
 
 
 def read_megatron_args(path: Path) -> dict[str, dict[str, Any]]:

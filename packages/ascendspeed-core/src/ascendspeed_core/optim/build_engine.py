@@ -13,11 +13,11 @@ from ascendspeed_core.config.deepspeed import (
     read_deepspeed_config,
 )
 from ascendspeed_core.config.layout import Layout
-from ascendspeed_core.config.megatron import check_megatron, read_megatron_args
+from ascendspeed_core.config.megatron import check_megatron, read_megatron_args, shapes_vary
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.training import PretrainConfig
 from ascendspeed_core.device import choose_device
-from ascendspeed_core.kernels.registry import Choice, KernelContext
+from ascendspeed_core.kernels.registry import Choice, KernelContext, update_choice
 from ascendspeed_core.launch import world_of_environment
 from ascendspeed_core.models.transformer import Transformer
 from ascendspeed_core.optim.engine import Engine
@@ -113,8 +113,8 @@ def make_model(
         return load_model(source, mesh, dtype, config.compute.mlp_layer_fusion, settings)
     from ascendspeed_core.optim.megatron.model import load_megatron_model
 
-    fields = megatron_fields(config).get("TransformerConfig", {})
-    return load_megatron_model(source, mesh, dtype, config.recompute, fields)
+    fields, vary = megatron_fields(config).get("TransformerConfig", {}), shapes_vary(config)
+    return load_megatron_model(source, mesh, dtype, config.recompute, vary, fields)
 
 
 def prepare_model(
@@ -139,7 +139,7 @@ def prepare_model(
     choices = apply_kernels(model, config.compute, context)
     train_routers(model, config.experts)
     apply_recompute(model, config.recompute, mesh.pp_rank)
-    return choices
+    return [*choices, update_choice(config.optimizer.optimizer, context)]
 
 
 def make_engine(

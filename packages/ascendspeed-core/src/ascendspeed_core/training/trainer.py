@@ -12,7 +12,7 @@ import torch
 from ascendspeed_core.build import apply_kernels, kernel_context, load_model
 from ascendspeed_core.config.training import PretrainConfig
 from ascendspeed_core.data.micro_batch import MicroBatch
-from ascendspeed_core.kernels.registry import table, update_choice
+from ascendspeed_core.kernels.registry import table
 from ascendspeed_core.models.transformer import Transformer
 from ascendspeed_core.observability.metrics import (
     LOAD_PICTURE,
@@ -83,7 +83,7 @@ class Trainer:
         self.sizes, lines = plan_micro_batches(self.model, self.engine, config, mesh)
         apply_dropout(self.model, config.dropout, config.training.seed, mesh)
         self._log(*lines)
-        self._log(*table([*kernels, update_choice(config.optimizer.optimizer, self.kernel_context)]))
+        self._log(*table(kernels))
         self.loss_scale = LossScale.create(config.loss_scaling, is_fp16=self.dtype == torch.float16)
         self.schedule = Schedule(self.engine, config.optimizer, config.batch, config.training, mesh.layout.dp)
         self.data = plan.objective.open_data(

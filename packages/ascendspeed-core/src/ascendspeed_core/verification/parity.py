@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ascendspeed_core.config.layout import V_SCHEDULES
@@ -45,19 +45,29 @@ OPTIONS: dict[str, tuple[str, ...]] = {
 """What may stand behind a plus, and the flags it means; N is a number, N-N two or more."""
 
 
+ENGINES: dict[str, tuple[str, ...]] = {
+    "ascendspeed": (),
+    "deepspeed": ("--zero-stage", "1"),
+    "megatron": ("--engine", "megatron"),
+}
+"""Engines that can be compared, and the flags that choose them."""
+
+
 @dataclass(frozen=True)
 class Candidate:
     """One way to train.
 
     Attributes:
-        name: as written, `tp2pp2+sp`.
+        name: as written, `tp2pp2+sp`, with the engine if there are several.
         sizes: ranks along each dimension.
         flags: of `asd-core pretrain`.
+        may_be_refused: an engine may lack the layout, which is no failure.
     """
 
     name: str
     sizes: Mapping[str, int]
     flags: tuple[str, ...] = ()
+    may_be_refused: bool = False
 
     @property
     def world_size(self) -> int:
@@ -74,16 +84,24 @@ class ParityRow:
         loss: largest relative deviation of a step's loss, auxiliary losses included.
         grad_norm: largest relative deviation of a step's gradient norm.
         weights: largest deviation of a weight after the last step, relative to the largest entry of its tensor.
+        refusal: why the engine did not train at all; empty where it did.
     """
 
     name: str
     loss: float
     grad_norm: float
     weights: float
+    refusal: str = ""
 
     def within(self, tolerance: float) -> bool:
         """Whether losses and gradient norms are as close as that; weights are for information."""
-        return self.loss <= tolerance and self.grad_norm <= tolerance
+        return bool(self.refusal) or (self.loss <= tolerance and self.grad_norm <= tolerance)
+
+    def verdict(self, tolerance: float) -> str:
+        """Return it in one word."""
+        if self.refusal:
+            return "refused"
+        return "equal" if self.within(tolerance) else "DIFFERENT"
 
 
 def parse_layouts(text: str) -> list[Candidate]:
@@ -106,6 +124,28 @@ def parse_layouts(text: str) -> list[Candidate]:
         flags = tuple(flag for option in chosen for flag in option or ())
         candidates.append(Candidate(part.strip(), {name: int(size) for name, size in found}, flags))
     return candidates
+
+
+def with_engines(candidates: Sequence[Candidate], engines: str) -> list[Candidate]:
+    """Return each candidate under each of some engines: `ascendspeed,deepspeed,megatron`.
+
+    Raises:
+        ConfigError: an engine that there is not.
+    """
+    names = [name.strip() for name in engines.split(",")]
+    unknown = [name for name in names if name not in ENGINES]
+    if unknown or len(set(names)) < len(names):
+        raise ConfigError(f"engines={engines!r}: give some of {', '.join(ENGINES)}, each once")
+    return [
+        replace(
+            candidate,
+            name=f"{candidate.name} {name}",
+            flags=(*candidate.flags, *(ENGINES[name] if "--zero-stage" not in candidate.flags else ())),
+            may_be_refused=name != "ascendspeed",
+        )
+        for candidate in candidates
+        for name in names
+    ]
 
 
 def _flags(option: str) -> tuple[str, ...] | None:
@@ -136,10 +176,18 @@ def run_parity(
     one = _train(Candidate("one process", {}), arguments, scratch / "one", device)
     rows = []
     for candidate in candidates:
-        run = _train(candidate, arguments, scratch / "candidate", device)
+        try:
+            run = _train(candidate, arguments, scratch / "candidate", device)
+        except _RefusedError as error:
+            rows.append(ParityRow(candidate.name, math.nan, math.nan, math.nan, str(error)))
+            continue
         rows.append(_compare(candidate, run, one))
         shutil.rmtree(run)
     return rows
+
+
+class _RefusedError(Exception):
+    """An engine lacks what a candidate asks for; the message says what."""
 
 
 def _train(candidate: Candidate, arguments: Sequence[str], run: Path, device: str) -> Path:
@@ -153,7 +201,11 @@ def _train(candidate: Candidate, arguments: Sequence[str], run: Path, device: st
     command = [sys.executable, "-m", "ascendspeed_core.cli", "pretrain", *arguments, *map(str, flags)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise AscendSpeedError(f"training as {candidate.name} failed: {reason_of(done.stderr)}")
+        reason = reason_of(done.stderr)
+        is_refused = done.returncode == ConfigError.exit_code or reason.startswith("engine=")
+        if is_refused and candidate.may_be_refused:
+            raise _RefusedError(reason)
+        raise AscendSpeedError(f"training as {candidate.name} failed: {reason}")
     return run
 
 
@@ -200,13 +252,18 @@ def table(rows: Sequence[ParityRow], tolerance: float) -> list[str]:
     cells: list[Mapping[str, str]] = [
         {
             "layout": row.name,
-            "loss": f"{row.loss:.2e}",
-            "gradient norm": f"{row.grad_norm:.2e}",
-            "weights": f"{row.weights:.2e}",
-            "verdict": "equal" if row.within(tolerance) else "DIFFERENT",
+            "loss": _shown(row.loss),
+            "gradient norm": _shown(row.grad_norm),
+            "weights": _shown(row.weights),
+            "verdict": row.verdict(tolerance),
         }
         for row in rows
     ]
     head = {key: key for key in cells[0]}
     widths = {key: max(len(row[key]) for row in [head, *cells]) for key in head}
-    return ["  ".join(row[key].ljust(widths[key]) for key in head).rstrip() for row in [head, *cells]]
+    lines = ["  ".join(row[key].ljust(widths[key]) for key in head).rstrip() for row in [head, *cells]]
+    return lines + [f"{row.name}: {row.refusal}" for row in rows if row.refusal]
+
+
+def _shown(deviation: float) -> str:
+    return "-" if math.isnan(deviation) else f"{deviation:.2e}"

@@ -88,4 +88,6 @@ def _fields_of_run(kind: str) -> set[str]:
         num_key_value_heads=1, head_dim=2, max_position_embeddings=1, norm_epsilon=1e-5, tie_word_embeddings=False,
     )  # fmt: skip
     recompute = RecomputeConfig(checkpoint_activations=True)
-    return set(transformer_fields(model, Layout(), torch.float32, recompute, 1)) | {"recompute_modules"}
+    return set(transformer_fields(model, Layout(), torch.float32, recompute, 1, shapes_vary=False)) | {
+        "recompute_modules"
+    }

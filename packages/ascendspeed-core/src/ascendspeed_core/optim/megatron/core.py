@@ -6,6 +6,7 @@ what is called, not by a number: MindSpeed's 0.12.1 is patched, and releases bet
 
 import importlib
 import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -72,7 +73,10 @@ def make_config(kind: str, fields: Mapping[str, Any], more: Mapping[str, Any]) -
     made = config_class(kind)
     known = inspect.signature(made).parameters
     try:
-        return made(**{name: value for name, value in fields.items() if name in known}, **more)
+        with warnings.catch_warnings():
+            # Its own defaults are deprecated by itself.
+            warnings.simplefilter("ignore")
+            return made(**{name: value for name, value in fields.items() if name in known}, **more)
     except (ValueError, AssertionError, TypeError) as error:
         raise AscendSpeedError(
             f"engine=megatron: {kind} refuses the run: {str(error) or repr(error)}; change --megatron-args, or the "

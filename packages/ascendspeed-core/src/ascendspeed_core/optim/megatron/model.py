@@ -138,6 +138,7 @@ def load_megatron_model(
     mesh: ParallelMesh,
     dtype: torch.dtype,
     recompute: RecomputeConfig,
+    shapes_vary: bool,
     more: Mapping[str, Any],
 ) -> MegatronTransformer:
     """Return this rank's stages of the model that `source` holds, reading only its own slices.
@@ -147,13 +148,14 @@ def load_megatron_model(
         mesh: of this rank.
         dtype: of the weights.
         recompute: what is computed again.
+        shapes_vary: micro-batches differ in their number or length of samples.
         more: further fields of `TransformerConfig`.
     """
     version = prepare(mesh.device)
     layout, described = mesh.layout, source.config
     stages = stages_of_ranks(described.num_layers, layout)[mesh.pp_rank]
     start_groups(layout, len(stages))
-    fields = transformer_fields(described, layout, dtype, recompute, len(stages))
+    fields = transformer_fields(described, layout, dtype, recompute, len(stages), shapes_vary)
     config = make_config("TransformerConfig", fields, more)
     chunks = [
         _make_chunk(described, config, stage, number, len(stages), mesh)

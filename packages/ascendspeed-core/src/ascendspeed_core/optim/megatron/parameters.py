@@ -6,7 +6,7 @@ checkpoint holds them under the names that no engine changes.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -15,7 +15,13 @@ from ascendspeed_core.config.layout import Stage
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.sharding import Slice, sharded_dim
 from ascendspeed_core.parallel.mesh import ParallelMesh
-from ascendspeed_core.weights.external.name_maps import expert_indices, megatron
+from ascendspeed_core.weights.external.name_maps import (
+    EMBEDDING_NORM,
+    NameMap,
+    NameRule,
+    expert_indices,
+    megatron,
+)
 from ascendspeed_core.weights.external.packing import PackedTensor
 from ascendspeed_core.weights.load import parameter_shapes
 from ascendspeed_core.weights.shard_layout import PipelineChunk, shard_layout
@@ -102,7 +108,7 @@ def held_parameters(
     experts = expert_indices(config, shard_layout(config.num_layers, ep=layout.ep), mesh.index("ep"))
     where = PipelineChunk(stage.layers, stage.is_first, stage.is_last)
     rows = vocabulary_rows(config.vocab_size, layout.tp)
-    for packed in megatron(transformer_engine=False).of_chunk(shapes, config, where, rows, experts):
+    for packed in _names().of_chunk(shapes, config, where, rows, experts):
         is_expert = ".experts." in packed.key
         tp, index = (layout.expert_tp, mesh.index("etp")) if is_expert else (layout.tp, mesh.tp_rank)
         found = named.pop(packed.key, None)
@@ -121,6 +127,12 @@ def held_parameters(
             f"{next(iter(named))} of this model of megatron-core has no counterpart in "
             f"{config.family}; give --engine ascendspeed"
         )
+
+
+def _names() -> NameMap:
+    """Return the names of its own layers, and of what `layers` adds to them."""
+    names = megatron(transformer_engine=False)
+    return replace(names, first=(*names.first, NameRule("embedding.norm.{kind}", EMBEDDING_NORM)))
 
 
 def _parts(packed: PackedTensor, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[HeldPart]:

@@ -5,14 +5,17 @@ Settings that give wrong numbers, or none, are not left to a user:
 - `batch_p2p_comm` is off where ranks hold several stages: with two ranks, two sends between them would cross.
 - `overlap_p2p_comm` and `deallocate_pipeline_outputs` are never on together: what is sent may be gone before it is.
 - Losses are shares of a sum over the global batch, so that nothing is divided (`calculate_per_token_loss`).
-- Micro-batches may differ in size (`variable_seq_lengths`, which wants `alltoall` as dispatcher, experts or not).
+- `variable_seq_lengths` is on only where micro-batches differ in shape. Between interleaved stages its messages cross,
+  or wait for each other for ever; `config.megatron` refuses that. It wants `alltoall` as dispatcher, experts or not.
 """
 
 from typing import Any
 
 import torch
 
+from ascendspeed_core.config.experts import Experts
 from ascendspeed_core.config.layout import Layout
+from ascendspeed_core.config.megatron import is_softmax_of_chosen
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.optimizer import OptimizerConfig
 from ascendspeed_core.config.recompute import RecomputeConfig
@@ -20,7 +23,12 @@ from ascendspeed_core.optim.megatron.layers import activation_of
 
 
 def transformer_fields(
-    model: ModelConfig, layout: Layout, dtype: torch.dtype, recompute: RecomputeConfig, stages_per_rank: int
+    model: ModelConfig,
+    layout: Layout,
+    dtype: torch.dtype,
+    recompute: RecomputeConfig,
+    stages_per_rank: int,
+    shapes_vary: bool,
 ) -> dict[str, Any]:
     """Return the fields of `TransformerConfig` that the run sets.
 
@@ -30,6 +38,7 @@ def transformer_fields(
         dtype: of the weights.
         recompute: what is computed again.
         stages_per_rank: of the pipeline.
+        shapes_vary: micro-batches differ in their number or length of samples.
     """
     fields: dict[str, Any] = {
         "num_layers": model.num_layers,
@@ -53,7 +62,39 @@ def transformer_fields(
         "fp16": dtype == torch.float16,
         "bf16": dtype == torch.bfloat16,
     }
-    return fields | _layout_fields(layout, dtype, stages_per_rank) | _recompute_fields(recompute) | _KERNELS
+    if model.experts is not None:
+        fields |= _expert_fields(model, model.experts, dtype)
+    return (
+        fields
+        | _layout_fields(layout, dtype, stages_per_rank, shapes_vary)
+        | _recompute_fields(recompute)
+        | _KERNELS
+    )
+
+
+def _expert_fields(model: ModelConfig, experts: Experts, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the fields of routers and experts; `config.megatron` refuses what they do not express."""
+    has_groups = experts.groups > 1
+    return {
+        "num_moe_experts": experts.count,
+        "moe_layer_freq": [int(model.has_experts(layer)) for layer in range(model.num_layers)],
+        "moe_ffn_hidden_size": experts.ffn_hidden_size,
+        "moe_router_topk": experts.per_token,
+        "moe_router_score_function": experts.score,
+        # A softmax over all that is divided by the sum of the chosen is one over the chosen.
+        "moe_router_pre_softmax": experts.score == "softmax" and not is_softmax_of_chosen(experts),
+        "moe_router_topk_scaling_factor": experts.scaling,
+        "moe_router_num_groups": experts.groups if has_groups else None,
+        "moe_router_group_topk": experts.groups_per_token if has_groups else None,
+        "moe_router_enable_expert_bias": experts.score_bias,
+        "moe_router_bias_update_rate": 0.0,
+        "moe_router_dtype": "fp64" if dtype == torch.float64 else "fp32",
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_shared_expert_intermediate_size": experts.shared_ffn_hidden_size,
+        "moe_shared_expert_gate": experts.shared_gate,
+        "moe_grouped_gemm": False,
+    }
 
 
 _KERNELS: dict[str, Any] = {
@@ -67,7 +108,9 @@ _KERNELS: dict[str, Any] = {
 }
 
 
-def _layout_fields(layout: Layout, dtype: torch.dtype, stages_per_rank: int) -> dict[str, Any]:
+def _layout_fields(
+    layout: Layout, dtype: torch.dtype, stages_per_rank: int, shapes_vary: bool
+) -> dict[str, Any]:
     return {
         "tensor_model_parallel_size": layout.tp,
         "pipeline_model_parallel_size": layout.pp,
@@ -79,7 +122,7 @@ def _layout_fields(layout: Layout, dtype: torch.dtype, stages_per_rank: int) -> 
         "batch_p2p_comm": stages_per_rank == 1,
         "overlap_p2p_comm": False,
         "deallocate_pipeline_outputs": False,
-        "variable_seq_lengths": layout.pp > 1,
+        "variable_seq_lengths": shapes_vary and layout.pp > 1,
         "moe_token_dispatcher_type": "alltoall",
         "calculate_per_token_loss": True,
     }
