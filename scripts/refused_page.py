@@ -146,6 +146,18 @@ def megatron_models() -> Iterator[Row]:
         yield lacking.what, lacking.reason
 
 
+def megatron_families() -> Iterator[Row]:
+    from ascendspeed_core.config.megatron import LACKING_MODELS
+    from ascendspeed_core.models.families import FAMILIES
+
+    for family in FAMILIES.values():
+        for name, keys in family.sizes.items():
+            config = family.read_config(keys)
+            lacking = [row.what for row in LACKING_MODELS if row.has(config)]
+            if lacking:
+                yield family.name, name, "; ".join(lacking)
+
+
 def megatron_fields() -> Iterator[Row]:
     from ascendspeed_core.optim.megatron.arguments import UNSUPPORTED
 
@@ -315,6 +327,12 @@ TABLES = (
         "`GPTModel` does not express these; `--engine ascendspeed` has all families.",
         ("fields of the model", "why"),
         megatron_models,
+    ),
+    Table(
+        "Published models that `--engine megatron` lacks",
+        "All other published models of the [families](families.md) it trains.",
+        ("family", "model", "what it lacks"),
+        megatron_families,
     ),
     Table(
         "Fields that `--megatron-args` may not give",

@@ -10,7 +10,7 @@ import pytest
 
 from ascendspeed_core.config.experts import Experts
 from ascendspeed_core.config.layout import Layout
-from ascendspeed_core.config.model import ModelConfig
+from ascendspeed_core.config.model import ModelConfig, RotaryScaling
 from ascendspeed_core.config.training import RecomputeConfig
 from core.megatron_cases import train_megatron
 from core.training_cases import Trained, train
@@ -152,6 +152,9 @@ def test_recomputed_layers(
     )  # fmt: skip
 
 
+LLAMA_3 = RotaryScaling(kind="llama3", factor=8, original_max_position_embeddings=16)
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize(
     ("what", "layout", "changes"),
@@ -164,6 +167,11 @@ def test_recomputed_layers(
         ("uneven stages", Layout(pp=2), {"num_layers": 3}),
         ("InternLM's biases", Layout(tp=2, sequence_parallel=True), {"qkv_bias": True, "output_bias": True}),
         ("window", Layout(tp=2), {"sliding_window": 6}),
+        (
+            "Nemotron", Layout(tp=2, sequence_parallel=True),
+            {"norm": "layernorm", "norm_unit_offset": True, "mlp": "relu2", "head_dim": 8, "rotary_dim": 4},
+        ),
+        ("Llama 3's positions", Layout(tp=2), {"rotary_scaling": LLAMA_3}),
         (
             "Bloom", Layout(tp=2, sequence_parallel=True, pp=2),
             {

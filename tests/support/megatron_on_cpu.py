@@ -90,6 +90,8 @@ def install() -> None:
     # Without Transformer Engine it asks whether this is None, and nobody has said so.
     experts: Any = sys.modules["megatron.core.transformer.moe.moe_utils"]
     experts.te_general_gemm = getattr(experts, "te_general_gemm", None)
+    exchange: Any = sys.modules["megatron.core.transformer.moe.token_dispatcher"]
+    exchange.maybe_move_tensor_to_cpu = _on_host
     seeds: Any = sys.modules["megatron.core.tensor_parallel.random"]
     seeds._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment]
@@ -98,6 +100,11 @@ def install() -> None:
 
 def _nothing(*_: Any, **__: Any) -> None:
     pass
+
+
+def _on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """What it makes of counts on a GPU, without which it leaves those on a CPU as they are."""
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
 def _type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

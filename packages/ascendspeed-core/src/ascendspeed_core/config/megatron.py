@@ -136,7 +136,10 @@ LACKING_MODELS = (
         "experts.groups of another score", "a group's score is the sum of per_token / groups_per_token scores",
         lambda model: model.experts is not None and _groups_otherwise(model.experts),
     ),
-    LackingModel("kv_latent_dim", "not joined yet", lambda model: model.kv_latent_dim is not None),
+    LackingModel(
+        "kv_latent_dim", "its latent attention has positions of its own, which are not joined yet",
+        lambda model: model.kv_latent_dim is not None,
+    ),
     LackingModel("rotary_scaling=yarn", "it sharpens attention by a factor of its own", _is_yarn),
     LackingModel(
         "window_layers, rotary_layers, window_rotary_base", "its layers share one mask and one rotary embedding",
@@ -167,7 +170,7 @@ LACKING_MODELS = (
         "mlp_bias=true without qkv_bias and output_bias", "it has biases in all layers or none", _has_some_biases
     ),
 )  # fmt: skip
-"""What models have that `GPTModel` lacks; the families that have none of it are in docs/megatron.md."""
+"""What models have that `GPTModel` lacks; docs/refused.md has the published models that have it."""
 
 
 def check_megatron(config: PretrainConfig, layout: Layout, model: ModelConfig) -> None:
