@@ -159,7 +159,7 @@ def megatron_families() -> Iterator[Row]:
 
 
 def megatron_fields() -> Iterator[Row]:
-    from ascendspeed_core.optim.megatron.arguments import UNSUPPORTED
+    from ascendspeed_core.optim.megatron.further_fields import UNSUPPORTED
 
     for name, reason in UNSUPPORTED.items():
         yield f"`{name}`", reason

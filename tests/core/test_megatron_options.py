@@ -20,7 +20,7 @@ from ascendspeed_core.config.megatron import (
 from ascendspeed_core.config.model import ModelConfig, RotaryScaling
 from ascendspeed_core.config.training import PretrainConfig
 from ascendspeed_core.models.families import find_family
-from ascendspeed_core.optim.megatron.arguments import UNSUPPORTED, check_fields
+from ascendspeed_core.optim.megatron.further_fields import UNSUPPORTED, check_fields
 from ascendspeed_data.errors import AscendSpeedError, ConfigError
 from support.commands import call
 from support.models import tiny_config
@@ -48,7 +48,9 @@ MODELS: dict[str, Callable[[], ModelConfig]] = {
     "experts.groups": lambda: tiny_config(
         experts=EXPERTS.model_copy(update={"groups": 4, "groups_per_token": 2})
     ),
-    "kv_latent_dim": lambda: tiny_config(kv_latent_dim=8, rotary_dim=4, head_dim=8),
+    "kv_latent_dim": lambda: tiny_config(
+        kv_latent_dim=8, rotary_dim=4, head_dim=8, value_head_dim=4, num_key_value_heads=8
+    ),
     "rotary_scaling=yarn": lambda: tiny_config(
         rotary_scaling=RotaryScaling(kind="yarn", factor=4, original_max_position_embeddings=16)
     ),

@@ -56,7 +56,7 @@ def megatron_fields(config: PretrainConfig) -> dict[str, dict[str, Any]]:
     path = config.parallel.megatron_args
     if path is None:
         return {}
-    from ascendspeed_core.optim.megatron.arguments import check_fields
+    from ascendspeed_core.optim.megatron.further_fields import check_fields
 
     return check_fields(read_megatron_args(path), path)
 

@@ -1,4 +1,4 @@
-"""What megatron-core is told of a run: the fields of its configs that follow from ours.
+"""What megatron-core gets of a run: the fields of its configs that follow from ours.
 
 Settings that give wrong numbers, or none, are not left to a user:
 
