@@ -6,14 +6,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ascendspeed_core.config.finetune import FinetuneConfig
 from ascendspeed_core.config.layout import Layout
 from ascendspeed_core.config.load import load_config
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.optimizer import OptimizerConfig
+from ascendspeed_core.config.preference import DpoConfig
 from ascendspeed_core.config.training import LossScaleConfig, PretrainConfig, RecomputeConfig
 from ascendspeed_core.device import Device
 from ascendspeed_core.optim.engine import Engine
 from ascendspeed_core.optim.loss_scale import LossScale
+from ascendspeed_core.optim.megatron.core import prepare
 from ascendspeed_core.optim.megatron.engine import MegatronEngine
 from ascendspeed_core.optim.megatron.model import load_megatron_model
 from ascendspeed_core.parallel.mesh import ParallelMesh
@@ -74,18 +77,28 @@ def written_weights(engine: Engine) -> dict[str, torch.Tensor]:
     return {name: join(pieces) for name, pieces in by_name.items()}
 
 
-def trainer_of(options: dict[str, Any]) -> Trainer:
-    """The trainer of a run with these options, in this process group."""
+def megatron_version() -> str:
+    """The version that this process finds."""
     megatron_on_cpu.install()
+    return prepare(Device("cpu"))
+
+
+CONFIGS = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "dpo": DpoConfig}
+
+
+def trainer_of(options: dict[str, Any], command: str = "pretrain") -> Trainer:
+    """The trainer of a run with these options, in this process group."""
+    if options.get("engine") == "megatron":
+        megatron_on_cpu.install()
     # The command makes it, for its lock.
     options["save"].mkdir(exist_ok=True)
-    plan = plan_run(load_config(PretrainConfig, None, options), dist.get_world_size())
+    plan = plan_run(load_config(CONFIGS[command], None, options), dist.get_world_size())
     return Trainer(plan, ParallelMesh.create(Device("cpu"), plan.layout))
 
 
-def train_run(options: dict[str, Any]) -> None:
-    """Train as `asd-core pretrain` does."""
-    trainer_of(options).train()
+def train_run(options: dict[str, Any], command: str = "pretrain") -> None:
+    """Train as a command does, under megatron-core if the options say so."""
+    trainer_of(options, command).train()
 
 
 def resave(options: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints of megatron-core runs are the run's own format: any engine goes on from any other's, under any layout."""
+"""Runs under megatron-core: any engine goes on from any other's checkpoint, and all commands train."""
 
 import itertools
 import json
@@ -14,6 +14,7 @@ from ascendspeed_core.observability.metrics import read_metrics
 from ascendspeed_core.weights import NativeSource
 from core import megatron_cases, zero_cases
 from support.models import tiny_config
+from support.pairs import make_pairs
 from support.processes import WorkerPool
 
 MEGATRON: dict[str, Any] = {"engine": "megatron"}
@@ -130,3 +131,46 @@ def test_going_on_under_another_engine(
         expected = [record[key] for record in whole[3:]]
         # fp32 sums in another order; a lost moment or step count shows in the third digit.
         assert [record[key] for record in rest] == pytest.approx(expected, rel=2e-6), key
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    ("command", "layout"),
+    [
+        # Of several lengths, so that stages tell each other shapes.
+        ("finetune", PP2 | {"variable_seq_lengths": True, "pad_to_multiple_of": 1}),
+        ("finetune", TP2 | {"sequence_parallel": True}),
+        ("dpo", TP2),
+        ("dpo", PP2),
+    ],
+)
+def test_tuning(
+    command: str,
+    layout: dict[str, Any],
+    sets: tuple[Path, Path],
+    tokenizer_folder: Path,
+    options: dict[str, Any],
+    tmp_path: Path,
+    workers: WorkerPool,
+    megatron_workers: WorkerPool,
+) -> None:
+    """Instruction tuning and preference tuning report what one process of ours does, held-out pairs included."""
+    prefix = sets[0] if command == "finetune" else make_pairs(tmp_path, tokenizer_folder)
+    options |= {
+        "data_path": (str(prefix),), "split": "80,20,0", "seq_length": 64, "eval_iters": 1, "eval_interval": 3,
+        "lr": 1e-3,
+    }  # fmt: skip
+    if command == "finetune":
+        options["is_instruction_dataset"] = True
+    workers.run(megatron_cases.train_run, 1, options | {"save": tmp_path / "ours"}, command)
+    theirs = options | MEGATRON | layout | {"save": tmp_path / "theirs"}
+    megatron_workers.run(megatron_cases.train_run, 2, theirs, command)
+    ours, found = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("ours", "theirs"))
+    keys = [
+        key for key in ours[-1] if key.startswith(("lm_loss", "grad_norm", "validation_", "reward", "dpo"))
+    ]
+    assert any(key.startswith("validation_") for key in keys)
+    for key in keys:
+        # fp32 sums in another order.
+        expected = pytest.approx([record.get(key) for record in ours], rel=5e-5, abs=1e-6)
+        assert [record.get(key) for record in found] == expected, key

@@ -3,7 +3,9 @@
 megatron-core asks for a GPU; `support.megatron_on_cpu` answers with the CPU, here and nowhere else.
 """
 
+import os
 from collections.abc import Iterator
+from importlib import metadata
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from ascendspeed_core.config.experts import Experts
 from ascendspeed_core.config.layout import Layout
 from ascendspeed_core.config.model import ModelConfig, RotaryScaling
 from ascendspeed_core.config.training import RecomputeConfig
-from core.megatron_cases import train_megatron
+from core.megatron_cases import megatron_version, train_megatron
 from core.training_cases import Trained, train
 from support.models import tiny_config
 from support.processes import WorkerPool
@@ -21,8 +23,8 @@ from support.tables import ReportTables
 EPSILON = 1e-3
 """Of AdamW: a gradient of nothing but rounding would otherwise become a step of full length."""
 
-LARGEST = {"float64": 2e-7, "float32": 2e-5}
-"""float64: megatron-core sums the gradient's norm in fp32, by which gradients are clipped; float32: rounding."""
+LARGEST = {"float64": 2e-7, "float32": 2e-5, "bfloat16": 3e-2, "float16": 4e-3}
+"""float64: megatron-core sums the gradient's norm in fp32, by which gradients are clipped; others: a few roundings."""
 
 QUICK = (Layout(tp=2, sequence_parallel=True), Layout(pp=2, schedule="interleaved", layers_per_stage=1))
 NIGHTLY = (
@@ -76,9 +78,12 @@ def compare(
 ) -> None:
     """Train ten steps with one process of ours and under megatron-core, and compare."""
     config, largest = config or tiny_config(), LARGEST[dtype]
-    (one,) = workers.run(train, 1, config, Layout(), dtype, adam_eps=EPSILON, **options)
+    options = {"adam_eps": EPSILON} | options
+    if options.get("optimizer") == "sgd":
+        del options["adam_eps"]
+    (one,) = workers.run(train, 1, config, Layout(), dtype, **options)
     ranks = megatron_workers.run(
-        train_megatron, layout.world_size, config, layout, dtype, adam_eps=EPSILON, **options, **(more or {})
+        train_megatron, layout.world_size, config, layout, dtype, **options, **(more or {})
     )
     differences = far(ranks[0], one, config)
     report.add(
@@ -122,6 +127,30 @@ def test_ten_steps_in_fp32(
     layout: Layout, workers: WorkerPool, megatron_workers: WorkerPool, report: ReportTables
 ) -> None:
     compare(layout, workers, megatron_workers, report, "LLaMA, grouped queries", dtype="float32")
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    ("dtype", "layout", "options"),
+    [
+        ("bfloat16", Layout(tp=2, sequence_parallel=True), {}),
+        ("bfloat16", Layout(dp=2, pp=2, sharded_optimizer=True), {}),
+        ("float16", Layout(dp=2, sharded_optimizer=True), {"scale": 256.0}),
+        ("float16", Layout(tp=2), {"scale": 256.0}),
+        ("float32", Layout(dp=2), {"optimizer": "sgd"}),
+    ],
+    ids=str,
+)
+def test_formats_and_rules(
+    dtype: str,
+    layout: Layout,
+    options: dict[str, Any],
+    workers: WorkerPool,
+    megatron_workers: WorkerPool,
+    report: ReportTables,
+) -> None:
+    """Both keep fp32 master weights, gradients and moments; fp16 with the run's own loss scale."""
+    compare(layout, workers, megatron_workers, report, "formats", dtype=dtype, **options)
 
 
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
@@ -242,3 +271,36 @@ def test_experts(
     """In fp32: its routers take their softmax in fp32 always."""
     config = tiny_config(experts=Experts(**experts))
     compare(layout, workers, megatron_workers, report, what, config=config, dtype="float32")
+
+
+OTHER_VERSION = "ASCENDSPEED_MEGATRON_CORE"
+"""Environment variable that names a folder with another version of megatron-core."""
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    ("layout", "dtype"),
+    [
+        (Layout(tp=2, sequence_parallel=True), "float64"),
+        (Layout(pp=2, schedule="interleaved", layers_per_stage=1), "float64"),
+        (Layout(dp=2, sharded_optimizer=True), "float32"),
+        (Layout(dp=2, sharded_optimizer=True), "bfloat16"),
+    ],
+    ids=str,
+)
+def test_another_version_of_megatron_core(
+    layout: Layout, dtype: str, workers: WorkerPool, report: ReportTables, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = os.environ.get(OTHER_VERSION)
+    if folder is None:
+        pytest.skip(
+            f"no other version is there; pip install --no-deps --target DIR megatron-core==0.12.1, {OTHER_VERSION}=DIR"
+        )
+    monkeypatch.syspath_prepend(folder)
+    pool = WorkerPool("spawn")
+    try:
+        (version,) = pool.run(megatron_version, 1)
+        assert version != metadata.version("megatron-core")
+        compare(layout, workers, pool, report, f"megatron-core {version}", dtype=dtype)
+    finally:
+        pool.close()
