@@ -16,7 +16,7 @@ from ascendspeed_core.config.training import LossScaleConfig, PretrainConfig, Re
 from ascendspeed_core.device import Device
 from ascendspeed_core.optim.engine import Engine
 from ascendspeed_core.optim.loss_scale import LossScale
-from ascendspeed_core.optim.megatron.core import prepare
+from ascendspeed_core.optim.megatron.core import check_sharded_optimizer, prepare
 from ascendspeed_core.optim.megatron.engine import MegatronEngine
 from ascendspeed_core.optim.megatron.model import load_megatron_model
 from ascendspeed_core.parallel.mesh import ParallelMesh
@@ -24,6 +24,7 @@ from ascendspeed_core.training.step import train_step
 from ascendspeed_core.training.trainer import Trainer
 from ascendspeed_core.training.validate import plan_run
 from ascendspeed_core.weights import InitialWeights
+from ascendspeed_data.errors import AscendSpeedError
 from core.training_cases import Trained, join, micro_batches
 from support import megatron_on_cpu
 
@@ -81,6 +82,16 @@ def megatron_version() -> str:
     """The version that this process finds."""
     megatron_on_cpu.install()
     return prepare(Device("cpu"))
+
+
+def complaint_about_sharding() -> str:
+    """What is said of the distributed optimizer; empty when nothing is."""
+    megatron_on_cpu.install()
+    try:
+        check_sharded_optimizer()
+    except AscendSpeedError as error:
+        return str(error)
+    return ""
 
 
 CONFIGS = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "dpo": DpoConfig}

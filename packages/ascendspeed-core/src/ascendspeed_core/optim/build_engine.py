@@ -39,9 +39,11 @@ def check_engine(config: PretrainConfig, layout: Layout, model: ModelConfig) -> 
     """
     if config.parallel.chosen_engine == "megatron":
         check_megatron(config, layout, model)
-        from ascendspeed_core.optim.megatron.core import prepare
+        from ascendspeed_core.optim.megatron.core import check_sharded_optimizer, prepare
 
         prepare(choose_device(config.launch.device, world_of_environment().local_rank, quiet=True))
+        if layout.sharded_optimizer:
+            check_sharded_optimizer()
         megatron_fields(config)
         return
     _check_zero(config, layout)

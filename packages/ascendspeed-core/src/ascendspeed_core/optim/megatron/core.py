@@ -43,6 +43,22 @@ def prepare(device: Device) -> str:
     return str(megatron("package_info").__version__)
 
 
+def check_sharded_optimizer() -> None:
+    """Try what its distributed optimizer does after each update with FP8 weights, here with none of them.
+
+    Raises:
+        AscendSpeedError: it wants Transformer Engine for that, as megatron-core before 0.13 does.
+    """
+    try:
+        megatron("fp8_utils").quantize_param_shard([], [], [], None)
+    except RuntimeError:
+        version = megatron("package_info").__version__
+        raise AscendSpeedError(
+            f"engine=megatron with use_distributed_optimizer=true: the one of megatron-core {version} wants "
+            "Transformer Engine, which is not installed; install it, or megatron-core 0.16, or leave the option out"
+        ) from None
+
+
 def start_groups(layout: Layout, stages_per_rank: int) -> None:
     """Make megatron-core's process groups; ranks are numbered as in `config.layout`."""
     state = megatron("parallel_state")
