@@ -167,6 +167,21 @@ def items() -> list[Item]:
         for name, times in (("7B", (30, 35)), ("1B", (12, 25)), ("3B", (15, 25)))
         for way, seconds in zip(("ours", "transformers"), times, strict=True)
     ]
+    engines = [
+        Item("correct", f"ten steps: megatron-core {dtype}", "on_device.engines", "check", (dtype,), 15)
+        for dtype in ("float32", "bfloat16")
+    ]
+    train += [
+        Item(
+            "train",
+            f"{name}: megatron-core",
+            "on_device.training_speed",
+            "measure",
+            (name, "megatron-core"),
+            40,
+        )
+        for name in ("1B", "7B")
+    ]
     decode = [
         Item("decode", f"{name}, {batch} texts", "on_device.decoding_speed", "measure", (name, batch), 8)
         for name, batch in (("7B", 1), ("7B", 64), ("1B", 1), ("1B", 64))
@@ -183,5 +198,6 @@ def items() -> list[Item]:
         *decode[2:],
         *train[2:4],
         *load,
+        *engines,
         *train[4:],
     ]

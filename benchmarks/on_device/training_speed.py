@@ -46,7 +46,7 @@ def layers_that_fit(shape: Shape, memory_bytes: int | None) -> int:
 
 
 def measure(setting: Setting, name: str, way: str) -> dict[str, Any]:
-    """Time the steps of one of the two."""
+    """Time the steps of one of the three."""
     if way == "transformers" and not setting.with_others:
         raise LeftOut("--alone was given")
     shape = setting.shape(name)
@@ -54,7 +54,9 @@ def measure(setting: Setting, name: str, way: str) -> dict[str, Any]:
     tokens = shape.batch * shape.length
     needed = training_flops_per_token(config, shape.length) * tokens
     peak = setting.device.peak_flops("bfloat16")
-    step = {"ours": our_step, "transformers": their_step}[way](setting, config, shape)
+    step = {"ours": our_step, "transformers": their_step, "megatron-core": megatron_step}[way](
+        setting, config, shape
+    )
     alone = setting.seconds(lambda: step(1), 4, 2)
     seconds = setting.seconds(lambda: step(MICRO_BATCHES), 3, 1) / MICRO_BATCHES
 
@@ -86,6 +88,15 @@ def our_step(setting: Setting, config: ModelConfig, shape: Shape) -> Callable[[i
     ids = token_ids(config, shape).to(mesh.device.torch)
     batch = MicroBatch(ids[:, :-1], ids[:, 1:], torch.ones(shape.batch, shape.length, device=ids.device))
     return lambda micro_batches: train_step(model, engine, [batch] * micro_batches, mesh).loss
+
+
+def megatron_step(setting: Setting, config: ModelConfig, shape: Shape) -> Callable[[int], float]:
+    from on_device import engines
+
+    step = engines.megatron_step(setting, config, "bfloat16", shape.length)
+    ids = token_ids(config, shape).to(setting.device.torch)
+    batch = MicroBatch(ids[:, :-1], ids[:, 1:], torch.ones(shape.batch, shape.length, device=ids.device))
+    return lambda micro_batches: step([batch] * micro_batches)[0]
 
 
 def their_step(setting: Setting, config: ModelConfig, shape: Shape) -> Callable[[int], float]:
