@@ -19,6 +19,14 @@ def workers() -> Iterator[WorkerPool]:
 
 
 @pytest.fixture(scope="session")
+def megatron_workers() -> Iterator[WorkerPool]:
+    """Processes of their own: megatron-core on a CPU changes `torch.Tensor`."""
+    pool = WorkerPool()
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
 def report() -> ReportTables:
     return TABLES
 

@@ -14,12 +14,14 @@ from ascendspeed_core.config.optimizer import OptimizerConfig
 from ascendspeed_core.config.preference import DpoConfig
 from ascendspeed_core.config.training import LossScaleConfig, PretrainConfig, RecomputeConfig
 from ascendspeed_core.device import Device
+from ascendspeed_core.objectives.next_token import NextTokenLoss
 from ascendspeed_core.optim.engine import Engine
 from ascendspeed_core.optim.loss_scale import LossScale
 from ascendspeed_core.optim.megatron.core import check_sharded_optimizer, prepare
 from ascendspeed_core.optim.megatron.engine import MegatronEngine
 from ascendspeed_core.optim.megatron.model import load_megatron_model
 from ascendspeed_core.parallel.mesh import ParallelMesh
+from ascendspeed_core.training.check_finite import check_finite
 from ascendspeed_core.training.step import train_step
 from ascendspeed_core.training.trainer import Trainer
 from ascendspeed_core.training.validate import plan_run
@@ -76,6 +78,29 @@ def written_weights(engine: Engine) -> dict[str, torch.Tensor]:
     for name, place, values in (part for of_rank in everything for part in of_rank):
         by_name.setdefault(name.removeprefix("model/"), []).append((place, values))
     return {name: join(pieces) for name, pieces in by_name.items()}
+
+
+def train_on_broken_weights(config: ModelConfig, layout: Layout) -> tuple[float | None, int, str, bool]:
+    """A step on a weight that is no number: its norm, updates, what is said, and whether the rest is as it was."""
+    megatron_on_cpu.install()
+    mesh = ParallelMesh.create(Device("cpu"), layout)
+    source = InitialWeights(config, seed=5)
+    model = load_megatron_model(source, mesh, torch.float32, RecomputeConfig(), False, {})
+    engine = MegatronEngine(model, OptimizerConfig(), mesh, {})
+    broken = next(held for held in model.held if held.parts[0].name == "layers.1.mlp.down_proj.weight")
+    broken.parameter.data[0, 0] = torch.nan
+    before = [held.parameter.detach().clone() for held in model.held]
+    batches = micro_batches(config.vocab_size, 0, mesh, 8, masked=False)
+    result = train_step(model, engine, batches, mesh)
+    objective = NextTokenLoss(model, mesh)
+    try:
+        check_finite(result, 1, model, engine, batches, mesh, None, objective)
+        said = ""
+    except AscendSpeedError as error:
+        said = str(error)
+    pairs = zip(model.held, before, strict=True)
+    unchanged = all(torch.equal(held.parameter.nan_to_num(), own.nan_to_num()) for held, own in pairs)
+    return result.grad_norm, engine.num_steps, said, unchanged
 
 
 def megatron_version() -> str:

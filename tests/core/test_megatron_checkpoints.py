@@ -2,7 +2,6 @@
 
 import itertools
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +33,6 @@ RUNS: dict[str, tuple[int, dict[str, Any]]] = {
     "megatron alone": (1, MEGATRON),
 }
 QUICK = ("megatron dp2 sharded", "tp2", "megatron pp2 interleaved")
-
-
-@pytest.fixture(scope="module")
-def megatron_workers() -> Iterator[WorkerPool]:
-    """Processes of their own: megatron-core on a CPU changes `torch.Tensor`."""
-    pool = WorkerPool()
-    yield pool
-    pool.close()
 
 
 @pytest.fixture

@@ -3,8 +3,8 @@
 megatron-core asks for a GPU; `support.megatron_on_cpu` answers with the CPU, here and nowhere else.
 """
 
+import math
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,7 +13,12 @@ from ascendspeed_core.config.experts import Experts
 from ascendspeed_core.config.layout import Layout
 from ascendspeed_core.config.model import ModelConfig, RotaryScaling
 from ascendspeed_core.config.training import RecomputeConfig
-from core.megatron_cases import complaint_about_sharding, megatron_version, train_megatron
+from core.megatron_cases import (
+    complaint_about_sharding,
+    megatron_version,
+    train_megatron,
+    train_on_broken_weights,
+)
 from core.training_cases import Trained, train
 from support.models import tiny_config
 from support.processes import WorkerPool
@@ -36,14 +41,6 @@ NIGHTLY = (
     Layout(dp=2, pp=2),
 )
 LAYOUTS = (*QUICK, *(pytest.param(layout, marks=pytest.mark.nightly) for layout in NIGHTLY))
-
-
-@pytest.fixture(scope="module")
-def megatron_workers() -> Iterator[WorkerPool]:
-    """Processes of their own: megatron-core on a CPU changes `torch.Tensor`."""
-    pool = WorkerPool()
-    yield pool
-    pool.close()
 
 
 def far(found: Trained, expected: Trained, config: ModelConfig) -> tuple[float, float, float]:
@@ -270,6 +267,15 @@ def test_experts(
     """In fp32: its routers take their softmax in fp32 always."""
     config = tiny_config(experts=Experts(**experts))
     compare(layout, workers, megatron_workers, report, what, config=config, dtype="float32")
+
+
+def test_what_is_not_finite_updates_nothing(megatron_workers: WorkerPool) -> None:
+    ranks = megatron_workers.run(train_on_broken_weights, 2, tiny_config(), Layout(dp=2))
+    for norm, num_steps, said, unchanged in ranks:
+        assert norm is not None
+        assert math.isnan(norm)
+        assert (num_steps, unchanged) == (0, True)
+        assert "linear_fc2.weight holds nan before the step" in said
 
 
 OTHER_VERSION = "ASCENDSPEED_MEGATRON_CORE"
