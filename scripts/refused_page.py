@@ -316,27 +316,27 @@ TABLES = (
         deepspeed_keys,
     ),
     Table(
-        "What `--engine megatron` lacks",
+        "What the engine megatron lacks",
         "megatron-core does not have these options; `--engine ascendspeed` has all of them. Adapters, and float64 with "
         "the distributed optimizer, are refused too. [Engines](engines.md) say when to take which.",
         ("option", "values", "why"),
         megatron_options,
     ),
     Table(
-        "Models that `--engine megatron` lacks",
+        "Models that the engine megatron lacks",
         "`GPTModel` does not express these; `--engine ascendspeed` has all families.",
         ("fields of the model", "why"),
         megatron_models,
     ),
     Table(
-        "Published models that `--engine megatron` lacks",
+        "Published models that the engine megatron lacks",
         "All other published models of the [families](families.md) it trains.",
         ("family", "model", "what it lacks"),
         megatron_families,
     ),
     Table(
-        "Fields that `--megatron-args` may not give",
-        "Nor those that the run's own options decide.",
+        "Fields of megatron-core that a run may not give",
+        "`--megatron-args` may give neither these nor the fields that the run's own options decide.",
         ("field", "why"),
         megatron_fields,
     ),
