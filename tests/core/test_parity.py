@@ -1,6 +1,7 @@
 """`asd-core parity`: the user's own model and data under several layouts, one table."""
 
 import json
+import math
 import socket
 import time
 from pathlib import Path
@@ -8,7 +9,14 @@ from typing import Any
 
 import pytest
 
-from ascendspeed_core.verification.parity import OPTIONS, ParityRow, parse_layouts, reason_of, table
+from ascendspeed_core.verification.parity import (
+    OPTIONS,
+    ParityRow,
+    parse_layouts,
+    reason_of,
+    table,
+    with_engines,
+)
 from ascendspeed_data.errors import ConfigError
 from support.commands import RunningCommand, call, run_command
 from support.corpus import write_dataset
@@ -79,6 +87,25 @@ def test_a_deviation_is_a_verdict() -> None:
     assert row.within(1e-7)
 
 
+def test_each_layout_under_each_engine() -> None:
+    candidates = with_engines(parse_layouts("tp2"), "ascendspeed, deepspeed,megatron")
+    assert [(one.name, one.flags, one.may_be_refused) for one in candidates] == [
+        ("tp2 ascendspeed", (), False),
+        ("tp2 deepspeed", ("--zero-stage", "1"), True),
+        ("tp2 megatron", ("--engine", "megatron"), True),
+    ]
+    with pytest.raises(ConfigError, match=r"layouts=dp2\+zero3 names the engine DeepSpeed"):
+        with_engines(parse_layouts("tp2,dp2+zero3"), "megatron")
+    for wrong in ("vllm", "megatron,megatron", ""):
+        with pytest.raises(ConfigError, match="give some of ascendspeed, deepspeed, megatron, each once"):
+            with_engines(parse_layouts("tp2"), wrong)
+    refused = ParityRow("pp2 deepspeed", math.nan, math.nan, math.nan, "zero_stage=1 with pipeline")
+    _, row, reason = table([refused], 1e-3)
+    assert row.split() == ["pp2", "deepspeed", "-", "-", "-", "refused"]
+    assert reason == "pp2 deepspeed: zero_stage=1 with pipeline"
+    assert refused.within(1e-3)
+
+
 def test_bad_input(tmp_path: Path) -> None:
     from ascendspeed_core.models.families import find_family
 
@@ -92,6 +119,7 @@ def test_bad_input(tmp_path: Path) -> None:
 
     assert "give either --load DIR or --model-config FILE" in complaint("--layouts", "tp2")
     model: list[object] = ["--model-config", tmp_path / "m.json"]
+    assert "neither of --layouts and --engines given" in complaint(*model)
     assert "is no layout" in complaint(*model, "--layouts", "2tp")
     assert "is not a multiple of micro_batch_size x dp" in complaint(*model, "--layouts", "dp3")
     assert "dtype=int8 is unknown" in complaint(*model, "--layouts", "tp2", "--dtype", "int8")

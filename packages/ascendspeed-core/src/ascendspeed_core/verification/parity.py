@@ -136,11 +136,17 @@ def with_engines(candidates: Sequence[Candidate], engines: str) -> list[Candidat
     unknown = [name for name in names if name not in ENGINES]
     if unknown or len(set(names)) < len(names):
         raise ConfigError(f"engines={engines!r}: give some of {', '.join(ENGINES)}, each once")
+    chosen = next((one.name for one in candidates if "--zero-stage" in one.flags), None)
+    if chosen is not None:
+        raise ConfigError(
+            f"layouts={chosen} names the engine DeepSpeed, and engines={engines} names engines too; leave zero out, "
+            "deepspeed means stage 1"
+        )
     return [
         replace(
             candidate,
             name=f"{candidate.name} {name}",
-            flags=(*candidate.flags, *(ENGINES[name] if "--zero-stage" not in candidate.flags else ())),
+            flags=(*candidate.flags, *ENGINES[name]),
             may_be_refused=name != "ascendspeed",
         )
         for candidate in candidates
