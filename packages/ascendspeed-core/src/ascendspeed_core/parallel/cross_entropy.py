@@ -13,7 +13,7 @@ import torch.distributed as dist
 from ascendspeed_core.config.sharding import chunk_range
 from ascendspeed_core.kernels import compiled
 from ascendspeed_core.kernels.reference import LossFunction, token_losses
-from ascendspeed_core.parallel.collectives import all_reduce_sum
+from ascendspeed_core.parallel.collectives import all_reduce_max, all_reduce_sum
 
 
 def cross_entropy(
@@ -59,7 +59,7 @@ class _VocabularyParallelCrossEntropy(torch.autograd.Function):
             largest = logits.amax(dim=-1)
         else:
             largest = torch.full(targets.shape, -torch.inf, dtype=logits.dtype, device=logits.device)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+        all_reduce_max(largest, group)
         shifted = logits - largest.unsqueeze(-1)
         target_logit = torch.zeros_like(largest)
         if logits.shape[-1]:
