@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from ascendspeed_core.config.experts import ExpertsConfig
 from ascendspeed_core.config.finetune import FinetuneConfig
 from ascendspeed_core.config.load import load_config
 from ascendspeed_core.config.migrate import FORMAT_VERSION, migrate_config
@@ -60,9 +61,12 @@ def test_a_recipe_gives_the_settings_that_the_release_stored(run: str, command: 
     migrated, _ = migrate_config(stored, "checkpoint.json")
     new = {"data": DATA_SINCE, "training": {"num_train_epochs": None}}
     new["start"] = {"orig_vocab_size": None}
+    new["parallel"] = {"expert_model_parallel_size": 1, "expert_tensor_parallel_size": None}
+    new["compute"] = {"grouped_product": "auto", "token_permutation": "auto"}
     expected = {section: values | new.get(section, {}) for section, values in migrated.items()}
     if command == "finetune":
         expected["records"] = RecordsConfig().model_dump(mode="json")
+    expected["experts"] = ExpertsConfig().model_dump(mode="json")
     assert loaded.model_dump(mode="json") == expected
 
 
