@@ -1,0 +1,133 @@
+"""Conversations that a model is trained on with one command, and held again in a chat: the same ids at each turn."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ascendspeed_core.config.source import ModelSourceConfig
+from ascendspeed_core.weights import open_source
+from ascendspeed_data.dataset import open_dataset
+from ascendspeed_data.tokenizer import load_tokenizer
+from ascendspeed_infer.chat import Chat, choose_layout
+from ascendspeed_infer.config import AnswerConfig, SamplingConfig
+from ascendspeed_infer.engine.sequence import CompletionOutput, TokenOutput
+from ascendspeed_infer.engines import TokenRequest
+from ascendspeed_infer.text_generator import TextGenerator
+from support.chat_templates import Draw, Drawn, make_tokenizer, templates
+from support.commands import call
+from support.models import save_hugging_face, tiny_config
+from support.records import json_lines
+
+
+class Learned:
+    """An engine that has learned its training samples by heart, and knows nothing else.
+
+    Args:
+        samples: ids and labels.
+        vocab_size: of the tokenizer.
+    """
+
+    name = "learned"
+    supported_options: frozenset[str] = frozenset()
+    max_model_len = 1 << 20
+    eos_token_ids: tuple[int, ...] = ()
+
+    def __init__(self, samples: list[tuple[list[int], list[int]]], vocab_size: int) -> None:
+        self._samples, self.vocab_size = samples, vocab_size
+        self.unused = {
+            (number, at)
+            for number, (_, labels) in enumerate(samples)
+            for at, label in enumerate(labels)
+            if label != -100 and labels[at - 1] == -100
+        }
+        """Answers that were not asked for: the sample, and where each begins."""
+
+    def stream(self, request: TokenRequest, config: SamplingConfig, session: Any) -> Iterator[TokenOutput]:
+        """Answer as the sample does that begins with the prompt."""
+        prompt = list(request.prompt_ids)
+        at = len(prompt)
+        found = [
+            number
+            for number, (ids, _) in enumerate(self._samples)
+            if (number, at) in self.unused and ids[:at] == prompt
+        ]
+        assert found, "no sample has an answer after this prompt"
+        self.unused.remove((found[0], at))
+        _, labels = self._samples[found[0]]
+        answer = labels[at : next((n for n in range(at, len(labels)) if labels[n] == -100), len(labels))]
+        for token in answer[:-1]:
+            yield TokenOutput(token, None, None)
+        yield TokenOutput(answer[-1], None, "stop")
+
+    def generate(self, requests: Any, config: SamplingConfig) -> Iterator[list[CompletionOutput]]:
+        """Only chats are answered."""
+        raise NotImplementedError
+
+    def new_session(self) -> None:
+        """Nothing is kept."""
+
+
+def held(drawn: Drawn, engine: Learned, run: Path) -> Chat:
+    """Hold a conversation with what was trained: the user's messages and the results of tools are given."""
+    source, tokenizer = open_source(ModelSourceConfig(load=run), seed=0), load_tokenizer(run / "tokenizer")
+    layout = choose_layout(source, tokenizer, None, lambda line: None, has_tools=bool(drawn.tools))
+    first = drawn.messages[0]
+    system = first["content"] if first["role"] == "system" else None
+    chat = Chat(
+        TextGenerator(tokenizer, engine), layout, AnswerConfig(max_new_tokens=512), system, drawn.tools
+    )
+    for message in drawn.messages:
+        if message["role"] == "user":
+            list(chat.say(message["content"]))
+        elif message["role"] == "tool" and chat.add_result(message["content"]):
+            list(chat.say(None))
+    return chat
+
+
+KINDS = {
+    "qwen3": ("tool results", "mixed"),
+    "qwen2_5": ("tool results", "plain"),
+    "glm4": ("plain", "system"),
+}
+"""Templates, and conversations that each takes; GLM-4's has no piece that ends a turn."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(one, marks=pytest.mark.nightly if one != "qwen3" else ()) for one in KINDS]
+)
+def test_a_chat_feeds_the_ids_of_the_samples_at_each_turn(name: str, tmp_path: Path) -> None:
+    """`asd-core finetune --data` on conversations with tools, results and thoughts; a chat finds each answer."""
+    folder, run = tmp_path / "model", tmp_path / "run"
+    theirs = make_tokenizer(folder)
+    theirs.chat_template = templates()[name][0]
+    theirs.save_pretrained(folder)
+    save_hugging_face(tiny_config(vocab_size=len(theirs), max_position_embeddings=1024), folder, 1)
+    draw = Draw(name)
+    drawn = [draw.conversation(KINDS[name][number % 2]) for number in range(16)]
+    done = call(
+        "asd-core", "finetune", "--load", folder, "--data",
+        json_lines(tmp_path / "messages.jsonl", [one.record for one in drawn]), "--save", run, "--seq-length", 1024,
+        "--global-batch-size", 2, "--train-iters", 1, "--lr", 1e-4, "--split", "100,0,0", "--device", "cpu",
+    )  # fmt: skip
+    assert done.status == 0, done.stderr
+    (prefix,) = (tmp_path / "run-data").glob("*.manifest.json")
+    dataset = open_dataset(Path(str(prefix).removesuffix(".manifest.json")))
+    samples = [
+        (dataset.arrays["input_ids"][row].tolist(), dataset.arrays["labels"][row].tolist())
+        for row in range(len(dataset.arrays["labels"]))
+    ]
+    engine = Learned(samples, len(theirs))
+    answers = len(engine.unused)
+    for one in drawn:
+        chat = held(one, engine, run)
+        wanted = [message for message in one.messages if message["role"] != "system"]
+        assert [message["role"] for message in chat.messages] == [message["role"] for message in wanted]
+        for message, other in zip(chat.messages, wanted, strict=True):
+            calls, others = (
+                [call["function"] for call in each.get("tool_calls", ())] for each in (message, other)
+            )
+            assert calls == others
+    assert not engine.unused
+    assert answers > 24
