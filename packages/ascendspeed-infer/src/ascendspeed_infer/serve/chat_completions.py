@@ -53,7 +53,7 @@ class ChatCall:
             raise ApiError(str(error), param="messages") from None
         self._texts = self._new_texts(layout)
         opened = served.model.tokenizer.decode(self._ids[-4:]).rstrip().endswith(OPEN)
-        self._parsers = [AnswerParser(opened, self._has_tools) for _ in self._texts]
+        self._parsers = [AnswerParser(opened, self._has_tools, body.tools) for _ in self._texts]
         self._head = {
             "id": f"chatcmpl-{secrets.token_hex(12)}",
             "object": "chat.completion.chunk" if body.stream else "chat.completion",
