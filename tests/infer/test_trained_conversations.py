@@ -157,6 +157,44 @@ def test_a_chat_finds_the_answers_of_samples_in_the_forms_of_families(
     assert answers > 6
 
 
+@pytest.mark.parametrize(
+    ("name", "kind", "values", "count"),
+    [
+        ("qwen3_5_think", "plain", None, 4),
+        ("qwen3_5_think", "plain", '{"enable_thinking": false}', 0),
+        ("qwen3_5_think", "reasoning", None, 0),
+        ("qwen3", "plain", None, 0),
+        ("nemotron_3_nano", "plain", None, 4),
+        ("deepseek_r1_distill", "plain", None, 4),
+    ],
+)
+def test_answers_that_a_chat_asks_for_otherwise_are_counted(
+    name: str, kind: str, values: str | None, count: int, theirs: Any, tmp_path: Path
+) -> None:
+    """Where none is counted, each prompt of a chat begins a sample; where all are, the prompt of the first does not."""
+    theirs.chat_template = templates()[name][0]
+    theirs.save_pretrained(tmp_path)
+    draw = Draw(f"otherwise {name}")
+    drawn = [draw.conversation(kind) for _ in range(4)]
+    flags = () if values is None else ("--chat-template-kwargs", values)
+    done = call(
+        "asd-data", "preprocess", "--input", json_lines(tmp_path / "x.jsonl", [one.record for one in drawn]),
+        "--output-prefix", tmp_path / "set", "--tokenizer-name-or-path", tmp_path, "--handler-name",
+        "MessagesHandler", *flags,
+    )  # fmt: skip
+    assert done.status == 0, done.stderr
+    assert (f"{count:,} records have answers without thoughts" in done.stderr) == bool(count)
+    dataset = open_dataset(tmp_path / "set")
+    assert dataset.manifest is not None
+    assert dataset.manifest.num_other_prompts == count
+    layout = recorded_layout(dataset.manifest, load_tokenizer(tmp_path))
+    assert layout is not None
+    samples = [ids for ids, _ in samples_of(dataset)]
+    prompts = [layout.ids(one.messages[:1]) for one in drawn]
+    found = [any(ids[: len(prompt)] == prompt for ids in samples) for prompt in prompts]
+    assert found == [not count] * 4
+
+
 def test_a_chat_feeds_the_ids_of_the_samples_at_each_turn(theirs: Any, tmp_path: Path) -> None:
     """`asd-core finetune --data` on conversations with tools, results and thoughts; a chat finds each answer."""
     folder, run = tmp_path / "model", tmp_path / "run"

@@ -164,6 +164,7 @@ class ChatTemplate:
                     is_rendered=True,
                     unused=tuple(dict.fromkeys((*dropped, *unused))),
                     reason=reason,
+                    has_other_prompt=one.has_other_prompt,
                 )
             )
         return made
