@@ -41,7 +41,10 @@ CONFIG = tiny_config(
 LENGTH = 128
 # The same of the gradients of experts and of all else, which are summed apart.
 EXPERTS = CONFIG.model_copy(
-    update={"vocab_size": 1200, "experts": Experts(count=4, per_token=2, ffn_hidden_size=256, dense_layers=(0,))}
+    update={
+        "vocab_size": 1200,
+        "experts": Experts(count=4, per_token=2, ffn_hidden_size=256, dense_layers=(0,)),
+    }
 )
 CASES: list[tuple[Layout, str, tuple[int, ...]]] = [
     (Layout(), "float32", (2,)),
