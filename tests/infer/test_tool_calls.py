@@ -156,6 +156,10 @@ def test_answers_in_channels_become_thoughts_and_calls(model: LanguageModel) -> 
     assert found is not None
     assert (found.text, found.calls[0]["function"]) == ("<think>\nHm\n</think>", CALL)
     assert read("<|channel|>analysis<|message|>cut o") == "<think>\ncut o"
+    # A model that writes no channels is heard all the same.
+    assert read("the year was") == "the year was"
+    assert read("today") == "today"
+    assert read("the end<|end|>and more") == "the endand more"
 
 
 def test_a_call_that_cannot_be_read_stays_text_beside_others() -> None:

@@ -14,7 +14,7 @@ from ascendspeed_data.tokenizer import Tokenizer
 from ascendspeed_infer.thinking import CLOSE, OPEN
 from ascendspeed_infer.tool_calls import CALL_MARKS
 
-CHANNEL, MESSAGE = "<|channel|>", "<|message|>"
+START, CHANNEL, MESSAGE = "<|start|>", "<|channel|>", "<|message|>"
 _RECIPIENT = re.compile(r"to=functions\.([^\s<]+)")
 
 
@@ -43,7 +43,16 @@ class ChannelReader:
         if self._header is None:
             return text if piece is None else text + self._close()
         self._header += text if piece is None or piece == MESSAGE else text + piece
+        if piece is None and self._is_said():
+            said, self._header = self._header, None
+            return said
         return self._open() if piece == MESSAGE else ""
+
+    def _is_said(self) -> bool:
+        """Tell whether what stands where a header may stand is none: the model writes no channels."""
+        begun = (self._header or "").lstrip()
+        has_pieces = CHANNEL in begun or START in begun
+        return bool(begun) and not (has_pieces or "to=".startswith(begun) or begun.startswith("to="))
 
     def _open(self) -> str:
         header, self._header = self._header or "", None
