@@ -19,6 +19,7 @@ from ascendspeed_core.config.training import DataConfig
 from ascendspeed_core.data.micro_batch import MicroBatch
 from ascendspeed_core.device import Device
 from ascendspeed_core.kernels import int8, liger, npu
+from ascendspeed_core.kernels.mask_rule import attention_mask
 from ascendspeed_core.kernels.reference import GatedFunction, silu_gated_joined
 from ascendspeed_core.kernels.registry import (
     JOINED_GATED,
@@ -32,7 +33,7 @@ from ascendspeed_core.kernels.registry import (
 )
 from ascendspeed_core.models.linear import LoraLinear, LowRank
 from ascendspeed_core.models.mlp import SwiGLU
-from ascendspeed_core.models.position import alibi_slopes, attention_mask
+from ascendspeed_core.models.position import alibi_slopes
 from ascendspeed_core.objectives.next_token import NextTokenLoss
 from ascendspeed_core.optim.native_engine import NativeEngine
 from ascendspeed_core.parallel.mesh import ParallelMesh

@@ -288,11 +288,14 @@ def apply_inference_kernels(model: Transformer, mesh: ParallelMesh) -> None:
         has_additive_mask=model.config.position == "alibi",
         lengths_vary=True,
     )
-    # All weights of experts side by side would be copied for each token.
-    has_experts = model.config.experts is not None
-    apply_kernels(
-        model, ComputeConfig(grouped_product="reference") if has_experts else ComputeConfig(), context
-    )
+    names = {}
+    if model.config.experts is not None:
+        # All weights of experts side by side would be copied for each token.
+        names["grouped_product"] = "reference"
+    if changed_scores(model.config):
+        # The scores of one token are few, and blocks of them fewer.
+        names["attention"] = "reference"
+    apply_kernels(model, ComputeConfig(**names), context)
 
 
 def _absence(operator: str, model: Transformer, before: Sequence[Choice]) -> str | None:

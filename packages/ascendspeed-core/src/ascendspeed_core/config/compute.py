@@ -41,8 +41,12 @@ KERNELS: Mapping[str, Mapping[str, Kernel]] = MappingProxyType(
     {
         "attention": {
             "npu": Kernel(f"{_FUSED_NPU} npu_fusion_attention", ("npu",)),
-            "sdpa": Kernel("torch's scaled_dot_product_attention, fused where it can be", EVERYWHERE),
-            "triangle": Kernel("by blocks, leaving out those above the diagonal"),
+            "sdpa": Kernel(
+                "torch's fused kernels, of packed texts by their lengths, by blocks where a mask is large",
+                EVERYWHERE,
+            ),
+            "triangle": Kernel("by blocks, leaving out those that no query sees", EVERYWHERE),
+            "flex": Kernel("torch's flex_attention, compiled", is_optional=True),
             "reference": Kernel("plain torch, all scores in memory", EVERYWHERE),
         },
         "scaled_masked_softmax": {"npu": _NPU, "reference": _PLAIN},

@@ -20,10 +20,11 @@ from ascendspeed_core.kernels.experts import (
     torch_grouped_product,
     unpermute_tokens,
 )
+from ascendspeed_core.kernels.flex import flex_attention
+from ascendspeed_core.kernels.fused_attention import causal_attention
 from ascendspeed_core.kernels.reference import (
     GatedFunction,
     JoinedGatedFunction,
-    causal_attention,
     layer_norm,
     rms_norm,
     rotate_both,
@@ -47,8 +48,8 @@ class KernelContext:
         tp: ranks that share the vocabulary.
         has_additive_mask: scores get something added, as ALiBi does.
         drops_attention: attention's weights are dropped from.
-        changes_scores: what the model does to scores that only an implementation with all scores in memory can, if it
-            does; see `kernels.reference.reference_attention`.
+        changes_scores: what the model does to scores that torch's and torch_npu's kernels cannot, if it does; see
+            `kernels.reference.reference_attention`.
         seq_length: tokens of a sample, the most if lengths vary.
         lengths_vary: from step to step.
         micro_batch_tokens: most tokens of one forward pass.
@@ -99,12 +100,22 @@ class Choice:
     reason: str
 
 
-def _holds_weights(setting: KernelContext) -> str | None:
+def _drops_weights(setting: KernelContext) -> str | None:
     if setting.drops_attention:
         return "attention_dropout drops weights, which only reference holds"
-    if setting.changes_scores:
-        return f"the model has {setting.changes_scores}, which only reference computes"
     return None
+
+
+def _changes_scores(setting: KernelContext) -> str | None:
+    if setting.changes_scores:
+        return f"the model has {setting.changes_scores}, which only triangle, flex and reference compute"
+    return None
+
+
+def _needs_flex(setting: KernelContext) -> str | None:
+    if setting.device.kind == "npu":
+        return "torch's flex_attention is not for NPUs"
+    return _needs_compiler(setting)
 
 
 def _needs_npu(setting: KernelContext) -> str | None:
@@ -206,9 +217,10 @@ def _anywhere(_: KernelContext) -> None:
 
 _FUNCTIONS: Mapping[str, Mapping[str, Attached]] = {
     "attention": {
-        "npu": (npu.npu_attention, _first(_needs_npu, _holds_weights)),
-        "sdpa": (causal_attention, _holds_weights),
-        "triangle": (triangle_attention, _holds_weights),
+        "npu": (npu.npu_attention, _first(_needs_npu, _drops_weights, _changes_scores)),
+        "sdpa": (causal_attention, _first(_drops_weights, _changes_scores)),
+        "triangle": (triangle_attention, _drops_weights),
+        "flex": (flex_attention, _first(_drops_weights, _needs_flex)),
         "reference": (reference.reference_attention, _anywhere),
     },
     "scaled_masked_softmax": {

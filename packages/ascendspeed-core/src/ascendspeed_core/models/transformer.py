@@ -184,9 +184,7 @@ class Transformer(nn.Module):
         positions = batch.positions
         if positions is None:
             positions = self.positions.default_position_ids(batch.tokens)
-        return self.positions.attention_inputs(
-            positions, positions.shape[1], dtype, batch.segments, dropout_masks
-        )
+        return self.positions.attention_inputs(positions, dtype, batch.segments, dropout_masks)
 
     def _dropout_masks(self, samples: torch.Tensor | None) -> DropoutMasks | None:
         """Return what dropout drops of some samples."""
