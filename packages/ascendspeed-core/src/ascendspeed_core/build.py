@@ -16,6 +16,7 @@ from ascendspeed_core.config.sharding import Slice, tensor_sharding, tensor_slic
 from ascendspeed_core.kernels.experts import grouped_product
 from ascendspeed_core.kernels.int8 import Workspace, refuse_missing_format
 from ascendspeed_core.kernels.registry import (
+    FROM_HIDDEN,
     JOINED_GATED,
     UNPERMUTE,
     Choice,
@@ -242,6 +243,9 @@ def apply_kernels(
     if "scaled_masked_softmax" in chosen:
         chosen["attention"] = partial(chosen["attention"], softmax=chosen["scaled_masked_softmax"])
     model.token_losses = chosen["cross_entropy"]
+    model.loss_from_hidden = any(
+        choice.operator == "cross_entropy" and choice.implementation == FROM_HIDDEN for choice in choices
+    )
     for module in model.modules():
         if isinstance(module, Attention):
             module.attend = chosen["attention"]
@@ -338,4 +342,9 @@ def kernel_context(
         seq_length=seq_length,
         lengths_vary=lengths_vary,
         micro_batch_tokens=largest * seq_length,
+        logits_bytes=4
+        * largest
+        * (seq_length // mesh.layout.cp)
+        * -(-model.config.vocab_size // mesh.layout.tp),
+        spreads_weights=mesh.layout.zero_stage == 3,
     )

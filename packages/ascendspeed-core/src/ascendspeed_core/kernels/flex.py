@@ -48,19 +48,20 @@ def flex_attention(
         q, k, v, score_mod=score_rule(rule, softcap), block_mask=block_mask(rule), scale=scale,
         enable_gqa=q.shape[1] != k.shape[1], return_aux=AuxRequest(lse=True),
     )  # fmt: skip
-    if sinks is None:
-        found: torch.Tensor = attended
-        return found
-    # The softmax with a sink is the one without, times the share that the sink leaves.
-    left = torch.sigmoid(auxiliary.lse - sinks.to(auxiliary.lse.dtype)[:, None]).unsqueeze(-1)
-    return (attended * left).to(attended.dtype)
+    if sinks is not None:
+        # The softmax with a sink is the one without, times the share that the sink leaves.
+        left = torch.sigmoid(auxiliary.lse - sinks.to(auxiliary.lse.dtype)[:, None]).unsqueeze(-1)
+        attended = (attended * left).to(attended.dtype)
+    found: torch.Tensor = attended
+    return found
 
 
 @cache
 def _kernel(is_compiled: bool) -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention) if is_compiled else flex_attention
+    run: Callable[..., Any] = flex_attention
+    return torch.compile(run) if is_compiled else run
 
 
 def score_rule(rule: MaskRule, softcap: float | None) -> Callable[..., torch.Tensor] | None:

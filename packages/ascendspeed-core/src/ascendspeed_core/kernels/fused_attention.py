@@ -88,11 +88,12 @@ def varlen_attention(
     most = max(lengths)
     left, right = (-1, -1) if rule.window is None else (rule.window - 1, 0)
     tokens = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]
-    attended: torch.Tensor = torch.ops.aten._flash_attention_forward(
+    attended = torch.ops.aten._flash_attention_forward(
         *tokens, ends, ends, most, most, 0.0, True, False,
         scale=scale, window_size_left=left, window_size_right=right,
     )[0]  # fmt: skip
-    return attended.unflatten(0, (batch, -1)).transpose(1, 2)
+    found: torch.Tensor = attended.unflatten(0, (batch, -1)).transpose(1, 2)
+    return found
 
 
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:

@@ -89,7 +89,7 @@ class MaskRule:
 
 
 def attend_to_texts(
-    attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, MaskRule | None], torch.Tensor],
+    attend: Callable[..., torch.Tensor],
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -98,7 +98,7 @@ def attend_to_texts(
     """Attend to each text of each row on its own: no score of two texts is ever computed.
 
     Args:
-        attend: attention of one row that is one text.
+        attend: attention of one row that is one text, called with its queries, keys, values and rule.
         q: [B, N, S, D].
         k: [B, K, S, D].
         v: [B, K, S, D].

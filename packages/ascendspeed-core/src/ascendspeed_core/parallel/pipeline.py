@@ -30,7 +30,7 @@ from ascendspeed_core.config.layout import Stage
 from ascendspeed_core.models.transformer import ModelInput, Transformer
 from ascendspeed_core.parallel.auxiliary_losses import LossSums, attach_losses
 from ascendspeed_core.parallel.mesh import ParallelMesh
-from ascendspeed_core.parallel.stages import hidden_shape, logits_shape
+from ascendspeed_core.parallel.stages import hidden_shape, output_shape
 from ascendspeed_core.parallel.timeline import Kind, Recorder
 
 SCHEDULES: dict[str, Any] = {
@@ -58,8 +58,8 @@ def run_pipeline(
     Args:
         model: this rank's stages.
         mesh: the mesh, with this rank's coordinates.
-        inputs: of every micro-batch; B may differ.
-        loss_of: number of a micro-batch and its logits -> scalar; called by the rank with the last stage.
+        inputs: of every micro-batch, for a loss; B may differ.
+        loss_of: number of a micro-batch and what the last stage gives -> scalar; called by the rank that has it.
         recorder: notes when each stage computes.
         on_stage_done: called when the gradients of a stage are complete; other stages may still compute.
         auxiliary_scale: factor of the gradients of auxiliary losses.
@@ -152,7 +152,7 @@ class _Stage(PipelineStage):
         dtype = next(model.parameters()).dtype
         first = inputs[0].tokens
         hidden = torch.empty(hidden_shape(first, model, mesh), dtype=dtype, device="meta")
-        logits = torch.empty(logits_shape(first, model, mesh), dtype=dtype, device="meta")
+        output = torch.empty(output_shape(first, model, mesh), dtype=dtype, device="meta")
         number = torch.empty(1, dtype=torch.long, device="meta")
         super().__init__(
             self._module,
@@ -160,7 +160,7 @@ class _Stage(PipelineStage):
             stage.count,
             mesh.device.torch,
             input_args=number if stage.is_first else hidden.requires_grad_(),
-            output_args=(logits if stage.is_last else hidden).requires_grad_(),
+            output_args=(output if stage.is_last else hidden).requires_grad_(),
             group=mesh.group("pp"),
         )
 

@@ -9,7 +9,7 @@ from ascendspeed_core.config.layout import Stage
 from ascendspeed_core.models.transformer import ModelInput, Transformer
 from ascendspeed_core.optim.engine import Engine
 from ascendspeed_core.parallel.collectives import unnoted
-from ascendspeed_core.parallel.cross_entropy import cross_entropy
+from ascendspeed_core.parallel.cross_entropy import losses_of
 from ascendspeed_core.parallel.experts import note_exchanges
 from ascendspeed_core.parallel.mesh import ParallelMesh, gather_objects
 from ascendspeed_core.parallel.timeline import Recorder, Reduction
@@ -38,10 +38,10 @@ def record_step(
     generator = torch.Generator().manual_seed(0)
     shape = (sum(sizes), seq_length // mesh.layout.cp)
     ids = torch.randint(vocab_size, shape, generator=generator).to(mesh.device.torch)
-    inputs = [ModelInput(tokens) for tokens in ids.split(list(sizes))]
+    inputs = [ModelInput(tokens, for_loss=True) for tokens in ids.split(list(sizes))]
 
-    def loss_of(number: int, logits: torch.Tensor) -> torch.Tensor:
-        return cross_entropy(logits, inputs[number].tokens, vocab_size, group).sum() / ids.numel()
+    def loss_of(number: int, output: torch.Tensor) -> torch.Tensor:
+        return losses_of(model, output, inputs[number].tokens, group).sum() / ids.numel()
 
     from ascendspeed_core.parallel.pipeline import run_pipeline
 
