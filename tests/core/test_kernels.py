@@ -367,7 +367,8 @@ def test_help_says_what_auto_takes() -> None:
         "swiglu": "npu on an NPU, compiled (if not installed: liger) on CUDA, reference on a CPU.",
         "token_permutation": "npu on an NPU, reference elsewhere.",
         "grouped_product": "npu on an NPU, grouped_mm on CUDA, reference on a CPU.",
-        "cross_entropy": "hidden where a micro-batch's logits take a GiB, else npu on an NPU, compiled (if not installed: torch) on CUDA, torch on a CPU.",
+        "cross_entropy": "hidden where a micro-batch's logits take a GiB, else npu on an NPU, compiled "
+        "(if not installed: torch) on CUDA, torch on a CPU.",
     }
     # The rule itself, where nothing stands in the way.
     for kind in ("cpu", "cuda"):

@@ -221,6 +221,7 @@ def measure_step(
         sizes=[count / max(rows) for count in rows],
         resident=_model_bytes(model) + taken.state_bytes + _message_bytes(model, mesh, micro_batches),
         update=taken.update_bytes,
+        gathered=taken.gathered_bytes,
     )
 
 

@@ -130,7 +130,8 @@ def forward_backward(
             mesh,
             inputs,
             lambda number, output: share(number, output) * scale,
-            on_stage_done=engine.start_reduction if mesh.layout.early_reduction else None,
+            on_last_backward=engine.begin_last_backward,
+            on_stage_done=engine.end_last_backward,
             auxiliary_scale=scale / count,
         )
         sums.loss.div_(scale)
