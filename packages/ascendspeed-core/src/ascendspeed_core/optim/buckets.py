@@ -92,12 +92,12 @@ class BucketedReduction:
         model: this rank's stages.
         slots: its trained parameters.
         elements: of a bucket.
-        is_early: messages start while the last backward of their stage runs; otherwise when it is waited for them.
+        is_early: messages start while the last backward of their stage runs, otherwise when their sums are asked for.
         gathers_late: new parameters are waited for by the modules that need them; otherwise at once.
 
     Attributes:
         buckets: all of them.
-        noted: what was reduced since it was emptied last.
+        noted: what was reduced for the last sums.
     """
 
     def __init__(
@@ -164,6 +164,7 @@ class BucketedReduction:
         for bucket in self.buckets:
             if bucket.finish is None:
                 bucket.start()
+        self.noted = []
         sums: dict[str, torch.Tensor] = {}
         for bucket in sorted(self.buckets, key=lambda one: one.started):
             before, finish = time.perf_counter(), bucket.finish

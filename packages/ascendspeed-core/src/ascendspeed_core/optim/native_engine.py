@@ -79,7 +79,6 @@ class NativeEngine:
 
     def wait_for_reductions(self) -> tuple[list[Reduction], float]:
         """Add up all gradients over the replicas and wait for them, without an update."""
-        self.optimizer.reduction.noted = []
         self.optimizer.finish_reductions()
         return self.optimizer.reduction.noted, self.optimizer.reduction.seconds_alone()
 
