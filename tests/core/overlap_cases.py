@@ -21,9 +21,6 @@ from ascendspeed_core.weights import InitialWeights, WeightSource
 from core.finetune_cases import used_adapters
 from core.training_cases import micro_batches
 
-BUCKET_ELEMENTS = 2000
-"""Of the tiny models' 60,000 numbers."""
-
 
 @dataclass(frozen=True)
 class Outcome:
@@ -55,10 +52,11 @@ def outcome(
     overlap: bool,
     lora: LoraConfig | None = None,
     recompute: bool = False,
+    bucket_elements: int = 2000,
 ) -> Outcome:
     """Train for three steps, with the messages of a large model: summed by gloo, whose order goes by their parts."""
     layout = replace(
-        layout, overlap_grad_reduce=overlap, overlap_param_gather=overlap, bucket_elements=BUCKET_ELEMENTS
+        layout, overlap_grad_reduce=overlap, overlap_param_gather=overlap, bucket_elements=bucket_elements
     )
     small, collectives.SMALL_ELEMENTS = collectives.SMALL_ELEMENTS, 0
     try:

@@ -39,7 +39,7 @@ CASES: dict[str, tuple[Layout, str, dict[str, Any], dict[str, Any]]] = {
 FURTHER: dict[str, tuple[Layout, str, dict[str, Any], dict[str, Any]]] = {
     "tp sp": (Layout(tp=2, dp=2, sequence_parallel=True, sharded_optimizer=True), "bfloat16", {}, {}),
     "cp": (Layout(cp=2, dp=2, sharded_optimizer=True), "float32", {}, {}),
-    "adapters": (Layout(dp=2, sharded_optimizer=True), "float32", {}, {"lora": LORA}),
+    "adapters": (Layout(dp=2, sharded_optimizer=True), "float32", {}, {"lora": LORA, "bucket_elements": 300}),
     "interleaved": (
         Layout(pp=2, dp=2, schedule="interleaved", layers_per_stage=1, sharded_optimizer=True), "float32", {}, {},
     ),

@@ -20,8 +20,8 @@ import torch
 from ascendspeed_core.kernels.mask_rule import MaskRule, attend_to_texts
 from ascendspeed_core.kernels.reference import Mask
 
-BLOCK = 256
-"""Rows and columns of a block, in tokens."""
+BLOCK, ACCELERATOR_BLOCK = 256, 1024
+"""Rows and columns of a block, in tokens: one that fits caches, one whose products take longer than asking for them."""
 
 
 def triangle_attention(
@@ -29,7 +29,7 @@ def triangle_attention(
     k: torch.Tensor,
     v: torch.Tensor,
     mask: Mask,
-    block: int = BLOCK,
+    block: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
@@ -42,7 +42,7 @@ def triangle_attention(
         v: [B, K, T, D].
         mask: a rule of whole rows; `None`; keys seen [S, T], or what is added [N, S, T], or each by text,
             [B, 1, S, T] and [B, N, S, T]. Nothing above the diagonal is read.
-        block: side of a block, in tokens.
+        block: side of a block, in tokens, by default what suits the device.
         scale: factor of the scores, by default 1 / sqrt(D).
         softcap: see `reference_attention`.
         sinks: likewise, [N].
@@ -50,6 +50,8 @@ def triangle_attention(
     Returns:
         [B, N, S, D].
     """
+    if block is None:
+        block = BLOCK if q.device.type == "cpu" else ACCELERATOR_BLOCK
     heads, window, slopes = k.shape[1], None, None
     if isinstance(mask, MaskRule):
         if mask.lengths:
