@@ -160,6 +160,7 @@ class BucketedReduction:
 
     def finish(self) -> dict[str, torch.Tensor]:
         """Return by name the sums over all replicas, of the rows that this rank updates."""
+        before = time.perf_counter()
         self.end_last_backward()
         for bucket in self.buckets:
             if bucket.finish is None:
@@ -167,14 +168,14 @@ class BucketedReduction:
         self.noted = []
         sums: dict[str, torch.Tensor] = {}
         for bucket in sorted(self.buckets, key=lambda one: one.started):
-            before, finish = time.perf_counter(), bucket.finish
+            finish, bucket.finish = bucket.finish, None
             assert finish is not None
-            bucket.finish = None
             sums |= zip((slot.name for slot in bucket.slots), finish(), strict=True)
             end = time.perf_counter()
             if bucket.replicas.group is not None:
                 size = bucket.elements * bucket.slots[0].master.itemsize
                 self.noted.append(Reduction(bucket.stage, bucket.started, end, end - before, size))
+            before = end
         return sums
 
     def publish(self) -> None:
@@ -190,11 +191,11 @@ class BucketedReduction:
             bucket.wait()
 
     def seconds_alone(self) -> float:
-        """Return how long the messages take one after the other, beside nothing else; gradients are dropped."""
+        """Return how long the messages take together, beside nothing else; gradients are dropped."""
         begun = time.perf_counter()
-        for bucket in self.buckets:
-            if bucket.replicas.group is not None:
-                bucket.replicas.start_sums(bucket.slots)()
+        sent = [bucket for bucket in self.buckets if bucket.replicas.group is not None]
+        for finish in [bucket.replicas.start_sums(bucket.slots) for bucket in sent]:
+            finish()
         return time.perf_counter() - begun
 
     def _wait_in_modules(self, model: Transformer) -> None:

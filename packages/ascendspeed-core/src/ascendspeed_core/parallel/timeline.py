@@ -45,7 +45,7 @@ class Reduction:
         stage: whose gradients; `None` for those of weights that several stages of the device use.
         start: seconds on the machine's clock.
         end: when it had been waited for, which may be later than when it was done.
-        waited: seconds that the device did nothing but wait for it.
+        waited: seconds that the device did nothing but wait for it, once all devices had ended their backwards.
         sent_bytes: of the gradients.
     """
 
@@ -61,7 +61,7 @@ def describe_reductions(reductions: Sequence[Reduction], seconds_alone: float) -
 
     Args:
         reductions: of one device in a step.
-        seconds_alone: that they take one after the other, beside nothing else.
+        seconds_alone: that they take together, beside nothing else.
     """
     waited = sum(one.waited for one in reductions)
     hidden = max(1 - waited / seconds_alone, 0.0)
@@ -100,7 +100,7 @@ class Recorder:
         synchronize: waits until the device has done what it was given.
         actions: in the order in which they ran.
         reductions: in the order in which they started.
-        seconds_alone: of the reductions, one after the other and beside nothing else.
+        seconds_alone: of the reductions together, beside nothing else.
         exchanges: all-to-alls of experts, in the order in which they ran.
     """
 

@@ -56,6 +56,8 @@ def record_step(
         else:
             run_pipeline(model, mesh, inputs, loss_of, recorder)
         if engine is not None and reduces:
+            # Waiting for ranks whose backward takes longer is no waiting for messages.
+            mesh.barrier()
             recorder.reductions, recorder.seconds_alone = engine.wait_for_reductions()
         if engine is not None:
             engine.zero_grad()
