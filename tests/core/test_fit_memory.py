@@ -55,7 +55,10 @@ CASES: list[tuple[Layout, str, tuple[int, ...]]] = [
     (Layout(pp=2, schedule="gpipe"), "float32", (2,) * 4),
     (Layout(cp=2), "float32", (2, 2)),
     (Layout(dp=2, sharded_optimizer=True), "bfloat16", (2, 2)),
-]
+    (
+        Layout(dp=2, sharded_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True), "bfloat16", (2, 2),
+    ),
+]  # fmt: skip
 TOLERANCE = 0.025
 """Of planned peaks: what a pipeline holds for a moment while one message follows another is not modelled."""
 

@@ -122,14 +122,19 @@ def start_reduce_scatter_sum(x: torch.Tensor, group: dist.ProcessGroup) -> Finis
 
 def all_gather_rows(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """Return `x` of every rank of `group`, stacked: [D, ...] -> [n, D, ...]."""
+    return start_all_gather_rows(x, group)()
+
+
+def start_all_gather_rows(x: torch.Tensor, group: dist.ProcessGroup) -> Finish:
+    """Start an `all_gather_rows`; leave `x` alone until it is finished."""
     size = dist.get_world_size(group)
-    rows = x.new_empty((size, *x.shape))
+    rows, mine = x.new_empty((size, *x.shape)), x.contiguous()
     if dist.get_backend(group) != dist.Backend.GLOO:
-        _ALL_GATHER(rows.flatten(), x.flatten(), group=group)
-        return rows
-    mine = x.contiguous()
+        work = _ALL_GATHER(rows.flatten(), mine.flatten(), group=group, async_op=True)
+        return lambda: _after([work], rows)
     rows[dist.get_rank(group)] = mine
-    return _after(_start_exchange([mine] * size, list(rows), group), rows)
+    works = _start_exchange([mine] * size, list(rows), group)
+    return lambda: _after(works, rows)
 
 
 def exchange_rows(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
