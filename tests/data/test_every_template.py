@@ -259,19 +259,18 @@ def test_control_that_users_spell_is_text(tokenizers: tuple[Any, Any], report: R
         ours.chat_template = source
         layout = layout_named("tokenizer", ours)
         pieces = [piece for piece in ours.added_ids if piece in source]
-        for _ in range(2):
-            words = ["the", "year", *draw.choices(pieces, k=3), "was", "it"]
-            draw.shuffle(words)
-            content: Any = "a" + draw.choice(("", " ")).join(words) + "b"
-            if name in TAKES_LISTS_ONLY:
-                content = [{"type": "text", "text": content}]
-            asked = [{"role": "user", "content": content}]
-            given = theirs.apply_chat_template(
-                asked, chat_template=source, add_generation_prompt=True, sanitize_control_tokens=True
-            )
-            assert layout.ids(asked) == list(given["input_ids"]), (name, content)
-            plain = theirs.apply_chat_template(asked, chat_template=source, add_generation_prompt=True)
-            compared += 1
-            spelled += list(plain["input_ids"]) != list(given["input_ids"])
+        words = ["the", "year", *draw.choices(pieces, k=3), "was", "it"]
+        draw.shuffle(words)
+        content: Any = "a" + draw.choice(("", " ")).join(words) + "b"
+        if name in TAKES_LISTS_ONLY:
+            content = [{"type": "text", "text": content}]
+        asked = [{"role": "user", "content": content}]
+        given = theirs.apply_chat_template(
+            asked, chat_template=source, add_generation_prompt=True, sanitize_control_tokens=True
+        )
+        assert layout.ids(asked) == list(given["input_ids"]), (name, content)
+        plain = theirs.apply_chat_template(asked, chat_template=source, add_generation_prompt=True)
+        compared += 1
+        spelled += list(plain["input_ids"]) != list(given["input_ids"])
     report.add("Control that users spell", ("prompts", "other ids if read as control"), compared, spelled)
     assert spelled > compared / 2
