@@ -61,7 +61,10 @@ def test_a_recipe_gives_the_settings_that_the_release_stored(run: str, command: 
     migrated, _ = migrate_config(stored, "checkpoint.json")
     new = {"data": DATA_SINCE, "training": {"num_train_epochs": None}}
     new["start"] = {"orig_vocab_size": None}
-    new["parallel"] = {"expert_model_parallel_size": 1, "expert_tensor_parallel_size": None}
+    new["parallel"] = {
+        "expert_model_parallel_size": 1, "expert_tensor_parallel_size": None, "overlap_grad_reduce": True,
+        "overlap_param_gather": True, "ddp_bucket_size": 1 << 24,
+    }  # fmt: skip
     new["compute"] = {"grouped_product": "auto", "token_permutation": "auto"}
     expected = {section: values | new.get(section, {}) for section, values in migrated.items()}
     if command == "finetune":
