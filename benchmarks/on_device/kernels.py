@@ -17,7 +17,7 @@ import torch
 from ascendspeed_core.device import HOST
 from ascendspeed_core.kernels.mask_rule import MaskRule, attention_mask
 from ascendspeed_core.kernels.reference import Mask, reference_attention
-from ascendspeed_core.kernels.registry import OPERATORS, KernelContext, implementations
+from ascendspeed_core.kernels.registry import OPERATORS, UNPERMUTE, KernelContext, implementations
 from ascendspeed_core.models.position import alibi_slopes
 from on_device.setting import LeftOut, Setting, check_within, relative_error
 
@@ -96,6 +96,16 @@ def inputs(operator: str, dtype: torch.dtype, is_brief: bool) -> Iterator[Argume
                 angles.cos().to(dtype),
                 angles.sin().to(dtype),
             ]
+    elif operator == "token_permutation":
+        for tokens, size in ((11, 16), (300, 1024))[: 1 if is_brief else None]:
+            chosen = torch.stack([torch.randperm(8, generator=generator)[:2] for _ in range(tokens)])
+            yield [draw(tokens, size), chosen, torch.rand(tokens, 2, generator=generator).requires_grad_()]
+    elif operator == "grouped_product":
+        # One expert has no rows.
+        for counts, into, out in (([5, 0, 7, 1], 16, 24), ([130, 64, 0, 70], 512, 256))[
+            : 1 if is_brief else None
+        ]:
+            yield [draw(sum(counts), into), [draw(out, into) for _ in counts], counts]
     elif operator == "swiglu":
         yield from ([draw(2, rows, size), draw(2, rows, size)] for rows, size in ((9, 32), (17, 11_008)))
     else:
@@ -116,12 +126,21 @@ def masks(heads: int, queries: int, keys: int, dtype: torch.dtype) -> Iterator[M
             yield MaskRule(queries, host, None, added, dtype, texts).within(window)
 
 
+def there_and_back(
+    permute: Callable[..., Any], tokens: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return tokens sorted by their experts, and the sums of what experts that take squares would give."""
+    rows, order = permute(tokens, chosen, 8)
+    return rows, UNPERMUTE[permute](rows.square(), weights.to(rows.dtype), order)
+
+
 def results(
     run: Callable[..., Any], arguments: Arguments, seed: int
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Return outputs and gradients."""
-    wanted = [value for value in arguments if isinstance(value, torch.Tensor) and value.requires_grad]
-    out = run(*arguments)
+    flat = [one for value in arguments for one in (value if isinstance(value, list) else [value])]
+    wanted = [value for value in flat if isinstance(value, torch.Tensor) and value.requires_grad]
+    out = there_and_back(run, *arguments) if run in UNPERMUTE else run(*arguments)
     outputs = list(out) if isinstance(out, tuple) else [out]
     generator = torch.Generator().manual_seed(seed)
     weights = [
@@ -281,6 +300,8 @@ def check_adamw(setting: Setting) -> dict[str, Any]:
 
 
 def _wide(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_wide(one) for one in value]
     if isinstance(value, MaskRule):
         return replace(value, dtype=torch.float64)
     if not isinstance(value, torch.Tensor) or not value.is_floating_point():
@@ -289,6 +310,8 @@ def _wide(value: Any) -> Any:
 
 
 def _placed(value: Any, setting: Setting) -> Any:
+    if isinstance(value, list):
+        return [_placed(one, setting) for one in value]
     if isinstance(value, MaskRule):
         device = setting.device.torch
         moved = {

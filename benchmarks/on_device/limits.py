@@ -32,6 +32,28 @@ def product(setting: Setting) -> dict[str, Any]:
     return {"bfloat16 TFLOP/s": reached, "stated TFLOP/s": peak / 1e12 if peak else None}
 
 
+def grouped_product(setting: Setting) -> dict[str, Any]:
+    """Return the operations per second of products of 8,192 rows with the weights of 8 experts, and back."""
+    from ascendspeed_core.kernels.registry import KernelContext, choose
+
+    rows, size, inner, experts = (64, 32, 48, 4) if setting.is_small else (8192, 4096, 14_336, 8)
+    device = setting.device.torch
+    product = choose("grouped_product", "auto", KernelContext(setting.device, torch.bfloat16))[0]
+    x = torch.randn(rows, size, dtype=torch.bfloat16, device=device).requires_grad_()
+    weights = [
+        torch.randn(inner, size, dtype=torch.bfloat16, device=device).requires_grad_() for _ in range(experts)
+    ]
+    counts = [rows // experts] * experts
+
+    def step() -> None:
+        product.run(x, weights, counts).sum().backward()
+
+    seconds = setting.seconds(step, 3, 2)
+    return {
+        f"products of {experts} experts, {product.name}, TFLOP/s": 6 * rows * size * inner / seconds / 1e12
+    }
+
+
 def loss(setting: Setting) -> dict[str, Any]:
     """Return time and memory of head and loss, forward and backward, at Qwen's vocabulary: with logits and without."""
     from ascendspeed_core.kernels.compiled import token_losses as compiled

@@ -117,6 +117,7 @@ TRAINING_CASES = (
     "float16 with a loss scale",
     "bfloat16 with float32 sums of four micro-batches",
     "sgd float32",
+    "experts float32",
 )
 DECODING_CASES = (
     "llama float32",
@@ -170,7 +171,7 @@ def items() -> list[Item]:
     ]
     limits = [
         Item("limits", name, "on_device.limits", name.replace(" ", "_"), (), 4)
-        for name in ("bandwidth", "product")
+        for name in ("bandwidth", "product", "grouped product")
     ]
     limits.append(Item("limits", "loss at 151,936", "on_device.limits", "loss", (), 6))
     train = [

@@ -25,8 +25,8 @@ CPU = torch.device("cpu")
 TITLE = "Attention by rules against the whole mask: largest absolute difference"
 HEADER = ("attention", "rule", "dtype", "cases", "output", "gradients")
 
-# Outputs are about 1, gradients up to about 10: rounding of each format, sums over up to 700 keys.
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 1e-1}
+# Outputs are about 1, gradients up to about 10, those of sinks sums over all rows: rounding of each format.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-1}
 KINDS = ("causal", "window", "alibi", "texts", "texts, window", "texts, alibi", "window, alibi")
 CHANGED = ("softcap", "sinks", "texts, window, softcap, sinks")
 
@@ -198,6 +198,7 @@ def test_memory_grows_with_the_length(
 @pytest.mark.nightly
 @pytest.mark.parametrize("kind", ["texts", "window", "alibi"])
 def test_memory_at_64k(report: ReportTables, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """ALiBi's 64k squared scores take minutes."""
     check_memory(report, monkeypatch, kind, (1024, 4096, 16384, 65536))
 
 
