@@ -10,7 +10,7 @@ from typing import Any
 from ascendspeed_data.errors import AscendSpeedError
 from ascendspeed_data.prompting import PromptLayout
 from ascendspeed_infer.engine.sequence import GenerationSettings, TokenOutput
-from ascendspeed_infer.serve.answer_parser import CALL_MARKS, AnswerParser, AnswerPart
+from ascendspeed_infer.serve.answer_parser import AnswerParser, AnswerPart
 from ascendspeed_infer.serve.bodies import ChatBody
 from ascendspeed_infer.serve.errors import ApiError
 from ascendspeed_infer.serve.log_probs import chat_log_probs
@@ -23,6 +23,7 @@ from ascendspeed_infer.serve.text_plan import (
     sampling_params,
 )
 from ascendspeed_infer.thinking import OPEN
+from ascendspeed_infer.tool_calls import CALL_MARKS
 
 Json = dict[str, Any]
 
@@ -52,7 +53,7 @@ class ChatCall:
             raise ApiError(str(error), param="messages") from None
         self._texts = self._new_texts(layout)
         opened = served.model.tokenizer.decode(self._ids[-4:]).rstrip().endswith(OPEN)
-        self._parsers = [AnswerParser(opened, self._has_tools) for _ in self._texts]
+        self._parsers = [AnswerParser(opened, self._has_tools, body.tools) for _ in self._texts]
         self._head = {
             "id": f"chatcmpl-{secrets.token_hex(12)}",
             "object": "chat.completion.chunk" if body.stream else "chat.completion",
