@@ -222,5 +222,9 @@ def test_auto_takes_it_where_logits_are_large() -> None:
     implementation, choice = choose("cross_entropy", "auto", replace(setting, logits_bytes=1 << 28))
     assert implementation.name == "torch"
     assert "not hidden: logits of a micro-batch take 0.25 GiB, less than 1" in choice.reason
-    with pytest.raises(Exception, match="ZeRO-3 has the head's weight while the head runs only"):
-        choose("cross_entropy", "hidden", replace(setting, spreads_weights=True))
+    no_hidden = replace(setting, needs_logits="its engine gives logits")
+    with pytest.raises(Exception, match="cannot run here: its engine gives logits"):
+        choose("cross_entropy", "hidden", no_hidden)
+    implementation, choice = choose("cross_entropy", "auto", no_hidden)
+    assert implementation.name == "torch"
+    assert "not hidden: its engine gives logits" in choice.reason

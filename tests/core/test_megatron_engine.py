@@ -40,6 +40,12 @@ NIGHTLY = (
     Layout(dp=2),
     Layout(dp=2, pp=2),
 )
+OVERLAP: dict[str, Any] = {
+    "overlap_grad_reduce": True,
+    "overlap_param_gather": True,
+    "bucket_elements": 2000,
+}
+"""Gradients are reduced beside the backward and weights gathered beside the forward, in several buckets."""
 LAYOUTS = (*QUICK, *(pytest.param(layout, marks=pytest.mark.nightly) for layout in NIGHTLY))
 
 
@@ -104,7 +110,7 @@ def test_ten_steps_equal_one_process_of_ours(
 @pytest.mark.parametrize(
     "layout",
     [
-        Layout(dp=2, sharded_optimizer=True),
+        Layout(dp=2, sharded_optimizer=True, **OVERLAP),
         *(
             pytest.param(layout, marks=pytest.mark.nightly)
             for layout in (
@@ -114,6 +120,11 @@ def test_ten_steps_equal_one_process_of_ours(
                 Layout(tp=2, pp=2, sequence_parallel=True),
                 Layout(dp=2, tp=2, sequence_parallel=True, sharded_optimizer=True),
                 Layout(dp=2, pp=2, sharded_optimizer=True, schedule="interleaved", layers_per_stage=1),
+                Layout(dp=2, **OVERLAP),
+                Layout(dp=2, pp=2, sharded_optimizer=True, **OVERLAP),
+                Layout(
+                    dp=2, pp=2, sharded_optimizer=True, schedule="interleaved", layers_per_stage=1, **OVERLAP
+                ),
             )
         ),
     ],
@@ -147,21 +158,6 @@ def test_formats_and_rules(
 ) -> None:
     """Both keep fp32 master weights, gradients and moments; fp16 with the run's own loss scale."""
     compare(layout, workers, megatron_workers, report, "formats", dtype=dtype, **options)
-
-
-OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
-
-
-@pytest.mark.nightly
-def test_overlapped_reductions(
-    workers: WorkerPool, megatron_workers: WorkerPool, report: ReportTables
-) -> None:
-    """Fields of `--megatron-args`: gradients are reduced and weights gathered while stages compute."""
-    layout = Layout(dp=2, pp=2, sharded_optimizer=True)
-    more = {
-        "more": {"DistributedDataParallelConfig": OVERLAP, "OptimizerConfig": {"overlap_param_gather": True}}
-    }
-    compare(layout, workers, megatron_workers, report, "overlapped", dtype="float32", more=more)
 
 
 @pytest.mark.nightly
@@ -225,11 +221,20 @@ def test_micro_batches_of_several_sizes(
         compare(layout, workers, megatron_workers, report, "sizes 1,4,5,6", micro_batch_size=(1, 4, 5, 6))
 
 
-@pytest.mark.nightly
-def test_documents(workers: WorkerPool, megatron_workers: WorkerPool, report: ReportTables) -> None:
-    """Attention and positions stay inside a document."""
-    layout = Layout(tp=2, sequence_parallel=True, pp=2)
-    compare(layout, workers, megatron_workers, report, "documents", documents=True)
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(pp=2), pytest.param(Layout(tp=2, sequence_parallel=True, pp=2), marks=pytest.mark.nightly)],
+    ids=str,
+)
+def test_documents(
+    layout: Layout, workers: WorkerPool, megatron_workers: WorkerPool, report: ReportTables
+) -> None:
+    """Attention and positions stay inside a document; layers are recomputed after those of later micro-batches."""
+    recompute = RecomputeConfig(checkpoint_activations=True, checkpoint_policy="full")
+    compare(
+        layout, workers, megatron_workers, report, "documents, recompute full", more={"recompute": recompute},
+        documents=True,
+    )  # fmt: skip
 
 
 MIXTRAL = {"count": 4, "per_token": 2, "ffn_hidden_size": 16}

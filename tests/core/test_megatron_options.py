@@ -35,6 +35,7 @@ EXAMPLES: dict[str, Any] = {
     "context_parallel_size": {"context_parallel_size": 2},
     "manual_mbs": {"optimized_pipeline": True, "manual_mbs": "auto"},
     "checkpoint_policy": {"checkpoint_policy": "selective"},
+    "cross_entropy": {"cross_entropy": "hidden"},
     "scaled_masked_softmax": {"attention": "reference", "scaled_masked_softmax": "reference"},
     "moe_router_bias_update_rate": {"moe_router_bias_update_rate": 1e-3},
     "moe_expert_capacity_factor": {"moe_expert_capacity_factor": 1.5},
@@ -128,16 +129,22 @@ def test_fields_of_its_configs(tmp_path: Path) -> None:
         assert message.startswith(str(path)) or message.startswith(f"megatron_args={path}")
         return message
 
-    path.write_text('{"DistributedDataParallelConfig": {"overlap_grad_reduce": true, "bucket_size": 1000}}')
+    path.write_text('{"DistributedDataParallelConfig": {"pad_buckets_for_high_nccl_busbw": true}}')
     found = check_fields(read_megatron_args(path), path)
-    assert found == {"DistributedDataParallelConfig": {"overlap_grad_reduce": True, "bucket_size": 1000}}
+    assert found == {"DistributedDataParallelConfig": {"pad_buckets_for_high_nccl_busbw": True}}
     assert "did you mean TransformerConfig" in complaint_about({"TransformersConfig": {}})
     assert "must be an object of its fields" in complaint_about({"TransformerConfig": [1]})
     assert "has no field overlap_grads" in complaint_about(
         {"DistributedDataParallelConfig": {"overlap_grads": True}}
     )
-    wrong = {"DistributedDataParallelConfig": {"overlap_grad_reduce": "yes"}}
-    assert "overlap_grad_reduce='yes': input should be a valid boolean" in complaint_about(wrong)
+    wrong = {"DistributedDataParallelConfig": {"check_for_nan_in_grad": "yes"}}
+    assert "check_for_nan_in_grad='yes': input should be a valid boolean" in complaint_about(wrong)
+    for kind, name, value in (
+        ("DistributedDataParallelConfig", "overlap_grad_reduce", True),
+        ("DistributedDataParallelConfig", "bucket_size", 1000),
+        ("OptimizerConfig", "overlap_param_gather", True),
+    ):
+        assert f"{kind}.{name} is decided by the run's own options" in complaint_about({kind: {name: value}})
     assert "num_layers is decided by the run's own options" in complaint_about(
         {"TransformerConfig": {"num_layers": 2}}
     )

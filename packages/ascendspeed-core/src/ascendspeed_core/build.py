@@ -323,6 +323,9 @@ def _absence(operator: str, model: Transformer, before: Sequence[Choice]) -> str
     return None
 
 
+_OF_ZERO_3 = "ZeRO-3 has the head's weight while the head runs only, and the loss reads it later"
+
+
 def kernel_context(
     model: Transformer,
     mesh: ParallelMesh,
@@ -346,5 +349,5 @@ def kernel_context(
         * largest
         * (seq_length // mesh.layout.cp)
         * -(-model.config.vocab_size // mesh.layout.tp),
-        spreads_weights=mesh.layout.zero_stage == 3,
+        needs_logits=_OF_ZERO_3 if mesh.layout.zero_stage == 3 else None,
     )

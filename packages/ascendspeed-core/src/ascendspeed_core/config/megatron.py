@@ -46,6 +46,8 @@ _ROUTERS = (
     "routers are megatron-core's, whose losses and counts are of a micro-batch, not of the global batch"
 )
 
+LOGITS_ONLY = "its last stage gives logits, never hidden states alone"
+
 LACKING_OPTIONS = (
     LackingOption(
         "parallel", "pipeline_schedule", ("gpipe", "looped-bfs", "interleaved-zb", "zbv", "dualpipev"),
@@ -66,6 +68,7 @@ LACKING_OPTIONS = (
         LackingOption("compute", name, None, _OWN_LAYERS)
         for name in ("scaled_masked_softmax", "rotary", "swiglu", "token_permutation", "grouped_product")
     ),
+    LackingOption("compute", "cross_entropy", ("hidden",), LOGITS_ONLY),
     *(
         LackingOption("dropout", name, None, "what it drops depends on the layout")
         for name in ("hidden_dropout", "attention_dropout")

@@ -61,7 +61,7 @@ class KernelContext:
         micro_batch_tokens: most tokens of one forward pass.
         expert_layers: what the linear layers of experts are.
         logits_bytes: of this rank's logits of a micro-batch in fp32, where they are for a loss.
-        spreads_weights: each rank holds a share of every weight between its uses (ZeRO-3).
+        needs_logits: why the loss must be made of logits; `None` where hidden states will do.
     """
 
     device: Device = HOST
@@ -75,7 +75,7 @@ class KernelContext:
     micro_batch_tokens: int | None = None
     expert_layers: ExpertLayers = "plain"
     logits_bytes: int | None = None
-    spreads_weights: bool = False
+    needs_logits: str | None = None
 
 
 UnsupportedReason = Callable[[KernelContext], str | None]
@@ -196,9 +196,7 @@ def _grouped_mm_fits(setting: KernelContext) -> str | None:
 
 
 def _takes_hidden(setting: KernelContext) -> str | None:
-    if setting.spreads_weights:
-        return "ZeRO-3 has the head's weight while the head runs only, and the loss reads it later"
-    return None
+    return setting.needs_logits
 
 
 def _few_logits(setting: KernelContext) -> str | None:

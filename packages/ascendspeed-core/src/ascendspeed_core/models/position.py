@@ -115,15 +115,27 @@ class Positions:
                 stays inside a text.
             dropout_masks: what dropout drops.
         """
-        slopes = self._local_slopes(dtype, positions.device)
         length = positions.shape[1] * self.sequence_parts
-        whole = MaskRule(length, positions.device, None, slopes, dtype, segments)
-        masks = {window: whole.within(window) for window in self._windows()}
+        masks = self.mask_rules(length, positions.device, dtype, segments)
         angles = self._cos_sin(positions, dtype)
         return [
             AttentionInputs(angles[kind.rotary], masks[kind.window], dropout_masks=dropout_masks)
             for kind in self.kinds
         ]
+
+    def mask_rules(
+        self, length: int, device: torch.device, dtype: torch.dtype, segments: torch.Tensor | None
+    ) -> dict[int | None, MaskRule | None]:
+        """Return which keys the queries of whole sequences see, for each window that layers have.
+
+        Args:
+            length: S.
+            device: of the hidden states.
+            dtype: of these.
+            segments: see `attention_inputs`.
+        """
+        whole = MaskRule(length, device, None, self._local_slopes(dtype, device), dtype, segments)
+        return {window: whole.within(window) for window in self._windows()}
 
     def cached_attention_inputs(self, cached: CachedPass, dtype: torch.dtype) -> list[AttentionInputs]:
         """Return what attention needs for chunks of sequences, for each kind of layer."""

@@ -219,5 +219,19 @@ def finalize_gradients(chunks: Sequence[Any]) -> None:
     megatron("distributed.finalize_model_grads").finalize_model_grads(list(chunks))
 
 
+def wait_for_parameters(chunks: Sequence[Any]) -> None:
+    """Gather the weights that forwards have not asked for since the last update, where they wait for that.
+
+    Args:
+        chunks: stages of this rank, wrapped in its `DistributedDataParallel`.
+    """
+    for chunk in chunks:
+        if not chunk.use_forward_hook:
+            continue
+        for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
+            if group.param_gather_handle is not None or not group.param_gather_dispatched:
+                group.start_param_sync(force_sync=True)
+
+
 def _takes(function: Callable[..., Any], name: str) -> bool:
     return name in inspect.signature(function).parameters

@@ -21,6 +21,7 @@ from ascendspeed_core.optim.megatron.settings import ddp_fields, optimizer_field
 from ascendspeed_core.optim.update_rule import load_optimizer_state, optimizer_state_keys
 from ascendspeed_core.parallel.auxiliary_losses import LossSums
 from ascendspeed_core.parallel.mesh import ParallelMesh
+from ascendspeed_core.parallel.timeline import Reduction
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,12 @@ class MegatronEngine:
         more: Mapping[str, Mapping[str, Any]],
     ) -> None:
         self._model, self._mesh, self._clip_grad = model, mesh, config.clip_grad
-        is_sharded, chunks = mesh.layout.sharded_optimizer, list(model.chunks)
+        chunks = list(model.chunks)
         settings: Any = inner_model(chunks[0]).config
         dtype: torch.dtype = settings.params_dtype
         ddp = core.make_config(
             "DistributedDataParallelConfig",
-            ddp_fields(dtype, is_sharded),
+            ddp_fields(dtype, mesh.layout),
             more.get("DistributedDataParallelConfig", {}),
         )
         wrap = megatron("distributed").DistributedDataParallel
@@ -86,7 +87,7 @@ class MegatronEngine:
         self.rule = core.make_optimizer(
             core.make_config(
                 "OptimizerConfig",
-                optimizer_fields(config, dtype, is_sharded),
+                optimizer_fields(config, dtype, mesh.layout),
                 more.get("OptimizerConfig", {}),
             ),
             wrapped,
@@ -150,13 +151,21 @@ class MegatronEngine:
 
         return out, loss_of
 
-    def start_reduction(self, stage: Stage) -> None:
-        """Never called: megatron-core starts reductions by itself."""
-        raise AssertionError(f"reduction of stage {stage.index} under megatron-core")
+    def begin_last_backward(self, *stages: Stage) -> None:
+        """Never called: megatron-core's schedules say so to its gradient buffers."""
+        raise AssertionError("a single backward pass under megatron-core")
 
-    def wait_for_reductions(self) -> None:
-        """Never called, see `start_reduction`."""
+    def end_last_backward(self, *stages: Stage) -> None:
+        """Never called, see `begin_last_backward`."""
+        raise AssertionError("a single backward pass under megatron-core")
+
+    def wait_for_reductions(self) -> tuple[list[Reduction], float]:
+        """Never called: it is for timelines, which run this project's schedules."""
         raise AssertionError("reductions under megatron-core")
+
+    def wait_for_parameters(self) -> None:
+        """Gather what other ranks have updated; the forward of a module waits for its own."""
+        core.wait_for_parameters(self._chunks)
 
     def zero_grad(self) -> None:
         """Drop the gradients of all parameters."""

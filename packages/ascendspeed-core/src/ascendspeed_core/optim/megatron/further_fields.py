@@ -80,9 +80,9 @@ def _checked(kind: str, name: str, value: Any, path: Path) -> Any:
 def _fields_of_run(kind: str) -> set[str]:
     """Return the fields that the engine sets for some run."""
     if kind == "OptimizerConfig":
-        return set(optimizer_fields(OptimizerConfig(), torch.float32, is_sharded=False))
+        return set(optimizer_fields(OptimizerConfig(), torch.float32, Layout()))
     if kind == "DistributedDataParallelConfig":
-        return set(ddp_fields(torch.float32, is_sharded=False))
+        return set(ddp_fields(torch.float32, Layout()))
     model = ModelConfig(
         family="llama", vocab_size=1, hidden_size=1, ffn_hidden_size=1, num_layers=1, num_attention_heads=1,
         num_key_value_heads=1, head_dim=2, max_position_embeddings=1, norm_epsilon=1e-5, tie_word_embeddings=False,

@@ -6,7 +6,7 @@ and knows neither ALiBi nor windows. A layer spec takes other modules in their p
 Shapes: S sequence, B batch, H hidden size, N query heads and K key-value heads of this rank, D head size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,9 +14,36 @@ import torch.nn.functional as F
 from torch import nn
 
 from ascendspeed_core.config.model import ModelConfig
-from ascendspeed_core.kernels.reference import AttentionFunction, causal_attention
+from ascendspeed_core.kernels.fused_attention import causal_attention
+from ascendspeed_core.kernels.mask_rule import MaskRule
+from ascendspeed_core.kernels.reference import AttentionFunction
 from ascendspeed_core.megatron import megatron
 from ascendspeed_core.models.norm import LayerNorm, RMSNorm
+
+
+class MaskRules:
+    """Makes the rule of attention once for all layers that a micro-batch passes one after the other.
+
+    The segments of its rows are what megatron-core hands to its layers as their mask: a layer that is recomputed gets
+    nothing but tensors, and gets them when other micro-batches have passed.
+
+    Args:
+        make: of segments, [B, S] or nothing, and queries.
+    """
+
+    def __init__(self, make: Callable[[torch.Tensor | None, torch.Tensor], MaskRule | None]) -> None:
+        self._make = make
+        self._last: tuple[torch.Tensor, MaskRule | None] | None = None
+
+    def rule(self, segments: torch.Tensor | None, query: torch.Tensor) -> MaskRule | None:
+        """Return the rule of queries, [S, B, N, D], to whole rows; `None` where it is causal and no more."""
+        if segments is None:
+            return self._make(None, query)
+        last = self._last
+        # While they are held, nothing else is stored where they are.
+        if last is None or (last[0].data_ptr(), last[0].shape) != (segments.data_ptr(), segments.shape):
+            last = self._last = segments, self._make(segments, query)
+        return last[1]
 
 
 class CoreAttention(nn.Module):
@@ -25,7 +52,10 @@ class CoreAttention(nn.Module):
     Attributes:
         attend: the implementation.
         options: its further arguments.
+        rules: which keys a query sees; the model sets it.
     """
+
+    rules: MaskRules
 
     def __init__(self, config: Any, softmax_scale: float | None = None, **_: Any) -> None:
         super().__init__()
@@ -41,9 +71,10 @@ class CoreAttention(nn.Module):
         attention_mask: torch.Tensor | None,
         **_: Any,
     ) -> torch.Tensor:
-        """Attend: [S, B, N, D] and twice [S, B, K, D] -> [S, B, N D]; the mask is that of `AttentionInputs`."""
+        """Attend: [S, B, N, D] and twice [S, B, K, D] -> [S, B, N D]; the mask is the segments, see `MaskRules`."""
+        rule = self.rules.rule(attention_mask, query)
         q, k, v = (heads.permute(1, 2, 0, 3) for heads in (query, key, value))
-        return self.attend(q, k, v, attention_mask, **self.options).permute(2, 0, 1, 3).flatten(2)
+        return self.attend(q, k, v, rule, **self.options).permute(2, 0, 1, 3).flatten(2)
 
 
 class Rotary(nn.Module):

@@ -9,6 +9,7 @@ has [S, B, H].
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,16 +17,24 @@ from torch import nn
 
 from ascendspeed_core.config.compute import ComputeConfig
 from ascendspeed_core.config.layout import Stage, stages_of_ranks
+from ascendspeed_core.config.megatron import LOGITS_ONLY
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.recompute import RecomputeConfig
 from ascendspeed_core.config.sharding import chunk_range, query_heads
+from ascendspeed_core.kernels.mask_rule import MaskRule
 from ascendspeed_core.kernels.registry import Choice, KernelContext, choose
 from ascendspeed_core.models.auxiliary_losses import AuxiliaryLosses
 from ascendspeed_core.models.norm import LayerNorm, RMSNorm
 from ascendspeed_core.models.position import rotary_frequencies
 from ascendspeed_core.models.transformer import ModelInput, Transformer
 from ascendspeed_core.optim.megatron.core import make_config, make_gpt_model, mark_cut, prepare, start_groups
-from ascendspeed_core.optim.megatron.layers import CoreAttention, Rotary, add_embedding_norm, block_spec
+from ascendspeed_core.optim.megatron.layers import (
+    CoreAttention,
+    MaskRules,
+    Rotary,
+    add_embedding_norm,
+    block_spec,
+)
 from ascendspeed_core.optim.megatron.parameters import HeldParameter, fill, held_parameters, vocabulary_rows
 from ascendspeed_core.optim.megatron.settings import transformer_fields
 from ascendspeed_core.parallel.mesh import ParallelMesh
@@ -70,6 +79,10 @@ class MegatronTransformer(Transformer):
         rows = chunk_range(config.vocab_size, mesh.layout.tp, mesh.tp_rank)
         self._vocabulary = rows.stop - rows.start
         self.positions.heads = query_heads(config, mesh.layout.tp, mesh.tp_rank)
+        rules = MaskRules(self._mask_rule)
+        for module in self.modules():
+            if isinstance(module, CoreAttention):
+                module.rules = rules
 
     def run_stage(
         self, stage: Stage, batch: ModelInput, hidden: torch.Tensor | None = None
@@ -109,8 +122,7 @@ class MegatronTransformer(Transformer):
         rotary = getattr(inner, "rotary_pos_emb", None)
         if isinstance(rotary, Rotary):
             rotary.angles = self._angles(positions)
-        kinds = self._attention_inputs(batch, inner.config.params_dtype, None)
-        out: torch.Tensor = chunk(batch.tokens, positions, kinds[0].mask)
+        out: torch.Tensor = chunk(batch.tokens, positions, batch.segments)
         return out[..., : self._vocabulary] if stage.is_last else out
 
     def _angles(self, positions: torch.Tensor) -> torch.Tensor | None:
@@ -120,6 +132,12 @@ class MegatronTransformer(Transformer):
             return None
         angles = positions.t().float().unsqueeze(-1) * rotary_frequencies(kind).to(positions.device)
         return torch.cat([angles, angles], dim=-1).unsqueeze(-2)
+
+    def _mask_rule(self, segments: torch.Tensor | None, query: torch.Tensor) -> MaskRule | None:
+        """Return which keys queries see, [S, B, N, D]; all layers have one window."""
+        rules = self.positions.mask_rules(len(query), query.device, query.dtype, segments)
+        (rule,) = rules.values()
+        return rule
 
     def modules_of(self, stage: Stage) -> list[nn.Module]:
         """Return the modules that one stage runs."""
@@ -204,6 +222,7 @@ def choose_kernels(model: MegatronTransformer, config: ComputeConfig, context: K
     Returns:
         What was chosen, by operator.
     """
+    context = replace(context, needs_logits=LOGITS_ONLY)
     norm = "rms_norm" if model.config.norm == "rmsnorm" else "layer_norm"
     asked, choices, chosen = config.kernel_names(), [], {}
     for operator in ("attention", norm, "cross_entropy"):

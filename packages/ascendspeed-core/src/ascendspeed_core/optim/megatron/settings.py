@@ -141,13 +141,13 @@ def _recompute_fields(recompute: RecomputeConfig) -> dict[str, Any]:
     }
 
 
-def optimizer_fields(config: OptimizerConfig, dtype: torch.dtype, is_sharded: bool) -> dict[str, Any]:
+def optimizer_fields(config: OptimizerConfig, dtype: torch.dtype, layout: Layout) -> dict[str, Any]:
     """Return the fields of its `OptimizerConfig` that the run sets.
 
     Args:
         config: update rule and clipping.
         dtype: of the weights.
-        is_sharded: replicas cut the state.
+        layout: of all ranks.
     """
     return {
         "optimizer": "sgd" if config.optimizer == "sgd" else "adam",
@@ -164,14 +164,28 @@ def optimizer_fields(config: OptimizerConfig, dtype: torch.dtype, is_sharded: bo
         "bf16": dtype == torch.bfloat16,
         # The run's own scaler says the scale of each step.
         "loss_scale": 1.0 if dtype == torch.float16 else None,
-        "use_distributed_optimizer": is_sharded,
+        "use_distributed_optimizer": layout.sharded_optimizer,
+        "overlap_param_gather": _gathers_late(layout),
     }
 
 
-def ddp_fields(dtype: torch.dtype, is_sharded: bool) -> dict[str, Any]:
-    """Return the fields of `DistributedDataParallelConfig` that the run sets."""
+def ddp_fields(dtype: torch.dtype, layout: Layout) -> dict[str, Any]:
+    """Return the fields of `DistributedDataParallelConfig` that the run sets.
+
+    Args:
+        dtype: of the weights.
+        layout: of all ranks.
+    """
     return {
-        "use_distributed_optimizer": is_sharded,
+        "use_distributed_optimizer": layout.sharded_optimizer,
         # 16-bit gradients are added up in fp32; fp64 ones would be narrowed.
         "grad_reduce_in_fp32": dtype in (torch.float16, torch.bfloat16),
+        "overlap_grad_reduce": layout.overlap_grad_reduce,
+        "overlap_param_gather": _gathers_late(layout),
+        "bucket_size": layout.bucket_elements,
     }
+
+
+def _gathers_late(layout: Layout) -> bool:
+    """Whether weights are gathered beside the forward; without early reductions there is one bucket, all of them."""
+    return layout.sharded_optimizer and layout.overlap_param_gather and layout.overlap_grad_reduce
