@@ -80,6 +80,22 @@ def written_weights(engine: Engine) -> dict[str, torch.Tensor]:
     return {name: join(pieces) for name, pieces in by_name.items()}
 
 
+def weights_around_waiting(
+    config: ModelConfig, layout: Layout
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """All weights of this rank after a step, and after waiting for them."""
+    megatron_on_cpu.install()
+    mesh = ParallelMesh.create(Device("cpu"), layout)
+    model = load_megatron_model(
+        InitialWeights(config, seed=5), mesh, torch.float32, RecomputeConfig(), False, {}
+    )
+    engine = MegatronEngine(model, OptimizerConfig(), mesh, {})
+    train_step(model, engine, micro_batches(config.vocab_size, 0, mesh, 8, masked=False), mesh)
+    before = [held.parameter.detach().clone() for held in model.held]
+    engine.wait_for_parameters()
+    return before, [held.parameter.detach().clone() for held in model.held]
+
+
 def train_on_broken_weights(config: ModelConfig, layout: Layout) -> tuple[float | None, int, str, bool]:
     """A step on a weight that is no number: its norm, updates, what is said, and whether the rest is as it was."""
     megatron_on_cpu.install()

@@ -8,16 +8,20 @@ import os
 from typing import Any
 
 import pytest
+import torch
 
 from ascendspeed_core.config.experts import Experts
 from ascendspeed_core.config.layout import Layout
 from ascendspeed_core.config.model import ModelConfig, RotaryScaling
 from ascendspeed_core.config.training import RecomputeConfig
+from ascendspeed_core.models.position import AttentionKind, Positions
+from ascendspeed_core.optim.megatron.layers import MaskRules
 from core.megatron_cases import (
     complaint_about_sharding,
     megatron_version,
     train_megatron,
     train_on_broken_weights,
+    weights_around_waiting,
 )
 from core.training_cases import Trained, train
 from support.models import tiny_config
@@ -272,6 +276,36 @@ def test_experts(
     """In fp32: its routers take their softmax in fp32 always."""
     config = tiny_config(experts=Experts(**experts))
     compare(layout, workers, megatron_workers, report, what, config=config, dtype="float32")
+
+
+def test_late_gathers_can_be_waited_for(megatron_workers: WorkerPool) -> None:
+    layout = Layout(dp=2, sharded_optimizer=True, **OVERLAP)
+    (before, after), (before_2, after_2) = megatron_workers.run(
+        weights_around_waiting, 2, tiny_config(), layout
+    )
+    assert not all(map(torch.equal, before, before_2))
+    assert all(map(torch.equal, after, after_2))
+    # What either rank has updated stays so.
+    updated = [
+        [~w.eq(x) for w, x in zip(*pair, strict=True)] for pair in ((before, after), (before_2, after_2))
+    ]
+    assert any(map(torch.any, updated[0]))
+    assert not any((a & b).any() for a, b in zip(*updated, strict=True))
+
+
+def test_rules_belong_to_the_segments() -> None:
+    """Layers of a micro-batch share one rule; another part of the same memory has its own."""
+    positions = Positions(tiny_config(), [AttentionKind()])
+    rules = MaskRules(lambda segments, q: positions.mask_rules(len(q), q.device, q.dtype, segments)[None])
+    query, segments = torch.zeros(4, 2, 1, 1), torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1]])
+    assert rules.rule(None, query) is None
+    both = rules.rule(segments, query)
+    assert both is not None
+    assert both.lengths == ((2, 2), (1, 3))
+    assert rules.rule(segments.detach(), query) is both
+    first = rules.rule(segments[:1], query[:, :1])
+    assert first is not None
+    assert first.lengths == ((2, 2),)
 
 
 def test_what_is_not_finite_updates_nothing(megatron_workers: WorkerPool) -> None:

@@ -177,6 +177,8 @@ def test_the_command(tmp_path: Path) -> None:
         "--device", "cpu", "--picture", tmp_path / "steps.png",
     ]  # fmt: skip
     assert "give --pipeline-model-parallel-size 2 or more" in call(*arguments).complaint
+    assert "engine=megatron was asked for" in call(*arguments, "--engine", "megatron").complaint
+    assert "engine=deepspeed was asked for" in call(*arguments, "--zero-stage", 1).complaint
     done = run_command(
         *arguments, "--pipeline-model-parallel-size", 2, "--pipeline-schedule", "zbv", "--nproc-per-node", 2
     )

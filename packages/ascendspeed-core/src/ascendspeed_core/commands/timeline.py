@@ -44,6 +44,12 @@ def check_timeline(config: TimelineConfig, world_size: int) -> None:
     from ascendspeed_core.config.layout import stages_of_ranks
     from ascendspeed_core.weights import open_source
 
+    engine = config.parallel.chosen_engine
+    if engine != "ascendspeed":
+        raise ConfigError(
+            f"a timeline is of the schedules and messages of this project's engine, and engine={engine} was asked for; "
+            "leave --engine, --zero-stage and --deepspeed out"
+        )
     layout = config.parallel.layout(world_size)
     if layout.pp == 1 and layout.ep == 1 and layout.replicas == 1:
         raise ConfigError(
