@@ -34,7 +34,17 @@ EPSILON = 1e-3
 LARGEST = {"float64": 2e-7, "float32": 2e-5, "bfloat16": 3e-2, "float16": 4e-3}
 """float64: megatron-core sums the gradient's norm in fp32, by which gradients are clipped; others: a few roundings."""
 
-QUICK = (Layout(tp=2, sequence_parallel=True), Layout(pp=2, schedule="interleaved", layers_per_stage=1))
+OVERLAP: dict[str, Any] = {
+    "overlap_grad_reduce": True,
+    "overlap_param_gather": True,
+    "bucket_elements": 2000,
+}
+"""Gradients are reduced beside the backward and weights gathered beside the forward, in several buckets."""
+
+QUICK = (
+    Layout(tp=2, sequence_parallel=True),
+    Layout(pp=2, schedule="interleaved", layers_per_stage=1, **OVERLAP),
+)
 NIGHTLY = (
     Layout(),
     Layout(tp=2),
@@ -44,12 +54,6 @@ NIGHTLY = (
     Layout(dp=2),
     Layout(dp=2, pp=2),
 )
-OVERLAP: dict[str, Any] = {
-    "overlap_grad_reduce": True,
-    "overlap_param_gather": True,
-    "bucket_elements": 2000,
-}
-"""Gradients are reduced beside the backward and weights gathered beside the forward, in several buckets."""
 LAYOUTS = (*QUICK, *(pytest.param(layout, marks=pytest.mark.nightly) for layout in NIGHTLY))
 
 
@@ -227,7 +231,10 @@ def test_micro_batches_of_several_sizes(
 
 @pytest.mark.parametrize(
     "layout",
-    [Layout(pp=2), pytest.param(Layout(tp=2, sequence_parallel=True, pp=2), marks=pytest.mark.nightly)],
+    [
+        Layout(pp=2, **OVERLAP),
+        pytest.param(Layout(tp=2, sequence_parallel=True, pp=2), marks=pytest.mark.nightly),
+    ],
     ids=str,
 )
 def test_documents(
@@ -254,15 +261,20 @@ DEEPSEEK = MIXTRAL | {
 }  # fmt: skip
 
 
-@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("what", "experts", "layout"),
     [
-        ("Mixtral", MIXTRAL, Layout(dp=2, ep=2)),
-        ("Mixtral", MIXTRAL, Layout(tp=2, sequence_parallel=True, ep=2, etp=1)),
-        ("Mixtral", MIXTRAL, Layout(dp=2, pp=2, ep=2, sharded_optimizer=True)),
-        ("Qwen's experts", QWEN, Layout(tp=2, sequence_parallel=True)),
-        ("DeepSeek's experts", DEEPSEEK, Layout(dp=2, ep=2)),
+        ("DeepSeek's experts", DEEPSEEK, Layout(dp=2, ep=2, sharded_optimizer=True, **OVERLAP)),
+        *(
+            pytest.param(*case, marks=pytest.mark.nightly)
+            for case in (
+                ("Mixtral", MIXTRAL, Layout(dp=2, ep=2)),
+                ("Mixtral", MIXTRAL, Layout(tp=2, sequence_parallel=True, ep=2, etp=1)),
+                ("Mixtral", MIXTRAL, Layout(dp=2, pp=2, ep=2, sharded_optimizer=True)),
+                ("Qwen's experts", QWEN, Layout(tp=2, sequence_parallel=True)),
+                ("DeepSeek's experts", DEEPSEEK, Layout(dp=2, ep=2)),
+            )
+        ),
     ],
 )
 def test_experts(
