@@ -128,7 +128,8 @@ def test_flags_of_the_2023_scripts_are_accepted(flag: str) -> None:
 
 
 def test_layouts() -> None:
-    assert ParallelConfig(tensor_model_parallel_size=2).layout(8) == Layout(tp=2, dp=4)
+    late = {"overlap_grad_reduce": False, "overlap_param_gather": False}
+    assert ParallelConfig(**late, tensor_model_parallel_size=2).layout(8) == Layout(tp=2, dp=4)
     with pytest.raises(ConfigError, match=r"does not divide the 6 processes; choose one of 1, 2, 3, 6"):
         ParallelConfig(tensor_model_parallel_size=4).layout(6)
     ParallelConfig(tensor_model_parallel_size=8).check_model(tiny_config())
@@ -138,13 +139,12 @@ def test_layouts() -> None:
         match=r"neither divides num_key_value_heads=6 nor is a multiple of it; choose 1, 2, 3, 6, 12",
     ):
         ParallelConfig(tensor_model_parallel_size=4).check_model(six)
-    sequence = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
+    sequence = ParallelConfig(**late, tensor_model_parallel_size=2, sequence_parallel=True)
     assert sequence.layout(4) == Layout(tp=2, dp=2, sequence_parallel=True)
     with pytest.raises(ConfigError, match="cuts seq_length=33 into tensor_model_parallel_size=2 equal parts"):
         sequence.check_sequence(33)
-    assert ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2).layout(8) == Layout(
-        2, 2, 2
-    )
+    pipeline = ParallelConfig(**late, tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
+    assert pipeline.layout(8) == Layout(2, 2, 2)
     with pytest.raises(
         ConfigError, match=r"times pipeline_model_parallel_size=3 is 6, .* start a multiple of 6"
     ):

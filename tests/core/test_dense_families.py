@@ -86,6 +86,16 @@ def test_files_come_back(folders: dict[str, tuple[Path, Any]], tmp_path: Path, n
     assert torch.equal(logits_of(again.eval(), tokens_of(125)), logits_of(model, tokens_of(125)))
 
 
+def test_a_second_base_without_a_key_of_its_own_comes_back() -> None:
+    """transformers 4 has no key for the base of OLMo 3's layers with a window, so `rope_parameters` says both."""
+    table = find_family("olmo3")
+    hf = table.write_config(table.read_config(next(iter(table.sizes.values()))))
+    hf["rope_parameters"]["sliding_attention"]["rope_theta"] = 7000.0
+    config = table.read_config({key: hf[key] for key in hf if key not in ("rope_theta", "rope_scaling")})
+    assert config.window_rotary_base == 7000.0
+    assert table.read_config(table.write_config(config)) == config
+
+
 PUBLISHED = sorted(
     (family, name)
     for family in {reference.family for reference in DENSE_REFERENCES.values()}

@@ -42,7 +42,7 @@ def test_all_at_once_and_resumed_without(arguments: list[object], tmp_path: Path
     assert done.status == 0, done.stderr
     assert "stages: layers 0+2, 1+3" in done.stderr
     assert re.search(
-        "kernel: attention +triangle +asked for; by blocks, leaving out those above the diagonal", done.stderr
+        "kernel: attention +triangle +asked for; by blocks, leaving out those that no query sees", done.stderr
     )
     go_on = [*arguments[:2], "--load", tmp_path / "all", *arguments[4:], "--save", tmp_path / "all"]
     assert call(*go_on).status == 0

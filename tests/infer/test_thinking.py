@@ -12,7 +12,7 @@ from ascendspeed_data.errors import AscendSpeedError, ConfigError
 from ascendspeed_data.prompting import layout_named
 from ascendspeed_data.tokenizer import load_tokenizer
 from ascendspeed_infer.commands.chat import read_tools
-from ascendspeed_infer.thinking import ThoughtSplitter
+from ascendspeed_infer.thinking import ThoughtSplitter, opens_thoughts
 from support.corpus import make_chat_tokenizer
 
 PIECES = ("<think>", "</think>", "<", "<th", "ink>", "</", "so ", "\n", "a", "<b>", "</thinking>")
@@ -53,6 +53,14 @@ def test_text_is_shown_as_soon_as_no_mark_can_follow() -> None:
     assert splitter.feed("<think>hm") == [("<think>", True), ("hm", True)]
     assert splitter.feed("</think>yes") == [("</think>", True), ("yes", False)]
     assert splitter.end() == []
+
+
+def test_a_mark_that_is_spelled_in_many_tokens_opens_thoughts(tokenizer_folder: Path) -> None:
+    tokenizer = load_tokenizer(tokenizer_folder)
+    ids = tokenizer.encode("What is it? <think>\n")
+    assert len(tokenizer.encode("<think>")) > 4
+    assert opens_thoughts(tokenizer, ids)
+    assert not opens_thoughts(tokenizer, tokenizer.encode("<think>What is it?</think>\n"))
 
 
 def test_tools_of_a_file_reach_the_template_and_only_a_template(tmp_path: Path) -> None:

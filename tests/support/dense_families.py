@@ -105,7 +105,7 @@ DENSE_REFERENCES: dict[str, Reference] = {
     ),
     "OLMo 2": _reference("olmo2", "Olmo2", rope_theta=500000.0),
     "OLMo 3": _reference(
-        "olmo3", "Olmo3", layer_types=KINDS, sliding_window=7, rope_theta=500000.0, rope_scaling=YARN,
+        "olmo3", "Olmo3", layer_types=KINDS, sliding_window=7, rope_theta=500000.0, rope_scaling=dict(YARN),
     ),
     "GLM": _reference("glm", "Glm", head_dim=8),
     "GLM 4": _reference("glm4", "Glm4", head_dim=8, attention_bias=False),

@@ -129,7 +129,7 @@ REFERENCES: dict[str, Reference] = {
         "qwen2", ("Qwen2Config", "Qwen2ForCausalLM"), _llama(tie_word_embeddings=True, rope_theta=1e6), {}
     ),
     "Qwen 2.5 with YaRN": Reference(
-        "qwen2", ("Qwen2Config", "Qwen2ForCausalLM"), _llama(rope_theta=1e6, rope_scaling=YARN), {}
+        "qwen2", ("Qwen2Config", "Qwen2ForCausalLM"), _llama(rope_theta=1e6, rope_scaling=dict(YARN)), {}
     ),
     "Qwen 3": Reference("qwen3", ("Qwen3Config", "Qwen3ForCausalLM"), _llama(head_dim=6, rope_theta=1e6), {}),
     "InternLM": Reference(

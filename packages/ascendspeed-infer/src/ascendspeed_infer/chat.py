@@ -17,7 +17,7 @@ from ascendspeed_infer.channels import ChannelReader, has_channels
 from ascendspeed_infer.config import AnswerConfig
 from ascendspeed_infer.requests import StreamedText
 from ascendspeed_infer.text_generator import TextGenerator, check_text
-from ascendspeed_infer.thinking import OPEN, split_thoughts
+from ascendspeed_infer.thinking import OPEN, opens_thoughts, split_thoughts
 from ascendspeed_infer.tool_calls import ToolCalls, find_tool_calls
 
 
@@ -123,7 +123,7 @@ class Chat:
         if not self._sampling.ignore_eos:
             options["eos_token_ids"] = tuple(dict.fromkeys((*eos_token_ids, *self.layout.end_ids))) or None
         self._num_answers += 1
-        self.opened_thoughts = self.model.tokenizer.decode(ids[-4:]).rstrip().endswith(OPEN)
+        self.opened_thoughts = opens_thoughts(self.model.tokenizer, ids)
         answer = ""
         channels = ChannelReader(self.model.tokenizer) if has_channels(self.layout.sources) else None
         try:

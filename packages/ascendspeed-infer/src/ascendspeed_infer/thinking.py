@@ -1,6 +1,13 @@
 """Tell what a model thinks from what it answers, in a text that grows."""
 
+from collections.abc import Sequence
+
+from ascendspeed_data.tokenizer import Tokenizer
+
 OPEN, CLOSE = "<think>", "</think>"
+
+_MARK_TOKENS = 16
+"""Tokens of a mark with the white space behind it, where a tokenizer spells it byte by byte."""
 
 Part = tuple[str, bool]
 """A text, and whether it is a thought; the marks around thoughts are part of them."""
@@ -58,6 +65,11 @@ def split_thoughts(text: str, is_open: bool = False) -> tuple[str, str]:
     thoughts = "".join(part for part, is_thought in parts if is_thought)
     said = "".join(part for part, is_thought in parts if not is_thought)
     return thoughts.replace(OPEN, "").replace(CLOSE, "").strip("\n"), said.strip()
+
+
+def opens_thoughts(tokenizer: Tokenizer, ids: Sequence[int]) -> bool:
+    """Tell whether a prompt ends with the mark that opens thoughts."""
+    return tokenizer.decode(ids[-_MARK_TOKENS:]).rstrip().endswith(OPEN)
 
 
 def _begun(text: str, mark: str) -> int:

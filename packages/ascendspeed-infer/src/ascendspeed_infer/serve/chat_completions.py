@@ -22,7 +22,7 @@ from ascendspeed_infer.serve.text_plan import (
     grow,
     sampling_params,
 )
-from ascendspeed_infer.thinking import OPEN
+from ascendspeed_infer.thinking import opens_thoughts
 from ascendspeed_infer.tool_calls import CALL_MARKS
 
 Json = dict[str, Any]
@@ -52,7 +52,7 @@ class ChatCall:
         except AscendSpeedError as error:
             raise ApiError(str(error), param="messages") from None
         self._texts = self._new_texts(layout)
-        opened = served.model.tokenizer.decode(self._ids[-4:]).rstrip().endswith(OPEN)
+        opened = opens_thoughts(served.model.tokenizer, self._ids)
         self._parsers = [AnswerParser(opened, self._has_tools, body.tools) for _ in self._texts]
         self._head = {
             "id": f"chatcmpl-{secrets.token_hex(12)}",

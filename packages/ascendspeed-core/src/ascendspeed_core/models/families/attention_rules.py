@@ -239,8 +239,12 @@ class RotaryByLayer(LayerWindows):
             FULL: {"rope_theta": config.rotary_base, **scaling},
             SLIDING: {"rope_theta": local, "rope_type": "default"},
         }
-        own = {} if self.window_base_key is None else {self.window_base_key: local}
-        return super().write(config) | flat | own | {"rope_parameters": nested}
+        if self.window_base_key is not None:
+            flat[self.window_base_key] = local
+        elif local != config.rotary_base:
+            # transformers 4 has no key for a second base in this family.
+            flat = {}
+        return super().write(config) | flat | {"rope_parameters": nested}
 
 
 def positive_number(hf: Mapping[str, Any], key: str, default: float) -> float:
