@@ -150,7 +150,7 @@ class LLMEngine:
             raise AscendSpeedError(
                 f"request_id={request_id} is the name of an unfinished request; give another"
             )
-        scheduled = ScheduledRequest(request_id, request, batch_invariant, cache_salt)
+        scheduled = ScheduledRequest(request_id, request, batch_invariant, cache_salt, self.shapes)
         if not isinstance(request, ScoringRequest):
             check_length(len(request.prompt_ids), request.max_new_tokens, self.max_model_len)
         limit = self._scheduler.max_num_seqs

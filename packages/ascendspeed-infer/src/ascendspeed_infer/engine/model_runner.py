@@ -97,9 +97,8 @@ class ModelRunner:
                 if one.batch_invariant and one.is_decode == is_decode
             ]
             for batch in pack(fixed, lambda number: len(chunks[number].token_ids), size):
-                found |= zip(
-                    batch, self._run_fixed_pass([chunks[number] for number in batch], size), strict=True
-                )
+                logits = self._run_fixed_pass([chunks[number] for number in batch], is_decode)
+                found |= zip(batch, logits, strict=True)
         return [found[number] for number in range(len(chunks))]
 
     @torch.no_grad()
@@ -109,10 +108,12 @@ class ModelRunner:
         logits = forward_through_stages(self.model, self.mesh, ModelInput(tokens))
         return gather_logits(logits[0], self.model.config.vocab_size, self.mesh.group("tp"))
 
-    def _run_fixed_pass(self, chunks: Sequence[ScheduledChunk], size: int) -> list[torch.Tensor]:
-        """Run chunks in one pass of `size` tokens, the rest of it padding, with logits everywhere."""
+    def _run_fixed_pass(self, chunks: Sequence[ScheduledChunk], is_decode: bool) -> list[torch.Tensor]:
+        """Run chunks in one pass of fixed shape, the rest of it padding, with logits everywhere."""
+        size = self.shapes.num_tokens(is_decode)
         ids = [token for one in chunks for token in one.token_ids]
-        cached = CachedPass(self.cache, [one.chunk for one in chunks], size)
+        tile_tokens = None if is_decode else self.shapes.chunk_tokens
+        cached = CachedPass(self.cache, [one.chunk for one in chunks], size, tile_tokens)
         with tiled_experts(self.model, EXPERT_ROWS):
             logits = self._forward([*ids, *[0] * (size - len(ids))], cached, None)
         counts = [len(one.token_ids) for one in chunks]
@@ -154,8 +155,10 @@ def check_batch_invariance(model: Transformer, mesh: ParallelMesh) -> None:
         ConfigError: a layout whose sums depend on the position in the batch.
     """
     check_order_of_sums(mesh)
-    runner = ModelRunner(model, mesh, 1)
-    slot = runner.cache.reserve(1)
+    runner = ModelRunner(model, mesh)
+    tile_tokens = runner.shapes.chunk_tokens
+    runner.cache = make_cache(model, mesh, tile_tokens)
+    slot = runner.cache.reserve(tile_tokens)
     for is_decode in (True, False):
         size = runner.shapes.num_tokens(is_decode)
         # One text of a single token, once in every row.

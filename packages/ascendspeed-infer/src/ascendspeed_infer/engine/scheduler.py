@@ -63,6 +63,7 @@ class ScheduledRequest:
         request: what is continued or scored.
         batch_invariant: run it in passes of fixed shape.
         cache_salt: only requests with the same salt share prefixes.
+        shapes: of batch-invariant passes.
         sequences: in the cache, once it runs.
         spare_slots: slots of the cache for further sequences.
         num_reported: tokens that `step` has reported.
@@ -72,6 +73,7 @@ class ScheduledRequest:
     request: Request | ScoringRequest
     batch_invariant: bool = False
     cache_salt: str | None = None
+    shapes: PassShapes = field(default_factory=PassShapes)
     sequences: list[CachedSequence] = field(default_factory=list)
     spare_slots: list[CacheSlot] = field(default_factory=list)
     num_reported: int = 0
@@ -86,7 +88,8 @@ class ScheduledRequest:
         """Tokens of each slot."""
         if isinstance(self.request, ScoringRequest):
             return self.request.max_tokens
-        return len(self.request.prompt_ids) + self.request.max_new_tokens
+        num_prompt = len(self.request.prompt_ids)
+        return self.shapes.slot_tokens(num_prompt, self.request.max_new_tokens, self.batch_invariant)
 
     @property
     def num_blocks(self) -> int:
@@ -294,9 +297,10 @@ class Scheduler:
 
     def _admit_prompt(self, scheduled: ScheduledRequest, prompt_ids: Sequence[int]) -> bool:
         """Reserve slots for a prompt and copy what is computed of it; return whether it may enter now."""
-        shapes = self._shapes if scheduled.batch_invariant else None
         in_cache = (*self._finished, *(one for running in self.running for one in running.sequences))
-        source, common = find_longest_prefix(in_cache, prompt_ids, scheduled.cache_salt, shapes)
+        source, common = find_longest_prefix(
+            in_cache, prompt_ids, scheduled.cache_salt, scheduled.batch_invariant
+        )
         if source is not None and source.num_computed_tokens < common:
             # It is being read just now; no need to read it twice.
             return False
