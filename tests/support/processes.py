@@ -5,6 +5,7 @@ that has imported them, and stay. They are sent cases: functions by import path,
 fresh gloo group of just the size that it asks for.
 """
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -86,6 +87,7 @@ def _serve(connection: Connection, path: list[str]) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    gc.freeze()
     while True:
         try:
             module, name, rank, world_size, rendezvous_file, args, kwargs = connection.recv()
@@ -102,3 +104,5 @@ def _serve(connection: Connection, path: list[str]) -> None:
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
+            # A group that a cycle of references keeps has threads that spin once its peers are gone.
+            gc.collect()

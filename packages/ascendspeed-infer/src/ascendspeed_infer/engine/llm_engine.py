@@ -93,11 +93,18 @@ class LLMEngine:
         self._counter = itertools.count()
         self._invariance_error: AscendSpeedError | None = None
         self._is_invariance_checked = False
+        self.adapter_for_all: str | None = None
+        """Adapter of requests that name none."""
 
     @property
     def shapes(self) -> PassShapes:
         """The fixed shapes of batch-invariant passes."""
         return self._worker.runner.shapes
+
+    @property
+    def adapter_names(self) -> tuple[str, ...]:
+        """Adapters that requests may name."""
+        return () if self.model.adapters is None else self.model.adapters.names
 
     @property
     def max_model_len(self) -> int:
@@ -134,6 +141,7 @@ class LLMEngine:
         request: Request | ScoringRequest,
         batch_invariant: bool = False,
         cache_salt: str | None = None,
+        adapter: str | None = None,
     ) -> None:
         """Add a request; it joins the next step that has memory for it, after those that came before.
 
@@ -142,15 +150,17 @@ class LLMEngine:
             request: a new one.
             batch_invariant: give the same result bit for bit whatever else is computed; see `check_batch_invariance`.
             cache_salt: only requests with the same salt share the keys and values of a common prefix.
+            adapter: which of the model's adapters to use, by name; by default that of `adapter_for_all`.
 
         Raises:
-            AscendSpeedError: the name is taken, there is no prompt, or the request can never fit.
+            AscendSpeedError: the name is taken, there is no such adapter, there is no prompt, or the request can never fit.
         """
         if request_id in self._ids:
             raise AscendSpeedError(
                 f"request_id={request_id} is the name of an unfinished request; give another"
             )
-        scheduled = ScheduledRequest(request_id, request, batch_invariant, cache_salt, self.shapes)
+        number = self._adapter_number(adapter or self.adapter_for_all)
+        scheduled = ScheduledRequest(request_id, request, batch_invariant, cache_salt, self.shapes, number)
         if not isinstance(request, ScoringRequest):
             check_length(len(request.prompt_ids), request.max_new_tokens, self.max_model_len)
         limit = self._scheduler.max_num_seqs
@@ -279,6 +289,16 @@ class LLMEngine:
         self._scheduler.reset()
         self._worker.allocate_cache(0)
         self._next_cache_tokens = self._cache_tokens
+
+    def _adapter_number(self, name: str | None) -> int | None:
+        if name is None:
+            return None
+        if name not in self.adapter_names:
+            known = ", ".join(self.adapter_names) or "none"
+            raise AscendSpeedError(
+                f"adapter={name} is not one of the model's: {known}; choose one, or leave it out"
+            )
+        return self.adapter_names.index(name)
 
     def _take_inbox(self) -> None:
         while self._inbox:

@@ -22,6 +22,7 @@ from ascendspeed_core.kernels.lengths import lengths_attention
 from ascendspeed_core.models.attention import changed_scores
 from ascendspeed_core.models.cache import CachedPass, CacheSlot, KeyValueCache, SequenceChunk
 from ascendspeed_core.models.experts import tiled_experts
+from ascendspeed_core.models.lora import AdapterRows
 from ascendspeed_core.models.transformer import ModelInput, Transformer
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.stages import forward_through_stages
@@ -47,6 +48,7 @@ class ScheduledChunk:
         num_logits: how many of the last positions have logits that are wanted.
         is_decode: whether it continues a text, one token at a time; otherwise it is part of a prompt.
         batch_invariant: run it in a pass of fixed shape.
+        adapter: number of the adapter, where the model has several; `None` for the model alone.
     """
 
     chunk: SequenceChunk
@@ -54,6 +56,7 @@ class ScheduledChunk:
     num_logits: int = 0
     is_decode: bool = False
     batch_invariant: bool = False
+    adapter: int | None = None
 
 
 class ModelRunner:
@@ -68,6 +71,8 @@ class ModelRunner:
     def __init__(self, model: Transformer, mesh: ParallelMesh, cache_tokens: int = 0) -> None:
         self.model, self.mesh = model, mesh
         self.shapes = pass_shapes_for(model, mesh)
+        is_stacked = model.adapters is not None and bool(model.adapters.names)
+        self._adapter_rows = AdapterRows(model) if is_stacked else None
         self.cache = make_cache(model, mesh, cache_tokens)
 
     @property
@@ -78,7 +83,9 @@ class ModelRunner:
     @cache.setter
     def cache(self, cache: KeyValueCache) -> None:
         self._cache = cache
-        self._graphs = decode_graphs_for(self.model, self.mesh, cache)
+        # Which adapter a text has is not in a record.
+        is_plain = self._adapter_rows is None
+        self._graphs = decode_graphs_for(self.model, self.mesh, cache) if is_plain else None
 
     @torch.no_grad()
     def run(self, chunks: Sequence[ScheduledChunk]) -> list[torch.Tensor]:
@@ -105,6 +112,8 @@ class ModelRunner:
     def forward(self, token_ids: Sequence[int]) -> torch.Tensor:
         """Return the logits at every position of one text without the cache, [S, V]."""
         tokens = torch.tensor([list(token_ids)], device=self.mesh.device.torch)
+        if self._adapter_rows is not None:
+            self._adapter_rows.choose([None] * len(token_ids))
         logits = forward_through_stages(self.model, self.mesh, ModelInput(tokens))
         return gather_logits(logits[0], self.model.config.vocab_size, self.mesh.group("tp"))
 
@@ -115,7 +124,7 @@ class ModelRunner:
         tile_tokens = None if is_decode else self.shapes.chunk_tokens
         cached = CachedPass(self.cache, [one.chunk for one in chunks], size, tile_tokens)
         with tiled_experts(self.model, EXPERT_ROWS):
-            logits = self._forward([*ids, *[0] * (size - len(ids))], cached, None)
+            logits = self._forward([*ids, *[0] * (size - len(ids))], cached, None, chunks)
         counts = [len(one.token_ids) for one in chunks]
         *parts, _ = logits.split([*counts, size - len(ids)])
         return [part[len(part) - one.num_logits :] for part, one in zip(parts, chunks, strict=True)]
@@ -136,12 +145,19 @@ class ModelRunner:
         read_at = None
         if len(positions) < len(tokens):
             read_at = torch.tensor([positions or [0]], device=self.mesh.device.torch)
-        logits = self._forward(tokens, cached, read_at)
+        logits = self._forward(tokens, cached, read_at, chunks)
         return list(logits[: len(positions)].split([one.num_logits for one in chunks]))
 
     def _forward(
-        self, tokens: Sequence[int], cached: CachedPass, read_at: torch.Tensor | None
+        self,
+        tokens: Sequence[int],
+        cached: CachedPass,
+        read_at: torch.Tensor | None,
+        chunks: Sequence[ScheduledChunk],
     ) -> torch.Tensor:
+        if self._adapter_rows is not None:
+            rows = [one.adapter for one in chunks for _ in one.token_ids]
+            self._adapter_rows.choose([*rows, *[None] * (len(tokens) - len(rows))])
         ids = torch.tensor([tokens], device=self.mesh.device.torch)
         local = forward_through_stages(self.model, self.mesh, ModelInput(ids, cache=cached, read_at=read_at))
         return gather_logits(local[0], self.model.config.vocab_size, self.mesh.group("tp"))

@@ -9,7 +9,7 @@ requests alone, so ranks that make the same calls agree without asking each othe
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -64,6 +64,7 @@ class ScheduledRequest:
         batch_invariant: run it in passes of fixed shape.
         cache_salt: only requests with the same salt share prefixes.
         shapes: of batch-invariant passes.
+        adapter: number of the adapter, where the model has several; `None` for the model alone.
         sequences: in the cache, once it runs.
         spare_slots: slots of the cache for further sequences.
         num_reported: tokens that `step` has reported.
@@ -74,6 +75,7 @@ class ScheduledRequest:
     batch_invariant: bool = False
     cache_salt: str | None = None
     shapes: PassShapes = field(default_factory=PassShapes)
+    adapter: int | None = None
     sequences: list[CachedSequence] = field(default_factory=list)
     spare_slots: list[CacheSlot] = field(default_factory=list)
     num_reported: int = 0
@@ -185,7 +187,7 @@ class Scheduler:
         for scheduled in self.running:
             first = len(chunks)
             if isinstance(scheduled.request, ScoringRequest):
-                chunks += scheduled.request.next_chunks()
+                chunks += [replace(one, adapter=scheduled.adapter) for one in scheduled.request.next_chunks()]
                 sequences += [None] * (len(chunks) - first)
                 ready.append((scheduled, slice(first, len(chunks))))
                 continue
@@ -250,6 +252,7 @@ class Scheduler:
                     int(one == end),
                     is_decode,
                     sequence.batch_invariant,
+                    sequence.adapter,
                 )
             )
             start = one
@@ -313,7 +316,12 @@ class Scheduler:
             self._cache.reserve(scheduled.slot_tokens) for _ in range(scheduled.num_seqs)
         ]
         sequence = CachedSequence(
-            slot, list(prompt_ids), len(prompt_ids), scheduled.cache_salt, scheduled.batch_invariant
+            slot,
+            list(prompt_ids),
+            len(prompt_ids),
+            scheduled.cache_salt,
+            scheduled.batch_invariant,
+            adapter=scheduled.adapter,
         )
         if source is not None:
             self._cache.copy(source.slot, slot, 0, common)
@@ -353,6 +361,7 @@ class Scheduler:
                     parent.cache_salt,
                     parent.batch_invariant,
                     parent.num_computed_tokens,
+                    parent.adapter,
                 )
             )
         scheduled.sequences, scheduled.spare_slots = sequences, free

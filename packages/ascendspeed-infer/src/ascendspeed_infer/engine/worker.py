@@ -35,6 +35,7 @@ class ChunkMessage:
     num_logits: int
     is_decode: bool
     batch_invariant: bool
+    adapter: int | None
 
 
 CacheCommand = tuple[str, tuple[int, ...]]
@@ -128,6 +129,7 @@ class Worker:
                     one.num_logits,
                     one.is_decode,
                     one.batch_invariant,
+                    one.adapter,
                 )
                 for one in messages
             ]
@@ -167,5 +169,12 @@ class Worker:
             self.channel.send((method, arguments))
 
     def _message(self, one: ScheduledChunk) -> ChunkMessage:
-        number, ids = self._numbers[one.chunk.slot], tuple(one.token_ids)
-        return ChunkMessage(number, one.chunk.start, ids, one.num_logits, one.is_decode, one.batch_invariant)
+        return ChunkMessage(
+            self._numbers[one.chunk.slot],
+            one.chunk.start,
+            tuple(one.token_ids),
+            one.num_logits,
+            one.is_decode,
+            one.batch_invariant,
+            one.adapter,
+        )

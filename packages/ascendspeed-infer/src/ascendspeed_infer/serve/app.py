@@ -136,13 +136,13 @@ def _add_state_routes(app: FastAPI, served: ServedModel) -> None:
     @app.get("/v1/models")
     async def models() -> Response:
         """The models."""
-        return JSONResponse({"object": "list", "data": [_model_card(served)]})
+        return JSONResponse({"object": "list", "data": [_model_card(served, name) for name in served.names]})
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
         """One model."""
-        served.check_name(name)
-        return JSONResponse(_model_card(served))
+        served.adapter_named(name)
+        return JSONResponse(_model_card(served, name))
 
 
 def _add_model_routes(app: FastAPI, served: ServedModel) -> None:
@@ -164,7 +164,7 @@ def _add_model_routes(app: FastAPI, served: ServedModel) -> None:
     async def tokenize(request: Request) -> Response:
         """Return the ids of a text."""
         body = await _body(request, served, TokenizeBody)
-        served.check_name(body.model)
+        served.adapter_named(body.model)
         ids = served.encode(body.prompt)
         longest = served.driver.engine.max_model_len
         return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": longest})
@@ -173,7 +173,7 @@ def _add_model_routes(app: FastAPI, served: ServedModel) -> None:
     async def detokenize(request: Request) -> Response:
         """Return the text of ids."""
         body = await _body(request, served, DetokenizeBody)
-        served.check_name(body.model)
+        served.adapter_named(body.model)
         ids = served.encode(body.tokens, "tokens")
         return JSONResponse({"prompt": served.model.tokenizer.decode(ids)})
 
@@ -248,12 +248,13 @@ async def _body(request: Request, served: ServedModel, kind: type[BodyT]) -> Bod
     return read_body(kind, bytes(content), served.limits.lenient, served.say)
 
 
-def _model_card(served: ServedModel) -> Json:
+def _model_card(served: ServedModel, name: str) -> Json:
     return {
-        "id": served.name,
+        "id": name,
         "object": "model",
         "created": served.created,
         "owned_by": "ascendspeed",
+        "parent": served.name if name != served.name else None,
         "max_model_len": served.driver.engine.max_model_len,
     }
 

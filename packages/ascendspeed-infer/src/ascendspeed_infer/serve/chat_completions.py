@@ -57,13 +57,13 @@ class ChatCall:
             "id": f"chatcmpl-{secrets.token_hex(12)}",
             "object": "chat.completion.chunk" if body.stream else "chat.completion",
             "created": int(time.time()),
-            "model": served.name,
+            "model": body.model or served.name,
         }
 
     async def answer(self) -> Json:
         """Return the whole answer."""
         parts: list[list[AnswerPart]] = [[] for _ in self._texts]
-        async with aclosing(grow(self.served, self._texts, len(self._ids))) as growing:
+        async with aclosing(grow(self.served, self._texts, len(self._ids), self.body.model)) as growing:
             async for index, added, _ in growing:
                 parts[index].append(self._parse(index, added))
         choices = []
@@ -90,7 +90,7 @@ class ChatCall:
         with_usage = options is not None and options.include_usage
         more: Json = {"usage": None} if with_usage else {}
         begun = set[int]()
-        async with aclosing(grow(self.served, self._texts, len(self._ids))) as growing:
+        async with aclosing(grow(self.served, self._texts, len(self._ids), self.body.model)) as growing:
             async for index, added, tokens in growing:
                 part = self._parse(index, added)
                 delta: Json = {} if index in begun else {"role": "assistant", "content": ""}

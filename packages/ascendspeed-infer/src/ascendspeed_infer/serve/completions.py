@@ -50,7 +50,7 @@ class CompletionCall:
             "id": f"cmpl-{secrets.token_hex(12)}",
             "object": "text_completion",
             "created": int(time.time()),
-            "model": served.name,
+            "model": body.model or served.name,
         }
         self._prompt_tokens: list[list[TokenOutput]] = [[] for _ in self._prompts]
         self._texts = self._new_texts()
@@ -139,7 +139,9 @@ class CompletionCall:
         numbers = [number for number, ids in enumerate(self._prompts) if len(ids) > 1]
         requests = [PromptRequest(self._prompts[one], self.body.logprobs, shapes) for one in numbers]
         if requests:
-            async with aclosing(self.served.run(requests)) as running:
+            async with aclosing(
+                self.served.run(requests, self.served.adapter_named(self.body.model))
+            ) as running:
                 async for _ in running:
                     pass
         for number, request in zip(numbers, requests, strict=True):
@@ -152,7 +154,7 @@ class CompletionCall:
     def _grow(self) -> AsyncGenerator[tuple[int, str, Sequence[TokenOutput]], None]:
         """See `grow`."""
         texts = self._texts if self._max_tokens else []
-        return grow(self.served, texts, sum(map(len, self._prompts)))
+        return grow(self.served, texts, sum(map(len, self._prompts)), self.body.model)
 
     def _chosen(self, texts: Sequence[GrowingText]) -> list[GrowingText]:
         """Return the `n` texts with the highest log-probability per token."""

@@ -1,14 +1,42 @@
 """Options of `asd-infer serve`."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from ascendspeed_core.config.base import Config
-from ascendspeed_infer.config import LoadedModelConfig, TemplateConfig
+from ascendspeed_infer.config import AdapterConfig, LoadedModelConfig, TemplateConfig
 
 API_KEYS_VARIABLE = "ASCENDSPEED_API_KEYS"
 """Environment variable with keys, separated by commas."""
+
+
+class ServedAdaptersConfig(AdapterConfig):
+    """LoRA adapters on top of the weights."""
+
+    lora_modules: tuple[str, ...] = Field(
+        (),
+        description="NAME=DIR: a LoRA adapter that requests choose as their model; several share one base and run in the "
+        "same passes.",
+    )
+
+    @field_validator("lora_modules")
+    @classmethod
+    def _has_names(cls, given: tuple[str, ...]) -> tuple[str, ...]:
+        names = [one.partition("=")[0] for one in given]
+        for one, name in zip(given, names, strict=True):
+            if not name or not one.partition("=")[2]:
+                raise ValueError(f"lora_modules={one} is not NAME=DIR; correct it")
+            if names.count(name) > 1:
+                raise ValueError(f"lora_modules: {name} is given twice; keep one")
+        return given
+
+    @property
+    def by_name(self) -> Mapping[str, Path]:
+        """Folders of adapters that requests choose by name."""
+        parts = (one.partition("=") for one in self.lora_modules)
+        return {name: Path(folder) for name, _, folder in parts}
 
 
 class ServerConfig(Config):
@@ -54,5 +82,6 @@ class ServerConfig(Config):
 class ServeConfig(LoadedModelConfig):
     """Everything `asd-infer serve` takes."""
 
+    adapter: ServedAdaptersConfig = ServedAdaptersConfig()
     conversation: TemplateConfig = TemplateConfig()
     server: ServerConfig = ServerConfig()

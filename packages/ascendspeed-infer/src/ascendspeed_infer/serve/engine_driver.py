@@ -50,12 +50,14 @@ class NewRequest:
         on_output: gets what each pass did for it.
         batch_invariant: see `LLMEngine.add_request`.
         cache_salt: see `LLMEngine.add_request`.
+        adapter: see `LLMEngine.add_request`.
     """
 
     request: Request | ScoringRequest
     on_output: OutputListener
     batch_invariant: bool = False
     cache_salt: str | None = None
+    adapter: str | None = None
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,9 @@ class EngineDriver:
             try:
                 for one in requests:
                     name = self.engine.unique_name("http")
-                    self.engine.add_request(name, one.request, one.batch_invariant, one.cache_salt)
+                    self.engine.add_request(
+                        name, one.request, one.batch_invariant, one.cache_salt, one.adapter
+                    )
                     names.append(name)
             except AscendSpeedError:
                 for name in names:

@@ -59,10 +59,21 @@ class ServedModel:
         """Tokens of the key-value cache."""
         return cache_size(self.limits, self.driver.engine.max_model_len)
 
-    def check_name(self, name: str | None) -> None:
-        """Raise `ApiError` if a request names another model."""
-        if name is not None and name != self.name:
-            raise ApiError(f"the model {name!r} does not exist; there is {self.name!r}", 404, "model")
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What requests may name as their model: the base, and its adapters."""
+        return (self.name, *self.driver.engine.adapter_names)
+
+    def adapter_named(self, name: str | None) -> str | None:
+        """Return the adapter that a request names as its model; `None` for the model alone.
+
+        Raises:
+            ApiError: there is no such model.
+        """
+        if name is not None and name not in self.names:
+            known = ", ".join(map(repr, self.names))
+            raise ApiError(f"the model {name!r} does not exist; there is {known}", 404, "model")
+        return None if name == self.name else name
 
     def encode(self, prompt: str | Sequence[int], param: str = "prompt") -> list[int]:
         """Return the ids of a prompt.
@@ -83,7 +94,7 @@ class ServedModel:
             raise ApiError(str(error).replace("max_new_tokens", "max_tokens"), param="max_tokens") from None
 
     async def run(
-        self, requests: Sequence[Request | ScoringRequest]
+        self, requests: Sequence[Request | ScoringRequest], adapter: str | None = None
     ) -> AsyncGenerator[tuple[int, RequestOutput], None]:
         """Run requests side by side and yield what each gets, with its number; those that are open at the end of the
         iteration, however it ends, are cancelled.
@@ -104,7 +115,7 @@ class ServedModel:
             return tell
 
         new = [
-            NewRequest(one, listener(number), self.limits.batch_invariant)
+            NewRequest(one, listener(number), self.limits.batch_invariant, adapter=adapter)
             for number, one in enumerate(requests)
         ]
         try:

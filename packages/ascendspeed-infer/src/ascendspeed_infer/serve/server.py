@@ -58,6 +58,8 @@ def prepared_server(
         server.config.timeout_graceful_shutdown = FAILURE_SECONDS
         server.should_exit = True
 
+    if name in engine.adapter_names:
+        raise ConfigError(f"lora_modules: {name} is the name of the model itself; give another")
     driver = EngineDriver(engine, config.max_queue, end)
     served = ServedModel(name, model, driver, config, Metrics(driver), say, layout)
     server = uvicorn.Server(

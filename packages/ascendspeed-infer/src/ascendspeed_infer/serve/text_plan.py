@@ -37,7 +37,7 @@ def sampling_params(body: TextBody) -> SamplingParams:
 def check_text_body(served: ServedModel, body: TextBody, num_texts: int) -> None:
     """Raise `ApiError` for what the server does not allow."""
     limits = served.limits
-    served.check_name(body.model)
+    served.adapter_named(body.model)
     if num_texts > limits.max_choices:
         raise ApiError(
             f"{num_texts} texts were asked for, more than the {limits.max_choices} allowed", param="n"
@@ -61,7 +61,7 @@ def check_log_probs(served: ServedModel, count: int, param: str) -> None:
 
 
 async def grow(
-    served: ServedModel, texts: Sequence["GrowingText"], num_prompt_tokens: int
+    served: ServedModel, texts: Sequence["GrowingText"], num_prompt_tokens: int, model: str | None
 ) -> AsyncGenerator[tuple[int, str, Sequence[TokenOutput]], None]:
     """Run the engine until all texts are complete; yield the number of a text, what was added to it, and its tokens.
 
@@ -69,10 +69,12 @@ async def grow(
         served: the model.
         texts: new ones.
         num_prompt_tokens: to be counted.
+        model: that the request named.
     """
     started, is_first, metrics = time.perf_counter(), True, served.metrics
     metrics.prompt_tokens.inc(num_prompt_tokens)
-    async with aclosing(served.run([one.new_request() for one in texts])) as running:
+    adapter = served.adapter_named(model)
+    async with aclosing(served.run([one.new_request() for one in texts], adapter)) as running:
         async for number, output in running:
             if is_first:
                 metrics.first_token_seconds.observe(time.perf_counter() - started)
