@@ -18,6 +18,9 @@ CASES = [
     ("<tool_call>no json</tool_call>!", False, ("", "<tool_call>no json</tool_call>!", [])),
     ("<tool_call>[1]</tool_call>", False, ("", "<tool_call>[1]</tool_call>", [])),
     ('cut <tool_call>{"name": "a', False, ("", 'cut <tool_call>{"name": "a', [])),
+    ('[{"name": "add", "arguments": {"a": 1}}] ', False, ("", "", ["add"])),
+    ('</think> {"name": "add", "parameters": "{\\"a\\": 1}"}', True, ("", "", ["add"])),
+    ('{"name": "Bern", "size": 3}', False, ("", '{"name": "Bern", "size": 3}', [])),
     ("a < b <tool", False, ("", "a < b <tool", [])),
 ]
 

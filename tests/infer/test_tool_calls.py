@@ -49,7 +49,11 @@ def test_calls_are_found_in_the_forms_of_families() -> None:
     draw = random.Random(5)
     for _ in range(500):
         objects = [
-            {"name": draw.choice(("weather", "time")), key: {"city": draw.choice(("Bern", "a}b", "</x>"))}}
+            {
+                "name": draw.choice(("weather", "time")),
+                key: form({"city": draw.choice(("Bern", "a}b", "</x>"))}),
+            }
+            for form in (draw.choice((dict, json.dumps)),)
             for key in draw.choices(("arguments", "parameters"), k=draw.randint(1, 3))
         ]
         thoughts = draw.choice(("", "<think>\nHm <tool_call>{}</tool_call>\n</think>\n\n", "Hm</think>"))
@@ -61,11 +65,12 @@ def test_calls_are_found_in_the_forms_of_families() -> None:
         ]
         forms += [(thoughts + json.dumps(objects[0]), thoughts.strip())] if len(objects) == 1 else []
         for answer, text in forms:
-            found = find_tool_calls(answer, 3)
+            found = find_tool_calls(answer, 3, thinks=thoughts.startswith("Hm"))
             assert found is not None
             assert found.text == text
             assert [one["function"]["name"] for one in found.calls] == [one["name"] for one in objects]
             wanted = [one.get("arguments", one.get("parameters")) for one in objects]
+            wanted = [json.loads(one) if isinstance(one, str) else one for one in wanted]
             assert [one["function"]["arguments"] for one in found.calls] == wanted
             assert [one["id"] for one in found.calls] == [f"call{3 + n:05d}" for n in range(len(objects))]
             assert [json.loads(line) for line in found.shown().splitlines()] == [
@@ -77,12 +82,21 @@ def test_calls_are_found_in_the_forms_of_families() -> None:
     "answer",
     [
         "", "Hello", "[]", "{}", "3", '{"name": "weather"}', '[{"name": "weather", "arguments": "{"}]', "[" * 100000,
-        "<tool_call>{</tool_call>", '<think><tool_call>{"name": "a", "arguments": {}}</tool_call>',
+        "<tool_call>{</tool_call>", '{"name": "a", "arguments": {}} and more', '[TOOL_CALLS] [{"name": "a"}]',
+        '<think><tool_call>{"name": "a", "arguments": {}}</tool_call>',
         '<tool_call>{"name": "a", "arguments": {}}',
     ],
 )  # fmt: skip
 def test_what_is_no_call_stays_text(answer: str) -> None:
     assert find_tool_calls(answer) is None
+
+
+def test_a_call_that_cannot_be_read_stays_text_beside_others() -> None:
+    found = find_tool_calls('<tool_call>{</tool_call> <tool_call>{"name": "now"}</tool_call>')
+    assert found is not None
+    assert found.text == "<tool_call>{</tool_call>"
+    assert [one["function"] for one in found.calls] == [{"name": "now", "arguments": {}}]
+    assert find_tool_calls('<tool_call>{"name": "now"}</tool_call>', thinks=True) is None
 
 
 def test_calls_and_results_are_fed_as_the_template_writes_them(model: LanguageModel) -> None:

@@ -134,7 +134,7 @@ class Chat:
         """Return an answer as a message; calls of tools become what a chat template takes."""
         if self.tools is not None:
             before = sum(len(one.get("tool_calls") or ()) for one in self.messages)
-            self.called = find_tool_calls(answer, before)
+            self.called = find_tool_calls(answer, before, self.opened_thoughts)
         if self.called is None:
             return {"role": "assistant", "content": answer}
         return {"role": "assistant", "content": self.called.text, "tool_calls": self.called.calls}

@@ -6,9 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ascendspeed_infer.thinking import CLOSE, OPEN, ThoughtSplitter
-
-CALL_MARKS = ("<tool_call>", "</tool_call>")
-"""Around the JSON of a tool call, in the templates of Hermes and Qwen."""
+from ascendspeed_infer.tool_calls import CallSplitter, ToolCall
 
 
 @dataclass
@@ -36,8 +34,7 @@ class AnswerParser:
 
     def __init__(self, thinks: bool, has_tools: bool) -> None:
         self._thoughts = ThoughtSplitter(thinks)
-        self._calls = ThoughtSplitter(marks=CALL_MARKS) if has_tools else None
-        self._open_call = ""
+        self._calls = CallSplitter() if has_tools else None
         self._num_calls = 0
         self._has_reasoning = thinks
         self._has_begun = {"reasoning": False, "content": False}
@@ -59,30 +56,18 @@ class AnswerParser:
             elif self._calls is None:
                 part.content += self._content(piece)
             else:
-                self._split_calls(part, self._calls.feed(piece))
+                self._add(part, self._calls.feed(piece))
         if is_last and self._calls is not None:
-            self._split_calls(part, self._calls.end())
-            # A call that was cut off is text.
-            part.content += self._content(self._open_call)
-            self._open_call = ""
+            self._add(part, self._calls.end())
         return part
 
-    def _split_calls(self, part: AnswerPart, pieces: list[tuple[str, bool]]) -> None:
-        opened, closed = CALL_MARKS
-        for piece, is_call in pieces:
-            if not is_call:
+    def _add(self, part: AnswerPart, pieces: list[str | ToolCall]) -> None:
+        for piece in pieces:
+            if isinstance(piece, str):
                 part.content += self._content(piece)
-                continue
-            self._open_call += piece
-            if not self._open_call.endswith(closed):
-                continue
-            call = _read_call(self._open_call.removeprefix(opened).removesuffix(closed), self._num_calls)
-            if call is None:
-                part.content += self._content(self._open_call)
             else:
-                part.calls.append(call)
+                part.calls.append(_openai_call(piece, self._num_calls))
                 self._num_calls += 1
-            self._open_call = ""
 
     def _reasoning(self, piece: str) -> str:
         """Leave out line ends around thoughts."""
@@ -102,16 +87,7 @@ class AnswerParser:
         return piece
 
 
-def _read_call(text: str, index: int) -> dict[str, Any] | None:
-    """Return a tool call in OpenAI's form; `None` if the model wrote something else."""
-    try:
-        call = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-        return None
-    arguments = call.get("arguments", {})
-    if not isinstance(arguments, str):
-        arguments = json.dumps(arguments, ensure_ascii=False)
-    function = {"name": call["name"], "arguments": arguments}
+def _openai_call(call: ToolCall, index: int) -> dict[str, Any]:
+    """Return a tool call in OpenAI's form, with the arguments as text."""
+    function = {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)}
     return {"index": index, "id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}

@@ -10,7 +10,7 @@ from typing import Any
 from ascendspeed_data.errors import AscendSpeedError
 from ascendspeed_data.prompting import PromptLayout
 from ascendspeed_infer.engine.sequence import GenerationSettings, TokenOutput
-from ascendspeed_infer.serve.answer_parser import CALL_MARKS, AnswerParser, AnswerPart
+from ascendspeed_infer.serve.answer_parser import AnswerParser, AnswerPart
 from ascendspeed_infer.serve.bodies import ChatBody
 from ascendspeed_infer.serve.errors import ApiError
 from ascendspeed_infer.serve.log_probs import chat_log_probs
@@ -23,6 +23,7 @@ from ascendspeed_infer.serve.text_plan import (
     sampling_params,
 )
 from ascendspeed_infer.thinking import OPEN
+from ascendspeed_infer.tool_calls import CALL_MARKS
 
 Json = dict[str, Any]
 
