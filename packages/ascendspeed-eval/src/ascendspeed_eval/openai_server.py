@@ -146,6 +146,8 @@ class ServerModel:
 
         kept = len(request.context.rstrip())
         context, text = request.context[:kept], request.context + request.continuation
+        if self._client.tokenize(text) is not None:
+            return self._score_ids(context, text)
 
         def echo(prompt: str) -> Echo:
             body = {"prompt": prompt, "max_tokens": 1, "temperature": 0, "logprobs": 1, "echo": True}
@@ -174,6 +176,36 @@ class ServerModel:
                 not top or (value is not None and value >= max(top.values())) for value, top in known
             )
         return LoglikelihoodResult(sum(value for value in values if value is not None), greedy, 0)
+
+    def _score_ids(self, context: str, text: str) -> LoglikelihoodResult:
+        """Score ids, whose continuation is known by its number of tokens."""
+        from ascendspeed_eval.server.echo import read_echo
+        from ascendspeed_eval.server.token_ids import TokenizedText, ids_to_score
+
+        address = self._client.address
+
+        def tokenize(part: str) -> TokenizedText:
+            found = self._client.tokenize(part)
+            if found is None:
+                raise EvaluationError(f"{address}: /tokenize no longer answers")
+            return found
+
+        scored = ids_to_score(context, text, tokenize, address)
+        body = {"prompt": scored.ids, "max_tokens": 0, "temperature": 0, "logprobs": 1, "echo": True}
+        found = self._client.post("completions", body, lambda answer: read_echo(answer, text)).found
+        own = found.token_logprobs[len(scored.ids) - scored.num_continuation : len(scored.ids)]
+        values = [value for value in own if value is not None]
+        if len(values) != scored.num_continuation:
+            raise EvaluationError(
+                f"{address}completions: it gives {len(found.token_logprobs)} log-probabilities of {len(scored.ids)} ids"
+            )
+        greedy = None
+        if found.top_logprobs is not None:
+            tops = found.top_logprobs[len(scored.ids) - scored.num_continuation : len(scored.ids)]
+            greedy = all(
+                not top or value >= max(top.values()) for value, top in zip(values, tops, strict=True)
+            )
+        return LoglikelihoodResult(sum(values), greedy, scored.truncated_tokens)
 
     def _continue(self, request: GenerateRequest) -> GenerateResult:
         from ascendspeed_eval.server.answers import Continuation, continuation_of

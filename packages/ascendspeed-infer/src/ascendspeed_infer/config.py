@@ -1,7 +1,7 @@
 """Options of the commands of `asd-infer`."""
 
-from pathlib import Path
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator

@@ -50,7 +50,7 @@ class CacheSlot:
 
     Attributes:
         first_block: where it begins; changes when slots move together.
-        num_blocks: how long it is.
+        num_blocks: how long it is; changes when it grows.
     """
 
     first_block: int
@@ -152,6 +152,28 @@ class KeyValueCache:
         self._slots.remove(slot)
         self.free_blocks += slot.num_blocks
 
+    def grow(self, slot: CacheSlot, tokens: int) -> None:
+        """Make a slot longer; what it holds stays.
+
+        Raises:
+            AscendSpeedError: not enough free blocks; check `free_blocks` before.
+        """
+        wanted = blocks_of(tokens)
+        more = wanted - slot.num_blocks
+        if more > self.free_blocks:
+            raise AscendSpeedError(
+                f"{more} more blocks of the key-value cache are needed, of which {self.free_blocks} are free; release "
+                "slots first, or make the cache larger"
+            )
+        number = self._slots.index(slot)
+        behind = self._slots[number + 1 :]
+        if (behind[0].first_block if behind else self.num_blocks) - slot.first_block < wanted:
+            self._move_together()
+            for one in reversed(behind):
+                self._move(one, one.first_block + more)
+        slot.num_blocks = wanted
+        self.free_blocks -= more
+
     def copy(self, source: CacheSlot, target: CacheSlot, start: int, end: int) -> None:
         """Copy what is kept of tokens `start` to `end` of a sequence into the slot of another."""
         for group in self.groups:
@@ -172,13 +194,16 @@ class KeyValueCache:
         """Move every slot down to the end of the one before."""
         start = 0
         for slot in self._slots:
-            if slot.first_block != start:
-                for whole in (tensor for layer in self.layers for tensor in layer):
-                    # The two may overlap.
-                    moved = whole.narrow(-2, slot.start, slot.tokens).clone()
-                    whole.narrow(-2, start * BLOCK_TOKENS, slot.tokens).copy_(moved)
-                slot.first_block = start
+            self._move(slot, start)
             start += slot.num_blocks
+
+    def _move(self, slot: CacheSlot, first_block: int) -> None:
+        if slot.first_block != first_block:
+            for whole in (tensor for layer in self.layers for tensor in layer):
+                # The two may overlap.
+                moved = whole.narrow(-2, slot.start, slot.tokens).clone()
+                whole.narrow(-2, first_block * BLOCK_TOKENS, slot.tokens).copy_(moved)
+            slot.first_block = first_block
 
 
 def blocks_of(tokens: int) -> int:

@@ -27,11 +27,8 @@ from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_data.errors import AscendSpeedError
 from ascendspeed_infer.engine.batch_invariant import PassShapes
 from ascendspeed_infer.engine.control_channel import open_channel
-from ascendspeed_infer.engine.scheduler import (
-    PREFILL_TOKENS_PER_STEP,
-    ScheduledRequest,
-    Scheduler,
-)
+from ascendspeed_infer.engine.scheduled_request import ScheduledRequest
+from ascendspeed_infer.engine.scheduler import PREFILL_TOKENS_PER_STEP, Scheduler
 from ascendspeed_infer.engine.scoring_request import Score, ScoringInput, ScoringRequest
 from ascendspeed_infer.engine.sequence import CompletionOutput, Request, TokenOutput
 from ascendspeed_infer.engine.worker import Worker
@@ -127,6 +124,11 @@ class LLMEngine:
         return len(self._scheduler.running)
 
     @property
+    def num_preemptions(self) -> int:
+        """How often a request had to leave the cache, to be computed again."""
+        return self._scheduler.num_preemptions
+
+    @property
     def reused_tokens(self) -> int:
         """Tokens of prompts whose keys and values were copied, not computed."""
         return self._scheduler.reused_tokens
@@ -153,7 +155,8 @@ class LLMEngine:
             adapter: which of the model's adapters to use, by name; by default that of `adapter_for_all`.
 
         Raises:
-            AscendSpeedError: the name is taken, there is no such adapter, there is no prompt, or the request can never fit.
+            AscendSpeedError: the name is taken, the model has no such adapter, there is no prompt, or the request can
+                never fit.
         """
         if request_id in self._ids:
             raise AscendSpeedError(
@@ -205,16 +208,20 @@ class LLMEngine:
         while self.has_unfinished_requests():
             self.step()
 
-    def fix_cache(self, num_tokens: int, max_num_seqs: int | None = None) -> None:
+    def fix_cache(
+        self, num_tokens: int, max_num_seqs: int | None = None, optimistic_admission: bool = False
+    ) -> None:
         """Keep the cache at this size from now on, whatever is asked, as a server does; nothing may run.
 
         Args:
             num_tokens: of all sequences that are to run side by side.
             max_num_seqs: most sequences in one pass.
+            optimistic_admission: let requests enter when their text so far fits; see `scheduler`.
         """
         assert not self.has_unfinished_requests()
         self._cache_tokens = self._next_cache_tokens = num_tokens
         self._scheduler.max_num_seqs = max_num_seqs
+        self._scheduler.optimistic = optimistic_admission
 
     def resize_cache(self, num_tokens: int, only_grow: bool = False) -> None:
         """Make the cache for this many tokens as soon as nothing runs; kept prefixes are lost.

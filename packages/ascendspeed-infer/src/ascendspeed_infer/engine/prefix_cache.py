@@ -47,7 +47,7 @@ def find_longest_prefix(
     prompt_ids: Sequence[int],
     cache_salt: str | None,
     batch_invariant: bool,
-    adapter: int | None = None,
+    adapter: int | None,
 ) -> tuple[CachedSequence | None, int]:
     """Return the sequence that shares the longest prefix with a prompt, and its length; the last id always stays.
 

@@ -49,6 +49,11 @@ StopCheck = Callable[[Sequence[int]], bool]
 class TokenConstraint(Protocol):
     """What the tokens of one text may be: a grammar."""
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether the text is complete, and nothing may follow."""
+        ...
+
     def allowed(self, vocab_size: int) -> torch.Tensor:
         """Return which tokens may follow, bool, [V]; at least one."""
         ...
@@ -219,7 +224,8 @@ class SamplingRequest:
         self.new_ids.append(token_id)
         if self._constraint is not None:
             self._constraint.take(token_id)
-        if token_id in own.eos_token_ids or self._stop_check(self.new_ids):
+        is_complete = self._constraint is not None and self._constraint.is_finished
+        if token_id in own.eos_token_ids or is_complete or self._stop_check(self.new_ids):
             self.finish_reason = "stop"
         elif len(self.new_ids) == own.max_new_tokens:
             self.finish_reason = "length"

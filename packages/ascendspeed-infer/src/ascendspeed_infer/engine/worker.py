@@ -39,7 +39,7 @@ class ChunkMessage:
 
 
 CacheCommand = tuple[str, tuple[int, ...]]
-"""`reserve`, `release` or `copy`, and its arguments with slots as numbers."""
+"""`reserve`, `grow`, `release` or `copy`, and its arguments with slots as numbers."""
 
 
 class Worker:
@@ -86,6 +86,12 @@ class Worker:
         if self.channel is not None:
             self._commands.append(("release", (self._numbers.pop(slot),)))
 
+    def grow(self, slot: CacheSlot, tokens: int) -> None:
+        """Make a slot of the cache longer."""
+        self.runner.cache.grow(slot, tokens)
+        if self.channel is not None:
+            self._commands.append(("grow", (self._numbers[slot], tokens)))
+
     def copy(self, source: CacheSlot, target: CacheSlot, start: int, end: int) -> None:
         """Copy keys and values of tokens `start` to `end` from one slot to another."""
         self.runner.cache.copy(source, target, start, end)
@@ -118,6 +124,8 @@ class Worker:
                 slots[arguments[0]] = cache.reserve(arguments[1])
             elif method == "release":
                 cache.release(slots.pop(arguments[0]))
+            elif method == "grow":
+                cache.grow(slots[arguments[0]], arguments[1])
             else:
                 source, target, start, end = arguments
                 cache.copy(slots[source], slots[target], start, end)

@@ -108,13 +108,15 @@ class CompletionCall:
             raise ApiError(f"best_of={self._best_of} is less than n={self._n}; give more", param="best_of")
         if body.stream and self._best_of > self._n:
             raise ApiError("best_of is known at the end only, so it cannot be streamed", param="best_of")
+        # A prompt that is only scored may be longer by its last token, which the model does not read.
+        is_scored = self._max_tokens == 0 and bool(body.echo) and body.logprobs is not None
         for ids in self._prompts:
-            served.check_length(len(ids), self._max_tokens)
+            served.check_length(len(ids) - (is_scored and len(ids) > 1), self._max_tokens)
 
     def _new_texts(self) -> list[GrowingText]:
         """Return the answers, `best_of` of each prompt; draws of one prompt have seeds that follow."""
         body, model = self.body, self.served.model
-        sampling = sampling_params(body)
+        sampling = sampling_params(body, model.engine.vocab_size)
         settings = GenerationSettings(
             max(self._max_tokens, 1),
             sampling,

@@ -17,8 +17,8 @@ class ServedAdaptersConfig(AdapterConfig):
 
     lora_modules: tuple[str, ...] = Field(
         (),
-        description="NAME=DIR: a LoRA adapter that requests choose as their model; several share one base and run in the "
-        "same passes.",
+        description="NAME=DIR: a LoRA adapter that requests choose as their model; several share one base, and run "
+        "in the same passes.",
     )
 
     @field_validator("lora_modules")
@@ -66,6 +66,12 @@ class ServerConfig(Config):
         ge=1,
         description="Tokens of all texts that run side by side, prompts included. [default: 65,536, at least one text "
         "of the model's longest, at most 64 of them]",
+    )
+    optimistic_admission: bool = Field(
+        False,
+        description="Let a text run once it fits as it is, not the longest that it can become; when memory runs "
+        "out, the latest one waits and is computed again.",
+        json_schema_extra={"off": ""},
     )
     max_num_seqs: int = Field(64, ge=1, description="Most texts in one pass.")
     max_queue: int = Field(256, ge=1, description="Most texts that wait; more are refused with status 429.")

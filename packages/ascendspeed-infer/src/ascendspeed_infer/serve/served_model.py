@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -17,6 +18,7 @@ from ascendspeed_infer.serve.config import ServerConfig
 from ascendspeed_infer.serve.engine_driver import EngineDriver, NewRequest, OutputListener
 from ascendspeed_infer.serve.errors import ApiError, refused
 from ascendspeed_infer.serve.metrics import Metrics
+from ascendspeed_infer.serve.structured import Grammars
 from ascendspeed_infer.text_generator import encode_prompt
 
 DEFAULT_CACHE_TOKENS = 65536
@@ -53,6 +55,9 @@ class ServedModel:
     say: Callable[[str], None]
     layout: PromptLayout | None = None
     created: int = field(default_factory=lambda: int(time.time()))
+    planner: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "plan"))
+    """Reads requests, one after another, while others are answered."""
+    _grammars: list[Grammars] = field(default_factory=list)
 
     @property
     def cache_tokens(self) -> int:
@@ -92,6 +97,19 @@ class ServedModel:
             check_length(num_prompt, max_tokens, self.driver.engine.max_model_len)
         except AscendSpeedError as error:
             raise ApiError(str(error).replace("max_new_tokens", "max_tokens"), param="max_tokens") from None
+
+    def grammars(self) -> Grammars:
+        """Return what makes constraints; the tokens are read at first use, on the thread of `planner`.
+
+        Raises:
+            AscendSpeedError: see `Grammars`.
+        """
+        if not self._grammars:
+            ends = (*self.model.eos_token_ids(), *(self.layout.end_ids if self.layout is not None else ()))
+            self._grammars.append(
+                Grammars(self.model.tokenizer, self.model.engine.vocab_size, tuple(dict.fromkeys(ends)))
+            )
+        return self._grammars[0]
 
     async def run(
         self, requests: Sequence[Request | ScoringRequest], adapter: str | None = None

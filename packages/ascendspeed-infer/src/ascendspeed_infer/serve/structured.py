@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -89,7 +90,9 @@ class Grammars:
     def _constraint(self, grammar: str, thinks: bool) -> "GrammarConstraint":
         matcher = self._matcher(self._tokens, grammar, log_level=0)
         if matcher.is_error():
-            raise AscendSpeedError(f"the form cannot be held to: {' '.join(matcher.get_error().split())[:300]}")
+            raise AscendSpeedError(
+                f"the form cannot be held to: {' '.join(matcher.get_error().split())[:300]}"
+            )
         return GrammarConstraint(matcher, self._tokenizer, thinks)
 
 
@@ -139,7 +142,7 @@ class _TokenBytes:
         self.eos_token_id, self.bos_token_id = end_id, tokenizer.bos_id
         size = min(tokenizer.vocab_size, vocab_size)
         names = tokenizer.convert_ids_to_tokens(range(size))
-        spell = _sentencepiece_bytes
+        spell: Callable[[str], bytes] = _sentencepiece_bytes
         if tokenizer.kind == "tokenizer.json" and not any(_BYTE_PIECE.fullmatch(one) for one in names):
             spell = _byte_level_bytes
         added = {number: name for name, number in tokenizer.added_ids.items()}
@@ -168,6 +171,7 @@ def _byte_level_bytes(name: str) -> bytes:
     return bytes(table[c] for c in name) if all(c in table for c in name) else name.encode("utf-8", "replace")
 
 
+@cache
 def _byte_level_table() -> dict[str, int]:
     """Return the byte that each character of a byte-level piece stands for (Radford et al., 2019, encoder.py)."""
     own = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]

@@ -56,7 +56,7 @@ def _checked(base: WeightSource, name: str, adapter: Adapter) -> AdaptedWeights:
     if replaced or loaded.config != base.config:
         what = replaced[0] if replaced else "the vocabulary"
         raise CheckpointError(
-            f"adapter {name} ({adapter.folder}) replaces {what} of the model, which others use too; serve it alone with "
-            "--lora-load"
+            f"adapter {name} ({adapter.folder}) replaces {what} of the model, which others use too; serve it "
+            "alone with --lora-load"
         )
     return loaded
