@@ -25,14 +25,15 @@ from ascendspeed_infer.serve.bodies import (
     read_body,
 )
 from ascendspeed_infer.serve.chat_completions import ChatCall
+from ascendspeed_infer.serve.chat_page import add_chat_page
 from ascendspeed_infer.serve.completions import CompletionCall, Json
 from ascendspeed_infer.serve.errors import ApiError, failed, internal_error
 from ascendspeed_infer.serve.metrics import Metrics
 from ascendspeed_infer.serve.responses import ResponsesBody, ResponsesCall
 from ascendspeed_infer.serve.served_model import ServedModel
 
-OPEN_PATHS = ("/health", "/ready")
-"""Asked by what watches the server, which has no key."""
+OPEN_PATHS = ("/", "/health", "/ready")
+"""Asked by what watches the server, which has no key, and the chat page, which sends one with what it asks."""
 CLIENT_LEFT = 499
 """Status that is counted for a client that left; nobody gets it."""
 
@@ -68,6 +69,7 @@ def build_app(served: ServedModel, api_keys: Sequence[str] = ()) -> FastAPI:
     _add_errors(app, served)
     _add_state_routes(app, served)
     _add_model_routes(app, served)
+    add_chat_page(app)
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
     return app
 

@@ -26,6 +26,8 @@ from ascendspeed_infer.thinking import OPEN
 from ascendspeed_infer.tool_calls import CALL_MARKS
 
 Json = dict[str, Any]
+MARK_TOKENS = 16
+"""Most tokens in which a prompt opens thoughts at its end: a tokenizer may spell the mark byte by byte."""
 
 
 class ChatCall:
@@ -51,7 +53,7 @@ class ChatCall:
             self._ids = layout.ids(body.messages)
         except AscendSpeedError as error:
             raise ApiError(str(error), param="messages") from None
-        self._thinks = served.model.tokenizer.decode(self._ids[-4:]).rstrip().endswith(OPEN)
+        self._thinks = served.model.tokenizer.decode(self._ids[-MARK_TOKENS:]).rstrip().endswith(OPEN)
         self._texts = self._new_texts(layout)
         self._parsers = [AnswerParser(self._thinks, self._has_tools) for _ in self._texts]
         self._head = {

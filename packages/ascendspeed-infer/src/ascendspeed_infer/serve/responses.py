@@ -113,7 +113,9 @@ class ResponsesCall:
             return {"type": f"response.{kind}", "sequence_number": number - 1, **more}
 
         begun = {**self._head, "status": "in_progress", "output": [], "usage": None}
-        reasoning, content, calls, reason, usage = "", "", [], None, {}
+        reasoning, content, reason = "", "", None
+        calls: list[Json] = []
+        usage: Json = {}
         async with aclosing(self._chat.events()) as pieces:
             async for piece in pieces:
                 if not number:
