@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import openai
@@ -61,10 +60,9 @@ def test_the_asynchronous_client_gets_what_the_other_gets(server: Running) -> No
     same = client.responses.create(**fields, input="the year", max_output_tokens=16)
     assert response.output_text == same.output_text
     assert [one.id for one in models.data] == ["tiny"]
-    with client.chat.completions.stream(
-        **fields, messages=MESSAGES, max_tokens=8
-    ) as events:  # The helper that puts a message together from its pieces.
-        assert events.get_final_completion().choices[0].message.content == answer.choices[0].message.content
+    with client.chat.completions.stream(**fields, messages=MESSAGES, max_tokens=8) as events:
+        deltas = [one.delta for one in events if one.type == "content.delta"]
+    assert "".join(deltas) == answer.choices[0].message.content
 
 
 def test_offsets_and_usage(server: Running) -> None:

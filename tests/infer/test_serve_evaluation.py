@@ -1,6 +1,7 @@
 """Evaluation over HTTP: each sample's log-likelihood and text is, bit for bit, the one computed in process."""
 
 import random
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.api_models import JsonChatStr
 from lm_eval.models.openai_completions import LocalChatCompletion, LocalCompletionsAPI
 
+from ascendspeed_core.config.parallel import ParallelConfig
+from ascendspeed_data.preprocess import PreprocessJob, preprocess_dataset
 from ascendspeed_data.prompting import layout_named
 from ascendspeed_eval.model import GenerateRequest, LoglikelihoodRequest
 from ascendspeed_eval.openai_server import ServerBackend
@@ -22,8 +25,10 @@ from ascendspeed_infer.language_model import LanguageModel
 from ascendspeed_infer.lm_eval_model import AscendSpeedLM
 from ascendspeed_infer.scoring import encode_pair
 from support import peft_adapters
+from support.commands import RunningCommand, call
 from support.corpus import make_chat_tokenizer, make_texts
 from support.models import save_hugging_face, tiny_config
+from support.processes import WorkerPool
 from support.served import Running, running_server
 
 SETTINGS = {"until": ["\n\n", "the"], "max_gen_toks": 24, "do_sample": False}
@@ -91,6 +96,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def dataset_of_chats(folder: Path, corpus: Path) -> Path:
+    job = PreprocessJob((str(corpus),), folder / "data", folder / "tokenizer")
+    preprocess_dataset(job)
+    return job.column_prefix("text")
+
+
 def load(folder: Path) -> LanguageModel:
     return LanguageModel.from_pretrained(folder / "tiny", device="cpu", adapters={"a": folder / "a"})
 
@@ -152,3 +164,49 @@ def test_a_score_does_not_depend_on_where_the_context_ends(model: LanguageModel)
     for cut in (1, 5, 31, 32, 33, 64, 77, 99):
         (whole,) = model.loglikelihood_of_ids([(ids[:cut], ids[cut:])])
         assert whole.logprob == sum(tokens[cut - 1 :]), cut
+
+
+def in_process_under(folder: str, layout: tuple[int, int], name: str, pairs: list[tuple[str, str]]) -> Any:
+    tp, pp = layout
+    parallel = ParallelConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
+    adapters = {"a": f"{folder}/a"}
+    model = LanguageModel.from_pretrained(
+        f"{folder}/run", device="cpu", dtype="float32", parallel=parallel, adapters=adapters
+    )
+    with model.with_adapter(None if name == "run" else name):
+        return in_process_results(model, pairs)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("layout", [(2, 1), (1, 2)], ids=["tp2", "pp2"])
+def test_a_training_checkpoint_under_a_layout(
+    workers: WorkerPool, folder: Path, dataset_of_chats: Path, layout: tuple[int, int]
+) -> None:
+    """Trained for a few steps, served by two ranks with an adapter of its own: as both ranks compute it in process."""
+    tp, pp = layout
+    trained = call(
+        "asd-core", "pretrain", "--load", folder / "tiny", "--save", folder / "run", "--data-path", dataset_of_chats,
+        "--tokenizer-name-or-path", folder / "tokenizer", "--device", "cpu", "--seq-length", 32, "--micro-batch-size",
+        2, "--global-batch-size", 2, "--train-iters", 3, "--lr", 1e-3, "--dtype", "float32", "--eval-iters", 0,
+        "--finetune",
+    )  # fmt: skip
+    assert trained.status == 0 or (folder / "run").exists(), trained.stderr
+    command = RunningCommand(
+        "asd-infer", "serve", "--load", folder / "run", "--port", 0, "--device", "cpu", "--dtype", "float32",
+        "--batch-invariant", "--lora-modules", f"a={folder / 'a'}", "--nproc-per-node", 2,
+        "--tensor-model-parallel-size", tp, "--pipeline-model-parallel-size", pp,
+    )  # fmt: skip
+    pairs = made_pairs(6)
+    try:
+        end = time.monotonic() + 240
+        while "serving run on " not in command.stderr:
+            assert time.monotonic() < end, command.stderr
+            time.sleep(0.05)
+        url = command.stderr.partition("serving run on ")[2].split()[0]
+        for name in ("run", "a"):
+            want, *_ = workers.run(in_process_under, 2, str(folder), layout, name, pairs)
+            for concurrency in (1, 32):
+                found = harness_results(url, str(folder / "tiny"), name, pairs, concurrency)
+                assert found == tuple(want), (name, concurrency)
+    finally:
+        command.kill_session()

@@ -19,6 +19,7 @@ from support.models import save_hugging_face, tiny_config
 from support.served import Running, running_server
 
 CALLS = (
+    "{% if style %}{{ style }}{% endif %}"
     "{% if tools %}<|im_start|>system\nCall as <tool_call>: {{ tools | tojson }}<|im_end|>\n{% endif %}"
     + CHATML.replace(
         "{{ m['content'] }}",
@@ -234,6 +235,24 @@ def test_tools_that_must_be_called(server: Running, client: openai.OpenAI) -> No
         "/v1/chat/completions", json={"messages": MESSAGES, "tools": [TOOL], "tool_choice": none}
     )
     assert "tool_choice asks for a function that tools does not have" in refused.json()["error"]["message"]
+
+
+def test_variables_of_the_template(client: openai.OpenAI, model: LanguageModel) -> None:
+    def num_prompt_tokens(**fields: Any) -> int:
+        found = client.chat.completions.create(
+            model="tiny", messages=MESSAGES, max_tokens=1, extra_body=fields
+        )
+        assert found.usage is not None
+        return found.usage.prompt_tokens
+
+    more = len(model.tokenizer.encode("in short words", add_special_tokens=False))
+    plain = num_prompt_tokens()
+    assert num_prompt_tokens(chat_template_kwargs={"style": "in short words"}) == plain + more
+    assert num_prompt_tokens() == plain
+    with pytest.raises(openai.BadRequestError, match="which the template does not read"):
+        num_prompt_tokens(chat_template_kwargs={"other": 1})
+    with pytest.raises(openai.BadRequestError, match="messages"):
+        num_prompt_tokens(chat_template_kwargs={"messages": []})
 
 
 def test_responses_are_chats(server: Running, client: openai.OpenAI) -> None:

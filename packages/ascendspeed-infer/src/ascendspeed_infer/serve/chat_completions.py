@@ -118,17 +118,18 @@ class ChatCall:
         layout = self.served.layout
         if layout is None:
             raise ApiError("the model has no chat template; use /v1/completions", param="messages")
-        if not self._has_tools:
+        variables = self.body.chat_template_kwargs
+        if not self._has_tools and not variables:
             return layout
-        if not any(CALL_MARKS[0] in source for source in layout.sources):
+        if self._has_tools and not any(CALL_MARKS[0] in source for source in layout.sources):
             raise ApiError(
                 f"the chat template has no {CALL_MARKS[0]}, and calls of other forms are not parsed; leave tools out",
                 param="tools",
             )
         try:
-            return layout.with_tools(self.body.tools)
+            return layout.with_tools(self.body.tools if self._has_tools else None, variables)
         except AscendSpeedError as error:
-            raise ApiError(str(error), param="tools") from None
+            raise ApiError(str(error), param="chat_template_kwargs" if variables else "tools") from None
 
     def _new_texts(self, layout: PromptLayout) -> list[GrowingText]:
         """Return the answers; draws have seeds that follow."""
