@@ -174,6 +174,7 @@ class SamplingRequest:
         log_probs: of each token, if asked for.
         top_log_probs: at the place of each token, if asked for.
         finish_reason: `None` until the text is complete.
+        constraint: what the tokens may be.
     """
 
     max_num_seqs = 1
@@ -186,7 +187,7 @@ class SamplingRequest:
         constraint: TokenConstraint | None = None,
     ) -> None:
         self.prompt_ids, self.settings = list(prompt_ids), settings
-        self._constraint = constraint
+        self.constraint = constraint
         self.max_new_tokens = settings.max_new_tokens
         self.error: Exception | None = None
         self.new_ids: list[int] = []
@@ -201,7 +202,7 @@ class SamplingRequest:
         own = self.settings
         noise = own.sampling.noise(self._generator, logits.shape[-1])
         ids = [*self.prompt_ids, *self.new_ids]
-        allowed = None if self._constraint is None else self._constraint.allowed(logits.shape[-1])
+        allowed = None if self.constraint is None else self.constraint.allowed(logits.shape[-1])
         sampled = sample_token(
             logits[0], own.sampling, noise, ids, own.return_log_probs, self.new_ids, allowed
         )
@@ -215,16 +216,16 @@ class SamplingRequest:
     @property
     def takes_likeliest(self) -> bool:
         """Whether the next token is the one with the largest logit, and nothing else of the logits is wanted."""
-        is_changed = self.settings.sampling.changes_greedy or self._constraint is not None
+        is_changed = self.settings.sampling.changes_greedy or self.constraint is not None
         return not is_changed and not self.settings.return_log_probs
 
     def take(self, token_id: int) -> Sequence[NextToken]:
         """Add a token that was chosen; see `Request.advance`."""
         own = self.settings
         self.new_ids.append(token_id)
-        if self._constraint is not None:
-            self._constraint.take(token_id)
-        is_complete = self._constraint is not None and self._constraint.is_finished
+        if self.constraint is not None:
+            self.constraint.take(token_id)
+        is_complete = self.constraint is not None and self.constraint.is_finished
         if token_id in own.eos_token_ids or is_complete or self._stop_check(self.new_ids):
             self.finish_reason = "stop"
         elif len(self.new_ids) == own.max_new_tokens:

@@ -17,9 +17,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ascendspeed_data.errors import AscendSpeedError
-from ascendspeed_infer.engine.llm_engine import LLMEngine, RequestOutput
+from ascendspeed_infer.engine.llm_engine import RequestOutput
 from ascendspeed_infer.engine.scoring_request import ScoringRequest
 from ascendspeed_infer.engine.sequence import Request
+from ascendspeed_infer.serve.engine_loop import EngineLoop
 
 OutputListener = Callable[[RequestOutput], None]
 """Gets what each pass did for a request; the last output is finished or has an error."""
@@ -77,7 +78,7 @@ class EngineDriver:
 
     def __init__(
         self,
-        engine: LLMEngine,
+        engine: EngineLoop,
         max_waiting: int,
         on_failure: Callable[[EngineFailedError], None] | None = None,
     ) -> None:

@@ -13,13 +13,12 @@ from ascendspeed_data.prompting import PromptLayout
 from ascendspeed_infer.engine.llm_engine import RequestOutput, check_length
 from ascendspeed_infer.engine.scoring_request import ScoringRequest
 from ascendspeed_infer.engine.sequence import Request
-from ascendspeed_infer.language_model import LanguageModel
 from ascendspeed_infer.serve.config import ServerConfig
 from ascendspeed_infer.serve.engine_driver import EngineDriver, NewRequest, OutputListener
 from ascendspeed_infer.serve.errors import ApiError, refused
 from ascendspeed_infer.serve.metrics import Metrics
 from ascendspeed_infer.serve.structured import Grammars
-from ascendspeed_infer.text_generator import encode_prompt
+from ascendspeed_infer.text_generator import TextGenerator, encode_prompt
 
 DEFAULT_CACHE_TOKENS = 65536
 
@@ -48,7 +47,7 @@ class ServedModel:
     """
 
     name: str
-    model: LanguageModel
+    model: TextGenerator
     driver: EngineDriver
     limits: ServerConfig
     metrics: Metrics

@@ -19,8 +19,10 @@ from ascendspeed_infer.language_model import LanguageModel
 from ascendspeed_infer.serve.app import build_app
 from ascendspeed_infer.serve.config import API_KEYS_VARIABLE, ServerConfig
 from ascendspeed_infer.serve.engine_driver import EngineDriver
+from ascendspeed_infer.serve.engine_loop import EngineLoop
 from ascendspeed_infer.serve.metrics import Metrics
 from ascendspeed_infer.serve.served_model import ServedModel, cache_size
+from ascendspeed_infer.text_generator import TextGenerator
 
 FAILURE_SECONDS = 5
 """For telling open requests that they were ended, or that the engine failed."""
@@ -51,7 +53,7 @@ class DrainingServer(uvicorn.Server):
 @contextmanager
 def prepared_server(
     name: str,
-    model: LanguageModel,
+    model: TextGenerator,
     config: ServerConfig,
     say: Callable[[str], None],
     layout: PromptLayout | None = None,
@@ -69,12 +71,7 @@ def prepared_server(
         ConfigError: the address is not free, or the keys cannot be read.
     """
     keys = read_api_keys(config.api_key_file, os.environ.get(API_KEYS_VARIABLE, ""))
-    engine = model.llm_engine
-    if config.batch_invariant:
-        engine.check_batch_invariance()
-    engine.fix_cache(
-        cache_size(config, engine.max_model_len), config.max_num_seqs, config.optimistic_admission
-    )
+    engine = served_engine(model, config)
     if config.host not in LOOPBACK and not keys:
         say(f"warning: {config.host} may be reached by others, and no API key is asked for")
 
@@ -107,9 +104,32 @@ def prepared_server(
             served.planner.shutdown(wait=False, cancel_futures=True)
 
 
+def served_engine(model: TextGenerator, config: ServerConfig) -> EngineLoop:
+    """Return the loop of the model's engine, ready to serve.
+
+    Raises:
+        ConfigError: the engine cannot do what is asked.
+    """
+    if isinstance(model, LanguageModel):
+        engine = model.llm_engine
+        if config.batch_invariant:
+            engine.check_batch_invariance()
+        tokens = cache_size(config, engine.max_model_len)
+        engine.fix_cache(tokens, config.max_num_seqs, config.optimistic_admission)
+        return engine
+    from ascendspeed_infer.serve.vllm_loop import VllmLoop
+    from ascendspeed_infer.vllm_engine import VllmEngine
+
+    assert isinstance(model.engine, VllmEngine)
+    for name in ("batch_invariant", "optimistic_admission", "cache_tokens"):
+        if getattr(config, name):
+            raise ConfigError(f"{name}: engine=vllm decides that itself; leave it out")
+    return VllmLoop(model.engine)
+
+
 def run_server(
     name: str,
-    model: LanguageModel,
+    model: TextGenerator,
     config: ServerConfig,
     say: Callable[[str], None],
     layout: PromptLayout | None = None,
