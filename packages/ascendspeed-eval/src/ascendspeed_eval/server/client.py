@@ -118,7 +118,7 @@ class ServerClient:
                 self._stopped.wait(MIN_PAUSE_SECONDS)
                 continue
             if answer.status_code == httpx.codes.OK:
-                found = read_tokenized(_json_or_none(answer.content))
+                found = read_tokenized(answer.content)
             if answer.status_code < 500 and answer.status_code not in TEMPORARY_CODES:
                 break
             self._stopped.wait(MIN_PAUSE_SECONDS)
@@ -169,13 +169,6 @@ class ServerClient:
         for secret in self._secrets:
             problem = problem.replace(secret, "***")
         return f"{self.address}{path}: {shorten(problem, 400)}" + (f" ({tries} tries)" if tries > 1 else "")
-
-
-def _json_or_none(content: bytes) -> Any:
-    try:
-        return json.loads(content)
-    except ValueError:
-        return None
 
 
 def retry_after_seconds(header: str | None, date: str | None = None) -> float:

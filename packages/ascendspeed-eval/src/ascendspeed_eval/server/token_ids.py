@@ -7,7 +7,6 @@ where the tokens of the context alone end.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -49,10 +48,10 @@ class ScoredIds:
     truncated_tokens: int
 
 
-def read_tokenized(content: Any) -> TokenizedText | None:
+def read_tokenized(content: bytes) -> TokenizedText | None:
     """Return what `/tokenize` answered; `None` if it is something else."""
     try:
-        found = TokenizedText.model_validate(content)
+        found = TokenizedText.model_validate_json(content)
     except ValueError:
         return None
     return found if found.count == len(found.tokens) else None
