@@ -97,10 +97,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def dataset_of_chats(folder: Path, corpus: Path) -> Path:
+def run(folder: Path, corpus: Path) -> Path:
+    """A training run of a few steps."""
     job = PreprocessJob((str(corpus),), folder / "data", folder / "tokenizer")
     preprocess_dataset(job)
-    return job.column_prefix("text")
+    trained = call(
+        "asd-core", "pretrain", "--load", folder / "tiny", "--save", folder / "run", "--data-path",
+        job.column_prefix("text"), "--tokenizer-name-or-path", folder / "tokenizer", "--device", "cpu", "--seq-length",
+        32, "--micro-batch-size", 2, "--global-batch-size", 2, "--train-iters", 3, "--lr", 1e-3, "--dtype", "float32",
+        "--split", "100,0,0",
+    )  # fmt: skip
+    assert trained.status == 0, trained.stderr
+    return folder / "run"
 
 
 def load(folder: Path) -> LanguageModel:
@@ -180,19 +188,12 @@ def in_process_under(folder: str, layout: tuple[int, int], name: str, pairs: lis
 @pytest.mark.nightly
 @pytest.mark.parametrize("layout", [(2, 1), (1, 2)], ids=["tp2", "pp2"])
 def test_a_training_checkpoint_under_a_layout(
-    workers: WorkerPool, folder: Path, dataset_of_chats: Path, layout: tuple[int, int]
+    workers: WorkerPool, folder: Path, run: Path, layout: tuple[int, int]
 ) -> None:
     """Trained for a few steps, served by two ranks with an adapter of its own: as both ranks compute it in process."""
     tp, pp = layout
-    trained = call(
-        "asd-core", "pretrain", "--load", folder / "tiny", "--save", folder / "run", "--data-path", dataset_of_chats,
-        "--tokenizer-name-or-path", folder / "tokenizer", "--device", "cpu", "--seq-length", 32, "--micro-batch-size",
-        2, "--global-batch-size", 2, "--train-iters", 3, "--lr", 1e-3, "--dtype", "float32", "--eval-iters", 0,
-        "--finetune",
-    )  # fmt: skip
-    assert trained.status == 0 or (folder / "run").exists(), trained.stderr
     command = RunningCommand(
-        "asd-infer", "serve", "--load", folder / "run", "--port", 0, "--device", "cpu", "--dtype", "float32",
+        "asd-infer", "serve", "--load", run, "--port", 0, "--device", "cpu", "--dtype", "float32",
         "--batch-invariant", "--lora-modules", f"a={folder / 'a'}", "--nproc-per-node", 2,
         "--tensor-model-parallel-size", tp, "--pipeline-model-parallel-size", pp,
     )  # fmt: skip

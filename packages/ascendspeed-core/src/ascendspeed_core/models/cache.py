@@ -336,10 +336,12 @@ class CachedPass:
         for number, chunk in enumerate(self.chunks):
             if self._rows is None:
                 for view, mine in zip(self._stored[number][layer], new, strict=True):
-                    view.narrow(-2, 0, chunk.count).copy_(mine.narrow(-2, done, chunk.count))
-                    if self._is_tiled:
-                        # What is masked must still be a number.
-                        view.narrow(-2, chunk.count, view.shape[-2] - chunk.count).zero_()
+                    rest = view.shape[-2] - chunk.count
+                    if rest:
+                        # Of a tile: what is masked must still be a number.
+                        view, after = view.split([chunk.count, rest], dim=-2)
+                        after.zero_()
+                    view.copy_(mine.narrow(-2, done, chunk.count))
                 done += chunk.count
             own, seen = queries[number], self._visible[number][layer]
             parts.append(self._attend_to(number, own, seen, attend, masks[number]))
