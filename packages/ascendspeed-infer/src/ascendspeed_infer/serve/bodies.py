@@ -195,7 +195,7 @@ def read_body(kind: type[BodyT], content: bytes, lenient: bool, say: Callable[[s
     try:
         body = kind.model_validate(value)
     except ValidationError as error:
-        # Of several problems with one field, as where it may be of several types, the first is told.
+        # One field may have several problems, as where it may be of several types; the first one is shown.
         first = error.errors(include_url=False, include_input=False)[0]
         name = str(first["loc"][0]) if first["loc"] else None
         raise ApiError(f"{name or 'the body'}: {first['msg']}", param=name) from None

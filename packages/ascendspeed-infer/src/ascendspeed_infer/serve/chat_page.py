@@ -12,7 +12,7 @@ from fastapi.responses import HTMLResponse
 def add_chat_page(app: FastAPI) -> None:
     """Answer `/` with the chat page.
 
-    The browser is told to run and show only what the page itself holds, and to send data only to this server.
+    Headers let the browser run and show only what the page itself holds, and send data only to this server.
     """
     page = files("ascendspeed_infer.serve").joinpath("chat_page.html").read_text("utf-8")
     script, style = (_hash(page, tag) for tag in ("script", "style"))

@@ -89,7 +89,7 @@ def prepared_server(
             log_level="warning",
             access_log=False,
             server_header=False,
-            # Those that were told are given time to hear it.
+            # Clients get time to hear that their requests were ended.
             timeout_graceful_shutdown=math.ceil(config.drain_seconds) + FAILURE_SECONDS,
         ),
         driver,
