@@ -263,3 +263,17 @@ def test_a_request_that_takes_too_long(folder: Path) -> None:
     with running_server(model, request_seconds=0.01) as server:
         assert "took longer" in refusal(server, 504, prompt="a", max_tokens=200, ignore_eos=True)
         server.wait_until_idle()
+
+
+def test_the_longest_texts_fit(tmp_path: Path, tokenizer_folder: Path) -> None:
+    """A length that is no multiple of anything, and the cache that the server makes by itself."""
+    config = tiny_config(vocab_size=400, max_position_embeddings=101)
+    save_hugging_face(config, tmp_path, tokenizer=tokenizer_folder)
+    model = LanguageModel.from_pretrained(tmp_path, device="cpu")
+    ids = [5 + number % 300 for number in range(102)]
+    with running_server(model, cache_tokens=None, max_num_seqs=1) as server:
+        ask(server, prompt=ids[:100], max_tokens=1)
+        (scored,) = ask(server, prompt=ids, max_tokens=0, echo=True, logprobs=0)["choices"]
+        assert "more than max_position_embeddings=101" in refusal(server, prompt=ids[:101], max_tokens=1)
+    want = model.loglikelihood_of_ids([(ids[:1], ids[1:])])[0].logprob
+    assert sum(scored["logprobs"]["token_logprobs"][1:]) == want

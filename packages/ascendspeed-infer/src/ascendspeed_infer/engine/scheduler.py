@@ -157,7 +157,9 @@ class Scheduler:
         for scheduled in self.running:
             first = len(chunks)
             if isinstance(scheduled.request, ScoringRequest):
-                chunks += [replace(one, adapter=scheduled.adapter) for one in scheduled.request.next_chunks()]
+                own = scheduled.request.next_chunks()
+                number = scheduled.adapter
+                chunks += own if number is None else [replace(one, adapter=number) for one in own]
                 sequences += [None] * (len(chunks) - first)
                 ready.append((scheduled, slice(first, len(chunks))))
                 continue

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from ascendspeed_core.models.cache import BLOCK_TOKENS, blocks_of
 from ascendspeed_data.errors import AscendSpeedError
 from ascendspeed_data.prompting import PromptLayout
+from ascendspeed_infer.engine.batch_invariant import PassShapes
 from ascendspeed_infer.engine.llm_engine import RequestOutput, check_length
 from ascendspeed_infer.engine.scoring_request import ScoringRequest
 from ascendspeed_infer.engine.sequence import Request
@@ -27,7 +28,7 @@ def cache_size(config: ServerConfig, longest: int) -> int:
     """Return the tokens of the key-value cache."""
     if config.cache_tokens is not None:
         return config.cache_tokens
-    whole = blocks_of(longest) * BLOCK_TOKENS
+    whole = blocks_of(PassShapes().slot_tokens(longest, 0, batch_invariant=True)) * BLOCK_TOKENS
     return max(min(DEFAULT_CACHE_TOKENS, config.max_num_seqs * whole), whole)
 
 
