@@ -195,7 +195,7 @@ class ServerModel:
 
         address = self._client.address
 
-        def tokenize(part: str) -> TokenizedText:
+        def tokenize(part: str) -> "TokenizedText":
             found = tokenized.get(part) or self._client.tokenize(part)
             if found is None:
                 raise EvaluationError(f"{address}: /tokenize no longer answers")
