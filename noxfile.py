@@ -28,6 +28,7 @@ TEST_TOOLS = (
     "peft",
     "trl",
     "datasets",
+    "modelscope-hub",
     "psutil",
     "scipy",
     "tensorboard",

@@ -7,14 +7,18 @@ the format of the weights.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
 import torch
 
 from ascendspeed_core.device import HOST
-from ascendspeed_core.kernels.registry import OPERATORS, KernelContext, implementations
-from ascendspeed_core.models.position import alibi_slopes, attention_mask
+from ascendspeed_core.kernels.mask_rule import MaskRule, attention_mask
+from ascendspeed_core.kernels.reference import Mask, reference_attention
+from ascendspeed_core.kernels.registry import OPERATORS, UNPERMUTE, KernelContext, implementations
+from ascendspeed_core.models.position import alibi_slopes
 from on_device.setting import LeftOut, Setting, check_within, relative_error
 
 TOLERANCE = {"float32": 2e-5, "bfloat16": 1e-2, "float16": 2e-3}
@@ -70,7 +74,8 @@ def inputs(operator: str, dtype: torch.dtype, is_brief: bool) -> Iterator[Argume
         )  # fmt: skip
         for heads, groups, queries, keys, dim in shapes[: 2 if is_brief else None]:
             for mask in masks(heads, queries, keys, dtype):
-                batch = mask.shape[0] if mask is not None and mask.dim() == 4 else 2
+                texts = mask.segments if isinstance(mask, MaskRule) else None
+                batch = 2 if texts is None else len(texts)
                 q, k, v = (
                     draw(batch, heads, queries, dim),
                     draw(batch, groups, keys, dim),
@@ -91,6 +96,16 @@ def inputs(operator: str, dtype: torch.dtype, is_brief: bool) -> Iterator[Argume
                 angles.cos().to(dtype),
                 angles.sin().to(dtype),
             ]
+    elif operator == "token_permutation":
+        for tokens, size in ((11, 16), (300, 1024))[: 1 if is_brief else None]:
+            chosen = torch.stack([torch.randperm(8, generator=generator)[:2] for _ in range(tokens)])
+            yield [draw(tokens, size), chosen, torch.rand(tokens, 2, generator=generator).requires_grad_()]
+    elif operator == "grouped_product":
+        # One expert has no rows.
+        for counts, into, out in (([5, 0, 7, 1], 16, 24), ([130, 64, 0, 70], 512, 256))[
+            : 1 if is_brief else None
+        ]:
+            yield [draw(sum(counts), into), [draw(out, into) for _ in counts], counts]
     elif operator == "swiglu":
         yield from ([draw(2, rows, size), draw(2, rows, size)] for rows, size in ((9, 32), (17, 11_008)))
     else:
@@ -98,25 +113,34 @@ def inputs(operator: str, dtype: torch.dtype, is_brief: bool) -> Iterator[Argume
             yield [draw(tokens, vocab), torch.randint(0, vocab, (tokens,), generator=generator)]
 
 
-def masks(heads: int, queries: int, keys: int, dtype: torch.dtype) -> Iterator[torch.Tensor | None]:
-    """Yield the masks that models make: none, windows, ALiBi, several texts in a row."""
+def masks(heads: int, queries: int, keys: int, dtype: torch.dtype) -> Iterator[Mask]:
+    """Yield what models have: nothing, windows, ALiBi, several texts in a row; rules where rows are whole."""
     host = HOST.torch
     slopes = torch.tensor(alibi_slopes(heads))
+    texts = torch.arange(queries).div(23, rounding_mode="floor").repeat(3, 1)
+    texts[1] //= 2
     for window, added in ((None, None), (20, None), (None, slopes)):
         yield attention_mask(queries, keys, window, added, dtype, host)
-    if queries == keys:
-        texts = torch.arange(queries).div(23, rounding_mode="floor").repeat(3, 1)
-        texts[1] //= 2
-        yield attention_mask(queries, keys, None, None, dtype, host, texts)
-        yield attention_mask(queries, keys, None, slopes, dtype, host, texts)
+        if queries == keys:
+            yield MaskRule(queries, host, None, added, dtype).within(window)
+            yield MaskRule(queries, host, None, added, dtype, texts).within(window)
+
+
+def there_and_back(
+    permute: Callable[..., Any], tokens: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return tokens sorted by their experts, and the sums of what experts that take squares would give."""
+    rows, order = permute(tokens, chosen, 8)
+    return rows, UNPERMUTE[permute](rows.square(), weights.to(rows.dtype), order)
 
 
 def results(
     run: Callable[..., Any], arguments: Arguments, seed: int
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Return outputs and gradients."""
-    wanted = [value for value in arguments if isinstance(value, torch.Tensor) and value.requires_grad]
-    out = run(*arguments)
+    flat = [one for value in arguments for one in (value if isinstance(value, list) else [value])]
+    wanted = [value for value in flat if isinstance(value, torch.Tensor) and value.requires_grad]
+    out = there_and_back(run, *arguments) if run in UNPERMUTE else run(*arguments)
     outputs = list(out) if isinstance(out, tuple) else [out]
     generator = torch.Generator().manual_seed(seed)
     weights = [
@@ -125,6 +149,67 @@ def results(
         for one in outputs
     ]
     return [one.detach() for one in outputs], list(torch.autograd.grad(outputs, wanted, weights))
+
+
+def check_changed_scores(setting: Setting, name: str) -> dict[str, Any]:
+    """Compare attention with soft-capped scores, sinks and windows, packed and not."""
+    (implementation,) = [one for one in OPERATORS["attention"] if one.name == name]
+    found: dict[str, float] = {}
+    tried = 0
+    generator = torch.Generator().manual_seed(8)
+    for dtype_name in TOLERANCE:
+        dtype = getattr(torch, dtype_name)
+        if reason := implementation.unsupported(KernelContext(setting.device, dtype)):
+            raise LeftOut(reason)
+        for rule in (rule for rule in masks(8, 300, 300, dtype) if isinstance(rule, MaskRule)):
+            rows = 2 if rule.segments is None else len(rule.segments)
+            drawn = [
+                torch.randn(shape, generator=generator).to(dtype).requires_grad_()
+                for shape in ((rows, 8, 300, 64), (rows, 2, 300, 64), (rows, 2, 300, 64), (8,))
+            ]
+
+            def run(attend: Callable[..., torch.Tensor], *given: Any) -> torch.Tensor:
+                *inputs, sinks = given[:-1]
+                return attend(*inputs, given[-1], softcap=4.0, sinks=sinks)
+
+            want, want_gradients = results(partial(run, reference_attention), [*map(_wide, drawn), rule], 1)
+            placed = [_placed(one, setting) for one in (*drawn, rule)]
+            out, gradients = results(partial(run, implementation.run), placed, 1)
+            for kind, pairs in (("", (out, want)), (" gradients", (gradients, want_gradients))):
+                error = max(map(relative_error, *pairs))
+                found[f"{dtype_name}{kind}"] = max(found.get(f"{dtype_name}{kind}", 0.0), error)
+            tried += 1
+    check_within(found, TOLERANCE | {f"{name} gradients": 3 * limit for name, limit in TOLERANCE.items()})
+    return {**found, "inputs": tried}
+
+
+def check_loss_from_hidden(setting: Setting) -> dict[str, Any]:
+    """Compare the loss that is made without logits with that of logits in float64 on the host."""
+    from ascendspeed_core.parallel.cross_entropy import LogitsRule, cross_entropy, hidden_cross_entropy
+
+    found: dict[str, float] = {}
+    generator = torch.Generator().manual_seed(9)
+    for dtype_name in ("float32", "bfloat16"):
+        dtype = getattr(torch, dtype_name)
+        hidden = torch.randn(2, 37, 64, generator=generator).to(dtype).requires_grad_()
+        weight = (torch.randn(5003, 64, generator=generator) / 8).to(dtype).requires_grad_()
+        targets = torch.randint(5003, (2, 37), generator=generator)
+
+        def plain(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            return cross_entropy(hidden @ weight.T, targets, len(weight), None)
+
+        def ours(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            return hidden_cross_entropy(
+                hidden, weight, None, targets, len(weight), None, LogitsRule(), 1 << 12
+            )
+
+        want, want_gradients = results(plain, [_wide(hidden), _wide(weight), targets], 2)
+        placed = [_placed(one, setting) for one in (hidden, weight, targets)]
+        out, gradients = results(ours, placed, 2)
+        found[dtype_name] = max(map(relative_error, out, want))
+        found[f"{dtype_name} gradients"] = max(map(relative_error, gradients, want_gradients))
+    check_within(found, TOLERANCE | {f"{name} gradients": 3 * limit for name, limit in TOLERANCE.items()})
+    return {**found, "inputs": 2}
 
 
 def check_int8_linear(setting: Setting) -> dict[str, Any]:
@@ -215,12 +300,25 @@ def check_adamw(setting: Setting) -> dict[str, Any]:
 
 
 def _wide(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_wide(one) for one in value]
+    if isinstance(value, MaskRule):
+        return replace(value, dtype=torch.float64)
     if not isinstance(value, torch.Tensor) or not value.is_floating_point():
         return value
     return value.detach().double().requires_grad_(value.requires_grad)
 
 
 def _placed(value: Any, setting: Setting) -> Any:
+    if isinstance(value, list):
+        return [_placed(one, setting) for one in value]
+    if isinstance(value, MaskRule):
+        device = setting.device.torch
+        moved = {
+            name: None if one is None else one.to(device)
+            for name, one in (("slopes", value.slopes), ("segments", value.segments))
+        }
+        return replace(value, device=device, **moved)
     if not isinstance(value, torch.Tensor):
         return value
     return value.detach().to(setting.device.torch).requires_grad_(value.requires_grad)

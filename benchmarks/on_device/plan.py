@@ -117,6 +117,7 @@ TRAINING_CASES = (
     "float16 with a loss scale",
     "bfloat16 with float32 sums of four micro-batches",
     "sgd float32",
+    "experts float32",
 )
 DECODING_CASES = (
     "llama float32",
@@ -133,7 +134,7 @@ DECODING_CASES = (
 
 
 def items() -> list[Item]:
-    """Return all items, the cheap and telling ones first."""
+    """Return all items: what is right comes before what is fast, the cheap and telling ones first."""
     kernels = [
         Item(
             "correct",
@@ -148,7 +149,17 @@ def items() -> list[Item]:
     ]
     others = [
         Item("correct", f"kernel {name}", "on_device.kernels", f"check_{name}", (), 3)
-        for name in ("int8_linear", "adamw", "attention_by_lengths")
+        for name in ("int8_linear", "adamw", "attention_by_lengths", "loss_from_hidden")
+    ] + [
+        Item(
+            "correct",
+            f"kernel changed_scores: {name}",
+            "on_device.kernels",
+            "check_changed_scores",
+            (name,),
+            8,
+        )
+        for name in ("triangle", "flex")
     ]
     trained = [
         Item("correct", f"ten steps: {case}", "on_device.training_checks", "check", (case,), 5)
@@ -160,8 +171,9 @@ def items() -> list[Item]:
     ]
     limits = [
         Item("limits", name, "on_device.limits", name.replace(" ", "_"), (), 4)
-        for name in ("bandwidth", "product")
+        for name in ("bandwidth", "product", "grouped product")
     ]
+    limits.append(Item("limits", "loss at 151,936", "on_device.limits", "loss", (), 6))
     train = [
         Item("train", f"{name}: {way}", "on_device.training_speed", "measure", (name, way), seconds)
         for name, times in (("7B", (30, 35)), ("1B", (12, 25)), ("3B", (15, 25)))
@@ -173,11 +185,11 @@ def items() -> list[Item]:
     ]
     load = [Item("load", "1B from files", "on_device.loading", "measure", ("1B",), 15)]
     return [
-        *limits,
         *kernels,
         *others,
         *trained,
         *decoded,
+        *limits,
         *decode[:2],
         *train[:2],
         *decode[2:],

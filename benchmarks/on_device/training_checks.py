@@ -13,6 +13,7 @@ import torch
 
 from ascendspeed_core.build import apply_kernels, kernel_context, load_model
 from ascendspeed_core.config.batch import BatchConfig
+from ascendspeed_core.config.experts import Experts
 from ascendspeed_core.config.layout import Layout
 from ascendspeed_core.config.lora import LoraConfig
 from ascendspeed_core.config.model import ModelConfig
@@ -73,6 +74,10 @@ def cases() -> dict[str, Case]:
         update={"family": "baichuan", "normalised_head": True, "num_key_value_heads": 4}
     )
 
+    experts = PLAIN.model_copy(
+        update={"family": "mixtral", "experts": Experts(count=4, per_token=2, ffn_hidden_size=96)}
+    )
+
     def recomputing(policy: Any) -> RecomputeConfig:
         return RecomputeConfig(checkpoint_activations=True, checkpoint_policy=policy)
 
@@ -94,6 +99,7 @@ def cases() -> dict[str, Case]:
         "float16 with a loss scale": Case(dtype="float16"),
         "bfloat16 with float32 sums of four micro-batches": Case(dtype="bfloat16", micro_batches=4),
         "sgd float32": Case(optimizer=OptimizerConfig(optimizer="sgd", lr=1e-2)),
+        "experts float32": Case(experts),
     }
 
 

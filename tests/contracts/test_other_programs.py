@@ -41,6 +41,9 @@ NEWCOMERS = {
         dpo-beta:dpo pref-beta:--dpo-beta val-size:--split use-dist-ckpt:asd-ckpt num-experts:experts
         train-tokens:--train-samples nnodes:torchrun wandb-project:--tensorboard-dir data-seed:--seed
         trust-remote-code:never overwrite-output-dir:--save template:asd-data packing:--pack
+        moe-ffn-hidden-size:config.json kv-lora-rank:config.json moe-router-dtype:fp32 mtp-num-layers:experts.md
+        moe-layer-recompute:--checkpoint-activations moe-tp-extend-ep:--expert-tensor-parallel-size
+        disable-moe-token-dropping:--moe-expert-capacity-factor moe-train-capacity-factor:--moe-expert-capacity-factor
         ulysses-size:--context-parallel-size decoder-first-pipeline-num-layers:--num-layers-per-virtual-pipeline-stage
     """,
     "asd-core finetune": """
@@ -59,7 +62,7 @@ NEWCOMERS = {
     "asd-eval run": """
         tasks:--task model:--load model_args:--load batch_size:--micro-batch-size output_path:--output-dir
         log_samples:--output-dir gen_kwargs:--max-new-tokens num-shots:--num-fewshot
-        apply_chat_template:--prompt-template include_path:--task use_cache:--output-dir
+        include_path:--task use_cache:--output-dir
         confirm_run_unsafe_code:--allow-code-execution max-gen-toks:--max-new
         top-p:--temperature
     """,

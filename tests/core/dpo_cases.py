@@ -6,16 +6,17 @@ from typing import Any
 
 import torch
 
-from ascendspeed_core.build import load_model, parameter_slices
+from ascendspeed_core.build import apply_kernels, load_model, parameter_slices
 from ascendspeed_core.config.layout import Layout
 from ascendspeed_core.config.lora import LoraConfig
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.optimizer import OptimizerConfig
 from ascendspeed_core.config.preference import PreferenceConfig, PreferenceDataConfig
-from ascendspeed_core.config.training import RecomputeConfig
+from ascendspeed_core.config.training import ComputeConfig, RecomputeConfig
 from ascendspeed_core.data.padded_dataset import PaddedBatchLoader
 from ascendspeed_core.data.preference_dataset import PREFERENCE_FORMAT
 from ascendspeed_core.device import Device
+from ascendspeed_core.kernels.registry import KernelContext
 from ascendspeed_core.objectives.dpo import PreferenceLoss
 from ascendspeed_core.optim.native_engine import NativeEngine
 from ascendspeed_core.parallel.mesh import ParallelMesh
@@ -54,6 +55,7 @@ def tune(
     lora: LoraConfig | None = None,
     is_switched: bool = True,
     steps: int = 4,
+    compute: ComputeConfig | None = None,
 ) -> Tuned:
     """Train all weights in float64, compared with another model; or adapters, compared with their base.
 
@@ -64,6 +66,9 @@ def tune(
     model = load_model(base if lora is None else used_adapters(base, lora), mesh, torch.float64)
     other = InitialWeights(config, REFERENCE_SEED) if lora is None else base
     reference = None if lora and is_switched else load_model(other, mesh, torch.float64)
+    for one in (model, reference):
+        if one is not None:
+            apply_kernels(one, compute or ComputeConfig(), KernelContext(dtype=torch.float64, tp=layout.tp))
     apply_recompute(model, recompute or RecomputeConfig(), mesh.pp_rank)
     objective = PreferenceLoss(model, reference, preference, mesh)
     pairs = PaddedBatchLoader(PREFERENCE_FORMAT, data, 7, (steps * PAIRS, PAIRS, 0), config.vocab_size, mesh)

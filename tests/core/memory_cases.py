@@ -27,11 +27,17 @@ Trainee = tuple[Transformer, NativeEngine, list[MicroBatch], ParallelMesh]
 
 
 def trainee(
-    config: ModelConfig, layout: Layout, dtype_name: str, sizes: tuple[int, ...], length: int
+    config: ModelConfig,
+    layout: Layout,
+    dtype_name: str,
+    sizes: tuple[int, ...],
+    length: int,
+    loss_from_hidden: bool = False,
 ) -> Trainee:
     """A model, its optimizer after one step, and the micro-batches of a step."""
     mesh = ParallelMesh.create(Device("cpu"), layout)
     model = load_model(InitialWeights(config, seed=5), mesh, getattr(torch, dtype_name))
+    model.loss_from_hidden = loss_from_hidden
     train_routers(model, ExpertsConfig(moe_aux_loss_coeff=0.01 if config.experts else 0.0))
     engine = NativeEngine(model, OptimizerConfig(), mesh)
     ids = torch.arange(max(sizes) * (length + 1)).view(max(sizes), -1) % config.vocab_size
@@ -61,10 +67,15 @@ def measured_peak(model: Transformer, engine: NativeEngine, batches: list[MicroB
 
 
 def planned_and_measured(
-    config: ModelConfig, layout: Layout, dtype_name: str, sizes: tuple[int, ...], length: int
+    config: ModelConfig,
+    layout: Layout,
+    dtype_name: str,
+    sizes: tuple[int, ...],
+    length: int,
+    loss_from_hidden: bool = False,
 ) -> list[tuple[tuple[Mode, ...], int, int]]:
     """Every plan of this device, with its peak as planned and as it is."""
-    model, engine, batches, mesh = trainee(config, layout, dtype_name, sizes, length)
+    model, engine, batches, mesh = trainee(config, layout, dtype_name, sizes, length, loss_from_hidden)
     memory = measure_step(model, engine, mesh, batches)
     found = []
     for modes in recompute_plans(memory.num_layers, can_be_selective(memory)):

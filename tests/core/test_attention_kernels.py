@@ -12,6 +12,7 @@ from ascendspeed_core.build import apply_kernels, load_model
 from ascendspeed_core.config.compute import ComputeConfig
 from ascendspeed_core.config.layout import Layout
 from ascendspeed_core.device import Device
+from ascendspeed_core.kernels.mask_rule import attention_mask
 from ascendspeed_core.kernels.reference import reference_attention
 from ascendspeed_core.kernels.registry import implementations
 from ascendspeed_core.kernels.triangle import (
@@ -22,7 +23,7 @@ from ascendspeed_core.kernels.triangle import (
     computed_share,
     triangle_attention,
 )
-from ascendspeed_core.models.position import alibi_slopes, attention_mask
+from ascendspeed_core.models.position import alibi_slopes
 from ascendspeed_core.models.transformer import ModelInput
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.weights import InitialWeights
@@ -96,8 +97,9 @@ def test_its_arithmetic_is_that_share() -> None:
 
     out, log_sum = attend_by_blocks(grouped, keys, values, None, BLOCK)
     context = SimpleNamespace(
-        saved_tensors=(grouped, keys, values, None, out, log_sum), block=BLOCK, scale=q.shape[-1] ** -0.5
-    )
+        saved_tensors=(grouped, keys, values, None, None, None, out, log_sum), block=BLOCK,
+        scale=q.shape[-1] ** -0.5, window=None, softcap=None,
+    )  # fmt: skip
     # Multiplications and additions of one product of all queries with all keys.
     whole = 2 * q.shape[0] * q.shape[1] * 1000 * 1000 * q.shape[-1]
     assert counted(lambda: reference_attention(q, k, v, None)) == 2 * whole

@@ -136,14 +136,14 @@ def test_kernels_scale_scores(name: str, queries: int) -> None:
     assert max(float((a - b).abs().max()) for a, b in zip(*results, strict=True)) < 1e-4
 
 
-def test_attention_with_all_scores_is_taken_where_scores_are_changed() -> None:
+def test_attention_by_blocks_is_taken_where_scores_are_changed() -> None:
     mesh = ParallelMesh.create(Device("cpu"), Layout())
     model = load_model(InitialWeights(tiny_config(attention_sinks=True), 0), mesh, torch.float32)
     chosen = {choice.operator: choice for choice in apply_kernels(model, ComputeConfig())}
-    assert chosen["attention"].implementation == "reference"
-    assert "not sdpa: the model has sinks, which only reference computes" in chosen["attention"].reason
-    with pytest.raises(AscendSpeedError, match="attention=triangle cannot run here: the model has sinks"):
-        apply_kernels(model, ComputeConfig(attention="triangle"))
+    assert chosen["attention"].implementation == "triangle"
+    assert "not sdpa: the model has sinks, which only triangle, flex and" in chosen["attention"].reason
+    with pytest.raises(AscendSpeedError, match="attention=sdpa cannot run here: the model has sinks"):
+        apply_kernels(model, ComputeConfig(attention="sdpa"))
 
 
 @pytest.mark.parametrize("mscale", [None, (1.0, 1.0), (0.707, 0.5)])

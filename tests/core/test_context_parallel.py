@@ -10,7 +10,8 @@ from ascendspeed_core.config.layout import Layout
 from ascendspeed_core.config.parallel import ParallelConfig
 from ascendspeed_core.config.training import ComputeConfig, RecomputeConfig
 from ascendspeed_core.device import Device
-from ascendspeed_core.kernels.reference import causal_attention, reference_attention
+from ascendspeed_core.kernels.fused_attention import causal_attention
+from ascendspeed_core.kernels.reference import reference_attention
 from ascendspeed_core.parallel.collectives import swap_cut
 from ascendspeed_core.parallel.context import attend_with_some_heads
 from ascendspeed_core.parallel.mesh import ParallelMesh

@@ -55,9 +55,11 @@ def test_logits_and_gradients(
     ranks = workers.run(ours, layout.world_size, str(folder), layout, False)
     logits, gradients = largest_differences(ranks, layout, config, model, reference.renamed)
     report.add(TITLE, HEADER, name, str(layout), logits, gradients)
-    assert logits < TOLERANCE
+    largest = float(ranks[0][0].abs().max())
+    # fp32 rounds in proportion: transformers' logits of Gemma 3, up to 6.5, are 9e-6 from its own in float64.
+    assert logits < TOLERANCE * max(1.0, largest)
     assert gradients < TOLERANCE
-    assert float(ranks[0][0].abs().max()) > 0.5
+    assert largest > 0.5
 
 
 @pytest.mark.parametrize("name", DENSE_REFERENCES)

@@ -23,8 +23,8 @@ from ascendspeed_core.config.training import ComputeConfig, DataConfig
 from ascendspeed_core.data.documents import document_positions, find_end_of_document
 from ascendspeed_core.data.gpt_dataset import GPTBatchLoader
 from ascendspeed_core.device import Device
+from ascendspeed_core.kernels.mask_rule import attention_mask
 from ascendspeed_core.megatron import group_for_megatron
-from ascendspeed_core.models.position import attention_mask
 from ascendspeed_core.models.transformer import ModelInput, Transformer
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.weights import InitialWeights

@@ -107,7 +107,7 @@ def test_where_it_drops() -> None:
     got = model(ModelInput(ids, samples=samples)).logits
 
     drop = Dropout(0.1, 0.2, 99).masks(samples, range(CONFIG.num_attention_heads))
-    (inputs,) = model.positions.attention_inputs(torch.arange(12).expand(2, 12), 12, torch.float64)
+    (inputs,) = model.positions.attention_inputs(torch.arange(12).expand(2, 12), torch.float64)
     assert inputs.rotary is not None
     assert model.embedding is not None
     assert model.final_norm is not None

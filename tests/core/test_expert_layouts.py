@@ -161,16 +161,24 @@ MORE_CASES: list[tuple[Layout, dict[str, Any]]] = [
 """Sums of many ranks, all schedules, pieces of axes, losses of sequences."""
 
 
+def described(key: str, value: Any) -> str:
+    """What an option of a case is, for the table."""
+    if key == "recompute":
+        return f"recompute {value.checkpoint_policy}"
+    if key == "experts":
+        return str(value.moe_router_load_balancing_type)
+    if key == "changes":
+        return "as gpt-oss" if value == BIASED else "as DeepSeek-V3"
+    return f"micro-batches of {value}" if key == "micro_batch_size" else key
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize(("layout", "options"), MORE_CASES, ids=str)
 def test_more_layouts(
     workers: WorkerPool, report: ReportTables, layout: Layout, options: dict[str, Any]
 ) -> None:
     found = check(workers, layout, {"steps": 10} | options)
-    said = ", ".join(
-        f"recompute {value.checkpoint_policy}" if key == "recompute" else key
-        for key, value in options.items()
-    )
+    said = ", ".join(described(key, value) for key, value in options.items())
     report.add(TITLE, HEADER, str(layout), said, *found)
 
 

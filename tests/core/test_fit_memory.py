@@ -39,8 +39,12 @@ CONFIG = tiny_config(
     vocab_size=400, max_position_embeddings=128,
 )  # fmt: skip
 LENGTH = 128
+# The same of the gradients of experts and of all else, which are summed apart.
 EXPERTS = CONFIG.model_copy(
-    update={"experts": Experts(count=4, per_token=2, ffn_hidden_size=128, dense_layers=(0,))}
+    update={
+        "vocab_size": 1200,
+        "experts": Experts(count=4, per_token=2, ffn_hidden_size=256, dense_layers=(0,)),
+    }
 )
 CASES: list[tuple[Layout, str, tuple[int, ...]]] = [
     (Layout(), "float32", (2,)),
@@ -51,7 +55,10 @@ CASES: list[tuple[Layout, str, tuple[int, ...]]] = [
     (Layout(pp=2, schedule="gpipe"), "float32", (2,) * 4),
     (Layout(cp=2), "float32", (2, 2)),
     (Layout(dp=2, sharded_optimizer=True), "bfloat16", (2, 2)),
-]
+    (
+        Layout(dp=2, sharded_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True), "bfloat16", (2, 2),
+    ),
+]  # fmt: skip
 TOLERANCE = 0.025
 """Of planned peaks: what a pipeline holds for a moment while one message follows another is not modelled."""
 
@@ -68,7 +75,17 @@ def test_planned_is_measured(
     [
         (Layout(), (2, 2)),
         (Layout(dp=2, ep=2), (2, 2)),
-        pytest.param(Layout(tp=2, ep=2, etp=1, sequence_parallel=True), (2, 2), marks=pytest.mark.nightly),
+        *(
+            pytest.param(layout, (2, 2), marks=pytest.mark.nightly)
+            for layout in (
+                Layout(tp=2, ep=2, etp=1, sequence_parallel=True),
+                Layout(dp=4),
+                Layout(dp=4, ep=2),
+                Layout(dp=4, ep=4),
+                Layout(dp=4, ep=2, sharded_optimizer=True),
+                Layout(dp=4, ep=4, sharded_optimizer=True),
+            )
+        ),
     ],
     ids=str,
 )

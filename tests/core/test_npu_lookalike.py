@@ -44,9 +44,7 @@ def arguments(folder: Path, dataset: Path, dtype: str) -> list[object]:
         pytest.param(
             ["--pipeline-model-parallel-size", 2, "--nproc-per-node", 2], "float32", marks=pytest.mark.nightly
         ),
-        pytest.param(
-            ["--nproc-per-node", 2, "--use-distributed-optimizer"], "float32", marks=pytest.mark.nightly
-        ),
+        (["--nproc-per-node", 2, "--use-distributed-optimizer"], "float32"),
     ],
     ids=["one device", "tp2", "tp2 + sp, bf16", "pp2", "dp2 + sharded optimizer"],
 )

@@ -1,6 +1,5 @@
 """Every schedule, virtual stages and micro-batches of several sizes compute what one process computes."""
 
-import time
 from typing import Any
 from unittest.mock import patch
 
@@ -10,7 +9,7 @@ import torch.distributed as dist
 
 from ascendspeed_core.build import load_model
 from ascendspeed_core.config.batch import MICRO_BATCH_EXAMPLES, BatchConfig
-from ascendspeed_core.config.layout import SPLIT_BACKWARD_SCHEDULES, Layout, Stage, stages_of_ranks
+from ascendspeed_core.config.layout import SPLIT_BACKWARD_SCHEDULES, Layout, stages_of_ranks
 from ascendspeed_core.config.optimizer import OptimizerConfig
 from ascendspeed_core.config.parallel import ParallelConfig
 from ascendspeed_core.device import Device
@@ -111,7 +110,7 @@ def step_events(layout: Layout) -> tuple[list[tuple[str, int]], int]:
     model = load_model(InitialWeights(tiny_config(), seed=5), mesh, torch.float32)
     engine = NativeEngine(model, OptimizerConfig(), mesh)
     batches = micro_batches(128, 0, mesh, 2, masked=False)
-    recorder, starts, messages = Recorder(lambda: None), [], []
+    recorder, messages = Recorder(lambda: None), []
 
     class CountingDist:
         """`torch.distributed` as the collectives see it; torch's own schedules go on with the real one."""
@@ -124,18 +123,15 @@ def step_events(layout: Layout) -> tuple[list[tuple[str, int]], int]:
                 messages.append(args)
             return dist.isend(*args, **kwargs)
 
-    def on_stage_done(stage: Stage) -> None:
-        starts.append((time.perf_counter(), stage.index))
-        engine.start_reduction(stage)
-
     with patch.object(collectives, "dist", CountingDist()):
         run_pipeline(
             model, mesh, [batch.input for batch in batches],
-            lambda number, logits: masked_sum(model, logits, batches[number], mesh), recorder, on_stage_done,
+            lambda number, logits: masked_sum(model, logits, batches[number], mesh), recorder,
+            engine.begin_last_backward, engine.end_last_backward,
         )  # fmt: skip
         engine.step()
     events = [(action.start, action.kind, action.stage) for action in recorder.actions]
-    events += [(moment, "reduction", stage) for moment, stage in starts]
+    events += [(one.start, "reduction", one.stage) for one in engine.optimizer.reduction.noted]
     # With one other data-parallel rank a small reduction is one message.
     return [(kind, stage) for _, kind, stage in sorted(events)], len(messages)
 

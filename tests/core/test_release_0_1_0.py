@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from ascendspeed_core.config.experts import ExpertsConfig
 from ascendspeed_core.config.finetune import FinetuneConfig
 from ascendspeed_core.config.load import load_config
 from ascendspeed_core.config.migrate import FORMAT_VERSION, migrate_config
@@ -37,6 +38,10 @@ DATA_SINCE: dict[str, Any] = {
     "train_data_path": [], "valid_data_path": [], "test_data_path": [], "reset_attention_mask": False,
     "reset_position_ids": False, "no_shuffle": False,
 }  # fmt: skip
+PARALLEL_SINCE: dict[str, Any] = {
+    "expert_model_parallel_size": 1, "expert_tensor_parallel_size": None, "overlap_grad_reduce": True,
+    "overlap_param_gather": True, "ddp_bucket_size": 1 << 24,
+}  # fmt: skip
 """Options that later releases added, which an old recipe leaves alone."""
 
 
@@ -58,11 +63,19 @@ def test_a_recipe_gives_the_settings_that_the_release_stored(run: str, command: 
     loaded = load_config(RECIPES[command], FIXTURES / f"{command}.toml", {}, say=lambda _: None)
     stored = read_json(FIXTURES / run / "iter_0000003" / "checkpoint.json")["run"]
     migrated, _ = migrate_config(stored, "checkpoint.json")
-    new = {"data": DATA_SINCE, "training": {"num_train_epochs": None}}
+    new: dict[str, dict[str, Any]] = {"data": DATA_SINCE, "training": {"num_train_epochs": None}}
+    new |= {"parallel": PARALLEL_SINCE, "compute": {"token_permutation": "auto", "grouped_product": "auto"}}
     new["start"] = {"orig_vocab_size": None}
+    new["parallel"] = {
+        "expert_model_parallel_size": 1, "expert_tensor_parallel_size": None, "overlap_grad_reduce": True,
+        "overlap_param_gather": True, "ddp_bucket_size": 1 << 24,
+    }  # fmt: skip
+    new["compute"] = {"grouped_product": "auto", "token_permutation": "auto"}
     expected = {section: values | new.get(section, {}) for section, values in migrated.items()}
+    expected["experts"] = ExpertsConfig().model_dump(mode="json")
     if command == "finetune":
         expected["records"] = RecordsConfig().model_dump(mode="json")
+    expected["experts"] = ExpertsConfig().model_dump(mode="json")
     assert loaded.model_dump(mode="json") == expected
 
 

@@ -243,7 +243,7 @@ def test_balancing_makes_loads_equal() -> None:
 
 
 def test_shapes_that_cannot_be() -> None:
-    with pytest.raises(ConfigError, match="experts are SwiGLU without biases"):
+    with pytest.raises(ConfigError, match="experts go with mlp=swiglu and mlp_bias=false"):
         from ascendspeed_core.config.load import validate
         from ascendspeed_core.config.model import ModelConfig
 

@@ -208,8 +208,35 @@ def test_early_reductions_are_on_the_timeline(tmp_path: Path) -> None:
             stage: max(a["end"] for a in actions if a["stage"] == stage)
             for stage in (early["stage"], late["stage"])
         }
-        # The first starts when its stage is done, while the device's other stage still computes.
-        assert ends[early["stage"]] <= early["start"] < ends[late["stage"]] <= late["start"]
+        # The first starts in the last backward of its stage, before the device's other stage is done.
+        assert early["start"] <= ends[early["stage"]] < ends[late["stage"]]
+        assert early["start"] < late["start"] <= ends[late["stage"]]
+
+
+def test_reductions_of_data_parallel_ranks_are_on_the_timeline(tmp_path: Path) -> None:
+    """No pipeline: messages start inside the last backward, and their bytes are those of all gradients."""
+    config = tiny_config()
+    (tmp_path / "model.json").write_text(json.dumps(find_family("llama").write_config(config)))
+    done = run_command(
+        "asd-core", "timeline", "--model-config", tmp_path / "model.json", "--seq-length", 16, "--global-batch-size", 8,
+        "--device", "cpu", "--picture", tmp_path / "dp.png", "--ddp-bucket-size", 5000, "--nproc-per-node", 2,
+    )  # fmt: skip
+    assert done.status == 0, done.stderr
+    numbers = json.loads((tmp_path / "dp.json").read_text())
+    (actions,), (reductions,), (alone,) = (
+        numbers[name] for name in ("actions", "reductions", "reduction_seconds_alone")
+    )
+    assert sum(one["sent_bytes"] for one in reductions) == 4 * config.num_parameters
+    last = [action for action in actions if action["kind"] == "backward"][-1]
+    inside = [one for one in reductions if last["start"] < one["start"] < last["end"]]
+    assert len(inside) == len(reductions) > 4
+    waited = sum(one["waited"] for one in reductions)
+    assert alone > 0
+    assert (
+        f"device 0: {len(reductions)} reductions of gradients, {4 * config.num_parameters:,} bytes"
+        in done.complaint
+    )
+    assert f"{max(1 - waited / alone, 0):.0%} hidden" in done.complaint
 
 
 def test_all_to_alls_of_experts_are_on_the_timeline(tmp_path: Path) -> None:

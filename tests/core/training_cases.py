@@ -185,8 +185,11 @@ class PlainPasses:
     def backward(self, loss: torch.Tensor, scale: float, is_last: bool) -> None:
         (loss * scale).backward()
 
-    def start_reduction(self, stage: Stage) -> None:
+    def begin_last_backward(self, *stages: Stage) -> None:
         """Wait: `first_gradients` adds up over all devices at the end."""
+
+    def end_last_backward(self, *stages: Stage) -> None:
+        """Wait, as above."""
 
 
 def sharing(name: str, mesh: ParallelMesh) -> dist.ProcessGroup | None:

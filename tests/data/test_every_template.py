@@ -219,15 +219,19 @@ def compare(tokenizers: tuple[Any, Any], name: str, seed: object, count: int) ->
     return compared.counts
 
 
+def add_row(report: ReportTables, name: str, counts: Counter[str]) -> None:
+    header = ("template", *(columns := ("equal", "refused", "masks of trl", "rendered otherwise by trl")))
+    report.add(
+        "Templates of the families against transformers and trl", header, name, *(counts[c] for c in columns)
+    )
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_ids_and_masks_equal_transformers_and_trl(
     tokenizers: tuple[Any, Any], name: str, report: ReportTables
 ) -> None:
     counts = compare(tokenizers, name, 1, 1)
-    header = ("template", *(columns := ("equal", "refused", "masks of trl", "rendered otherwise by trl")))
-    report.add(
-        "Templates of the families against transformers and trl", header, name, *(counts[c] for c in columns)
-    )
+    add_row(report, name, counts)
     assert counts["equal"] >= 1
     if TEMPLATES[name][1] is not None and name not in LEFT_OUT_BY_TRL:
         assert counts["masks of trl"] >= 1
@@ -235,11 +239,14 @@ def test_ids_and_masks_equal_transformers_and_trl(
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_many_ids_and_masks_equal_transformers_and_trl(tokenizers: tuple[Any, Any], name: str) -> None:
+def test_many_ids_and_masks_equal_transformers_and_trl(
+    tokenizers: tuple[Any, Any], name: str, report: ReportTables
+) -> None:
     import time
 
     seed = time.time_ns()
     counts = compare(tokenizers, name, seed, 35)
+    add_row(report, name, counts)
     assert counts["equal"] >= 40, (seed, counts)
 
 
@@ -252,19 +259,18 @@ def test_control_that_users_spell_is_text(tokenizers: tuple[Any, Any], report: R
         ours.chat_template = source
         layout = layout_named("tokenizer", ours)
         pieces = [piece for piece in ours.added_ids if piece in source]
-        for _ in range(2):
-            words = ["the", "year", *draw.choices(pieces, k=3), "was", "it"]
-            draw.shuffle(words)
-            content: Any = "a" + draw.choice(("", " ")).join(words) + "b"
-            if name in TAKES_LISTS_ONLY:
-                content = [{"type": "text", "text": content}]
-            asked = [{"role": "user", "content": content}]
-            given = theirs.apply_chat_template(
-                asked, chat_template=source, add_generation_prompt=True, sanitize_control_tokens=True
-            )
-            assert layout.ids(asked) == list(given["input_ids"]), (name, content)
-            plain = theirs.apply_chat_template(asked, chat_template=source, add_generation_prompt=True)
-            compared += 1
-            spelled += list(plain["input_ids"]) != list(given["input_ids"])
+        words = ["the", "year", *draw.choices(pieces, k=3), "was", "it"]
+        draw.shuffle(words)
+        content: Any = "a" + draw.choice(("", " ")).join(words) + "b"
+        if name in TAKES_LISTS_ONLY:
+            content = [{"type": "text", "text": content}]
+        asked = [{"role": "user", "content": content}]
+        given = theirs.apply_chat_template(
+            asked, chat_template=source, add_generation_prompt=True, sanitize_control_tokens=True
+        )
+        assert layout.ids(asked) == list(given["input_ids"]), (name, content)
+        plain = theirs.apply_chat_template(asked, chat_template=source, add_generation_prompt=True)
+        compared += 1
+        spelled += list(plain["input_ids"]) != list(given["input_ids"])
     report.add("Control that users spell", ("prompts", "other ids if read as control"), compared, spelled)
     assert spelled > compared / 2

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from ascendspeed_data.errors import ConfigError
-from ascendspeed_data.hub import HubName, hub_name, origin_of, wanted_files
-from support.commands import MODULES, Finished, environment
+from ascendspeed_data.hub import HubName, hub_name, origin_of
+from ascendspeed_data.hub_files import wanted_files
+from support.commands import MODULES, Finished, call, environment
 from support.corpus import make_chat_tokenizer
-from support.hub_server import TOKEN, Hub, serve_hub
+from support.hub_server import TOKEN, Hub, serve_hub, settings_for, using
 from support.models import save_hugging_face, tiny_config
 
 MODEL_FILES = {
@@ -50,15 +51,16 @@ class World:
         self.data = hub.put("org/talk", records, "datasets")
 
     def run(self, *args: object, **more: str) -> Finished:
-        """Run a command; `HF_HUB_OFFLINE` is read when the library is imported, so each has a process of its own."""
+        """Run a command in this process."""
+        with using(self.hub, self.cache, **more):
+            return call(*args)
+
+    def run_apart(self, *args: object, **more: str) -> Finished:
+        """Run a command in a process of its own."""
         first, *rest = [str(one) for one in args]
-        settings = {
-            "HF_ENDPOINT": self.hub.address, "HF_HOME": str(self.cache), "HF_HUB_OFFLINE": "0",
-            "HF_HUB_DISABLE_TELEMETRY": "1", **more,
-        }  # fmt: skip
         done = subprocess.run(
             [sys.executable, "-m", MODULES[first], *rest],
-            env=environment(**settings),
+            env=environment(**settings_for(self.hub, self.cache, **more)),
             capture_output=True,
             text=True,
             check=False,
@@ -108,7 +110,7 @@ def test_models_and_data_are_fetched_once_and_their_commits_recorded(world: Worl
 
 @pytest.mark.nightly
 def test_a_run_from_the_hub_records_what_it_began_with(world: World, tmp_path: Path) -> None:
-    done = world.run(
+    done = world.run_apart(
         "asd-core", "finetune", "--load", "org/tiny", "--data", "org/talk", "--seq-length", 64,
         "--global-batch-size", 2, "--train-iters", 1, "--lr", 1e-4, "--split", "100,0,0", "--device", "cpu",
         "--save", tmp_path / "run",
@@ -117,7 +119,7 @@ def test_a_run_from_the_hub_records_what_it_began_with(world: World, tmp_path: P
     assert set(world.hub.fetched()) == MODEL_FILES | {"train-1.jsonl"}
     (description,) = (tmp_path / "run").glob("**/checkpoint.json")
     assert f"org/tiny@{world.model}" in json.loads(description.read_text())["hub"]
-    again = world.run(
+    again = world.run_apart(
         "asd-infer", "generate", "--load", tmp_path / "run", "--prompt", "the", "--max-new-tokens", 2,
         "--device", "cpu", HF_HUB_OFFLINE="1",
     )  # fmt: skip
@@ -134,13 +136,13 @@ def test_an_interrupted_download_goes_on(world: World, tmp_path: Path) -> None:
     flags = ("--input", "org/long", "--tokenizer-name-or-path", tmp_path / "tokenizer")
     command = ("asd-data", "preprocess", "--output-prefix", tmp_path / "text", *flags)
     world.hub.cut_after = 10_000
-    done = world.run(*command)
+    done = world.run_apart(*command)
     assert done.status == 1
     assert "--input=org/long: the download was interrupted" in done.complaint
     assert "goes on after the files that are complete" in done.complaint
     world.hub.cut_after = 11_000_000
     world.hub.asked.clear()
-    done = world.run(*command)
+    done = world.run_apart(*command)
     assert done.status == 0, done.stderr
     assert set(world.hub.fetched()) == {"train-2.jsonl"}
     starts = [int(one[6:].partition("-")[0]) for method, _, one in world.hub.asked if method == "GET" and one]
@@ -208,6 +210,8 @@ def test_names_and_paths_are_told_apart(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     assert hub_name("Qwen/Qwen3-0.6B") == HubName("Qwen/Qwen3-0.6B", None)
+    assert hub_name("hf:gpt2@main") == HubName("gpt2", "main")
+    assert hub_name("hf:runs/new") == HubName("runs/new", None)
     assert hub_name("org/name@refs/pr/1") == HubName("org/name", "refs/pr/1")
     assert hub_name("modelscope:org/name@v1") == HubName("org/name", "v1", is_modelscope=True)
     for path in (
@@ -220,13 +224,17 @@ def test_names_and_paths_are_told_apart(tmp_path: Path, monkeypatch: pytest.Monk
         "org/data.jsonl",
         "org/*",
         "org/",
+        "gpt2",
         "",
     ):
         assert hub_name(path) is None
-    with pytest.raises(ConfigError, match="modelscope:name is no name on ModelScope"):
-        hub_name("modelscope:name")
+    for wrong in ("modelscope:name", "hf:", "hf:/data", "hf:a/b/c", "hf:a/b@"):
+        with pytest.raises(ConfigError, match=f"{wrong} is no name on a hub"):
+            hub_name(wrong)
     sha = "0123456789" * 4
     assert origin_of(f"/x/hub/models--org--a-b/snapshots/{sha}/config.json") == f"org/a-b@{sha}"
+    assert origin_of(f"/x/hub/models--gpt2/snapshots/{sha}") == f"gpt2@{sha}"
+    assert origin_of("/x/models/org--a-b/snapshots/v1/config.json") == "modelscope:org/a-b@v1"
     assert origin_of(f"{os.sep}x/snapshots/{sha}") is None
 
 
@@ -255,17 +263,75 @@ def test_only_files_that_are_needed_are_wanted() -> None:
     ]
 
 
-def test_modelscope_is_refused_by_name_where_it_is_not_installed(world: World, tmp_path: Path) -> None:
-    blocked = tmp_path / "blocked" / "modelscope"
-    blocked.mkdir(parents=True)
-    (blocked / "__init__.py").write_text("raise ImportError('not here')")
-    path = f"{blocked.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+def test_modelscope_is_refused_by_name_where_it_is_not_installed(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "modelscope_hub", None)
     name = "modelscope:org/tiny"
-    done = world.preprocess(
-        tmp_path, "--input", "org/talk", "--tokenizer-name-or-path", name, PYTHONPATH=path
-    )
+    done = world.preprocess(tmp_path, "--input", "org/talk", "--tokenizer-name-or-path", name)
     assert done.status == 2
-    assert (
-        f"--tokenizer-name-or-path={name}: names on ModelScope need the package modelscope" in done.complaint
+    said = (
+        f"--tokenizer-name-or-path={name}: names on ModelScope need the package modelscope-hub; pip install"
     )
-    assert "pip install 'ascendspeed-data[modelscope]'" in done.complaint
+    assert said in done.complaint
+
+
+def test_names_on_modelscope_are_fetched_by_its_own_library(world: World, tmp_path: Path) -> None:
+    pytest.importorskip("modelscope_hub", reason="modelscope-hub is not installed")
+    flags = ("--input", "modelscope:org/talk", "--tokenizer-name-or-path", "modelscope:org/tiny")
+    done = world.preprocess(tmp_path, *flags)
+    assert done.status == 0, done.stderr
+    fetched = {path.rpartition("/")[2] for _, path, _ in world.hub.asked}
+    assert fetched == (MODEL_FILES - {"model.safetensors"}) | {"train-1.jsonl"}
+    manifest = json.loads((tmp_path / "set_packed.manifest.json").read_text())
+    assert manifest["hub"] == ["modelscope:org/tiny@master", "modelscope:org/talk@master"]
+    assert manifest["num_documents"] == 8
+    # What is there whole is not fetched again; a newer file is.
+    world.hub.asked.clear()
+    line = (json.dumps(RECORD) + "\n").encode()
+    newer = world.hub.put("org/talk", {"data/train-1.jsonl": line * 3}, "datasets")
+    assert world.preprocess(tmp_path, *flags, "--overwrite").status == 0
+    assert [path for _, path, _ in world.hub.asked] == ["data/train-1.jsonl"]
+    pinned = world.preprocess(tmp_path, "--input", f"modelscope:org/talk@{newer}", *flags[2:], "--overwrite")
+    assert pinned.status == 0, pinned.stderr
+    manifest = json.loads((tmp_path / "set_packed.manifest.json").read_text())
+    assert manifest["hub"][1] == f"modelscope:org/talk@{newer}"
+    for name, said in (
+        ("modelscope:org/none", "there is no such dataset on ModelScope, or no revision master of it"),
+        ("modelscope:org/talk@nope", "no revision nope of it"),
+    ):
+        done = world.preprocess(tmp_path / "no", "--input", name, *flags[2:])
+        assert (done.status, said in done.complaint) == (1, True), done.complaint
+    done = world.preprocess(tmp_path / "no", *flags, HF_HUB_OFFLINE="1")
+    assert (done.status, "HF_HUB_OFFLINE is set" in done.complaint) == (1, True), done.complaint
+    world.hub.private.add("org/tiny")
+    (tmp_path / "private").mkdir()
+    done = world.preprocess(tmp_path / "private", *flags)
+    assert (done.status, "set MODELSCOPE_API_TOKEN" in done.complaint) == (1, True), done.complaint
+    done = world.preprocess(tmp_path / "private", *flags, MODELSCOPE_API_TOKEN=TOKEN)
+    assert done.status == 0, done.stderr
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not any(TOKEN.encode() in path.read_bytes() for path in written)
+
+
+def test_names_without_an_owner_need_a_mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    said = {
+        "gpt2": "a name on the Hugging Face hub has its owner before it, or hf: (hf:gpt2)",
+        "runs/new": "runs is a folder here, so it is no name on the Hugging Face hub; for that give hf:runs/new",
+    }
+    for given, words in said.items():
+        done = call("asd-infer", "generate", "--load", given, "--prompt", "a")
+        assert (done.status, words in done.complaint) == (1, True), done.complaint
+        done = call(
+            "asd-data",
+            "preprocess",
+            "--input",
+            "x",
+            "--tokenizer-name-or-path",
+            given,
+            "--output-prefix",
+            "y",
+        )
+        assert (done.status, words in done.complaint) == (1, True), done.complaint

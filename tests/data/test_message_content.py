@@ -7,6 +7,7 @@ import pytest
 
 from ascendspeed_data.errors import DataError
 from ascendspeed_data.fields import TEMPLATE_VARIABLES
+from ascendspeed_data.literal_pieces import LiteralTokenizer
 from ascendspeed_data.prompting import layout_named
 from support.records import (
     PLAIN,
@@ -139,6 +140,15 @@ def test_sharegpt_function_calls_are_tool_calls(chat_tokenizer: Any) -> None:
     assert learned == 'weather{"city": "Oslo"}<|im_end|>3 degrees<|im_end|>'
     turns[1]["value"] = '{"name": "weather", "arguments": "{\\"city\\": \\"Oslo\\"}"}'
     assert learned_of("ShareGPTHandler", {"conversations": turns}, chat_tokenizer) == learned
+    # The roles of ms-swift, in turns and in messages.
+    turns[1]["from"], turns[2]["from"] = "tool_call", "tool_response"
+    assert learned_of("ShareGPTHandler", {"conversations": turns}, chat_tokenizer) == learned
+    roles = ("user", "tool_call", "tool_response", "assistant")
+    messages = [{"role": role, "content": turn["value"]} for role, turn in zip(roles, turns, strict=True)]
+    assert learned_of("MessagesHandler", {"messages": messages}, chat_tokenizer) == learned
+    spelled = [*messages[:2], {"role": "tool_response", "content": "<tool_call>"}, messages[3]]
+    literal = LiteralTokenizer(chat_tokenizer, ["<tool_call>"])
+    assert literal.masked(spelled)[2]["content"] == literal.mask("<tool_call>", is_of_user=True)
     for wrong in ("weather()", '{"name": "weather"}', "[]x"):
         turns[1]["value"] = wrong
         with pytest.raises(DataError, match="turn 2: the function call"):

@@ -137,7 +137,14 @@ def test_manifests_of_version_3_are_read(folder: Path, tmp_path: Path) -> None:
     run(folder, tmp_path, "MessagesHandler", source)
     path = manifest_path(tmp_path / "out_packed")
     content = json.loads(path.read_text())
-    new = ("chat_template_kwargs", "chat_template_date", "reasoning", "columns", "split_conversations")
+    new = (
+        "chat_template_kwargs",
+        "chat_template_date",
+        "reasoning",
+        "columns",
+        "split_conversations",
+        "num_other_prompts",
+    )
     old = {name: value for name, value in content.items() if name not in new} | {"format_version": 3}
     now = load_manifest(tmp_path / "out_packed")
     path.write_text(json.dumps(old))

@@ -329,7 +329,7 @@ def test_compare_finds_the_changed_samples(tmp_path: Path) -> None:
 def test_a_hugging_face_dataset_gives_the_same_prompts(name: str, tmp_path: Path) -> None:
     """Made from the original files in the hub's columns and file names."""
     datasets = pytest.importorskip("datasets", reason="datasets is not installed")
-    from ascendspeed_eval.hub import DATASETS, write_files
+    from ascendspeed_eval.hub_datasets import DATASETS, find_data
 
     task = find_task(name)
     # google/boolq has no titles, which the protocol lm-eval shows.
@@ -358,6 +358,6 @@ def test_a_hugging_face_dataset_gives_the_same_prompts(name: str, tmp_path: Path
             tmp_path / "hub" / config / f"{split}-00000-of-00001.parquet"
         )
     (tmp_path / "files").mkdir()
-    folder = write_files(name, f"hf:{tmp_path / 'hub'}", tmp_path / "files")
+    folder, _ = find_data(name, f"hf:{tmp_path / 'hub'}", tmp_path / "files")
     found = prepare_evaluation(task, variant, folder)
     assert {s.prompt for s in found.samples} == {s.prompt for s in wanted.samples}

@@ -12,8 +12,8 @@ import pytest
 from ascendspeed_core.config.load import load_config
 from ascendspeed_data.errors import AscendSpeedError, ConfigError
 from ascendspeed_data.tokenizer import load_tokenizer
-from ascendspeed_infer.chat import ANSWER
 from ascendspeed_infer.config import GenerateConfig, SamplingConfig
+from ascendspeed_infer.conversing import ANSWER
 from ascendspeed_infer.engine.sequence import GenerationSettings
 from ascendspeed_infer.engines import COMMON_OPTIONS, NATIVE, TextEngine, find_engine
 from ascendspeed_infer.language_model import LanguageModel

@@ -20,6 +20,8 @@ FLAGS = {
     "nproc_per_node": (int, ()),
     "tensor_model_parallel_size": (int, ()),
     "pipeline_model_parallel_size": (int, ()),
+    "expert_model_parallel_size": (int, ()),
+    "expert_tensor_parallel_size": (int, ()),
     "zero_stage": (int, ()),
     "deepspeed": (bool, ()),
     "deepspeed_config": (str, ("--deepspeed_config",)),
@@ -38,7 +40,7 @@ FLAGS = {
     "norm_epsilon": (float, ("--layernorm-epsilon",)),
     "rotary_base": (float, ()),
 }
-"""Flags of release 0.1.0, which scripts use."""
+"""Flags that scripts use."""
 
 
 def test_flags_and_types() -> None:

@@ -11,6 +11,7 @@ from ascendspeed_core.config.source import ModelSourceConfig
 from ascendspeed_core.weights import open_source
 from ascendspeed_data.prompting import layout_named
 from ascendspeed_data.tokenizer import load_tokenizer
+from ascendspeed_infer.channels import ChannelReader
 from ascendspeed_infer.chat import Chat, choose_layout
 from ascendspeed_infer.config import AnswerConfig
 from ascendspeed_infer.conversing import converse
@@ -89,6 +90,76 @@ def test_calls_are_found_in_the_forms_of_families() -> None:
 )  # fmt: skip
 def test_what_is_no_call_stays_text(answer: str) -> None:
     assert find_tool_calls(answer) is None
+
+
+FIELDS = {
+    "city": ("string", ("Bern", "42", "a\nb", "<b>", "None", " x ", "[1]")),
+    "days": ("integer", (3, -1)),
+    "exact": ("boolean", (True, False)),
+    "near": ("array", ([1, "a"], [])),
+    "more": ({"type": "object"}, ({"a": {"b": None}}, {})),
+}
+
+
+def test_calls_that_write_values_as_text_follow_the_types_of_tools() -> None:
+    properties = {
+        key: kind if isinstance(kind, dict) else {"type": kind} for key, (kind, _) in FIELDS.items()
+    }
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {"properties": properties}}}]
+    draw = random.Random(6)
+    for _ in range(300):
+        keys = draw.sample(list(FIELDS), draw.randint(0, 5))
+        wanted = {key: draw.choice(FIELDS[key][1]) for key in keys}
+        texts = {
+            key: value if isinstance(value, str) else draw.choice((json.dumps(value), str(value)))
+            if isinstance(value, bool) else json.dumps(value)
+            for key, value in wanted.items()
+        }  # fmt: skip
+        qwen = "".join(f"<parameter={key}>\n{text}\n</parameter>\n" for key, text in texts.items())
+        glm = "".join(
+            f"<arg_key>{key}</arg_key>\n<arg_value>{text}</arg_value>\n" for key, text in texts.items()
+        )
+        for inner in (f"\n<function=weather>\n{qwen}</function>\n", f"weather\n{glm}"):
+            found = find_tool_calls(f"<tool_call>{inner}</tool_call>", tools=tools)
+            assert found is not None, inner
+            assert found.calls[0]["function"] == {"name": "weather", "arguments": wanted}
+    broken = "<tool_call><function=weather><parameter=city>Bern</function></tool_call>"
+    assert find_tool_calls(broken, tools=tools) is None
+    assert find_tool_calls("<tool_call>other</tool_call>", tools=tools) is None
+
+
+def test_answers_in_channels_become_thoughts_and_calls(model: LanguageModel) -> None:
+    tokenizer = model.tokenizer
+    control = {
+        f"<|{name}|>" for name in ("channel", "message", "start", "end", "call", "return", "constrain")
+    }
+
+    def read(answer: str) -> str:
+        reader, text = ChannelReader(tokenizer), ""
+        for token in tokenizer.encode_rendered(answer)[0]:
+            piece = next((one for one in control if tokenizer.special_ids.get(one) == token), None)
+            text += reader.feed(token, "" if piece else tokenizer.decode([token]))
+        return text
+
+    assert (
+        read(
+            "<|channel|>analysis<|message|>Hm<|end|><|start|>assistant<|channel|>final<|message|>Yes.<|return|>"
+        )
+        == "<think>\nHm\n</think>\n\nYes."
+    )
+    found = find_tool_calls(
+        read(
+            "<|channel|>analysis<|message|>Hm<|end|><|start|>assistant<|channel|>commentary to=functions.weather "
+            '<|constrain|>json<|message|>{"city": "Bern"}<|call|>'
+        )
+    )
+    assert found is not None
+    assert (found.text, found.calls[0]["function"]) == ("<think>\nHm\n</think>", CALL)
+    assert read("<|channel|>analysis<|message|>cut o") == "<think>\ncut o"
+    # A model that writes no channels is heard all the same.
+    assert read("the year was") == "the year was"
+    assert read("today") == "today"
+    assert read("the end<|end|>and more") == "the endand more"
 
 
 def test_a_call_that_cannot_be_read_stays_text_beside_others() -> None:

@@ -1,14 +1,20 @@
-"""A small Hugging Face hub on loopback: it lists repositories and gives their files, and fails when it is told to."""
+"""A small hub on loopback that lists repositories and gives their files, and fails when it is told to.
+
+It answers huggingface_hub, and modelscope_hub under `/api/v1`.
+"""
 
 import hashlib
 import json
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import pytest
 
 TOKEN = "hf_verysecrettoken"
 
@@ -35,7 +41,7 @@ class Hub:
         commit = hashlib.sha1(repr(sorted(files.items())).encode()).hexdigest()
         self._repos.setdefault((kind, name), {})[commit] = files
         refs = self._refs.setdefault((kind, name), {})
-        refs["main"] = refs[commit] = commit
+        refs["main"] = refs["master"] = refs[commit] = commit
         return commit
 
     def put_folder(self, name: str, folder: Path, **more: bytes) -> str:
@@ -51,6 +57,8 @@ class Hub:
         """Answer one request."""
         path = unquote(urlsplit(handler.path).path).strip("/")
         parts = path.split("/")
+        if parts[:2] == ["api", "v1"]:
+            return self._answer_modelscope(handler, method, parts[2:])
         kind = "datasets" if "datasets" in parts[:2] else "models"
         is_api = parts[0] == "api"
         rest = parts[2:] if is_api else parts[1:] if kind == "datasets" else parts
@@ -74,6 +82,31 @@ class Hub:
         else:
             return self._give(handler, method, path, files.get("/".join(rest[2:])), commit)
         return _send(handler, 200, json.dumps(listed).encode(), {"Content-Type": "application/json"})
+
+    def _answer_modelscope(self, handler: BaseHTTPRequestHandler, method: str, parts: list[str]) -> None:
+        given = {key: one[0] for key, one in parse_qs(urlsplit(handler.path).query).items()}
+        kind, name, rest = parts[0], "/".join(parts[1:3]), parts[3:]
+        if name in self.private and f"m_session_id={TOKEN}" not in handler.headers.get("Cookie", ""):
+            return self._fail(handler, 403, "")
+        commit = self._refs.get((kind, name), {}).get(given.get("Revision", "master"))
+        if commit is None or not rest:
+            return self._fail(handler, 404, "")
+        files = self._repos[kind, name][commit]
+        if rest == ["repo"]:
+            path = given["FilePath"]
+            return self._give(handler, method, path, files.get(path), commit)
+        listed = [
+            {
+                "Path": one,
+                "Name": one.rpartition("/")[2],
+                "Type": "blob",
+                "Size": len(data),
+                "Sha256": hashlib.sha256(data).hexdigest(),
+            }
+            for one, data in files.items()
+        ]
+        body = json.dumps({"Code": 200, "Success": True, "Data": {"Files": listed}}).encode()
+        return _send(handler, 200, body, {"Content-Type": "application/json"})
 
     def _give(
         self, handler: BaseHTTPRequestHandler, method: str, path: str, data: bytes | None, commit: str
@@ -135,3 +168,24 @@ def serve_hub() -> Iterator[Hub]:
     yield hub
     http.shutdown()
     http.server_close()
+
+
+def settings_for(hub: Hub, cache: Path, **more: str) -> dict[str, str]:
+    """Return the environment of someone who uses a hub, with a cache of their own."""
+    return {
+        "HF_ENDPOINT": hub.address, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1",
+        "MODELSCOPE_ENDPOINT": hub.address, "MODELSCOPE_CACHE": str(cache / "modelscope"),
+        "MODELSCOPE_HOME": str(cache), **more,
+    }  # fmt: skip
+
+
+@contextmanager
+def using(hub: Hub, cache: Path, **more: str) -> Iterator[None]:
+    """Use a hub in this process; libraries that read the environment when they are imported are imported anew."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings_for(hub, cache, **more).items():
+            patch.setenv(name, value)
+        for name, module in list(sys.modules.items()):
+            if module is not None and name.partition(".")[0] in ("huggingface_hub", "modelscope_hub"):
+                patch.delitem(sys.modules, name)
+        yield

@@ -30,6 +30,17 @@ FACTORIES = (
 """Operations that make a tensor of nothing, so that no argument tells which device they run on."""
 
 
+SUMMING = ("all_reduce", "reduce", "reduce_scatter", "reduce_scatter_tensor", "reduce_scatter_single")
+COLLECTIVES = (
+    *SUMMING, "all_gather", "all_gather_into_tensor", "all_gather_single", "all_to_all", "all_to_all_single",
+    "broadcast", "gather", "scatter", "send", "recv",
+)  # fmt: skip
+SUMMED = (
+    torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32,
+)  # fmt: skip
+"""What HCCL adds up, by `checkSupportedDataType` of torch_npu's ProcessGroupHCCL."""
+
+
 class NpuModule:
     """What `torch.npu` offers, as far as torch itself and this project ask for it."""
 
@@ -160,6 +171,21 @@ def _collectives(store: Any, rank: int, size: int, timeout: Any) -> Any:
     return dist.ProcessGroupGloo(store, rank, size, timeout)
 
 
+def _checked(collective: Callable[..., Any], is_summing: bool) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if dist.get_backend(kwargs.get("group")) == "hccl":
+            tensors: list[torch.Tensor] = []
+            tree_map(lambda value: tensors.append(value) if isinstance(value, torch.Tensor) else None, args)
+            for tensor in tensors:
+                if tensor.device.type != "npu":
+                    raise RuntimeError(f"{collective.__name__}: HCCL moves no tensor of {tensor.device.type}")
+                if is_summing and tensor.dtype not in SUMMED:
+                    raise RuntimeError(f"HCCL {collective.__name__}: Unsupported data type {tensor.dtype}")
+        return collective(*args, **kwargs)
+
+    return call
+
+
 _library = torch.library.Library("aten", "IMPL")
 
 
@@ -174,6 +200,9 @@ def install() -> None:
     npu_operators.install()
     # Unwrapped tensors are on the CPU, so the group must take these too.
     dist.Backend.register_backend("hccl", _collectives, devices=["npu", "cpu"])
+    for name in COLLECTIVES:
+        if hasattr(dist, name):
+            setattr(dist, name, _checked(getattr(dist, name), name in SUMMING))
 
 
 def _copy_from(source: torch.Tensor, target: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:

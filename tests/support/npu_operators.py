@@ -37,9 +37,13 @@ def npu_fusion_attention(*args: Any, **options: Any) -> tuple[Any, ...]:
 
 
 def npu_fusion_attention_v2(*args: Any, pse_type: int = 1, **options: Any) -> tuple[Any, ...]:
-    """Type 1 adds and then scales, type 0 scales and then adds."""
-    assert pse_type in (0, 1)
-    return _attention(adds_first=pse_type == 1, **_by_name("npu_fusion_attention_v2", args, options))
+    """Type 1 adds and then scales, type 0 scales and then adds, type 2 makes what it adds from slopes."""
+    assert pse_type in (0, 1, 2)
+    given = _by_name("npu_fusion_attention_v2", args, options)
+    for name in ("pre_tokens", "next_tokens"):
+        if name in given:
+            given[name.replace("tok", "tock")] = given.pop(name)
+    return _attention(adds_first=pse_type == 1, is_slopes=pse_type == 2, **given)
 
 
 def _by_name(operator: str, args: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
@@ -55,10 +59,33 @@ def _by_name(operator: str, args: tuple[Any, ...], options: dict[str, Any]) -> d
 
 
 def _attention(
-    query: Tensor, key: Tensor, value: Tensor, head_num: int, input_layout: str, *, adds_first: bool,
-    pse: Tensor | None = None, atten_mask: Tensor | None = None, scale: float = 1.0, sparse_mode: int = 0,
+    query: Tensor, key: Tensor, value: Tensor, head_num: int, input_layout: str, *,
+    actual_seq_qlen: list[int] | None = None, actual_seq_kvlen: list[int] | None = None, **options: Any,
 ) -> tuple[Any, ...]:  # fmt: skip
-    assert input_layout == "BNSD"
+    """In layout TND tokens of several texts stand one after the other, with the ends of the texts."""
+    if input_layout == "BNSD":
+        assert actual_seq_qlen is actual_seq_kvlen is None
+        attended = _rows(query, key, value, head_num, **options)
+    else:
+        assert input_layout == "TND"
+        assert actual_seq_qlen == actual_seq_kvlen
+        assert actual_seq_qlen is not None
+        assert len(actual_seq_qlen) <= 1024
+        assert actual_seq_qlen[-1] == len(query)
+        sizes = [end - start for start, end in zip([0, *actual_seq_qlen], actual_seq_qlen, strict=False)]
+        texts = zip(*(x.transpose(0, 1).split(sizes, 1) for x in (query, key, value)), strict=True)
+        parts = [_rows(*(x.unsqueeze(0) for x in text), head_num, **options)[0] for text in texts]
+        attended = torch.cat(parts, 1).transpose(0, 1)
+    empty = attended.new_empty(0)
+    return attended, empty, empty, empty, 0, 0, 0
+
+
+def _rows(
+    query: Tensor, key: Tensor, value: Tensor, head_num: int, *, adds_first: bool, is_slopes: bool = False,
+    pse: Tensor | None = None, atten_mask: Tensor | None = None, scale: float = 1.0, sparse_mode: int = 0,
+    pre_tockens: int = 2**31 - 1, next_tockens: int = 2**31 - 1,
+) -> Tensor:  # fmt: skip
+    """Attention of rows, [B, N, S, D]."""
     assert head_num == query.shape[1]
     assert query.dtype in (torch.float16, torch.bfloat16, torch.float32)
     assert query.dtype == key.dtype == value.dtype
@@ -66,7 +93,14 @@ def _attention(
     batch, queries, keys = query.shape[0], query.shape[2], key.shape[2]
     group = head_num // key.shape[1]
     scores = (query @ key.repeat_interleave(group, 1).transpose(-1, -2)).float()
-    if pse is not None:
+    distance = torch.arange(keys) - torch.arange(queries).unsqueeze(1)
+    if is_slopes:
+        assert pse is not None
+        assert pse.dtype == torch.float32
+        assert pse.shape == (head_num,)
+        assert queries == keys
+        scores = scores * scale - pse[:, None, None] * distance.abs()
+    elif pse is not None:
         assert pse.dtype == query.dtype
         assert pse.shape in ((batch, head_num, queries, keys), (1, head_num, queries, keys))
         scores = (scores + pse) * scale if adds_first else scores * scale + pse
@@ -74,18 +108,20 @@ def _attention(
         scores = scores * scale
     if atten_mask is not None:
         assert atten_mask.dtype == torch.bool
-        if sparse_mode == 3:
+        if sparse_mode in (3, 4):
             # The compressed causal mask; its corner is that of the last query and the last key.
             assert torch.equal(atten_mask, torch.ones(2048, 2048, dtype=torch.bool).triu(1))
-            atten_mask = torch.ones(queries, keys, dtype=torch.bool).triu(keys - queries + 1)
+            distance = distance - (keys - queries)
+            atten_mask = distance > 0
+            if sparse_mode == 4:
+                atten_mask = (distance > next_tockens) | (distance < -pre_tockens)
         else:
             assert sparse_mode == 0
             whole = (queries, keys)
             assert atten_mask.shape in (whole, (1, 1, *whole), (batch, 1, *whole), (batch, head_num, *whole))
         scores = scores.masked_fill(atten_mask, -torch.inf)
-    attended = scores.softmax(-1).to(value.dtype) @ value.repeat_interleave(group, 1)
-    empty = scores.new_empty(0)
-    return attended, empty, empty, empty, 0, 0, 0
+    attended: Tensor = scores.softmax(-1).to(value.dtype) @ value.repeat_interleave(group, 1)
+    return attended
 
 
 def npu_scaled_masked_softmax(

@@ -16,6 +16,7 @@ from ascendspeed_core.config.sharding import Slice, tensor_sharding, tensor_slic
 from ascendspeed_core.kernels.experts import grouped_product
 from ascendspeed_core.kernels.int8 import Workspace, refuse_missing_format
 from ascendspeed_core.kernels.registry import (
+    FROM_HIDDEN,
     JOINED_GATED,
     UNPERMUTE,
     Choice,
@@ -242,6 +243,9 @@ def apply_kernels(
     if "scaled_masked_softmax" in chosen:
         chosen["attention"] = partial(chosen["attention"], softmax=chosen["scaled_masked_softmax"])
     model.token_losses = chosen["cross_entropy"]
+    model.loss_from_hidden = any(
+        choice.operator == "cross_entropy" and choice.implementation == FROM_HIDDEN for choice in choices
+    )
     for module in model.modules():
         if isinstance(module, Attention):
             module.attend = chosen["attention"]
@@ -288,11 +292,14 @@ def apply_inference_kernels(model: Transformer, mesh: ParallelMesh) -> None:
         has_additive_mask=model.config.position == "alibi",
         lengths_vary=True,
     )
-    # All weights of experts side by side would be copied for each token.
-    has_experts = model.config.experts is not None
-    apply_kernels(
-        model, ComputeConfig(grouped_product="reference") if has_experts else ComputeConfig(), context
-    )
+    names = {}
+    if model.config.experts is not None:
+        # All weights of experts side by side would be copied for each token.
+        names["grouped_product"] = "reference"
+    if changed_scores(model.config):
+        # The scores of one token are few, and blocks of them fewer.
+        names["attention"] = "reference"
+    apply_kernels(model, ComputeConfig(**names), context)
 
 
 def _absence(operator: str, model: Transformer, before: Sequence[Choice]) -> str | None:
@@ -335,4 +342,9 @@ def kernel_context(
         seq_length=seq_length,
         lengths_vary=lengths_vary,
         micro_batch_tokens=largest * seq_length,
+        logits_bytes=4
+        * largest
+        * (seq_length // mesh.layout.cp)
+        * -(-model.config.vocab_size // mesh.layout.tp),
+        spreads_weights=mesh.layout.zero_stage == 3,
     )

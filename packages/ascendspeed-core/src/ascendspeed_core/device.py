@@ -22,6 +22,9 @@ T = TypeVar("T")
 BACKENDS = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
 """Collective back end of each device."""
 
+NO_FLOAT64_SUMS = frozenset(("hccl",))
+"""Back ends that move float64 between ranks but do not add it up (torch_npu's ProcessGroupHCCL, HCCL's AllReduce)."""
+
 PEAK_TFLOPS = {
     "H100 PCIe": 756, "H100": 989, "H200": 989, "H800": 989, "H20": 148, "A100": 312, "A800": 312, "L40S": 362,
     "RTX 4090": 165, "V100": 125, "910B1": 414, "910B2": 376, "910B3": 313, "910B4": 280, "910A": 256, "910ProB": 256,

@@ -18,8 +18,8 @@ from ascendspeed_data.errors import DataError
 from ascendspeed_data.fields import REASONING
 from ascendspeed_data.template_environment import GENERATION_BEGIN, GENERATION_END, without_marks
 
-THOUGHTS_END = "</think>"
-"""Ends the thoughts that stand before an answer in its content."""
+THOUGHTS_BEGIN, THOUGHTS_END = "<think>", "</think>"
+"""Around the thoughts that stand before an answer in its content."""
 
 DROPS_THOUGHTS = "the chat template leaves out thoughts of earlier turns"
 RENDERS_ANEW = "the chat template renders an earlier answer differently once others follow"
@@ -48,12 +48,14 @@ class AnsweredSample:
         parts: the rendering.
         learned: numbers from 0 of the messages that are learned in it.
         reason: why it is not part of the next sample; empty for the last one.
+        has_other_prompt: whether the start that a server gives one of the answers says more than the sample shows.
     """
 
     num_messages: int
     parts: list[Part]
     learned: tuple[int, ...]
     reason: str = ""
+    has_other_prompt: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,7 @@ class _Turn:
         answer: what follows, without white space after its end.
         trailer: what follows only if no message does.
         is_apart: whether no rendering has the answer after this prompt, because what comes after drops thoughts of it.
+        has_other_prompt: whether a server gives another prompt, or one whose last token is another.
     """
 
     number: int
@@ -116,6 +119,7 @@ class _Turn:
     answer: str
     trailer: str = ""
     is_apart: bool = False
+    has_other_prompt: bool = False
 
     def is_in(self, text: str) -> bool:
         """Return whether a rendering shows the answer after its prompt, as serving does."""
@@ -170,7 +174,8 @@ class Answers:
                 reason = reason or self._reason(self._turn(left[-1]), text)
                 continue
             if left[-1] in shown:
-                made.append(AnsweredSample(count, self._parts(count, shown), tuple(shown), reason))
+                differs = any(self._turn(number).has_other_prompt for number in shown)
+                made.append(AnsweredSample(count, self._parts(count, shown), tuple(shown), reason, differs))
                 left = hidden
             else:
                 made.append(self._apart(self._turn(left.pop()), reason))
@@ -214,6 +219,7 @@ class Answers:
         if number not in self._turns:
             upto = self._bare(number + 1)
             prompt = self._prompt(number)
+            asked = prompt
             is_apart = not upto.startswith(prompt) and self._answer_apart(number) is not None
             if is_apart:
                 upto = prompt + (self._answer_apart(number) or "")
@@ -229,7 +235,10 @@ class Answers:
             else:
                 trailer = ""
             answer = answer.rstrip() if self._ends.ended(answer) else answer
-            self._turns[number] = _Turn(number, prompt, answer, trailer, is_apart)
+            # White space before and after the border may be one token: thoughts that are opened, and closed at once.
+            is_closed = prompt.endswith(f"{THOUGHTS_BEGIN}\n") and answer.startswith(f"\n{THOUGHTS_END}")
+            differs = not self._is_marked and (is_closed or prompt != asked)
+            self._turns[number] = _Turn(number, prompt, answer, trailer, is_apart, differs)
         return self._turns[number]
 
     def _prompt(self, number: int) -> str:

@@ -164,6 +164,7 @@ class ChatTemplate:
                     is_rendered=True,
                     unused=tuple(dict.fromkeys((*dropped, *unused))),
                     reason=reason,
+                    has_other_prompt=one.has_other_prompt,
                 )
             )
         return made
@@ -259,7 +260,8 @@ class ChatTemplate:
         """Return the ids of the special tokens that end an answer or calls, if the template has them."""
         found = self._special.match(self._after_answer().lstrip())
         ends = [] if found is None else [found[0]]
-        calls = self._end_of_calls()
+        # Where the next turn's opener ends answers, what stands after one call may stand before another.
+        calls = [] if self._openers else self._end_of_calls()
         return tuple(dict.fromkeys(self._special_ids[piece] for piece in (*ends, *calls, *self._openers)))
 
     def _ends(self) -> Ends:

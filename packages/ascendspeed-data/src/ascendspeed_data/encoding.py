@@ -44,6 +44,8 @@ class Counts:
     """Columns and keys that nothing read, with the number of records in which they are filled."""
     num_spelling_records: int = 0
     """Records whose texts spell special pieces, which were read as text."""
+    num_other_prompts: int = 0
+    """Records with an answer that a chat asks for with another prompt."""
     split_conversations: dict[str, int] = field(default_factory=dict)
     """Why conversations became several samples, with the number of such records."""
 
@@ -194,6 +196,7 @@ class ShardEncoder:
                     unused |= dict.fromkeys(sample.unused, 1)
                 counts.add_unused(unused)
                 counts.add_split(dict.fromkeys((sample.reason for sample in made if sample.reason), 1))
+                counts.num_other_prompts += any(sample.has_other_prompt for sample in made)
                 if is_pairs and len(made) not in (0, 2):
                     raise DataError(f"{handler.name} made {len(made)} samples of a record; a pair has two")
                 literal = self._with_literals(handler, plain, made)

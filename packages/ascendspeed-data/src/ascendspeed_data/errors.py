@@ -26,14 +26,17 @@ class DataError(AscendSpeedError):
 
 
 def not_downloaded(path: Path) -> str:
-    """Return how to get a model of the Hugging Face hub whose name was given for a folder, or an empty string."""
-    is_name = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(path)) and not path.parent.exists()
-    if not is_name:
+    """Return what to do where a path that does not exist may be a name on the Hugging Face hub, or an empty string."""
+    name = str(path)
+    if re.fullmatch(r"[A-Za-z0-9][\w-]*", name):
+        return f"a name on the Hugging Face hub has its owner before it, or hf: (hf:{name})"
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
         return ""
-    folder = path.name
+    if path.parent.exists():
+        return f"{path.parent} is a folder here, so it is no name on the Hugging Face hub; for that give hf:{name}"
     return (
-        f"it looks like a name on the Hugging Face hub, from which nothing is downloaded here: "
-        f"`hf download {path} --local-dir {folder}`, and give {folder}"
+        f"it looks like a name on the Hugging Face hub, which is not fetched here: `hf download {name} --local-dir "
+        f"{path.name}`, and give {path.name}"
     )
 
 

@@ -15,7 +15,7 @@ from ascendspeed_data.stand_ins import FIRST_STAND_IN
 from ascendspeed_data.token_batch import TokenBatch
 from ascendspeed_data.tokenizer import Tokenizer
 
-USERS = ("user", "human", "tool", "observation", "function")
+USERS = ("user", "human", "tool", "observation", "tool_response", "ipython", "function")
 """Roles whose texts hold no control of a template, such as the `<think>` that an answer may begin with."""
 
 USER_COLUMNS = ("prompt", "tools", "documents")

@@ -51,6 +51,7 @@ def _from_version_3(content: dict[str, Any]) -> dict[str, Any]:
         "reasoning": "keep",
         "columns": {},
         "split_conversations": {},
+        "num_other_prompts": 0,
     }
 
 
@@ -126,6 +127,7 @@ class DatasetManifest(_Frozen):
     `unused_columns` names the columns and the keys of messages that nothing read, with the number of records in which
     they are filled.
     `chat_template_kwargs` and `chat_template_date` are the values that the template got besides the conversation.
+    `num_other_prompts` counts records with an answer that a chat asks for with another prompt.
     `reasoning` says which thoughts were kept, and `split_conversations` why conversations became several samples.
     `hub` names the repositories that tokenizer and inputs came from, as `org/name@commit`.
     `columns` gives the names in the input by those that the handler read.
@@ -157,6 +159,7 @@ class DatasetManifest(_Frozen):
     reasoning: Reasoning = "keep"
     columns: dict[str, str] = {}
     split_conversations: dict[str, int] = {}
+    num_other_prompts: int = 0
     hub: tuple[str, ...] = ()
     unused_columns: dict[str, int]
     unigram_entropy_nats: float

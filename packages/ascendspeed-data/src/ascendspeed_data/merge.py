@@ -136,7 +136,7 @@ def _manifest(
     frequencies = count_ids_in_file(ids_path, datasets[0].ids.info.format, first.tokenizer.vocab_size)
     counted = (
         "num_documents", "num_sequences", "num_empty_documents", "num_tokens", "num_trained_tokens", "num_text_bytes",
-        "num_spelling_records",
+        "num_spelling_records", "num_other_prompts",
     )  # fmt: skip
     sums = {name: sum(getattr(manifest, name) for manifest in known) for name in counted}
     unused, split = Counter[str](), Counter[str]()

@@ -41,6 +41,7 @@ class Sample:
         is_rendered: whether a chat template made the texts: special tokens in them become their ids.
         unused: keys inside the record that have no effect, to be counted.
         reason: why a conversation has more samples than this one; empty for its last one.
+        has_other_prompt: whether a chat asks for one of its answers with another prompt.
     """
 
     segments: tuple[Segment, ...]
@@ -49,6 +50,7 @@ class Sample:
     is_rendered: bool = False
     unused: tuple[str, ...] = ()
     reason: str = ""
+    has_other_prompt: bool = False
 
 
 def text_in(record: Record, column: str) -> str:

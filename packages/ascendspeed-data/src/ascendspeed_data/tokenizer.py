@@ -162,10 +162,7 @@ def load_tokenizer(path: Path, kind: str = "PretrainedFromHF") -> SentencePieceT
         )
     state = "has neither tokenizer.json nor tokenizer.model" if path.is_dir() else "does not exist"
     hint = "" if path.is_dir() else not_downloaded(path)
-    raise DataError(
-        f"tokenizer {path} {state}; "
-        + (hint or "check --tokenizer-name-or-path (nothing is downloaded from the Hugging Face hub)")
-    )
+    raise DataError(f"tokenizer {path} {state}; " + (hint or "check --tokenizer-name-or-path"))
 
 
 def _open_tokenizer(path: Path, only_sentencepiece: bool) -> SentencePieceTokenizer | JsonTokenizer | None:

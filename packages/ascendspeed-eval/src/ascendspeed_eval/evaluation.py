@@ -23,6 +23,7 @@ class Evaluation:
         generation: settings that change generated answers.
         settings: all settings that `run.json` records.
         chat: how prompts become conversations; `None` where they are texts.
+        data_origin: `org/name@commit` of data from a hub.
     """
 
     task: Task
@@ -32,6 +33,7 @@ class Evaluation:
     generation: GenerationSettings = field(default_factory=GenerationSettings)
     settings: Mapping[str, Any] = field(default_factory=dict)
     chat: ChatSettings | None = None
+    data_origin: str | None = None
 
 
 def prepare_evaluation(

@@ -201,5 +201,5 @@ def _results(
             "fingerprint": description.fingerprint,
             "details": {**description.details, **getattr(description, "location", {})},
         },
-        "run": dict(identity),
+        "run": {**identity, **({"hub": evaluation.data_origin} if evaluation.data_origin else {})},
     }

@@ -1,20 +1,23 @@
 """A conversation with a model, whose history is kept within the model's context."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from ascendspeed_core.weights import WeightSource
 from ascendspeed_data.command_line import log
 from ascendspeed_data.conversation import Message
 from ascendspeed_data.errors import AscendSpeedError, ConfigError
+from ascendspeed_data.fields import REASONING
 from ascendspeed_data.manifest import DatasetManifest
 from ascendspeed_data.prompting import LAYOUT_NAMES, PromptLayout, layout_named, recorded_layout
 from ascendspeed_data.tokenizer import Tokenizer
 from ascendspeed_data.tokenizer_config import TOOL_USE
+from ascendspeed_infer.channels import ChannelReader, has_channels
 from ascendspeed_infer.config import AnswerConfig
 from ascendspeed_infer.requests import StreamedText
 from ascendspeed_infer.text_generator import TextGenerator, check_text
-from ascendspeed_infer.thinking import OPEN
+from ascendspeed_infer.thinking import OPEN, split_thoughts
 from ascendspeed_infer.tool_calls import ToolCalls, find_tool_calls
 
 
@@ -122,8 +125,11 @@ class Chat:
         self._num_answers += 1
         self.opened_thoughts = self.model.tokenizer.decode(ids[-4:]).rstrip().endswith(OPEN)
         answer = ""
+        channels = ChannelReader(self.model.tokenizer) if has_channels(self.layout.sources) else None
         try:
             for token in self.model.stream(ids, session=self._session, **options):
+                if channels is not None:
+                    token = replace(token, text=channels.feed(token.token_id, token.text))
                 answer += token.text
                 yield token
         finally:
@@ -131,13 +137,19 @@ class Chat:
             self.messages = [*self.messages, *asked, self._message(answer.strip())]
 
     def _message(self, answer: str) -> Message:
-        """Return an answer as a message; calls of tools become what a chat template takes."""
+        """Return an answer as a message; thoughts and calls of tools become what the chat template takes."""
         if self.tools is not None:
             before = sum(len(one.get("tool_calls") or ()) for one in self.messages)
-            self.called = find_tool_calls(answer, before, self.opened_thoughts)
-        if self.called is None:
-            return {"role": "assistant", "content": answer}
-        return {"role": "assistant", "content": self.called.text, "tool_calls": self.called.calls}
+            self.called = find_tool_calls(answer, before, self.opened_thoughts, self.tools)
+        text = answer if self.called is None else self.called.text
+        message: Message = {"role": "assistant", "content": text}
+        if any(name in source for name in REASONING for source in self.layout.sources):
+            thoughts, message["content"] = split_thoughts(text, self.opened_thoughts)
+            message |= {"reasoning_content": thoughts} if thoughts.strip() else {}
+        elif self.opened_thoughts:
+            # The template finds thoughts in the content, where the prompt's mark belongs to them.
+            message["content"] = f"{OPEN}\n{text}"
+        return message if self.called is None else message | {"tool_calls": self.called.calls}
 
     def _ids(self, messages: list[Message]) -> list[int]:
         return self.layout.ids([*self._system, *messages], self._sampling.parse_special)

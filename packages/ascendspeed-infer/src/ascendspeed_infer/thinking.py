@@ -46,6 +46,20 @@ class ThoughtSplitter:
         return [(held, self.is_open)] if held else []
 
 
+def split_thoughts(text: str, is_open: bool = False) -> tuple[str, str]:
+    """Return the thoughts of a whole answer without their marks, and the rest.
+
+    Args:
+        text: the answer.
+        is_open: whether the prompt already opened the thoughts.
+    """
+    splitter = ThoughtSplitter(is_open)
+    parts = [*splitter.feed(text), *splitter.end()]
+    thoughts = "".join(part for part, is_thought in parts if is_thought)
+    said = "".join(part for part, is_thought in parts if not is_thought)
+    return thoughts.replace(OPEN, "").replace(CLOSE, "").strip("\n"), said.strip()
+
+
 def _begun(text: str, mark: str) -> int:
     """Return how many characters at the end of a text could begin a mark."""
     return next((size for size in range(len(mark) - 1, 0, -1) if text.endswith(mark[:size])), 0)

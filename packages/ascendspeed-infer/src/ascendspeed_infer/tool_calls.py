@@ -1,11 +1,14 @@
 """Find the calls of tools in an answer, as models of several families write them, while it grows or when it is whole.
 
-Read are JSON objects with `name` and `arguments` (or `parameters`): between `<tool_call>` and `</tool_call>`, in a list
-after `[TOOL_CALLS]`, or as all that is said, alone or in a list. What cannot be read as a call stays text.
+Between `<tool_call>` and `</tool_call>` stands a JSON object with `name` and `arguments` (or `parameters`), as Hermes
+and Qwen write it; or `<function=NAME>` with `<parameter=KEY>`, as Qwen3-Coder, Qwen3.5 and Nemotron do; or a name with
+`<arg_key>` and `<arg_value>`, as GLM-4.5 does. Such objects are also read in a list after `[TOOL_CALLS]`, or as all
+that is said, alone or in a list. What cannot be read as a call stays text.
 """
 
 import json
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +20,12 @@ _LIST_MARK = "[TOOL_CALLS]"
 """Before the list of calls, in the templates of Mistral; where it is control, the list stands alone."""
 _WHOLE = (_LIST_MARK, '{"name"', '[{"name"')
 """How an answer begins that is nothing but calls, without white space."""
+_FUNCTION = re.compile(r"\s*<function=([^>\n]+)>\s*(.*?)\s*</function>\s*", re.DOTALL)
+_PARAMETER = re.compile(r"\s*<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>\s*", re.DOTALL)
+_NAMED = re.compile(r"\s*([\w.-]+)\s*((?:<arg_key>.*)?)", re.DOTALL)
+_ARGUMENT = re.compile(r"\s*<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>\s*", re.DOTALL)
+_PYTHON = {"True": True, "False": False, "None": None}
+"""What templates print that write values as Python does."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +45,13 @@ class CallSplitter:
     """Splits what an answer says, without its thoughts, into texts and calls, piece by piece.
 
     An answer that begins as one that is nothing but calls is held back until its end.
+
+    Args:
+        tools: as they were declared; where values are written as text, they say which of them are texts.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tools: Sequence[Any] | None = None) -> None:
+        self._types = _types_of(tools or ())
         self._blocks = ThoughtSplitter(marks=CALL_MARKS)
         self._block = ""
         self._held: str | None = ""
@@ -72,8 +85,8 @@ class CallSplitter:
                 continue
             self._block += piece
             if self._block.endswith(closed):
-                value = _json(self._block.removeprefix(opened).removesuffix(closed))
-                found.append(_call(value, is_marked=True) or self._block)
+                inner = self._block.removeprefix(opened).removesuffix(closed)
+                found.append(_marked_call(inner, self._types) or self._block)
                 self._block = ""
         return found
 
@@ -95,15 +108,18 @@ class ToolCalls:
         return "".join(json.dumps(one["function"], ensure_ascii=False) + "\n" for one in self.calls)
 
 
-def find_tool_calls(answer: str, num_before: int = 0, thinks: bool = False) -> ToolCalls | None:
+def find_tool_calls(
+    answer: str, num_before: int = 0, thinks: bool = False, tools: Sequence[Any] | None = None
+) -> ToolCalls | None:
     """Return the calls of a whole answer, none of those in its thoughts; `None` if it makes none.
 
     Args:
         answer: of a model.
         num_before: calls that the conversation already has, so that each gets an id of its own.
         thinks: whether the prompt opened the thoughts.
+        tools: as they were declared.
     """
-    thoughts, calls = ThoughtSplitter(thinks), CallSplitter()
+    thoughts, calls = ThoughtSplitter(thinks), CallSplitter(tools)
     pieces: list[str | ToolCall] = []
     for piece, is_thought in [*thoughts.feed(answer), *thoughts.end()]:
         pieces += [piece] if is_thought else calls.feed(piece)
@@ -152,3 +168,53 @@ def _call(value: Any, is_marked: bool = False) -> ToolCall | None:
     if isinstance(arguments, str):
         arguments = _json(arguments)
     return ToolCall(value["name"], arguments) if isinstance(arguments, dict) else None
+
+
+def _marked_call(text: str, types: "_Types") -> ToolCall | None:
+    """Return the call between marks, in whichever form it is written."""
+    if function := _FUNCTION.fullmatch(text):
+        return _call_of_pairs(function[1].strip(), function[2], _PARAMETER, types)
+    named = _NAMED.fullmatch(text)
+    if named and (named[2] or named[1] in types):
+        return _call_of_pairs(named[1], named[2], _ARGUMENT, types)
+    return _call(_json(text), is_marked=True)
+
+
+def _call_of_pairs(name: str, text: str, pair: re.Pattern[str], types: "_Types") -> ToolCall | None:
+    arguments: dict[str, Any] = {}
+    end = 0
+    while end < len(text):
+        found = pair.match(text, end)
+        if found is None:
+            return None
+        key, end = found[1].strip(), found.end()
+        arguments[key] = _value(found[2], types.get(name, {}).get(key))
+    return ToolCall(name, arguments)
+
+
+_Types = Mapping[str, Mapping[str, Any]]
+"""The schema's types of a tool's parameters, by the names of both."""
+
+
+def _value(text: str, kind: Any) -> Any:
+    """Return a value that is written as text; it is one unless the tool declares another type."""
+    if kind is None or kind == "string" or (isinstance(kind, list) and "string" in kind):
+        return text
+    bare = text.strip()
+    if bare in _PYTHON:
+        return _PYTHON[bare]
+    value = _json(bare)
+    return text if value is None and bare != "null" else value
+
+
+def _types_of(tools: Sequence[Any]) -> _Types:
+    found: dict[str, dict[str, Any]] = {}
+    for tool in tools:
+        function = tool.get("function", tool) if isinstance(tool, Mapping) else {}
+        parameters = function.get("parameters") if isinstance(function, Mapping) else None
+        properties = parameters.get("properties") if isinstance(parameters, Mapping) else None
+        if isinstance(properties, Mapping):
+            found[str(function.get("name"))] = {
+                str(key): one.get("type") for key, one in properties.items() if isinstance(one, Mapping)
+            }
+    return found

@@ -9,6 +9,7 @@ from ascendspeed_ckpt.commands.convert import default_target, open_input, parse_
 from ascendspeed_ckpt.config import EXTERNAL_KINDS, ConvertOptions, TargetKind
 from ascendspeed_core.config.load import load_config
 from ascendspeed_data.command_line.options import options_from
+from ascendspeed_data.hub_files import local_path
 
 if TYPE_CHECKING:
     from ascendspeed_core.weights import WeightSource
@@ -21,7 +22,8 @@ def merge_lora_command(
         typer.Option(
             "--lora-load",
             "--adapter",
-            help="Folder of the adapter: in peft's format, of a training run, or of AscendSpeed 2023.",
+            help="Folder of the adapter: in peft's format, of a training run, or of AscendSpeed 2023; or a name on a "
+            "hub.",
         ),
     ],
     dry_run: Annotated[
@@ -39,7 +41,7 @@ def merge_lora_command(
     from ascendspeed_core.weights.adapters.merge import MergedAdapter
 
     base = open_input(options)
-    adapter = open_adapter(lora_load, base.config, base.path)
+    adapter = open_adapter(local_path(lora_load, "adapter", "--lora-load"), base.config, base.path)
     adapter.announce(base.path)
     merged = MergedAdapter(base, adapter)
     run(plan(options, merged, max_shard_bytes, kind_of(options, base)), dry_run)

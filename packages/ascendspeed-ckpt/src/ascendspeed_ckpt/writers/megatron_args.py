@@ -77,12 +77,12 @@ def _expert_args(plan: WritePlan, config: ModelConfig) -> dict[str, Any]:
     if experts is None:
         return {}
     is_softmax = experts.score == "softmax"
-    places = [config.has_experts(layer) for layer in range(config.num_layers)]
+    routed = [config.has_experts(layer) for layer in range(config.num_layers)]
     return {
         "num_experts": experts.count,
         "moe_ffn_hidden_size": experts.ffn_hidden_size,
         # A list, even of ones, lets megatron-core store each layer by itself.
-        "moe_layer_freq": 1 if all(places) else [int(place) for place in places],
+        "moe_layer_freq": 1 if all(routed) else [int(has_experts) for has_experts in routed],
         "moe_router_topk": experts.per_token,
         "moe_router_num_groups": experts.groups if experts.groups > 1 else None,
         "moe_router_group_topk": experts.groups_per_token if experts.groups > 1 else None,

@@ -119,8 +119,8 @@ def _extra_states(config: ModelConfig) -> Iterator[str]:
         of_layer, in_stack = ("", [(layer, num_layers)]) if alike else (f"{layer}.", [])
         for module, count in _linear_modules(config, layer):
             for of_experts in [[(number, count)] for number in range(count)] or [[]]:
-                place = [*in_stack, *of_experts] or [(0, 1)]
-                offsets, sizes = (".".join(map(str, numbers)) for numbers in zip(*place, strict=True))
+                shard = [*in_stack, *of_experts] or [(0, 1)]
+                offsets, sizes = (".".join(map(str, numbers)) for numbers in zip(*shard, strict=True))
                 yield f"decoder.layers.{of_layer}{module}._extra_state/shard_{offsets}_{sizes}"
 
 

@@ -16,7 +16,8 @@ from ascendspeed_data.errors import ConfigError
 def timeline(**given: Any) -> None:
     """Run a few steps of a pipeline on random tokens, and draw what each device did when in the last one.
 
-    Of a model whose experts are spread over ranks it counts and times the all-to-alls too.
+    Of a model whose experts are spread over ranks it counts and times the all-to-alls too; of one with replicas the
+    reductions of gradients, and says how much of them the backward hides.
 
     Below the measured step the picture shows the same work with messages that take no time: what the schedule itself
     leaves idle.
@@ -44,10 +45,10 @@ def check_timeline(config: TimelineConfig, world_size: int) -> None:
     from ascendspeed_core.weights import open_source
 
     layout = config.parallel.layout(world_size)
-    if layout.pp == 1 and layout.ep == 1:
+    if layout.pp == 1 and layout.ep == 1 and layout.replicas == 1:
         raise ConfigError(
-            "a timeline shows a pipeline, or what experts exchange; give --pipeline-model-parallel-size 2 or more, or "
-            "--expert-model-parallel-size"
+            "a timeline shows a pipeline, what experts exchange, or how gradients are added up; give "
+            "--pipeline-model-parallel-size 2 or more, --expert-model-parallel-size, or more processes"
         )
     model = open_source(config.source, config.training.seed).config
     config.parallel.check_model(model)
@@ -98,7 +99,7 @@ def record_timeline(config: TimelineConfig) -> None:
     from ascendspeed_core.observability.timeline import draw_timelines
     from ascendspeed_core.optim.native_engine import NativeEngine
     from ascendspeed_core.parallel.mesh import ParallelMesh, gather_objects
-    from ascendspeed_core.parallel.timeline import Timeline, ideal
+    from ascendspeed_core.parallel.timeline import Timeline, describe_reductions, ideal
     from ascendspeed_core.planner.profile_pipeline import choose_sizes, record_step
 
     with process_group(config.launch.device) as (world, device):
@@ -112,10 +113,12 @@ def record_timeline(config: TimelineConfig) -> None:
             length, largest = config.drawing.seq_length, config.batch.micro_batch_size
             sizes, _ = choose_sizes(model, mesh, length, size // layout.dp, largest, engine)
         recorded = record_step(model, mesh, sizes, config.drawing.seq_length, engine)
-        everything = gather_objects((mesh.tp_rank, mesh.replica, *recorded.noted), mesh)
+        mine = mesh.tp_rank, mesh.replica, recorded.seconds_alone, *recorded.noted
+        everything = gather_objects(mine, mesh)
         if world.rank:
             return
-        first = [noted for tp, replica, *noted in everything if tp == replica == 0]
+        first = [noted for tp, replica, _, *noted in everything if tp == replica == 0]
+        alone = [seconds for tp, replica, seconds, *_ in everything if tp == replica == 0]
         measured = Timeline(*zip(*first, strict=True))
         planned = ideal(measured)
         picture = config.drawing.picture
@@ -127,6 +130,7 @@ def record_timeline(config: TimelineConfig) -> None:
             "ideal": {"seconds": planned.makespan, "bubble": planned.bubble},
             "actions": [[asdict(action) for action in own] for own in measured.devices],
             "reductions": [[asdict(one) for one in own] for own in measured.reductions],
+            "reduction_seconds_alone": alone,
             "exchanges": [[asdict(one) for one in own] for own in measured.exchanges],
         }
         picture.with_suffix(".json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
@@ -134,6 +138,9 @@ def record_timeline(config: TimelineConfig) -> None:
             f"{picture}: step {measured.makespan * 1000:.0f} ms, bubble {measured.bubble:.1%}; with messages that take "
             f"no time {planned.makespan * 1000:.0f} ms, bubble {planned.bubble:.1%}"
         )
+        for number, (sums, seconds) in enumerate(zip(measured.reductions, alone, strict=True)):
+            if sums:
+                log(f"device {number}: {describe_reductions(sums, seconds)}")
         for number, own in enumerate(measured.exchanges):
             if own:
                 log(

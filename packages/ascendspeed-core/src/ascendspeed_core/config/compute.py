@@ -24,11 +24,13 @@ class Kernel:
         description: what it is, in a few words: for the help of the option, and the table that a run prints.
         auto_on: kinds of devices on which `auto` takes it, if it is the first of the operator that can run.
         is_optional: it needs a package that may not be installed.
+        only_where: what a run must be like that `auto` takes it.
     """
 
     description: str
     auto_on: tuple[str, ...] = ()
     is_optional: bool = False
+    only_where: str | None = None
 
 
 _LIGER_ASKED = Kernel("Liger-Kernel", is_optional=True)
@@ -41,8 +43,12 @@ KERNELS: Mapping[str, Mapping[str, Kernel]] = MappingProxyType(
     {
         "attention": {
             "npu": Kernel(f"{_FUSED_NPU} npu_fusion_attention", ("npu",)),
-            "sdpa": Kernel("torch's scaled_dot_product_attention, fused where it can be", EVERYWHERE),
-            "triangle": Kernel("by blocks, leaving out those above the diagonal"),
+            "sdpa": Kernel(
+                "torch's fused kernels, of packed texts by their lengths, by blocks where a mask is large",
+                EVERYWHERE,
+            ),
+            "triangle": Kernel("by blocks, leaving out those that no query sees", EVERYWHERE),
+            "flex": Kernel("torch's flex_attention, compiled", is_optional=True),
             "reference": Kernel("plain torch, all scores in memory", EVERYWHERE),
         },
         "scaled_masked_softmax": {"npu": _NPU, "reference": _PLAIN},
@@ -74,6 +80,11 @@ KERNELS: Mapping[str, Mapping[str, Kernel]] = MappingProxyType(
             "reference": Kernel("plain torch, one expert after the other", EVERYWHERE),
         },
         "cross_entropy": {
+            "hidden": Kernel(
+                "from hidden states, a part of the vocabulary at a time",
+                EVERYWHERE,
+                only_where="a micro-batch's logits take a GiB",
+            ),
             "npu": _NPU,
             "liger": _LIGER_ASKED,
             "compiled": _COMPILED,
@@ -105,6 +116,10 @@ def _kernel(operator: str, what: str) -> Any:
 
 def _auto_rule(kernels: Mapping[str, Kernel]) -> str:
     """Say what `auto` takes: `npu on an NPU, torch elsewhere`."""
+    for name, kernel in kernels.items():
+        if kernel.only_where is not None:
+            rest = {other: one for other, one in kernels.items() if other != name}
+            return f"{name} where {kernel.only_where}, else {_auto_rule(rest)}"
     taken = {}
     for device in _DEVICES:
         meant = [name for name, kernel in kernels.items() if device in kernel.auto_on]
@@ -143,7 +158,8 @@ class ComputeConfig(Config):
         "grouped_product", "Products with the weights of experts"
     )
     cross_entropy: KernelName[str, "cross_entropy"] = _kernel(
-        "cross_entropy", "Cross-entropy loss, if the vocabulary is not split over devices"
+        "cross_entropy",
+        "Cross-entropy loss; but for hidden and torch, if the vocabulary is not split over devices",
     )
 
     use_flash_attn: bool = Field(

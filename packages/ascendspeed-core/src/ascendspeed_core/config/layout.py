@@ -47,6 +47,9 @@ class Layout:
             can be.
         early_reduction: gradients of a stage are summed over its replicas while other stages of the rank still
             compute.
+        overlap_grad_reduce: gradients are summed over replicas while the last backward of their stage still computes.
+        overlap_param_gather: parameters of a sharded optimizer are gathered while the next forward computes.
+        bucket_elements: numbers of gradients and parameters that travel in one message.
         zero_stage: what DeepSpeed cuts over dp: optimizer state (1), gradients (2), weights (3); `None` without it.
         ep: shares of the experts of a layer, over the ranks of one stage.
         etp: ranks that share one expert; `None` is tp.
@@ -61,6 +64,9 @@ class Layout:
     schedule: PipelineSchedule = "1f1b"
     layers_per_stage: int | None = None
     early_reduction: bool = False
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    bucket_elements: int = 1 << 24
     zero_stage: int | None = None
     ep: int = 1
     etp: int | None = None

@@ -10,7 +10,8 @@ from pydantic import BaseModel, ValidationError
 from ascendspeed_core.config.migrate import FORMAT_VERSION, VERSION_KEY, describe_moves, migrate_config
 from ascendspeed_data.command_line import log
 from ascendspeed_data.errors import ConfigError, did_you_mean
-from ascendspeed_data.hub import What, data_paths, hub_name, local_path
+from ascendspeed_data.hub import hub_name
+from ascendspeed_data.hub_files import What, data_paths, local_path
 from ascendspeed_data.small_files import read_toml
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -67,7 +68,8 @@ def merged_sections(
 
 
 FROM_HUBS: dict[str, What] = {
-    "load": "model", "tokenizer_name_or_path": "tokenizer", "lora_load": "adapter", "data": "data",
+    "load": "model", "tokenizer_name_or_path": "tokenizer", "lora_load": "adapter", "reference": "model",
+    "data": "data",
 }  # fmt: skip
 """Options that take a name on a hub for a path, and what is fetched."""
 

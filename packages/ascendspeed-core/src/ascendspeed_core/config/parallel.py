@@ -61,6 +61,19 @@ class ParallelConfig(Config):
         description="Shard optimizer state and master weights over the processes with the same weights, dp x cp "
         "(ZeRO-1).",
     )
+    overlap_grad_reduce: bool = Field(
+        True,
+        description="Add gradients up over the processes with the same weights while the last backward of a step still "
+        "computes; the numbers are the same without.",
+    )
+    overlap_param_gather: bool = Field(
+        True,
+        description="With --use-distributed-optimizer gather the new weights while the next forward computes; each "
+        "layer waits for its own.",
+    )
+    ddp_bucket_size: int = Field(
+        1 << 24, ge=1, description="Gradients and weights that travel in one message, counted in numbers."
+    )
     zero_stage: Literal[1, 2, 3] | None = Field(
         None,
         description="Train with DeepSpeed, which shards over the data-parallel processes the optimizer's state (1), "
@@ -201,6 +214,9 @@ class ParallelConfig(Config):
             schedule=self._schedule(),
             layers_per_stage=self.num_layers_per_virtual_pipeline_stage,
             early_reduction=self.foldx_mode is not None,
+            overlap_grad_reduce=self.overlap_grad_reduce,
+            overlap_param_gather=self.overlap_param_gather,
+            bucket_elements=self.ddp_bucket_size,
             zero_stage=self.resolved_zero_stage(),
             ep=self.expert_model_parallel_size,
             etp=self.expert_tensor_parallel_size,

@@ -39,6 +39,11 @@ class MicroBatch:
         """What the model reads of it."""
         return ModelInput(self.tokens, self.positions, self.segments, self.samples)
 
+    @property
+    def input_for_loss(self) -> ModelInput:
+        """What the model reads of it where only the loss is wanted."""
+        return self.input._replace(for_loss=True)
+
     def to(self, device: torch.device) -> "MicroBatch":
         """Move to a device."""
         present = {name: part for name, part in vars(self).items() if part is not None}

@@ -58,11 +58,19 @@ def lengths_attention(
         changes_scores: scores are more than products and their scale, as with ALiBi, soft-capping or sinks.
         scale: factor of the scores, by default 1 / sqrt(D).
     """
-    is_narrow = dtype in (torch.bfloat16, torch.float16)
-    is_taken = head_dim % HEAD_MULTIPLE == 0 and head_dim <= LARGEST_HEAD
-    if device.kind != "cuda" or not (is_narrow and is_taken and not changes_scores):
+    if device.kind != "cuda" or changes_scores or not _is_taken(dtype, head_dim):
         return None
     return flash_attention if scale is None else partial(flash_attention, scale=scale)
+
+
+def takes_lengths(x: torch.Tensor) -> bool:
+    """Whether FlashAttention takes queries like these, [..., D], with lengths of texts."""
+    return x.is_cuda and _is_taken(x.dtype, x.shape[-1])
+
+
+def _is_taken(dtype: torch.dtype, head_dim: int) -> bool:
+    is_narrow = dtype in (torch.bfloat16, torch.float16)
+    return is_narrow and head_dim % HEAD_MULTIPLE == 0 and head_dim <= LARGEST_HEAD
 
 
 def attend_text_by_text(

@@ -7,17 +7,30 @@ Shapes: B batch, N query heads, K key-value heads, S queries, T keys, D head siz
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
 
 from ascendspeed_core.kernels.experts import RowOrder
+from ascendspeed_core.kernels.mask_rule import MaskRule, attend_to_texts
+from ascendspeed_core.kernels.reference import Mask
 
 CAUSAL_MASK_SIZE = 2048
-"""Side of the mask from which the kernel makes a causal one of any size (`sparse_mode` 2 and 3)."""
+"""Side of the mask from which the kernel makes a causal one of any size (`sparse_mode` 2, 3 and 4)."""
 
 LAST_QUERY_SEES_ALL = 3
 """`sparse_mode` of causal attention whose corner is that of the last query and the last key."""
+
+BAND = 4
+"""`sparse_mode` of a window: no key after the query, and no more than `pre_tokens` before it."""
+
+MOST_TEXTS = 1024
+"""Lengths that layout TND takes."""
+
+SLOPES = 2
+"""`pse_type` of ALiBi's slopes, fp32, [N]: what is added to scaled scores is `-slope * |key - query|`."""
 
 SCALE_THEN_ADD = 0
 """`pse_type` of what is added to scores that are already scaled, as ALiBi is."""
@@ -31,15 +44,15 @@ INT8_ROWS = 65_535
 
 
 def npu_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None = None
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask, scale: float | None = None
 ) -> torch.Tensor:
-    """Causal attention by `npu_fusion_attention`, see `kernels.reference.causal_attention`.
+    """Causal attention by `npu_fusion_attention`, see `kernels.fused_attention.causal_attention`.
 
     Args:
         q: [B, N, S, D].
         k: [B, K, T, D] with T >= S.
         v: [B, K, T, D].
-        mask: of `AttentionInputs`.
+        mask: which keys are seen, or what is added.
         scale: factor of the scores, by default 1 / sqrt(D).
 
     Returns:
@@ -47,6 +60,8 @@ def npu_attention(
     """
     heads, scale = q.shape[1], q.shape[-1] ** -0.5 if scale is None else scale
     attended: torch.Tensor
+    if isinstance(mask, MaskRule):
+        return _attend_by_rule(q, k, v, mask, scale)
     if mask is not None and mask.is_floating_point():
         added = mask if mask.dim() == 4 else mask.unsqueeze(0)
         unseen = added == -torch.inf
@@ -69,11 +84,44 @@ def npu_attention(
     elif q.shape[2] == 1:
         attended = torch.ops.npu.npu_fusion_attention(q, k, v, heads, "BNSD", scale=scale)[0]
     else:
-        later = torch.ones(CAUSAL_MASK_SIZE, CAUSAL_MASK_SIZE, dtype=torch.bool, device=q.device).triu(1)
         attended = torch.ops.npu.npu_fusion_attention(
-            q, k, v, heads, "BNSD", atten_mask=later, scale=scale, sparse_mode=LAST_QUERY_SEES_ALL
+            q, k, v, heads, "BNSD", atten_mask=_later(q), scale=scale, sparse_mode=LAST_QUERY_SEES_ALL
         )[0]
     return attended
+
+
+def _attend_by_rule(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rule: MaskRule, scale: float
+) -> torch.Tensor:
+    """Attend to whole rows: texts by their lengths (layout TND), windows as a band, ALiBi from its slopes."""
+    batch, heads = q.shape[:2]
+    ends = list(accumulate(length for row in rule.lengths for length in row))
+    if len(ends) > MOST_TEXTS:
+        return attend_to_texts(partial(npu_attention, scale=scale), q, k, v, rule)
+    options: dict[str, Any] = {"atten_mask": _later(q), "scale": scale, "sparse_mode": LAST_QUERY_SEES_ALL}
+    if rule.window is not None:
+        options["sparse_mode"] = BAND
+    if ends:
+        # [B, N, S, D] -> [B S, N, D].
+        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+        options |= {"actual_seq_qlen": ends, "actual_seq_kvlen": ends}
+    layout = "TND" if ends else "BNSD"
+    if rule.slopes is None:
+        if rule.window is not None:
+            options |= {"pre_tockens": rule.window - 1, "next_tockens": 0}
+        attended: torch.Tensor = torch.ops.npu.npu_fusion_attention(q, k, v, heads, layout, **options)[0]
+    else:
+        if rule.window is not None:
+            options |= {"pre_tokens": rule.window - 1, "next_tokens": 0}
+        attended = torch.ops.npu.npu_fusion_attention_v2(
+            q, k, v, heads, layout, pse=rule.slopes.float(), pse_type=SLOPES, **options
+        )[0]
+    return attended.unflatten(0, (batch, -1)).transpose(1, 2) if ends else attended
+
+
+def _later(q: torch.Tensor) -> torch.Tensor:
+    """Return the mask from which the kernel makes those of `sparse_mode` 3 and 4."""
+    return torch.ones(CAUSAL_MASK_SIZE, CAUSAL_MASK_SIZE, dtype=torch.bool, device=q.device).triu(1)
 
 
 def npu_softmax(scores: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:

@@ -5,10 +5,14 @@ size.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+from ascendspeed_core.kernels.mask_rule import MaskRule
+
+Mask = torch.Tensor | MaskRule | None
+"""A mask of `attention_mask`, or the rule of whole rows; `None` is causal and no more."""
 
 SoftmaxFunction = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
 """An implementation of `scaled_masked_softmax`."""
@@ -31,20 +35,20 @@ def reference_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    mask: torch.Tensor | None,
+    mask: Mask,
     softmax: SoftmaxFunction = scaled_masked_softmax,
     drop: Callable[[torch.Tensor], torch.Tensor] | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Causal attention with all scores in memory, see `causal_attention`.
+    """Causal attention with all scores in memory, see `kernels.fused_attention.causal_attention`.
 
     Args:
         q: [B, N, S, D].
         k: [B, K, T, D] with T >= S.
         v: [B, K, T, D].
-        mask: of `AttentionInputs`.
+        mask: which keys are seen, or what is added.
         softmax: what turns scores into weights.
         drop: drops some of the weights, [B, N, S, T] -> [B, N, S, T].
         scale: factor of the scores, by default 1 / sqrt(D).
@@ -59,6 +63,8 @@ def reference_attention(
     queries, keys = q.shape[2], k.shape[2]
     grouped = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(grouped, 1), v.repeat_interleave(grouped, 1)
+    if isinstance(mask, MaskRule):
+        mask = mask.dense
     if mask is None:
         mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
     scores = q @ k.transpose(-1, -2)
@@ -106,52 +112,8 @@ def int8_linear(x: torch.Tensor, integers: torch.Tensor, scale: torch.Tensor) ->
     return (x.float() @ weight.T).to(x.dtype)
 
 
-ALIGNED_MASK_BYTES = 16
-"""torch's attention on CUDA ends the process where a mask of numbers begins elsewhere than at a multiple of this."""
-
 AttentionFunction = Callable[..., torch.Tensor]
 """An implementation of `causal_attention`; some take further changes of the scores, as `reference_attention` does."""
-
-
-def causal_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None = None
-) -> torch.Tensor:
-    """Scaled dot-product attention in which the last query sees all keys, the one before all but one, and so on.
-
-    Args:
-        q: [B, N, S, D].
-        k: [B, K, T, D] with T >= S.
-        v: [B, K, T, D].
-        mask: of `AttentionInputs`.
-        scale: factor of the scores, by default 1 / sqrt(D).
-
-    Returns:
-        [B, N, S, D].
-    """
-    heads, groups = q.shape[1], k.shape[1]
-    if mask is not None and mask.is_cuda and mask.storage_offset() * mask.itemsize % ALIGNED_MASK_BYTES:
-        # The end of a wider mask may begin where the device's kernel cannot read.
-        mask = mask.clone()
-    if q.shape[2] == 1 and heads != groups:
-        # The heads of a group are as many queries of one key-value head: its keys are read once, in one matrix product.
-        of_heads = (
-            mask.unflatten(0, (groups, -1)).squeeze(2) if mask is not None and mask.dim() == 3 else mask
-        )
-        queries = q.unflatten(1, (groups, -1)).squeeze(3)
-        return _attend(queries, k, v, attn_mask=of_heads, scale=scale).flatten(1, 2).unsqueeze(2)
-    is_causal = mask is None and q.shape[2] > 1
-    return _attend(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=heads != groups, scale=scale)
-
-
-def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
-    """Call torch's attention; outside of training without cuDNN's, which takes 30 ms for each new length of a text."""
-    if not q.is_cuda or torch.is_grad_enabled():
-        return F.scaled_dot_product_attention(q, k, v, **options)
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    with sdpa_kernel(kernels):
-        return F.scaled_dot_product_attention(q, k, v, **options)
 
 
 RMSNormFunction = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]

@@ -20,10 +20,11 @@ from ascendspeed_core.kernels.experts import (
     torch_grouped_product,
     unpermute_tokens,
 )
+from ascendspeed_core.kernels.flex import flex_attention
+from ascendspeed_core.kernels.fused_attention import causal_attention
 from ascendspeed_core.kernels.reference import (
     GatedFunction,
     JoinedGatedFunction,
-    causal_attention,
     layer_norm,
     rms_norm,
     rotate_both,
@@ -32,6 +33,12 @@ from ascendspeed_core.kernels.reference import (
 )
 from ascendspeed_core.kernels.triangle import triangle_attention
 from ascendspeed_data.errors import AscendSpeedError, ConfigError
+
+LARGE_LOGITS_BYTES = 1 << 30
+"""Logits of a micro-batch from which on `auto` makes the loss without them: making them again takes a third longer."""
+
+FROM_HIDDEN = "hidden"
+"""The implementation of `cross_entropy` that takes hidden states in place of logits."""
 
 ExpertLayers = Literal["plain", "adapted", "int8", "biased"]
 """Linear layers of experts: plain ones, some with adapters, or of int8 weights."""
@@ -47,12 +54,14 @@ class KernelContext:
         tp: ranks that share the vocabulary.
         has_additive_mask: scores get something added, as ALiBi does.
         drops_attention: attention's weights are dropped from.
-        changes_scores: what the model does to scores that only an implementation with all scores in memory can, if it
-            does; see `kernels.reference.reference_attention`.
+        changes_scores: what the model does to scores that torch's and torch_npu's kernels cannot, if it does; see
+            `kernels.reference.reference_attention`.
         seq_length: tokens of a sample, the most if lengths vary.
         lengths_vary: from step to step.
         micro_batch_tokens: most tokens of one forward pass.
         expert_layers: what the linear layers of experts are.
+        logits_bytes: of this rank's logits of a micro-batch in fp32, where they are for a loss.
+        spreads_weights: each rank holds a share of every weight between its uses (ZeRO-3).
     """
 
     device: Device = HOST
@@ -65,10 +74,16 @@ class KernelContext:
     lengths_vary: bool = False
     micro_batch_tokens: int | None = None
     expert_layers: ExpertLayers = "plain"
+    logits_bytes: int | None = None
+    spreads_weights: bool = False
 
 
 UnsupportedReason = Callable[[KernelContext], str | None]
 """Why an implementation cannot run in a setting; `None` if it can."""
+
+
+def _anywhere(_: KernelContext) -> None:
+    return None
 
 
 @dataclass(frozen=True)
@@ -81,6 +96,7 @@ class Implementation:
         what: what it is, for the table that a run prints.
         auto_on: kinds of devices on which `auto` takes it.
         unsupported: why it cannot run.
+        unfit: why `auto` leaves it to the next, although it could run.
     """
 
     name: str
@@ -88,6 +104,7 @@ class Implementation:
     what: str
     auto_on: Sequence[str]
     unsupported: UnsupportedReason
+    unfit: UnsupportedReason = _anywhere
 
 
 @dataclass(frozen=True)
@@ -99,12 +116,22 @@ class Choice:
     reason: str
 
 
-def _holds_weights(setting: KernelContext) -> str | None:
+def _drops_weights(setting: KernelContext) -> str | None:
     if setting.drops_attention:
         return "attention_dropout drops weights, which only reference holds"
-    if setting.changes_scores:
-        return f"the model has {setting.changes_scores}, which only reference computes"
     return None
+
+
+def _changes_scores(setting: KernelContext) -> str | None:
+    if setting.changes_scores:
+        return f"the model has {setting.changes_scores}, which only triangle, flex and reference compute"
+    return None
+
+
+def _needs_flex(setting: KernelContext) -> str | None:
+    if setting.device.kind != "cuda":
+        return f"torch's flex_attention has gradients on CUDA only, this is {setting.device.kind}"
+    return _needs_compiler(setting)
 
 
 def _needs_npu(setting: KernelContext) -> str | None:
@@ -168,6 +195,21 @@ def _grouped_mm_fits(setting: KernelContext) -> str | None:
     return None
 
 
+def _takes_hidden(setting: KernelContext) -> str | None:
+    if setting.spreads_weights:
+        return "ZeRO-3 has the head's weight while the head runs only, and the loss reads it later"
+    return None
+
+
+def _few_logits(setting: KernelContext) -> str | None:
+    size = setting.logits_bytes
+    if size is None:
+        return "how large logits are is not known"
+    if size < LARGE_LOGITS_BYTES:
+        return f"logits of a micro-batch take {size / (1 << 30):.2f} GiB, less than 1"
+    return None
+
+
 def _whole_vocabulary(setting: KernelContext) -> str | None:
     if setting.tp > 1:
         return f"the vocabulary is cut over tp={setting.tp} ranks"
@@ -195,20 +237,24 @@ def _attach(operator: str, functions: Mapping[str, Attached]) -> tuple[Implement
             f"{operator}: the kernels are {', '.join(kernels)}, the functions {', '.join(functions)}"
         )
     return tuple(
-        Implementation(name, functions[name][0], kernel.description, kernel.auto_on, functions[name][1])
+        Implementation(
+            name,
+            functions[name][0],
+            kernel.description,
+            kernel.auto_on,
+            functions[name][1],
+            _UNFIT.get((operator, name), _anywhere),
+        )
         for name, kernel in kernels.items()
     )
 
 
-def _anywhere(_: KernelContext) -> None:
-    return None
-
-
 _FUNCTIONS: Mapping[str, Mapping[str, Attached]] = {
     "attention": {
-        "npu": (npu.npu_attention, _first(_needs_npu, _holds_weights)),
-        "sdpa": (causal_attention, _holds_weights),
-        "triangle": (triangle_attention, _holds_weights),
+        "npu": (npu.npu_attention, _first(_needs_npu, _drops_weights, _changes_scores)),
+        "sdpa": (causal_attention, _first(_drops_weights, _changes_scores)),
+        "triangle": (triangle_attention, _drops_weights),
+        "flex": (flex_attention, _first(_drops_weights, _needs_flex)),
         "reference": (reference.reference_attention, _anywhere),
     },
     "scaled_masked_softmax": {
@@ -248,6 +294,8 @@ _FUNCTIONS: Mapping[str, Mapping[str, Attached]] = {
         "reference": (grouped_product, _anywhere),
     },
     "cross_entropy": {
+        # The function is for who has logits all the same; the loss is `parallel.cross_entropy.hidden_cross_entropy`.
+        FROM_HIDDEN: (token_losses, _takes_hidden),
         "npu": (npu.npu_token_losses, _first(_whole_vocabulary, _needs_npu, _losses_fit)),
         "liger": (liger.liger_token_losses, _first(_whole_vocabulary, _needs_liger)),
         "compiled": (compiled.token_losses, _first(_whole_vocabulary, _needs_compiler)),
@@ -255,6 +303,8 @@ _FUNCTIONS: Mapping[str, Mapping[str, Attached]] = {
         "reference": (reference.plain_token_losses, _whole_vocabulary),
     },
 }
+
+_UNFIT: Mapping[tuple[str, str], UnsupportedReason] = {("cross_entropy", FROM_HIDDEN): _few_logits}
 
 OPERATORS: dict[str, tuple[Implementation, ...]] = {
     operator: _attach(operator, _FUNCTIONS[operator]) for operator in KERNELS
@@ -303,6 +353,7 @@ def choose(operator: str, asked: str, setting: KernelContext) -> tuple[Implement
                 )
             return implementation, Choice(operator, asked, f"asked for; {implementation.what}")
         if asked == "auto" and setting.device.kind in implementation.auto_on:
+            unsupported = unsupported or implementation.unfit(setting)
             if unsupported is None:
                 reason = "; ".join([implementation.what, *passed_over])
                 return implementation, Choice(operator, implementation.name, reason)

@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 from ascendspeed_core.config.model import ModelConfig
+from ascendspeed_core.kernels.fused_attention import causal_attention
+from ascendspeed_core.kernels.mask_rule import MaskRule
 from ascendspeed_core.kernels.reference import (
     AttentionFunction,
     RotaryFunction,
-    causal_attention,
     reference_attention,
     rotate_both,
 )
@@ -136,7 +137,7 @@ class Attention(nn.Module):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        mask: torch.Tensor | None,
+        mask: MaskRule | None,
     ) -> torch.Tensor:
         """Attend to whole texts without a cache: [B, S, N, D] and twice [B, S, K, D] -> [B, S, N, D]."""
         if self.attention_wrapper is not None:
@@ -183,7 +184,7 @@ class Attention(nn.Module):
 
 
 def changed_scores(config: ModelConfig) -> str | None:
-    """Say what a model does to scores that only an implementation with all scores in memory can; `None` if nothing."""
+    """Say what a model does to scores that torch's and torch_npu's kernels cannot; `None` if nothing."""
     found = {"soft-capped scores": config.attention_softcap is not None, "sinks": config.attention_sinks}
     return " and ".join(name for name, is_there in found.items() if is_there) or None
 

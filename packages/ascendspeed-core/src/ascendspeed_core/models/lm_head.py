@@ -9,6 +9,7 @@ from torch import nn
 
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.models.int8 import Int8Weight
+from ascendspeed_core.models.linear import LoraLinear
 
 
 class NormalisedHead(nn.Linear):
@@ -24,9 +25,9 @@ class NormalisedHead(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., H] -> [..., V]."""
-        return F.linear(x, self.weight) / self._lengths().to(x.dtype)
+        return F.linear(x, self.weight) / self.lengths().to(x.dtype)
 
-    def _lengths(self) -> torch.Tensor:
+    def lengths(self) -> torch.Tensor:
         """Length of each row, [V], fp32 or float64; kept while no gradient is wanted and the weight is unchanged."""
         weight = self.weight
         held = weight.integers if isinstance(weight, Int8Weight) else weight
@@ -44,6 +45,15 @@ class NormalisedHead(nn.Linear):
         if not torch.is_grad_enabled():
             self._kept = (*state, lengths)
         return lengths
+
+
+def head_matrix(head: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return what hidden states are multiplied with, [V, H], and what the products are divided by, [V] or nothing."""
+    if isinstance(head, NormalisedHead):
+        return head.weight, head.lengths()
+    if isinstance(head, LoraLinear):
+        return head.weight + head.lora_B.weight @ head.lora_A.weight * head.scale, None
+    return head.weight, None
 
 
 def make_head(config: ModelConfig) -> nn.Linear:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ascendspeed_core.config.model import ModelConfig, RotaryScaling
+from ascendspeed_core.kernels.mask_rule import MaskRule, attention_mask
 from ascendspeed_core.models.cache import CachedPass
 from ascendspeed_core.models.dropout import DropoutMasks
 
@@ -51,15 +52,14 @@ class AttentionInputs:
 
     Attributes:
         rotary: cosine and sine of the queries' positions, [B, S, 1, R] each; `None` without rotary embedding.
-        mask: what is added to the scores, [N, S, T], or which keys are seen (bool), [S, T]; `None` when a query sees
-            all keys up to its own position, and there are as many queries as keys or a single last one. With segments
-            each row has its own: [B, N, S, S] or [B, 1, S, S].
-        chunk_masks: such a mask for each chunk of a `CachedPass`, over the keys that the window leaves.
+        mask: of whole sequences; `None` when a query sees all keys up to its own position.
+        chunk_masks: what `attention_mask` returns for each chunk of a `CachedPass`, over the keys that the window
+            leaves.
         dropout_masks: what is dropped of the layer that gets these inputs; `None` when nothing is.
     """
 
     rotary: tuple[torch.Tensor, torch.Tensor] | None
-    mask: torch.Tensor | None
+    mask: MaskRule | None
     chunk_masks: tuple[torch.Tensor | None, ...] = ()
     dropout_masks: DropoutMasks | None = None
 
@@ -100,7 +100,6 @@ class Positions:
     def attention_inputs(
         self,
         positions: torch.Tensor,
-        num_keys: int,
         dtype: torch.dtype,
         segments: torch.Tensor | None = None,
         dropout_masks: DropoutMasks | None = None,
@@ -108,19 +107,17 @@ class Positions:
         """Return what attention needs, for each kind of layer.
 
         Args:
-            positions: of each query in its text, [B, S]; rotary embedding turns by it.
-            num_keys: T; masks and ALiBi go by the order of keys, and are for whole sequences where these are cut.
+            positions: of each token in its text, [B, S]; rotary embedding turns by it. Masks and ALiBi go by the
+                order of tokens, and are for whole sequences where these are cut.
             dtype: of the hidden states.
             segments: number of the text that each token belongs to, [B, S], when a row holds several; attention
                 stays inside a text.
             dropout_masks: what dropout drops.
         """
         slopes = self._local_slopes(dtype, positions.device)
-        queries, keys = positions.shape[1] * self.sequence_parts, num_keys * self.sequence_parts
-        masks = {
-            window: attention_mask(queries, keys, window, slopes, dtype, positions.device, segments)
-            for window in self._windows()
-        }
+        length = positions.shape[1] * self.sequence_parts
+        whole = MaskRule(length, positions.device, None, slopes, dtype, segments)
+        masks = {window: whole.within(window) for window in self._windows()}
         angles = self._cos_sin(positions, dtype)
         return [
             AttentionInputs(angles[kind.rotary], masks[kind.window], dropout_masks=dropout_masks)
@@ -174,44 +171,6 @@ class Positions:
             return None
         wide = dtype if dtype == torch.float64 else torch.float32
         return torch.tensor(self._slopes[self.heads.start : self.heads.stop], dtype=wide, device=device)
-
-
-def attention_mask(
-    queries: int,
-    keys: int,
-    window: int | None,
-    slopes: torch.Tensor | None,
-    dtype: torch.dtype,
-    device: torch.device,
-    segments: torch.Tensor | None = None,
-) -> torch.Tensor | None:
-    """Return the mask of `AttentionInputs`: causal, within a window, with ALiBi's `slope * (key - query)`.
-
-    Args:
-        queries: S.
-        keys: T.
-        window: keys that a query sees, its own included.
-        slopes: of ALiBi, one for each head, [N].
-        dtype: of ALiBi's mask; distances to near keys, which weigh most, lose least when it is narrow.
-        device: where.
-        segments: see `Positions.attention_inputs`; as many queries as keys.
-    """
-    is_windowed = window is not None and keys > window
-    if slopes is None and segments is None and not is_windowed and queries in (1, keys):
-        return None
-    own = torch.arange(keys - queries, keys, device=device)
-    distance = torch.arange(keys, device=device) - own.unsqueeze(-1)
-    seen = distance <= 0
-    if window is not None and is_windowed:
-        seen &= distance > -window
-    if segments is not None:
-        seen = (seen & (segments.unsqueeze(2) == segments.unsqueeze(1))).unsqueeze(1)
-    if slopes is None:
-        return seen
-    if segments is not None:
-        added = (slopes[:, None, None] * distance).to(dtype).expand(seen.shape[0], -1, -1, -1)
-        return added.masked_fill(~seen, -torch.inf)
-    return (slopes[:, None, None] * distance).to(dtype).masked_fill_(~seen, -torch.inf)
 
 
 def alibi_slopes(num_heads: int) -> list[float]:

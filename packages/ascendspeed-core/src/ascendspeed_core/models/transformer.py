@@ -37,6 +37,8 @@ class ModelInput(NamedTuple):
         cache: chunks of sequences whose earlier keys and values are kept; the tokens are theirs, [1, M], and so are
             their positions.
         read_at: tokens whose logits are wanted, [B, P]; `None` for all. The head is a model's largest matrix.
+        for_loss: a loss alone is wanted: where it is made without logits (`Transformer.loss_from_hidden`), the last
+            stage gives the hidden states that the head reads.
     """
 
     tokens: torch.Tensor
@@ -45,13 +47,14 @@ class ModelInput(NamedTuple):
     samples: torch.Tensor | None = None
     cache: CachedPass | None = None
     read_at: torch.Tensor | None = None
+    for_loss: bool = False
 
 
 class ModelOutput(NamedTuple):
     """What a model computes in one forward pass.
 
     Attributes:
-        logits: of the next token, [B, S, V]; with `ModelInput.read_at` [B, P, V].
+        logits: of the next token, [B, S, V]; with `ModelInput.read_at` [B, P, V]; or see `ModelInput.for_loss`.
         auxiliary_losses: sums over the tokens, by name; see `models.auxiliary_losses`.
     """
 
@@ -94,6 +97,10 @@ class Transformer(nn.Module):
             self.final_norm = make_norm(config)
             self.output_head = make_head(config)
         self.token_losses: LossFunction = token_losses
+        self.loss_from_hidden = False
+        """Whether the loss is made of hidden states, a part of the vocabulary at a time."""
+        self.enter_head: Callable[[torch.Tensor], torch.Tensor] = lambda x: x
+        """What the head reads, from what stands between layers: whole sequences where these are cut."""
         self.dropout: Dropout | None = None
         kinds: list[AttentionKind] = list(dict.fromkeys(layer.attention.kind for layer in layers.values()))
         self.positions = Positions(config, kinds)
@@ -154,7 +161,9 @@ class Transformer(nn.Module):
         if stage.is_last and self.output_head is not None and self.final_norm is not None:
             if batch.read_at is not None:
                 x = x.gather(1, batch.read_at.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
-            x = self._changed_logits(self.output_head(self.final_norm(x)))
+            x = self.final_norm(x)
+            if not (batch.for_loss and self.loss_from_hidden):
+                x = self._changed_logits(self.output_head(x))
         return x, losses or {}
 
     def _embed(self, tokens: torch.Tensor, dropout_masks: DropoutMasks | None) -> torch.Tensor:
@@ -184,9 +193,7 @@ class Transformer(nn.Module):
         positions = batch.positions
         if positions is None:
             positions = self.positions.default_position_ids(batch.tokens)
-        return self.positions.attention_inputs(
-            positions, positions.shape[1], dtype, batch.segments, dropout_masks
-        )
+        return self.positions.attention_inputs(positions, dtype, batch.segments, dropout_masks)
 
     def _dropout_masks(self, samples: torch.Tensor | None) -> DropoutMasks | None:
         """Return what dropout drops of some samples."""

@@ -34,7 +34,7 @@ from ascendspeed_core.objectives.objective import LoadFrozen, MicroBatchLoss
 from ascendspeed_core.objectives.padded import PaddedObjective
 from ascendspeed_core.objectives.reference import REFERENCE_KEY, Reference, open_reference
 from ascendspeed_core.parallel.collectives import sum_over_group
-from ascendspeed_core.parallel.cross_entropy import cross_entropy
+from ascendspeed_core.parallel.cross_entropy import losses_of
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.stages import forward_through_stages
 from ascendspeed_core.weights import NativeSource, WeightSource
@@ -126,10 +126,10 @@ class PreferenceLoss:
         self._pairs = int(self._mesh.sum_over("dp", torch.tensor(count, device=self._mesh.device.torch)))
         self._sums.zero_()
 
-        def loss_of(number: int, logits: torch.Tensor) -> torch.Tensor:
+        def loss_of(number: int, output: torch.Tensor) -> torch.Tensor:
             reference = expected[number]
             assert reference is not None
-            return self._loss_sum(logits, micro_batches[number], reference)
+            return self._loss_sum(output, micro_batches[number], reference)
 
         return self._pairs, loss_of
 
@@ -144,9 +144,9 @@ class PreferenceLoss:
         pairs, loss_of = self.prepare(micro_batches)
         total = torch.zeros((), dtype=torch.float64, device=self._mesh.device.torch)
         for number, micro_batch in enumerate(micro_batches):
-            logits = self._last_logits(self._model, micro_batch)
-            if logits is not None:
-                total += loss_of(number, logits)
+            output = self._last_output(self._model, micro_batch)
+            if output is not None:
+                total += loss_of(number, output)
         return {"loss": float(self._total(total)) / pairs, **self.metrics()}
 
     def _total(self, mine: torch.Tensor) -> torch.Tensor:
@@ -154,10 +154,10 @@ class PreferenceLoss:
         return self._mesh.sum_over("replicas", self._mesh.sum_over("pp", mine.clone()))
 
     def _loss_sum(
-        self, logits: torch.Tensor, micro_batch: MicroBatch, reference: torch.Tensor
+        self, output: torch.Tensor, micro_batch: MicroBatch, reference: torch.Tensor
     ) -> torch.Tensor:
         config = self._config
-        totals = answer_log_probs(self._model, logits, micro_batch, self._mesh)
+        totals = answer_log_probs(self._model, output, micro_batch, self._mesh)
         lengths = _over_sequence(micro_batch.loss_mask.sum(dim=-1), self._mesh).view(-1, 2)
         divisor = lengths if config.dpo_loss == "ipo" else torch.ones_like(lengths)
         policy, compared = totals / divisor, reference / divisor
@@ -184,31 +184,30 @@ class PreferenceLoss:
         model, found = self._reference or self._model, list[torch.Tensor | None]()
         with adapters_off(self._model) if self._reference is None else nullcontext():
             for micro_batch in micro_batches:
-                logits = self._last_logits(model, micro_batch)
+                output = self._last_output(model, micro_batch)
                 found.append(
-                    None if logits is None else answer_log_probs(model, logits, micro_batch, self._mesh)
+                    None if output is None else answer_log_probs(model, output, micro_batch, self._mesh)
                 )
         return found
 
-    def _last_logits(self, model: Transformer, micro_batch: MicroBatch) -> torch.Tensor | None:
-        logits = forward_through_stages(
-            model, self._mesh, micro_batch.input._replace(samples=None), is_shared=False
-        )
-        return logits if model.has_last else None
+    def _last_output(self, model: Transformer, micro_batch: MicroBatch) -> torch.Tensor | None:
+        given = micro_batch.input_for_loss._replace(samples=None)
+        output = forward_through_stages(model, self._mesh, given, is_shared=False)
+        return output if model.has_last else None
 
 
 def answer_log_probs(
-    model: Transformer, logits: torch.Tensor, micro_batch: MicroBatch, mesh: ParallelMesh
+    model: Transformer, output: torch.Tensor, micro_batch: MicroBatch, mesh: ParallelMesh
 ) -> torch.Tensor:
     """Return the log-probability of each answer, chosen and rejected, [B, 2], in nats.
 
     Args:
-        model: knows the size of the vocabulary.
-        logits: this rank's, [2B, S, V/tp].
+        model: that gave the output.
+        output: see `ModelInput.for_loss`; logits are this rank's, [2B, S, V/tp].
         micro_batch: of 2B rows.
         mesh: of this rank.
     """
-    losses = cross_entropy(logits, micro_batch.labels, model.config.vocab_size, mesh.group("tp"))
+    losses = losses_of(model, output, micro_batch.labels, mesh.group("tp"))
     return -_over_sequence((losses * micro_batch.loss_mask).sum(dim=-1), mesh).view(-1, 2)
 
 

@@ -17,7 +17,7 @@ from ascendspeed_core.data.loader import BatchLoader
 from ascendspeed_core.data.micro_batch import MicroBatch, count_tokens
 from ascendspeed_core.models.transformer import Transformer
 from ascendspeed_core.objectives.objective import LoadFrozen, MicroBatchLoss, Objective, ObjectiveLoss
-from ascendspeed_core.parallel.cross_entropy import cross_entropy
+from ascendspeed_core.parallel.cross_entropy import losses_of
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.stages import forward_through_stages
 from ascendspeed_core.weights import NativeSource, WeightSource
@@ -109,8 +109,8 @@ class NextTokenLoss:
         if num_tokens is None:
             num_tokens = count_tokens(micro_batches, self._mesh)
 
-        def loss_of(number: int, logits: torch.Tensor) -> torch.Tensor:
-            return masked_sum(self._model, logits, micro_batches[number], self._mesh)
+        def loss_of(number: int, output: torch.Tensor) -> torch.Tensor:
+            return masked_sum(self._model, output, micro_batches[number], self._mesh)
 
         return num_tokens, loss_of
 
@@ -124,12 +124,10 @@ class NextTokenLoss:
 
 
 def masked_sum(
-    model: Transformer, logits: torch.Tensor, micro_batch: MicroBatch, mesh: ParallelMesh
+    model: Transformer, output: torch.Tensor, micro_batch: MicroBatch, mesh: ParallelMesh
 ) -> torch.Tensor:
-    """Return the loss of logits added up over the tokens that count."""
-    losses = cross_entropy(
-        logits, micro_batch.labels, model.config.vocab_size, mesh.group("tp"), model.token_losses
-    )
+    """Return the loss of what a model gives for it, added up over the tokens that count."""
+    losses = losses_of(model, output, micro_batch.labels, mesh.group("tp"))
     return (losses * micro_batch.loss_mask).sum()
 
 
@@ -141,6 +139,8 @@ def evaluate(model: Transformer, micro_batches: Sequence[MicroBatch], mesh: Para
         return nan
     total = torch.zeros((), dtype=torch.float64, device=mesh.device.torch)
     for micro_batch in micro_batches:
-        logits = forward_through_stages(model, mesh, micro_batch.input._replace(samples=None))
-        total += masked_sum(model, logits, micro_batch, mesh)
-    return float(mesh.sum_over("replicas", total)) / tokens
+        given = micro_batch.input_for_loss._replace(samples=None)
+        output = forward_through_stages(model, mesh, given, is_shared=False)
+        if model.has_last:
+            total += masked_sum(model, output, micro_batch, mesh)
+    return float(mesh.sum_over("replicas", mesh.sum_over("pp", total))) / tokens

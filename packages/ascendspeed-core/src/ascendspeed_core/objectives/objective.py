@@ -23,7 +23,7 @@ from ascendspeed_data.errors import ConfigError
 from ascendspeed_data.manifest import DatasetManifest
 
 MicroBatchLoss = Callable[[int, torch.Tensor], torch.Tensor]
-"""Number of a micro-batch and its logits, [B, S, V/tp] -> the sum of its losses."""
+"""Number of a micro-batch and what the model gives for its loss (`ModelInput.for_loss`) -> the sum of its losses."""
 
 LoadFrozen = Callable[[WeightSource], Transformer]
 """Load a second model under the layout and kernels of the run, for forward passes only."""

@@ -27,6 +27,7 @@ from ascendspeed_core.parallel.deepspeed import (
     start_deepspeed,
 )
 from ascendspeed_core.parallel.mesh import ParallelMesh
+from ascendspeed_core.parallel.timeline import Reduction
 from ascendspeed_data.errors import ConfigError
 
 
@@ -122,13 +123,18 @@ class ZeroEngine:
         # DeepSpeed takes the mean over the ranks with the same weights; the losses are shares of a sum.
         self._engine.backward(loss * self._mesh.layout.replicas)
 
-    def start_reduction(self, stage: Stage) -> None:
-        """Never called: a pipeline under DeepSpeed is refused before the run starts."""
-        raise AssertionError(f"stage {stage.index} of a pipeline under DeepSpeed")
+    def begin_last_backward(self, *stages: Stage) -> None:
+        """Do nothing: DeepSpeed reduces gradients in its own time."""
 
-    def wait_for_reductions(self) -> None:
-        """Never called: it is for pipelines, see `start_reduction`."""
-        raise AssertionError("reductions of a pipeline under DeepSpeed")
+    def end_last_backward(self, *stages: Stage) -> None:
+        """Do nothing."""
+
+    def wait_for_reductions(self) -> tuple[list[Reduction], float]:
+        """Never called: it is for timelines, which run without DeepSpeed."""
+        raise AssertionError("reductions of DeepSpeed")
+
+    def wait_for_parameters(self) -> None:
+        """Do nothing: they are there when a step returns."""
 
     def zero_grad(self) -> None:
         """Drop the gradients of all parameters."""

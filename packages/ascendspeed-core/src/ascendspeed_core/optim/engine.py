@@ -8,6 +8,7 @@ import torch
 from ascendspeed_core.config.layout import Stage
 from ascendspeed_core.config.sharding import Slice
 from ascendspeed_core.models.transformer import ModelInput, ModelOutput
+from ascendspeed_core.parallel.timeline import Reduction
 
 
 class TensorShard(NamedTuple):
@@ -30,10 +31,12 @@ class EngineMemory(NamedTuple):
     Attributes:
         state_bytes: always: optimizer state and master weights.
         update_bytes: most of a reduction and update, the gradients included.
+        gathered_bytes: of messages with new parameters that modules wait for one after the other.
     """
 
     state_bytes: int
     update_bytes: int
+    gathered_bytes: int = 0
 
 
 class Engine(Protocol):
@@ -67,11 +70,21 @@ class Engine(Protocol):
             is_last: no further micro-batch belongs to this step.
         """
 
-    def start_reduction(self, stage: Stage) -> None:
-        """Start to add up the gradients of one pipeline stage over the replicas; they are complete."""
+    def begin_last_backward(self, *stages: Stage) -> None:
+        """Let gradients of pipeline stages be added up over the replicas as the backward that begins completes them."""
 
-    def wait_for_reductions(self) -> None:
-        """Add up all gradients over the replicas and wait for them, without an update; `zero_grad` must follow."""
+    def end_last_backward(self, *stages: Stage) -> None:
+        """Start to add up what that backward left."""
+
+    def wait_for_reductions(self) -> tuple[list[Reduction], float]:
+        """Add up all gradients over the replicas and wait for them, without an update; `zero_grad` must follow.
+
+        Returns:
+            What was added up, and how many seconds that takes beside nothing else.
+        """
+
+    def wait_for_parameters(self) -> None:
+        """Wait until all parameters are those of the last update; the forward of a module waits for its own."""
 
     def zero_grad(self) -> None:
         """Drop the gradients of all parameters."""

@@ -1,4 +1,4 @@
-"""Sums of gradients over the ranks that hold the same weights, one message for all parameters with the same ranks.
+"""Sums of gradients over the ranks that hold the same weights, one message for some parameters with the same ranks.
 
 With a sharded optimizer (ZeRO-1: Rajbhandari et al., 2020, section 5.1) each of these ranks updates some rows of every
 tensor: one reduce-scatter gives it the sum of their gradients, one all-gather gives all of them the new weights. That
@@ -14,7 +14,7 @@ from torch import nn
 
 from ascendspeed_core.config.sharding import Slice, chunk_range
 from ascendspeed_core.parallel.collectives import (
-    all_gather_rows,
+    start_all_gather_rows,
     start_all_reduce_sum,
     start_reduce_scatter_sum,
 )
@@ -129,16 +129,25 @@ class Replicas:
             finish = start_all_reduce_sum(_message(slots, [[slice(None)] * len(slots)])[0], self.group)
         return lambda: views(finish(), masters)
 
-    def publish(self, slots: list[ParameterSlot]) -> None:
-        """Give all of these ranks the rows of some parameters that each of them updated."""
+    def start_publish(self, slots: list[ParameterSlot]) -> Callable[[], None] | None:
+        """Start to give all of these ranks the rows of some parameters that each of them updated.
+
+        Returns:
+            Waits for the rows of others and takes them over; `None` where this rank has all.
+        """
         if self.group is None or not self.is_sharded:
-            return
+            return None
         shares = self._shares(slots)
         parameters = [slot.parameter.detach() for slot in slots]
         mine = _join(parameters, shares[self.index], _longest(parameters, shares))
-        for rank, row in enumerate(all_gather_rows(mine, self.group)):
-            if rank != self.index:
-                split(row, parameters, shares[rank])
+        finish = start_all_gather_rows(mine, self.group)
+
+        def take() -> None:
+            for rank, row in enumerate(finish()):
+                if rank != self.index:
+                    split(row, parameters, shares[rank])
+
+        return take
 
     def _rows_of(self, parameter: torch.Tensor, index: int) -> slice:
         return chunk_range(parameter.shape[0], self.size, index)

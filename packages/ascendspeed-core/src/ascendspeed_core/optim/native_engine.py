@@ -11,6 +11,7 @@ from ascendspeed_core.models.transformer import ModelInput, ModelOutput, Transfo
 from ascendspeed_core.optim.engine import EngineMemory, TensorShard
 from ascendspeed_core.optim.optimizer import MasterOptimizer
 from ascendspeed_core.parallel.mesh import ParallelMesh
+from ascendspeed_core.parallel.timeline import Reduction
 
 
 class NativeEngine:
@@ -54,7 +55,8 @@ class NativeEngine:
     @property
     def memory(self) -> EngineMemory:
         """What optimizer state and updates take."""
-        return EngineMemory(self.optimizer.state_bytes, self.optimizer.update_bytes)
+        optimizer = self.optimizer
+        return EngineMemory(optimizer.state_bytes, optimizer.update_bytes, optimizer.gathered_bytes)
 
     def forward(self, given: ModelInput) -> ModelOutput:
         """Run a model without a pipeline."""
@@ -62,16 +64,27 @@ class NativeEngine:
         return output
 
     def backward(self, loss: torch.Tensor, scale: float, is_last: bool) -> None:
-        """Add the gradient of a micro-batch to the parameters; `step` reduces it."""
+        """Add the gradient of a micro-batch to the parameters; in the last backward their reduction starts."""
+        if is_last:
+            self.begin_last_backward(*self._model.stages)
         (loss * scale).backward()
 
-    def start_reduction(self, stage: Stage) -> None:
-        """Start to add up the gradients of one pipeline stage, which are complete; `step` waits for them."""
-        self.optimizer.start_reduction(stage)
+    def begin_last_backward(self, *stages: Stage) -> None:
+        """Let gradients of some stages be reduced as the backward that begins completes them."""
+        self.optimizer.reduction.begin_last_backward(stages)
 
-    def wait_for_reductions(self) -> None:
+    def end_last_backward(self, *stages: Stage) -> None:
+        """Start to reduce what that backward left; `step` waits for it."""
+        self.optimizer.reduction.end_last_backward()
+
+    def wait_for_reductions(self) -> tuple[list[Reduction], float]:
         """Add up all gradients over the replicas and wait for them, without an update."""
         self.optimizer.finish_reductions()
+        return self.optimizer.reduction.noted, self.optimizer.reduction.seconds_alone()
+
+    def wait_for_parameters(self) -> None:
+        """Wait until all parameters are those of the last update."""
+        self.optimizer.reduction.wait_for_parameters()
 
     def zero_grad(self) -> None:
         """Drop the gradients of all parameters."""

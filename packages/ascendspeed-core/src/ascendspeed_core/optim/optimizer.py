@@ -16,12 +16,12 @@ import torch
 from torch import nn
 
 from ascendspeed_core.build import parameter_slices
-from ascendspeed_core.config.layout import Stage
 from ascendspeed_core.config.optimizer import OptimizerConfig
 from ascendspeed_core.config.sharding import Slice, assign_writers, is_matrix
 from ascendspeed_core.models.transformer import Transformer
+from ascendspeed_core.optim.buckets import BucketedReduction
 from ascendspeed_core.optim.engine import TensorShard
-from ascendspeed_core.optim.gradient_sum import FinishSums, ParameterSlot, Replicas, split
+from ascendspeed_core.optim.gradient_sum import ParameterSlot, Replicas, split
 from ascendspeed_core.optim.update_rule import load_optimizer_state, make_update_rule, optimizer_state_keys
 from ascendspeed_core.parallel.collectives import all_reduce_sum
 from ascendspeed_core.parallel.mesh import ParallelMesh
@@ -33,6 +33,7 @@ class MasterOptimizer:
     Attributes:
         rule: what turns a gradient into an update; its parameters are the master weights.
         num_steps: updates so far.
+        reduction: starts and finishes the sums over replicas.
     """
 
     def __init__(
@@ -51,7 +52,6 @@ class MasterOptimizer:
             slices: the part of each parameter that this rank holds; by default what the sharding table says.
         """
         self._mesh, self._model = mesh, model
-        self._started: list[tuple[list[ParameterSlot], FinishSums]] = []
         self._is_tied = model.config.tie_word_embeddings
         self._clip_grad = config.clip_grad
         self._slices = parameter_slices(model, mesh) if slices is None else slices
@@ -64,6 +64,14 @@ class MasterOptimizer:
             slot.is_borrowed = slot.name in model.borrowed
             if slot.has_copy:
                 slot.accumulate_wide()
+        layout = mesh.layout
+        self.reduction = BucketedReduction(
+            model,
+            self._slots,
+            layout.bucket_elements,
+            layout.overlap_grad_reduce or layout.early_reduction,
+            layout.overlap_param_gather,
+        )
         is_decayed = {slot.name: is_matrix(slot.name, slot.parameter.shape) for slot in self._slots}
         matrices = [slot.master for slot in self._slots if is_decayed[slot.name]]
         vectors = [slot.master for slot in self._slots if not is_decayed[slot.name]]
@@ -93,6 +101,8 @@ class MasterOptimizer:
             Norm of the whole model's gradient before clipping; `None` for a skipped step. When it is not finite,
             nothing is updated.
         """
+        # Weights that no module asked for since the last update.
+        self.reduction.wait_for_parameters()
         gradients = self.finish_reductions()
         self._sum_tied(gradients)
         self._sum_copies(gradients)
@@ -126,15 +136,26 @@ class MasterOptimizer:
     @property
     def update_bytes(self) -> int:
         """Most bytes that adding up and applying the gradients takes, the gradients included."""
-        total = 0
-        for slot in self._slots:
-            gradient = slot.parameter.numel() * slot.master.itemsize
-            # With replicas also the message that it is copied into.
-            total += gradient if slot.replicas.group is None else 2 * gradient
-        return total
+        total = sum(slot.parameter.numel() * slot.master.itemsize for slot in self._slots)
+        messages = [
+            bucket.elements * bucket.slots[0].master.itemsize
+            for bucket in self.reduction.buckets
+            if bucket.replicas.group is not None
+        ]
+        # A message is made beside the gradients that are copied into it; with shares, all messages beside the sums.
+        return total + (sum(messages) if self._mesh.layout.sharded_optimizer else max(messages, default=0))
+
+    @property
+    def gathered_bytes(self) -> int:
+        """Bytes of new parameters that travel while the next forward computes."""
+        layout = self._mesh.layout
+        if not (layout.sharded_optimizer and layout.overlap_param_gather):
+            return 0
+        return sum(slot.parameter.nbytes for slot in self._slots if slot.replicas.group is not None)
 
     def zero_grad(self) -> None:
         """Drop the gradients of all parameters."""
+        self.reduction.drop()
         self.rule.zero_grad(set_to_none=True)
         for slot in self._slots:
             slot.parameter.grad = slot.gradient = None
@@ -145,39 +166,14 @@ class MasterOptimizer:
         for slot in self._slots:
             if slot.has_copy:
                 slot.parameter[slot.rows].copy_(slot.master)
-        for replicas, slots in self._by_replicas(self._slots):
-            replicas.publish(slots)
-
-    def start_reduction(self, stage: Stage) -> None:
-        """Start to add up the gradients of one stage, which are complete; `step` waits for them.
-
-        A weight that another stage of this process uses too waits for `step`.
-        """
-        names = {id(p) for module in self._model.modules_of(stage) for p in module.parameters()}
-        others = {
-            id(p)
-            for other in self._model.stages
-            if other is not stage
-            for module in self._model.modules_of(other)
-            for p in module.parameters()
-        }
-        mine = [slot for slot in self._slots if id(slot.parameter) in names - others]
-        for replicas, slots in self._by_replicas(mine):
-            if replicas.group is not None:
-                self._started.append((slots, replicas.start_sums(slots)))
+        self.reduction.publish()
 
     def finish_reductions(self) -> list[torch.Tensor]:
         """Return by slot the sum of the gradients over all replicas, of the rows that this rank updates.
 
         Each rank's loss is already divided by the tokens of all ranks.
         """
-        started, self._started = self._started, []
-        early = {slot.name for slots, _ in started for slot in slots}
-        rest = [slot for slot in self._slots if slot.name not in early]
-        started += [(slots, replicas.start_sums(slots)) for replicas, slots in self._by_replicas(rest)]
-        sums: dict[str, torch.Tensor] = {}
-        for slots, finish in started:
-            sums |= zip((slot.name for slot in slots), finish(), strict=True)
+        sums = self.reduction.finish()
         return [sums[slot.name] for slot in self._slots]
 
     def _by_replicas(self, slots: list[ParameterSlot]) -> list[tuple[Replicas, list[ParameterSlot]]]:
@@ -267,6 +263,7 @@ class MasterOptimizer:
 
     def checkpoint_shards(self) -> list[TensorShard]:
         """Return this rank's share of what a checkpoint holds: a part that several ranks have is written by one."""
+        self.reduction.wait_for_parameters()
         borrowed = tuple(f"/{name}" for name in self._model.borrowed)
         # Name, part, value, how many ranks hold that part, and which of them this one is.
         held: list[tuple[str, Slice, torch.Tensor, int, int]] = []

@@ -16,7 +16,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from ascendspeed_core.kernels.reference import AttentionFunction
+from ascendspeed_core.kernels.reference import AttentionFunction, Mask
 from ascendspeed_core.models.attention import Attention
 from ascendspeed_core.models.transformer import Transformer
 from ascendspeed_core.parallel.collectives import swap_cut
@@ -51,7 +51,7 @@ def attend_with_some_heads(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    mask: torch.Tensor | None,
+    mask: Mask,
     group: dist.ProcessGroup,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -62,7 +62,7 @@ def attend_with_some_heads(
         q: [B, N, S/cp, D].
         k: [B, K, S/cp, D]; K divides cp or is a multiple of it.
         v: [B, K, S/cp, D].
-        mask: of `AttentionInputs`, for whole sequences and this rank's share of the heads.
+        mask: for whole sequences and this rank's share of the heads.
         group: the ranks.
         sinks: of `reference_attention`, [N], where the model has them.
 

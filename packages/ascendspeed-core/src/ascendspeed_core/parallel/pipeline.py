@@ -30,7 +30,7 @@ from ascendspeed_core.config.layout import Stage
 from ascendspeed_core.models.transformer import ModelInput, Transformer
 from ascendspeed_core.parallel.auxiliary_losses import LossSums, attach_losses
 from ascendspeed_core.parallel.mesh import ParallelMesh
-from ascendspeed_core.parallel.stages import hidden_shape, logits_shape
+from ascendspeed_core.parallel.stages import hidden_shape, output_shape
 from ascendspeed_core.parallel.timeline import Kind, Recorder
 
 SCHEDULES: dict[str, Any] = {
@@ -50,6 +50,7 @@ def run_pipeline(
     inputs: Sequence[ModelInput],
     loss_of: Callable[[int, torch.Tensor], torch.Tensor],
     recorder: Recorder | None = None,
+    on_last_backward: Callable[[Stage], None] | None = None,
     on_stage_done: Callable[[Stage], None] | None = None,
     auxiliary_scale: float = 1.0,
 ) -> LossSums:
@@ -58,9 +59,10 @@ def run_pipeline(
     Args:
         model: this rank's stages.
         mesh: the mesh, with this rank's coordinates.
-        inputs: of every micro-batch; B may differ.
-        loss_of: number of a micro-batch and its logits -> scalar; called by the rank with the last stage.
+        inputs: of every micro-batch, for a loss; B may differ.
+        loss_of: number of a micro-batch and what the last stage gives -> scalar; called by the rank that has it.
         recorder: notes when each stage computes.
+        on_last_backward: called before what completes the gradients of a stage.
         on_stage_done: called when the gradients of a stage are complete; other stages may still compute.
         auxiliary_scale: factor of the gradients of auxiliary losses.
 
@@ -74,7 +76,9 @@ def run_pipeline(
 
     sums = LossSums.zeros(model, mesh.device.torch)
     modules = [_StageModule(model, stage, inputs, sums, auxiliary_scale) for stage in model.stages]
-    parts = [_Stage(model, mesh, module, inputs, recorder, on_stage_done) for module in modules]
+    parts = [
+        _Stage(model, mesh, module, inputs, recorder, on_last_backward, on_stage_done) for module in modules
+    ]
     name = mesh.layout.schedule
     if name == "1f1b" and len(inputs) < mesh.layout.pp:
         # With fewer micro-batches than stages 1F1B is all forward, then all backward, which torch calls GPipe.
@@ -144,15 +148,16 @@ class _Stage(PipelineStage):
         module: _StageModule,
         inputs: Sequence[ModelInput],
         recorder: Recorder | None,
+        on_last: Callable[[Stage], None] | None,
         on_done: Callable[[Stage], None] | None,
     ) -> None:
-        self._recorder, self._on_done = recorder, on_done
+        self._recorder, self._on_last, self._on_done = recorder, on_last, on_done
         self._module, stage = module, module.stage
         self._sizes = [given.tokens.shape[0] for given in inputs]
         dtype = next(model.parameters()).dtype
         first = inputs[0].tokens
         hidden = torch.empty(hidden_shape(first, model, mesh), dtype=dtype, device="meta")
-        logits = torch.empty(logits_shape(first, model, mesh), dtype=dtype, device="meta")
+        output = torch.empty(output_shape(first, model, mesh), dtype=dtype, device="meta")
         number = torch.empty(1, dtype=torch.long, device="meta")
         super().__init__(
             self._module,
@@ -160,7 +165,7 @@ class _Stage(PipelineStage):
             stage.count,
             mesh.device.torch,
             input_args=number if stage.is_first else hidden.requires_grad_(),
-            output_args=(logits if stage.is_last else hidden).requires_grad_(),
+            output_args=(output if stage.is_last else hidden).requires_grad_(),
             group=mesh.group("pp"),
         )
 
@@ -174,6 +179,8 @@ class _Stage(PipelineStage):
         self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
     ) -> None:
         """Run one backward, or only its gradient of the input."""
+        if full_backward:
+            self._report_if_last(last_backward)
         with self._noted("backward" if full_backward else "input gradient", bwd_chunk_id):
             super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
         if full_backward:
@@ -181,14 +188,19 @@ class _Stage(PipelineStage):
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
         """Run the gradients of the weights that a backward left out."""
+        self._report_if_last(last_backward)
         with self._noted("weight gradient", bwd_chunk_id):
             super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
             # torch writes these gradients itself, so that autograd does not call who waits for them.
             for parameter in self.submod.parameters():
-                for hook in (parameter._post_accumulate_grad_hooks or {}).values():
-                    if parameter.grad is not None:
+                if parameter.grad is not None:
+                    for hook in (parameter._post_accumulate_grad_hooks or {}).values():
                         hook(parameter)
         self._report_if_done(last_backward)
+
+    def _report_if_last(self, is_last: bool) -> None:
+        if is_last and self._on_last:
+            self._on_last(self._module.stage)
 
     def _report_if_done(self, is_last: bool) -> None:
         if is_last and self._on_done:

@@ -31,6 +31,7 @@ KEPT_OPERATORS = (
     aten.mm.default,
     aten.addmm.default,
     aten.bmm.default,
+    aten._flash_attention_forward.default,
     aten._scaled_dot_product_flash_attention.default,
     aten._scaled_dot_product_flash_attention_for_cpu.default,
     aten._scaled_dot_product_efficient_attention.default,

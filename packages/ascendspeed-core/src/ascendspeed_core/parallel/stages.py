@@ -26,6 +26,11 @@ def logits_shape(tokens: torch.Tensor, model: Transformer, mesh: ParallelMesh) -
     return tokens.shape[0], tokens.shape[1], mine.stop - mine.start
 
 
+def output_shape(tokens: torch.Tensor, model: Transformer, mesh: ParallelMesh) -> tuple[int, int, int]:
+    """Return the shape of what the last stage gives for a loss, see `ModelInput.for_loss`."""
+    return (hidden_shape if model.loss_from_hidden else logits_shape)(tokens, model, mesh)
+
+
 @torch.no_grad()
 def forward_through_stages(
     model: Transformer, mesh: ParallelMesh, batch: ModelInput, is_shared: bool = True

@@ -105,6 +105,7 @@ def apply_tensor_parallel(model: Transformer, group: dist.ProcessGroup, layout: 
             _look_up_in_parts(module, model.config.vocab_size, border)
         elif partition is Partition.VOCABULARY:
             _share_input(module, border)
+            model.enter_head = border.enter
     for block_module in blocks.values():
         # Column-parallel layers of a block read the same input, so it is shared, and its gradient summed, once.
         _share_input(block_module, border)

@@ -4,7 +4,7 @@ No torch here: the ideal is planned from the order and the lengths of what was m
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -39,17 +39,37 @@ class Action:
 
 @dataclass(frozen=True)
 class Reduction:
-    """The sum of one stage's gradients over the data-parallel devices.
+    """The sum of some gradients of a stage over the data-parallel devices, in one message.
 
     Attributes:
-        stage: whose gradients; `None` for all that were still left at the end of the step.
+        stage: whose gradients; `None` for those of weights that several stages of the device use.
         start: seconds on the machine's clock.
         end: when it had been waited for, which may be later than when it was done.
+        waited: seconds that the device did nothing but wait for it, once all devices had ended their backwards.
+        sent_bytes: of the gradients.
     """
 
     stage: int | None
     start: float
     end: float
+    waited: float
+    sent_bytes: int
+
+
+def describe_reductions(reductions: Sequence[Reduction], seconds_alone: float) -> str:
+    """Say how much of some reductions other work hides.
+
+    Args:
+        reductions: of one device in a step.
+        seconds_alone: that they take together, beside nothing else.
+    """
+    waited = sum(one.waited for one in reductions)
+    hidden = max(1 - waited / seconds_alone, 0.0)
+    return (
+        f"{len(reductions)} reductions of gradients, {sum(one.sent_bytes for one in reductions):,} bytes, "
+        f"{seconds_alone * 1000:.0f} ms beside nothing else, of which {waited * 1000:.0f} ms were waited for: "
+        f"{hidden:.0%} hidden"
+    )
 
 
 @dataclass(frozen=True)
@@ -80,12 +100,14 @@ class Recorder:
         synchronize: waits until the device has done what it was given.
         actions: in the order in which they ran.
         reductions: in the order in which they started.
+        seconds_alone: of the reductions together, beside nothing else.
         exchanges: all-to-alls of experts, in the order in which they ran.
     """
 
     synchronize: Callable[[], None]
     actions: list[Action] = field(default_factory=list)
     reductions: list[Reduction] = field(default_factory=list)
+    seconds_alone: float = 0.0
     exchanges: list[Exchange] = field(default_factory=list)
 
     @property

@@ -28,7 +28,7 @@ from ascendspeed_core.parallel.auxiliary_losses import attach_losses
 from ascendspeed_core.parallel.mesh import ParallelMesh, gather_objects
 from ascendspeed_core.parallel.recompute import recompute, recomputed
 from ascendspeed_core.parallel.router_steps import balanced_routers, tried_routers
-from ascendspeed_core.parallel.stages import hidden_shape, logits_shape
+from ascendspeed_core.parallel.stages import hidden_shape, output_shape
 from ascendspeed_core.parallel.timeline import Recorder
 from ascendspeed_core.planner.memory import (
     PartMemory,
@@ -221,6 +221,7 @@ def measure_step(
         sizes=[count / max(rows) for count in rows],
         resident=_model_bytes(model) + taken.state_bytes + _message_bytes(model, mesh, micro_batches),
         update=taken.update_bytes,
+        gathered=taken.gathered_bytes,
     )
 
 
@@ -229,13 +230,13 @@ def _measure_stage(model: Transformer, mesh: ParallelMesh, stage: Stage, batch: 
     hidden = torch.zeros(hidden_shape(batch.tokens, model, mesh), dtype=dtype, device=mesh.device.torch)
 
     def run(x: torch.Tensor | None, part: Stage) -> torch.Tensor:
-        out, losses = model.run_stage(part, batch.input, x)
+        out, losses = model.run_stage(part, batch.input_for_loss, x)
         return attach_losses(out, losses, 1.0)
 
     def head(x: torch.Tensor) -> tuple[torch.Tensor, Any]:
-        logits = run(x, Stage(2, 3, range(0)))
+        output = run(x, Stage(2, 3, range(0)))
         # A pipeline keeps what a stage gave until its backward.
-        return masked_sum(model, logits, batch, mesh), logits if mesh.layout.pp > 1 else None
+        return masked_sum(model, output, batch, mesh), output if mesh.layout.pp > 1 else None
 
     def measure_layer(number: int) -> dict[Mode, PartMemory]:
         layer = model.layers[str(number)]
@@ -275,7 +276,7 @@ def _measure_stage(model: Transformer, mesh: ParallelMesh, stage: Stage, batch: 
     inner, outer = (0 if is_end else hidden.nbytes for is_end in (stage.is_first, stage.is_last))
     return StageMemory(
         layers, len(stage.layers), before, after, shared,
-        output=prod(logits_shape(batch.tokens, model, mesh)) * hidden.itemsize if stage.is_last else outer,
+        output=prod(output_shape(batch.tokens, model, mesh)) * hidden.itemsize if stage.is_last else outer,
         received=outer,
         # With several stages on a rank torch keeps what it sent, hidden states and gradients, until the step ends.
         sent=inner + outer if len(model.stages) > 1 else 0,
@@ -350,8 +351,8 @@ def _pipeline_actions(
         run_pipeline(
             model,
             mesh,
-            [micro_batch.input for micro_batch in micro_batches],
-            lambda number, logits: masked_sum(model, logits, micro_batches[number], mesh),
+            [micro_batch.input_for_loss for micro_batch in micro_batches],
+            lambda number, output: masked_sum(model, output, micro_batches[number], mesh),
             recorder,
         )
     local_stage = {stage.index: number for number, stage in enumerate(model.stages)}

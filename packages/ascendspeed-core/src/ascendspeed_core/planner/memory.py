@@ -88,6 +88,7 @@ class StepMemory:
         sizes: of the micro-batches, as shares of the largest one.
         resident: bytes that are always there: weights, optimizer state, message buffers.
         update: most that reducing and applying the gradients takes besides, the gradients included.
+        gathered: of messages with new parameters, which the first forward of each stage uses up.
     """
 
     stages: Sequence[StageMemory]
@@ -95,6 +96,7 @@ class StepMemory:
     sizes: Sequence[float]
     resident: int
     update: int
+    gathered: int = 0
 
     @property
     def num_layers(self) -> int:
@@ -109,6 +111,7 @@ class StepMemory:
             start += stage.num_layers
         held, most = float(self.resident), float(self.resident + self.update)
         started: set[int] = set()
+        waiting = [self.gathered * len(parts) / sum(map(len, by_stage)) for parts in by_stage]
         for action in self.actions:
             stage, parts, share = (
                 self.stages[action.stage],
@@ -118,8 +121,11 @@ class StepMemory:
             if action.is_forward:
                 held += stage.attention_inputs * share
                 for part in parts:
-                    most = max(most, held + part.forward * share)
+                    most = max(most, held + part.forward * share + sum(waiting))
                     held += part.kept * share
+                    waiting[action.stage] = max(
+                        waiting[action.stage] - self.gathered / sum(map(len, by_stage)), 0.0
+                    )
                 continue
             for number in reversed(range(len(parts))):
                 part = parts[number]

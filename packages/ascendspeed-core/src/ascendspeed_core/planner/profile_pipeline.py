@@ -1,18 +1,16 @@
 """Time the pipeline of a model on random tokens: for pictures, and to choose sizes of micro-batches."""
 
-import time
 from collections.abc import Callable, Sequence
 
 import torch
 
-from ascendspeed_core.config.layout import Stage
 from ascendspeed_core.models.transformer import ModelInput, Transformer
 from ascendspeed_core.optim.engine import Engine
 from ascendspeed_core.parallel.collectives import unnoted
-from ascendspeed_core.parallel.cross_entropy import cross_entropy
+from ascendspeed_core.parallel.cross_entropy import losses_of
 from ascendspeed_core.parallel.experts import note_exchanges
 from ascendspeed_core.parallel.mesh import ParallelMesh, gather_objects
-from ascendspeed_core.parallel.timeline import Recorder, Reduction
+from ascendspeed_core.parallel.timeline import Recorder
 from ascendspeed_core.planner.micro_batches import StageCost, best_sizes
 
 WARM_UP_STEPS = 2
@@ -38,36 +36,29 @@ def record_step(
     generator = torch.Generator().manual_seed(0)
     shape = (sum(sizes), seq_length // mesh.layout.cp)
     ids = torch.randint(vocab_size, shape, generator=generator).to(mesh.device.torch)
-    inputs = [ModelInput(tokens) for tokens in ids.split(list(sizes))]
+    inputs = [ModelInput(tokens, for_loss=True) for tokens in ids.split(list(sizes))]
 
-    def loss_of(number: int, logits: torch.Tensor) -> torch.Tensor:
-        return cross_entropy(logits, inputs[number].tokens, vocab_size, group).sum() / ids.numel()
+    def loss_of(number: int, output: torch.Tensor) -> torch.Tensor:
+        return losses_of(model, output, inputs[number].tokens, group).sum() / ids.numel()
 
     from ascendspeed_core.parallel.pipeline import run_pipeline
 
     reduces = engine is not None and mesh.layout.replicas > 1
     for _ in range(WARM_UP_STEPS + 1):
         recorder = Recorder(mesh.device.synchronize)
-        started: list[tuple[int | None, float]] = []
-
-        def on_stage_done(stage: Stage, started: list[tuple[int | None, float]] = started) -> None:
-            assert engine is not None
-            started.append((stage.index, time.perf_counter()))
-            engine.start_reduction(stage)
-
         note_exchanges(model, recorder.note_exchange)
         mesh.barrier()
-        is_early = mesh.layout.early_reduction and reduces
         if mesh.layout.pp == 1:
-            _run_alone(model, inputs, loss_of, recorder)
+            _run_alone(model, inputs, loss_of, recorder, engine)
+        elif engine is not None and reduces:
+            begin, end = engine.begin_last_backward, engine.end_last_backward
+            run_pipeline(model, mesh, inputs, loss_of, recorder, begin, end)
         else:
-            run_pipeline(model, mesh, inputs, loss_of, recorder, on_stage_done if is_early else None)
+            run_pipeline(model, mesh, inputs, loss_of, recorder)
         if engine is not None and reduces:
-            if not is_early:
-                started.append((None, time.perf_counter()))
-            engine.wait_for_reductions()
-            end = time.perf_counter()
-            recorder.reductions = [Reduction(stage, start, end) for stage, start in started]
+            # Waiting for ranks whose backward takes longer is no waiting for messages.
+            mesh.barrier()
+            recorder.reductions, recorder.seconds_alone = engine.wait_for_reductions()
         if engine is not None:
             engine.zero_grad()
         model.zero_grad(set_to_none=True)
@@ -80,12 +71,15 @@ def _run_alone(
     inputs: Sequence[ModelInput],
     loss_of: Callable[[int, torch.Tensor], torch.Tensor],
     recorder: Recorder,
+    engine: Engine | None,
 ) -> None:
     """Run micro-batches one after the other, the whole model on this rank."""
     for number, given in enumerate(inputs):
         with recorder.note("forward", 0, number):
             loss = loss_of(number, model(given).logits)
         with recorder.note("backward", 0, number):
+            if engine is not None and number == len(inputs) - 1:
+                engine.begin_last_backward(*model.stages)
             loss.backward()
 
 

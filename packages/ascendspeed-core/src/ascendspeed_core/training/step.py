@@ -116,10 +116,10 @@ def forward_backward(
         scale: factor of the gradients, see `LossScale`; the loss that is returned is without it.
     """
 
-    def share(number: int, logits: torch.Tensor) -> torch.Tensor:
-        return loss_of(number, logits) / count
+    def share(number: int, output: torch.Tensor) -> torch.Tensor:
+        return loss_of(number, output) / count
 
-    inputs = [micro_batch.input for micro_batch in micro_batches]
+    inputs = [micro_batch.input_for_loss for micro_batch in micro_batches]
     begin_router_step(model, mesh, inputs, count)
     if mesh.layout.pp > 1:
         # torch's schedules take seconds to import.
@@ -129,18 +129,19 @@ def forward_backward(
             model,
             mesh,
             inputs,
-            lambda number, logits: share(number, logits) * scale,
-            on_stage_done=engine.start_reduction if mesh.layout.early_reduction else None,
+            lambda number, output: share(number, output) * scale,
+            on_last_backward=engine.begin_last_backward,
+            on_stage_done=engine.end_last_backward,
             auxiliary_scale=scale / count,
         )
         sums.loss.div_(scale)
     else:
         sums = LossSums.zeros(model, mesh.device.torch)
         for number, given in enumerate(inputs):
-            logits, losses = engine.forward(given)
-            loss = share(number, logits)
-            # The largest activation of all: it must not outlive its use.
-            del logits
+            output, losses = engine.forward(given)
+            loss = share(number, output)
+            # Logits are the largest activation of all: they must not outlive their use.
+            del output
             sums.loss.add_(loss.detach())
             sums.add(losses)
             for auxiliary in losses.values():

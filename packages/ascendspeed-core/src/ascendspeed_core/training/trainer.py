@@ -147,6 +147,7 @@ class Trainer:
                 self._report(record, result)
                 if stop_signal is not None:
                     self._save_if_due(stop_signal)
+            self.engine.wait_for_parameters()
             if self.iteration < train_iters:
                 self._log(f"stopping at iteration {self.iteration} of {train_iters} (--exit-interval)")
         return self.metrics.records if self.metrics else []
@@ -277,6 +278,8 @@ class Trainer:
         """Continue the prompts and measure the held-out loss, where this iteration is one of theirs."""
         prompts, evaluation = self.eval_prompts, self.config.evaluation
         if prompts is not None and self.iteration % prompts.plan.interval == 0:
+            # A recorded pass does not ask for them.
+            self.engine.wait_for_parameters()
             record["samples"] = prompts.write(self.iteration)
         if not self.plan.num_samples[1] or self.iteration % evaluation.eval_interval:
             return

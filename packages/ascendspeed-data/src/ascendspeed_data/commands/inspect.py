@@ -12,7 +12,7 @@ from ascendspeed_data.blend import open_blend
 from ascendspeed_data.command_line import log
 from ascendspeed_data.dataset import Dataset, open_dataset
 from ascendspeed_data.errors import ConfigError
-from ascendspeed_data.hub import local_path
+from ascendspeed_data.hub_files import local_path
 from ascendspeed_data.manifest import check_tokenizer
 from ascendspeed_data.statistics import draw_histogram, histogram_lines, length_statistics
 from ascendspeed_data.tokenizer import Tokenizer, load_tokenizer

@@ -7,7 +7,7 @@ import typer
 
 from ascendspeed_data.column_names import columns_of_flag
 from ascendspeed_data.command_line import log
-from ascendspeed_data.hub import data_paths, local_path
+from ascendspeed_data.hub_files import data_paths, local_path
 from ascendspeed_data.preprocess import check_options, preprocess_dataset
 from ascendspeed_data.preprocessing.job import PreprocessJob
 from ascendspeed_data.preprocessing.report import report

@@ -27,9 +27,13 @@ SHAREGPT_ROLES = {
     "bing": "assistant",
     "bard": "assistant",
     "function_call": "assistant",
+    "tool_call": "assistant",
     "tool": "tool",
     "observation": "tool",
+    "tool_response": "tool",
 }
+CALLS = ("function_call", "tool_call")
+"""Roles, in ShareGPT and ms-swift's messages, whose text is a call of a tool."""
 
 
 class MessagesHandler(HandlerBase):
@@ -99,12 +103,13 @@ def messages_of(turns: Any, column: str, are_turns: bool = False) -> list[Messag
     made = []
     for number, turn in enumerate(list_of_turns(turns, column), 1):
         is_turn = are_turns or turn.get("from") is not None or turn.get("value") is not None
+        is_turn |= turn.get("role") in (*CALLS, "tool_response")
         made.append(sharegpt_message(turn, number) if is_turn else turn)
     return made
 
 
 def sharegpt_message(turn: dict[str, Any], number: int) -> Message:
-    """Return a turn of ShareGPT as a message; the text of a `function_call` becomes tool calls.
+    """Return a turn of ShareGPT as a message; the text of a `function_call` or `tool_call` becomes tool calls.
 
     `role` stands for `from`, and `content` for `value`, as some sets have them.
 
@@ -125,7 +130,7 @@ def sharegpt_message(turn: dict[str, Any], number: int) -> Message:
         raise DataError(
             f"turn {number} is from {turn[of_speaker]!r}; the role must be one of {', '.join(SHAREGPT_ROLES)}"
         )
-    if speaker.lower() == "function_call":
+    if speaker.lower() in CALLS:
         if not isinstance(value, str):
             raise DataError(f"turn {number}: {of_text!r} holds {type(value).__name__}, not text")
         try:

@@ -22,6 +22,13 @@ def report(job: PreprocessJob, manifests: Mapping[str, DatasetManifest]) -> None
         log(unused_summary(unused))
     for reason, count in next(iter(manifests.values())).split_conversations.items():
         log(f"{count:,} conversations are several samples each: {reason}")
+    others = next(iter(manifests.values())).num_other_prompts
+    if others:
+        log(
+            f"{others:,} records have answers without thoughts, which a chat asks for with a prompt that opens them; "
+            "the ids before them are not those of training: give --chat-template-kwargs "
+            "'{\"enable_thinking\": false}' if the chat template reads it, or records with thoughts"
+        )
     spelling = next(iter(manifests.values())).num_spelling_records
     if spelling:
         log(

@@ -15,7 +15,8 @@ from ascendspeed_eval.backends import Backends, find_backends
 from ascendspeed_eval.conversations import ChatSettings
 from ascendspeed_eval.errors import EvaluationError, UsageError
 from ascendspeed_eval.evaluation import Evaluation, prepare_evaluation
-from ascendspeed_eval.hub import PREFIX, write_files
+from ascendspeed_eval.hub import HUGGING_FACE
+from ascendspeed_eval.hub_datasets import find_data
 from ascendspeed_eval.model import Backend, EvaluatedModel
 from ascendspeed_eval.output_folder import SAMPLES
 from ascendspeed_eval.progress import log
@@ -38,8 +39,9 @@ def run_command(
     task_data_path: Annotated[
         list[str] | None,
         typer.Option(
-            help="Data of each benchmark, in the order of --task: a file, a folder, hf:NAME for a Hugging Face "
-            "dataset, or for boolq `sample`, the small file that the package contains."
+            help="Data of each benchmark, in the order of --task: a file, a folder, a name on the Hugging Face hub "
+            "(org/name@revision; hf: alone is the task's own) or modelscope:org/name, or for boolq `sample`, the "
+            "small file that the package contains."
         ),
     ] = None,
     output_dir: Annotated[
@@ -152,15 +154,14 @@ def run_command(
                     f"{found.name}, protocol {variant.name}, generates no text; --max-new-tokens has no effect"
                 )
                 settings = replace(generation, max_new_tokens=None)
-            if path.startswith(PREFIX):
-                (written := Path(scratch) / str(number)).mkdir()
-                path = write_files(found.name, path, written)
+            (written := Path(scratch) / str(number)).mkdir()
+            path, origin = find_data(found.name, path, written)
             evaluation = prepare_evaluation(
                 found, variant, path, subsets=subset or (), limit=limit, limit_seed=limit_seed,
                 num_fewshot=num_fewshot, generation=settings, seed=seed,
                 chat=chat,
             )  # fmt: skip
-            prepared.append(evaluation)
+            prepared.append(replace(evaluation, data_origin=origin))
         if backend.launch(_options_of(backend, own, prepared[0]), sys.argv[1:]):
             return
         for evaluation in prepared:
@@ -189,7 +190,7 @@ def _with_data(names: Sequence[str], paths: Sequence[str] | None) -> list[tuple[
             f"--task-data-path is missing; {names[0]} reads {tasks[0].format}; `--task boolq --task-data-path "
             "sample` reads the small file that the package contains"
         )
-    if len(paths) == 1 and paths[0] in ("sample", PREFIX):
+    if len(paths) == 1 and paths[0] in ("sample", HUGGING_FACE):
         paths = [paths[0]] * len(tasks)
     if len(paths) != len(tasks):
         raise UsageError(

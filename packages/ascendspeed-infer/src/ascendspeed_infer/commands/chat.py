@@ -35,14 +35,14 @@ def run(config: ChatConfig) -> None:
     from ascendspeed_infer.chat import Chat, choose_layout
     from ascendspeed_infer.conversing import converse
 
+    given = config.conversation.tools
+    tools = None if given is None else read_tools(given)
     with opened_model(config) as opened:
         if opened is None:
             return
         model, source = opened
         values = config.conversation.template_values()
         model.tokenizer.template_values = values
-        given = config.conversation.tools
-        tools = None if given is None else read_tools(given)
         chosen = config.conversation.chat_template
         layout = choose_layout(source, model.tokenizer, chosen, has_tools=tools is not None)
         values.check_read(set(layout.reads))

@@ -2,6 +2,7 @@
 
 import json
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,11 +31,12 @@ class AnswerParser:
     Args:
         thinks: whether the prompt opened the thoughts.
         has_tools: whether tool calls are looked for.
+        tools: as they were declared.
     """
 
-    def __init__(self, thinks: bool, has_tools: bool) -> None:
+    def __init__(self, thinks: bool, has_tools: bool, tools: Sequence[Any] | None = None) -> None:
         self._thoughts = ThoughtSplitter(thinks)
-        self._calls = CallSplitter() if has_tools else None
+        self._calls = CallSplitter(tools) if has_tools else None
         self._num_calls = 0
         self._has_reasoning = thinks
         self._has_begun = {"reasoning": False, "content": False}

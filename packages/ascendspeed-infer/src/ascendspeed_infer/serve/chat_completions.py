@@ -55,7 +55,7 @@ class ChatCall:
             raise ApiError(str(error), param="messages") from None
         self._thinks = served.model.tokenizer.decode(self._ids[-MARK_TOKENS:]).rstrip().endswith(OPEN)
         self._texts = self._new_texts(layout)
-        self._parsers = [AnswerParser(self._thinks, self._has_tools) for _ in self._texts]
+        self._parsers = [AnswerParser(self._thinks, self._has_tools, body.tools) for _ in self._texts]
         self._head = {
             "id": f"chatcmpl-{secrets.token_hex(12)}",
             "object": "chat.completion.chunk" if body.stream else "chat.completion",

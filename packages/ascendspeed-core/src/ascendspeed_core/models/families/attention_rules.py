@@ -206,9 +206,7 @@ class RotaryByLayer(LayerWindows):
         if flat or not found:
             found.append(self._flat(flat, hf))
         if len(found) == 2 and found[0] != found[1]:
-            raise AscendSpeedError(
-                "rope_parameters and the keys rope_theta and rope_scaling beside it contradict each other; leave one"
-            )
+            raise AscendSpeedError(f"rope_parameters={by_kind!r} contradicts {flat!r} beside it; leave one")
         full, window_base = found[0]
         values = super().read(hf)
         is_same = window_base == full["rotary_base"] and full["rotary_scaling"] is None
