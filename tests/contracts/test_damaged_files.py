@@ -48,6 +48,7 @@ ALLOWED = {
     "ascendspeed_infer/engine/control_channel.py": "what rank 0 sent",
     "ascendspeed_infer/tool_calls.py": "answers of a model; what is no JSON stays text",
     "ascendspeed_infer/serve/bodies.py": "bodies of requests, which pydantic models check",
+    "ascendspeed_infer/serve/chat_page.py": "the page inside the package",
     "ascendspeed_eval/server/answers.py": "what a server answered, which pydantic models check",
     "ascendspeed_eval/sandbox/run.py": "what the sandbox's own processes say",
     "ascendspeed_eval/sandbox/stage.py": "what the process above sent, and children in /proc",

@@ -18,7 +18,6 @@ from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.weights import open_weights
 from ascendspeed_data.errors import AscendSpeedError
 from ascendspeed_infer.beams import BeamSettings
-from ascendspeed_infer.engine.batch_invariant import CHUNK_TOKENS
 from ascendspeed_infer.engine.llm_engine import LLMEngine
 from ascendspeed_infer.engine.model_runner import ModelRunner, decode_one_token, prefill
 from ascendspeed_infer.engine.prefix_cache import common_prefix_length
@@ -173,8 +172,7 @@ def test_batch_invariant(workers: WorkerPool, tmp_path: Path, dtype: torch.dtype
     REFERENCES["Mistral"].save(tmp_path)
     ((found, _, reused),) = workers.run(under_random_load, 1, str(tmp_path), Layout(), 40, dtype)
     check_against_alone(str(tmp_path), found, dtype)
-    # Of shared prefixes only whole chunks of 32 tokens.
-    assert reused % CHUNK_TOKENS == 0
+    assert reused > len(found)
 
 
 @pytest.mark.nightly

@@ -5,7 +5,8 @@ import torch
 from ascendspeed_core.models.cache import BLOCK_TOKENS, KeyValueCache, LayerCache
 from ascendspeed_infer.beams import BeamSettings
 from ascendspeed_infer.engine.batch_invariant import PassShapes
-from ascendspeed_infer.engine.scheduler import ScheduledRequest, Scheduler, SchedulerOutput
+from ascendspeed_infer.engine.scheduled_request import ScheduledRequest
+from ascendspeed_infer.engine.scheduler import Scheduler, SchedulerOutput
 from ascendspeed_infer.engine.sequence import BeamSearchRequest, GenerationSettings, Request, SamplingRequest
 
 VOCAB = 12

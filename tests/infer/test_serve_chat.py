@@ -94,9 +94,10 @@ def test_a_stream_joins_to_the_whole(client: openai.OpenAI) -> None:
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "only parts of the types"),
         ({"top_logprobs": 2}, "top_logprobs is for logprobs=true"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "calls of other forms are not parsed"),
-        ({"tool_choice": "required"}, "tool_choice: Input should be 'none' or 'auto'"),
-        ({"response_format": {"type": "json_object"}}, "response_format: Input should be 'text'"),
-        ({"logit_bias": {"5": 1}}, "logit_bias is not supported"),
+        ({"tool_choice": "required"}, "tool_choice asks for a function that tools does not have"),
+        ({"tool_choice": "all"}, "tool_choice: Input should be 'none', 'auto' or 'required'"),
+        ({"response_format": {"type": "xml"}}, "response_format: Input should be 'text'"),
+        ({"reasoning_effort": "high"}, "reasoning_effort is not supported"),
         ({"max_tokens": 256}, "max_tokens=256 that is more than"),
     ],
 )

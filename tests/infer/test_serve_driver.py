@@ -126,6 +126,28 @@ def test_random_arrivals_and_cancellations(model: Any, driver: EngineDriver) -> 
     assert not any(listeners[number].is_over.is_set() for number in cancelled)
 
 
+def test_memory_that_runs_out_changes_nothing(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With optimistic admission texts leave the cache and are computed again: bit for bit what they are alone."""
+    monkeypatch.setattr("ascendspeed_infer.engine.scheduled_request.GROWTH_TOKENS", 4)
+    engine = LLMEngine(*model)
+    engine.fix_cache(192, max_num_seqs=8, optimistic_admission=True)
+    driver = EngineDriver(engine, max_waiting=100)
+    driver.start()
+    listeners = [Listener() for _ in range(40)]
+    for number, listener in enumerate(listeners):
+        driver.submit([NewRequest(make_request(number), listener, batch_invariant=number % 4 != 3)])
+    for number, listener in enumerate(listeners):
+        (got,), (want,) = listener.last().completions, alone(model, number)
+        streamed = [token.token_id for output in listener.outputs for token in output.new_tokens]
+        assert tuple(streamed) == got.token_ids
+        if number % 4 != 3:
+            assert got == want
+        else:
+            assert len(got.token_ids) == len(want.token_ids)
+    assert engine.num_preemptions > 3
+    check_no_leak(driver)
+
+
 def test_a_cancelled_request_leaves_within_a_pass(driver: EngineDriver) -> None:
     listener, other = Listener(), Listener()
     names = driver.submit([NewRequest(make_request(1, new_tokens=34), listener)])

@@ -6,7 +6,9 @@ minute each time.
 
 import os
 import random
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -287,3 +289,73 @@ def test_completions_alone_go_to_stdout(folder: Path) -> None:
     (line,) = done.stdout.splitlines()
     own = call("asd-infer", "generate", "--load", folder, "--prompt", "the", "--max-new-tokens", 5, "--json")
     assert line == own.stdout.strip()
+
+
+def test_the_server(folder: Path) -> None:
+    """Eight clients at once on a server with vLLM: texts, log-probabilities of answers and prompts, and refusals."""
+    pytest.importorskip("fastapi", reason="fastapi is not installed: pip install ascendspeed-infer[serve]")
+    from support.served import running_server
+
+    own = LanguageModel.from_pretrained(folder, device="cpu", dtype="float32")
+    asked = prompts(3)[:16]
+    with (
+        vllm_model(folder, dtype="float32") as model,
+        running_server(model, cache_tokens=None, batch_invariant=False) as server,
+    ):
+
+        def ask(number: int) -> Any:
+            fields = {"prompt": asked[number], "max_tokens": NEW_TOKENS, "temperature": 0, "logprobs": 2}
+            answer = server.client.post(
+                "/v1/completions", json=fields | {"return_token_ids": True, "stop": ["or"]}
+            )
+            assert answer.status_code == 200, answer.text
+            return answer.json()["choices"][0]
+
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(ask, range(len(asked))))
+        differ = 0
+        for prompt, choice in zip(asked, found, strict=True):
+            (want,) = own.generate(prompt, max_new_tokens=NEW_TOKENS, return_log_probs=True, stop="or")
+            if tuple(choice["token_ids"]) != want.token_ids:
+                differ += 1
+                continue
+            assert (choice["text"], choice["finish_reason"]) == (want.text, want.finish_reason)
+            assert choice["logprobs"]["token_logprobs"] == pytest.approx(
+                want.log_probs, abs=TOLERANCE["float32"]
+            )
+        # Near ties, at most.
+        assert differ <= 1
+        ids = own.tokenizer.encode("the year it was")
+        scored = server.client.post(
+            "/v1/completions", json={"prompt": ids, "max_tokens": 0, "echo": True, "logprobs": 1}
+        ).json()["choices"][0]["logprobs"]
+        want_scores = own.logits(ids).log_softmax(-1)[range(len(ids) - 1), ids[1:]].tolist()
+        assert scored["token_logprobs"][1:] == pytest.approx(want_scores, abs=TOLERANCE["float32"])
+        drawn = {
+            "prompt": "the",
+            "max_tokens": 8,
+            "logit_bias": {"70": 100},
+            "seed": 1,
+            "return_token_ids": True,
+        }
+        biased = server.client.post("/v1/completions", json=drawn).json()["choices"][0]
+        assert biased["token_ids"] == [70] * 8
+        with server.client.stream(
+            "POST",
+            "/v1/completions",
+            json={"prompt": "a", "max_tokens": 200, "stream": True, "ignore_eos": True},
+        ) as answer:
+            next(answer.iter_lines())
+        end = time.monotonic() + 60
+        while server.served.driver.num_open or server.served.driver.engine.num_running:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        for options, message in (
+            ({"batch_invariant": True}, "batch_invariant"),
+            ({"cache_tokens": 64}, "cache_tokens"),
+        ):
+            with (
+                pytest.raises(ConfigError, match=message),
+                running_server(model, **({"cache_tokens": None, "batch_invariant": False} | options)),
+            ):
+                pass

@@ -14,6 +14,7 @@ from ascendspeed_infer.language_model import LanguageModel
 from ascendspeed_infer.serve.config import ServerConfig
 from ascendspeed_infer.serve.served_model import ServedModel
 from ascendspeed_infer.serve.server import prepared_server
+from ascendspeed_infer.text_generator import TextGenerator
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Running:
 
 @contextmanager
 def running_server(
-    model: LanguageModel, layout: PromptLayout | None = None, **options: Any
+    model: TextGenerator, layout: PromptLayout | None = None, **options: Any
 ) -> Iterator[Running]:
     log: list[str] = []
     config = ServerConfig(**({"port": 0, "cache_tokens": 4096, "batch_invariant": True} | options))
@@ -59,5 +60,7 @@ def running_server(
         finally:
             server.should_exit = True
             thread.join()
+    if not isinstance(model, LanguageModel):
+        return
     model.llm_engine.clear_prefix_cache()
     assert model.llm_engine.free_blocks == model.llm_engine.num_blocks

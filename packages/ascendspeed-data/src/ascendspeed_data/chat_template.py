@@ -183,13 +183,21 @@ class ChatTemplate:
             )
         return made[0]
 
-    def prompt(self, messages: Sequence[Message], tools: Any = None) -> Sample:
+    def prompt(
+        self, messages: Sequence[Message], tools: Any = None, variables: Mapping[str, Any] | None = None
+    ) -> Sample:
         """Format a conversation up to the start of an answer, without loss.
+
+        Args:
+            messages: of the conversation.
+            tools: that may be called.
+            variables: of the template; they come before those of the tokenizer.
 
         Raises:
             DataError: the template does not support the conversation, or leaves out a part of it that says something.
         """
-        conversation = conversation_of(messages, {"tools": tools})
+        columns = {"tools": tools} | ({"chat_template_kwargs": dict(variables)} if variables else {})
+        conversation = conversation_of(messages, columns)
         self._check_variables(conversation)
         fitted = self._forms.fit(conversation.messages)
         text = self._render(fitted, conversation.variables, add_generation_prompt=True)

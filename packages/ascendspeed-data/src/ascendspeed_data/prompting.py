@@ -3,7 +3,7 @@
 The rules and the encoding are those of `asd-data preprocess`, so the ids before an answer are the ids of training.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -111,8 +111,8 @@ class PromptLayout:
     sources: tuple[str, ...] = ()
     template: ChatTemplate | None = None
 
-    def with_tools(self, tools: Any) -> "PromptLayout":
-        """Return the layout with tools that the model may call.
+    def with_tools(self, tools: Any, variables: Mapping[str, Any] | None = None) -> "PromptLayout":
+        """Return the layout with tools that the model may call, and further variables of its template.
 
         Raises:
             ConfigError: the layout is no chat template.
@@ -120,9 +120,10 @@ class PromptLayout:
         template = self.template
         if template is None:
             raise ConfigError(
-                f"tools are for chat templates, and {self.name} has no place for them; leave them out"
+                f"{'variables' if variables else 'tools'} are for chat templates, and {self.name} has no place for "
+                "them; leave them out"
             )
-        return replace(self, sample=lambda messages: template.prompt(list(messages), tools))
+        return replace(self, sample=lambda messages: template.prompt(list(messages), tools, variables))
 
     def ids(self, messages: Sequence[Message], parse_special: bool = False) -> list[int]:
         """Return the ids of a conversation that ends with a message of the user.

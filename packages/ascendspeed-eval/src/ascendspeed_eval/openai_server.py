@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ascendspeed_eval.server.answers import Answer
     from ascendspeed_eval.server.client import ServerClient
     from ascendspeed_eval.server.echo import Echo
+    from ascendspeed_eval.server.token_ids import TokenizedText
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 MAX_STOP_STRINGS = 4
@@ -127,11 +128,12 @@ class ServerModel:
 
     def _answer(self, requests: Sequence[Request]) -> list[Result]:
         contexts: dict[str, Echo] = {}
+        tokenized: dict[str, TokenizedText] = {}
         results: list[Result] = []
         for one in requests:
             try:
                 results.append(
-                    self._score(one, contexts)
+                    self._score(one, contexts, tokenized)
                     if isinstance(one, LoglikelihoodRequest)
                     else self._continue(one)
                 )
@@ -140,12 +142,21 @@ class ServerModel:
                 break
         return results
 
-    def _score(self, request: LoglikelihoodRequest, contexts: dict[str, "Echo"]) -> LoglikelihoodResult:
+    def _score(
+        self,
+        request: LoglikelihoodRequest,
+        contexts: dict[str, "Echo"],
+        tokenized: "dict[str, TokenizedText]",
+    ) -> LoglikelihoodResult:
         from ascendspeed_eval.server.answers import AnswerError
         from ascendspeed_eval.server.echo import Echo, continuation_tokens, read_echo
 
         kept = len(request.context.rstrip())
         context, text = request.context[:kept], request.context + request.continuation
+        whole = self._client.tokenize(text)
+        if whole is not None:
+            tokenized[text] = whole
+            return self._score_ids(context, text, tokenized)
 
         def echo(prompt: str) -> Echo:
             body = {"prompt": prompt, "max_tokens": 1, "temperature": 0, "logprobs": 1, "echo": True}
@@ -174,6 +185,39 @@ class ServerModel:
                 not top or (value is not None and value >= max(top.values())) for value, top in known
             )
         return LoglikelihoodResult(sum(value for value in values if value is not None), greedy, 0)
+
+    def _score_ids(
+        self, context: str, text: str, tokenized: "dict[str, TokenizedText]"
+    ) -> LoglikelihoodResult:
+        """Score ids, whose continuation is known by its number of tokens; `tokenized` keeps what was asked for."""
+        from ascendspeed_eval.server.echo import read_echo
+        from ascendspeed_eval.server.token_ids import ids_to_score
+
+        address = self._client.address
+
+        def tokenize(part: str) -> "TokenizedText":
+            found = tokenized.get(part) or self._client.tokenize(part)
+            if found is None:
+                raise EvaluationError(f"{address}: /tokenize no longer answers")
+            tokenized[part] = found
+            return found
+
+        scored = ids_to_score(context, text, tokenize, address)
+        body = {"prompt": scored.ids, "max_tokens": 0, "temperature": 0, "logprobs": 1, "echo": True}
+        found = self._client.post("completions", body, lambda answer: read_echo(answer, text)).found
+        own = found.token_logprobs[len(scored.ids) - scored.num_continuation : len(scored.ids)]
+        values = [value for value in own if value is not None]
+        if len(values) != scored.num_continuation:
+            raise EvaluationError(
+                f"{address}completions: it gives {len(found.token_logprobs)} log-probabilities of {len(scored.ids)} ids"
+            )
+        greedy = None
+        if found.top_logprobs is not None:
+            tops = found.top_logprobs[len(scored.ids) - scored.num_continuation : len(scored.ids)]
+            greedy = all(
+                not top or value >= max(top.values()) for value, top in zip(values, tops, strict=True)
+            )
+        return LoglikelihoodResult(sum(values), greedy, scored.truncated_tokens)
 
     def _continue(self, request: GenerateRequest) -> GenerateResult:
         from ascendspeed_eval.server.answers import Continuation, continuation_of

@@ -1,5 +1,6 @@
 """Options of the commands of `asd-infer`."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -289,6 +290,11 @@ class AdapterConfig(Config):
         if not self.merge_adapter and self.lora_load is None:
             raise ValueError("merge_adapter is off but there is no adapter; give --lora-load DIR")
         return self
+
+    @property
+    def by_name(self) -> Mapping[str, Path]:
+        """Folders of adapters that requests choose by name."""
+        return {}
 
 
 class EngineConfig(Config):

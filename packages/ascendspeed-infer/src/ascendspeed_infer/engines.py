@@ -39,7 +39,7 @@ COMMON_OPTIONS = frozenset(
 )
 """Options of `SamplingConfig` that are in every request, or are done with its text."""
 
-ENGINE_INDEPENDENT_SECTIONS = ("engine", "model", "tokenizer", "sampling", "conversation")
+ENGINE_INDEPENDENT_SECTIONS = ("engine", "model", "tokenizer", "sampling", "conversation", "server")
 """Sections of a command's config that do not concern the engine: checked, or done with text."""
 
 

@@ -48,7 +48,13 @@ def complete_in_order(
     for one in requests:
         check_length(len(one.prompt_ids), one.max_new_tokens, engine.max_model_len)
     batch_size = max([batch_size, *(one.max_num_seqs for one in requests)])
-    sizes = [(one.max_num_seqs, len(one.prompt_ids) + one.max_new_tokens) for one in requests]
+    sizes = [
+        (
+            one.max_num_seqs,
+            engine.shapes.slot_tokens(len(one.prompt_ids), one.max_new_tokens, batch_invariant),
+        )
+        for one in requests
+    ]
     engine.resize_cache(cache_tokens_for(sizes, batch_size))
     salt = engine.unique_name("batch")
     running: list[tuple[str, Request]] = []
@@ -91,7 +97,7 @@ def stream_tokens(
         AscendSpeedError: an empty prompt, or one that leaves no room for the new tokens.
     """
     check_length(len(request.prompt_ids), request.max_new_tokens, engine.max_model_len)
-    needed = len(request.prompt_ids) + request.max_new_tokens
+    needed = engine.shapes.slot_tokens(len(request.prompt_ids), request.max_new_tokens, batch_invariant)
     if cache_salt is None:
         engine.resize_cache(needed)
     else:

@@ -1,7 +1,7 @@
 """A model, its tokenizer and this rank's position in the layout, as one object."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,13 @@ from ascendspeed_infer.engine.llm_engine import LLMEngine, check_length
 from ascendspeed_infer.engine.scoring_request import Score
 from ascendspeed_infer.engine.sequence import GenerationSettings
 from ascendspeed_infer.generation import generate_each, score
-from ascendspeed_infer.loading import open_tokenizer, stored_dtype, with_adapter, zero_settings
+from ascendspeed_infer.loading import (
+    open_tokenizer,
+    stored_dtype,
+    with_adapter,
+    with_named_adapters,
+    zero_settings,
+)
 from ascendspeed_infer.native_engine import NativeEngine
 from ascendspeed_infer.requests import Completion, GenerationRequest
 from ascendspeed_infer.sampling import SamplingParams
@@ -69,6 +75,15 @@ class LanguageModel(TextGenerator):
             self.is_main_process = leads and self.mesh.rank == 0
             yield leads
 
+    @contextmanager
+    def with_adapter(self, name: str | None) -> Iterator[None]:
+        """Use one of the `adapters` that the model was loaded with, or none, for what is asked meanwhile."""
+        before, self.llm_engine.adapter_for_all = self.llm_engine.adapter_for_all, name
+        try:
+            yield
+        finally:
+            self.llm_engine.adapter_for_all = before
+
     @classmethod
     def from_pretrained(
         cls,
@@ -80,6 +95,7 @@ class LanguageModel(TextGenerator):
         parallel: ParallelConfig | None = None,
         adapter: Path | str | None = None,
         merge_adapter: bool = True,
+        adapters: Mapping[str, Path | str] | None = None,
         weight_quantization: WeightQuantization = "none",
         model_config: Path | str | None = None,
         needs_tokenizer: bool = True,
@@ -94,6 +110,7 @@ class LanguageModel(TextGenerator):
             parallel: layout; more than one process needs torchrun and an initialised process group.
             adapter: folder of a LoRA adapter in peft's format.
             merge_adapter: add it to the weights as they are read; otherwise layers compute it beside them.
+            adapters: folders of LoRA adapters by name, of which each request uses one or none: `with_adapter`.
             weight_quantization: `int8` holds the matrices of layers and head as integers; arithmetic stays in `dtype`.
             model_config: config.json of a checkpoint of another program that does not say what model it is.
             needs_tokenizer: refuse a checkpoint without a tokenizer; ids in and out need none.
@@ -104,8 +121,10 @@ class LanguageModel(TextGenerator):
         described = Path(model_config) if model_config is not None else None
         source = open_source(ModelSourceConfig(load=Path(path), model_config_file=described), seed=0)
         given = validate(AdapterConfig, {"lora_load": adapter, "merge_adapter": merge_adapter})
+        source = with_adapter(source, given, announces=True)
+        named = {name: Path(folder) for name, folder in (adapters or {}).items()}
         return cls.from_source(
-            with_adapter(source, given, announces=True),
+            with_named_adapters(source, named) if named else source,
             tokenizer,
             device,
             dtype,

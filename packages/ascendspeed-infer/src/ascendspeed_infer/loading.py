@@ -1,6 +1,6 @@
 """Find what a model is made of: weights of any kind, an adapter, a tokenizer."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from ascendspeed_core.weights import WeightSource, open_source, stored_source
 from ascendspeed_core.weights.adapters.ascendspeed import open_adapter
 from ascendspeed_core.weights.adapters.lora import loaded_adapters
 from ascendspeed_core.weights.adapters.merge import MergedAdapter
+from ascendspeed_core.weights.adapters.stacked import stacked_adapters
 from ascendspeed_data.command_line import log
 from ascendspeed_data.errors import AscendSpeedError
 from ascendspeed_data.manifest import check_tokenizer
@@ -30,7 +31,8 @@ def open_model_source(config: LoadedModelConfig, announces: bool = False) -> Wei
         config: the options.
         announces: log what the user should know of the adapter.
     """
-    return with_adapter(open_source(config.source, config.sampling.seed), config.adapter, announces)
+    source = with_adapter(open_source(config.source, config.sampling.seed), config.adapter, announces)
+    return with_named_adapters(source, config.adapter.by_name) if config.adapter.by_name else source
 
 
 def with_adapter(source: WeightSource, config: AdapterConfig, announces: bool = False) -> WeightSource:
@@ -47,6 +49,12 @@ def with_adapter(source: WeightSource, config: AdapterConfig, announces: bool = 
     if announces:
         adapter.announce(source.path)
     return MergedAdapter(source, adapter) if config.merge_adapter else loaded_adapters(source, adapter)
+
+
+def with_named_adapters(source: WeightSource, folders: Mapping[str, Path]) -> WeightSource:
+    """Put several adapters beside the weights of a source, of which each request uses one or none."""
+    adapters = {name: open_adapter(folder, source.config, source.path) for name, folder in folders.items()}
+    return stacked_adapters(source, adapters)
 
 
 def check_source(config: LoadedModelConfig, is_own_layout: bool = True) -> None:

@@ -1,6 +1,7 @@
 """Sample the next token from its logits.
 
-Logits are processed in transformers' order: repetition penalty, temperature, top-k, top-p. A draw is a race: each
+Logits are processed in transformers' order: repetition penalty, temperature, top-k, top-p. Before them come a bias of
+tokens, and OpenAI's presence and frequency penalties. A draw is a race: each
 token's probability is divided by an exponential number of its own and the largest quotient wins, which is how
 `torch.multinomial` draws. The numbers depend on the seed alone, so the margin of the winner tells whether another
 order of sums, in a batch or under another layout, could change the draw.
@@ -9,6 +10,7 @@ Shapes: V vocabulary, B beams.
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,6 +30,9 @@ class SamplingParams:
         top_p: of these, the smallest set whose probability reaches p stays; 1 keeps all.
         seed: of the draws; the same seed gives the same text.
         repetition_penalty: divides positive logits of tokens that the text has, and multiplies negative ones.
+        presence_penalty: subtracted from the logits of tokens that were generated.
+        frequency_penalty: subtracted as often as they were generated.
+        logit_bias: numbers that are added to logits of tokens.
     """
 
     do_sample: bool = False
@@ -36,6 +41,9 @@ class SamplingParams:
     top_p: float = 1.0
     seed: int = 1234
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         if self.temperature <= 0:
@@ -50,6 +58,12 @@ class SamplingParams:
             raise ConfigError(
                 f"repetition_penalty={self.repetition_penalty} is not positive; give 1 for none, more to repeat less"
             )
+
+    @property
+    def changes_greedy(self) -> bool:
+        """Whether another token than the likeliest one may be taken."""
+        penalties = (self.repetition_penalty - 1, self.presence_penalty, self.frequency_penalty)
+        return self.do_sample or any(penalties) or bool(self.logit_bias)
 
     def generator(self) -> torch.Generator:
         """Return a fresh source of draws."""
@@ -82,6 +96,8 @@ def sample_token(
     noise: torch.Tensor | None = None,
     ids: Sequence[int] = (),
     return_log_prob: bool = False,
+    new_ids: Sequence[int] = (),
+    allowed: torch.Tensor | None = None,
 ) -> SampledToken:
     """Sample the next token.
 
@@ -91,11 +107,17 @@ def sample_token(
         noise: of `SamplingParams.noise`, when drawing.
         ids: the text so far, prompt included.
         return_log_prob: whether its log-probability is wanted.
+        new_ids: those of `ids` that were generated.
+        allowed: which tokens may follow, bool, [V]; `None` for all.
 
     Raises:
         AscendSpeedError: a logit is not finite, or the temperature makes it so.
     """
-    scores = apply_repetition_penalty(logits, ids, sampling.repetition_penalty)
+    scores = apply_penalties(logits, new_ids, sampling)
+    if allowed is not None:
+        check_finite_logits(float(logits.max()))
+        scores = scores.masked_fill(~allowed.to(scores.device), -torch.inf)
+    scores = apply_repetition_penalty(scores, ids, sampling.repetition_penalty)
     if noise is None:
         best, indices = scores.topk(2)
         # A NaN counts as the largest.
@@ -134,6 +156,20 @@ def check_finite_logits(largest: float) -> None:
             f"a logit of the model is {largest}, which is not finite, so no token can be chosen; look for such numbers "
             "in the checkpoint, or compute in another --dtype if it holds none"
         )
+
+
+def apply_penalties(scores: torch.Tensor, new_ids: Sequence[int], sampling: SamplingParams) -> torch.Tensor:
+    """Add the bias of tokens and subtract OpenAI's penalties; [V] -> [V]."""
+    change = dict(sampling.logit_bias)
+    if sampling.presence_penalty or sampling.frequency_penalty:
+        for token, count in Counter(new_ids).items():
+            penalty = sampling.presence_penalty + count * sampling.frequency_penalty
+            change[token] = change.get(token, 0.0) - penalty
+    if not change:
+        return scores
+    where = torch.tensor(list(change), device=scores.device)
+    added = torch.tensor(list(change.values()), device=scores.device, dtype=scores.dtype)
+    return scores.index_add(0, where, added)
 
 
 def apply_repetition_penalty(scores: torch.Tensor, ids: Sequence[int], penalty: float) -> torch.Tensor:

@@ -162,6 +162,32 @@ class VllmEngine:
         for _, token in self._tokens([request]):
             yield token
 
+    def add(self, name: str, prompt_ids: Sequence[int], params: Mapping[str, Any]) -> None:
+        """Add a request to those that `step` runs.
+
+        Args:
+            name: of it.
+            prompt_ids: its prompt.
+            params: arguments of `vllm.SamplingParams`.
+
+        Raises:
+            AscendSpeedError: vLLM refuses it.
+        """
+        delta = self._vllm.sampling_params.RequestOutputKind.DELTA
+        prompt = self._vllm.TokensPrompt(prompt_token_ids=list(prompt_ids))
+        with self._named_failures():
+            made = self._vllm.SamplingParams(**params, output_kind=delta)
+            self._engine.add_request(name, prompt, made, lora_request=self._adapter)
+
+    def abort(self, name: str) -> None:
+        """Drop a request."""
+        self._engine.abort_request([name])
+
+    def step(self) -> Any:
+        """Run one pass for the requests of `add`, and return what vLLM made."""
+        with self._named_failures():
+            return self._engine.step()
+
     def new_session(self) -> None:
         """Leave it to vLLM, which has a prefix cache of its own."""
 

@@ -17,6 +17,7 @@ from itertools import accumulate
 from math import prod
 
 import torch
+import torch.nn.functional as F
 
 from ascendspeed_core.kernels.lengths import LengthsAttention, TextLengths
 from ascendspeed_data.errors import AscendSpeedError
@@ -49,7 +50,7 @@ class CacheSlot:
 
     Attributes:
         first_block: where it begins; changes when slots move together.
-        num_blocks: how long it is.
+        num_blocks: how long it is; changes when it grows.
     """
 
     first_block: int
@@ -151,6 +152,28 @@ class KeyValueCache:
         self._slots.remove(slot)
         self.free_blocks += slot.num_blocks
 
+    def grow(self, slot: CacheSlot, tokens: int) -> None:
+        """Make a slot longer; what it holds stays.
+
+        Raises:
+            AscendSpeedError: not enough free blocks; check `free_blocks` before.
+        """
+        wanted = blocks_of(tokens)
+        more = wanted - slot.num_blocks
+        if more > self.free_blocks:
+            raise AscendSpeedError(
+                f"{more} more blocks of the key-value cache are needed, of which {self.free_blocks} are free; release "
+                "slots first, or make the cache larger"
+            )
+        number = self._slots.index(slot)
+        behind = self._slots[number + 1 :]
+        if (behind[0].first_block if behind else self.num_blocks) - slot.first_block < wanted:
+            self._move_together()
+            for one in reversed(behind):
+                self._move(one, one.first_block + more)
+        slot.num_blocks = wanted
+        self.free_blocks -= more
+
     def copy(self, source: CacheSlot, target: CacheSlot, start: int, end: int) -> None:
         """Copy what is kept of tokens `start` to `end` of a sequence into the slot of another."""
         for group in self.groups:
@@ -171,13 +194,16 @@ class KeyValueCache:
         """Move every slot down to the end of the one before."""
         start = 0
         for slot in self._slots:
-            if slot.first_block != start:
-                for whole in (tensor for layer in self.layers for tensor in layer):
-                    # The two may overlap.
-                    moved = whole.narrow(-2, slot.start, slot.tokens).clone()
-                    whole.narrow(-2, start * BLOCK_TOKENS, slot.tokens).copy_(moved)
-                slot.first_block = start
+            self._move(slot, start)
             start += slot.num_blocks
+
+    def _move(self, slot: CacheSlot, first_block: int) -> None:
+        if slot.first_block != first_block:
+            for whole in (tensor for layer in self.layers for tensor in layer):
+                # The two may overlap.
+                moved = whole.narrow(-2, slot.start, slot.tokens).clone()
+                whole.narrow(-2, first_block * BLOCK_TOKENS, slot.tokens).copy_(moved)
+            slot.first_block = first_block
 
 
 def blocks_of(tokens: int) -> int:
@@ -208,6 +234,12 @@ class SequenceChunk:
         """Return the first position that any of the tokens sees."""
         return 0 if window is None else max(self.start - window + 1, 0)
 
+    def tile(self, tile_tokens: int) -> "SequenceChunk":
+        """Return the tile, from a multiple of `tile_tokens` to the next, that the chunk is a part of."""
+        start = self.start // tile_tokens * tile_tokens
+        assert self.end <= start + tile_tokens <= self.slot.tokens
+        return SequenceChunk(self.slot, start, tile_tokens)
+
 
 _ViewsByLayer = Sequence[tuple[torch.Tensor, ...]]
 """For each layer a view of each thing that it keeps, [1, ..., T, D]."""
@@ -220,16 +252,27 @@ class CachedPass:
     may use one slot: what they have in common lies before them, and what each adds is overwritten by the next. In every
     layer what is kept of a chunk is then stored and attended to before that of the next.
 
+    With tiles, attention computes the whole tile that a chunk is a part of, the rest of it zeros: so its shape, and
+    with it the order of its sums, depends on the positions of tokens and not on how a sequence is cut into chunks.
+
     Args:
         cache: what is kept of earlier tokens.
         chunks: in order.
         length: M, if more than the chunks hold; the rest is padding that nobody reads.
+        tile_tokens: size of tiles; each chunk must lie in one, and slots must have room for the whole of it.
     """
 
     def __init__(
-        self, cache: KeyValueCache, chunks: Sequence[SequenceChunk], length: int | None = None
+        self,
+        cache: KeyValueCache,
+        chunks: Sequence[SequenceChunk],
+        length: int | None = None,
+        tile_tokens: int | None = None,
     ) -> None:
         self.chunks = tuple(chunks)
+        self.attended = self.chunks if tile_tokens is None else tuple(one.tile(tile_tokens) for one in chunks)
+        """What attention computes: the chunks, or their tiles."""
+        self._is_tiled = tile_tokens is not None
         self.cache = cache
         counts = [chunk.count for chunk in chunks]
         used = sum(counts)
@@ -246,7 +289,7 @@ class CachedPass:
         is_apart = len({chunk.slot.start for chunk in chunks}) == len(chunks)
         # In a pass of fixed length a chunk must not depend on those beside it, as it may in one call.
         is_one_call = cache.lengths_attention is not None and is_apart and length is None
-        if is_one_call or (len(chunks) > 1 and is_apart):
+        if is_one_call or (len(chunks) > 1 and is_apart and not self._is_tiled):
             rows = [
                 chunk.slot.start + position for chunk in chunks for position in range(chunk.start, chunk.end)
             ]
@@ -273,7 +316,7 @@ class CachedPass:
                 each.
             attend: attention of one sequence: queries [1, N, S, D], then everything that is kept, [1, K, T, D] or
                 [1, T, D], then the mask -> [1, N, S, D].
-            masks: of each chunk, over the tokens that `SequenceChunk.first_visible` leaves.
+            masks: of each of `attended`, over the tokens that `SequenceChunk.first_visible` leaves.
 
         Returns:
             [1, M, N, D].
@@ -293,13 +336,35 @@ class CachedPass:
         for number, chunk in enumerate(self.chunks):
             if self._rows is None:
                 for view, mine in zip(self._stored[number][layer], new, strict=True):
+                    rest = view.shape[-2] - chunk.count
+                    if rest:
+                        # Of a tile: what is masked must still be a number.
+                        view, after = view.split([chunk.count, rest], dim=-2)
+                        after.zero_()
                     view.copy_(mine.narrow(-2, done, chunk.count))
                 done += chunk.count
-            parts.append(attend(queries[number], *self._visible[number][layer], masks[number]))
+            own, seen = queries[number], self._visible[number][layer]
+            parts.append(self._attend_to(number, own, seen, attend, masks[number]))
         if self._padding:
             parts.append(torch.zeros_like(queries[-1]))
         attended = torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
         return attended.transpose(1, 2)
+
+    def _attend_to(
+        self,
+        number: int,
+        q: torch.Tensor,
+        seen: tuple[torch.Tensor, ...],
+        attend: Callable[..., torch.Tensor],
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Attend from one chunk, in its tile if there are tiles: [1, N, S, D] -> [1, N, S, D]."""
+        chunk, tile = self.chunks[number], self.attended[number]
+        if chunk.count == tile.count:
+            return attend(q, *seen, mask)
+        before = chunk.start - tile.start
+        whole = F.pad(q, (0, 0, before, tile.count - before - chunk.count))
+        return attend(whole, *seen, mask).narrow(2, before, chunk.count)
 
     def _attend_at_once(self, layer: int, q: torch.Tensor, kept: Sequence[torch.Tensor]) -> torch.Tensor:
         """Store keys and values of all chunks and attend to them in one call: [1, M, N, D]."""
@@ -314,16 +379,16 @@ class CachedPass:
 
     def _make_views(self) -> None:
         """Make the views of what each chunk sees and stores, of all layers at once: far cheaper than layer by layer."""
-        for chunk in self.chunks:
-            self._visible.append(self._views(chunk, only_new=False))
+        for chunk, attended in zip(self.chunks, self.attended, strict=True):
+            self._visible.append(self._views(attended, None))
             if self._rows is None:
-                self._stored.append(self._views(chunk, only_new=True))
+                self._stored.append(self._views(attended, chunk.start))
 
-    def _views(self, chunk: SequenceChunk, only_new: bool) -> _ViewsByLayer:
-        """Return views of what a chunk sees, or of its own tokens alone."""
+    def _views(self, chunk: SequenceChunk, first_stored: int | None) -> _ViewsByLayer:
+        """Return views of what a chunk sees, or of its tokens from `first_stored` on."""
         found: dict[int, tuple[torch.Tensor, ...]] = {}
         for group in self.cache.groups:
-            first = chunk.start if only_new else chunk.first_visible(group.window)
+            first = chunk.first_visible(group.window) if first_stored is None else first_stored
             start, count = chunk.slot.start + first, chunk.end - first
             views = [whole.narrow(-2, start, count).unsqueeze(1).unbind() for whole in group.tensors]
             by_layer = list(zip(*views, strict=True))
@@ -347,6 +412,7 @@ class SingleTokenPass(CachedPass):
         self, cache: KeyValueCache, positions: torch.Tensor, starts: torch.Tensor, most_keys: int
     ) -> None:
         self.cache, self.chunks, self.length = cache, (), len(positions)
+        self.attended, self._is_tiled = (), False
         self.positions = positions.unsqueeze(0)
         self._rows = starts + positions
         self.lengths = TextLengths(

@@ -44,7 +44,9 @@ class LoraLinear(nn.Linear):
         super().__init__(linear.in_features, linear.out_features, linear.bias is not None, **placed)
         self.lora_A = nn.Linear(linear.in_features, low_rank.rank, bias=False, **placed)
         self.lora_B = nn.Linear(low_rank.rank, linear.out_features, bias=False, **placed)
-        self.scale, self.dropout, self._dropout_site = low_rank.scale, low_rank.dropout, dropout_site
+        self.scale: float | torch.Tensor = low_rank.scale
+        """Factor of B A; of stacked adapters one for each token and row of A, [M, r], see `lora.AdapterRows`."""
+        self.dropout, self._dropout_site = low_rank.dropout, dropout_site
         self.first_column = 0
         """Of this rank's columns in the whole input, where a layer is cut by columns."""
 
@@ -52,8 +54,8 @@ class LoraLinear(nn.Linear):
         """Return what the adapter adds: [..., I] -> [..., O]."""
         if dropout_masks is not None and self.dropout:
             x = dropout_masks.adapter_input(x, self._dropout_site, self.dropout, self.first_column)
-        # Scaled where it is small: [..., r].
-        added: torch.Tensor = self.lora_B(self.lora_A(x) * self.scale)
+        # Scaled where it is small: [..., r]. A tensor of factors may be wider than what it multiplies.
+        added: torch.Tensor = self.lora_B((self.lora_A(x) * self.scale).to(x.dtype))
         return added
 
     def product(self, x: torch.Tensor, dropout_masks: DropoutMasks | None = None) -> torch.Tensor:

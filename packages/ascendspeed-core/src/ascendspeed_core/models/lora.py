@@ -7,11 +7,12 @@ is saved is peft's (`weights.adapters.lora`).
 Shapes: I input and O output size of a layer (their shares under tensor parallel), r rank.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from ascendspeed_core.models.dropout import BEFORE_ADAPTER
@@ -28,10 +29,14 @@ class AdapterPlan:
     Attributes:
         layers: linear layers with an adapter, by name: `layers.17.attention.q_proj`.
         trained: tensors that are trained whole, such as `embedding.weight`.
+        names: of the adapters, where several are stacked in each layer.
+        stacks: by layer, rank and scale of each of them; rank 0 where one leaves the layer as it is.
     """
 
     layers: Mapping[str, LowRank]
     trained: frozenset[str]
+    names: tuple[str, ...] = ()
+    stacks: Mapping[str, tuple[LowRank, ...]] = field(default_factory=dict)
 
     def shapes(self, whole: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
         """Return the shapes of all A and B, given those of the model's tensors."""
@@ -79,3 +84,43 @@ def adapters_off(model: "Transformer") -> Iterator[None]:
     finally:
         for layer, scale in zip(layers, scales, strict=True):
             layer.scale = scale
+
+
+class AdapterRows:
+    """Chooses which of several stacked adapters each token of a pass uses.
+
+    Args:
+        model: this rank's part of a model with stacked adapters.
+    """
+
+    def __init__(self, model: "Transformer") -> None:
+        plan = model.adapters
+        assert plan is not None
+        self.names = plan.names
+        self._layers: dict[tuple[LowRank, ...], list[LoraLinear]] = {}
+        for name, module in model.named_modules():
+            if isinstance(module, LoraLinear):
+                self._layers.setdefault(plan.stacks[name], []).append(module)
+        self._tables: dict[tuple[LowRank, ...], torch.Tensor] = {}
+
+    def choose(self, rows: Sequence[int | None]) -> None:
+        """Let the tokens of the next pass, in order, use the adapters of these numbers; `None` is the model alone."""
+        for stack, layers in self._layers.items():
+            table = self._tables.get(stack)
+            if table is None:
+                table = self._tables[stack] = _factors(stack, layers[0].weight)
+            # The last row, number -1, is all zeros.
+            numbers = torch.tensor([-1 if one is None else one for one in rows], device=table.device)
+            factors = table[numbers]
+            for layer in layers:
+                layer.scale = factors
+
+
+def _factors(stack: Sequence[LowRank], like: torch.Tensor) -> torch.Tensor:
+    """Return the factors of the rows of A for each adapter and for none, [adapters + 1, r]."""
+    table = torch.zeros(len(stack) + 1, sum(one.rank for one in stack), dtype=torch.float64)
+    start = 0
+    for number, one in enumerate(stack):
+        table[number, start : start + one.rank] = one.scale
+        start += one.rank
+    return table.to(like.device, torch.promote_types(like.dtype, torch.float32))

@@ -165,7 +165,7 @@ class Positions:
         """Return the mask of each chunk."""
         device = cached.positions.device
         slopes = self._local_slopes(dtype, device)
-        sizes = [(chunk.count, chunk.end - chunk.first_visible(window)) for chunk in cached.chunks]
+        sizes = [(chunk.count, chunk.end - chunk.first_visible(window)) for chunk in cached.attended]
         if slopes is None:
             return tuple(attention_mask(*size, window, None, dtype, device) for size in sizes)
         # Of chunks with as many queries, each one's mask is the end of the one over most keys.

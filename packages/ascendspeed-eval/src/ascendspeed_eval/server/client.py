@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ascendspeed_eval.errors import EvaluationError
 from ascendspeed_eval.server.answers import TEMPORARY_CODES, Answer, AnswerError, parse_answer, shorten
+from ascendspeed_eval.server.token_ids import TokenizedText, read_tokenized
 
 if TYPE_CHECKING:
     import httpx
@@ -54,6 +55,8 @@ class ServerClient:
         self._stopped = threading.Event()
         self._lock = threading.Lock()
         self._repeated: Counter[str] = Counter()
+        self._tells_ids: bool | None = None
+        """Whether the server has `/tokenize`; `None` before it was asked."""
 
     def stop(self) -> None:
         """Begin no further try; threads that wait for one give up."""
@@ -93,6 +96,37 @@ class ServerClient:
             # Requests that failed together are not sent together again.
             self._stopped.wait(max(pause * random.uniform(0.5, 1), wait))
             pause = min(pause * 2, MAX_PAUSE_SECONDS)
+
+    def tokenize(self, text: str) -> TokenizedText | None:
+        """Return the ids of a text; `None` if the server does not tell them.
+
+        Raises:
+            EvaluationError: it did before.
+        """
+        import httpx
+
+        if self._tells_ids is False:
+            return None
+        # The path lies beside that of the API.
+        base = self._client.base_url
+        url = base.copy_with(path=base.path.rstrip("/").removesuffix("/v1") + "/tokenize")
+        found = None
+        for _ in range(self._retries + 1):
+            try:
+                answer = self._client.post(url, json={"model": self.model, "prompt": text})
+            except httpx.HTTPError:
+                self._stopped.wait(MIN_PAUSE_SECONDS)
+                continue
+            if answer.status_code == httpx.codes.OK:
+                found = read_tokenized(answer.content)
+            if answer.status_code < 500 and answer.status_code not in TEMPORARY_CODES:
+                break
+            self._stopped.wait(MIN_PAUSE_SECONDS)
+        if found is None and self._tells_ids:
+            raise EvaluationError(f"{self.address}: /tokenize no longer answers")
+        if found is not None or self._tells_ids is None:
+            self._tells_ids = found is not None
+        return found
 
     def _content(self, body: Mapping[str, Any]) -> bytes:
         whole = {"model": self.model, **body, **self._extra}

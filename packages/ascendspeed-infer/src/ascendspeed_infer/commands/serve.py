@@ -15,8 +15,9 @@ from ascendspeed_infer.serve.config import ServeConfig
 if TYPE_CHECKING:
     from ascendspeed_core.weights import WeightSource
     from ascendspeed_data.prompting import PromptLayout
-    from ascendspeed_infer.language_model import LanguageModel
+    from ascendspeed_infer.text_generator import TextGenerator
 
+VLLM = "vllm"
 SECTIONS = [field.annotation for name, field in ServeConfig.model_fields.items() if name != "sampling"]
 """How texts are continued is said by each request."""
 
@@ -28,8 +29,10 @@ def serve(**given: Any) -> None:
     SIGTERM and Ctrl-C end it after the requests that are open. Everything it prints goes to stderr.
     """
     config = load_config(ServeConfig, None, given)
-    if config.engine.engine != NATIVE:
-        raise ConfigError(f"engine={config.engine.engine} cannot be served; leave --engine out")
+    if config.engine.engine not in (NATIVE, VLLM):
+        raise ConfigError(
+            f"engine={config.engine.engine} cannot be served; give --engine {VLLM}, or leave --engine out"
+        )
     try:
         import fastapi  # noqa: F401 - asked for before the model is loaded
         import prometheus_client  # noqa: F401
@@ -46,7 +49,6 @@ def serve(**given: Any) -> None:
 def run(config: ServeConfig) -> None:
     """Serve on the first rank; the others follow it."""
     from ascendspeed_core.launch import world_of_environment
-    from ascendspeed_infer.language_model import LanguageModel
     from ascendspeed_infer.serve.server import run_server
 
     if world_of_environment().rank > 0:
@@ -57,14 +59,13 @@ def run(config: ServeConfig) -> None:
         if opened is None:
             return
         model, source = opened
-        assert isinstance(model, LanguageModel)
         path = source.path or config.source.model_config_file
         name = config.server.served_model_name or (path.resolve().name if path is not None else "model")
         run_server(name, model, config.server, log, chosen_layout(config, model, source))
 
 
 def chosen_layout(
-    config: ServeConfig, model: "LanguageModel", source: "WeightSource"
+    config: ServeConfig, model: "TextGenerator", source: "WeightSource"
 ) -> "PromptLayout | None":
     """Return the layout of conversations; `None`, with a line in the log, for a model that has none."""
     from ascendspeed_infer.chat import choose_layout

@@ -2,12 +2,12 @@
 
 A matrix product adds up in an order that depends on its shape. So the same text gets other last bits when other texts
 are computed with it, and another token where two are nearly equal. In this mode every pass has one of two fixed
-shapes, filled up with padding, and attention reads each text in chunks that depend on that text alone. Experts multiply
-a fixed number of rows at once. Whether all rows of one product are added up alike is not assumed: it is tried on the
-model itself.
+shapes, filled up with padding, and attention reads each prompt in tiles of a fixed size, filled up too. Experts
+multiply a fixed number of rows at once. Whether all rows of one product are added up alike is not assumed: it is
+tried on the model itself.
 
-What it costs: a pass that decodes one text computes 16 rows, prompts are read 128 tokens at a time with logits at each
-of them, and of a shared prefix only whole chunks are reused. `benchmarks/infer.py` measures it.
+What it costs: a pass that decodes one text computes 16 rows, and prompts are read 128 tokens at a time with logits at
+each of them. `benchmarks/infer.py` measures it.
 
 Shapes: M tokens of a pass, V vocabulary.
 """
@@ -40,7 +40,7 @@ class PassShapes:
     Attributes:
         prefill_tokens: M while prompts are read.
         decode_tokens: M while texts are continued.
-        chunk_tokens: attention reads a prompt in chunks that end at multiples of this.
+        chunk_tokens: attention reads a prompt in tiles that end at multiples of this; no chunk crosses one.
     """
 
     prefill_tokens: int = PREFILL_TOKENS
@@ -52,9 +52,10 @@ class PassShapes:
         yield from range((start // self.chunk_tokens + 1) * self.chunk_tokens, end, self.chunk_tokens)
         yield end
 
-    def reusable_tokens(self, common_tokens: int) -> int:
-        """Return how many tokens of a common prefix were computed in the same chunks."""
-        return common_tokens // self.chunk_tokens * self.chunk_tokens
+    def slot_tokens(self, prompt_tokens: int, new_tokens: int, batch_invariant: bool) -> int:
+        """Return how many tokens the slot of a text must have: the last tile of its prompt is computed whole."""
+        tiles = -(-prompt_tokens // self.chunk_tokens) * self.chunk_tokens
+        return max(prompt_tokens + new_tokens, tiles if batch_invariant else 0)
 
     def num_tokens(self, is_decode: bool) -> int:
         """Return M."""

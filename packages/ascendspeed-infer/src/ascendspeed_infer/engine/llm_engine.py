@@ -27,11 +27,8 @@ from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_data.errors import AscendSpeedError
 from ascendspeed_infer.engine.batch_invariant import PassShapes
 from ascendspeed_infer.engine.control_channel import open_channel
-from ascendspeed_infer.engine.scheduler import (
-    PREFILL_TOKENS_PER_STEP,
-    ScheduledRequest,
-    Scheduler,
-)
+from ascendspeed_infer.engine.scheduled_request import ScheduledRequest
+from ascendspeed_infer.engine.scheduler import PREFILL_TOKENS_PER_STEP, Scheduler
 from ascendspeed_infer.engine.scoring_request import Score, ScoringInput, ScoringRequest
 from ascendspeed_infer.engine.sequence import CompletionOutput, Request, TokenOutput
 from ascendspeed_infer.engine.worker import Worker
@@ -93,11 +90,18 @@ class LLMEngine:
         self._counter = itertools.count()
         self._invariance_error: AscendSpeedError | None = None
         self._is_invariance_checked = False
+        self.adapter_for_all: str | None = None
+        """Adapter of requests that name none."""
 
     @property
     def shapes(self) -> PassShapes:
         """The fixed shapes of batch-invariant passes."""
         return self._worker.runner.shapes
+
+    @property
+    def adapter_names(self) -> tuple[str, ...]:
+        """Adapters that requests may name."""
+        return () if self.model.adapters is None else self.model.adapters.names
 
     @property
     def max_model_len(self) -> int:
@@ -120,6 +124,11 @@ class LLMEngine:
         return len(self._scheduler.running)
 
     @property
+    def num_preemptions(self) -> int:
+        """How often a request had to leave the cache, to be computed again."""
+        return self._scheduler.num_preemptions
+
+    @property
     def reused_tokens(self) -> int:
         """Tokens of prompts whose keys and values were copied, not computed."""
         return self._scheduler.reused_tokens
@@ -134,6 +143,7 @@ class LLMEngine:
         request: Request | ScoringRequest,
         batch_invariant: bool = False,
         cache_salt: str | None = None,
+        adapter: str | None = None,
     ) -> None:
         """Add a request; it joins the next step that has memory for it, after those that came before.
 
@@ -142,15 +152,18 @@ class LLMEngine:
             request: a new one.
             batch_invariant: give the same result bit for bit whatever else is computed; see `check_batch_invariance`.
             cache_salt: only requests with the same salt share the keys and values of a common prefix.
+            adapter: which of the model's adapters to use, by name; by default that of `adapter_for_all`.
 
         Raises:
-            AscendSpeedError: the name is taken, there is no prompt, or the request can never fit.
+            AscendSpeedError: the name is taken, the model has no such adapter, there is no prompt, or the request can
+                never fit.
         """
         if request_id in self._ids:
             raise AscendSpeedError(
                 f"request_id={request_id} is the name of an unfinished request; give another"
             )
-        scheduled = ScheduledRequest(request_id, request, batch_invariant, cache_salt)
+        number = self._adapter_number(adapter or self.adapter_for_all)
+        scheduled = ScheduledRequest(request_id, request, batch_invariant, cache_salt, self.shapes, number)
         if not isinstance(request, ScoringRequest):
             check_length(len(request.prompt_ids), request.max_new_tokens, self.max_model_len)
         limit = self._scheduler.max_num_seqs
@@ -195,16 +208,20 @@ class LLMEngine:
         while self.has_unfinished_requests():
             self.step()
 
-    def fix_cache(self, num_tokens: int, max_num_seqs: int | None = None) -> None:
+    def fix_cache(
+        self, num_tokens: int, max_num_seqs: int | None = None, optimistic_admission: bool = False
+    ) -> None:
         """Keep the cache at this size from now on, whatever is asked, as a server does; nothing may run.
 
         Args:
             num_tokens: of all sequences that are to run side by side.
             max_num_seqs: most sequences in one pass.
+            optimistic_admission: let requests enter when their text so far fits; see `scheduler`.
         """
         assert not self.has_unfinished_requests()
         self._cache_tokens = self._next_cache_tokens = num_tokens
         self._scheduler.max_num_seqs = max_num_seqs
+        self._scheduler.optimistic = optimistic_admission
 
     def resize_cache(self, num_tokens: int, only_grow: bool = False) -> None:
         """Make the cache for this many tokens as soon as nothing runs; kept prefixes are lost.
@@ -279,6 +296,16 @@ class LLMEngine:
         self._scheduler.reset()
         self._worker.allocate_cache(0)
         self._next_cache_tokens = self._cache_tokens
+
+    def _adapter_number(self, name: str | None) -> int | None:
+        if name is None:
+            return None
+        if name not in self.adapter_names:
+            known = ", ".join(self.adapter_names) or "none"
+            raise AscendSpeedError(
+                f"adapter={name} is not one of the model's: {known}; choose one, or leave it out"
+            )
+        return self.adapter_names.index(name)
 
     def _take_inbox(self) -> None:
         while self._inbox:

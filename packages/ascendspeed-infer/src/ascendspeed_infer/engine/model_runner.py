@@ -22,6 +22,7 @@ from ascendspeed_core.kernels.lengths import lengths_attention
 from ascendspeed_core.models.attention import changed_scores
 from ascendspeed_core.models.cache import CachedPass, CacheSlot, KeyValueCache, SequenceChunk
 from ascendspeed_core.models.experts import tiled_experts
+from ascendspeed_core.models.lora import AdapterRows
 from ascendspeed_core.models.transformer import ModelInput, Transformer
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.stages import forward_through_stages
@@ -47,6 +48,7 @@ class ScheduledChunk:
         num_logits: how many of the last positions have logits that are wanted.
         is_decode: whether it continues a text, one token at a time; otherwise it is part of a prompt.
         batch_invariant: run it in a pass of fixed shape.
+        adapter: number of the adapter, where the model has several; `None` for the model alone.
     """
 
     chunk: SequenceChunk
@@ -54,6 +56,7 @@ class ScheduledChunk:
     num_logits: int = 0
     is_decode: bool = False
     batch_invariant: bool = False
+    adapter: int | None = None
 
 
 class ModelRunner:
@@ -68,6 +71,8 @@ class ModelRunner:
     def __init__(self, model: Transformer, mesh: ParallelMesh, cache_tokens: int = 0) -> None:
         self.model, self.mesh = model, mesh
         self.shapes = pass_shapes_for(model, mesh)
+        is_stacked = model.adapters is not None and bool(model.adapters.names)
+        self._adapter_rows = AdapterRows(model) if is_stacked else None
         self.cache = make_cache(model, mesh, cache_tokens)
 
     @property
@@ -78,7 +83,9 @@ class ModelRunner:
     @cache.setter
     def cache(self, cache: KeyValueCache) -> None:
         self._cache = cache
-        self._graphs = decode_graphs_for(self.model, self.mesh, cache)
+        # Which adapter a text has is not in a record.
+        is_plain = self._adapter_rows is None
+        self._graphs = decode_graphs_for(self.model, self.mesh, cache) if is_plain else None
 
     @torch.no_grad()
     def run(self, chunks: Sequence[ScheduledChunk]) -> list[torch.Tensor]:
@@ -97,24 +104,27 @@ class ModelRunner:
                 if one.batch_invariant and one.is_decode == is_decode
             ]
             for batch in pack(fixed, lambda number: len(chunks[number].token_ids), size):
-                found |= zip(
-                    batch, self._run_fixed_pass([chunks[number] for number in batch], size), strict=True
-                )
+                logits = self._run_fixed_pass([chunks[number] for number in batch], is_decode)
+                found |= zip(batch, logits, strict=True)
         return [found[number] for number in range(len(chunks))]
 
     @torch.no_grad()
     def forward(self, token_ids: Sequence[int]) -> torch.Tensor:
         """Return the logits at every position of one text without the cache, [S, V]."""
         tokens = torch.tensor([list(token_ids)], device=self.mesh.device.torch)
+        if self._adapter_rows is not None:
+            self._adapter_rows.choose([None] * len(token_ids))
         logits = forward_through_stages(self.model, self.mesh, ModelInput(tokens))
         return gather_logits(logits[0], self.model.config.vocab_size, self.mesh.group("tp"))
 
-    def _run_fixed_pass(self, chunks: Sequence[ScheduledChunk], size: int) -> list[torch.Tensor]:
-        """Run chunks in one pass of `size` tokens, the rest of it padding, with logits everywhere."""
+    def _run_fixed_pass(self, chunks: Sequence[ScheduledChunk], is_decode: bool) -> list[torch.Tensor]:
+        """Run chunks in one pass of fixed shape, the rest of it padding, with logits everywhere."""
+        size = self.shapes.num_tokens(is_decode)
         ids = [token for one in chunks for token in one.token_ids]
-        cached = CachedPass(self.cache, [one.chunk for one in chunks], size)
+        tile_tokens = None if is_decode else self.shapes.chunk_tokens
+        cached = CachedPass(self.cache, [one.chunk for one in chunks], size, tile_tokens)
         with tiled_experts(self.model, EXPERT_ROWS):
-            logits = self._forward([*ids, *[0] * (size - len(ids))], cached, None)
+            logits = self._forward([*ids, *[0] * (size - len(ids))], cached, None, chunks)
         counts = [len(one.token_ids) for one in chunks]
         *parts, _ = logits.split([*counts, size - len(ids)])
         return [part[len(part) - one.num_logits :] for part, one in zip(parts, chunks, strict=True)]
@@ -135,12 +145,19 @@ class ModelRunner:
         read_at = None
         if len(positions) < len(tokens):
             read_at = torch.tensor([positions or [0]], device=self.mesh.device.torch)
-        logits = self._forward(tokens, cached, read_at)
+        logits = self._forward(tokens, cached, read_at, chunks)
         return list(logits[: len(positions)].split([one.num_logits for one in chunks]))
 
     def _forward(
-        self, tokens: Sequence[int], cached: CachedPass, read_at: torch.Tensor | None
+        self,
+        tokens: Sequence[int],
+        cached: CachedPass,
+        read_at: torch.Tensor | None,
+        chunks: Sequence[ScheduledChunk],
     ) -> torch.Tensor:
+        if self._adapter_rows is not None:
+            rows = [one.adapter for one in chunks for _ in one.token_ids]
+            self._adapter_rows.choose([*rows, *[None] * (len(tokens) - len(rows))])
         ids = torch.tensor([tokens], device=self.mesh.device.torch)
         local = forward_through_stages(self.model, self.mesh, ModelInput(ids, cache=cached, read_at=read_at))
         return gather_logits(local[0], self.model.config.vocab_size, self.mesh.group("tp"))
@@ -154,8 +171,10 @@ def check_batch_invariance(model: Transformer, mesh: ParallelMesh) -> None:
         ConfigError: a layout whose sums depend on the position in the batch.
     """
     check_order_of_sums(mesh)
-    runner = ModelRunner(model, mesh, 1)
-    slot = runner.cache.reserve(1)
+    runner = ModelRunner(model, mesh)
+    tile_tokens = runner.shapes.chunk_tokens
+    runner.cache = make_cache(model, mesh, tile_tokens)
+    slot = runner.cache.reserve(tile_tokens)
     for is_decode in (True, False):
         size = runner.shapes.num_tokens(is_decode)
         # One text of a single token, once in every row.

@@ -4,7 +4,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ascendspeed_core.models.cache import CacheSlot
-from ascendspeed_infer.engine.batch_invariant import PassShapes
 
 MIN_PREFIX_TOKENS = 16
 """A shorter prefix is computed again, not copied."""
@@ -21,6 +20,7 @@ class CachedSequence:
         cache_salt: only requests with the same salt may share its prefix.
         batch_invariant: whether its keys and values were computed in passes of fixed shape.
         num_computed_tokens: how many of them have keys and values.
+        adapter: number of the adapter that computed them, if the model has several.
     """
 
     slot: CacheSlot
@@ -29,6 +29,7 @@ class CachedSequence:
     cache_salt: str | None = None
     batch_invariant: bool = False
     num_computed_tokens: int = 0
+    adapter: int | None = None
 
     @property
     def shared_ids(self) -> list[int]:
@@ -45,7 +46,8 @@ def find_longest_prefix(
     sequences: Iterable[CachedSequence],
     prompt_ids: Sequence[int],
     cache_salt: str | None,
-    shapes: PassShapes | None,
+    batch_invariant: bool,
+    adapter: int | None,
 ) -> tuple[CachedSequence | None, int]:
     """Return the sequence that shares the longest prefix with a prompt, and its length; the last id always stays.
 
@@ -53,16 +55,16 @@ def find_longest_prefix(
         sequences: those in the cache.
         prompt_ids: the prompt.
         cache_salt: of the prompt's request.
-        shapes: of the passes, if the prompt is read in batch-invariant mode.
+        batch_invariant: whether the prompt is read in passes of fixed shape.
+        adapter: of the prompt's request.
     """
     source, longest = None, MIN_PREFIX_TOKENS - 1
     wanted = list(prompt_ids[:-1])
     for sequence in sequences:
-        if sequence.cache_salt != cache_salt or sequence.batch_invariant != (shapes is not None):
+        own = (sequence.cache_salt, sequence.batch_invariant, sequence.adapter)
+        if own != (cache_salt, batch_invariant, adapter):
             continue
         common = common_prefix_length(sequence.shared_ids, wanted)
-        if shapes is not None:
-            common = shapes.reusable_tokens(common)
         if common > longest:
             source, longest = sequence, common
     return source, longest

@@ -1,15 +1,19 @@
 """Continuous batching: requests enter and leave between passes, under a limit of memory.
 
 A request enters when the longest that it can become fits into the key-value cache beside those that run, in the order
-of arrival: so memory never runs out half-way, and no request waits for ever. A prompt with the prefix of a sequence in
-the cache copies its keys and values; those of finished sequences are kept until their memory is needed.
+of arrival: so memory never runs out half-way, and no request waits for ever. With optimistic admission it enters when
+its text so far fits, with a few tokens more, and its slot grows with it. When memory runs out, the request that entered
+last leaves and waits, first in the queue, to be computed again from its tokens. The oldest always goes on.
+
+A prompt with the prefix of a sequence in the cache copies its keys and values; those of finished sequences are kept
+until their memory is needed.
 
 The scheduler knows no model: it says what the next pass runs, and takes the logits. What it decides depends on the
 requests alone, so ranks that make the same calls agree without asking each other.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -18,8 +22,9 @@ from ascendspeed_core.models.cache import CacheSlot, SequenceChunk, blocks_of
 from ascendspeed_infer.engine.batch_invariant import PassShapes
 from ascendspeed_infer.engine.model_runner import ScheduledChunk
 from ascendspeed_infer.engine.prefix_cache import CachedSequence, find_longest_prefix
+from ascendspeed_infer.engine.scheduled_request import ScheduledRequest
 from ascendspeed_infer.engine.scoring_request import ScoringRequest
-from ascendspeed_infer.engine.sequence import NextToken, Request, SamplingRequest
+from ascendspeed_infer.engine.sequence import NextToken, SamplingRequest
 from ascendspeed_infer.sampling import check_finite_logits
 
 NOT_FINITE = -1
@@ -45,6 +50,10 @@ class SlotCache(Protocol):
         """Reserve a slot."""
         ...
 
+    def grow(self, slot: CacheSlot, tokens: int) -> None:
+        """Make a slot longer."""
+        ...
+
     def release(self, slot: CacheSlot) -> None:
         """Give a slot back."""
         ...
@@ -52,46 +61,6 @@ class SlotCache(Protocol):
     def copy(self, source: CacheSlot, target: CacheSlot, start: int, end: int) -> None:
         """Copy keys and values of tokens `start` to `end`."""
         ...
-
-
-@dataclass(eq=False)
-class ScheduledRequest:
-    """A request in the scheduler.
-
-    Attributes:
-        request_id: its name.
-        request: what is continued or scored.
-        batch_invariant: run it in passes of fixed shape.
-        cache_salt: only requests with the same salt share prefixes.
-        sequences: in the cache, once it runs.
-        spare_slots: slots of the cache for further sequences.
-        num_reported: tokens that `step` has reported.
-    """
-
-    request_id: str
-    request: Request | ScoringRequest
-    batch_invariant: bool = False
-    cache_salt: str | None = None
-    sequences: list[CachedSequence] = field(default_factory=list)
-    spare_slots: list[CacheSlot] = field(default_factory=list)
-    num_reported: int = 0
-
-    @property
-    def num_seqs(self) -> int:
-        """Most sequences at once."""
-        return 1 if isinstance(self.request, ScoringRequest) else self.request.max_num_seqs
-
-    @property
-    def slot_tokens(self) -> int:
-        """Tokens of each slot."""
-        if isinstance(self.request, ScoringRequest):
-            return self.request.max_tokens
-        return len(self.request.prompt_ids) + self.request.max_new_tokens
-
-    @property
-    def num_blocks(self) -> int:
-        """Blocks of the cache for the longest that it can become."""
-        return self.num_seqs * blocks_of(self.slot_tokens)
 
 
 @dataclass(frozen=True)
@@ -132,6 +101,10 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self._prefill_tokens = prefill_tokens_per_step
         self._enable_prefix_caching = enable_prefix_caching
+        self.optimistic = False
+        """Let requests enter with room for a few tokens more, instead of for the longest that they can become."""
+        self.num_preemptions = 0
+        """How often a request had to leave the cache."""
         self.waiting: list[ScheduledRequest] = []
         self.running: list[ScheduledRequest] = []
         self._finished: list[CachedSequence] = []
@@ -174,6 +147,8 @@ class Scheduler:
 
     def schedule(self) -> SchedulerOutput | None:
         """Admit what fits and return what the next pass runs; `None` when there is nothing to do."""
+        if self.optimistic:
+            self._grow_slots()
         self._admit()
         chunks: list[ScheduledChunk] = []
         sequences: list[CachedSequence | None] = []
@@ -182,7 +157,9 @@ class Scheduler:
         for scheduled in self.running:
             first = len(chunks)
             if isinstance(scheduled.request, ScoringRequest):
-                chunks += scheduled.request.next_chunks()
+                own = scheduled.request.next_chunks()
+                number = scheduled.adapter
+                chunks += own if number is None else [replace(one, adapter=number) for one in own]
                 sequences += [None] * (len(chunks) - first)
                 ready.append((scheduled, slice(first, len(chunks))))
                 continue
@@ -229,15 +206,19 @@ class Scheduler:
         # The last token is read again if an interrupt came between its pass and the choice of the next one.
         start = min(sequence.num_computed_tokens, end - 1)
         is_decode = start >= sequence.num_prompt_tokens
-        if is_decode:
-            ends = [end]
-        elif sequence.batch_invariant:
+        if not sequence.batch_invariant:
+            # The tokens of a text that had to leave are read again as a prompt is.
+            is_decode = is_decode and end - start == 1
+            ends = [end if is_decode else min(end, start + budget)] if is_decode or budget > 0 else []
+        elif is_decode:
+            # Each token by itself, as it was computed before.
+            ends = list(range(start + 1, min(start + self._shapes.decode_tokens, end) + 1))
+        else:
             # A chunk is never cut: with less than one of budget nothing would ever be read.
             if budget == self._prefill_tokens:
                 budget = max(budget, self._shapes.chunk_tokens)
-            ends = [one for one in self._shapes.chunk_ends(start, end) if one - start <= budget]
-        else:
-            ends = [min(end, start + budget)] if budget > 0 else []
+            tiles = self._shapes.chunk_ends(start, min(end, sequence.num_prompt_tokens))
+            ends = [one for one in tiles if one - start <= budget]
         chunks = []
         for one in ends:
             chunks.append(
@@ -247,6 +228,7 @@ class Scheduler:
                     int(one == end),
                     is_decode,
                     sequence.batch_invariant,
+                    sequence.adapter,
                 )
             )
             start = one
@@ -279,37 +261,72 @@ class Scheduler:
             num_seqs = sum(one.num_seqs for one in self.running) + scheduled.num_seqs
             if self.max_num_seqs is not None and num_seqs > self.max_num_seqs:
                 return
-            kept_blocks = sum(sequence.slot.num_blocks for sequence in self._finished)
-            if scheduled.num_blocks > self._cache.free_blocks + kept_blocks:
+            wanted = scheduled.num_seqs * blocks_of(scheduled.tokens_to_reserve(self.optimistic))
+            if wanted > self._cache.free_blocks + self._kept_blocks:
                 return
             if isinstance(scheduled.request, ScoringRequest):
-                self._free_blocks_for(scheduled)
+                self._free_blocks(wanted)
                 slot = self._cache.reserve(scheduled.slot_tokens)
                 scheduled.request.start(slot)
                 scheduled.spare_slots = [slot]
-            elif not self._admit_prompt(scheduled, scheduled.request.prompt_ids):
+            elif not self._admit_prompt(scheduled, scheduled.request.prompt_ids, wanted):
                 return
             self.waiting.pop(0)
             self.running.append(scheduled)
 
-    def _admit_prompt(self, scheduled: ScheduledRequest, prompt_ids: Sequence[int]) -> bool:
+    @property
+    def _kept_blocks(self) -> int:
+        return sum(sequence.slot.num_blocks for sequence in self._finished)
+
+    def _grow_slots(self) -> None:
+        """Give texts that have filled their slots longer ones; those that entered last leave if there is no memory."""
+        for scheduled in list(self.running):
+            for sequence in scheduled.sequences:
+                num_tokens = len(sequence.token_ids)
+                if num_tokens <= sequence.slot.tokens:
+                    continue
+                tokens = scheduled.tokens_to_reserve(True, num_tokens)
+                more = blocks_of(tokens) - sequence.slot.num_blocks
+                while more > self._cache.free_blocks + self._kept_blocks and scheduled in self.running:
+                    self._preempt(next(one for one in reversed(self.running) if one.can_leave))
+                if scheduled in self.running:
+                    self._free_blocks(more)
+                    self._cache.grow(sequence.slot, tokens)
+
+    def _preempt(self, scheduled: ScheduledRequest) -> None:
+        """Let a request leave the cache and wait, first in the queue."""
+        (sequence,) = scheduled.sequences
+        scheduled.computed_ids = list(sequence.token_ids)
+        self._leave(scheduled, keep=False)
+        self.waiting.insert(0, scheduled)
+        self.num_preemptions += 1
+
+    def _admit_prompt(self, scheduled: ScheduledRequest, prompt_ids: Sequence[int], wanted: int) -> bool:
         """Reserve slots for a prompt and copy what is computed of it; return whether it may enter now."""
-        shapes = self._shapes if scheduled.batch_invariant else None
+        token_ids = scheduled.computed_ids or list(prompt_ids)
+        # Keys and values of tokens that were computed one by one are not those of a prompt, bit for bit.
+        shareable = prompt_ids if scheduled.batch_invariant else token_ids
         in_cache = (*self._finished, *(one for running in self.running for one in running.sequences))
-        source, common = find_longest_prefix(in_cache, prompt_ids, scheduled.cache_salt, shapes)
+        source, common = find_longest_prefix(
+            in_cache, shareable, scheduled.cache_salt, scheduled.batch_invariant, scheduled.adapter
+        )
         if source is not None and source.num_computed_tokens < common:
             # It is being read just now; no need to read it twice.
             return False
         if source in self._finished:
             self._finished.remove(source)
             self._finished.append(source)
-        if self._free_blocks_for(scheduled, source):
+        if self._free_blocks(wanted, source):
             source = None
-        slot, *scheduled.spare_slots = [
-            self._cache.reserve(scheduled.slot_tokens) for _ in range(scheduled.num_seqs)
-        ]
+        tokens = scheduled.tokens_to_reserve(self.optimistic)
+        slot, *scheduled.spare_slots = [self._cache.reserve(tokens) for _ in range(scheduled.num_seqs)]
         sequence = CachedSequence(
-            slot, list(prompt_ids), len(prompt_ids), scheduled.cache_salt, scheduled.batch_invariant
+            slot,
+            list(token_ids),
+            len(prompt_ids),
+            scheduled.cache_salt,
+            scheduled.batch_invariant,
+            adapter=scheduled.adapter,
         )
         if source is not None:
             self._cache.copy(source.slot, slot, 0, common)
@@ -318,10 +335,10 @@ class Scheduler:
         scheduled.sequences = [sequence]
         return True
 
-    def _free_blocks_for(self, scheduled: ScheduledRequest, source: CachedSequence | None = None) -> bool:
-        """Drop finished sequences until a request fits; return whether `source` was dropped."""
+    def _free_blocks(self, wanted: int, source: CachedSequence | None = None) -> bool:
+        """Drop finished sequences until some blocks are free; return whether `source` was dropped."""
         is_dropped = False
-        while scheduled.num_blocks > self._cache.free_blocks:
+        while wanted > self._cache.free_blocks:
             dropped = self._finished.pop(0)
             self._cache.release(dropped.slot)
             is_dropped = is_dropped or dropped is source
@@ -349,6 +366,7 @@ class Scheduler:
                     parent.cache_salt,
                     parent.batch_invariant,
                     parent.num_computed_tokens,
+                    parent.adapter,
                 )
             )
         scheduled.sequences, scheduled.spare_slots = sequences, free

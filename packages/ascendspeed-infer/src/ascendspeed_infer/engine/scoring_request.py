@@ -2,14 +2,14 @@
 
 Sequences are scored in the order of their ids, so that each runs only what it does not have in common with the one
 before: the examples that many prompts share, and a context with several continuations, are computed once. Passes are
-those of the batch-invariant mode: a score is the same bit for bit whatever is computed beside it and in which order.
+those of the batch-invariant mode: a score is the same bit for bit whatever is computed beside it, in which order, and
+where its context ends.
 
 Shapes: P positions, V vocabulary.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 
 import torch
 
@@ -61,14 +61,6 @@ class _ScoredSequence:
     token_ids: tuple[int, ...]
     first_position: int
 
-    def chunk_ends(self, shapes: PassShapes) -> list[int]:
-        """Return where its chunks end: context and continuation are cut each by itself."""
-        context = shapes.chunk_ends(0, self.first_position) if self.first_position else ()
-        continuation = range(
-            self.first_position + shapes.chunk_tokens, len(self.token_ids), shapes.chunk_tokens
-        )
-        return [*context, *continuation, len(self.token_ids)]
-
 
 _Piece = tuple[_ScoredSequence, ScheduledChunk]
 
@@ -90,7 +82,8 @@ class ScoringRequest:
         self._inputs: dict[_ScoredSequence, list[ScoringInput]] = {}
         for one in sorted(set(inputs), key=lambda one: one.token_ids):
             self._inputs.setdefault(_ScoredSequence(one.token_ids[:-1], one.first_position), []).append(one)
-        self.max_tokens = max((len(sequence.token_ids) for sequence in self._inputs), default=0)
+        longest = max((len(sequence.token_ids) for sequence in self._inputs), default=0)
+        self.max_tokens = shapes.slot_tokens(longest, 0, batch_invariant=True)
         """Of the longest sequence: as many must fit into the cache slot."""
         self.scores: dict[ScoringInput, Score] = {}
         self.error: Exception | None = None
@@ -130,14 +123,11 @@ class ScoringRequest:
 
 def _pieces(slot: CacheSlot, sequences: Iterable[_ScoredSequence], shapes: PassShapes) -> Iterator[_Piece]:
     """Cut sequences into chunks that are run in order, each sequence in place of the one before."""
-    before, ends_before = _ScoredSequence((), 0), list[int]()
+    before: tuple[int, ...] = ()
     for sequence in sequences:
-        ends = sequence.chunk_ends(shapes)
-        # As far as both are cut alike, keys and values are those that this sequence would get by itself.
-        most = min(common_prefix_length(before.token_ids, sequence.token_ids), sequence.first_position)
-        same = takewhile(lambda pair: pair[0] == pair[1], zip(ends_before, ends, strict=False))
-        start = max((end for end, _ in same if end <= most), default=0)
-        for end in (position for position in ends if position > start):
+        # Of what both have in common keys and values are those that this sequence would get by itself.
+        start = min(common_prefix_length(before, sequence.token_ids), sequence.first_position)
+        for end in shapes.chunk_ends(start, len(sequence.token_ids)):
             num_logits = max(end - max(start, sequence.first_position), 0)
             chunk = SequenceChunk(slot, start, end - start)
             yield (
@@ -145,7 +135,7 @@ def _pieces(slot: CacheSlot, sequences: Iterable[_ScoredSequence], shapes: PassS
                 ScheduledChunk(chunk, sequence.token_ids[start:end], num_logits, batch_invariant=True),
             )
             start = end
-        before, ends_before = sequence, ends
+        before = sequence.token_ids
 
 
 def log_probs_of(logits: torch.Tensor) -> torch.Tensor:
@@ -162,7 +152,8 @@ def _scores(logits: torch.Tensor, inputs: Sequence[ScoringInput]) -> dict[Scorin
         targets = torch.tensor(
             one.token_ids[len(one.token_ids) - one.num_continuation :], device=logits.device
         )
-        chosen = own.gather(-1, targets.unsqueeze(-1)).sum()
+        # In double precision, as a client adds up the log-probabilities that a server sends.
+        chosen = sum(own.gather(-1, targets.unsqueeze(-1)).squeeze(-1).tolist())
         is_greedy = bool((own.argmax(dim=-1) == targets).all())
-        scores[one] = Score(float(chosen), is_greedy, one.truncated_tokens)
+        scores[one] = Score(chosen, is_greedy, one.truncated_tokens)
     return scores

@@ -46,6 +46,23 @@ StopCheck = Callable[[Sequence[int]], bool]
 """Gets the new ids after each token and returns whether the text has ended (stop strings)."""
 
 
+class TokenConstraint(Protocol):
+    """What the tokens of one text may be: a grammar."""
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the text is complete, and nothing may follow."""
+        ...
+
+    def allowed(self, vocab_size: int) -> torch.Tensor:
+        """Return which tokens may follow, bool, [V]; at least one."""
+        ...
+
+    def take(self, token_id: int) -> None:
+        """Go on to the state after a token."""
+        ...
+
+
 TopLogProbs = tuple[tuple[int, float], ...]
 """Tokens with their log-probabilities, the likeliest first."""
 
@@ -150,20 +167,27 @@ class SamplingRequest:
         prompt_ids: at least one id.
         settings: length, sampling, end ids.
         stop_check: gets the new ids and returns whether the text has ended.
+        constraint: what the tokens may be; `None` for any.
 
     Attributes:
         new_ids: the tokens so far.
         log_probs: of each token, if asked for.
         top_log_probs: at the place of each token, if asked for.
         finish_reason: `None` until the text is complete.
+        constraint: what the tokens may be.
     """
 
     max_num_seqs = 1
 
     def __init__(
-        self, prompt_ids: Sequence[int], settings: GenerationSettings, stop_check: StopCheck = never_stop
+        self,
+        prompt_ids: Sequence[int],
+        settings: GenerationSettings,
+        stop_check: StopCheck = never_stop,
+        constraint: TokenConstraint | None = None,
     ) -> None:
         self.prompt_ids, self.settings = list(prompt_ids), settings
+        self.constraint = constraint
         self.max_new_tokens = settings.max_new_tokens
         self.error: Exception | None = None
         self.new_ids: list[int] = []
@@ -178,7 +202,10 @@ class SamplingRequest:
         own = self.settings
         noise = own.sampling.noise(self._generator, logits.shape[-1])
         ids = [*self.prompt_ids, *self.new_ids]
-        sampled = sample_token(logits[0], own.sampling, noise, ids, own.return_log_probs)
+        allowed = None if self.constraint is None else self.constraint.allowed(logits.shape[-1])
+        sampled = sample_token(
+            logits[0], own.sampling, noise, ids, own.return_log_probs, self.new_ids, allowed
+        )
         if sampled.log_prob is not None:
             self.log_probs.append(sampled.log_prob)
             self.top_log_probs.append(
@@ -189,15 +216,17 @@ class SamplingRequest:
     @property
     def takes_likeliest(self) -> bool:
         """Whether the next token is the one with the largest logit, and nothing else of the logits is wanted."""
-        sampling = self.settings.sampling
-        is_changed = sampling.do_sample or sampling.repetition_penalty != 1
+        is_changed = self.settings.sampling.changes_greedy or self.constraint is not None
         return not is_changed and not self.settings.return_log_probs
 
     def take(self, token_id: int) -> Sequence[NextToken]:
         """Add a token that was chosen; see `Request.advance`."""
         own = self.settings
         self.new_ids.append(token_id)
-        if token_id in own.eos_token_ids or self._stop_check(self.new_ids):
+        if self.constraint is not None:
+            self.constraint.take(token_id)
+        is_complete = self.constraint is not None and self.constraint.is_finished
+        if token_id in own.eos_token_ids or is_complete or self._stop_check(self.new_ids):
             self.finish_reason = "stop"
         elif len(self.new_ids) == own.max_new_tokens:
             self.finish_reason = "length"

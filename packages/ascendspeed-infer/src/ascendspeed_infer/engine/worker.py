@@ -35,10 +35,11 @@ class ChunkMessage:
     num_logits: int
     is_decode: bool
     batch_invariant: bool
+    adapter: int | None
 
 
 CacheCommand = tuple[str, tuple[int, ...]]
-"""`reserve`, `release` or `copy`, and its arguments with slots as numbers."""
+"""`reserve`, `grow`, `release` or `copy`, and its arguments with slots as numbers."""
 
 
 class Worker:
@@ -85,6 +86,12 @@ class Worker:
         if self.channel is not None:
             self._commands.append(("release", (self._numbers.pop(slot),)))
 
+    def grow(self, slot: CacheSlot, tokens: int) -> None:
+        """Make a slot of the cache longer."""
+        self.runner.cache.grow(slot, tokens)
+        if self.channel is not None:
+            self._commands.append(("grow", (self._numbers[slot], tokens)))
+
     def copy(self, source: CacheSlot, target: CacheSlot, start: int, end: int) -> None:
         """Copy keys and values of tokens `start` to `end` from one slot to another."""
         self.runner.cache.copy(source, target, start, end)
@@ -117,6 +124,8 @@ class Worker:
                 slots[arguments[0]] = cache.reserve(arguments[1])
             elif method == "release":
                 cache.release(slots.pop(arguments[0]))
+            elif method == "grow":
+                cache.grow(slots[arguments[0]], arguments[1])
             else:
                 source, target, start, end = arguments
                 cache.copy(slots[source], slots[target], start, end)
@@ -128,6 +137,7 @@ class Worker:
                     one.num_logits,
                     one.is_decode,
                     one.batch_invariant,
+                    one.adapter,
                 )
                 for one in messages
             ]
@@ -167,5 +177,12 @@ class Worker:
             self.channel.send((method, arguments))
 
     def _message(self, one: ScheduledChunk) -> ChunkMessage:
-        number, ids = self._numbers[one.chunk.slot], tuple(one.token_ids)
-        return ChunkMessage(number, one.chunk.start, ids, one.num_logits, one.is_decode, one.batch_invariant)
+        return ChunkMessage(
+            self._numbers[one.chunk.slot],
+            one.chunk.start,
+            tuple(one.token_ids),
+            one.num_logits,
+            one.is_decode,
+            one.batch_invariant,
+            one.adapter,
+        )

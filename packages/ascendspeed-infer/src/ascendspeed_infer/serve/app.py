@@ -10,7 +10,9 @@ from contextlib import aclosing
 from typing import Any, TypeVar
 
 from fastapi import Depends, FastAPI, HTTPException, Request
+from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.requests import ClientDisconnect
 
 from ascendspeed_data.errors import AscendSpeedError
 from ascendspeed_infer import __version__
@@ -23,15 +25,19 @@ from ascendspeed_infer.serve.bodies import (
     read_body,
 )
 from ascendspeed_infer.serve.chat_completions import ChatCall
+from ascendspeed_infer.serve.chat_page import add_chat_page
 from ascendspeed_infer.serve.completions import CompletionCall, Json
 from ascendspeed_infer.serve.errors import ApiError, failed, internal_error
 from ascendspeed_infer.serve.metrics import Metrics
+from ascendspeed_infer.serve.responses import ResponsesBody, ResponsesCall
 from ascendspeed_infer.serve.served_model import ServedModel
 
-OPEN_PATHS = ("/health", "/ready")
-"""Asked by what watches the server, which has no key."""
+OPEN_PATHS = ("/", "/health", "/ready")
+"""Asked by what watches the server, which has no key, and the chat page, which sends one with what it asks."""
 CLIENT_LEFT = 499
 """Status that is counted for a client that left; nobody gets it."""
+
+REFERENCE = "#/components/schemas/{model}"
 
 ResultT = TypeVar("ResultT")
 
@@ -63,6 +69,8 @@ def build_app(served: ServedModel, api_keys: Sequence[str] = ()) -> FastAPI:
     _add_errors(app, served)
     _add_state_routes(app, served)
     _add_model_routes(app, served)
+    add_chat_page(app)
+    app.openapi = lambda: _document(app)  # type: ignore[method-assign]
     return app
 
 
@@ -136,46 +144,60 @@ def _add_state_routes(app: FastAPI, served: ServedModel) -> None:
     @app.get("/v1/models")
     async def models() -> Response:
         """The models."""
-        return JSONResponse({"object": "list", "data": [_model_card(served)]})
+        return JSONResponse({"object": "list", "data": [_model_card(served, name) for name in served.names]})
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
         """One model."""
-        served.check_name(name)
-        return JSONResponse(_model_card(served))
+        served.adapter_named(name)
+        return JSONResponse(_model_card(served, name))
 
 
 def _add_model_routes(app: FastAPI, served: ServedModel) -> None:
+    @app.post("/v1/responses", openapi_extra=_takes(ResponsesBody))
+    async def responses(request: Request) -> Response:
+        """Answer a conversation, in the form of the Responses API."""
+        body = await _body(request, served, ResponsesBody)
+        call = await _planned(served, ResponsesCall, body)
+        return await _answered(request, served, call.events(), call.answer, bool(body.stream))
+
     @app.post("/v1/completions", openapi_extra=_takes(CompletionBody))
     async def completions(request: Request) -> Response:
         """Continue texts."""
         body = await _body(request, served, CompletionBody)
-        call = CompletionCall(served, body)
+        call = await _planned(served, CompletionCall, body)
         return await _answered(request, served, call.events(), call.answer, bool(body.stream))
 
     @app.post("/v1/chat/completions", openapi_extra=_takes(ChatBody))
     async def chat_completions(request: Request) -> Response:
         """Answer a conversation."""
         body = await _body(request, served, ChatBody)
-        call = ChatCall(served, body)
+        call = await _planned(served, ChatCall, body)
         return await _answered(request, served, call.events(), call.answer, bool(body.stream))
 
     @app.post("/tokenize", openapi_extra=_takes(TokenizeBody))
     async def tokenize(request: Request) -> Response:
         """Return the ids of a text."""
         body = await _body(request, served, TokenizeBody)
-        served.check_name(body.model)
+        served.adapter_named(body.model)
         ids = served.encode(body.prompt)
-        longest = served.driver.engine.max_model_len
-        return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": longest})
+        longest, tokenizer = served.driver.engine.max_model_len, served.model.tokenizer
+        start = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
+        found = {"tokens": ids, "count": len(ids), "max_model_len": longest}
+        return JSONResponse(found | {"max_scored_tokens": longest + 1, "start_token_id": start})
 
     @app.post("/detokenize", openapi_extra=_takes(DetokenizeBody))
     async def detokenize(request: Request) -> Response:
         """Return the text of ids."""
         body = await _body(request, served, DetokenizeBody)
-        served.check_name(body.model)
+        served.adapter_named(body.model)
         ids = served.encode(body.tokens, "tokens")
         return JSONResponse({"prompt": served.model.tokenizer.decode(ids)})
+
+
+async def _planned(served: ServedModel, call: Callable[..., ResultT], *arguments: Any) -> ResultT:
+    """Make a call on the thread that reads requests, so that long prompts and schemas hold nobody up."""
+    return await asyncio.get_running_loop().run_in_executor(served.planner, call, served, *arguments)
 
 
 async def _answered(
@@ -208,7 +230,8 @@ async def _server_sent(served: ServedModel, first: Json, events: Any) -> AsyncIt
                 yield _event(one)
         except Exception as error:  # noqa: BLE001 - the status is sent already, so the error is an event
             yield _event(_told(served, error).content())
-        yield b"data: [DONE]\n\n"
+        if "type" not in first:
+            yield b"data: [DONE]\n\n"
 
 
 def _told(served: ServedModel, error: Exception) -> ApiError:
@@ -219,7 +242,9 @@ def _told(served: ServedModel, error: Exception) -> ApiError:
 
 
 def _event(content: Json) -> bytes:
-    return b"data: " + json.dumps(content, ensure_ascii=False).encode("utf-8", "replace") + b"\n\n"
+    # The events of the Responses API have a name.
+    name = f"event: {content['type']}\n".encode() if "type" in content else b""
+    return name + b"data: " + json.dumps(content, ensure_ascii=False).encode("utf-8", "replace") + b"\n\n"
 
 
 async def _unless_gone(request: Request, work: Awaitable[ResultT]) -> ResultT | None:
@@ -241,25 +266,45 @@ async def _unless_gone(request: Request, work: Awaitable[ResultT]) -> ResultT | 
 
 async def _body(request: Request, served: ServedModel, kind: type[BodyT]) -> BodyT:
     limit, content = served.limits.max_body_bytes, bytearray()
-    async for piece in request.stream():
-        content += piece
-        if len(content) > limit:
-            raise ApiError(f"the body is larger than the {limit} bytes allowed", 413)
+    try:
+        async with asyncio.timeout(served.limits.request_seconds):
+            async for piece in request.stream():
+                content += piece
+                if len(content) > limit:
+                    raise ApiError(f"the body is larger than the {limit} bytes allowed", 413)
+    except TimeoutError:
+        raise ApiError("the body did not arrive in time", 408) from None
+    except ClientDisconnect:
+        raise ApiError("the client left before its body arrived") from None
     return read_body(kind, bytes(content), served.limits.lenient, served.say)
 
 
-def _model_card(served: ServedModel) -> Json:
+def _model_card(served: ServedModel, name: str) -> Json:
     return {
-        "id": served.name,
+        "id": name,
         "object": "model",
         "created": served.created,
         "owned_by": "ascendspeed",
+        "parent": served.name if name != served.name else None,
         "max_model_len": served.driver.engine.max_model_len,
     }
 
 
 def _takes(kind: type[BodyT]) -> Json:
-    """Describe the body of a route in the OpenAPI document."""
-    schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
+    """Describe the body of a route in the OpenAPI document; what it refers to is added by `_document`."""
+    schema = kind.model_json_schema(ref_template=REFERENCE)
     schema.pop("$defs", None)
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def _document(app: FastAPI) -> Json:
+    """Return the OpenAPI document: of bodies with all their parts, and of answers the form of errors."""
+    made: Json = get_openapi(title=app.title, version=app.version, routes=app.routes)
+    parts = made.setdefault("components", {}).setdefault("schemas", {})
+    for kind in (CompletionBody, ChatBody, ResponsesBody, TokenizeBody, DetokenizeBody):
+        parts |= kind.model_json_schema(ref_template=REFERENCE).get("$defs", {})
+    for path in made["paths"].values():
+        for one in path.values():
+            one["responses"] |= {"4XX": {"description": "what is wrong"}, "5XX": {"description": "failed"}}
+            one["responses"].pop("422", None)
+    return made

@@ -2,9 +2,9 @@
 
 import json
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ascendspeed_data.errors import did_you_mean
 from ascendspeed_infer.serve.errors import ApiError
@@ -38,14 +38,20 @@ class Body(BaseModel):
         for name, value in (self.model_extra or {}).items():
             if name in self.ignored or value is None:
                 continue
+            # In a log, a name must not look like a line of its own.
+            shown = name if name.isidentifier() else repr(name[:40])
             if name in self.unsupported:
                 if value not in self.unsupported[name]:
                     raise ApiError(f"{name} is not supported by this server; leave it out", param=name)
             elif lenient:
-                say(f"a request has the field {name}, which is unknown and has no effect")
+                say(f"a request has the field {shown[:80]}, which is unknown and has no effect")
             else:
                 hint = did_you_mean(name, type(self).model_fields)
-                raise ApiError(f"the field {name} is unknown{hint}; leave it out", param=name)
+                raise ApiError(f"the field {shown[:80]} is unknown{hint}; leave it out", param=name)
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if isinstance(value, Body):
+                value.check_fields(lenient, say)
 
 
 class StreamOptions(Body):
@@ -64,6 +70,9 @@ class TextBody(Body):
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1)
     repetition_penalty: float | None = Field(None, gt=0)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=1024)
     seed: int | None = Field(None, ge=-LARGEST_SEED, le=LARGEST_SEED)
     stop: str | list[str] | None = None
     ignore_eos: bool | None = None
@@ -80,12 +89,7 @@ class TextBody(Body):
 class CompletionBody(TextBody):
     """Of `/v1/completions`."""
 
-    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "suffix": (),
-        "logit_bias": ({},),
-        "presence_penalty": (0, 0.0),
-        "frequency_penalty": (0, 0.0),
-    }
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {"suffix": ()}
     prompt: str | list[str] | list[int] | list[list[int]]
     best_of: int | None = Field(None, ge=1)
     echo: bool | None = None
@@ -101,10 +105,45 @@ class CompletionBody(TextBody):
         return [one for one in self.prompt if not isinstance(one, int)]
 
 
+class JsonSchemaFormat(Body):
+    """A schema that an answer fits; it is always held to, whatever `strict` says."""
+
+    ignored = Body.ignored | {"description", "strict"}
+    name: str | None = None
+    json_schema: dict[str, Any] = Field(alias="schema")
+
+
 class ResponseFormat(Body):
     """The form of an answer."""
 
-    type: Literal["text"]
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+    @model_validator(mode="after")
+    def _has_schema(self) -> Self:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema is for the type json_schema, and needed there")
+        return self
+
+    @property
+    def wanted(self) -> dict[str, Any] | None:
+        """The schema of an answer that is JSON."""
+        if self.type == "text":
+            return None
+        return {"type": "object"} if self.json_schema is None else self.json_schema.json_schema
+
+
+class FunctionName(Body):
+    """Which function is meant."""
+
+    name: str
+
+
+class ToolChoice(Body):
+    """The tool that is to be called."""
+
+    type: Literal["function"]
+    function: FunctionName
 
 
 class ChatBody(TextBody):
@@ -112,20 +151,18 @@ class ChatBody(TextBody):
 
     ignored = Body.ignored | {"service_tier", "prompt_cache_key"}
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "logit_bias": ({},),
-        "presence_penalty": (0, 0.0),
-        "frequency_penalty": (0, 0.0),
         "functions": ([],),
         "function_call": ("none",),
         "reasoning_effort": (),
-        "parallel_tool_calls": (True,),
     }
     messages: list[dict[str, Any]] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0)
+    chat_template_kwargs: dict[str, Any] | None = None
     tools: list[dict[str, Any]] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
 
 
@@ -158,6 +195,7 @@ def read_body(kind: type[BodyT], content: bytes, lenient: bool, say: Callable[[s
     try:
         body = kind.model_validate(value)
     except ValidationError as error:
+        # One field may have several problems, as where it may be of several types; the first one is shown.
         first = error.errors(include_url=False, include_input=False)[0]
         name = str(first["loc"][0]) if first["loc"] else None
         raise ApiError(f"{name or 'the body'}: {first['msg']}", param=name) from None

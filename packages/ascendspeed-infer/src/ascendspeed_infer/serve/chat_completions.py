@@ -9,9 +9,9 @@ from typing import Any
 
 from ascendspeed_data.errors import AscendSpeedError
 from ascendspeed_data.prompting import PromptLayout
-from ascendspeed_infer.engine.sequence import GenerationSettings, TokenOutput
+from ascendspeed_infer.engine.sequence import GenerationSettings, TokenConstraint, TokenOutput
 from ascendspeed_infer.serve.answer_parser import AnswerParser, AnswerPart
-from ascendspeed_infer.serve.bodies import ChatBody
+from ascendspeed_infer.serve.bodies import ChatBody, ToolChoice
 from ascendspeed_infer.serve.errors import ApiError
 from ascendspeed_infer.serve.log_probs import chat_log_probs
 from ascendspeed_infer.serve.served_model import ServedModel
@@ -51,20 +51,20 @@ class ChatCall:
             self._ids = layout.ids(body.messages)
         except AscendSpeedError as error:
             raise ApiError(str(error), param="messages") from None
+        self._thinks = opens_thoughts(served.model.tokenizer, self._ids)
         self._texts = self._new_texts(layout)
-        opened = opens_thoughts(served.model.tokenizer, self._ids)
-        self._parsers = [AnswerParser(opened, self._has_tools, body.tools) for _ in self._texts]
+        self._parsers = [AnswerParser(self._thinks, self._has_tools, body.tools) for _ in self._texts]
         self._head = {
             "id": f"chatcmpl-{secrets.token_hex(12)}",
             "object": "chat.completion.chunk" if body.stream else "chat.completion",
             "created": int(time.time()),
-            "model": served.name,
+            "model": body.model or served.name,
         }
 
     async def answer(self) -> Json:
         """Return the whole answer."""
         parts: list[list[AnswerPart]] = [[] for _ in self._texts]
-        async with aclosing(grow(self.served, self._texts, len(self._ids))) as growing:
+        async with aclosing(grow(self.served, self._texts, len(self._ids), self.body.model)) as growing:
             async for index, added, _ in growing:
                 parts[index].append(self._parse(index, added))
         choices = []
@@ -91,7 +91,7 @@ class ChatCall:
         with_usage = options is not None and options.include_usage
         more: Json = {"usage": None} if with_usage else {}
         begun = set[int]()
-        async with aclosing(grow(self.served, self._texts, len(self._ids))) as growing:
+        async with aclosing(grow(self.served, self._texts, len(self._ids), self.body.model)) as growing:
             async for index, added, tokens in growing:
                 part = self._parse(index, added)
                 delta: Json = {} if index in begun else {"role": "assistant", "content": ""}
@@ -116,17 +116,18 @@ class ChatCall:
         layout = self.served.layout
         if layout is None:
             raise ApiError("the model has no chat template; use /v1/completions", param="messages")
-        if not self._has_tools:
+        variables = self.body.chat_template_kwargs
+        if not self._has_tools and not variables:
             return layout
-        if not any(CALL_MARKS[0] in source for source in layout.sources):
+        if self._has_tools and not any(CALL_MARKS[0] in source for source in layout.sources):
             raise ApiError(
                 f"the chat template has no {CALL_MARKS[0]}, and calls of other forms are not parsed; leave tools out",
                 param="tools",
             )
         try:
-            return layout.with_tools(self.body.tools)
+            return layout.with_tools(self.body.tools if self._has_tools else None, variables)
         except AscendSpeedError as error:
-            raise ApiError(str(error), param="tools") from None
+            raise ApiError(str(error), param="chat_template_kwargs" if variables else "tools") from None
 
     def _new_texts(self, layout: PromptLayout) -> list[GrowingText]:
         """Return the answers; draws have seeds that follow."""
@@ -137,7 +138,7 @@ class ChatCall:
         longest = min(engine.max_model_len, self.served.cache_tokens) - len(self._ids)
         max_tokens = max(longest, 1) if asked is None else asked
         self.served.check_length(len(self._ids), max_tokens)
-        sampling = sampling_params(body)
+        sampling = sampling_params(body, model.engine.vocab_size)
         ends = () if body.ignore_eos else tuple(dict.fromkeys((*model.eos_token_ids(), *layout.end_ids)))
         settings = GenerationSettings(
             max_tokens,
@@ -152,9 +153,41 @@ class ChatCall:
                 self.served,
                 self._ids,
                 replace(settings, sampling=replace(sampling, seed=sampling.seed + number)),
+                self._constraint(),
             )
             for number in range(self._n)
         ]
+
+    def _constraint(self) -> TokenConstraint | None:
+        """Return what holds an answer to the form that was asked for."""
+        body, grammars = self.body, self.served.grammars
+        schema = None if body.response_format is None else body.response_format.wanted
+        functions = self._functions_to_call()
+        try:
+            if functions:
+                return grammars().tool_call(functions, self._thinks)
+            return None if schema is None else grammars().json(schema, self._thinks)
+        except AscendSpeedError as error:
+            raise ApiError(str(error), param="tools" if functions else "response_format") from None
+
+    def _functions_to_call(self) -> list[Json]:
+        """Return the functions of which one must be called; none if the model decides."""
+        body, choice = self.body, self.body.tool_choice
+        is_forced = isinstance(choice, ToolChoice) or choice == "required"
+        if body.parallel_tool_calls is False and self._has_tools and not is_forced:
+            raise ApiError(
+                "parallel_tool_calls=false needs tool_choice required or a function",
+                param="parallel_tool_calls",
+            )
+        if not is_forced:
+            return []
+        known = [one.get("function") for one in body.tools or []]
+        functions = [one for one in known if isinstance(one, dict) and isinstance(one.get("name"), str)]
+        if isinstance(choice, ToolChoice):
+            functions = [one for one in functions if one["name"] == choice.function.name]
+        if not functions:
+            raise ApiError("tool_choice asks for a function that tools does not have", param="tool_choice")
+        return functions
 
     def _parse(self, index: int, added: str) -> AnswerPart:
         return self._parsers[index].feed(added, self._texts[index].finish_reason is not None)

@@ -50,7 +50,7 @@ class CompletionCall:
             "id": f"cmpl-{secrets.token_hex(12)}",
             "object": "text_completion",
             "created": int(time.time()),
-            "model": served.name,
+            "model": body.model or served.name,
         }
         self._prompt_tokens: list[list[TokenOutput]] = [[] for _ in self._prompts]
         self._texts = self._new_texts()
@@ -108,13 +108,15 @@ class CompletionCall:
             raise ApiError(f"best_of={self._best_of} is less than n={self._n}; give more", param="best_of")
         if body.stream and self._best_of > self._n:
             raise ApiError("best_of is known at the end only, so it cannot be streamed", param="best_of")
+        # A prompt that is only scored may be longer by its last token, which the model does not read.
+        is_scored = self._max_tokens == 0 and bool(body.echo) and body.logprobs is not None
         for ids in self._prompts:
-            served.check_length(len(ids), self._max_tokens)
+            served.check_length(len(ids) - (is_scored and len(ids) > 1), self._max_tokens)
 
     def _new_texts(self) -> list[GrowingText]:
         """Return the answers, `best_of` of each prompt; draws of one prompt have seeds that follow."""
         body, model = self.body, self.served.model
-        sampling = sampling_params(body)
+        sampling = sampling_params(body, model.engine.vocab_size)
         settings = GenerationSettings(
             max(self._max_tokens, 1),
             sampling,
@@ -139,7 +141,9 @@ class CompletionCall:
         numbers = [number for number, ids in enumerate(self._prompts) if len(ids) > 1]
         requests = [PromptRequest(self._prompts[one], self.body.logprobs, shapes) for one in numbers]
         if requests:
-            async with aclosing(self.served.run(requests)) as running:
+            async with aclosing(
+                self.served.run(requests, self.served.adapter_named(self.body.model))
+            ) as running:
                 async for _ in running:
                     pass
         for number, request in zip(numbers, requests, strict=True):
@@ -152,7 +156,7 @@ class CompletionCall:
     def _grow(self) -> AsyncGenerator[tuple[int, str, Sequence[TokenOutput]], None]:
         """See `grow`."""
         texts = self._texts if self._max_tokens else []
-        return grow(self.served, texts, sum(map(len, self._prompts)))
+        return grow(self.served, texts, sum(map(len, self._prompts)), self.body.model)
 
     def _chosen(self, texts: Sequence[GrowingText]) -> list[GrowingText]:
         """Return the `n` texts with the highest log-probability per token."""

@@ -1,14 +1,42 @@
 """Options of `asd-infer serve`."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from ascendspeed_core.config.base import Config
-from ascendspeed_infer.config import LoadedModelConfig, TemplateConfig
+from ascendspeed_infer.config import AdapterConfig, LoadedModelConfig, TemplateConfig
 
 API_KEYS_VARIABLE = "ASCENDSPEED_API_KEYS"
 """Environment variable with keys, separated by commas."""
+
+
+class ServedAdaptersConfig(AdapterConfig):
+    """LoRA adapters on top of the weights."""
+
+    lora_modules: tuple[str, ...] = Field(
+        (),
+        description="NAME=DIR: a LoRA adapter that requests choose as their model; several share one base, and run "
+        "in the same passes.",
+    )
+
+    @field_validator("lora_modules")
+    @classmethod
+    def _has_names(cls, given: tuple[str, ...]) -> tuple[str, ...]:
+        names = [one.partition("=")[0] for one in given]
+        for one, name in zip(given, names, strict=True):
+            if not name or not one.partition("=")[2]:
+                raise ValueError(f"lora_modules={one} is not NAME=DIR; correct it")
+            if names.count(name) > 1:
+                raise ValueError(f"lora_modules: {name} is given twice; keep one")
+        return given
+
+    @property
+    def by_name(self) -> Mapping[str, Path]:
+        """Folders of adapters that requests choose by name."""
+        parts = (one.partition("=") for one in self.lora_modules)
+        return {name: Path(folder) for name, _, folder in parts}
 
 
 class ServerConfig(Config):
@@ -39,6 +67,12 @@ class ServerConfig(Config):
         description="Tokens of all texts that run side by side, prompts included. [default: 65,536, at least one text "
         "of the model's longest, at most 64 of them]",
     )
+    optimistic_admission: bool = Field(
+        False,
+        description="Let a text run once it fits as it is, not the longest that it can become; when memory runs "
+        "out, the latest one waits and is computed again.",
+        json_schema_extra={"off": ""},
+    )
     max_num_seqs: int = Field(64, ge=1, description="Most texts in one pass.")
     max_queue: int = Field(256, ge=1, description="Most texts that wait; more are refused with status 429.")
     request_seconds: float = Field(600.0, gt=0, description="Longest time that a request may take.")
@@ -54,5 +88,6 @@ class ServerConfig(Config):
 class ServeConfig(LoadedModelConfig):
     """Everything `asd-infer serve` takes."""
 
+    adapter: ServedAdaptersConfig = ServedAdaptersConfig()
     conversation: TemplateConfig = TemplateConfig()
     server: ServerConfig = ServerConfig()

@@ -17,9 +17,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ascendspeed_data.errors import AscendSpeedError
-from ascendspeed_infer.engine.llm_engine import LLMEngine, RequestOutput
+from ascendspeed_infer.engine.llm_engine import RequestOutput
 from ascendspeed_infer.engine.scoring_request import ScoringRequest
 from ascendspeed_infer.engine.sequence import Request
+from ascendspeed_infer.serve.engine_loop import EngineLoop
 
 OutputListener = Callable[[RequestOutput], None]
 """Gets what each pass did for a request; the last output is finished or has an error."""
@@ -50,12 +51,14 @@ class NewRequest:
         on_output: gets what each pass did for it.
         batch_invariant: see `LLMEngine.add_request`.
         cache_salt: see `LLMEngine.add_request`.
+        adapter: see `LLMEngine.add_request`.
     """
 
     request: Request | ScoringRequest
     on_output: OutputListener
     batch_invariant: bool = False
     cache_salt: str | None = None
+    adapter: str | None = None
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ class EngineDriver:
 
     def __init__(
         self,
-        engine: LLMEngine,
+        engine: EngineLoop,
         max_waiting: int,
         on_failure: Callable[[EngineFailedError], None] | None = None,
     ) -> None:
@@ -131,7 +134,9 @@ class EngineDriver:
             try:
                 for one in requests:
                     name = self.engine.unique_name("http")
-                    self.engine.add_request(name, one.request, one.batch_invariant, one.cache_salt)
+                    self.engine.add_request(
+                        name, one.request, one.batch_invariant, one.cache_salt, one.adapter
+                    )
                     names.append(name)
             except AscendSpeedError:
                 for name in names:

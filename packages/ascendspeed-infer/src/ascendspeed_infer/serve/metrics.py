@@ -34,6 +34,7 @@ class Metrics:
         for name, text, value in (
             ("asd_running_texts", "Texts that the engine runs.", lambda: engine.num_running),
             ("asd_waiting_texts", "Texts that wait for the engine.", lambda: driver.num_waiting),
+            ("asd_preemptions", "Times a text had to leave the cache.", lambda: engine.num_preemptions),
             ("asd_cache_blocks", "Blocks of the key-value cache.", lambda: engine.num_blocks),
             ("asd_free_cache_blocks", "Blocks of it that hold nothing.", lambda: engine.free_blocks),
         ):

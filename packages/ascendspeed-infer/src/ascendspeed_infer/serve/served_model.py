@@ -3,21 +3,23 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 
 from ascendspeed_core.models.cache import BLOCK_TOKENS, blocks_of
 from ascendspeed_data.errors import AscendSpeedError
 from ascendspeed_data.prompting import PromptLayout
+from ascendspeed_infer.engine.batch_invariant import PassShapes
 from ascendspeed_infer.engine.llm_engine import RequestOutput, check_length
 from ascendspeed_infer.engine.scoring_request import ScoringRequest
 from ascendspeed_infer.engine.sequence import Request
-from ascendspeed_infer.language_model import LanguageModel
 from ascendspeed_infer.serve.config import ServerConfig
 from ascendspeed_infer.serve.engine_driver import EngineDriver, NewRequest, OutputListener
 from ascendspeed_infer.serve.errors import ApiError, refused
 from ascendspeed_infer.serve.metrics import Metrics
-from ascendspeed_infer.text_generator import encode_prompt
+from ascendspeed_infer.serve.structured import Grammars
+from ascendspeed_infer.text_generator import TextGenerator, encode_prompt
 
 DEFAULT_CACHE_TOKENS = 65536
 
@@ -26,7 +28,7 @@ def cache_size(config: ServerConfig, longest: int) -> int:
     """Return the tokens of the key-value cache."""
     if config.cache_tokens is not None:
         return config.cache_tokens
-    whole = blocks_of(longest) * BLOCK_TOKENS
+    whole = blocks_of(PassShapes().slot_tokens(longest, 0, batch_invariant=True)) * BLOCK_TOKENS
     return max(min(DEFAULT_CACHE_TOKENS, config.max_num_seqs * whole), whole)
 
 
@@ -46,23 +48,37 @@ class ServedModel:
     """
 
     name: str
-    model: LanguageModel
+    model: TextGenerator
     driver: EngineDriver
     limits: ServerConfig
     metrics: Metrics
     say: Callable[[str], None]
     layout: PromptLayout | None = None
     created: int = field(default_factory=lambda: int(time.time()))
+    planner: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "plan"))
+    """Reads requests, one after another, while others are answered."""
+    _grammars: list[Grammars] = field(default_factory=list)
 
     @property
     def cache_tokens(self) -> int:
         """Tokens of the key-value cache."""
         return cache_size(self.limits, self.driver.engine.max_model_len)
 
-    def check_name(self, name: str | None) -> None:
-        """Raise `ApiError` if a request names another model."""
-        if name is not None and name != self.name:
-            raise ApiError(f"the model {name!r} does not exist; there is {self.name!r}", 404, "model")
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What requests may name as their model: the base, and its adapters."""
+        return (self.name, *self.driver.engine.adapter_names)
+
+    def adapter_named(self, name: str | None) -> str | None:
+        """Return the adapter that a request names as its model; `None` for the model alone.
+
+        Raises:
+            ApiError: there is no such model.
+        """
+        if name is not None and name not in self.names:
+            known = ", ".join(map(repr, self.names))
+            raise ApiError(f"the model {name!r} does not exist; there is {known}", 404, "model")
+        return None if name == self.name else name
 
     def encode(self, prompt: str | Sequence[int], param: str = "prompt") -> list[int]:
         """Return the ids of a prompt.
@@ -82,8 +98,21 @@ class ServedModel:
         except AscendSpeedError as error:
             raise ApiError(str(error).replace("max_new_tokens", "max_tokens"), param="max_tokens") from None
 
+    def grammars(self) -> Grammars:
+        """Return what makes constraints; the tokens are read at first use, on the thread of `planner`.
+
+        Raises:
+            AscendSpeedError: see `Grammars`.
+        """
+        if not self._grammars:
+            ends = (*self.model.eos_token_ids(), *(self.layout.end_ids if self.layout is not None else ()))
+            self._grammars.append(
+                Grammars(self.model.tokenizer, self.model.engine.vocab_size, tuple(dict.fromkeys(ends)))
+            )
+        return self._grammars[0]
+
     async def run(
-        self, requests: Sequence[Request | ScoringRequest]
+        self, requests: Sequence[Request | ScoringRequest], adapter: str | None = None
     ) -> AsyncGenerator[tuple[int, RequestOutput], None]:
         """Run requests side by side and yield what each gets, with its number; those that are open at the end of the
         iteration, however it ends, are cancelled.
@@ -104,7 +133,7 @@ class ServedModel:
             return tell
 
         new = [
-            NewRequest(one, listener(number), self.limits.batch_invariant)
+            NewRequest(one, listener(number), self.limits.batch_invariant, adapter=adapter)
             for number, one in enumerate(requests)
         ]
         try:

@@ -1,5 +1,7 @@
 """Listen, answer, and end: on SIGTERM or Ctrl-C after the requests that are open, at once when the engine fails."""
 
+import asyncio
+import math
 import os
 import signal
 import socket
@@ -17,18 +19,41 @@ from ascendspeed_infer.language_model import LanguageModel
 from ascendspeed_infer.serve.app import build_app
 from ascendspeed_infer.serve.config import API_KEYS_VARIABLE, ServerConfig
 from ascendspeed_infer.serve.engine_driver import EngineDriver
+from ascendspeed_infer.serve.engine_loop import EngineLoop
 from ascendspeed_infer.serve.metrics import Metrics
 from ascendspeed_infer.serve.served_model import ServedModel, cache_size
+from ascendspeed_infer.text_generator import TextGenerator
 
 FAILURE_SECONDS = 5
-"""For telling open requests that the engine failed."""
+"""For telling open requests that they were ended, or that the engine failed."""
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+class DrainingServer(uvicorn.Server):
+    """Takes no more requests once it is to end, and tells those that take too long.
+
+    Args:
+        config: of the server; after its `timeout_graceful_shutdown` connections are closed.
+        driver: of the engine.
+        drain_seconds: time for open requests.
+    """
+
+    def __init__(self, config: uvicorn.Config, driver: EngineDriver, drain_seconds: float) -> None:
+        super().__init__(config)
+        self._driver, self._drain_seconds = driver, drain_seconds
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Let open requests end, and stop."""
+        # What must wait for passes of the engine does so on a thread, while answers go on.
+        closing = asyncio.get_running_loop().run_in_executor(None, self._driver.close, self._drain_seconds)
+        await super().shutdown(sockets)
+        await closing
 
 
 @contextmanager
 def prepared_server(
     name: str,
-    model: LanguageModel,
+    model: TextGenerator,
     config: ServerConfig,
     say: Callable[[str], None],
     layout: PromptLayout | None = None,
@@ -46,28 +71,29 @@ def prepared_server(
         ConfigError: the address is not free, or the keys cannot be read.
     """
     keys = read_api_keys(config.api_key_file, os.environ.get(API_KEYS_VARIABLE, ""))
-    engine = model.llm_engine
-    if config.batch_invariant:
-        engine.check_batch_invariance()
-    engine.fix_cache(cache_size(config, engine.max_model_len), config.max_num_seqs)
+    engine = served_engine(model, config)
     if config.host not in LOOPBACK and not keys:
         say(f"warning: {config.host} may be reached by others, and no API key is asked for")
 
     def end(error: AscendSpeedError) -> None:
         say(f"error: {error}")
-        server.config.timeout_graceful_shutdown = FAILURE_SECONDS
         server.should_exit = True
 
+    if name in engine.adapter_names:
+        raise ConfigError(f"lora_modules: {name} is the name of the model itself; give another")
     driver = EngineDriver(engine, config.max_queue, end)
     served = ServedModel(name, model, driver, config, Metrics(driver), say, layout)
-    server = uvicorn.Server(
+    server = DrainingServer(
         uvicorn.Config(
             build_app(served, keys),
             log_level="warning",
             access_log=False,
             server_header=False,
-            timeout_graceful_shutdown=max(int(config.drain_seconds), 1),
-        )
+            # Clients get time to hear that their requests were ended.
+            timeout_graceful_shutdown=math.ceil(config.drain_seconds) + FAILURE_SECONDS,
+        ),
+        driver,
+        config.drain_seconds,
     )
     with listening(config) as listener:
         driver.start()
@@ -75,11 +101,35 @@ def prepared_server(
             yield server, listener, served
         finally:
             driver.close(timeout_seconds=0)
+            served.planner.shutdown(wait=False, cancel_futures=True)
+
+
+def served_engine(model: TextGenerator, config: ServerConfig) -> EngineLoop:
+    """Return the loop of the model's engine, ready to serve.
+
+    Raises:
+        ConfigError: the engine cannot do what is asked.
+    """
+    if isinstance(model, LanguageModel):
+        engine = model.llm_engine
+        if config.batch_invariant:
+            engine.check_batch_invariance()
+        tokens = cache_size(config, engine.max_model_len)
+        engine.fix_cache(tokens, config.max_num_seqs, config.optimistic_admission)
+        return engine
+    from ascendspeed_infer.serve.vllm_loop import VllmLoop
+    from ascendspeed_infer.vllm_engine import VllmEngine
+
+    assert isinstance(model.engine, VllmEngine)
+    for name in ("batch_invariant", "optimistic_admission", "cache_tokens"):
+        if getattr(config, name):
+            raise ConfigError(f"{name}: engine=vllm decides that itself; leave it out")
+    return VllmLoop(model.engine)
 
 
 def run_server(
     name: str,
-    model: LanguageModel,
+    model: TextGenerator,
     config: ServerConfig,
     say: Callable[[str], None],
     layout: PromptLayout | None = None,

@@ -2,7 +2,7 @@
 
 import secrets
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
@@ -11,6 +11,7 @@ from ascendspeed_infer.engine.sequence import (
     FinishReason,
     GenerationSettings,
     SamplingRequest,
+    TokenConstraint,
     TokenOutput,
     never_stop,
 )
@@ -20,8 +21,12 @@ from ascendspeed_infer.serve.errors import ApiError
 from ascendspeed_infer.serve.served_model import ServedModel
 
 
-def sampling_params(body: TextBody) -> SamplingParams:
-    """Return how tokens are chosen; temperature 0 takes the likeliest one, no seed takes any."""
+def sampling_params(body: TextBody, vocab_size: int) -> SamplingParams:
+    """Return how tokens are chosen; temperature 0 takes the likeliest one, no seed takes any.
+
+    Raises:
+        ApiError: a bias is of no token.
+    """
     temperature = 1.0 if body.temperature is None else body.temperature
     seed = secrets.randbelow(LARGEST_SEED) if body.seed is None else body.seed
     return SamplingParams(
@@ -31,13 +36,23 @@ def sampling_params(body: TextBody) -> SamplingParams:
         top_p=1.0 if body.top_p is None else body.top_p,
         seed=seed,
         repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        logit_bias=_biases(body.logit_bias or {}, vocab_size),
     )
+
+
+def _biases(given: Mapping[str, float], vocab_size: int) -> tuple[tuple[int, float], ...]:
+    for name in given:
+        if not (name.isascii() and name.isdecimal()) or int(name) >= vocab_size:
+            raise ApiError(f"logit_bias: {name[:40]!r} is no id in 0 to {vocab_size - 1}", param="logit_bias")
+    return tuple((int(name), value) for name, value in given.items())
 
 
 def check_text_body(served: ServedModel, body: TextBody, num_texts: int) -> None:
     """Raise `ApiError` for what the server does not allow."""
     limits = served.limits
-    served.check_name(body.model)
+    served.adapter_named(body.model)
     if num_texts > limits.max_choices:
         raise ApiError(
             f"{num_texts} texts were asked for, more than the {limits.max_choices} allowed", param="n"
@@ -48,10 +63,8 @@ def check_text_body(served: ServedModel, body: TextBody, num_texts: int) -> None
         )
     if "" in body.stops:
         raise ApiError("stop holds an empty text, which would end every answer; leave it out", param="stop")
-    if body.stream_options is not None:
-        if not body.stream:
-            raise ApiError("stream_options is for stream=true; leave it out", param="stream_options")
-        body.stream_options.check_fields(limits.lenient, served.say)
+    if body.stream_options is not None and not body.stream:
+        raise ApiError("stream_options is for stream=true; leave it out", param="stream_options")
 
 
 def check_log_probs(served: ServedModel, count: int, param: str) -> None:
@@ -61,7 +74,7 @@ def check_log_probs(served: ServedModel, count: int, param: str) -> None:
 
 
 async def grow(
-    served: ServedModel, texts: Sequence["GrowingText"], num_prompt_tokens: int
+    served: ServedModel, texts: Sequence["GrowingText"], num_prompt_tokens: int, model: str | None
 ) -> AsyncGenerator[tuple[int, str, Sequence[TokenOutput]], None]:
     """Run the engine until all texts are complete; yield the number of a text, what was added to it, and its tokens.
 
@@ -69,10 +82,12 @@ async def grow(
         served: the model.
         texts: new ones.
         num_prompt_tokens: to be counted.
+        model: that the request named.
     """
     started, is_first, metrics = time.perf_counter(), True, served.metrics
     metrics.prompt_tokens.inc(num_prompt_tokens)
-    async with aclosing(served.run([one.new_request() for one in texts])) as running:
+    adapter = served.adapter_named(model)
+    async with aclosing(served.run([one.new_request() for one in texts], adapter)) as running:
         async for number, output in running:
             if is_first:
                 metrics.first_token_seconds.observe(time.perf_counter() - started)
@@ -91,12 +106,14 @@ class GrowingText:
         settings: how it is continued.
         tokens: new ones.
         text: of them, as far as it is certain.
+        constraint: what its tokens may be.
         shown_length: characters of the tokens whose log-probabilities were shown.
     """
 
     served: ServedModel
     prompt_ids: Sequence[int]
     settings: GenerationSettings
+    constraint: TokenConstraint | None = None
     tokens: list[TokenOutput] = field(default_factory=list)
     text: str = ""
     shown_length: int = 0
@@ -109,7 +126,7 @@ class GrowingText:
         """Return the request of the engine."""
         # The check runs on the engine's thread, with a detokenizer of its own.
         check = self._new_detokenizer().has_stop_string if self.settings.stop else never_stop
-        return SamplingRequest(self.prompt_ids, self.settings, check)
+        return SamplingRequest(self.prompt_ids, self.settings, check, self.constraint)
 
     def add(self, tokens: Sequence[TokenOutput]) -> str:
         """Take new tokens and return what they add to the text."""
@@ -127,7 +144,7 @@ class GrowingText:
     @property
     def mean_log_prob(self) -> float:
         """Of its tokens, for the choice of the best."""
-        return sum(one.log_prob or 0.0 for one in self.tokens) / len(self.tokens)
+        return sum(one.log_prob or 0.0 for one in self.tokens) / max(len(self.tokens), 1)
 
     def _new_detokenizer(self) -> Detokenizer:
         own = self.settings
