@@ -108,8 +108,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "fp8"
 
 
-def test_a_folder_in_fp8_is_read_as_plain_weights(folder: Path) -> None:
+def test_a_folder_in_fp8_is_read_as_plain_weights(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, plain = open_weights(folder), open_weights(folder.parent / "plain")
+    assert "weights in fp8 are dequantised to bf16 as they are read" in capsys.readouterr().err
     assert source.config == plain.config
     assert source.tensors().keys() == plain.tensors().keys()
     assert {info.dtype for info in source.tensors().values()} == {torch.bfloat16}

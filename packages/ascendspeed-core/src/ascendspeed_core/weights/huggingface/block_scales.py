@@ -20,6 +20,7 @@ import torch
 
 from ascendspeed_core.weights.huggingface.quantised import CONFIG_KEYS, method_of_config
 from ascendspeed_core.weights.source import CheckpointError, Index, ReadableTensor, TensorInfo
+from ascendspeed_data.command_line import log
 
 FP8, MXFP4 = "fp8", "mxfp4"
 SCALE_SUFFIX, BLOCKS_SUFFIX, SCALES_SUFFIX = "_scale_inv", "_blocks", "_scales"
@@ -119,7 +120,11 @@ def plain_tensors(
     else:
         return stored, hf_config
     # A config that says quantised over plain weights is refused as before.
-    return (plain, rest) if plain.keys() != stored.keys() else (stored, hf_config)
+    if plain.keys() == stored.keys():
+        return stored, hf_config
+    count = sum(isinstance(tensor, Fp8Tensor | MxFp4Tensor) for tensor in plain.values())
+    log(f"{folder}: {count} weights in {method} are dequantised to bf16 as they are read")
+    return plain, rest
 
 
 def _of_fp8(folder: Path, block_size: Any, stored: Mapping[str, ReadableTensor]) -> dict[str, ReadableTensor]:
