@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.pipelining import (
     PipelineStage,
@@ -33,9 +34,19 @@ from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.stages import hidden_shape, output_shape
 from ascendspeed_core.parallel.timeline import Kind, Recorder
 
+
+class _GPipe(ScheduleGPipe):
+    """GPipe with any number of micro-batches; torch before 2.11 refuses fewer than stages, though its steps do not
+    need them."""
+
+    def __init__(self, stage: PipelineStage, n_microbatches: int, **options: Any) -> None:
+        super().__init__(stage, max(n_microbatches, stage.num_stages), **options)
+        self._n_microbatches = n_microbatches
+
+
 SCHEDULES: dict[str, Any] = {
     "1f1b": Schedule1F1B,
-    "gpipe": ScheduleGPipe,
+    "gpipe": _GPipe,
     "looped-bfs": ScheduleLoopedBFS,
     "interleaved": ScheduleInterleaved1F1B,
     "interleaved-zb": ScheduleInterleavedZeroBubble,
@@ -218,6 +229,15 @@ class _Stage(PipelineStage):
         """Return the receives of one backward."""
         self._fit(self.grad_recv_info, bwd_chunk_id)
         return super().get_bwd_recv_ops(bwd_chunk_id)
+
+    def _validate_fwd_outputs(self, outputs: tuple[torch.Tensor, ...]) -> None:
+        """Nothing: torch before 2.13 asks that all micro-batches have the size of the first."""
+
+    def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
+        """Return the first messages to the neighbours, without those to this rank itself, which gloo cannot send:
+        torch before 2.13 has them where two neighbouring stages share a rank."""
+        own = dist.get_rank(self.group)
+        return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != own]
 
     def _fit(self, table: Any, number: int) -> None:
         for info in table.get(number, ()):
