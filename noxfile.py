@@ -97,6 +97,30 @@ def vllm(session: nox.Session) -> None:
     session.run("python", "-m", "pytest", *arguments, env=TEST_VARIABLES)
 
 
+@nox.session(venv_backend="none")
+def versions(session: nox.Session) -> None:
+    """The tests with each row of versions.toml, or those named after `--`; `docs/versions.md` gets the table.
+
+    Each row has environments of its own, several GB in all. Arguments after a second `--` go to pytest.
+    """
+    names, _, arguments = " ".join(session.posargs).partition("--")
+    rows = tomllib.loads((ROOT / "versions.toml").read_text())["row"]
+    unknown = set(names.split()) - {row["name"] for row in rows}
+    if unknown:
+        session.error(f"versions.toml has no row {', '.join(sorted(unknown))}")
+    for row in rows:
+        if names and row["name"] not in names.split():
+            continue
+        folder = ROOT / ".nox" / "versions" / row["name"]
+        chosen = ("-s", "tests", "--force-python", row["python"], "--envdir", str(folder))
+        tests = (*row.get("tests", ()), f"--junitxml={folder / 'tests.xml'}", *arguments.split())
+        session.run(
+            sys.executable, "-m", "nox", *chosen, "--", *tests,
+            env={"TEST_VERSIONS": " ".join(row["versions"])}, success_codes=(0, 1), external=True,
+        )  # fmt: skip
+    session.run(sys.executable, str(ROOT / "scripts" / "versions_page.py"), external=True)
+
+
 @nox.session
 def lint(session: nox.Session) -> None:
     """Style, formatting and spelling."""
@@ -169,7 +193,7 @@ def install(session: nox.Session, *extra: str) -> None:
     What the packages depend on (torch above all) is installed once and shared by the sessions, with bytecode: tests
     start a great many processes, and PYTHONDONTWRITEBYTECODE may keep them from writing it.
     """
-    pins = versions(session)
+    pins = pins_of(session)
     shared = Path(session.cache_dir) / f"dependencies-{sys.version_info.major}.{sys.version_info.minor}"
     if not (shared / "bin" / "python").exists():
         make_environment(shared)
@@ -182,7 +206,7 @@ def install(session: nox.Session, *extra: str) -> None:
     session.install(*pins, *packages, *extra)
 
 
-def versions(session: nox.Session) -> tuple[str, ...]:
+def pins_of(session: nox.Session) -> tuple[str, ...]:
     """Arguments that make pip take the versions of constraints.txt, or those that TEST_VERSIONS names instead."""
     other = os.environ.get("TEST_VERSIONS", "").split()
     if not other:

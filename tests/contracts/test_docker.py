@@ -62,7 +62,9 @@ def test_torch_is_a_version_that_the_core_allows(path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["cpu", "cuda"])
 def test_torch_is_the_pinned_one(name: str) -> None:
-    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    pins = dict(
+        line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line
+    )
     assert arguments(DOCKER / f"{name}.Dockerfile")["TORCH"] == pins["torch"]
 
 

@@ -3,6 +3,7 @@
 import ast
 import datetime
 import importlib.metadata
+import json
 import re
 import sys
 import tomllib
@@ -80,6 +81,23 @@ def test_the_workflow_tests_the_ends_of_the_declared_ranges(name: str) -> None:
     assert Version(pin.version) == Version(bound.version)
     newest = {r.name: r for r in map(Requirement, runs["newest"]["versions"].split())}[name]
     assert newest.specifier == declared
+
+
+def test_the_workflow_runs_the_rows_of_versions_toml() -> None:
+    jobs = read_yaml(WORKFLOW)["jobs"]
+    ran = {(python, "") for python in jobs["tests"]["strategy"]["matrix"]["python"]}
+    ran |= {(run["python"], run["versions"]) for run in jobs["ranges"]["strategy"]["matrix"]["include"]}
+    rows = tomllib.loads((ROOT / "versions.toml").read_text())["row"]
+    assert ran == {(row["python"], " ".join(row["versions"])) for row in rows}
+
+
+def test_the_versions_page_has_the_table_of_the_results() -> None:
+    sys.path.insert(0, str(ROOT / "scripts"))
+    from versions_page import PAGE, RESULTS, page
+
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    text = PAGE.read_text()
+    assert page(text, results) == text
 
 
 def test_the_tests_import_what_their_session_installs() -> None:
