@@ -162,19 +162,24 @@ class VllmEngine:
         for _, token in self._tokens([request]):
             yield token
 
-    def add(self, name: str, prompt_ids: Sequence[int], params: Mapping[str, Any]) -> None:
+    def add(
+        self, name: str, prompt_ids: Sequence[int], params: Mapping[str, Any], cache_salt: str | None = None
+    ) -> None:
         """Add a request to those that `step` runs.
 
         Args:
             name: of it.
             prompt_ids: its prompt.
             params: arguments of `vllm.SamplingParams`.
+            cache_salt: only requests with the same salt share the keys and values of a common prefix.
 
         Raises:
             AscendSpeedError: vLLM refuses it.
         """
         delta = self._vllm.sampling_params.RequestOutputKind.DELTA
         prompt = self._vllm.TokensPrompt(prompt_token_ids=list(prompt_ids))
+        if cache_salt is not None:
+            prompt["cache_salt"] = cache_salt
         with self._named_failures():
             made = self._vllm.SamplingParams(**params, output_kind=delta)
             self._engine.add_request(name, prompt, made, lora_request=self._adapter)
