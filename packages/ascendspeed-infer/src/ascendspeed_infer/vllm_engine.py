@@ -60,6 +60,23 @@ def model_arguments(
     return arguments
 
 
+def draws_can_be_taken_back() -> bool:
+    """Tell whether vLLM can read a prompt in several passes while it draws with seeds.
+
+    After a pass that read a part of a prompt it winds the generator of the prompt's draws back
+    (`GPUModelRunner._bookkeeping_sync`), which not every device's generator can: there vLLM 0.32 ends with an error in
+    the middle of its work.
+    """
+    import torch
+
+    device_type = importlib.import_module("vllm.platforms").current_platform.device_type
+    try:
+        torch.Generator(device_type).get_offset()
+    except RuntimeError:
+        return False
+    return True
+
+
 def sampling_arguments(settings: "GenerationSettings") -> dict[str, Any]:
     """Translate how a text is continued into arguments of `vllm.SamplingParams`.
 
@@ -327,6 +344,8 @@ class VllmKind:
         model = open_weights(folder).config
         rank = None if adapter is None else lora_rank(adapter, model)
         arguments = model_arguments(config, folder, dtype, rank)
+        if not draws_can_be_taken_back():
+            arguments["enable_chunked_prefill"] = False
         arguments |= read_options(config.engine.engine_options)
         log("vLLM starts, which takes a minute or more")
         with output.taken():
