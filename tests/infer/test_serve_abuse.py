@@ -259,7 +259,7 @@ def test_sigterm_under_load_ends_every_stream(folder: Path, model: LanguageModel
 def test_a_slow_reader_holds_nobody_up(server: Running) -> None:
     """It never reads its stream of many tokens: others are answered, and its texts end."""
     body = json.dumps(
-        {"prompt": "the", "n": 8, "max_tokens": 250, "logprobs": 1, "ignore_eos": True, "stream": True}
+        {"prompt": "the", "n": 4, "max_tokens": 150, "logprobs": 20, "ignore_eos": True, "stream": True}
     )
     address = server.url.removeprefix("http://").split(":")
     with socket.create_connection((address[0], int(address[1]))) as slow:
