@@ -161,7 +161,7 @@ def test_random_parameters(folder: Path, count: int) -> None:
         assert not server.log
 
 
-@pytest.mark.parametrize(("clients", "rounds"), [(6, 2), pytest.param(64, 12, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize(("clients", "rounds"), [(6, 2), pytest.param(32, 8, marks=pytest.mark.nightly)])
 def test_rounds_of_load_leave_nothing(
     server: Running, clients: int, rounds: int, report: ReportTables
 ) -> None:
