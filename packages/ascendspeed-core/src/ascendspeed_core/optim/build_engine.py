@@ -116,7 +116,8 @@ def make_model(
     from ascendspeed_core.optim.megatron.model import load_megatron_model
 
     fields, vary = megatron_fields(config).get("TransformerConfig", {}), shapes_vary(config)
-    return load_megatron_model(source, mesh, dtype, config.recompute, vary, fields)
+    capacity = config.experts.moe_expert_capacity_factor
+    return load_megatron_model(source, mesh, dtype, config.recompute, vary, fields, capacity)
 
 
 def prepare_model(
@@ -137,6 +138,7 @@ def prepare_model(
         from ascendspeed_core.optim.megatron.model import MegatronTransformer, choose_kernels
 
         assert isinstance(model, MegatronTransformer)
+        train_routers(model, config.experts)
         return choose_kernels(model, config.compute, context)
     choices = apply_kernels(model, config.compute, context)
     train_routers(model, config.experts)
