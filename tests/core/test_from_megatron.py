@@ -11,7 +11,7 @@ from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.models.families import find_family
 from ascendspeed_core.observability.metrics import read_metrics
 from ascendspeed_data.errors import AscendSpeedError
-from support.commands import call
+from support.commands import call, run_command
 
 LLAMA_3 = """#!/bin/bash
 # Runs the "8B" model
@@ -238,7 +238,7 @@ def test_what_is_translated_trains(tmp_path: Path, dataset: Path) -> None:
         assert before in text, before
         text = text.replace(before, after)
     _, words, _ = translate(text, tmp_path)
-    done = call(*words, "--device", "cpu")
+    done = run_command(*words, "--device", "cpu")
     assert done.status == 0, done.stderr
     assert [record["iteration"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2]
 
