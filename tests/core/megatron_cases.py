@@ -10,6 +10,7 @@ from ascendspeed_core.config.experts import ExpertsConfig
 from ascendspeed_core.config.finetune import FinetuneConfig
 from ascendspeed_core.config.layout import Layout
 from ascendspeed_core.config.load import load_config
+from ascendspeed_core.config.megatron import LayerOptions
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.optimizer import OptimizerConfig
 from ascendspeed_core.config.preference import DpoConfig
@@ -59,7 +60,7 @@ def train_megatron(
         recompute or RecomputeConfig(),
         not isinstance(micro_batch_size, int),
         fields,
-        (experts or ExpertsConfig()).moe_expert_capacity_factor,
+        LayerOptions((experts or ExpertsConfig()).moe_expert_capacity_factor),
     )
     train_routers(model, experts or ExpertsConfig())
     options: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.1, "clip_grad": 0.5}

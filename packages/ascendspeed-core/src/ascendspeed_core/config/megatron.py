@@ -16,6 +16,27 @@ CONFIG_CLASSES = ("TransformerConfig", "OptimizerConfig", "DistributedDataParall
 
 
 @dataclass(frozen=True)
+class LayerOptions:
+    """What layers compute besides what the model says.
+
+    Attributes:
+        expert_capacity: see `moe_expert_capacity_factor`.
+        fp8: format in which linear layers multiply; `None` for that of the weights.
+        fp8_recipe: how they scale.
+    """
+
+    expert_capacity: float | None = None
+    fp8: str | None = None
+    fp8_recipe: str = "delayed"
+
+    @classmethod
+    def of_run(cls, config: PretrainConfig) -> "LayerOptions":
+        """Return those of a run."""
+        capacity, parallel = config.experts.moe_expert_capacity_factor, config.parallel
+        return cls(capacity, parallel.fp8, parallel.fp8_recipe or "delayed")
+
+
+@dataclass(frozen=True)
 class LackingOption:
     """An option of a run that the engine does not have.
 
@@ -171,6 +192,16 @@ def check_megatron(config: PretrainConfig, layout: Layout, model: ModelConfig) -
                 f"engine=megatron with tensor_model_parallel_size={layout.tp} for a model with {part}: it wants a part "
                 "of the sequence on each rank; give --sequence-parallel too"
             )
+    if config.parallel.fp8 is not None and config.precision.dtype_name == "float64":
+        raise ConfigError(
+            f"engine=megatron with fp8={config.parallel.fp8} and dtype=float64: Transformer Engine has no float64; "
+            "give --bf16"
+        )
+    if config.parallel.fp8 is not None and model.experts is not None:
+        raise ConfigError(
+            f"engine=megatron with fp8={config.parallel.fp8} for a model with experts: their rows would have to be "
+            "filled up to what FP8 multiplies; leave --fp8 out"
+        )
     if config.adapters is not None:
         raise ConfigError(
             "engine=megatron with adapters: peft's layers for megatron-core are out of date, and adapters are this "

@@ -59,6 +59,24 @@ def check_sharded_optimizer() -> None:
         ) from None
 
 
+def check_transformer_engine(fp8: str) -> None:
+    """Try to import what multiplies in FP8.
+
+    Args:
+        fp8: the format that was asked for.
+
+    Raises:
+        AscendSpeedError: it is not installed.
+    """
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except (ImportError, OSError) as error:
+        raise AscendSpeedError(
+            f"engine=megatron with fp8={fp8}: Transformer Engine, whose linear layers multiply in FP8, cannot be "
+            f"imported ({error}); install transformer-engine, or leave --fp8 out"
+        ) from None
+
+
 def start_groups(layout: Layout, stages_per_rank: int) -> None:
     """Make megatron-core's process groups; ranks are numbered as in `config.layout`."""
     state = megatron("parallel_state")

@@ -18,7 +18,7 @@ from torch import nn
 
 from ascendspeed_core.config.compute import ComputeConfig
 from ascendspeed_core.config.layout import Stage, stages_of_ranks
-from ascendspeed_core.config.megatron import LOGITS_ONLY
+from ascendspeed_core.config.megatron import LOGITS_ONLY, LayerOptions
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.recompute import RecomputeConfig
 from ascendspeed_core.config.sharding import chunk_range, query_heads
@@ -39,7 +39,7 @@ from ascendspeed_core.optim.megatron.layers import (
 )
 from ascendspeed_core.optim.megatron.parameters import HeldParameter, fill, held_parameters, vocabulary_rows
 from ascendspeed_core.optim.megatron.routers import TokenRouter, replace_routers, routers_of_chunks
-from ascendspeed_core.optim.megatron.settings import transformer_fields
+from ascendspeed_core.optim.megatron.settings import layer_fields, transformer_fields
 from ascendspeed_core.optim.megatron.specs import block_spec
 from ascendspeed_core.parallel.context import attend_with_some_heads, cut_positions
 from ascendspeed_core.parallel.mesh import ParallelMesh
@@ -177,7 +177,7 @@ def load_megatron_model(
     recompute: RecomputeConfig,
     shapes_vary: bool,
     more: Mapping[str, Any],
-    expert_capacity: float | None = None,
+    options: LayerOptions | None = None,
 ) -> MegatronTransformer:
     """Return this rank's stages of the model that `source` holds, reading only its own slices.
 
@@ -188,19 +188,19 @@ def load_megatron_model(
         recompute: what is computed again.
         shapes_vary: micro-batches differ in their number or length of samples.
         more: further fields of `TransformerConfig`.
-        expert_capacity: see `moe_expert_capacity_factor`.
+        options: what layers compute besides; by default nothing.
     """
     version = prepare(mesh.device)
     layout, described = mesh.layout, source.config
     stages = stages_of_ranks(described.num_layers, layout)[mesh.pp_rank]
     start_groups(layout, len(stages))
     fields = transformer_fields(described, layout, dtype, recompute, len(stages), shapes_vary)
-    if described.experts is not None:
-        fields["moe_expert_capacity_factor"] = expert_capacity
+    options = options or LayerOptions()
+    fields |= layer_fields(described, options)
     kind = "TransformerConfig" if described.kv_latent_dim is None else "MLATransformerConfig"
     config = make_config(kind, fields, more)
     chunks = [
-        _make_chunk(described, config, stage, number, len(stages), mesh)
+        _make_chunk(described, config, stage, number, len(stages), mesh, options)
         for number, stage in enumerate(stages)
     ]
     model = MegatronTransformer(described, stages, chunks, mesh, version)
@@ -212,14 +212,20 @@ def load_megatron_model(
 
 
 def _make_chunk(
-    described: ModelConfig, config: Any, stage: Stage, number: int, stages_per_rank: int, mesh: ParallelMesh
+    described: ModelConfig,
+    config: Any,
+    stage: Stage,
+    number: int,
+    stages_per_rank: int,
+    mesh: ParallelMesh,
+    options: LayerOptions,
 ) -> nn.Module:
     is_rotary = described.position == "rotary"
     chunk: Any = make_gpt_model(
         number,
         stages_per_rank,
         config=config,
-        transformer_layer_spec=block_spec(described, stage.layers),
+        transformer_layer_spec=block_spec(described, stage.layers, options),
         vocab_size=vocabulary_rows(described.vocab_size, mesh.layout.tp),
         max_sequence_length=described.max_position_embeddings,
         pre_process=stage.is_first,

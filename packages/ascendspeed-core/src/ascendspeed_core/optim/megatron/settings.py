@@ -15,6 +15,7 @@ import torch
 
 from ascendspeed_core.config.experts import Experts
 from ascendspeed_core.config.layout import Layout
+from ascendspeed_core.config.megatron import LayerOptions
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.optimizer import OptimizerConfig
 from ascendspeed_core.config.recompute import RecomputeConfig
@@ -71,6 +72,16 @@ def transformer_fields(
         | _recompute_fields(recompute)
         | _KERNELS
     )
+
+
+def layer_fields(model: ModelConfig, options: LayerOptions) -> dict[str, Any]:
+    """Return the fields of `TransformerConfig` that say what layers compute besides what the model says."""
+    fields: dict[str, Any] = {}
+    if model.experts is not None:
+        fields["moe_expert_capacity_factor"] = options.expert_capacity
+    if options.fp8 is not None:
+        fields |= {"fp8": options.fp8, "fp8_recipe": options.fp8_recipe}
+    return fields
 
 
 def _expert_fields(model: ModelConfig, experts: Experts, dtype: torch.dtype) -> dict[str, Any]:
