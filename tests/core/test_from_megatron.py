@@ -231,7 +231,8 @@ def test_what_is_translated_trains(tmp_path: Path, dataset: Path) -> None:
         "groups 8": "groups 2", "SEQ_LENGTH=8192": "SEQ_LENGTH=16", "128256": "400",
         "nproc_per_node 8": "nproc_per_node 2",
         "global-batch-size 128": "global-batch-size 4", "train-samples 1953125000": "train-samples 8",
-        "corpus_text_document": str(dataset), "checkpoints/llama3_8b": str(tmp_path / "run"), "--bf16": "", "--fp8-format hybrid": "",
+        "corpus_text_document": str(dataset), "checkpoints/llama3_8b": str(tmp_path / "run"), "--bf16": "",
+        "--fp8-format hybrid": "",
     }  # fmt: skip
     text = LLAMA_3
     for before, after in small.items():
