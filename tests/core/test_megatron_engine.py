@@ -22,6 +22,7 @@ from core.megatron_cases import (
     weights_around_waiting,
 )
 from core.megatron_comparison import OVERLAP, compare
+from core.test_megatron_experts import DEEPSEEK_V3
 from support.models import tiny_config
 from support.processes import WorkerPool
 from support.tables import ReportTables
@@ -231,16 +232,22 @@ OTHER_VERSION = "ASCENDSPEED_MEGATRON_CORE"
 
 @pytest.mark.nightly
 @pytest.mark.parametrize(
-    ("layout", "dtype"),
+    ("layout", "dtype", "changes"),
     [
-        (Layout(tp=2, sequence_parallel=True), "float64"),
-        (Layout(pp=2, schedule="interleaved", layers_per_stage=1), "float64"),
-        (Layout(dp=2), "bfloat16"),
+        (Layout(tp=2, sequence_parallel=True), "float64", {}),
+        (Layout(pp=2, schedule="interleaved", layers_per_stage=1), "float64", {}),
+        (Layout(dp=2), "bfloat16", {}),
+        (Layout(tp=2, sequence_parallel=True), "float64", DEEPSEEK_V3),
     ],
     ids=str,
 )
 def test_another_version_of_megatron_core(
-    layout: Layout, dtype: str, workers: WorkerPool, report: ReportTables, monkeypatch: pytest.MonkeyPatch
+    layout: Layout,
+    dtype: str,
+    changes: dict[str, Any],
+    workers: WorkerPool,
+    report: ReportTables,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = os.environ.get(OTHER_VERSION)
     if folder is None:
@@ -251,7 +258,8 @@ def test_another_version_of_megatron_core(
     pool = WorkerPool("spawn")
     try:
         (version,) = pool.run(megatron_version, 1)
-        compare(layout, workers, pool, report, f"megatron-core {version}", dtype=dtype)
+        config = tiny_config(**changes)
+        compare(layout, workers, pool, report, f"megatron-core {version}", config=config, dtype=dtype)
         (complaint,) = pool.run(complaint_about_sharding, 1)
         if version.startswith("0.12."):
             assert f"the one of megatron-core {version} wants Transformer Engine" in complaint
