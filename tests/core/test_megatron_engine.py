@@ -67,6 +67,7 @@ def test_ten_steps_equal_one_process_of_ours(
                 Layout(dp=2, tp=2, sequence_parallel=True, sharded_optimizer=True),
                 Layout(dp=2, pp=2, sharded_optimizer=True, schedule="interleaved", layers_per_stage=1),
                 Layout(dp=2, **OVERLAP),
+                Layout(cp=2, sharded_optimizer=True),
                 Layout(dp=2, pp=2, sharded_optimizer=True, **OVERLAP),
                 Layout(
                     dp=2, pp=2, sharded_optimizer=True, schedule="interleaved", layers_per_stage=1, **OVERLAP
