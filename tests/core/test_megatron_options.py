@@ -152,6 +152,9 @@ def test_fields_of_its_configs(tmp_path: Path) -> None:
     assert "num_layers is decided by the run's own options" in complaint_about(
         {"TransformerConfig": {"num_layers": 2}}
     )
+    assert "moe_router_topk is refused: routers are this project's" in complaint_about(
+        {"TransformerConfig": {"moe_router_topk": 2}}
+    )
     assert "batch_p2p_comm is decided" in complaint_about({"TransformerConfig": {"batch_p2p_comm": True}})
     assert "takes no value that a JSON file holds" in complaint_about(
         {"TransformerConfig": {"autocast_dtype": "x"}}
