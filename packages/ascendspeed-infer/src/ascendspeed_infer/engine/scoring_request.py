@@ -127,11 +127,11 @@ class ScoringRequest:
             if chunk.num_logits:
                 self._logits.append(part)
             if chunk.chunk.end == len(sequence.token_ids):
-                logits, self._logits = torch.cat(self._logits), []
-                if self._shares_prefixes and not logits.isfinite().all():
+                whole, self._logits = torch.cat(self._logits), []
+                if self._shares_prefixes and not whole.isfinite().all():
                     self._not_finite.append(sequence)
                 else:
-                    self.take_logits(logits, self._inputs[sequence])
+                    self.take_logits(whole, self._inputs[sequence])
 
     def take_logits(self, logits: torch.Tensor, inputs: Sequence[ScoringInput]) -> None:
         """Score the continuations of one sequence from the logits of its last positions, [P, V]."""
