@@ -16,7 +16,7 @@ from torch import nn
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.kernels.reference import AttentionFunction
 from ascendspeed_core.models.attention import Attention, halves_of_pairs
-from ascendspeed_core.models.cache import CachedPass
+from ascendspeed_core.models.cached_pass import CachedPass
 from ascendspeed_core.models.linear import LoraLinear, apply_linear
 from ascendspeed_core.models.norm import RMSNorm
 from ascendspeed_core.models.position import AttentionInputs, AttentionKind, yarn_mscale

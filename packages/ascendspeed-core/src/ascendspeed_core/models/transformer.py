@@ -14,7 +14,8 @@ from ascendspeed_core.config.layout import Stage
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.kernels.reference import LossFunction, token_losses
 from ascendspeed_core.models.auxiliary_losses import AuxiliaryLosses, add_losses, split_output
-from ascendspeed_core.models.cache import CachedPass, LayerCache
+from ascendspeed_core.models.cache import LayerCache
+from ascendspeed_core.models.cached_pass import CachedPass
 from ascendspeed_core.models.dropout import Dropout, DropoutMasks
 from ascendspeed_core.models.experts import ExpertsMLP
 from ascendspeed_core.models.layer import TransformerLayer, auxiliary_loss_names
