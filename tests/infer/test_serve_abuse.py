@@ -90,7 +90,8 @@ def test_streams_of_which_half_are_left(server: Running, model: LanguageModel, c
         texts = list(pool.map(lambda number: stream_until(server, number, stops[number]), range(count)))
     server.wait_until_idle(60)
     check_sockets(before)
-    assert server.served.driver.engine.num_preemptions > preempted
+    if count > 100:
+        assert server.served.driver.engine.num_preemptions > preempted
     for number in range(0, count, 2):
         (want,) = model.generate(
             PROMPTS[number % 5], max_new_tokens=120 + number % 60, seed=number, do_sample=True, ignore_eos=True,
