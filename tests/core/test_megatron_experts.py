@@ -88,7 +88,6 @@ def test_experts(
                 ("balance of sequences", BY_SEQUENCE, Layout(**SEQUENCE), {}),
                 ("balance of sequences", BY_SEQUENCE, Layout(dp=2, ep=2), {}),
                 ("capacity", LIMITED, Layout(dp=2, ep=2), {}),
-                ("capacity", LIMITED, Layout(**SEQUENCE), {}),
             )
         ),
     ],
