@@ -91,7 +91,10 @@ def vllm(session: nox.Session) -> None:
     # The wheel's torch is a build for CPUs, to which these do not fit; transformers fails to import with them.
     session.run("python", "-m", "pip", "uninstall", "--yes", "torchvision", "torchaudio", "torchcodec")
     wanted = [item for item in dependencies() if name_of(item) not in VLLM_HAS]
-    session.install(*wanted, "pytest", "pytest-timeout", "peft")
+    # What the server needs comes with vLLM in its own versions; the names stand here for the day when it does not.
+    session.install(
+        *wanted, "pytest", "pytest-timeout", "peft", "fastapi", "uvicorn", "prometheus-client", "httpx"
+    )
     session.install("--no-deps", *(argument for name in PACKAGES for argument in ("-e", package(name))))
     arguments = ("tests/infer/test_vllm.py", "-m", "nightly", "--timeout=1800", *session.posargs)
     session.run("python", "-m", "pytest", *arguments, env=TEST_VARIABLES)

@@ -1,12 +1,14 @@
 """`asd-infer serve` under load: throughput, time to first token and between tokens, memory, and its own cost.
 
     python benchmarks/serve.py --size small --clients 1 8 32 128
-    python benchmarks/serve.py --size small --other http://127.0.0.1:8001/v1
+    python benchmarks/serve.py --size small --folder model --only-make
+    python -m vllm.entrypoints.openai.api_server --model model --served-model-name bench --port 8001 \\
+        --dtype float32 --max-num-seqs 128
+    python benchmarks/serve.py --size small --folder model --other http://127.0.0.1:8001/v1 --other-pid PID
 
 Each client sends one streamed completion after another: prompts of 64 to 512 tokens, answers of 16 to 256, the same for
 every server. The server's own cost is the processor time of its threads beside the engine's: HTTP, JSON, tokens to
-text. With `--other` the same load runs on another server with OpenAI's API, started on the folder that is printed, such
-as `vllm serve FOLDER --served-model-name bench`.
+text. With `--other` the same load runs on another server with OpenAI's API, in turns with it.
 """
 
 import argparse
@@ -68,7 +70,7 @@ async def ask(session: aiohttp.ClientSession, url: str, number: int, scale: floa
     length, new = (max(int(draw.randint(*bounds) * scale), 2) for bounds in (PROMPT_TOKENS, NEW_TOKENS))
     fields = {
         "model": MODEL, "prompt": " ".join(f"w{draw.randrange(3, VOCAB)}" for _ in range(length)), "max_tokens": new,
-        "temperature": 1, "seed": number, "ignore_eos": True, "stream": True,
+        "temperature": 1, "ignore_eos": True, "stream": True,
     }  # fmt: skip
     started, times = time.perf_counter(), list[float]()
     async with session.post(f"{url}/completions", json=fields) as answer:
@@ -113,6 +115,12 @@ def own_cost(before: dict[int, float], after: dict[int, float], engine_threads: 
     return sum(spent[engine_threads:]) / max(sum(spent[:engine_threads]), 1e-9)
 
 
+def resident_megabytes(pid: int) -> float:
+    """Memory of a process and those that it started."""
+    first = psutil.Process(pid)
+    return sum(one.memory_info().rss for one in (first, *first.children(recursive=True))) / 1e6
+
+
 def row(name: str, clients: int, found: Measured, more: list[str]) -> list[str]:
     times = [
         quantile(values, share) * 1e3 for values in (found.first, found.between) for share in (0.5, 0.99)
@@ -147,6 +155,9 @@ def main() -> None:
         "--scale", type=float, default=1.0, help="factor of the lengths of prompts and answers"
     )
     parser.add_argument("--threads", type=int, default=1, help="OMP_NUM_THREADS of the server")
+    parser.add_argument("--folder", type=Path, help="where the model is, or is made")
+    parser.add_argument("--only-make", action="store_true", help="make the model, and measure nothing")
+    parser.add_argument("--other-pid", type=int, help="process of the other server, for its memory")
     parser.add_argument("--other", help="address of another server, measured in turns")
     parser.add_argument(
         "--serve-option", action="append", default=[], help="further options of asd-infer serve"
@@ -158,17 +169,20 @@ def main() -> None:
         "clients",
         "tokens/s",
         "first p50 ms",
-        "p99",
+        "first p99",
         "between p50 ms",
-        "p99",
+        "between p99",
         "own cost",
         "memory MB",
     ]
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        save_model(given.size, given.dtype, folder)
-        save_tokenizer(folder)
-        print(f"model: {folder}", flush=True)
+        folder = given.folder or Path(name)
+        folder.mkdir(exist_ok=True)
+        if not (folder / "tokenizer.json").exists():
+            save_model(given.size, given.dtype, folder)
+            save_tokenizer(folder)
+        if given.only_make:
+            return
         process, url = start_server(folder, given.dtype, given.threads, given.serve_option)
         try:
             watched = psutil.Process(process.pid)
@@ -177,13 +191,15 @@ def main() -> None:
                 before = thread_seconds(watched)
                 found = asyncio.run(load(url, clients, given.rounds, given.scale))
                 cost = own_cost(before, thread_seconds(watched), given.threads)
-                memory = watched.memory_info().rss / 1e6
-                shown = row("asd-infer serve", clients, found, [f"{cost:.1%}", f"{memory:,.0f}"])
+                kept = f"{resident_megabytes(process.pid):,.0f}"
+                shown = row("asd-infer serve", clients, found, [f"{cost:.1%}", kept])
                 print(json.dumps(dict(zip(head, shown, strict=True))), flush=True)
                 tables.add(f"serving {given.size}, {given.dtype}", head, *shown)
                 if given.other:
                     theirs = asyncio.run(load(given.other, clients, given.rounds, given.scale))
-                    shown = row(given.other, clients, theirs, ["", ""])
+                    kept = f"{resident_megabytes(given.other_pid):,.0f}" if given.other_pid else ""
+                    shown = row(given.other, clients, theirs, ["", kept])
+                    print(json.dumps(dict(zip(head, shown, strict=True))), flush=True)
                     tables.add(f"serving {given.size}, {given.dtype}", head, *shown)
         finally:
             process.terminate()

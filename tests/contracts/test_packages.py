@@ -134,11 +134,11 @@ def functions(path: Path) -> dict[str, str]:
 
 
 def test_the_copy_of_the_command_line_is_a_copy() -> None:
-    """ascendspeed-eval needs none of the other packages, so it holds these functions itself."""
+    """ascendspeed-eval needs none of the other packages, so it holds those of these functions that it calls itself."""
     ours = PACKAGES / "ascendspeed-data/src/ascendspeed_data/command_line"
     copies = PACKAGES / "ascendspeed-eval/src/ascendspeed_eval"
     for name, copy in (("app.py", "command_line.py"), ("running.py", "running.py")):
-        assert functions(ours / name) == functions(copies / copy)
+        assert functions(copies / copy).items() <= functions(ours / name).items()
 
 
 def test_versions_that_are_tested_satisfy_every_package() -> None:

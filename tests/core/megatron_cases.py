@@ -6,9 +6,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ascendspeed_core.config.experts import ExpertsConfig
 from ascendspeed_core.config.finetune import FinetuneConfig
 from ascendspeed_core.config.layout import Layout
 from ascendspeed_core.config.load import load_config
+from ascendspeed_core.config.megatron import LayerOptions
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.optimizer import OptimizerConfig
 from ascendspeed_core.config.preference import DpoConfig
@@ -21,6 +23,7 @@ from ascendspeed_core.optim.megatron.core import check_sharded_optimizer, prepar
 from ascendspeed_core.optim.megatron.engine import MegatronEngine
 from ascendspeed_core.optim.megatron.model import load_megatron_model
 from ascendspeed_core.parallel.mesh import ParallelMesh
+from ascendspeed_core.parallel.router_steps import train_routers
 from ascendspeed_core.training.check_finite import check_finite
 from ascendspeed_core.training.step import train_step
 from ascendspeed_core.training.trainer import Trainer
@@ -42,6 +45,7 @@ def train_megatron(
     scale: float = 1.0,
     documents: bool = False,
     more: dict[str, dict[str, Any]] | None = None,
+    experts: ExpertsConfig | None = None,
     **optimizer_options: Any,
 ) -> Trained:
     """Train from seeded weights as `training_cases.train` does, under megatron-core."""
@@ -56,17 +60,20 @@ def train_megatron(
         recompute or RecomputeConfig(),
         not isinstance(micro_batch_size, int),
         fields,
+        LayerOptions((experts or ExpertsConfig()).moe_expert_capacity_factor),
     )
+    train_routers(model, experts or ExpertsConfig())
     options: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.1, "clip_grad": 0.5}
     engine = MegatronEngine(model, OptimizerConfig(**(options | optimizer_options)), mesh, more)
     loss_scale = LossScale.create(LossScaleConfig(loss_scale=scale), is_fp16=scale != 1.0)
-    losses, norms = [], []
+    losses, norms, auxiliary = [], [], []
     for step in range(steps):
         batches = micro_batches(config.vocab_size, step, mesh, micro_batch_size, masked, documents)
         result = train_step(model, engine, batches, mesh, loss_scale)
         losses.append(result.loss)
         norms.append(result.grad_norm)
-    return Trained(losses, norms, {}, written_weights(engine))
+        auxiliary.append(result.auxiliary_losses)
+    return Trained(losses, norms, {}, written_weights(engine), auxiliary)
 
 
 def written_weights(engine: Engine) -> dict[str, torch.Tensor]:

@@ -1,6 +1,8 @@
 """Cases that worker processes run: train with gradients reduced and parameters gathered early, and late."""
 
+import gc
 import time
+import weakref
 from dataclasses import dataclass, replace
 
 import torch
@@ -102,3 +104,15 @@ def _train(
         len(reduction.noted),
         waiting,
     )
+
+
+def parameters_kept_alive(config: ModelConfig, layout: Layout, dtype_name: str) -> list[str]:
+    """Train a step, let go of everything, and return the parameters that are still there."""
+    mesh = ParallelMesh.create(Device("cpu"), layout)
+    model = load_model(InitialWeights(config, seed=5), mesh, getattr(torch, dtype_name))
+    engine = NativeEngine(model, OptimizerConfig(lr=1e-2), mesh)
+    train_step(model, engine, micro_batches(config.vocab_size, 0, mesh, 2, True), mesh)
+    found = {name: weakref.ref(parameter) for name, parameter in model.named_parameters()}
+    del model, engine
+    gc.collect()
+    return [name for name, kept in found.items() if kept() is not None]

@@ -8,7 +8,7 @@ import pytest
 
 from ascendspeed_core.config.load import load_config
 from ascendspeed_core.config.training import PretrainConfig
-from ascendspeed_core.optim.build_engine import check_zero, zero_settings
+from ascendspeed_core.optim.build_engine import check_engine, zero_settings
 from ascendspeed_data.errors import AscendSpeedError, ConfigError
 from support.models import tiny_config
 
@@ -22,7 +22,7 @@ def checked(world_size: int = 2, **options: Any) -> tuple[PretrainConfig, Any]:
     config = load_config(PretrainConfig, None, BASE | options)
     layout = config.parallel.layout(world_size)
     config.parallel.check_model(tiny_config())
-    check_zero(config, layout)
+    check_engine(config, layout, tiny_config())
     return config, layout
 
 

@@ -12,7 +12,8 @@ from ascendspeed_core.build import load_model
 from ascendspeed_core.config.layout import Layout
 from ascendspeed_core.device import Device
 from ascendspeed_core.kernels.lengths import attend_text_by_text, lengths_attention
-from ascendspeed_core.models.cache import CachedPass, CacheSlot, KeyValueCache, SequenceChunk
+from ascendspeed_core.models.cache import CacheSlot, KeyValueCache, SequenceChunk
+from ascendspeed_core.models.cached_pass import CachedPass
 from ascendspeed_core.models.transformer import ModelInput, Transformer
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.weights import InitialWeights

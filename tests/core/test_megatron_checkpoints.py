@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from ascendspeed_core.config.experts import Experts
 from ascendspeed_core.models.families import find_family
 from ascendspeed_core.observability.metrics import read_metrics
 from ascendspeed_core.weights import NativeSource
 from core import megatron_cases, zero_cases
+from core.test_megatron_experts import DEEPSEEK, DEEPSEEK_V3
 from support.models import save_hugging_face, tiny_config
 from support.pairs import make_pairs
 from support.processes import WorkerPool
@@ -31,7 +33,9 @@ RUNS: dict[str, tuple[int, dict[str, Any]]] = {
     "megatron tp2 dp2 sharded": (4, MEGATRON | TP2 | SHARDED),
     "one process": (1, {}),
     "megatron alone": (1, MEGATRON),
+    "megatron dp2 ep2": (2, MEGATRON | {"expert_model_parallel_size": 2}),
 }
+DENSE = tuple(name for name in RUNS if "ep2" not in name)
 QUICK = ("megatron dp2 sharded", "tp2", "megatron pp2 interleaved")
 
 
@@ -64,7 +68,7 @@ def stored(folder: Path) -> dict[str, torch.Tensor]:
     return {name: source.stored.read(name) for name in source.stored.names() if not name.startswith("rng/")}
 
 
-@pytest.mark.parametrize("names", [QUICK, pytest.param(tuple(RUNS), marks=pytest.mark.nightly)], ids=len)
+@pytest.mark.parametrize("names", [QUICK, pytest.param(DENSE, marks=pytest.mark.nightly)], ids=len)
 def test_resaved_by_other_engines_nothing_changes(
     names: tuple[str, ...],
     options: dict[str, Any],
@@ -85,6 +89,33 @@ def test_resaved_by_other_engines_nothing_changes(
         again = stored(tmp_path / now)
         assert again.keys() == first.keys()
         assert [name for name in first if not torch.equal(first[name], again[name])] == [], now
+
+
+def test_resaved_experts(
+    options: dict[str, Any], tmp_path: Path, workers: WorkerPool, megatron_workers: WorkerPool
+) -> None:
+    """DeepSeek's model: latents, experts, and biases of routers, which are fp32 and no optimizer's."""
+    experts = Experts(**DEEPSEEK | {"shared_ffn_hidden_size": 32})
+    model = tiny_config(family="deepseek_v3", vocab_size=401, **DEEPSEEK_V3 | {"experts": experts})
+    (tmp_path / "model.json").write_text(json.dumps(find_family("deepseek_v3").write_config(model)))
+    options |= {"dtype": "bfloat16", "train_iters": 3, "moe_router_bias_update_rate": 1e-3}
+    run("megatron dp2 ep2", "train_run", options | {"save": tmp_path / "first"}, workers, megatron_workers)
+    first = stored(tmp_path / "first")
+    assert float(first["model/layers.1.mlp.router.bias"].abs().max()) > 0
+    del options["model_config_file"]
+    before = "first"
+    for now in ("one process", "megatron pp2 interleaved"):
+        run(
+            now,
+            "resave",
+            options | {"load": tmp_path / before, "save": tmp_path / now},
+            workers,
+            megatron_workers,
+        )
+        again = stored(tmp_path / now)
+        assert again.keys() == first.keys()
+        assert [name for name in first if not torch.equal(first[name], again[name])] == [], now
+        before = now
 
 
 @pytest.mark.parametrize(

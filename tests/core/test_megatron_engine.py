@@ -10,40 +10,27 @@ from typing import Any
 import pytest
 import torch
 
-from ascendspeed_core.config.experts import Experts
 from ascendspeed_core.config.layout import Layout
-from ascendspeed_core.config.model import ModelConfig, RotaryScaling
+from ascendspeed_core.config.model import RotaryScaling
 from ascendspeed_core.config.training import RecomputeConfig
 from ascendspeed_core.models.position import AttentionKind, Positions
 from ascendspeed_core.optim.megatron.layers import MaskRules
 from core.megatron_cases import (
     complaint_about_sharding,
     megatron_version,
-    train_megatron,
     train_on_broken_weights,
     weights_around_waiting,
 )
-from core.training_cases import Trained, train
+from core.megatron_comparison import OVERLAP, compare
+from core.test_megatron_experts import DEEPSEEK_V3
 from support.models import tiny_config
 from support.processes import WorkerPool
 from support.tables import ReportTables
 
-EPSILON = 1e-3
-"""Of AdamW: a gradient of nothing but rounding would otherwise become a step of full length."""
-
-LARGEST = {"float64": 2e-7, "float32": 2e-5, "bfloat16": 3e-2, "float16": 4e-3}
-"""float64: megatron-core sums the gradient's norm in fp32, by which gradients are clipped; others: a few roundings."""
-
-OVERLAP: dict[str, Any] = {
-    "overlap_grad_reduce": True,
-    "overlap_param_gather": True,
-    "bucket_elements": 2000,
-}
-"""Gradients are reduced beside the backward and weights gathered beside the forward, in several buckets."""
-
 QUICK = (
     Layout(tp=2, sequence_parallel=True),
     Layout(pp=2, schedule="interleaved", layers_per_stage=1, **OVERLAP),
+    Layout(cp=2),
 )
 NIGHTLY = (
     Layout(),
@@ -53,59 +40,10 @@ NIGHTLY = (
     Layout(tp=2, pp=2, sequence_parallel=True, schedule="interleaved", layers_per_stage=1),
     Layout(dp=2),
     Layout(dp=2, pp=2),
+    Layout(cp=2, tp=2, sequence_parallel=True),
+    Layout(cp=2, pp=2),
 )
 LAYOUTS = (*QUICK, *(pytest.param(layout, marks=pytest.mark.nightly) for layout in NIGHTLY))
-
-
-def far(found: Trained, expected: Trained, config: ModelConfig) -> tuple[float, float, float]:
-    """Largest relative deviations of losses, gradient norms and weights.
-
-    Without rotary positions the bias of keys has no effect, and only rounding for a gradient.
-    """
-
-    def numbers(ours: list[Any], theirs: list[Any]) -> float:
-        return max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
-
-    assert found.weights.keys() == expected.weights.keys()
-    weights = max(
-        float((found.weights[name].double() - weight.double()).abs().max() / weight.abs().max())
-        for name, weight in expected.weights.items()
-        if config.position == "rotary" or not name.endswith("k_proj.bias")
-    )
-    return numbers(found.losses, expected.losses), numbers(found.norms, expected.norms), weights
-
-
-def compare(
-    layout: Layout,
-    workers: WorkerPool,
-    megatron_workers: WorkerPool,
-    report: ReportTables,
-    what: str,
-    config: ModelConfig | None = None,
-    dtype: str = "float64",
-    more: dict[str, Any] | None = None,
-    **options: Any,
-) -> None:
-    """Train ten steps with one process of ours and under megatron-core, and compare."""
-    config, largest = config or tiny_config(), LARGEST[dtype]
-    options = {"adam_eps": EPSILON} | options
-    if options.get("optimizer") == "sgd":
-        del options["adam_eps"]
-    (one,) = workers.run(train, 1, config, Layout(), dtype, **options)
-    ranks = megatron_workers.run(
-        train_megatron, layout.world_size, config, layout, dtype, **options, **(more or {})
-    )
-    differences = far(ranks[0], one, config)
-    report.add(
-        "Ten steps under megatron-core: largest relative difference to one process of ours",
-        ("what", "layout", "dtype", "losses", "gradient norms", "weights after"),
-        what,
-        str(layout),
-        dtype,
-        *differences,
-    )
-    assert max(differences) < largest
-    assert all(rank.losses == ranks[0].losses for rank in ranks)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -129,6 +67,7 @@ def test_ten_steps_equal_one_process_of_ours(
                 Layout(dp=2, tp=2, sequence_parallel=True, sharded_optimizer=True),
                 Layout(dp=2, pp=2, sharded_optimizer=True, schedule="interleaved", layers_per_stage=1),
                 Layout(dp=2, **OVERLAP),
+                Layout(cp=2, sharded_optimizer=True),
                 Layout(dp=2, pp=2, sharded_optimizer=True, **OVERLAP),
                 Layout(
                     dp=2, pp=2, sharded_optimizer=True, schedule="interleaved", layers_per_stage=1, **OVERLAP
@@ -234,6 +173,7 @@ def test_micro_batches_of_several_sizes(
     [
         Layout(pp=2, **OVERLAP),
         pytest.param(Layout(tp=2, sequence_parallel=True, pp=2), marks=pytest.mark.nightly),
+        pytest.param(Layout(cp=2, pp=2), marks=pytest.mark.nightly),
     ],
     ids=str,
 )
@@ -246,48 +186,6 @@ def test_documents(
         layout, workers, megatron_workers, report, "documents, recompute full", more={"recompute": recompute},
         documents=True,
     )  # fmt: skip
-
-
-MIXTRAL = {"count": 4, "per_token": 2, "ffn_hidden_size": 16}
-QWEN = MIXTRAL | {
-    "dense_layers": (0,),
-    "shared_ffn_hidden_size": 24,
-    "shared_gate": True,
-    "normalised": False,
-}
-DEEPSEEK = MIXTRAL | {
-    "count": 8, "per_token": 4, "score": "sigmoid", "score_bias": True, "groups": 4, "groups_per_token": 2,
-    "scaling": 2.5, "shared_ffn_hidden_size": 24, "dense_layers": (0,),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("what", "experts", "layout"),
-    [
-        ("DeepSeek's experts", DEEPSEEK, Layout(dp=2, ep=2, sharded_optimizer=True, **OVERLAP)),
-        *(
-            pytest.param(*case, marks=pytest.mark.nightly)
-            for case in (
-                ("Mixtral", MIXTRAL, Layout(dp=2, ep=2)),
-                ("Mixtral", MIXTRAL, Layout(tp=2, sequence_parallel=True, ep=2, etp=1)),
-                ("Mixtral", MIXTRAL, Layout(dp=2, pp=2, ep=2, sharded_optimizer=True)),
-                ("Qwen's experts", QWEN, Layout(tp=2, sequence_parallel=True)),
-                ("DeepSeek's experts", DEEPSEEK, Layout(dp=2, ep=2)),
-            )
-        ),
-    ],
-)
-def test_experts(
-    what: str,
-    experts: dict[str, Any],
-    layout: Layout,
-    workers: WorkerPool,
-    megatron_workers: WorkerPool,
-    report: ReportTables,
-) -> None:
-    """In fp32: its routers take their softmax in fp32 always."""
-    config = tiny_config(experts=Experts(**experts))
-    compare(layout, workers, megatron_workers, report, what, config=config, dtype="float32")
 
 
 def test_late_gathers_can_be_waited_for(megatron_workers: WorkerPool) -> None:
@@ -335,16 +233,22 @@ OTHER_VERSION = "ASCENDSPEED_MEGATRON_CORE"
 
 @pytest.mark.nightly
 @pytest.mark.parametrize(
-    ("layout", "dtype"),
+    ("layout", "dtype", "changes"),
     [
-        (Layout(tp=2, sequence_parallel=True), "float64"),
-        (Layout(pp=2, schedule="interleaved", layers_per_stage=1), "float64"),
-        (Layout(dp=2), "bfloat16"),
+        (Layout(tp=2, sequence_parallel=True), "float64", {}),
+        (Layout(pp=2, schedule="interleaved", layers_per_stage=1), "float64", {}),
+        (Layout(dp=2), "bfloat16", {}),
+        (Layout(tp=2, sequence_parallel=True), "float64", DEEPSEEK_V3),
     ],
     ids=str,
 )
 def test_another_version_of_megatron_core(
-    layout: Layout, dtype: str, workers: WorkerPool, report: ReportTables, monkeypatch: pytest.MonkeyPatch
+    layout: Layout,
+    dtype: str,
+    changes: dict[str, Any],
+    workers: WorkerPool,
+    report: ReportTables,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = os.environ.get(OTHER_VERSION)
     if folder is None:
@@ -355,7 +259,8 @@ def test_another_version_of_megatron_core(
     pool = WorkerPool("spawn")
     try:
         (version,) = pool.run(megatron_version, 1)
-        compare(layout, workers, pool, report, f"megatron-core {version}", dtype=dtype)
+        config = tiny_config(**changes)
+        compare(layout, workers, pool, report, f"megatron-core {version}", config=config, dtype=dtype)
         (complaint,) = pool.run(complaint_about_sharding, 1)
         if version.startswith("0.12."):
             assert f"the one of megatron-core {version} wants Transformer Engine" in complaint

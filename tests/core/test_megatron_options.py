@@ -32,26 +32,19 @@ EXAMPLES: dict[str, Any] = {
     "foldx_mode": {
         "foldx_mode": "aiao", "pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1,
     },
-    "context_parallel_size": {"context_parallel_size": 2},
     "manual_mbs": {"optimized_pipeline": True, "manual_mbs": "auto"},
     "checkpoint_policy": {"checkpoint_policy": "selective"},
     "cross_entropy": {"cross_entropy": "hidden"},
     "scaled_masked_softmax": {"attention": "reference", "scaled_masked_softmax": "reference"},
-    "moe_router_bias_update_rate": {"moe_router_bias_update_rate": 1e-3},
-    "moe_expert_capacity_factor": {"moe_expert_capacity_factor": 1.5},
+    "moe_pad_expert_input_to_capacity": {
+        "moe_pad_expert_input_to_capacity": True, "moe_expert_capacity_factor": 1.5,
+    },
     "eval_prompts": {"eval_prompts": Path("prompts.txt"), "eval_generate_interval": 5},
 }  # fmt: skip
 """Options of a run that ask for what the engine lacks; by default the option alone, as 0.1 or `reference`."""
 
 MODELS: dict[str, Callable[[], ModelConfig]] = {
     "experts.biases": lambda: tiny_config(experts=EXPERTS.model_copy(update={"biases": True})),
-    "experts.score": lambda: tiny_config(experts=EXPERTS.model_copy(update={"score_bias": True})),
-    "experts.groups": lambda: tiny_config(
-        experts=EXPERTS.model_copy(update={"groups": 4, "groups_per_token": 2})
-    ),
-    "kv_latent_dim": lambda: tiny_config(
-        kv_latent_dim=8, rotary_dim=4, head_dim=8, value_head_dim=4, num_key_value_heads=8
-    ),
     "rotary_scaling=yarn": lambda: tiny_config(
         rotary_scaling=RotaryScaling(kind="yarn", factor=4, original_max_position_embeddings=16)
     ),
@@ -98,15 +91,26 @@ def test_models_that_it_lacks(lacking: Any, report: ReportTables) -> None:
 
 def test_what_it_refuses_of_two_things_together(report: ReportTables) -> None:
     plain, experts = tiny_config(), tiny_config(experts=EXPERTS)
+    latent = tiny_config(
+        kv_latent_dim=8, rotary_dim=4, head_dim=8, value_head_dim=4, num_key_value_heads=8,
+        rotary_interleaved=True,
+    )  # fmt: skip
     messages = [
         complaint(run_config(dtype="float64"), plain, Layout(dp=2, sharded_optimizer=True)),
         complaint(run_config(), experts, Layout(tp=2)),
+        complaint(run_config(), latent, Layout(tp=2)),
         complaint(
             run_config(optimized_pipeline=True, manual_mbs="1,2,1", global_batch_size=4), plain,
             Layout(pp=2, schedule="interleaved", layers_per_stage=1),
         ),
     ]  # fmt: skip
-    for message, part in zip(messages, ("float64", "--sequence-parallel", "several shapes"), strict=True):
+    parts = (
+        "float64",
+        "with experts: it wants a part",
+        "with latent attention: it wants a part",
+        "several shapes",
+    )
+    for message, part in zip(messages, parts, strict=True):
         assert part in message
         report.add("What --engine megatron refuses", ("message",), message)
     for wrong, said in (
@@ -147,6 +151,9 @@ def test_fields_of_its_configs(tmp_path: Path) -> None:
         assert f"{kind}.{name} is decided by the run's own options" in complaint_about({kind: {name: value}})
     assert "num_layers is decided by the run's own options" in complaint_about(
         {"TransformerConfig": {"num_layers": 2}}
+    )
+    assert "moe_router_topk is refused: routers are this project's" in complaint_about(
+        {"TransformerConfig": {"moe_router_topk": 2}}
     )
     assert "batch_p2p_comm is decided" in complaint_about({"TransformerConfig": {"batch_p2p_comm": True}})
     assert "takes no value that a JSON file holds" in complaint_about(

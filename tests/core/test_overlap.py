@@ -9,7 +9,7 @@ from ascendspeed_core.config.experts import Experts
 from ascendspeed_core.config.layout import Layout
 from ascendspeed_core.config.lora import LoraConfig
 from ascendspeed_core.config.parallel import ParallelConfig
-from core.overlap_cases import outcome
+from core.overlap_cases import outcome, parameters_kept_alive
 from support.models import tiny_config
 from support.processes import WorkerPool
 from support.tables import ReportTables
@@ -85,3 +85,9 @@ def test_it_is_on_by_default() -> None:
     assert (layout.overlap_grad_reduce, layout.overlap_param_gather) == (True, True)
     off = ParallelConfig(overlap_grad_reduce=False, overlap_param_gather=False, ddp_bucket_size=7).layout(2)
     assert (off.overlap_grad_reduce, off.overlap_param_gather, off.bucket_elements) == (False, False, 7)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_that_was_trained_is_freed(workers: WorkerPool, dtype: str) -> None:
+    layout = Layout(dp=2, sharded_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True)
+    assert workers.run(parameters_kept_alive, 2, tiny_config(), layout, dtype) == [[], []]

@@ -41,6 +41,7 @@ DATA_SINCE: dict[str, Any] = {
 PARALLEL_SINCE: dict[str, Any] = {
     "expert_model_parallel_size": 1, "expert_tensor_parallel_size": None, "overlap_grad_reduce": True,
     "overlap_param_gather": True, "ddp_bucket_size": 1 << 24, "engine": None, "megatron_args": None,
+    "fp8": None, "fp8_recipe": None,
 }  # fmt: skip
 """Options that later releases added, which an old recipe leaves alone."""
 

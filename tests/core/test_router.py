@@ -15,7 +15,7 @@ from ascendspeed_core.models.experts import ExpertsMLP
 from ascendspeed_core.models.router import Router, RouterStep, TokenRows
 from ascendspeed_core.optim.native_engine import NativeEngine
 from ascendspeed_core.parallel.mesh import ParallelMesh
-from ascendspeed_core.parallel.router_steps import routers_of, train_routers
+from ascendspeed_core.parallel.router_steps import train_routers
 from ascendspeed_core.training.step import train_step
 from ascendspeed_core.weights import InitialWeights
 from ascendspeed_data.errors import ConfigError
@@ -208,7 +208,7 @@ def test_biases_move_against_the_load() -> None:
     train_routers(model, ExpertsConfig(moe_router_bias_update_rate=0.01))
     engine = NativeEngine(model, OptimizerConfig(lr=1e-4), CPU)
     batches = micro_batches(config.vocab_size, 0, CPU, 4, masked=True)
-    biases = {number: router.bias for number, router in routers_of(model)}
+    biases = {number: router.bias for number, router in model.routers()}
     assert sorted(biases) == [1, 2, 3]
     want = {number: torch.zeros(4) for number in biases}
     for _ in range(3):

@@ -178,7 +178,7 @@ class PlainPasses:
     def __init__(self, model: Any) -> None:
         self._model = model
 
-    def forward_backward(self, inputs: Any, share: Any, scale: float) -> None:
+    def forward_backward(self, inputs: Any, share: Any, scale: float, auxiliary_scale: float) -> None:
         """Leave the order of micro-batches to the trainer."""
 
     def forward(self, given: ModelInput) -> ModelOutput:

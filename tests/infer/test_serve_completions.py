@@ -179,6 +179,10 @@ def test_a_stop_string_ends_before_it(server: Running, model: LanguageModel) -> 
         ({"prompt": "a", "logprobs": 21}, "logprobs=21 is more than the 20 allowed"),
         ({"prompt": "a", "stop": ["x"] * 17}, "17 stop strings are more than the 16 allowed"),
         ({"prompt": "a", "stop": ""}, "stop holds an empty text"),
+        ({"prompt": "a", "stop": ["x" * 257]}, "a stop string of 257 characters is longer than the 256 allowed"),
+        ({"prompt": "a", "temperature": 1e-320}, "give 0 for the likeliest token"),
+        ({"prompt": "a", "repetition_penalty": 1e-320}, "repetition_penalty: Input should be greater than"),
+        ({"prompt": "a", "user": "\ud800"}, "half a surrogate pair"),
         ({"prompt": [4, 400]}, "prompt id 400 is not in 0 to 399"),
         ({"prompt": [[]]}, "the prompt has no token"),
         ({"prompt": []}, "prompt is an empty list"),
@@ -197,7 +201,9 @@ def test_refusals(server: Running, fields: dict[str, Any], message: str) -> None
     assert message in answer.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'"a"', b"\xff", b"[" * 100_000])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[1]", b'"a"', b"\xff", b'{"prompt": "\xed\xa0\x80"}', b"[" * 100_000]
+)
 def test_bodies_that_are_no_object(server: Running, content: bytes) -> None:
     answer = server.client.post("/v1/completions", content=content)
     assert answer.status_code == 400
@@ -212,6 +218,13 @@ def test_other_routes(server: Running, client: openai.OpenAI, model: LanguageMod
     assert "does not exist" in refusal(server, 404, model="other", prompt="a")
     assert "POST /v1/nothing: Not Found" in refusal(server, 404, "/v1/nothing")
     assert server.client.get("/v1/completions").status_code == 405
+    for origin, status in (("http://elsewhere", 403), (server.url, 200), ("null", 403)):
+        page = {"Origin": origin, "Content-Type": "text/plain"}
+        answer = server.client.post(
+            "/v1/completions", content=b'{"prompt": "a", "max_tokens": 1}', headers=page
+        )
+        assert answer.status_code == status, answer.text
+        assert not any(name.startswith("access-control") for name in answer.headers)
     for path in ("/health", "/ready", "/version", "/openapi.json"):
         assert server.client.get(path).status_code == 200
     ids = model.tokenizer.encode("it was")
@@ -250,6 +263,14 @@ def test_limits_and_keys(folder: Path, tmp_path: Path) -> None:
         ask(server, prompt="a", strange=1, max_tokens=1)
         assert server.log == ["a request has the field strange, which is unknown and has no effect"]
         assert "asks for 3 texts, more than the 2 that may wait" in refusal(server, prompt="a", n=3)
+        # Callers with another key do not see what was asked before.
+        cached = []
+        for key in ("second", "second", "first"):
+            server.client.headers["Authorization"] = f"Bearer {key}"
+            usage = ask(server, prompt=[7] * 200, max_tokens=1)["usage"]
+            cached.append(usage["prompt_tokens_details"]["cached_tokens"])
+        assert cached[0] == cached[2] == 0
+        assert 0 < cached[1] < 200
         with ThreadPoolExecutor(8) as pool:
             fields = {"prompt": "a", "max_tokens": 100, "ignore_eos": True}
             found = list(pool.map(lambda _: server.client.post("/v1/completions", json=fields), range(8)))

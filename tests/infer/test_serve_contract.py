@@ -89,6 +89,7 @@ def test_offsets_and_usage(server: Running) -> None:
         "prompt_tokens": num_prompt,
         "completion_tokens": num_new,
         "total_tokens": num_prompt + num_new,
+        "prompt_tokens_details": {"cached_tokens": 0},
     }
     assert len(shown["tokens"]) == num_prompt + num_new
     again = server.client.post("/v1/completions", json={**body, "prompt": choice["prompt_token_ids"]}).json()[

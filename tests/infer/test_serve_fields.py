@@ -159,6 +159,10 @@ def test_penalties_and_bias_are_openais(server: Running, model: LanguageModel) -
     assert refused.json()["error"]["message"] == "logit_bias: '640' is no id in 0 to 639"
 
 
+def nested(depth: int) -> dict[str, Any]:
+    return {"properties": {"a": nested(depth - 1)}} if depth else {"type": "string"}
+
+
 def test_answers_of_a_form(server: Running, client: openai.OpenAI) -> None:
     """A random model writes what fits, however it is drawn; JSON that is not cut off can be read."""
     pytest.importorskip("llguidance", reason="llguidance is not installed: pip install llguidance")
@@ -191,6 +195,7 @@ def test_answers_of_a_form(server: Running, client: openai.OpenAI) -> None:
             {"type": "json_schema", "json_schema": {"schema": {"type": "nothing"}}},
             "the form cannot be held to",
         ),
+        ({"type": "json_schema", "json_schema": {"schema": nested(400)}}, "the form cannot be held to"),
         ({"type": "xml"}, "response_format: Input should be"),
         ({"type": "text", "more": 1}, "the field more is unknown"),
     ):
@@ -222,6 +227,11 @@ def test_tools_that_must_be_called(server: Running, client: openai.OpenAI) -> No
             )
             streamed = [one for piece in pieces for one in piece.choices[0].delta.tool_calls or []]
             assert [one.function.arguments for one in streamed] == [call.function.arguments]  # type: ignore[union-attr]
+    for wrong in ({}, {"type": "function"}, {"type": "function", "function": {"name": 'a"|b'}},
+                  {"type": "function", "function": {"name": "a", "parameters": [1]}}):  # fmt: skip
+        refused = server.client.post("/v1/chat/completions", json={"messages": MESSAGES, "tools": [wrong]})
+        assert refused.status_code == 400
+        assert refused.json()["error"]["message"].startswith("tools: ")
     none = {"type": "function", "function": {"name": "other"}}
     refused = server.client.post(
         "/v1/chat/completions", json={"messages": MESSAGES, "tools": [TOOL], "tool_choice": none}

@@ -22,6 +22,21 @@ CASES = [
     ('</think> {"name": "add", "parameters": "{\\"a\\": 1}"}', True, ("", "", ["add"])),
     ('{"name": "Bern", "size": 3}', False, ("", '{"name": "Bern", "size": 3}', [])),
     ("a < b <tool", False, ("", "a < b <tool", [])),
+    ('I look [TOOL_CALLS] [{"name": "add", "arguments": {"a": 1}}]', False, ("", "I look ", ["add"])),
+    (
+        '[TOOL_CALLS]add[ARGS]{"a": 1}[TOOL_CALLS]sub[CALL_ID]a1B[ARGS]{"a": 1}',
+        False,
+        ("", "", ["add", "sub"]),
+    ),
+    (
+        '{"name": "add", "parameters": {"a": 1}}; {"name": "sub", "parameters": {"a": 1}}',
+        False,
+        ("", "", ["add", "sub"]),
+    ),
+    ('{"type": "function", "name": "add", "parameters": {"a": 1}}', False, ("", "", ["add"])),
+    ("[TOOL_CALLS] are marks", False, ("", "[TOOL_CALLS] are marks", [])),
+    ("see [TOOL_", False, ("", "see [TOOL_", [])),
+    ('[TOOL_CALLS]add[ARGS]{"a": ', False, ("", '[TOOL_CALLS]add[ARGS]{"a": ', [])),
 ]
 
 
@@ -41,6 +56,14 @@ def test_pieces_give_the_whole(case: int, seed: int) -> None:
     assert [call["function"]["name"] for call in calls] == names
     assert [call["index"] for call in calls] == list(range(parser.num_calls))
     assert all(json.loads(call["function"]["arguments"]) == {"a": 1} for call in calls)
+
+
+def test_other_marks_of_thoughts() -> None:
+    parser = AnswerParser(thinks=False, has_tools=True, marks=("[THINK]", "[/THINK]"))
+    parts = [parser.feed(one, is_last=one == "s.", num_tokens=1) for one in ("[THINK]h", "m[/THINK]ye", "s.")]
+    assert "".join(one.reasoning for one in parts) == "hm"
+    assert "".join(one.content for one in parts) == "yes."
+    assert parser.num_reasoning_tokens == 2
 
 
 def test_without_tools_calls_are_text() -> None:

@@ -4,6 +4,7 @@
 minute each time.
 """
 
+import json
 import os
 import random
 import time
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from ascendspeed_core.config.load import load_config
 from ascendspeed_data.errors import AscendSpeedError, ConfigError
+from ascendspeed_data.prompting import layout_named
 from ascendspeed_infer.config import GenerateConfig
 from ascendspeed_infer.engines import find_engine
 from ascendspeed_infer.language_model import LanguageModel
@@ -29,6 +31,7 @@ from infer.test_loading_adapters import make_adapter
 from support.commands import call
 from support.corpus import make_texts
 from support.models import save_hugging_face, tiny_config
+from support.served import Running, running_server
 from support.shared_data import STORIES, needs_shared_data
 from support.tables import ReportTables
 
@@ -291,16 +294,62 @@ def test_completions_alone_go_to_stdout(folder: Path) -> None:
     assert line == own.stdout.strip()
 
 
+def check_chat(server: Running, own: LanguageModel) -> None:
+    """A chat is the text that its layout writes; several answers and usage are those of the other engine's server."""
+    fields = {"messages": [{"role": "user", "content": "the year"}], "max_tokens": 8, "temperature": 0}
+    answer = server.client.post("/v1/chat/completions", json=fields | {"n": 2, "logprobs": True}).json()
+    (want,) = own.generate("the year", max_new_tokens=8, return_log_probs=True)
+    for choice in answer["choices"]:
+        assert choice["message"]["content"] == want.text
+        shown = [one["logprob"] for one in choice["logprobs"]["content"]]
+        assert shown == pytest.approx(want.log_probs, abs=TOLERANCE["float32"])
+    assert answer["usage"]["prompt_tokens"] == len(want.prompt_token_ids)
+    assert answer["usage"]["completion_tokens"] == 2 * len(want.token_ids)
+    responses = server.client.post(
+        "/v1/responses", json={"input": "the year", "max_output_tokens": 8, "temperature": 0}
+    ).json()
+    assert responses["output"][0]["content"][0]["text"] == want.text
+    form = {"response_format": {"type": "json_object"}}
+    refused = server.client.post("/v1/chat/completions", json=fields | form)
+    assert refused.status_code == 400, refused.text
+
+
+def check_left_streams(server: Running) -> None:
+    """Of 24 streams at once every second is left; the others end as they were asked to, and nothing runs on."""
+
+    def one(number: int) -> int:
+        fields = {
+            "prompt": "the year", "max_tokens": 40, "stream": True, "ignore_eos": True, "seed": number,
+            "return_token_ids": True,
+        }  # fmt: skip
+        tokens = 0
+        with server.client.stream("POST", "/v1/completions", json=fields) as answer:
+            assert answer.status_code == 200
+            for line in answer.iter_lines():
+                if line.startswith("data: {"):
+                    tokens += len(json.loads(line.removeprefix("data: "))["choices"][0]["token_ids"])
+                if number % 2 and tokens > number:
+                    break
+        return tokens
+
+    with ThreadPoolExecutor(24) as pool:
+        found = list(pool.map(one, range(24)))
+    assert found[::2] == [40] * 12
+    end = time.monotonic() + 60
+    while server.served.driver.num_open or server.served.driver.engine.num_running:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
 def test_the_server(folder: Path) -> None:
     """Eight clients at once on a server with vLLM: texts, log-probabilities of answers and prompts, and refusals."""
-    pytest.importorskip("fastapi", reason="fastapi is not installed: pip install ascendspeed-infer[serve]")
-    from support.served import running_server
-
     own = LanguageModel.from_pretrained(folder, device="cpu", dtype="float32")
     asked = prompts(3)[:16]
     with (
         vllm_model(folder, dtype="float32") as model,
-        running_server(model, cache_tokens=None, batch_invariant=False) as server,
+        running_server(
+            model, layout_named("plain", model.tokenizer), cache_tokens=None, batch_invariant=False
+        ) as server,
     ):
 
         def ask(number: int) -> Any:
@@ -346,13 +395,12 @@ def test_the_server(folder: Path) -> None:
             json={"prompt": "a", "max_tokens": 200, "stream": True, "ignore_eos": True},
         ) as answer:
             next(answer.iter_lines())
-        end = time.monotonic() + 60
-        while server.served.driver.num_open or server.served.driver.engine.num_running:
-            assert time.monotonic() < end
-            time.sleep(0.01)
+        check_chat(server, own)
+        check_left_streams(server)
         for options, message in (
             ({"batch_invariant": True}, "batch_invariant"),
             ({"cache_tokens": 64}, "cache_tokens"),
+            ({"max_num_seqs": 4}, "max_num_seqs"),
         ):
             with (
                 pytest.raises(ConfigError, match=message),

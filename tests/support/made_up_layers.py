@@ -18,7 +18,7 @@ from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.models import layer as layers
 from ascendspeed_core.models.attention import Attention
 from ascendspeed_core.models.auxiliary_losses import ModuleOutput
-from ascendspeed_core.models.cache import CachedPass
+from ascendspeed_core.models.cached_pass import CachedPass
 from ascendspeed_core.models.dropout import DropoutMasks
 from ascendspeed_core.models.linear import apply_linear
 from ascendspeed_core.models.mlp import GeluMLP, SwiGLU

@@ -34,6 +34,11 @@ app = build_app(
             "Draw what each pipeline device does in a step.",
         ),
         Command(
+            "from-megatron",
+            "ascendspeed_core.commands.from_megatron:from_megatron",
+            "Translate a Megatron-LM script.",
+        ),
+        Command(
             "parity", "ascendspeed_core.commands.parity:parity", "Prove layouts equal on your model and data."
         ),
     ],

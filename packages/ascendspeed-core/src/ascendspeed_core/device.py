@@ -160,16 +160,16 @@ class Device:
         getattr(torch, self.kind).set_rng_state(state, self.index)
 
 
-def device_of_cuda_calls(module: Any) -> "torch.device | None":
+def device_of_cuda_calls(seen: Any) -> "torch.device | None":
     """Return where a program that calls `torch.cuda` computes; `None` where those calls find no device.
 
     Args:
-        module: torch as the program sees it. Adaptors give some programs another one, or change it for all.
+        seen: torch as the program sees it. Adaptors give some programs another one, or change it for all.
     """
-    if not module.cuda.is_available():
+    if not seen.cuda.is_available():
         return None
-    current = module.cuda.current_device()
-    return module.device(current)  # type: ignore[no-any-return]
+    current = seen.cuda.current_device()
+    return seen.device(current)  # type: ignore[no-any-return]
 
 
 HOST = Device("cpu")

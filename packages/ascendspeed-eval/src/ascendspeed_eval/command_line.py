@@ -47,13 +47,10 @@ class SpaceSeparatedCommand(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Rewrite `args`, then parse them."""
-        spelled = [
-            (spelling, param)
-            for param in self.get_params(ctx)
-            for spelling in (*param.opts, *param.secondary_opts)
-        ]
-        takes_value = {spelling: not getattr(param, "is_flag", False) for spelling, param in spelled}
-        kept, accepted, unknown = settle_flags(ctx.command_path, args, takes_value, lambda: _siblings(ctx))
+        spelled = _spelled(self, ctx)
+        kept, accepted, unknown = settle_flags(
+            ctx.command_path, args, _takes_value(spelled), lambda: _siblings(ctx)
+        )
         if unknown:
             ctx.fail(refuse(ctx.command_path, unknown))
         announce_accepted(accepted)
@@ -319,3 +316,17 @@ def build_app(summary: str, version: str, commands: Sequence[Command]) -> typer.
     for row in commands:
         app.command(name=row.name, help=row.summary)(lambda: None)
     return app
+
+
+def _spelled(command: Any, ctx: Any) -> list[tuple[str, Any]]:
+    """Return each spelling of the options of a command."""
+    return [
+        (spelling, param)
+        for param in command.get_params(ctx)
+        for spelling in (*param.opts, *param.secondary_opts)
+    ]
+
+
+def _takes_value(spelled: Sequence[tuple[str, Any]]) -> dict[str, bool]:
+    """Return by the spelling of an option whether a value follows it."""
+    return {spelling: not getattr(param, "is_flag", False) for spelling, param in spelled}

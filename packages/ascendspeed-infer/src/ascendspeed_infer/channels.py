@@ -14,7 +14,8 @@ from ascendspeed_data.tokenizer import Tokenizer
 from ascendspeed_infer.thinking import CLOSE, OPEN
 from ascendspeed_infer.tool_calls import CALL_MARKS
 
-START, CHANNEL, MESSAGE = "<|start|>", "<|channel|>", "<|message|>"
+START, CHANNEL, MESSAGE, END = "<|start|>", "<|channel|>", "<|message|>", "<|end|>"
+CONSTRAIN = "<|constrain|>"
 _RECIPIENT = re.compile(r"to=functions\.([^\s<]+)")
 
 
@@ -47,6 +48,10 @@ class ChannelReader:
             said, self._header = self._header, None
             return said
         return self._open() if piece == MESSAGE else ""
+
+    def end(self) -> str:
+        """Return what closes a message that ended without a piece of its own."""
+        return self._close() if self._header is None else ""
 
     def _is_said(self) -> bool:
         """Tell whether what stands where a header may stand is none: the model writes no channels."""

@@ -97,7 +97,10 @@ class Detokenizer:
 
 def _overlap(text: str, stop: str) -> int:
     """Return how many characters at the end of `text` begin `stop`."""
-    for length in range(min(len(stop) - 1, len(text)), 0, -1):
-        if text.endswith(stop[:length]):
-            return length
+    tail = text[max(len(text) - len(stop) + 1, 0) :]
+    start = tail.find(stop[:1])
+    while start >= 0:
+        if stop.startswith(tail[start:]):
+            return len(tail) - start
+        start = tail.find(stop[:1], start + 1)
     return 0

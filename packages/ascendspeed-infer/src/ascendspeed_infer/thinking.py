@@ -41,7 +41,7 @@ class ThoughtSplitter:
                 found.append((before, False))
             found.append((thought, True))
             self.is_open, self._held = not self.is_open, after
-        kept = _begun(self._held, mark)
+        kept = begun(self._held, mark)
         if len(self._held) > kept:
             found.append((self._held[: len(self._held) - kept], self.is_open))
             self._held = self._held[len(self._held) - kept :]
@@ -67,11 +67,11 @@ def split_thoughts(text: str, is_open: bool = False) -> tuple[str, str]:
     return thoughts.replace(OPEN, "").replace(CLOSE, "").strip("\n"), said.strip()
 
 
-def opens_thoughts(tokenizer: Tokenizer, ids: Sequence[int]) -> bool:
+def opens_thoughts(tokenizer: Tokenizer, ids: Sequence[int], mark: str = OPEN) -> bool:
     """Tell whether a prompt ends with the mark that opens thoughts."""
-    return tokenizer.decode(ids[-_MARK_TOKENS:]).rstrip().endswith(OPEN)
+    return tokenizer.decode(ids[-_MARK_TOKENS:]).rstrip().endswith(mark)
 
 
-def _begun(text: str, mark: str) -> int:
+def begun(text: str, mark: str) -> int:
     """Return how many characters at the end of a text could begin a mark."""
     return next((size for size in range(len(mark) - 1, 0, -1) if text.endswith(mark[:size])), 0)

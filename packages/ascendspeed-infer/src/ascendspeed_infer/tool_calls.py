@@ -2,8 +2,9 @@
 
 Between `<tool_call>` and `</tool_call>` stands a JSON object with `name` and `arguments` (or `parameters`), as Hermes
 and Qwen write it; or `<function=NAME>` with `<parameter=KEY>`, as Qwen3-Coder, Qwen3.5 and Nemotron do; or a name with
-`<arg_key>` and `<arg_value>`, as GLM-4.5 does. Such objects are also read in a list after `[TOOL_CALLS]`, or as all
-that is said, alone or in a list. What cannot be read as a call stays text.
+`<arg_key>` and `<arg_value>`, as GLM-4.5 does. Such objects are also read after `[TOOL_CALLS]`, where newer models of
+Mistral write `NAME[ARGS]{...}`, or as all that is said, as Llama 3.1 writes them: alone, in a list, or with `;` between
+them. What cannot be read as a call stays text.
 """
 
 import json
@@ -12,18 +13,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ascendspeed_infer.thinking import ThoughtSplitter
+from ascendspeed_infer.thinking import ThoughtSplitter, begun
 
 CALL_MARKS = ("<tool_call>", "</tool_call>")
 """Around each call, in the templates of Hermes and Qwen."""
-_LIST_MARK = "[TOOL_CALLS]"
-"""Before the list of calls, in the templates of Mistral; where it is control, the list stands alone."""
-_WHOLE = (_LIST_MARK, '{"name"', '[{"name"')
+LIST_MARK, CALL_ID_MARK, ARGUMENTS_MARK = "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"
+"""Before calls, before the id of one and before its arguments, in the templates of Mistral; where the first is control
+and not shown, the list stands alone.
+"""
+_WHOLE = ('{"name"', '[{"name"', '{"type":"function","name"')
 """How an answer begins that is nothing but calls, without white space."""
 _FUNCTION = re.compile(r"\s*<function=([^>\n]+)>\s*(.*?)\s*</function>\s*", re.DOTALL)
 _PARAMETER = re.compile(r"\s*<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>\s*", re.DOTALL)
 _NAMED = re.compile(r"\s*([\w.-]+)\s*((?:<arg_key>.*)?)", re.DOTALL)
 _ARGUMENT = re.compile(r"\s*<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>\s*", re.DOTALL)
+_BY_NAME = re.compile(r"\s*([\w.-]+)\s*(?:\[CALL_ID\]\s*\w+\s*)?(?:\[ARGS\])?\s*(?=\{)")
+_BETWEEN = re.compile(r"(?:\s|[;,]|\[TOOL_CALLS\])*")
+_DECODER = json.JSONDecoder()
 _PYTHON = {"True": True, "False": False, "None": None}
 """What templates print that write values as Python does."""
 
@@ -44,7 +50,8 @@ class ToolCall:
 class CallSplitter:
     """Splits what an answer says, without its thoughts, into texts and calls, piece by piece.
 
-    An answer that begins as one that is nothing but calls is held back until its end.
+    An answer that begins as one that is nothing but calls is held back until its end, and so is what follows
+    `[TOOL_CALLS]`.
 
     Args:
         tools: as they were declared; where values are written as text, they say which of them are texts.
@@ -55,7 +62,9 @@ class CallSplitter:
         self._blocks = ThoughtSplitter(marks=CALL_MARKS)
         self._block = ""
         self._held: str | None = ""
-        """The whole text, as long as it may be nothing but calls."""
+        """The whole text, as long as it may be nothing but calls, or the text from the mark of calls on."""
+        self._tail = ""
+        """The end of the text, as far as it may begin that mark."""
 
     def feed(self, text: str) -> list[str | ToolCall]:
         """Return what is certain after a further piece of the text."""
@@ -64,14 +73,21 @@ class CallSplitter:
             if _may_be_calls(text):
                 self._held = text
                 return []
-        return self._read(self._blocks.feed(text))
+        before, mark, after = (self._tail + text).partition(LIST_MARK)
+        self._tail = ""
+        if mark:
+            self._held = mark + after
+        else:
+            kept = len(before) - begun(before, LIST_MARK)
+            before, self._tail = before[:kept], before[kept:]
+        return self._read(self._blocks.feed(before))
 
     def end(self) -> list[str | ToolCall]:
         """Return what was held back; a call that was cut off is text."""
-        held, self._held = self._held or "", None
+        held, self._held = self._tail + (self._held or ""), None
         calls = _calls_alone(held)
         if calls is not None:
-            return [*calls]
+            return [*self._read(self._blocks.end()), *calls]
         found = self._read([*self._blocks.feed(held), *self._blocks.end()])
         cut, self._block = self._block, ""
         return [*found, cut] if cut else found
@@ -147,10 +163,27 @@ def _may_be_calls(text: str) -> bool:
 
 def _calls_alone(text: str) -> list[ToolCall] | None:
     """Return the calls of an answer that is nothing but calls; `None` if it is anything else."""
-    value = _json(text.strip().removeprefix(_LIST_MARK))
-    calls = [_call(one) for one in (value if isinstance(value, list) else [value])]
-    known = [one for one in calls if one is not None]
-    return known if known and len(known) == len(calls) else None
+    is_marked = text.lstrip().startswith(LIST_MARK)
+    rest, found = text.strip(), list[ToolCall | None]()
+    position = _end_of(_BETWEEN, rest, 0)
+    while position < len(rest):
+        named = _BY_NAME.match(rest, position) if is_marked else None
+        try:
+            value, position = _DECODER.raw_decode(rest, named.end() if named else position)
+        except (ValueError, RecursionError):
+            return None
+        if named:
+            found.append(ToolCall(named[1], value))
+        else:
+            found += [_call(one) for one in (value if isinstance(value, list) else [value])]
+        position = _end_of(_BETWEEN, rest, position)
+    known = [one for one in found if one is not None]
+    return known if known and len(known) == len(found) else None
+
+
+def _end_of(pattern: re.Pattern[str], text: str, start: int) -> int:
+    found = pattern.match(text, start)
+    return start if found is None else found.end()
 
 
 def _json(text: str) -> Any:

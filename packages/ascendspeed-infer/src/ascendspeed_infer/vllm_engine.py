@@ -60,6 +60,23 @@ def model_arguments(
     return arguments
 
 
+def draws_can_be_taken_back() -> bool:
+    """Tell whether vLLM can read a prompt in several passes while it draws with seeds.
+
+    After a pass that read a part of a prompt it winds the generator of the prompt's draws back
+    (`GPUModelRunner._bookkeeping_sync`), which not every device's generator can: there vLLM 0.32 ends with an error in
+    the middle of its work.
+    """
+    import torch
+
+    device_type = importlib.import_module("vllm.platforms").current_platform.device_type
+    try:
+        torch.Generator(device_type).get_offset()
+    except RuntimeError:
+        return False
+    return True
+
+
 def sampling_arguments(settings: "GenerationSettings") -> dict[str, Any]:
     """Translate how a text is continued into arguments of `vllm.SamplingParams`.
 
@@ -162,19 +179,24 @@ class VllmEngine:
         for _, token in self._tokens([request]):
             yield token
 
-    def add(self, name: str, prompt_ids: Sequence[int], params: Mapping[str, Any]) -> None:
+    def add(
+        self, name: str, prompt_ids: Sequence[int], params: Mapping[str, Any], cache_salt: str | None = None
+    ) -> None:
         """Add a request to those that `step` runs.
 
         Args:
             name: of it.
             prompt_ids: its prompt.
             params: arguments of `vllm.SamplingParams`.
+            cache_salt: only requests with the same salt share the keys and values of a common prefix.
 
         Raises:
             AscendSpeedError: vLLM refuses it.
         """
         delta = self._vllm.sampling_params.RequestOutputKind.DELTA
         prompt = self._vllm.TokensPrompt(prompt_token_ids=list(prompt_ids))
+        if cache_salt is not None:
+            prompt["cache_salt"] = cache_salt
         with self._named_failures():
             made = self._vllm.SamplingParams(**params, output_kind=delta)
             self._engine.add_request(name, prompt, made, lora_request=self._adapter)
@@ -322,6 +344,8 @@ class VllmKind:
         model = open_weights(folder).config
         rank = None if adapter is None else lora_rank(adapter, model)
         arguments = model_arguments(config, folder, dtype, rank)
+        if not draws_can_be_taken_back():
+            arguments["enable_chunked_prefill"] = False
         arguments |= read_options(config.engine.engine_options)
         log("vLLM starts, which takes a minute or more")
         with output.taken():

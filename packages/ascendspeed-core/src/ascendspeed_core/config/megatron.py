@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ascendspeed_core.config.experts import Experts
 from ascendspeed_core.config.layout import Layout
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.training import PretrainConfig
@@ -14,6 +13,27 @@ from ascendspeed_data.small_files import JsonObject, read_json
 
 CONFIG_CLASSES = ("TransformerConfig", "OptimizerConfig", "DistributedDataParallelConfig")
 """megatron-core's configs whose fields `--megatron-args` may give."""
+
+
+@dataclass(frozen=True)
+class LayerOptions:
+    """What layers compute besides what the model says.
+
+    Attributes:
+        expert_capacity: see `moe_expert_capacity_factor`.
+        fp8: format in which linear layers multiply; `None` for that of the weights.
+        fp8_recipe: how they scale.
+    """
+
+    expert_capacity: float | None = None
+    fp8: str | None = None
+    fp8_recipe: str = "delayed"
+
+    @classmethod
+    def of_run(cls, config: PretrainConfig) -> "LayerOptions":
+        """Return those of a run."""
+        capacity, parallel = config.experts.moe_expert_capacity_factor, config.parallel
+        return cls(capacity, parallel.fp8, parallel.fp8_recipe or "delayed")
 
 
 @dataclass(frozen=True)
@@ -42,10 +62,6 @@ class LackingOption:
 
 
 _OWN_LAYERS = "that part of a layer is megatron-core's"
-_ROUTERS = (
-    "routers are megatron-core's, whose losses and counts are of a micro-batch, not of the global batch"
-)
-
 LOGITS_ONLY = "its last stage gives logits, never hidden states alone"
 
 LACKING_OPTIONS = (
@@ -54,11 +70,6 @@ LACKING_OPTIONS = (
         "its schedules are 1f1b and interleaved",
     ),
     LackingOption("parallel", "foldx_mode", None, "Fold3D's schedules are this project's"),
-    LackingOption(
-        "parallel", "context_parallel_size", None,
-        "only the attention of Transformer Engine splits a sequence there, and this engine runs megatron-core's own "
-        "layers",
-    ),
     LackingOption("batch", "manual_mbs", ("auto",), "single passes are measured for it, and it runs whole steps"),
     LackingOption(
         "recompute", "checkpoint_policy", ("custom", "selective", "auto"),
@@ -73,11 +84,8 @@ LACKING_OPTIONS = (
         LackingOption("dropout", name, None, "what it drops depends on the layout")
         for name in ("hidden_dropout", "attention_dropout")
     ),
-    *(
-        LackingOption("experts", name, None, _ROUTERS)
-        for name in (
-            "moe_aux_loss_coeff", "moe_z_loss_coeff", "moe_router_bias_update_rate", "moe_expert_capacity_factor",
-        )
+    LackingOption(
+        "experts", "moe_pad_expert_input_to_capacity", None, "it leaves the rows of experts as many as there are"
     ),
     LackingOption("eval_prompts", "eval_prompts", None, "its model does not generate"),
 )  # fmt: skip
@@ -99,30 +107,13 @@ class LackingModel:
     has: Callable[[ModelConfig], bool]
 
 
-def _is_yarn(model: ModelConfig) -> bool:
-    return model.rotary_scaling is not None and model.rotary_scaling.kind == "yarn"
+def _is_plain_yarn(model: ModelConfig) -> bool:
+    scaling = model.rotary_scaling
+    return scaling is not None and scaling.kind == "yarn" and model.kv_latent_dim is None
 
 
 def _has_some_biases(model: ModelConfig) -> bool:
     return model.mlp_bias and not (model.qkv_bias and model.output_bias)
-
-
-def is_softmax_of_chosen(experts: Experts) -> bool:
-    """Whether the weights of a token's experts are the softmax of their own logits only."""
-    return experts.score == "softmax" and (experts.normalised or experts.score_after_choice)
-
-
-def _routes_otherwise(experts: Experts) -> bool:
-    if experts.score == "softmax":
-        return experts.score_bias
-    return not experts.normalised and experts.per_token > 1
-
-
-def _groups_otherwise(experts: Experts) -> bool:
-    if experts.groups == 1:
-        return False
-    counted = experts.per_token // experts.groups_per_token
-    return is_softmax_of_chosen(experts) or counted != (2 if experts.group_score == "top2" else 1)
 
 
 LACKING_MODELS = (
@@ -131,26 +122,20 @@ LACKING_MODELS = (
         lambda model: model.experts is not None and (model.experts.biases or model.experts.clamp is not None),
     ),
     LackingModel(
-        "experts.score=sigmoid with normalised=false, or score_bias with softmax",
-        "its sigmoids are divided by their sum, and biases go with them",
-        lambda model: model.experts is not None and _routes_otherwise(model.experts),
+        "rotary_scaling=yarn without kv_latent_dim", "its plain attention sharpens scores by a factor of its own",
+        _is_plain_yarn,
     ),
-    LackingModel(
-        "experts.groups of another score", "a group's score is the sum of per_token / groups_per_token scores",
-        lambda model: model.experts is not None and _groups_otherwise(model.experts),
-    ),
-    LackingModel(
-        "kv_latent_dim", "its latent attention has positions of its own, which are not joined yet",
-        lambda model: model.kv_latent_dim is not None,
-    ),
-    LackingModel("rotary_scaling=yarn", "it sharpens attention by a factor of its own", _is_yarn),
     LackingModel(
         "window_layers, rotary_layers, window_rotary_base", "its layers share one mask and one rotary embedding",
         lambda model: any(
             value is not None for value in (model.window_layers, model.rotary_layers, model.window_rotary_base)
         ),
     ),
-    LackingModel("rotary_interleaved=true", "it pairs halves", lambda model: model.rotary_interleaved),
+    LackingModel(
+        "rotary_interleaved=true without kv_latent_dim, or false with it",
+        "it pairs halves, and neighbours in latent attention",
+        lambda model: model.rotary_interleaved != (model.kv_latent_dim is not None),
+    ),
     LackingModel(
         "attention_softcap, attention_sinks", "its attention leaves scores as they are",
         lambda model: model.attention_softcap is not None or model.attention_sinks,
@@ -200,10 +185,22 @@ def check_megatron(config: PretrainConfig, layout: Layout, model: ModelConfig) -
                 f"engine=megatron for a model of family {model.family} ({missing.what}): {missing.reason}; give "
                 "--engine ascendspeed, which has it"
             )
-    if model.experts is not None and layout.tp > 1 and not layout.sequence_parallel:
+    if layout.tp > 1 and not layout.sequence_parallel:
+        parts = {"experts": model.experts is not None, "latent attention": model.kv_latent_dim is not None}
+        for part in (name for name, is_there in parts.items() if is_there):
+            raise ConfigError(
+                f"engine=megatron with tensor_model_parallel_size={layout.tp} for a model with {part}: it wants a part "
+                "of the sequence on each rank; give --sequence-parallel too"
+            )
+    if config.parallel.fp8 is not None and config.precision.dtype_name == "float64":
         raise ConfigError(
-            f"engine=megatron with tensor_model_parallel_size={layout.tp} for a model with experts: they take a part "
-            "of the sequence on each rank; give --sequence-parallel too"
+            f"engine=megatron with fp8={config.parallel.fp8} and dtype=float64: Transformer Engine has no float64; "
+            "give --bf16"
+        )
+    if config.parallel.fp8 is not None and model.experts is not None:
+        raise ConfigError(
+            f"engine=megatron with fp8={config.parallel.fp8} for a model with experts: their rows would have to be "
+            "filled up to what FP8 multiplies; leave --fp8 out"
         )
     if config.adapters is not None:
         raise ConfigError(

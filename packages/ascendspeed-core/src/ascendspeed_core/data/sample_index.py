@@ -23,6 +23,10 @@ DIGEST_ENTRIES = 1_000_000
 """Entries of an index that go into the digest of the sample order."""
 
 
+FIXED_SURPLUS = 0.005
+"""By how much more samples of each file of a blend megatron-core before 0.13 builds; later it is a field."""
+
+
 def tokens_of_split(config: DataConfig, prefix: str, split_index: int) -> int:
     """Return how many tokens a split has of one of its files, as megatron-core shares the documents out."""
     dataset = IndexedDataset(Path(prefix))
@@ -63,10 +67,17 @@ def build_datasets(
         eod_mask_loss=config.eod_mask_loss,
         create_attention_mask=False,
     )
-    dataset_config.mid_level_dataset_surplus = max(
-        blend_surplus(config, split_index, wanted, dataset_config.mid_level_dataset_surplus)
-        for split_index, wanted in enumerate(num_samples)
+    usual = getattr(dataset_config, "mid_level_dataset_surplus", FIXED_SURPLUS)
+    surplus = max(
+        blend_surplus(config, split_index, wanted, usual) for split_index, wanted in enumerate(num_samples)
     )
+    if hasattr(dataset_config, "mid_level_dataset_surplus"):
+        dataset_config.mid_level_dataset_surplus = surplus
+    elif surplus > usual:
+        raise DataError(
+            f"data_path: a blend of few samples of many files needs a surplus of {surplus:g} in each, where this "
+            f"version of megatron-core always takes {usual:g}; install megatron-core 0.16, or train on more samples"
+        )
     if not config.has_own_paths:
         # A split that nothing is drawn from is not built.
         dataset_config.split_matrix = [

@@ -21,7 +21,7 @@ from ascendspeed_core.kernels.reference import (
     reference_attention,
     rotate_both,
 )
-from ascendspeed_core.models.cache import CachedPass
+from ascendspeed_core.models.cached_pass import CachedPass
 from ascendspeed_core.models.linear import apply_linear
 from ascendspeed_core.models.norm import AllHeadsNorm, HeadNorm, RMSNorm
 from ascendspeed_core.models.position import AttentionInputs, AttentionKind

@@ -16,7 +16,7 @@ from torch import nn
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.kernels.reference import AttentionFunction
 from ascendspeed_core.models.attention import Attention, halves_of_pairs
-from ascendspeed_core.models.cache import CachedPass
+from ascendspeed_core.models.cached_pass import CachedPass
 from ascendspeed_core.models.linear import LoraLinear, apply_linear
 from ascendspeed_core.models.norm import RMSNorm
 from ascendspeed_core.models.position import AttentionInputs, AttentionKind, yarn_mscale
@@ -39,11 +39,7 @@ class LatentAttention(Attention):
 
     def __init__(self, config: ModelConfig, kind: AttentionKind) -> None:
         super().__init__(config, kind)
-        scale, scaling = config.head_dim**-0.5, config.rotary_scaling
-        if scaling is not None and scaling.mscale_all_dim is not None:
-            # YaRN's sharpening, here of all numbers of a head, those that are not turned included.
-            scale *= yarn_mscale(scaling.factor, scaling.mscale_all_dim) ** 2
-        self.score_options["scale"] = scale
+        self.score_options["scale"] = score_scale(config)
 
     def _make_projections(self, config: ModelConfig) -> Projections:
         """Make the linear layers and the norms of the latents; return the layers that read the hidden states."""
@@ -160,6 +156,16 @@ class LatentAttention(Attention):
         latents = found[0, ..., : self.latent_dim].transpose(0, 1)
         values: torch.Tensor = latents @ of_values.transpose(1, 2)
         return values.transpose(0, 1).unsqueeze(0)
+
+
+def score_scale(config: ModelConfig) -> float:
+    """Return the factor of the scores of a model with latent attention."""
+    scale: float = config.head_dim**-0.5
+    scaling = config.rotary_scaling
+    if scaling is not None and scaling.mscale_all_dim is not None:
+        # YaRN's sharpening, here of all numbers of a head, those that are not turned included.
+        scale *= yarn_mscale(scaling.factor, scaling.mscale_all_dim) ** 2
+    return scale
 
 
 def _whole_weight(linear: nn.Linear) -> torch.Tensor:

@@ -16,7 +16,7 @@ from torch import nn
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.models.attention import Attention
 from ascendspeed_core.models.auxiliary_losses import ModuleOutput, add_losses, split_output
-from ascendspeed_core.models.cache import CachedPass
+from ascendspeed_core.models.cached_pass import CachedPass
 from ascendspeed_core.models.dropout import AFTER_ATTENTION, AFTER_MLP
 from ascendspeed_core.models.experts import ExpertsMLP
 from ascendspeed_core.models.latent_attention import LatentAttention

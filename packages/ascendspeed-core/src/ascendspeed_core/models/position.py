@@ -12,7 +12,7 @@ import torch
 
 from ascendspeed_core.config.model import ModelConfig, RotaryScaling
 from ascendspeed_core.kernels.mask_rule import MaskRule, attention_mask
-from ascendspeed_core.models.cache import CachedPass
+from ascendspeed_core.models.cached_pass import CachedPass
 from ascendspeed_core.models.dropout import DropoutMasks
 
 

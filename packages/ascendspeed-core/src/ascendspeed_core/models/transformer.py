@@ -14,8 +14,10 @@ from ascendspeed_core.config.layout import Stage
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.kernels.reference import LossFunction, token_losses
 from ascendspeed_core.models.auxiliary_losses import AuxiliaryLosses, add_losses, split_output
-from ascendspeed_core.models.cache import CachedPass, LayerCache
+from ascendspeed_core.models.cache import LayerCache
+from ascendspeed_core.models.cached_pass import CachedPass
 from ascendspeed_core.models.dropout import Dropout, DropoutMasks
+from ascendspeed_core.models.experts import ExpertsMLP
 from ascendspeed_core.models.layer import TransformerLayer, auxiliary_loss_names
 from ascendspeed_core.models.lm_head import make_head
 from ascendspeed_core.models.lora import AdapterPlan
@@ -129,6 +131,13 @@ class Transformer(nn.Module):
         for name, module in self.named_modules():
             if isinstance(module, Router) and module.bias is not None and self.adapters is None:
                 yield f"{name}.bias", module.bias
+
+    def routers(self) -> Iterator[tuple[int, Router]]:
+        """Yield number and router of each layer of this rank that has experts."""
+        for number, layer in self.layers.items():
+            mlp = layer.get_submodule("mlp")
+            if isinstance(mlp, ExpertsMLP):
+                yield int(number), mlp.router
 
     def forward(self, batch: ModelInput) -> ModelOutput:
         """Run a model that is one stage: ids [B, S] -> logits of the next token [B, S, V]."""

@@ -9,6 +9,7 @@ The messages are the same, and so are the bits of the sums, whether they start e
 """
 
 import time
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -141,12 +142,16 @@ class BucketedReduction:
             bucket.start()
 
     def _when_complete(self, bucket: Bucket) -> Callable[[torch.Tensor], None]:
+        # See `ParameterSlot.accumulate_wide`.
+        reduction, own = weakref.ref(self), weakref.ref(bucket)
+
         def note(_: torch.Tensor) -> None:
-            if bucket not in self._order:
+            found, mine = reduction(), own()
+            if found is None or mine is None or mine not in found._order:
                 return
-            bucket.missing -= 1
-            while self._order and self._order[0].missing <= 0:
-                self._order.pop(0).start()
+            mine.missing -= 1
+            while found._order and found._order[0].missing <= 0:
+                found._order.pop(0).start()
 
         return note
 

@@ -13,7 +13,7 @@ from ascendspeed_core.config.deepspeed import (
     read_deepspeed_config,
 )
 from ascendspeed_core.config.layout import Layout
-from ascendspeed_core.config.megatron import check_megatron, read_megatron_args, shapes_vary
+from ascendspeed_core.config.megatron import LayerOptions, check_megatron, read_megatron_args, shapes_vary
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.training import PretrainConfig
 from ascendspeed_core.device import choose_device
@@ -39,9 +39,15 @@ def check_engine(config: PretrainConfig, layout: Layout, model: ModelConfig) -> 
     """
     if config.parallel.chosen_engine == "megatron":
         check_megatron(config, layout, model)
-        from ascendspeed_core.optim.megatron.core import check_sharded_optimizer, prepare
+        from ascendspeed_core.optim.megatron.core import (
+            check_sharded_optimizer,
+            check_transformer_engine,
+            prepare,
+        )
 
         prepare(choose_device(config.launch.device, world_of_environment().local_rank, quiet=True))
+        if config.parallel.fp8 is not None:
+            check_transformer_engine(config.parallel.fp8)
         if layout.sharded_optimizer:
             check_sharded_optimizer()
         megatron_fields(config)
@@ -116,7 +122,8 @@ def make_model(
     from ascendspeed_core.optim.megatron.model import load_megatron_model
 
     fields, vary = megatron_fields(config).get("TransformerConfig", {}), shapes_vary(config)
-    return load_megatron_model(source, mesh, dtype, config.recompute, vary, fields)
+    options = LayerOptions.of_run(config)
+    return load_megatron_model(source, mesh, dtype, config.recompute, vary, fields, options)
 
 
 def prepare_model(
@@ -137,6 +144,7 @@ def prepare_model(
         from ascendspeed_core.optim.megatron.model import MegatronTransformer, choose_kernels
 
         assert isinstance(model, MegatronTransformer)
+        train_routers(model, config.experts)
         return choose_kernels(model, config.compute, context)
     choices = apply_kernels(model, config.compute, context)
     train_routers(model, config.experts)

@@ -111,7 +111,9 @@ class ZeroEngine:
         """Unknown: DeepSpeed does not say what its buffers take."""
         return
 
-    def forward_backward(self, inputs: Sequence[ModelInput], share: ShareOfLoss, scale: float) -> None:
+    def forward_backward(
+        self, inputs: Sequence[ModelInput], share: ShareOfLoss, scale: float, auxiliary_scale: float
+    ) -> None:
         """Leave the order of micro-batches to the trainer."""
         return
 

@@ -75,7 +75,7 @@ class Engine(Protocol):
         """What the engine takes; `None` where that is not known."""
 
     def forward_backward(
-        self, inputs: Sequence[ModelInput], share: ShareOfLoss, scale: float
+        self, inputs: Sequence[ModelInput], share: ShareOfLoss, scale: float, auxiliary_scale: float
     ) -> LossSums | None:
         """Add the gradients of all micro-batches of a step, by a schedule of the engine's own.
 
@@ -83,9 +83,11 @@ class Engine(Protocol):
             inputs: of each micro-batch.
             share: its part of all losses of the global batch.
             scale: factor of the gradients; `step` gets it again.
+            auxiliary_scale: factor of the gradients of auxiliary losses.
 
         Returns:
-            This rank's share of the losses, the same on all stages; `None` where the trainer runs the micro-batches.
+            This rank's share of the losses, auxiliary ones undivided, the same on all stages; `None` where the trainer
+            runs the micro-batches.
         """
 
     def forward(self, given: ModelInput) -> ModelOutput:

@@ -5,6 +5,7 @@ tensor: one reduce-scatter gives it the sum of their gradients, one all-gather g
 moves the bytes of the replicated optimizer's one all-reduce, and divides its state by the number of ranks.
 """
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -71,12 +72,18 @@ class ParameterSlot:
     def accumulate_wide(self) -> None:
         """Add each micro-batch's 16-bit gradient into a wide one, so that small parts are not rounded away."""
 
+        # torch's collector does not see through a parameter's hooks: a cycle of them would never be freed.
+        own = weakref.ref(self)
+
         def add(parameter: torch.Tensor) -> None:
+            slot = own()
+            if slot is None:
+                return
             assert parameter.grad is not None
-            if self.gradient is None:
-                self.gradient = parameter.grad.float()
+            if slot.gradient is None:
+                slot.gradient = parameter.grad.float()
             else:
-                self.gradient.add_(parameter.grad)
+                slot.gradient.add_(parameter.grad)
             parameter.grad = None
 
         self.parameter.register_post_accumulate_grad_hook(add)

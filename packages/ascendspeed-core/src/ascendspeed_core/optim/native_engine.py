@@ -58,7 +58,9 @@ class NativeEngine:
         optimizer = self.optimizer
         return EngineMemory(optimizer.state_bytes, optimizer.update_bytes, optimizer.gathered_bytes)
 
-    def forward_backward(self, inputs: Sequence[ModelInput], share: ShareOfLoss, scale: float) -> None:
+    def forward_backward(
+        self, inputs: Sequence[ModelInput], share: ShareOfLoss, scale: float, auxiliary_scale: float
+    ) -> None:
         """Leave the order of micro-batches to the trainer."""
         return
 

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from ascendspeed_core.kernels.reference import AttentionFunction, Mask
 from ascendspeed_core.models.attention import Attention
+from ascendspeed_core.models.position import Positions
 from ascendspeed_core.models.transformer import Transformer
 from ascendspeed_core.parallel.collectives import swap_cut
 
@@ -35,15 +36,19 @@ def apply_context_parallel(model: Transformer, group: dist.ProcessGroup) -> None
         group: ranks that share each sequence, in order of its parts.
     """
     size, rank = dist.get_world_size(group), dist.get_rank(group)
-    positions = model.positions
-    positions.sequence_parts, positions.sequence_part = size, rank
-    share = len(positions.heads) // size
-    first = positions.heads.start + rank * share
-    positions.heads = range(first, first + share)
+    cut_positions(model.positions, size, rank)
     for layer in model.layers.values():
         attention = layer.get_submodule("attention")
         assert isinstance(attention, Attention)
         attention.attention_wrapper = partial(attend_with_some_heads, group=group)
+
+
+def cut_positions(positions: Positions, size: int, rank: int) -> None:
+    """Make positions those of one of `size` parts of every sequence, with a share of the heads, in place."""
+    positions.sequence_parts, positions.sequence_part = size, rank
+    share = len(positions.heads) // size
+    first = positions.heads.start + rank * share
+    positions.heads = range(first, first + share)
 
 
 def attend_with_some_heads(

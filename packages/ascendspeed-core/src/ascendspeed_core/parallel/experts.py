@@ -29,7 +29,7 @@ from ascendspeed_core.kernels.experts import order_by_group
 from ascendspeed_core.models.dropout import DropoutMasks
 from ascendspeed_core.models.experts import ApplyExperts, ExpertsMLP, rows_of_sequences
 from ascendspeed_core.models.linear import LoraLinear
-from ascendspeed_core.models.router import TokenRows
+from ascendspeed_core.models.router import Router, TokenRows
 from ascendspeed_core.models.transformer import Transformer
 from ascendspeed_core.parallel.collectives import (
     NoteExchange,
@@ -66,9 +66,14 @@ def apply_expert_parallel(model: Transformer, mesh: ParallelMesh) -> None:
         if tp is not None and not layout.sequence_parallel:
             module.share = SharedTokens(tp)
             module.router.sum_loss = partial(sum_over_group, group=tp)
-        module.router.sum_load = partial(_sum_load, mesh=mesh)
-        module.router.sum_batch = partial(_sum_batch, mesh=mesh)
-        module.router.gather = partial(_gather_rows, mesh=mesh)
+        join_router(module.router, mesh)
+
+
+def join_router(router: Router, mesh: ParallelMesh) -> None:
+    """Let a router count tokens, and rank them, over the ranks that have others of the batch, in place."""
+    router.sum_load = partial(_sum_load, mesh=mesh)
+    router.sum_batch = partial(_sum_batch, mesh=mesh)
+    router.gather = partial(_gather_rows, mesh=mesh)
 
 
 def note_exchanges(model: nn.Module, noting: NoteExchange) -> None:

@@ -17,7 +17,6 @@ from contextlib import contextmanager
 import torch
 
 from ascendspeed_core.config.experts import ExpertsConfig
-from ascendspeed_core.models.experts import ExpertsMLP
 from ascendspeed_core.models.router import BALANCE, ROUTER_Z, Router, RouterStep
 from ascendspeed_core.models.transformer import ModelInput, Transformer
 from ascendspeed_core.parallel.mesh import ParallelMesh
@@ -32,16 +31,8 @@ def train_routers(model: Transformer, config: ExpertsConfig) -> None:
     names = {name for name, coefficient in coefficients.items() if coefficient}
     model.auxiliary_loss_names = tuple(sorted({*model.auxiliary_loss_names, *names}))
     model.needs_batch_load = BALANCE in names and config.moe_router_load_balancing_type == "global_aux_loss"
-    for _, router in routers_of(model):
+    for _, router in model.routers():
         router.training_config = config
-
-
-def routers_of(model: Transformer) -> Iterator[tuple[int, Router]]:
-    """Yield number and router of each layer of this rank that has experts."""
-    for number, layer in model.layers.items():
-        mlp = layer.get_submodule("mlp")
-        if isinstance(mlp, ExpertsMLP):
-            yield int(number), mlp.router
 
 
 def begin_router_step(
@@ -57,7 +48,7 @@ def begin_router_step(
     """
     if model.config.experts is None:
         return
-    routers = [router for _, router in routers_of(model)]
+    routers = [router for _, router in model.routers()]
     tokens = torch.tensor(float(sum(given.tokens.numel() for given in inputs)), dtype=torch.float64)
     total = float(mesh.sum_over("replicas", tokens.to(mesh.device.torch)))
     for router in routers:
@@ -81,7 +72,7 @@ def begin_router_step(
 @contextmanager
 def balanced_routers(model: Transformer) -> Iterator[None]:
     """Let all experts have the same load for a while, for one whose memory or time is measured."""
-    routers = [router for _, router in routers_of(model)]
+    routers = [router for _, router in model.routers()]
     for router in routers:
         router.in_turn = True
     try:
@@ -95,7 +86,7 @@ def balanced_routers(model: Transformer) -> Iterator[None]:
 def tried_routers(model: Transformer) -> Iterator[None]:
     """Let routers compute for a while what they do in a step, for one whose memory is measured."""
     experts = model.config.experts
-    routers = [router for _, router in routers_of(model)]
+    routers = [router for _, router in model.routers()]
     for router in routers:
         assert experts is not None
         load = None
@@ -120,7 +111,7 @@ def end_router_step(model: Transformer, mesh: ParallelMesh) -> torch.Tensor | No
     if experts is None:
         return None
     loads = torch.zeros(model.config.num_layers, experts.count, dtype=torch.float64, device=mesh.device.torch)
-    for number, router in routers_of(model):
+    for number, router in model.routers():
         if router.step is not None and router.step.load is not None:
             loads[number] = router.step.load
         router.step = None
@@ -139,7 +130,7 @@ def update_router_biases(model: Transformer, loads: torch.Tensor) -> None:
         model: this rank's part.
         loads: of the step, [L, E].
     """
-    for number, router in routers_of(model):
+    for number, router in model.routers():
         config = router.training_config
         if router.bias is None or config is None or not config.moe_router_bias_update_rate:
             continue

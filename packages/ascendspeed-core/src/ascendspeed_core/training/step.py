@@ -119,12 +119,14 @@ def forward_backward(
     def share(number: int, output: torch.Tensor) -> torch.Tensor:
         return loss_of(number, output) / count
 
-    by_engine = engine.forward_backward([micro_batch.input for micro_batch in micro_batches], share, scale)
-    if by_engine is not None:
-        return by_engine
     inputs = [micro_batch.input_for_loss for micro_batch in micro_batches]
     begin_router_step(model, mesh, inputs, count)
-    if mesh.layout.pp > 1:
+    by_engine = engine.forward_backward(
+        [micro_batch.input for micro_batch in micro_batches], share, scale, scale / count
+    )
+    if by_engine is not None:
+        sums = by_engine
+    elif mesh.layout.pp > 1:
         # torch's schedules take seconds to import.
         from ascendspeed_core.parallel.pipeline import run_pipeline
 

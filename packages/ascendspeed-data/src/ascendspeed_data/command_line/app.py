@@ -48,13 +48,10 @@ class SpaceSeparatedCommand(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Rewrite `args`, then parse them."""
-        spelled = [
-            (spelling, param)
-            for param in self.get_params(ctx)
-            for spelling in (*param.opts, *param.secondary_opts)
-        ]
-        takes_value = {spelling: not getattr(param, "is_flag", False) for spelling, param in spelled}
-        kept, accepted, unknown = settle_flags(ctx.command_path, args, takes_value, lambda: _siblings(ctx))
+        spelled = _spelled(self, ctx)
+        kept, accepted, unknown = settle_flags(
+            ctx.command_path, args, _takes_value(spelled), lambda: _siblings(ctx)
+        )
         if unknown:
             ctx.fail(refuse(ctx.command_path, unknown))
         announce_accepted(accepted)
@@ -140,6 +137,36 @@ def as_spelled(message: str, given: Mapping[str, str]) -> str:
         message = re.sub(rf"{dashed}(?![\w-])", flag, message)
         message = re.sub(rf"(?<![\w-]){re.escape(name)}(?==| is missing)", flag, message)
     return message
+
+
+def settle_flags_of(ctx: Any, name: str, args: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
+    """Take the flags of other programs out of a line of another command of the same program.
+
+    Args:
+        ctx: of the command that runs.
+        name: of the other command.
+        args: its line.
+
+    Returns:
+        See `settle_flags`.
+    """
+    command = _as_typer_command(ctx.parent.command.table[name])
+    path = f"{ctx.parent.command_path} {name}"
+    return settle_flags(path, args, _takes_value(_spelled(command, ctx)), lambda: _siblings(ctx))
+
+
+def _spelled(command: Any, ctx: Any) -> list[tuple[str, Any]]:
+    """Return each spelling of the options of a command."""
+    return [
+        (spelling, param)
+        for param in command.get_params(ctx)
+        for spelling in (*param.opts, *param.secondary_opts)
+    ]
+
+
+def _takes_value(spelled: Sequence[tuple[str, Any]]) -> dict[str, bool]:
+    """Return by the spelling of an option whether a value follows it."""
+    return {spelling: not getattr(param, "is_flag", False) for spelling, param in spelled}
 
 
 def _siblings(ctx: Any) -> dict[str, list[str]]:

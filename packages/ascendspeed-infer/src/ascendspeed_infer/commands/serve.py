@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 from ascendspeed_core.config.load import load_config
 from ascendspeed_data.command_line import log
 from ascendspeed_data.command_line.options import options_from
-from ascendspeed_data.errors import AscendSpeedError, ConfigError
+from ascendspeed_data.errors import AscendSpeedError, ConfigError, DataError
 from ascendspeed_infer.commands.generate import launched_ranks, opened_model
 from ascendspeed_infer.engines import NATIVE
 from ascendspeed_infer.serve.config import ServeConfig
@@ -61,23 +61,28 @@ def run(config: ServeConfig) -> None:
         model, source = opened
         path = source.path or config.source.model_config_file
         name = config.server.served_model_name or (path.resolve().name if path is not None else "model")
-        run_server(name, model, config.server, log, chosen_layout(config, model, source))
+        run_server(name, model, config.server, log, *chosen_layouts(config, model, source))
 
 
-def chosen_layout(
+def chosen_layouts(
     config: ServeConfig, model: "TextGenerator", source: "WeightSource"
-) -> "PromptLayout | None":
-    """Return the layout of conversations; `None`, with a line in the log, for a model that has none."""
+) -> "tuple[PromptLayout | None, PromptLayout | None]":
+    """Return the layout of conversations, and that of those with tools; `None`, with a line in the log, for a model
+    that has none.
+    """
     from ascendspeed_infer.chat import choose_layout
 
     values, template = config.conversation.template_values(), config.conversation.chat_template
     model.tokenizer.template_values = values
     try:
         layout = choose_layout(source, model.tokenizer, template)
-    except ConfigError as error:
+        for_tools = choose_layout(source, model.tokenizer, template, lambda line: None, has_tools=True)
+        # What a template lacks, such as a date, is said before the first request.
+        layout.ids([{"role": "user", "content": "Hello"}])
+    except (ConfigError, DataError) as error:
         if template is not None:
             raise
         log(f"/v1/chat/completions is not served: {error}")
-        return None
-    values.check_read(set(layout.reads))
-    return layout
+        return None, None
+    values.check_read({*layout.reads, *for_tools.reads})
+    return layout, for_tools

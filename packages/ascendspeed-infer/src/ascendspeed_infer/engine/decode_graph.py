@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ascendspeed_core.models.cache import KeyValueCache, SequenceChunk, SingleTokenPass
+from ascendspeed_core.models.cache import KeyValueCache, SequenceChunk
+from ascendspeed_core.models.cached_pass import SingleTokenPass
 from ascendspeed_core.models.transformer import ModelInput, Transformer
 from ascendspeed_core.parallel.mesh import ParallelMesh
 

@@ -20,7 +20,8 @@ import torch
 
 from ascendspeed_core.kernels.lengths import lengths_attention
 from ascendspeed_core.models.attention import changed_scores
-from ascendspeed_core.models.cache import CachedPass, CacheSlot, KeyValueCache, SequenceChunk
+from ascendspeed_core.models.cache import CacheSlot, KeyValueCache, SequenceChunk
+from ascendspeed_core.models.cached_pass import CachedPass
 from ascendspeed_core.models.experts import tiled_experts
 from ascendspeed_core.models.lora import AdapterRows
 from ascendspeed_core.models.transformer import ModelInput, Transformer

@@ -332,6 +332,8 @@ class Scheduler:
             self._cache.copy(source.slot, slot, 0, common)
             sequence.num_computed_tokens = common
             self.reused_tokens += common
+            if isinstance(scheduled.request, SamplingRequest) and not scheduled.computed_ids:
+                scheduled.request.num_cached_tokens = common
         scheduled.sequences = [sequence]
         return True
 

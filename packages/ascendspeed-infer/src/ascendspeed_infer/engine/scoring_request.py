@@ -87,10 +87,13 @@ class ScoringRequest:
         """Of the longest sequence: as many must fit into the cache slot."""
         self.scores: dict[ScoringInput, Score] = {}
         self.error: Exception | None = None
+        self._slot: CacheSlot | None = None
         self._batches: Iterator[list[_Piece]] = iter(())
         self._batch: list[_Piece] = []
         self._logits: list[torch.Tensor] = []
         self._num_inputs = len(set(inputs))
+        self._not_finite: list[_ScoredSequence] = []
+        self._shares_prefixes = True
 
     @property
     def is_finished(self) -> bool:
@@ -99,12 +102,23 @@ class ScoringRequest:
 
     def start(self, slot: CacheSlot) -> None:
         """Begin in a cache slot of at least `max_tokens`."""
-        pieces = _pieces(slot, self._inputs, self._shapes)
-        self._batches = pack(pieces, lambda piece: len(piece[1].token_ids), self._shapes.prefill_tokens)
+        self._slot = slot
+        self._batches = self._packed(self._inputs)
+
+    def _packed(self, sequences: Iterable[_ScoredSequence]) -> Iterator[list[_Piece]]:
+        assert self._slot is not None
+        pieces = _pieces(self._slot, sequences, self._shapes, self._shares_prefixes)
+        return pack(pieces, lambda piece: len(piece[1].token_ids), self._shapes.prefill_tokens)
 
     def next_chunks(self) -> list[ScheduledChunk]:
         """Return what the next pass runs."""
-        self._batch = next(self._batches)
+        batch = next(self._batches, None)
+        if batch is None:
+            # A number that is none spoils all positions of its tile, and with them who shares the first of them.
+            self._shares_prefixes = False
+            self._batches = self._packed(self._not_finite)
+            batch = next(self._batches)
+        self._batch = batch
         return [chunk for _, chunk in self._batch]
 
     def advance(self, logits: Sequence[torch.Tensor]) -> None:
@@ -113,15 +127,20 @@ class ScoringRequest:
             if chunk.num_logits:
                 self._logits.append(part)
             if chunk.chunk.end == len(sequence.token_ids):
-                self.take_logits(torch.cat(self._logits), self._inputs[sequence])
-                self._logits = []
+                whole, self._logits = torch.cat(self._logits), []
+                if self._shares_prefixes and not whole.isfinite().all():
+                    self._not_finite.append(sequence)
+                else:
+                    self.take_logits(whole, self._inputs[sequence])
 
     def take_logits(self, logits: torch.Tensor, inputs: Sequence[ScoringInput]) -> None:
         """Score the continuations of one sequence from the logits of its last positions, [P, V]."""
         self.scores |= _scores(logits, inputs)
 
 
-def _pieces(slot: CacheSlot, sequences: Iterable[_ScoredSequence], shapes: PassShapes) -> Iterator[_Piece]:
+def _pieces(
+    slot: CacheSlot, sequences: Iterable[_ScoredSequence], shapes: PassShapes, shares_prefixes: bool
+) -> Iterator[_Piece]:
     """Cut sequences into chunks that are run in order, each sequence in place of the one before."""
     before: tuple[int, ...] = ()
     for sequence in sequences:
@@ -135,7 +154,7 @@ def _pieces(slot: CacheSlot, sequences: Iterable[_ScoredSequence], shapes: PassS
                 ScheduledChunk(chunk, sequence.token_ids[start:end], num_logits, batch_invariant=True),
             )
             start = end
-        before = sequence.token_ids
+        before = sequence.token_ids if shares_prefixes else ()
 
 
 def log_probs_of(logits: torch.Tensor) -> torch.Tensor:

@@ -175,9 +175,11 @@ class SamplingRequest:
         top_log_probs: at the place of each token, if asked for.
         finish_reason: `None` until the text is complete.
         constraint: what the tokens may be.
+        num_cached_tokens: of the prompt, copied from an earlier text; set by the scheduler.
     """
 
     max_num_seqs = 1
+    num_cached_tokens = 0
 
     def __init__(
         self,

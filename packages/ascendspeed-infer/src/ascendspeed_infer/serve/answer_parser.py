@@ -32,10 +32,19 @@ class AnswerParser:
         thinks: whether the prompt opened the thoughts.
         has_tools: whether tool calls are looked for.
         tools: as they were declared.
+        marks: before and after thoughts.
     """
 
-    def __init__(self, thinks: bool, has_tools: bool, tools: Sequence[Any] | None = None) -> None:
-        self._thoughts = ThoughtSplitter(thinks)
+    def __init__(
+        self,
+        thinks: bool,
+        has_tools: bool,
+        tools: Sequence[Any] | None = None,
+        marks: tuple[str, str] = (OPEN, CLOSE),
+    ) -> None:
+        self._thoughts, self._marks = ThoughtSplitter(thinks, marks), marks
+        self.num_reasoning_tokens = 0
+        """Tokens of thoughts, with those of their marks."""
         self._calls = CallSplitter(tools) if has_tools else None
         self._num_calls = 0
         self._has_reasoning = thinks
@@ -47,14 +56,24 @@ class AnswerParser:
         """Tool calls so far."""
         return self._num_calls
 
-    def feed(self, text: str, is_last: bool) -> AnswerPart:
-        """Return what a piece of the text adds."""
-        part = AnswerPart()
+    def feed(self, text: str, is_last: bool, num_tokens: int = 0) -> AnswerPart:
+        """Return what a piece of the text adds.
+
+        Args:
+            text: the piece.
+            is_last: whether it ends the answer.
+            num_tokens: that it has.
+        """
+        part, was_open = AnswerPart(), self._thoughts.is_open
         parts = [*self._thoughts.feed(text), *(self._thoughts.end() if is_last else [])]
+        if was_open or self._thoughts.is_open or any(is_thought for _, is_thought in parts):
+            self.num_reasoning_tokens += num_tokens
         for piece, is_thought in parts:
             if is_thought:
                 self._has_reasoning = True
-                part.reasoning += self._reasoning(piece.replace(OPEN, "").replace(CLOSE, ""))
+                part.reasoning += self._reasoning(
+                    piece.replace(self._marks[0], "").replace(self._marks[1], "")
+                )
             elif self._calls is None:
                 part.content += self._content(piece)
             else:

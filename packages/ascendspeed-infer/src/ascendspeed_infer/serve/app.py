@@ -30,7 +30,7 @@ from ascendspeed_infer.serve.completions import CompletionCall, Json
 from ascendspeed_infer.serve.errors import ApiError, failed, internal_error
 from ascendspeed_infer.serve.metrics import Metrics
 from ascendspeed_infer.serve.responses import ResponsesBody, ResponsesCall
-from ascendspeed_infer.serve.served_model import ServedModel
+from ascendspeed_infer.serve.served_model import CACHE_SALT, ServedModel
 
 OPEN_PATHS = ("/", "/health", "/ready")
 """Asked by what watches the server, which has no key, and the chat page, which sends one with what it asks."""
@@ -51,13 +51,20 @@ def build_app(served: ServedModel, api_keys: Sequence[str] = ()) -> FastAPI:
     """
     digests = [hashlib.sha256(key.encode()).digest() for key in api_keys]
 
-    def check_key(request: Request) -> None:
+    async def check_key(request: Request) -> None:
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         own = hashlib.sha256(given.strip().encode()).digest()
         # All are compared, so that the time says nothing of which one is near.
         found = [hmac.compare_digest(own, digest) for digest in digests]
         if digests and request.url.path not in OPEN_PATHS and not (any(found) and scheme.lower() == "bearer"):
             raise ApiError("the request has no valid API key", 401, kind="authentication_error")
+        if len(digests) > 1:
+            # Whose prompt was asked before would show in how many of its tokens are cached.
+            CACHE_SALT.set(own.hex())
+        # A browser sends a page's request to another site without asking, as long as it needs no key.
+        origin = request.headers.get("origin")
+        if not digests and origin is not None and origin.partition("://")[2] != request.headers.get("host"):
+            raise ApiError("pages of other sites may not ask this server", 403, kind="permission_error")
 
     app = FastAPI(
         title="asd-infer serve",
@@ -197,7 +204,12 @@ def _add_model_routes(app: FastAPI, served: ServedModel) -> None:
 
 async def _planned(served: ServedModel, call: Callable[..., ResultT], *arguments: Any) -> ResultT:
     """Make a call on the thread that reads requests, so that long prompts and schemas hold nobody up."""
-    return await asyncio.get_running_loop().run_in_executor(served.planner, call, served, *arguments)
+    try:
+        return await asyncio.get_running_loop().run_in_executor(served.planner, call, served, *arguments)
+    except RecursionError:
+        raise ApiError("the request is nested too deeply; make it flatter") from None
+    except Exception as error:  # noqa: BLE001 - told to the client
+        raise _told(served, error) from None
 
 
 async def _answered(

@@ -69,7 +69,7 @@ class TextBody(Body):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1)
-    repetition_penalty: float | None = Field(None, gt=0)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=1024)
@@ -153,7 +153,6 @@ class ChatBody(TextBody):
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
         "functions": ([],),
         "function_call": ("none",),
-        "reasoning_effort": (),
     }
     messages: list[dict[str, Any]] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
@@ -164,6 +163,7 @@ class ChatBody(TextBody):
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
+    reasoning_effort: str | None = None
 
 
 class TokenizeBody(Body):
@@ -187,7 +187,12 @@ def read_body(kind: type[BodyT], content: bytes, lenient: bool, say: Callable[[s
         ApiError: it is not JSON, lacks a field, or has one that is unknown or out of range.
     """
     try:
-        value = json.loads(content)
+        text = content.decode()
+        value = json.loads(text)
+        if "\\ud" in text.lower():
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ApiError("the body holds half a surrogate pair; correct it") from None
     except (ValueError, RecursionError):
         raise ApiError("the body is not JSON") from None
     if not isinstance(value, dict):

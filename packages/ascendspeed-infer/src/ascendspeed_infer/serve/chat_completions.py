@@ -1,5 +1,6 @@
 """`/v1/chat/completions`: answer conversations in the layout of the checkpoint."""
 
+import re
 import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -9,6 +10,7 @@ from typing import Any
 
 from ascendspeed_data.errors import AscendSpeedError
 from ascendspeed_data.prompting import PromptLayout
+from ascendspeed_infer.answer_form import FORM_NAMES, AnswerForm
 from ascendspeed_infer.engine.sequence import GenerationSettings, TokenConstraint, TokenOutput
 from ascendspeed_infer.serve.answer_parser import AnswerParser, AnswerPart
 from ascendspeed_infer.serve.bodies import ChatBody, ToolChoice
@@ -21,11 +23,15 @@ from ascendspeed_infer.serve.text_plan import (
     check_text_body,
     grow,
     sampling_params,
+    usage,
 )
-from ascendspeed_infer.thinking import opens_thoughts
-from ascendspeed_infer.tool_calls import CALL_MARKS
 
 Json = dict[str, Any]
+EFFORT = "reasoning_effort"
+"""Field of a request, and variable of the chat templates that read it."""
+
+
+FUNCTION_NAME = re.compile(r"[\w.-]{1,128}")
 
 
 class ChatCall:
@@ -47,13 +53,24 @@ class ChatCall:
         if body.top_logprobs and not body.logprobs:
             raise ApiError("top_logprobs is for logprobs=true", param="top_logprobs")
         layout = self._layout()
+        self._form = AnswerForm.of(layout.sources, served.model.tokenizer)
+        if self._has_tools:
+            _check_tools(body.tools or [])
+        if self._has_tools and self._form.calls is None:
+            raise ApiError(
+                f"calls of tools are read in the forms of {FORM_NAMES}, of which the chat template has none; leave "
+                "tools out",
+                param="tools",
+            )
         try:
             self._ids = layout.ids(body.messages)
         except AscendSpeedError as error:
             raise ApiError(str(error), param="messages") from None
-        self._thinks = opens_thoughts(served.model.tokenizer, self._ids)
+        self._thinks = self._form.opens_thoughts(served.model.tokenizer, self._ids)
         self._texts = self._new_texts(layout)
-        self._parsers = [AnswerParser(self._thinks, self._has_tools, body.tools) for _ in self._texts]
+        self._parsers = [
+            AnswerParser(self._thinks, self._has_tools, body.tools, self._form.thoughts) for _ in self._texts
+        ]
         self._head = {
             "id": f"chatcmpl-{secrets.token_hex(12)}",
             "object": "chat.completion.chunk" if body.stream else "chat.completion",
@@ -65,8 +82,8 @@ class ChatCall:
         """Return the whole answer."""
         parts: list[list[AnswerPart]] = [[] for _ in self._texts]
         async with aclosing(grow(self.served, self._texts, len(self._ids), self.body.model)) as growing:
-            async for index, added, _ in growing:
-                parts[index].append(self._parse(index, added))
+            async for index, added, tokens in growing:
+                parts[index].append(self._parse(index, added, len(tokens)))
         choices = []
         for index, own in enumerate(parts):
             calls = [
@@ -93,7 +110,7 @@ class ChatCall:
         begun = set[int]()
         async with aclosing(grow(self.served, self._texts, len(self._ids), self.body.model)) as growing:
             async for index, added, tokens in growing:
-                part = self._parse(index, added)
+                part = self._parse(index, added, len(tokens))
                 delta: Json = {} if index in begun else {"role": "assistant", "content": ""}
                 begun.add(index)
                 if part.reasoning:
@@ -113,17 +130,18 @@ class ChatCall:
         return bool(self.body.tools) and self.body.tool_choice != "none"
 
     def _layout(self) -> PromptLayout:
-        layout = self.served.layout
+        layout = (self.served.layout_for_tools if self._has_tools else None) or self.served.layout
         if layout is None:
             raise ApiError("the model has no chat template; use /v1/completions", param="messages")
-        variables = self.body.chat_template_kwargs
+        variables, effort = self.body.chat_template_kwargs or {}, self.body.reasoning_effort
+        if effort is not None:
+            if EFFORT not in layout.reads:
+                raise ApiError(
+                    f"{EFFORT} is not read by the model's chat template; leave it out", param=EFFORT
+                )
+            variables = {EFFORT: effort, **variables}
         if not self._has_tools and not variables:
             return layout
-        if self._has_tools and not any(CALL_MARKS[0] in source for source in layout.sources):
-            raise ApiError(
-                f"the chat template has no {CALL_MARKS[0]}, and calls of other forms are not parsed; leave tools out",
-                param="tools",
-            )
         try:
             return layout.with_tools(self.body.tools if self._has_tools else None, variables)
         except AscendSpeedError as error:
@@ -154,6 +172,7 @@ class ChatCall:
                 self._ids,
                 replace(settings, sampling=replace(sampling, seed=sampling.seed + number)),
                 self._constraint(),
+                self._form.reader(model.tokenizer),
             )
             for number in range(self._n)
         ]
@@ -165,8 +184,8 @@ class ChatCall:
         functions = self._functions_to_call()
         try:
             if functions:
-                return grammars().tool_call(functions, self._thinks)
-            return None if schema is None else grammars().json(schema, self._thinks)
+                return grammars().tool_call(functions, self._form, self._thinks)
+            return None if schema is None else grammars().json(schema, self._form, self._thinks)
         except AscendSpeedError as error:
             raise ApiError(str(error), param="tools" if functions else "response_format") from None
 
@@ -181,16 +200,15 @@ class ChatCall:
             )
         if not is_forced:
             return []
-        known = [one.get("function") for one in body.tools or []]
-        functions = [one for one in known if isinstance(one, dict) and isinstance(one.get("name"), str)]
+        functions = [one["function"] for one in body.tools or []]
         if isinstance(choice, ToolChoice):
             functions = [one for one in functions if one["name"] == choice.function.name]
         if not functions:
             raise ApiError("tool_choice asks for a function that tools does not have", param="tool_choice")
         return functions
 
-    def _parse(self, index: int, added: str) -> AnswerPart:
-        return self._parsers[index].feed(added, self._texts[index].finish_reason is not None)
+    def _parse(self, index: int, added: str, num_tokens: int) -> AnswerPart:
+        return self._parsers[index].feed(added, self._texts[index].finish_reason is not None, num_tokens)
 
     def _finish_reason(self, index: int) -> str | None:
         reason = self._texts[index].finish_reason
@@ -209,5 +227,20 @@ class ChatCall:
 
     def _usage(self) -> Json:
         new = sum(len(one.tokens) for one in self._texts)
-        prompt = len(self._ids)
-        return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+        thought = sum(one.num_reasoning_tokens for one in self._parsers)
+        counts = usage(len(self._ids), new, max(one.num_cached_tokens for one in self._texts))
+        return counts | {"completion_tokens_details": {"reasoning_tokens": thought}}
+
+
+def _check_tools(tools: Sequence[Json]) -> None:
+    """Raise `ApiError` unless each tool is a function with a name, and parameters, if any, that are an object."""
+    for number, tool in enumerate(tools, 1):
+        function: Any = tool.get("function") if tool.get("type") == "function" else None
+        name = function.get("name") if isinstance(function, dict) else None
+        if not isinstance(name, str) or not FUNCTION_NAME.fullmatch(name):
+            raise ApiError(
+                f"tools: number {number} is not of the type function with a name of letters, digits, '_', '.' and '-'",
+                param="tools",
+            )
+        if not isinstance(function.get("parameters") or {}, dict):
+            raise ApiError(f"tools: the parameters of {name} are not an object", param="tools")

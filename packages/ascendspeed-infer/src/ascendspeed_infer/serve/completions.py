@@ -20,6 +20,7 @@ from ascendspeed_infer.serve.text_plan import (
     check_text_body,
     grow,
     sampling_params,
+    usage,
 )
 
 DEFAULT_MAX_TOKENS = 16
@@ -42,6 +43,10 @@ class CompletionCall:
     def __init__(self, served: ServedModel, body: CompletionBody) -> None:
         self.served, self.body = served, body
         self._prompts = [served.encode(prompt) for prompt in body.prompts]
+        if not all(self._prompts):
+            raise ApiError(
+                "the prompt has no token and the tokenizer adds none; give a text to continue", param="prompt"
+            )
         self._n = body.n or 1
         self._best_of = body.best_of or self._n
         self._max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
@@ -204,4 +209,8 @@ class CompletionCall:
     def _usage(self) -> Json:
         prompt = sum(map(len, self._prompts))
         new = sum(len(one.tokens) for one in self._texts)
-        return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+        cached = sum(
+            max(one.num_cached_tokens for one in self._texts[start : start + self._best_of])
+            for start in range(0, len(self._texts), self._best_of)
+        )
+        return usage(prompt, new, cached)

@@ -83,6 +83,7 @@ class ServerConfig(Config):
     max_choices: int = Field(128, ge=1, description="Most texts of one request: prompts times best_of.")
     max_logprobs: int = Field(20, ge=0, description="Most alternatives of a token.")
     max_stop: int = Field(16, ge=0, description="Most stop strings of a request.")
+    max_stop_characters: int = Field(256, ge=1, description="Longest stop string.")
 
 
 class ServeConfig(LoadedModelConfig):

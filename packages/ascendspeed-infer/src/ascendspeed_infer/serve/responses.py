@@ -32,6 +32,13 @@ class TextOptions(Body):
     format: TextFormat | None = None
 
 
+class ReasoningOptions(Body):
+    """How long a model thinks."""
+
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {"summary": (), "generate_summary": ()}
+    effort: str | None = None
+
+
 class ResponsesBody(Body):
     """Of `/v1/responses`."""
 
@@ -41,7 +48,6 @@ class ResponsesBody(Body):
         "conversation": (),
         "background": (False,),
         "truncation": ("disabled",),
-        "reasoning": ({},),
         "prompt": (),
         "max_tool_calls": (),
     }
@@ -54,6 +60,7 @@ class ResponsesBody(Body):
     seed: int | None = None
     stream: bool | None = None
     text: TextOptions | None = None
+    reasoning: ReasoningOptions | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
@@ -183,9 +190,9 @@ class ResponsesCall:
             )
         counts = {
             "input_tokens": usage["prompt_tokens"],
-            "input_tokens_details": {"cached_tokens": 0},
+            "input_tokens_details": usage["prompt_tokens_details"],
             "output_tokens": usage["completion_tokens"],
-            "output_tokens_details": {"reasoning_tokens": 0},
+            "output_tokens_details": usage["completion_tokens_details"],
             "total_tokens": usage["total_tokens"],
         }
         details = {"reason": "max_output_tokens"} if status == "incomplete" else None
@@ -222,6 +229,7 @@ def _chat_body(body: ResponsesBody) -> ChatBody:
         "tools": None if body.tools is None else [_tool(one) for one in body.tools],
         "tool_choice": _choice(body.tool_choice),
         "parallel_tool_calls": body.parallel_tool_calls,
+        "reasoning_effort": None if body.reasoning is None else body.reasoning.effort,
     }
     form = body.text.format if body.text is not None else None
     if form is not None:

@@ -5,6 +5,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 from ascendspeed_core.models.cache import BLOCK_TOKENS, blocks_of
@@ -22,6 +23,8 @@ from ascendspeed_infer.serve.structured import Grammars
 from ascendspeed_infer.text_generator import TextGenerator, encode_prompt
 
 DEFAULT_CACHE_TOKENS = 65536
+CACHE_SALT: ContextVar[str | None] = ContextVar("cache_salt", default=None)
+"""Of the request that is answered: those with another one do not share its keys and values."""
 
 
 def cache_size(config: ServerConfig, longest: int) -> int:
@@ -44,6 +47,7 @@ class ServedModel:
         metrics: counts.
         say: where lines for the log go.
         layout: of conversations; `None` if the model has no chat template.
+        layout_for_tools: of those with tools; `None` for the same.
         created: seconds since the epoch.
     """
 
@@ -54,6 +58,7 @@ class ServedModel:
     metrics: Metrics
     say: Callable[[str], None]
     layout: PromptLayout | None = None
+    layout_for_tools: PromptLayout | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     planner: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "plan"))
     """Reads requests, one after another, while others are answered."""
@@ -133,7 +138,7 @@ class ServedModel:
             return tell
 
         new = [
-            NewRequest(one, listener(number), self.limits.batch_invariant, adapter=adapter)
+            NewRequest(one, listener(number), self.limits.batch_invariant, CACHE_SALT.get(), adapter)
             for number, one in enumerate(requests)
         ]
         try:

@@ -57,6 +57,7 @@ def prepared_server(
     config: ServerConfig,
     say: Callable[[str], None],
     layout: PromptLayout | None = None,
+    layout_for_tools: PromptLayout | None = None,
 ) -> Iterator[tuple[uvicorn.Server, socket.socket, ServedModel]]:
     """Take the address and start the engine; what is yielded has yet to be run.
 
@@ -66,6 +67,7 @@ def prepared_server(
         config: where to listen, and what is allowed.
         say: where lines for the log go.
         layout: of conversations, if the model has a chat template.
+        layout_for_tools: of those with tools, if it is another one.
 
     Raises:
         ConfigError: the address is not free, or the keys cannot be read.
@@ -82,7 +84,7 @@ def prepared_server(
     if name in engine.adapter_names:
         raise ConfigError(f"lora_modules: {name} is the name of the model itself; give another")
     driver = EngineDriver(engine, config.max_queue, end)
-    served = ServedModel(name, model, driver, config, Metrics(driver), say, layout)
+    served = ServedModel(name, model, driver, config, Metrics(driver), say, layout, layout_for_tools)
     server = DrainingServer(
         uvicorn.Config(
             build_app(served, keys),
@@ -121,9 +123,11 @@ def served_engine(model: TextGenerator, config: ServerConfig) -> EngineLoop:
     from ascendspeed_infer.vllm_engine import VllmEngine
 
     assert isinstance(model.engine, VllmEngine)
-    for name in ("batch_invariant", "optimistic_admission", "cache_tokens"):
-        if getattr(config, name):
-            raise ConfigError(f"{name}: engine=vllm decides that itself; leave it out")
+    for name in ("batch_invariant", "optimistic_admission", "cache_tokens", "max_num_seqs"):
+        if getattr(config, name) != ServerConfig.model_fields[name].default:
+            raise ConfigError(
+                f"{name}: engine=vllm decides that itself; leave it out, or see --engine-option"
+            )
     return VllmLoop(model.engine)
 
 
@@ -133,13 +137,14 @@ def run_server(
     config: ServerConfig,
     say: Callable[[str], None],
     layout: PromptLayout | None = None,
+    layout_for_tools: PromptLayout | None = None,
 ) -> None:
     """Answer requests until SIGTERM, Ctrl-C or a failure of the engine; see `prepared_server`.
 
     Raises:
         AscendSpeedError: the engine failed.
     """
-    with prepared_server(name, model, config, say, layout) as (server, listener, served):
+    with prepared_server(name, model, config, say, layout, layout_for_tools) as (server, listener, served):
         host, port = listener.getsockname()[:2]
         say(f"serving {name} on http://{f'[{host}]' if ':' in host else host}:{port}")
         with quiet_signals():

@@ -10,11 +10,13 @@ import torch
 
 from ascendspeed_data.errors import AscendSpeedError
 from ascendspeed_data.tokenizer import Tokenizer
-from ascendspeed_infer.thinking import CLOSE
-from ascendspeed_infer.tool_calls import CALL_MARKS
+from ascendspeed_infer.answer_form import AnswerForm
+from ascendspeed_infer.channels import CHANNEL, CONSTRAIN, END, MESSAGE, START
+from ascendspeed_infer.tool_calls import ARGUMENTS_MARK, CALL_MARKS, LIST_MARK
 
 WHITE_SPACE = r"[\x20\x0A\x0D\x09]{0,40}"
 """Between the parts of JSON: some, so that a model does not write it for ever."""
+NEW_LINE = "\n"
 RECENT_TOKENS = 16
 """In which the end of thoughts is looked for."""
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -46,54 +48,82 @@ class Grammars:
         wrapped = llguidance.TokenizerWrapper(_TokenBytes(tokenizer, vocab_size, end_ids[0]))
         self._tokens = llguidance.LLTokenizer(wrapped, eos_token=list(end_ids))
 
-    def json(self, schema: Mapping[str, Any], thinks: bool) -> "GrammarConstraint":
+    def json(self, schema: Mapping[str, Any], form: AnswerForm, thinks: bool) -> "GrammarConstraint":
         """Return what holds a text to JSON.
 
         Args:
             schema: JSON Schema of the value.
+            form: of answers.
             thinks: whether the prompt opened thoughts, after whose end the JSON begins.
 
         Raises:
             AscendSpeedError: the schema is wrong, or says something that cannot be held to.
         """
-        options: Any = {"whitespace_pattern": WHITE_SPACE}
-        grammar = self._matcher.grammar_from_json_schema(json.dumps(schema), overrides=options)
-        return self._constraint(grammar, thinks)
+        final = f'thought? {_piece(form, CHANNEL)} "final" {_piece(form, MESSAGE)}'
+        opened = final if form.is_in_channels else ""
+        return self._of_lark([f"start: {opened} value", f"value: {_json_rule(schema)}"], form, thinks)
 
-    def tool_call(self, functions: Sequence[Mapping[str, Any]], thinks: bool) -> "GrammarConstraint":
+    def tool_call(
+        self, functions: Sequence[Mapping[str, Any]], form: AnswerForm, thinks: bool
+    ) -> "GrammarConstraint":
         """Return what holds a text to one call of one of some functions.
 
         Args:
             functions: `name` and `parameters` of each.
+            form: of answers.
             thinks: see `json`.
 
         Raises:
             AscendSpeedError: see `json`.
         """
-        calls = [
-            {
-                "type": "object",
-                "properties": {
-                    "name": {"const": one["name"]},
-                    "arguments": one.get("parameters") or {"type": "object"},
-                },
-                "required": ["name", "arguments"],
-                "additionalProperties": False,
-            }
-            for one in functions
-        ]
-        schema = json.dumps({"x-guidance": {"whitespace_pattern": WHITE_SPACE}, "anyOf": calls})
-        opened, closed = (json.dumps(mark) for mark in (f"{CALL_MARKS[0]}\n", f"\n{CALL_MARKS[1]}"))
-        lark = f"start: {opened} call {closed}\ncall: %json {schema}\n"
-        return self._constraint(self._matcher.grammar_from_lark(lark), thinks)
+        numbers = range(len(functions))
+        rules = [f"start: {' | '.join(f'call{number}' for number in numbers)}"]
+        for number, one in zip(numbers, functions, strict=True):
+            opened, closed = _around_arguments(form, str(one["name"]))
+            arguments = _json_rule(one.get("parameters") or {"type": "object"})
+            rules += [f"call{number}: {opened} arguments{number} {closed}", f"arguments{number}: {arguments}"]
+        return self._of_lark(rules, form, thinks)
 
-    def _constraint(self, grammar: str, thinks: bool) -> "GrammarConstraint":
+    def _of_lark(self, rules: Sequence[str], form: AnswerForm, thinks: bool) -> "GrammarConstraint":
+        if form.is_in_channels:
+            opened, message, end, start = (_piece(form, mark) for mark in (CHANNEL, MESSAGE, END, START))
+            thought = f'thought: {opened} "analysis" {message} TEXT {end} {start} "assistant"'
+            rules = [*rules, thought, r"TEXT: /(.|\n)*/"]
+        grammar = self._matcher.grammar_from_lark("\n".join(rules) + "\n")
         matcher = self._matcher(self._tokens, grammar, log_level=0)
         if matcher.is_error():
             raise AscendSpeedError(
                 f"the form cannot be held to: {' '.join(matcher.get_error().split())[:300]}"
             )
-        return GrammarConstraint(matcher, self._tokenizer, thinks)
+        closed = form.thoughts[1]
+        return GrammarConstraint(matcher, self._tokenizer, thinks, (closed, form.control.get(closed)))
+
+
+def _piece(form: AnswerForm, mark: str) -> str:
+    """Return a mark in a grammar: its id if it is control, its text otherwise."""
+    return f"<[{form.control[mark]}]>" if mark in form.control else json.dumps(mark)
+
+
+def _json_rule(schema: Mapping[str, Any]) -> str:
+    return "%json " + json.dumps({**schema, "x-guidance": {"whitespace_pattern": WHITE_SPACE}})
+
+
+def _around_arguments(form: AnswerForm, name: str) -> tuple[str, str]:
+    """Return what stands before and after the arguments of a call."""
+    if form.calls == "channels":
+        opened, constrained, message = (_piece(form, mark) for mark in (CHANNEL, CONSTRAIN, MESSAGE))
+        header = json.dumps(f"commentary to=functions.{name} ")
+        return f'thought? {opened} {header} {constrained} "json" {message}', ""
+    if form.calls == "named":
+        return f"{_piece(form, LIST_MARK)} {json.dumps(name)} {_piece(form, ARGUMENTS_MARK)}", ""
+    key = "parameters" if form.calls == "object" else "arguments"
+    before = json.dumps(name).join(('{"name": ', f', "{key}": '))
+    if form.calls == "object":
+        return json.dumps(before), '"}"'
+    if form.calls == "list":
+        return f"{_piece(form, LIST_MARK)} {json.dumps(f' [{before}')}", '"}]"'
+    opened, closed = (_piece(form, mark) for mark in CALL_MARKS)
+    return f"{opened} {json.dumps(NEW_LINE + before)}", f'"}}\\n" {closed}'
 
 
 class GrammarConstraint:
@@ -103,10 +133,13 @@ class GrammarConstraint:
         matcher: of llguidance.
         tokenizer: decodes thoughts.
         thinks: whether the text begins inside of thoughts, which may be anything.
+        closed: the mark that ends thoughts, and its id if it is control.
     """
 
-    def __init__(self, matcher: Any, tokenizer: Tokenizer, thinks: bool) -> None:
-        self._matcher, self._tokenizer, self._thinks = matcher, tokenizer, thinks
+    def __init__(
+        self, matcher: Any, tokenizer: Tokenizer, thinks: bool, closed: tuple[str, int | None]
+    ) -> None:
+        self._matcher, self._tokenizer, self._thinks, self._closed = matcher, tokenizer, thinks, closed
         self._recent: list[int] = []
 
     @property
@@ -131,7 +164,8 @@ class GrammarConstraint:
             self._matcher.consume_token(token_id)
             return
         self._recent = [*self._recent[1 - RECENT_TOKENS :], token_id]
-        self._thinks = CLOSE not in self._tokenizer.decode(self._recent)
+        mark, number = self._closed
+        self._thinks = token_id != number and mark not in self._tokenizer.decode(self._recent)
 
 
 class _TokenBytes:

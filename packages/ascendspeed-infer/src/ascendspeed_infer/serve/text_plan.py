@@ -5,7 +5,9 @@ import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from typing import Any
 
+from ascendspeed_infer.answer_form import AnswerReader
 from ascendspeed_infer.detokenizer import Detokenizer
 from ascendspeed_infer.engine.sequence import (
     FinishReason,
@@ -20,14 +22,22 @@ from ascendspeed_infer.serve.bodies import LARGEST_SEED, TextBody
 from ascendspeed_infer.serve.errors import ApiError
 from ascendspeed_infer.serve.served_model import ServedModel
 
+LEAST_TEMPERATURE = 1e-6
+"""Of draws; far below it, logits divided by it are infinite."""
+
 
 def sampling_params(body: TextBody, vocab_size: int) -> SamplingParams:
     """Return how tokens are chosen; temperature 0 takes the likeliest one, no seed takes any.
 
     Raises:
-        ApiError: a bias is of no token.
+        ApiError: a bias is of no token, or the temperature is too low.
     """
     temperature = 1.0 if body.temperature is None else body.temperature
+    if 0 < temperature < LEAST_TEMPERATURE:
+        raise ApiError(
+            f"temperature={temperature} is less than {LEAST_TEMPERATURE}; give 0 for the likeliest token",
+            param="temperature",
+        )
     seed = secrets.randbelow(LARGEST_SEED) if body.seed is None else body.seed
     return SamplingParams(
         do_sample=temperature > 0,
@@ -61,6 +71,12 @@ def check_text_body(served: ServedModel, body: TextBody, num_texts: int) -> None
         raise ApiError(
             f"{len(body.stops)} stop strings are more than the {limits.max_stop} allowed", param="stop"
         )
+    longest = max(map(len, body.stops), default=0)
+    if longest > limits.max_stop_characters:
+        raise ApiError(
+            f"a stop string of {longest} characters is longer than the {limits.max_stop_characters} allowed",
+            param="stop",
+        )
     if "" in body.stops:
         raise ApiError("stop holds an empty text, which would end every answer; leave it out", param="stop")
     if body.stream_options is not None and not body.stream:
@@ -71,6 +87,22 @@ def check_log_probs(served: ServedModel, count: int, param: str) -> None:
     """Raise `ApiError` if more alternatives were asked for than are allowed."""
     if count > served.limits.max_logprobs:
         raise ApiError(f"{param}={count} is more than the {served.limits.max_logprobs} allowed", param=param)
+
+
+def usage(num_prompt: int, num_new: int, num_cached: int) -> dict[str, Any]:
+    """Return counts of tokens in OpenAI's form.
+
+    Args:
+        num_prompt: of the prompts.
+        num_new: of the answers.
+        num_cached: of the prompts, copied from earlier texts.
+    """
+    return {
+        "prompt_tokens": num_prompt,
+        "completion_tokens": num_new,
+        "total_tokens": num_prompt + num_new,
+        "prompt_tokens_details": {"cached_tokens": num_cached},
+    }
 
 
 async def grow(
@@ -107,6 +139,7 @@ class GrowingText:
         tokens: new ones.
         text: of them, as far as it is certain.
         constraint: what its tokens may be.
+        reader: puts marks of thoughts and calls into its text, where they are control.
         shown_length: characters of the tokens whose log-probabilities were shown.
     """
 
@@ -114,6 +147,7 @@ class GrowingText:
     prompt_ids: Sequence[int]
     settings: GenerationSettings
     constraint: TokenConstraint | None = None
+    reader: AnswerReader | None = None
     tokens: list[TokenOutput] = field(default_factory=list)
     text: str = ""
     shown_length: int = 0
@@ -121,20 +155,38 @@ class GrowingText:
     def __post_init__(self) -> None:
         self._detokenizer = self._new_detokenizer()
         self._ids: list[int] = []
+        self._request: SamplingRequest | None = None
+        self._control = frozenset(self.served.model.tokenizer.special_ids.values()) if self.reader else ()
 
     def new_request(self) -> SamplingRequest:
         """Return the request of the engine."""
         # The check runs on the engine's thread, with a detokenizer of its own.
         check = self._new_detokenizer().has_stop_string if self.settings.stop else never_stop
-        return SamplingRequest(self.prompt_ids, self.settings, check, self.constraint)
+        self._request = SamplingRequest(self.prompt_ids, self.settings, check, self.constraint)
+        return self._request
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Tokens of the prompt whose keys and values were copied from an earlier text."""
+        return 0 if self._request is None else self._request.num_cached_tokens
 
     def add(self, tokens: Sequence[TokenOutput]) -> str:
         """Take new tokens and return what they add to the text."""
         self.tokens += tokens
-        self._ids += (one.token_id for one in tokens)
-        added = self._detokenizer.next_text(self._ids, self.finish_reason is not None)
+        if self.reader is None:
+            self._ids += (one.token_id for one in tokens)
+            added = self._detokenizer.next_text(self._ids, self.finish_reason is not None)
+        else:
+            added = "".join(self._read(self.reader, one) for one in tokens)
         self.text += added
         return added
+
+    def _read(self, reader: AnswerReader, token: TokenOutput) -> str:
+        self._ids.append(token.token_id)
+        # No stop string goes on behind control, so nothing is held back there.
+        is_certain = token.finish_reason is not None or token.token_id in self._control
+        added = reader.feed(token.token_id, self._detokenizer.next_text(self._ids, is_certain))
+        return added + (reader.end() if token.finish_reason == "stop" else "")
 
     @property
     def finish_reason(self) -> FinishReason | None:

@@ -30,7 +30,7 @@ class VllmLoop:
 
     def __init__(self, engine: VllmEngine) -> None:
         self._engine = engine
-        self._inbox: deque[tuple[str, ServedRequest | None]] = deque()
+        self._inbox: deque[tuple[str, ServedRequest | None, str | None]] = deque()
         self._running: dict[str, ServedRequest] = {}
         self._num_reported: dict[str, int] = {}
         self._counter = itertools.count()
@@ -72,11 +72,11 @@ class VllmLoop:
                 raise AscendSpeedError("engine=vllm is not held to forms of answers here; leave the form out")
             check_length(len(request.prompt_ids), request.max_new_tokens, self.max_model_len)
         self._params(request)
-        self._inbox.append((request_id, request))
+        self._inbox.append((request_id, request, cache_salt))
 
     def abort_request(self, request_id: str) -> None:
         """See `EngineLoop`."""
-        self._inbox.append((request_id, None))
+        self._inbox.append((request_id, None, None))
 
     def has_unfinished_requests(self) -> bool:
         """See `EngineLoop`."""
@@ -86,13 +86,13 @@ class VllmLoop:
         """See `EngineLoop`."""
         outputs: list[RequestOutput] = []
         while self._inbox:
-            name, request = self._inbox.popleft()
+            name, request, salt = self._inbox.popleft()
             if request is None:
                 if self._running.pop(name, None) is not None:
                     self._engine.abort(name)
                 continue
             try:
-                self._engine.add(name, request.prompt_ids, self._params(request))
+                self._engine.add(name, request.prompt_ids, self._params(request), salt)
                 self._running[name], self._num_reported[name] = request, 0
             except AscendSpeedError as error:
                 outputs.append(RequestOutput(name, is_finished=True, error=error))
@@ -130,6 +130,7 @@ class VllmLoop:
                     return []
                 request.take_tokens(_prompt_tokens(request, output.prompt_logprobs))
             else:
+                request.num_cached_tokens = output.num_cached_tokens or 0
                 _take_tokens(request, output)
         except Exception as caught:  # noqa: BLE001 - ends this request, and no other
             error = request.error = caught

@@ -59,6 +59,24 @@ def check_sharded_optimizer() -> None:
         ) from None
 
 
+def check_transformer_engine(fp8: str) -> None:
+    """Try to import what multiplies in FP8.
+
+    Args:
+        fp8: the format that was asked for.
+
+    Raises:
+        AscendSpeedError: it is not installed.
+    """
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except (ImportError, OSError) as error:
+        raise AscendSpeedError(
+            f"engine=megatron with fp8={fp8}: Transformer Engine, whose linear layers multiply in FP8, cannot be "
+            f"imported ({error}); install transformer-engine, or leave --fp8 out"
+        ) from None
+
+
 def start_groups(layout: Layout, stages_per_rank: int) -> None:
     """Make megatron-core's process groups; ranks are numbered as in `config.layout`."""
     state = megatron("parallel_state")
@@ -66,6 +84,7 @@ def start_groups(layout: Layout, stages_per_rank: int) -> None:
     state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
+        context_parallel_size=layout.cp,
         virtual_pipeline_model_parallel_size=stages_per_rank if stages_per_rank > 1 else None,
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.etp,
@@ -79,7 +98,8 @@ def make_config(kind: str, fields: Mapping[str, Any], more: Mapping[str, Any]) -
     """Return one of its config objects.
 
     Args:
-        kind: `TransformerConfig`, `OptimizerConfig` or `DistributedDataParallelConfig`.
+        kind: `TransformerConfig`, or `MLATransformerConfig` for latent attention, `OptimizerConfig` or
+            `DistributedDataParallelConfig`.
         fields: that the engine sets; those that this version does not know are left out.
         more: fields of `--megatron-args`.
 
@@ -104,6 +124,7 @@ def config_class(kind: str) -> Any:
     """Return the class of one of its config objects."""
     modules = {
         "TransformerConfig": "transformer.transformer_config",
+        "MLATransformerConfig": "transformer.transformer_config",
         "OptimizerConfig": "optimizer.optimizer_config",
         "DistributedDataParallelConfig": "distributed.distributed_data_parallel_config",
     }
@@ -125,6 +146,15 @@ def make_gpt_model(stage: int, stages_per_rank: int, **arguments: Any) -> Any:
         else:
             megatron("parallel_state").set_virtual_pipeline_model_parallel_rank(stage)
     return model(**arguments)
+
+
+def latent_attention() -> Any:
+    """Return its class of multi-head latent attention."""
+    module: Any = megatron("transformer.multi_latent_attention")
+    if not isinstance(getattr(module, "TELinear", None), type):
+        # Without Transformer Engine 0.16 has mocks of its classes, and asks whether a layer is an instance of one.
+        module.HAVE_TE = False
+    return module.MLASelfAttention
 
 
 def mark_cut(parameter: torch.Tensor, dim: int) -> None:

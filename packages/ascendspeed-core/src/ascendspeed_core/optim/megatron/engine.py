@@ -119,22 +119,28 @@ class MegatronEngine:
         """Never called, see `forward`."""
         raise AssertionError("a single backward pass under megatron-core")
 
-    def forward_backward(self, inputs: Sequence[ModelInput], share: ShareOfLoss, scale: float) -> LossSums:
+    def forward_backward(
+        self, inputs: Sequence[ModelInput], share: ShareOfLoss, scale: float, auxiliary_scale: float
+    ) -> LossSums:
         """Run the micro-batches of a step by megatron-core's schedule; see `optim.engine.Engine`."""
         self.zero_grad()
         sums = LossSums.zeros(self._model, self._mesh.device.torch)
+        for _, router in self._model.token_routers():
+            router.loss_factor, router.note_losses = auxiliary_scale, sums.add
         losses = core.forward_backward()(
             forward_step_func=partial(self._forward_step, share, scale),
             data_iterator=[iter(enumerate(inputs)) for _ in self._chunks],
             model=self._chunks,
             num_microbatches=len(inputs),
-            seq_length=inputs[0].tokens.shape[1],
+            # Of whole sequences, of which the ranks of context parallelism have parts.
+            seq_length=inputs[0].tokens.shape[1] * self._mesh.layout.cp,
             micro_batch_size=inputs[0].tokens.shape[0],
             forward_only=False,
         )
         for loss in losses:
             sums.loss.add_(loss)
-        self._mesh.sum_over("pp", sums.loss)
+        for part in (sums.loss, *sums.auxiliary.values()):
+            self._mesh.sum_over("pp", part)
         return sums
 
     def _forward_step(

@@ -18,6 +18,8 @@ from ascendspeed_core.optim.megatron.core import config_class
 from ascendspeed_core.optim.megatron.settings import ddp_fields, optimizer_fields, transformer_fields
 from ascendspeed_data.errors import ConfigError, did_you_mean
 
+OF_ROUTERS = "routers are this project's, whose options the run has"
+
 UNSUPPORTED = {
     "use_precision_aware_optimizer": "checkpoints hold the optimizer's state in fp32",
     "optimizer_cpu_offload": "checkpoints hold the optimizer's state as the device has it",
@@ -28,7 +30,20 @@ UNSUPPORTED = {
     "mtp_num_layers": "the model has no layers for further tokens",
     "transformer_impl": "the engine takes megatron-core's own layers",
     "cpu_offloading": "it needs Transformer Engine",
-    "fp8": "it needs Transformer Engine's layers",
+    "fp8": "--fp8 says it, which takes layers that have it",
+    "fp8_recipe": "--fp8-recipe says it",
+    "fp8_param": "weights would be held in FP8, of which checkpoints know nothing",
+    **dict.fromkeys(
+        (
+            "moe_aux_loss_coeff",
+            "moe_z_loss_coeff",
+            "moe_input_jitter_eps",
+            "moe_expert_capacity_factor",
+            "moe_token_drop_policy",
+            "moe_pad_expert_input_to_capacity",
+        ),
+        OF_ROUTERS,
+    ),
     "fp4": "it needs Transformer Engine's layers",
     "tp_comm_overlap": "it needs Transformer Engine's layers",
     "average_in_collective": "gradients are sums over the global batch",
@@ -62,8 +77,9 @@ def _checked(kind: str, name: str, value: Any, path: Path) -> Any:
         )
     if name in _fields_of_run(kind):
         raise ConfigError(f"{path}: {kind}.{name} is decided by the run's own options; leave it out")
-    if name in UNSUPPORTED:
-        raise ConfigError(f"{path}: {kind}.{name} is refused: {UNSUPPORTED[name]}; leave it out")
+    reason = OF_ROUTERS if name.startswith("moe_router_") else UNSUPPORTED.get(name)
+    if reason is not None:
+        raise ConfigError(f"{path}: {kind}.{name} is refused: {reason}; leave it out")
     hint = typing.get_type_hints(made)[name]
     try:
         return TypeAdapter(hint).validate_python(value, strict=True)

@@ -6,7 +6,8 @@ and knows neither ALiBi nor windows. A layer spec takes other modules in their p
 Shapes: S sequence, B batch, H hidden size, N query heads and K key-value heads of this rank, D head size.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,8 +18,11 @@ from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.kernels.fused_attention import causal_attention
 from ascendspeed_core.kernels.mask_rule import MaskRule
 from ascendspeed_core.kernels.reference import AttentionFunction
-from ascendspeed_core.megatron import megatron
 from ascendspeed_core.models.norm import LayerNorm, RMSNorm
+from ascendspeed_core.models.position import RotaryKind, rotary_frequencies
+
+AttentionWrapper = Callable[..., torch.Tensor]
+"""Runs an implementation of attention, its first argument, on parts of sequences."""
 
 
 class MaskRules:
@@ -51,6 +55,7 @@ class CoreAttention(nn.Module):
 
     Attributes:
         attend: the implementation.
+        wrapper: runs it, where ranks have parts of every sequence.
         options: its further arguments.
         rules: which keys a query sees; the model sets it.
     """
@@ -61,6 +66,7 @@ class CoreAttention(nn.Module):
         super().__init__()
         scale = softmax_scale if softmax_scale is not None else getattr(config, "softmax_scale", None)
         self.attend: AttentionFunction = causal_attention
+        self.wrapper: AttentionWrapper | None = None
         self.options = {} if scale is None else {"scale": scale}
 
     def forward(
@@ -71,38 +77,58 @@ class CoreAttention(nn.Module):
         attention_mask: torch.Tensor | None,
         **_: Any,
     ) -> torch.Tensor:
-        """Attend: [S, B, N, D] and twice [S, B, K, D] -> [S, B, N D]; the mask is the segments, see `MaskRules`."""
+        """Attend: [S, B, N, D] and twice [S, B, K, D] -> [S, B, N D]; the mask is the segments, see `MaskRules`.
+
+        Values may be narrower.
+        """
         rule = self.rules.rule(attention_mask, query)
+        width = value.shape[-1]
+        if width < key.shape[-1]:
+            # Implementations take values as wide as keys.
+            value = F.pad(value, (0, key.shape[-1] - width))
         q, k, v = (heads.permute(1, 2, 0, 3) for heads in (query, key, value))
-        return self.attend(q, k, v, rule, **self.options).permute(2, 0, 1, 3).flatten(2)
+        attend = partial(self.attend, **self.options)
+        attended = attend(q, k, v, rule) if self.wrapper is None else self.wrapper(attend, q, k, v, rule)
+        return attended[..., :width].permute(2, 0, 1, 3).flatten(2)
 
 
 class Rotary(nn.Module):
     """Angles of the rotary embedding, in the place of `RotaryEmbedding`: of the positions that a micro-batch has.
 
+    Args:
+        magnitude: of cosine and sine, in the place of `YarnRotaryEmbedding`; `None` elsewhere.
+
     Attributes:
         angles: of the next forward pass, [S, B or 1, 1, R].
     """
 
-    def __init__(self) -> None:
+    def __init__(self, magnitude: float | None = None) -> None:
         super().__init__()
         self.angles: torch.Tensor | None = None
+        self._magnitude = magnitude
 
     def get_rotary_seq_len(self, *_: Any, **__: Any) -> int:
         """Return nothing of use: the angles are known."""
         return 0
 
-    def forward(self, *_: Any, **__: Any) -> torch.Tensor | None:
-        """Return the angles."""
-        return self.angles
+    def forward(self, *_: Any, **__: Any) -> Any:
+        """Return the angles, with the magnitude where there is one."""
+        return self.angles if self._magnitude is None else (self.angles, self._magnitude)
 
 
-def norm_class(model: ModelConfig, of_heads: bool = False) -> type:
+def rotary_angles(positions: torch.Tensor, kind: RotaryKind) -> torch.Tensor:
+    """Return the angles of positions, [B, S] -> [S, B, 1, R]."""
+    angles = positions.t().float().unsqueeze(-1) * rotary_frequencies(kind).to(positions.device)
+    return torch.cat([angles, angles], dim=-1).unsqueeze(-2)
+
+
+def norm_class(model: ModelConfig, of_heads: bool = False, epsilon: float | None = None) -> type:
     """Return what makes the norms of a model, called as megatron-core's are.
 
     Args:
         model: the architecture.
         of_heads: of queries and keys, which are always `RMSNorm`.
+        epsilon: whatever the model's other norms have; `None` for the same.
     """
     is_layer_norm = model.norm == "layernorm" and not of_heads
 
@@ -110,6 +136,7 @@ def norm_class(model: ModelConfig, of_heads: bool = False) -> type:
         """Makes this project's norm and says that its gradient is partial where the sequence is cut."""
 
         def __new__(cls, config: Any, hidden_size: int, eps: float, **_: Any) -> Any:
+            eps = eps if epsilon is None else epsilon
             norm = (
                 LayerNorm(hidden_size, eps, model.norm_bias, model.norm_unit_offset)
                 if is_layer_norm
@@ -140,50 +167,6 @@ def _tanh_gelu(x: torch.Tensor) -> torch.Tensor:
 
 def _squared_relu(x: torch.Tensor) -> torch.Tensor:
     return F.relu(x).square()
-
-
-def block_spec(model: ModelConfig, layers: Sequence[int]) -> Any:
-    """Return what the layers of one stage are made of.
-
-    Args:
-        model: the architecture.
-        layers: their numbers in the whole model.
-    """
-    blocks = megatron("transformer.transformer_block")
-    norm = norm_class(model)
-    return blocks.TransformerBlockSubmodules(
-        layer_specs=[_layer_spec(model, norm, model.has_experts(layer)) for layer in layers], layer_norm=norm
-    )
-
-
-def _layer_spec(model: ModelConfig, norm: type, has_experts: bool) -> Any:
-    experts = model.experts if has_experts else None
-    spec = megatron("models.gpt.gpt_layer_specs").get_gpt_layer_local_spec(
-        num_experts=None if experts is None else experts.count,
-        qk_layernorm=model.qk_norm,
-        multi_latent_attention=model.kv_latent_dim is not None,
-    )
-    parts = spec.submodules
-    parts.input_layernorm = parts.pre_mlp_layernorm = norm
-    attention = parts.self_attention.submodules
-    attention.core_attention = CoreAttention
-    if model.qk_norm:
-        attention.q_layernorm = attention.k_layernorm = norm_class(model, of_heads=True)
-    if model.output_bias and not model.mlp_bias:
-        attention.linear_proj = _biased(attention.linear_proj)
-    return spec
-
-
-def _biased(linear: Any) -> type:
-    """Return what makes the same layer with a bias: `add_bias_linear` would give the MLP one too."""
-
-    class Biased:
-        """Makes the layer."""
-
-        def __new__(cls, *args: Any, **options: Any) -> Any:
-            return linear(*args, **(options | {"bias": True}))
-
-    return Biased
 
 
 def add_embedding_norm(model: Any, described: ModelConfig, config: Any) -> None:

@@ -8,8 +8,9 @@ turns. Hidden states are [B, S, H] as everywhere in this project, [B, S/tp, H] w
 has [S, B, H].
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import nn
 
 from ascendspeed_core.config.compute import ComputeConfig
 from ascendspeed_core.config.layout import Stage, stages_of_ranks
-from ascendspeed_core.config.megatron import LOGITS_ONLY
+from ascendspeed_core.config.megatron import LOGITS_ONLY, LayerOptions
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.recompute import RecomputeConfig
 from ascendspeed_core.config.sharding import chunk_range, query_heads
@@ -25,18 +26,22 @@ from ascendspeed_core.kernels.mask_rule import MaskRule
 from ascendspeed_core.kernels.registry import Choice, KernelContext, choose
 from ascendspeed_core.models.auxiliary_losses import AuxiliaryLosses
 from ascendspeed_core.models.norm import LayerNorm, RMSNorm
-from ascendspeed_core.models.position import rotary_frequencies
+from ascendspeed_core.models.router import Router
 from ascendspeed_core.models.transformer import ModelInput, Transformer
 from ascendspeed_core.optim.megatron.core import make_config, make_gpt_model, mark_cut, prepare, start_groups
+from ascendspeed_core.optim.megatron.latent_attention import with_positions
 from ascendspeed_core.optim.megatron.layers import (
     CoreAttention,
     MaskRules,
     Rotary,
     add_embedding_norm,
-    block_spec,
+    rotary_angles,
 )
 from ascendspeed_core.optim.megatron.parameters import HeldParameter, fill, held_parameters, vocabulary_rows
-from ascendspeed_core.optim.megatron.settings import transformer_fields
+from ascendspeed_core.optim.megatron.routers import TokenRouter, replace_routers, routers_of_chunks
+from ascendspeed_core.optim.megatron.settings import layer_fields, transformer_fields
+from ascendspeed_core.optim.megatron.specs import block_spec
+from ascendspeed_core.parallel.context import attend_with_some_heads, cut_positions
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.weights.source import WeightSource
 
@@ -79,10 +84,14 @@ class MegatronTransformer(Transformer):
         rows = chunk_range(config.vocab_size, mesh.layout.tp, mesh.tp_rank)
         self._vocabulary = rows.stop - rows.start
         self.positions.heads = query_heads(config, mesh.layout.tp, mesh.tp_rank)
-        rules = MaskRules(self._mask_rule)
+        rules, parts = MaskRules(self._mask_rule), mesh.group("cp")
+        if parts is not None:
+            cut_positions(self.positions, mesh.layout.cp, mesh.index("cp"))
         for module in self.modules():
             if isinstance(module, CoreAttention):
                 module.rules = rules
+                if parts is not None:
+                    module.wrapper = partial(attend_with_some_heads, group=parts)
 
     def run_stage(
         self, stage: Stage, batch: ModelInput, hidden: torch.Tensor | None = None
@@ -122,22 +131,32 @@ class MegatronTransformer(Transformer):
         rotary = getattr(inner, "rotary_pos_emb", None)
         if isinstance(rotary, Rotary):
             rotary.angles = self._angles(positions)
-        out: torch.Tensor = chunk(batch.tokens, positions, batch.segments)
+        mask = batch.segments
+        if self.config.kv_latent_dim is not None:
+            mask = with_positions(positions, mask, self.positions.sequence_parts)
+        out: torch.Tensor = chunk(batch.tokens, positions, mask)
         return out[..., : self._vocabulary] if stage.is_last else out
 
     def _angles(self, positions: torch.Tensor) -> torch.Tensor | None:
         """Return the angles of positions, [B, S] -> [S, B, 1, R]; `None` without rotary embedding."""
         (kind,) = dict.fromkeys(kind.rotary for kind in self.positions.kinds)
-        if kind is None:
-            return None
-        angles = positions.t().float().unsqueeze(-1) * rotary_frequencies(kind).to(positions.device)
-        return torch.cat([angles, angles], dim=-1).unsqueeze(-2)
+        return None if kind is None else rotary_angles(positions, kind)
 
     def _mask_rule(self, segments: torch.Tensor | None, query: torch.Tensor) -> MaskRule | None:
         """Return which keys queries see, [S, B, N, D]; all layers have one window."""
-        rules = self.positions.mask_rules(len(query), query.device, query.dtype, segments)
+        length = len(query) * self.positions.sequence_parts
+        rules = self.positions.mask_rules(length, query.device, query.dtype, segments)
         (rule,) = rules.values()
         return rule
+
+    def token_routers(self) -> Iterator[tuple[int, TokenRouter]]:
+        """Yield number of the layer and router of each layer of this rank that has experts."""
+        return routers_of_chunks([inner_model(chunk) for chunk in self.chunks], self.stages)
+
+    def routers(self) -> Iterator[tuple[int, Router]]:
+        """Yield number of the layer and this project's router in it; see `Transformer.routers`."""
+        for number, router in self.token_routers():
+            yield number, router.choose
 
     def modules_of(self, stage: Stage) -> list[nn.Module]:
         """Return the modules that one stage runs."""
@@ -158,6 +177,7 @@ def load_megatron_model(
     recompute: RecomputeConfig,
     shapes_vary: bool,
     more: Mapping[str, Any],
+    options: LayerOptions | None = None,
 ) -> MegatronTransformer:
     """Return this rank's stages of the model that `source` holds, reading only its own slices.
 
@@ -168,15 +188,19 @@ def load_megatron_model(
         recompute: what is computed again.
         shapes_vary: micro-batches differ in their number or length of samples.
         more: further fields of `TransformerConfig`.
+        options: what layers compute besides; by default nothing.
     """
     version = prepare(mesh.device)
     layout, described = mesh.layout, source.config
     stages = stages_of_ranks(described.num_layers, layout)[mesh.pp_rank]
     start_groups(layout, len(stages))
     fields = transformer_fields(described, layout, dtype, recompute, len(stages), shapes_vary)
-    config = make_config("TransformerConfig", fields, more)
+    options = options or LayerOptions()
+    fields |= layer_fields(described, options)
+    kind = "TransformerConfig" if described.kv_latent_dim is None else "MLATransformerConfig"
+    config = make_config(kind, fields, more)
     chunks = [
-        _make_chunk(described, config, stage, number, len(stages), mesh)
+        _make_chunk(described, config, stage, number, len(stages), mesh, options)
         for number, stage in enumerate(stages)
     ]
     model = MegatronTransformer(described, stages, chunks, mesh, version)
@@ -188,14 +212,20 @@ def load_megatron_model(
 
 
 def _make_chunk(
-    described: ModelConfig, config: Any, stage: Stage, number: int, stages_per_rank: int, mesh: ParallelMesh
+    described: ModelConfig,
+    config: Any,
+    stage: Stage,
+    number: int,
+    stages_per_rank: int,
+    mesh: ParallelMesh,
+    options: LayerOptions,
 ) -> nn.Module:
     is_rotary = described.position == "rotary"
     chunk: Any = make_gpt_model(
         number,
         stages_per_rank,
         config=config,
-        transformer_layer_spec=block_spec(described, stage.layers),
+        transformer_layer_spec=block_spec(described, stage.layers, options),
         vocab_size=vocabulary_rows(described.vocab_size, mesh.layout.tp),
         max_sequence_length=described.max_position_embeddings,
         pre_process=stage.is_first,
@@ -208,6 +238,8 @@ def _make_chunk(
     if stage.is_first and described.embedding_norm:
         add_embedding_norm(chunk, described, config)
     made: nn.Module = chunk.to(device=mesh.device.torch, dtype=config.params_dtype)
+    if described.experts is not None:
+        replace_routers(made, described.experts, described.hidden_size, config, mesh)
     return made
 
 

@@ -104,7 +104,6 @@ def held_parameters(
     """
     layout, shapes = mesh.layout, parameter_shapes(config)
     named: dict[str, torch.Tensor] = dict(chunk.named_parameters())
-    named |= {name: buffer for name, buffer in chunk.named_buffers() if name.endswith("expert_bias")}
     experts = expert_indices(config, shard_layout(config.num_layers, ep=layout.ep), mesh.index("ep"))
     where = PipelineChunk(stage.layers, stage.is_first, stage.is_last)
     rows = vocabulary_rows(config.vocab_size, layout.tp)
@@ -130,9 +129,19 @@ def held_parameters(
 
 
 def _names() -> NameMap:
-    """Return the names of its own layers, and of what `layers` adds to them."""
+    """Return the names of its own layers, and of what `layers` and `routers` put into them."""
     names = megatron(transformer_engine=False)
-    return replace(names, first=(*names.first, NameRule("embedding.norm.{kind}", EMBEDDING_NORM)))
+    layer = tuple(replace(rule, theirs=_in_router(rule.theirs)) for rule in names.layer)
+    return replace(
+        names, first=(*names.first, NameRule("embedding.norm.{kind}", EMBEDDING_NORM)), layer=layer
+    )
+
+
+def _in_router(name: str) -> str:
+    """Return how a tensor of a router is called where it is this project's."""
+    return name.replace("router.expert_bias", "router.choose.bias").replace(
+        "router.weight", "router.choose.weight"
+    )
 
 
 def _parts(packed: PackedTensor, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[HeldPart]:

@@ -15,7 +15,7 @@ import torch
 
 from ascendspeed_core.config.experts import Experts
 from ascendspeed_core.config.layout import Layout
-from ascendspeed_core.config.megatron import is_softmax_of_chosen
+from ascendspeed_core.config.megatron import LayerOptions
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.optimizer import OptimizerConfig
 from ascendspeed_core.config.recompute import RecomputeConfig
@@ -64,6 +64,8 @@ def transformer_fields(
     }
     if model.experts is not None:
         fields |= _expert_fields(model, model.experts, dtype)
+    if model.kv_latent_dim is not None:
+        fields |= _latent_fields(model)
     return (
         fields
         | _layout_fields(layout, dtype, stages_per_rank, shapes_vary)
@@ -72,28 +74,43 @@ def transformer_fields(
     )
 
 
+def layer_fields(model: ModelConfig, options: LayerOptions) -> dict[str, Any]:
+    """Return the fields of `TransformerConfig` that say what layers compute besides what the model says."""
+    fields: dict[str, Any] = {}
+    if model.experts is not None:
+        fields["moe_expert_capacity_factor"] = options.expert_capacity
+    if options.fp8 is not None:
+        fields |= {"fp8": options.fp8, "fp8_recipe": options.fp8_recipe}
+    return fields
+
+
 def _expert_fields(model: ModelConfig, experts: Experts, dtype: torch.dtype) -> dict[str, Any]:
-    """Return the fields of routers and experts; `config.megatron` refuses what they do not express."""
-    has_groups = experts.groups > 1
+    """Return the fields of experts; their routers are this project's, see `routers`."""
     return {
         "num_moe_experts": experts.count,
         "moe_layer_freq": [int(model.has_experts(layer)) for layer in range(model.num_layers)],
         "moe_ffn_hidden_size": experts.ffn_hidden_size,
         "moe_router_topk": experts.per_token,
-        "moe_router_score_function": experts.score,
-        # A softmax over all that is divided by the sum of the chosen is one over the chosen.
-        "moe_router_pre_softmax": experts.score == "softmax" and not is_softmax_of_chosen(experts),
-        "moe_router_topk_scaling_factor": experts.scaling,
-        "moe_router_num_groups": experts.groups if has_groups else None,
-        "moe_router_group_topk": experts.groups_per_token if has_groups else None,
-        "moe_router_enable_expert_bias": experts.score_bias,
-        "moe_router_bias_update_rate": 0.0,
         "moe_router_dtype": "fp64" if dtype == torch.float64 else "fp32",
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
         "moe_shared_expert_intermediate_size": experts.shared_ffn_hidden_size,
         "moe_shared_expert_gate": experts.shared_gate,
         "moe_grouped_gemm": False,
+    }
+
+
+def _latent_fields(model: ModelConfig) -> dict[str, Any]:
+    """Return the fields of multi-head latent attention; its positions are this project's, see `latent_attention`."""
+    assert model.rotary_dim is not None
+    return {
+        "multi_latent_attention": True,
+        "q_lora_rank": model.q_latent_dim,
+        "kv_lora_rank": model.kv_latent_dim,
+        "qk_head_dim": model.head_dim - model.rotary_dim,
+        "qk_pos_emb_head_dim": model.rotary_dim,
+        "v_head_dim": model.value_head_dim,
+        "rope_type": "rope",
     }
 
 
@@ -116,6 +133,7 @@ def _layout_fields(
         "pipeline_model_parallel_size": layout.pp,
         "virtual_pipeline_model_parallel_size": stages_per_rank if stages_per_rank > 1 else None,
         "sequence_parallel": layout.sequence_parallel,
+        "context_parallel_size": layout.cp,
         "expert_model_parallel_size": layout.ep,
         "expert_tensor_parallel_size": layout.expert_tp,
         "pipeline_dtype": dtype,

@@ -44,14 +44,15 @@ class NameRule:
             the second.
         by_head: it holds for each key-value head its queries, its key, its value instead.
         transposed: its matrices are stored as [in, out], ours as [out, in].
-        only: layers of which kind have it; `None` for both.
+        only: layers of which kind have it: dense or of experts, whose keys are made for heads or from latents; `None`
+            for all.
     """
 
     theirs: str
     ours: tuple[str, ...]
     by_head: bool = False
     transposed: bool = False
-    only: Literal["dense", "experts"] | None = None
+    only: Literal["dense", "experts", "heads", "latents"] | None = None
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ class Packer:
             position: number of the layer within its stage.
         """
         for rule in rules:
-            if rule.only is not None and (rule.only == "experts") != self.config.has_experts(layer):
+            if rule.only is not None and rule.only not in self._kinds(layer):
                 continue
             in_theirs, in_ours = _further_indices(rule.theirs), _further_indices(rule.ours[0])
             fused = [name for name in in_ours if name not in in_theirs]
@@ -161,6 +162,13 @@ class Packer:
                         theirs = rule.theirs.format(**key, layer=position, kind=kind)
                         packed = self._pack(theirs, names, stack, rule.by_head)
                         yield replace(packed, leading=leading, transposed=rule.transposed)
+
+    def _kinds(self, layer: int) -> tuple[str, str]:
+        """Return which kinds a layer is of, see `NameRule.only`."""
+        return (
+            "experts" if self.config.has_experts(layer) else "dense",
+            "heads" if self.config.kv_latent_dim is None else "latents",
+        )
 
     def _names(self, rule: NameRule, indices: Mapping[str, object], fused: Sequence[str]) -> list[str]:
         """Return our tensors in a stored one, in order; those that the model lacks are left out."""
@@ -294,6 +302,21 @@ def _megatron_experts(layer: str, grouped: bool) -> tuple[NameRule, ...]:
     )
 
 
+def _megatron_latents(layer: str) -> tuple[NameRule, ...]:
+    """Return the rules of multi-head latent attention, for megatron-core's own layers."""
+    names = {
+        "linear_q_proj": "q_proj", "linear_q_down_proj": "q_down_proj", "q_layernorm": "q_latent_norm",
+        "linear_q_up_proj": "q_up_proj", "linear_kv_down_proj": "kv_down_proj", "kv_layernorm": "kv_latent_norm",
+        "linear_kv_up_proj": "kv_up_proj",
+    }  # fmt: skip
+    return tuple(
+        NameRule(
+            f"{layer}self_attention.{theirs}.{{kind}}", (f"{_L}attention.{ours}.{{kind}}",), only="latents"
+        )
+        for theirs, ours in names.items()
+    )
+
+
 def megatron(transformer_engine: bool, grouped_experts: bool | None = None) -> NameMap:
     """Return the names of megatron-core's `GPTModel`.
 
@@ -315,7 +338,8 @@ def megatron(transformer_engine: bool, grouped_experts: bool | None = None) -> N
         layer=(
             NameRule(f"{layer}self_attention.linear_proj.{{kind}}", OUT),
             NameRule(f"{layer}{norms[0]}", NORM_1),
-            NameRule(f"{layer}self_attention.linear_qkv.{{kind}}", QKV, by_head=True),
+            NameRule(f"{layer}self_attention.linear_qkv.{{kind}}", QKV, by_head=True, only="heads"),
+            *_megatron_latents(layer),
             NameRule(f"{layer}self_attention.q_layernorm.{{kind}}", (f"{_L}attention.q_norm.{{kind}}",)),
             NameRule(f"{layer}self_attention.k_layernorm.{{kind}}", (f"{_L}attention.k_norm.{{kind}}",)),
             NameRule(f"{layer}{norms[1]}", NORM_2, only="dense"),
