@@ -29,6 +29,11 @@ app = build_app(
         ),
         Command("models", "ascendspeed_core.commands.models:models", "List families and sizes of models."),
         Command(
+            "recipes",
+            "ascendspeed_core.commands.recipes:recipes",
+            "List tested recipes of published models, or print one.",
+        ),
+        Command(
             "timeline",
             "ascendspeed_core.commands.timeline:timeline",
             "Draw what each pipeline device does in a step.",

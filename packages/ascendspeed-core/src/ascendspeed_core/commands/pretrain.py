@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ascendspeed_core.config.load import load_config
+from ascendspeed_core.config.load import NamedRecipe, load_config
 from ascendspeed_core.config.training import PretrainConfig
 from ascendspeed_core.launch import announce
 from ascendspeed_data.command_line import log
@@ -22,18 +22,32 @@ if TYPE_CHECKING:
     from ascendspeed_core.weights.adapters.lora import AdaptedWeights
 
 
+RecipeName = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[RECIPE]",
+        help="Name of a recipe, or a TOML file; flags and --config win over it. `asd-core recipes` lists them.",
+    ),
+]
 Recipe = Annotated[Path | None, typer.Option(help="TOML recipe with the sections below; flags win over it.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, stop.")]
 
 
 @options_from(PretrainConfig)
-def pretrain(config: Recipe = None, dry_run: DryRun = False, **given: Any) -> None:
+def pretrain(recipe: RecipeName = None, config: Recipe = None, dry_run: DryRun = False, **given: Any) -> None:
     """Train a model on tokenized text, from random weights (--model-config) or from a checkpoint (--load).
 
+    RECIPE gives all of a published model but data, checkpoint and folder: its size, layout and hyper-parameters.
     Give --nproc-per-node N to use N devices of this machine, or start the command under torchrun. Results in --save:
     checkpoints that any layout can load, metrics.jsonl and loss.png.
     """
-    run_training(load_config(PretrainConfig, config, given, announce), dry_run)
+    named = named_recipe(recipe, "pretrain")
+    run_training(load_config(PretrainConfig, config, given, announce, named), dry_run)
+
+
+def named_recipe(name: str | None, command: str) -> NamedRecipe | None:
+    """Return the recipe of a command line, if it names one."""
+    return None if name is None else NamedRecipe(name, command)
 
 
 def run_training(config: PretrainConfig, dry_run: bool) -> None:
@@ -111,7 +125,11 @@ def describe(plan: "RunPlan") -> None:
     """Say what a run will do."""
     from ascendspeed_core.weights.adapters.lora import AdaptedWeights
 
-    model, batch = plan.model, plan.config.batch
+    model, batch, recipe = plan.model, plan.config.batch, plan.config.recipe
+    if recipe.name is not None:
+        size, meant = plan.layout.world_size, recipe.devices
+        other = "" if meant in (None, size) else f"; its layout is for {meant} devices, this run has {size}"
+        log(f"recipe: {recipe.name}{other}")
     log(
         f"model: {model.family}, {model.num_parameters:,} parameters, {model.num_layers} layers, "
         f"hidden {model.hidden_size}, vocabulary {model.vocab_size}, weights: {plan.source.kind}"

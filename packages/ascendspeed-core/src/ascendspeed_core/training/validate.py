@@ -190,7 +190,7 @@ def _open_source(config: PretrainConfig) -> tuple[WeightSource, NativeSource | N
         announce(f"auto_resume: {save} holds no checkpoint; this is a new run")
     if config.adapters is not None:
         return _open_adapted(config, config.adapters, found)
-    source = open_weights(found) if found else open_source(start, config.training.seed)
+    source = open_weights(found) if found else open_source(start, config.training.seed, config.recipe.model)
     return source, source if isinstance(source, NativeSource) else None
 
 
@@ -210,7 +210,7 @@ def _open_adapted(
 def _find_adapted(
     config: PretrainConfig, lora: LoraConfig, found: Path | None
 ) -> tuple[AdaptedWeights, NativeSource | None]:
-    base = open_source(config.start, config.training.seed)
+    base = open_source(config.start, config.training.seed, config.recipe.model)
     load = found or lora.lora_load
     if load is not None and ((load / TRACKER).is_file() or (load / DESCRIPTION).is_file()):
         checkpoint = NativeSource(load, is_adapter=True)
