@@ -34,6 +34,11 @@ app = build_app(
             "List tested recipes of published models, or print one.",
         ),
         Command(
+            "launch-command",
+            "ascendspeed_core.commands.launch_command:launch_command",
+            "Print what starts a recipe on several machines.",
+        ),
+        Command(
             "timeline",
             "ascendspeed_core.commands.timeline:timeline",
             "Draw what each pipeline device does in a step.",

@@ -32,6 +32,56 @@ PEAK_TFLOPS = {
 """Dense 16-bit operations per second of the makers' data sheets, in 10^12, by a part of the device's name; the first
 that fits counts."""
 
+TOOLKIT_SETUP = "/usr/local/Ascend/ascend-toolkit/set_env.sh"
+"""Script that CANN installs, which sets its paths for a shell."""
+
+
+@dataclass(frozen=True)
+class ClusterFacts:
+    """What the launchers of a cluster have to know of a kind of device.
+
+    Attributes:
+        slurm: option of sbatch that asks for `{count}` devices of each machine.
+        kubernetes: name of the resource that the cluster's device plugin offers.
+        setup: lines of a shell script before the first process starts.
+        environment: variables of all processes.
+        interface: variables that name the network interface.
+    """
+
+    slurm: str | None = None
+    kubernetes: str | None = None
+    setup: tuple[str, ...] = ()
+    environment: tuple[tuple[str, str], ...] = ()
+    interface: tuple[str, ...] = ("GLOO_SOCKET_IFNAME",)
+
+
+CLUSTERS = {
+    "npu": ClusterFacts(
+        "--gres=npu:{count}",
+        "huawei.com/Ascend910",
+        # Not there in an image that has set the paths itself.
+        (f"if [ -f {TOOLKIT_SETUP} ]; then set +u; source {TOOLKIT_SETUP}; set -u; fi",),
+        # Machines may start minutes apart, and HCCL waits 120 s; overflows must become infinite for the loss scale.
+        (
+            ("HCCL_CONNECT_TIMEOUT", "1200"),
+            ("INF_NAN_MODE_ENABLE", "1"),
+            ("PYTORCH_NPU_ALLOC_CONF", "expandable_segments:True"),
+        ),
+        ("HCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"),
+    ),
+    "cuda": ClusterFacts(
+        "--gpus-per-node={count}",
+        "nvidia.com/gpu",
+        environment=(("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"),),
+        interface=("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"),
+    ),
+    "cpu": ClusterFacts(),
+}
+"""By kind of device; the first is what a cluster is taken to have."""
+
+ClusterDevice = Literal["npu", "cuda", "cpu"]
+"""Kinds of devices that a cluster may have."""
+
 DeviceChoice = Literal["auto", "npu", "cuda", "cpu"]
 """What `--device` takes; `auto` takes the first that is there."""
 
@@ -190,8 +240,8 @@ def prepare_torch(wanted: str) -> None:
         if "torch_npu" not in str(error):
             raise
         raise AscendSpeedError(
-            "torch_npu is installed but cannot load, most often because CANN is missing: source "
-            "/usr/local/Ascend/ascend-toolkit/set_env.sh, or run with --device cpu "
+            f"torch_npu is installed but cannot load, most often because CANN is missing: source {TOOLKIT_SETUP}, or "
+            "run with --device cpu "
             "(TORCH_DEVICE_BACKEND_AUTOLOAD=0 does the same for every program); "
             f"torch said: {str(error).splitlines()[0]}"
         ) from None
