@@ -260,14 +260,10 @@ def choose_device(wanted: str, local_rank: int = 0, quiet: bool = False) -> Devi
     Raises:
         AscendSpeedError: the device asked for is not there, or has fewer units than processes.
     """
-    prepare_torch(wanted)
-    found = [kind for kind in BACKENDS if _count(kind)]
-    kind = found[0] if wanted == "auto" else wanted
+    found = _found(wanted)
+    kind = _kind(wanted, found)
     if wanted == "auto" and not quiet:
         log(f"device: {kind} (auto; found {', '.join(found)})")
-    if kind not in found:
-        extra = "; install ascendspeed-core[npu] and CANN" if kind == "npu" else ""
-        raise AscendSpeedError(f"device={kind} is not available here; found {', '.join(found)}{extra}")
     if kind != "cpu" and local_rank >= _count(kind):
         raise AscendSpeedError(
             f"process {local_rank} of this machine finds only {_count(kind)} {kind} devices; start fewer processes"
@@ -278,6 +274,39 @@ def choose_device(wanted: str, local_rank: int = 0, quiet: bool = False) -> Devi
 
         getattr(torch, kind).set_device(device.index)
     return device
+
+
+def check_device_count(wanted: str, processes: int) -> str:
+    """Return the kind of device that processes of this machine will take; nothing is started on it.
+
+    Args:
+        wanted: as `choose_device` takes it.
+        processes: of this machine.
+
+    Raises:
+        AscendSpeedError: the device asked for is not there, or has fewer units than processes.
+    """
+    kind = _kind(wanted, _found(wanted))
+    if kind != "cpu" and processes > _count(kind):
+        raise AscendSpeedError(
+            f"nproc_per_node={processes} needs as many devices, and this machine has {_count(kind)} of kind {kind}; "
+            "start fewer processes, or take more machines (asd-core launch-command)"
+        )
+    return kind
+
+
+def _found(wanted: str) -> list[str]:
+    """Return the kinds of devices that are there, the first to be taken first."""
+    prepare_torch(wanted)
+    return [kind for kind in BACKENDS if _count(kind)]
+
+
+def _kind(wanted: str, found: list[str]) -> str:
+    kind = found[0] if wanted == "auto" else wanted
+    if kind not in found:
+        extra = "; install ascendspeed-core[npu] and CANN" if kind == "npu" else ""
+        raise AscendSpeedError(f"device={kind} is not available here; found {', '.join(found)}{extra}")
+    return kind
 
 
 def _count(kind: str) -> int:

@@ -2,14 +2,27 @@
 
 from typing import Any
 
-from ascendspeed_core.commands.pretrain import DryRun, Recipe, RecipeName, named_recipe, run_training
+from ascendspeed_core.commands.pretrain import (
+    DryRun,
+    PreflightOnly,
+    Recipe,
+    RecipeName,
+    named_recipe,
+    run_training,
+)
 from ascendspeed_core.commands.records import config_with_records
 from ascendspeed_core.config.preference import DpoConfig
 from ascendspeed_data.command_line.options import options_from
 
 
 @options_from(DpoConfig)
-def dpo(recipe: RecipeName = None, config: Recipe = None, dry_run: DryRun = False, **given: Any) -> None:
+def dpo(
+    recipe: RecipeName = None,
+    config: Recipe = None,
+    dry_run: DryRun = False,
+    preflight_only: PreflightOnly = False,
+    **given: Any,
+) -> None:
     """Tune a checkpoint on pairs of a chosen and a rejected answer (direct preference optimization).
 
     --data-path names pairs made by a pair handler of asd-data, --data FILE the records themselves; batch sizes count
@@ -18,4 +31,4 @@ def dpo(recipe: RecipeName = None, config: Recipe = None, dry_run: DryRun = Fals
     those of `asd-core pretrain`.
     """
     named = named_recipe(recipe, "dpo")
-    run_training(config_with_records(DpoConfig, config, given, "pairs", named), dry_run)
+    run_training(config_with_records(DpoConfig, config, given, "pairs", named), dry_run, preflight_only)

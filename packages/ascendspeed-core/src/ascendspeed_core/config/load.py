@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from ascendspeed_core.config.migrate import FORMAT_VERSION, VERSION_KEY, describe_moves, migrate_config
 from ascendspeed_core.config.recipes import FOLDER, TABLE, find_recipe, read_recipe
@@ -191,7 +192,7 @@ def _fetched(key: str, value: Any) -> Any:
 
 
 def validate(config: type[Model], values: dict[str, Any], strict: bool = False) -> Model:
-    """Return `config(**values)`, with pydantic's complaint as one line.
+    """Return `config(**values)`, with pydantic's complaints as one line.
 
     Args:
         config: the config.
@@ -206,7 +207,7 @@ def validate(config: type[Model], values: dict[str, Any], strict: bool = False) 
             return config.model_validate_json(json.dumps(values), strict=True)
         return config.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_first_complaint(error)) from None
+        raise ConfigError(_complaints(error)) from None
 
 
 def _section(annotation: Any) -> type[BaseModel]:
@@ -228,14 +229,18 @@ def _read_recipe(recipe: Path, say: Callable[[str], None]) -> dict[str, Any]:
     return sections
 
 
-def _first_complaint(error: ValidationError) -> str:
-    first = error.errors()[0]
-    message = first["msg"].removeprefix("Value error, ")
-    name = str(first["loc"][-1]) if first["loc"] else ""
-    if name.isdecimal() and len(first["loc"]) > 1:
-        name = f"{first['loc'][-2]}[{name}]"
-    if first["type"] == "value_error":
+def _complaints(error: ValidationError) -> str:
+    """Return all complaints as one line."""
+    return "; also: ".join(dict.fromkeys(map(_complaint, error.errors())))
+
+
+def _complaint(found: ErrorDetails) -> str:
+    message = found["msg"].removeprefix("Value error, ")
+    name = str(found["loc"][-1]) if found["loc"] else ""
+    if name.isdecimal() and len(found["loc"]) > 1:
+        name = f"{found['loc'][-2]}[{name}]"
+    if found["type"] == "value_error":
         return message
-    if first["type"] == "missing" or (first["type"] == "too_short" and not first["input"]):
+    if found["type"] == "missing" or (found["type"] == "too_short" and not found["input"]):
         return f"{name} is missing; give --{name.replace('_', '-')}"
-    return f"{name}={first['input']!r}: {message[0].lower()}{message[1:]}"
+    return f"{name}={found['input']!r}: {message[0].lower()}{message[1:]}"
