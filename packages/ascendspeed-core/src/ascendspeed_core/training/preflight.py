@@ -6,12 +6,12 @@ that is refused cannot fit, and one that is not refused may still not.
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import prod
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
-from ascendspeed_core.config.layout import Layout, stages_of_ranks
+from ascendspeed_core.config.layout import Layout, Stage, stages_of_ranks
 from ascendspeed_core.config.sharding import tensor_sharding, tensor_slice
 from ascendspeed_core.config.training import PretrainConfig
 from ascendspeed_core.device import Device
@@ -95,12 +95,13 @@ def checkpoints_at_once(config: PretrainConfig) -> int:
 
 
 def checkpoint_bytes(config: PretrainConfig, source: WeightSource) -> int:
-    """Return the bytes of one checkpoint: weights, or adapters, with the optimizer's state."""
+    """Return the bytes of one checkpoint: weights, or adapters and their copy for peft, with the optimizer's state."""
     size = _BYTES[config.precision.dtype_name]
     master = 4 if size == 2 else 0
     state = max(size, 4) * _MOMENTS[config.optimizer.optimizer]
     trained = sum(elements for _, elements, is_trained in _tensors(source) if is_trained)
-    return trained * (size + master + state)
+    copies = 1 if source.adapters is None else 2
+    return trained * (copies * size + master + state)
 
 
 def resident_bytes(config: PretrainConfig, source: WeightSource, layout: Layout) -> int:
@@ -138,16 +139,13 @@ def resident_bytes(config: PretrainConfig, source: WeightSource, layout: Layout)
     return int(max(by_rank))
 
 
-def _is_in(parts: list[str], stages: tuple[object, ...], tied: bool) -> bool:
+def _is_in(parts: list[str], stages: Sequence[Stage], tied: bool) -> bool:
     """Whether a tensor lies in one of the stages of a rank."""
     if parts[0] == "layers":
-        return any(int(parts[1]) in stage.layers for stage in stages)  # type: ignore[attr-defined]
+        return any(int(parts[1]) in stage.layers for stage in stages)
     at_begin = parts[0] in ("embedding", "embedding_norm")
     at_end = parts[0] in ("final_norm", "output_head") or (tied and parts[0] == "embedding")
-    return any(
-        (at_begin and stage.is_first) or (at_end and stage.is_last)  # type: ignore[attr-defined]
-        for stage in stages
-    )
+    return any((at_begin and stage.is_first) or (at_end and stage.is_last) for stage in stages)
 
 
 def _tensors(source: WeightSource) -> list[tuple[str, int, bool]]:
@@ -177,7 +175,8 @@ def check_memory(config: PretrainConfig, source: WeightSource, layout: Layout, d
     if whole is None:
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", str(layout.world_size)))
         whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        where = f"this machine has {whole / GIB:.1f} for its {ranks} processes"
+        several = "its one process" if ranks == 1 else f"its {ranks} processes"
+        where = f"this machine has {whole / GIB:.1f} for {several}"
     if each * ranks > whole:
         raise ConfigError(
             f"weights, gradients and optimizer state take {each / GIB:.1f} GiB on each rank, and {where}; take more "
