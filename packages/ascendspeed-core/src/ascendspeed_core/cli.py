@@ -39,6 +39,11 @@ app = build_app(
             "Print what starts a recipe on several machines.",
         ),
         Command(
+            "doctor",
+            "ascendspeed_core.commands.doctor:doctor",
+            "Look at this environment: versions, devices, kernels, what is missing.",
+        ),
+        Command(
             "timeline",
             "ascendspeed_core.commands.timeline:timeline",
             "Draw what each pipeline device does in a step.",

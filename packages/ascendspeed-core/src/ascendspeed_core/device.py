@@ -8,6 +8,7 @@ import importlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from ascendspeed_data.command_line import log
@@ -77,10 +78,13 @@ CLUSTERS = {
     ),
     "cpu": ClusterFacts(),
 }
-"""By kind of device; the first is what a cluster is taken to have."""
+"""By kind of device."""
 
 ClusterDevice = Literal["npu", "cuda", "cpu"]
 """Kinds of devices that a cluster may have."""
+
+USUAL_CLUSTER: ClusterDevice = "npu"
+"""What a cluster is taken to have."""
 
 DeviceChoice = Literal["auto", "npu", "cuda", "cpu"]
 """What `--device` takes; `auto` takes the first that is there."""
@@ -307,6 +311,86 @@ def _kind(wanted: str, found: list[str]) -> str:
         extra = "; install ascendspeed-core[npu] and CANN" if kind == "npu" else ""
         raise AscendSpeedError(f"device={kind} is not available here; found {', '.join(found)}{extra}")
     return kind
+
+
+_DEVICE_FILES = {"npu": "davinci[0-9]*", "cuda": "nvidia[0-9]*"}
+"""Files in /dev that the drivers make, one for each device; they are there without torch."""
+
+_TOPOLOGY = {"npu": ("npu-smi", "info", "-t", "topo"), "cuda": ("nvidia-smi", "topo", "-m")}
+"""Programs of the drivers that print how devices are joined."""
+
+_LIBRARIES = {"npu": "torch_npu", "cuda": "torch"}
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A kind of accelerator of this machine, as drivers show it and as torch does.
+
+    Attributes:
+        kind: of device.
+        files: devices that the driver shows.
+        seen: devices that torch sees.
+        names: of these.
+        memory_bytes: of each of these.
+        joined: what the driver's program prints of how they are joined; `None` where it is not known.
+        library: package through which torch sees them.
+    """
+
+    kind: str
+    files: int
+    seen: int
+    names: tuple[str, ...]
+    memory_bytes: tuple[int, ...]
+    joined: str | None
+    library: str
+
+
+def hardware_here(has_torch: bool, devices: Path = Path("/dev")) -> list[Hardware]:
+    """Return the kinds of accelerators of this machine.
+
+    Args:
+        has_torch: torch can be imported.
+        devices: folder of the device files.
+    """
+    found = []
+    for kind, pattern in _DEVICE_FILES.items():
+        files, seen = len(list(devices.glob(pattern))), _count(kind) if has_torch else 0
+        if files or seen:
+            each = [Device(kind, index) for index in range(seen)]
+            memory = tuple(one.memory_bytes() or 0 for one in each)
+            names = tuple(one.name for one in each)
+            found.append(Hardware(kind, files, seen, names, memory, _joined(kind), _LIBRARIES[kind]))
+    return found
+
+
+def _joined(kind: str) -> str | None:
+    import subprocess
+
+    try:
+        done = subprocess.run(_TOPOLOGY[kind], capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def toolkit_version(folder: Path | None = None) -> str | None:
+    """Return the version of CANN that is installed; `None` where none is found.
+
+    Args:
+        folder: of the toolkit. [default: what set_env.sh set, else where CANN is installed by default]
+    """
+    import re
+
+    default = Path(TOOLKIT_SETUP).parent / "latest"
+    folder = folder or Path(os.environ.get("ASCEND_TOOLKIT_HOME", default))
+    for file in (*folder.glob("*/ascend_toolkit_install.info"), folder / "version.cfg"):
+        if file.is_file():
+            found = re.search(
+                r"(?:^version=|\[)(\d+\.[\w.]+)", file.read_text(encoding="utf-8", errors="replace"), re.M
+            )
+            if found:
+                return found[1]
+    return None
 
 
 def _count(kind: str) -> int:

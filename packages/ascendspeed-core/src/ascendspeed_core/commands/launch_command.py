@@ -10,7 +10,7 @@ from ascendspeed_core.config.batch import BatchConfig
 from ascendspeed_core.config.load import validate
 from ascendspeed_core.config.parallel import ParallelConfig
 from ascendspeed_core.config.recipes import TABLE, find_recipe, read_recipe
-from ascendspeed_core.device import ClusterDevice
+from ascendspeed_core.device import USUAL_CLUSTER, ClusterDevice
 from ascendspeed_data.command_line import log
 from ascendspeed_data.errors import ConfigError
 
@@ -32,7 +32,7 @@ def launch_command(
             "TrainJob. ascend: a script for all machines of a hostfile, with HCCL's variables."
         ),
     ] = "torchrun",
-    device: Annotated[ClusterDevice, typer.Option(help="Devices of the cluster.")] = "npu",
+    device: Annotated[ClusterDevice, typer.Option(help="Devices of the cluster.")] = USUAL_CLUSTER,
     hosts: Annotated[
         list[str] | None, typer.Option(help="Names or addresses of the machines, the first one's first.")
     ] = None,

@@ -1,13 +1,12 @@
 """Make a config from a TOML recipe and the flags that were given; flags win."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
 
 from ascendspeed_core.config.migrate import FORMAT_VERSION, VERSION_KEY, describe_moves, migrate_config
 from ascendspeed_core.config.recipes import FOLDER, TABLE, find_recipe, read_recipe
@@ -231,10 +230,10 @@ def _read_recipe(recipe: Path, say: Callable[[str], None]) -> dict[str, Any]:
 
 def _complaints(error: ValidationError) -> str:
     """Return all complaints as one line."""
-    return "; also: ".join(dict.fromkeys(map(_complaint, error.errors())))
+    return "; also: ".join(dict.fromkeys(_complaint(dict(found)) for found in error.errors()))
 
 
-def _complaint(found: ErrorDetails) -> str:
+def _complaint(found: Mapping[str, Any]) -> str:
     message = found["msg"].removeprefix("Value error, ")
     name = str(found["loc"][-1]) if found["loc"] else ""
     if name.isdecimal() and len(found["loc"]) > 1:
