@@ -1,6 +1,7 @@
 """Every recipe fits its model, its devices and their memory, and trains at a scale that a test can run."""
 
 import json
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,13 @@ def loaded(name: str, **given: Any) -> PretrainConfig:
     command = RECIPES[name]["recipe"]["command"]
     options = {"data_path": ["data"], **({} if command == "pretrain" else {"load": Path("model")}), **given}
     return load_config(CONFIGS[command], None, options, named=NamedRecipe(name, command))
+
+
+def test_the_page_is_up_to_date() -> None:
+    sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+    from recipes_page import PAGE, page
+
+    assert PAGE.read_text(encoding="utf-8") == page(), "run: python scripts/recipes_page.py"
 
 
 def test_every_row_has_its_recipe() -> None:

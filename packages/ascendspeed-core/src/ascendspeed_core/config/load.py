@@ -234,7 +234,7 @@ def _complaints(error: ValidationError) -> str:
 
 
 def _complaint(found: Mapping[str, Any]) -> str:
-    message = found["msg"].removeprefix("Value error, ")
+    message = str(found["msg"]).removeprefix("Value error, ")
     name = str(found["loc"][-1]) if found["loc"] else ""
     if name.isdecimal() and len(found["loc"]) > 1:
         name = f"{found['loc'][-2]}[{name}]"
