@@ -60,7 +60,7 @@ def test_a_path_that_is_no_prefix_names_the_command_that_makes_one(
         (["asd-ckpt", "inspect", "Qwen/Qwen2.5-0.5B"], "it looks like a name on the Hugging Face hub"),
         (["asd-ckpt", "inspect", "/nowhere/at/all"], "does not exist; check --load"),
         (["asd-core", "pretrain", "--num-layers", 2, "--data-path", "x", "--seq-length", 8, "--train-iters", 1],
-         "`asd-core models llama2-7b --config` prints such a file; --num-layers and the other sizes only check"),
+         "a config.json, or a size that `asd-core models` lists; --num-layers and the other sizes only check"),
     ],
 )  # fmt: skip
 def test_names_of_the_hub_and_sizes_without_a_model(

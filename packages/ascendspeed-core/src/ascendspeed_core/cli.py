@@ -29,6 +29,21 @@ app = build_app(
         ),
         Command("models", "ascendspeed_core.commands.models:models", "List families and sizes of models."),
         Command(
+            "recipes",
+            "ascendspeed_core.commands.recipes:recipes",
+            "List tested recipes of published models, or print one.",
+        ),
+        Command(
+            "launch-command",
+            "ascendspeed_core.commands.launch_command:launch_command",
+            "Print what starts a recipe on several machines.",
+        ),
+        Command(
+            "doctor",
+            "ascendspeed_core.commands.doctor:doctor",
+            "Look at this environment: versions, devices, kernels, what is missing.",
+        ),
+        Command(
             "timeline",
             "ascendspeed_core.commands.timeline:timeline",
             "Draw what each pipeline device does in a step.",

@@ -8,6 +8,7 @@ import importlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from ascendspeed_data.command_line import log
@@ -31,6 +32,59 @@ PEAK_TFLOPS = {
 }  # fmt: skip
 """Dense 16-bit operations per second of the makers' data sheets, in 10^12, by a part of the device's name; the first
 that fits counts."""
+
+TOOLKIT_SETUP = "/usr/local/Ascend/ascend-toolkit/set_env.sh"
+"""Script that CANN installs, which sets its paths for a shell."""
+
+
+@dataclass(frozen=True)
+class ClusterFacts:
+    """What the launchers of a cluster have to know of a kind of device.
+
+    Attributes:
+        slurm: option of sbatch that asks for `{count}` devices of each machine.
+        kubernetes: name of the resource that the cluster's device plugin offers.
+        setup: lines of a shell script before the first process starts.
+        environment: variables of all processes.
+        interface: variables that name the network interface.
+    """
+
+    slurm: str | None = None
+    kubernetes: str | None = None
+    setup: tuple[str, ...] = ()
+    environment: tuple[tuple[str, str], ...] = ()
+    interface: tuple[str, ...] = ("GLOO_SOCKET_IFNAME",)
+
+
+CLUSTERS = {
+    "npu": ClusterFacts(
+        "--gres=npu:{count}",
+        "huawei.com/Ascend910",
+        # Not there in an image that has set the paths itself.
+        (f"if [ -f {TOOLKIT_SETUP} ]; then set +u; source {TOOLKIT_SETUP}; set -u; fi",),
+        # Machines may start minutes apart, and HCCL waits 120 s; overflows must become infinite for the loss scale.
+        (
+            ("HCCL_CONNECT_TIMEOUT", "1200"),
+            ("INF_NAN_MODE_ENABLE", "1"),
+            ("PYTORCH_NPU_ALLOC_CONF", "expandable_segments:True"),
+        ),
+        ("HCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"),
+    ),
+    "cuda": ClusterFacts(
+        "--gpus-per-node={count}",
+        "nvidia.com/gpu",
+        environment=(("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"),),
+        interface=("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"),
+    ),
+    "cpu": ClusterFacts(),
+}
+"""By kind of device."""
+
+ClusterDevice = Literal["npu", "cuda", "cpu"]
+"""Kinds of devices that a cluster may have."""
+
+USUAL_CLUSTER: ClusterDevice = "npu"
+"""What a cluster is taken to have."""
 
 DeviceChoice = Literal["auto", "npu", "cuda", "cpu"]
 """What `--device` takes; `auto` takes the first that is there."""
@@ -190,8 +244,8 @@ def prepare_torch(wanted: str) -> None:
         if "torch_npu" not in str(error):
             raise
         raise AscendSpeedError(
-            "torch_npu is installed but cannot load, most often because CANN is missing: source "
-            "/usr/local/Ascend/ascend-toolkit/set_env.sh, or run with --device cpu "
+            f"torch_npu is installed but cannot load, most often because CANN is missing: source {TOOLKIT_SETUP}, or "
+            "run with --device cpu "
             "(TORCH_DEVICE_BACKEND_AUTOLOAD=0 does the same for every program); "
             f"torch said: {str(error).splitlines()[0]}"
         ) from None
@@ -210,14 +264,10 @@ def choose_device(wanted: str, local_rank: int = 0, quiet: bool = False) -> Devi
     Raises:
         AscendSpeedError: the device asked for is not there, or has fewer units than processes.
     """
-    prepare_torch(wanted)
-    found = [kind for kind in BACKENDS if _count(kind)]
-    kind = found[0] if wanted == "auto" else wanted
+    found = _found(wanted)
+    kind = _kind(wanted, found)
     if wanted == "auto" and not quiet:
         log(f"device: {kind} (auto; found {', '.join(found)})")
-    if kind not in found:
-        extra = "; install ascendspeed-core[npu] and CANN" if kind == "npu" else ""
-        raise AscendSpeedError(f"device={kind} is not available here; found {', '.join(found)}{extra}")
     if kind != "cpu" and local_rank >= _count(kind):
         raise AscendSpeedError(
             f"process {local_rank} of this machine finds only {_count(kind)} {kind} devices; start fewer processes"
@@ -228,6 +278,119 @@ def choose_device(wanted: str, local_rank: int = 0, quiet: bool = False) -> Devi
 
         getattr(torch, kind).set_device(device.index)
     return device
+
+
+def check_device_count(wanted: str, processes: int) -> str:
+    """Return the kind of device that processes of this machine will take; nothing is started on it.
+
+    Args:
+        wanted: as `choose_device` takes it.
+        processes: of this machine.
+
+    Raises:
+        AscendSpeedError: the device asked for is not there, or has fewer units than processes.
+    """
+    kind = _kind(wanted, _found(wanted))
+    if kind != "cpu" and processes > _count(kind):
+        raise AscendSpeedError(
+            f"nproc_per_node={processes} needs as many devices, and this machine has {_count(kind)} of kind {kind}; "
+            "start fewer processes, or take more machines (asd-core launch-command)"
+        )
+    return kind
+
+
+def _found(wanted: str) -> list[str]:
+    """Return the kinds of devices that are there, the first to be taken first."""
+    prepare_torch(wanted)
+    return [kind for kind in BACKENDS if _count(kind)]
+
+
+def _kind(wanted: str, found: list[str]) -> str:
+    kind = found[0] if wanted == "auto" else wanted
+    if kind not in found:
+        extra = "; install ascendspeed-core[npu] and CANN" if kind == "npu" else ""
+        raise AscendSpeedError(f"device={kind} is not available here; found {', '.join(found)}{extra}")
+    return kind
+
+
+_DEVICE_FILES = {"npu": "davinci[0-9]*", "cuda": "nvidia[0-9]*"}
+"""Files in /dev that the drivers make, one for each device; they are there without torch."""
+
+_TOPOLOGY = {"npu": ("npu-smi", "info", "-t", "topo"), "cuda": ("nvidia-smi", "topo", "-m")}
+"""Programs of the drivers that print how devices are joined."""
+
+_LIBRARIES = {"npu": "torch_npu", "cuda": "torch"}
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A kind of accelerator of this machine, as drivers show it and as torch does.
+
+    Attributes:
+        kind: of device.
+        files: devices that the driver shows.
+        seen: devices that torch sees.
+        names: of these.
+        memory_bytes: of each of these.
+        joined: what the driver's program prints of how they are joined; `None` where it is not known.
+        library: package through which torch sees them.
+    """
+
+    kind: str
+    files: int
+    seen: int
+    names: tuple[str, ...]
+    memory_bytes: tuple[int, ...]
+    joined: str | None
+    library: str
+
+
+def hardware_here(has_torch: bool, devices: Path = Path("/dev")) -> list[Hardware]:
+    """Return the kinds of accelerators of this machine.
+
+    Args:
+        has_torch: torch can be imported.
+        devices: folder of the device files.
+    """
+    found = []
+    for kind, pattern in _DEVICE_FILES.items():
+        files, seen = len(list(devices.glob(pattern))), _count(kind) if has_torch else 0
+        if files or seen:
+            each = [Device(kind, index) for index in range(seen)]
+            memory = tuple(one.memory_bytes() or 0 for one in each)
+            names = tuple(one.name for one in each)
+            found.append(Hardware(kind, files, seen, names, memory, _joined(kind), _LIBRARIES[kind]))
+    return found
+
+
+def _joined(kind: str) -> str | None:
+    import subprocess
+
+    try:
+        done = subprocess.run(_TOPOLOGY[kind], capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def toolkit_version(folder: Path | None = None) -> str | None:
+    """Return the version of CANN that is installed; `None` where none is found.
+
+    Args:
+        folder: of the toolkit. [default: what set_env.sh set, else where CANN is installed by default]
+    """
+    import re
+
+    default = Path(TOOLKIT_SETUP).parent / "latest"
+    folder = folder or Path(os.environ.get("ASCEND_TOOLKIT_HOME", default))
+    for file in (*folder.glob("*/ascend_toolkit_install.info"), folder / "version.cfg"):
+        if file.is_file():
+            found = re.search(
+                r"(?:^version=|\[)(\d+\.[\w.]+)", file.read_text(encoding="utf-8", errors="replace"), re.M
+            )
+            if found:
+                return found[1]
+    return None
 
 
 def _count(kind: str) -> int:

@@ -11,6 +11,7 @@ app = build_app(
     __version__,
     [
         Command("run", f"{COMMANDS}.run:run", "Evaluate a model on a benchmark."),
+        Command("recipes", f"{COMMANDS}.show:recipes", "List the recipes of evaluation, or print one."),
         Command("tasks", f"{COMMANDS}.show:tasks", "List the benchmarks and their protocols."),
         Command("report", f"{COMMANDS}.show:report", "Put several runs into one table."),
         Command("compare", f"{COMMANDS}.show:compare", "Compare two runs sample by sample."),

@@ -8,6 +8,11 @@ app = build_app(
     __version__,
     [
         Command("generate", "ascendspeed_infer.commands.generate:generate", "Continue texts."),
+        Command(
+            "recipes",
+            "ascendspeed_infer.commands.recipes:recipes",
+            "List tested recipes of generation, or print one.",
+        ),
         Command("serve", "ascendspeed_infer.commands.serve:serve", "Answer over HTTP, in OpenAI's form."),
         Command("chat", "ascendspeed_infer.commands.chat:chat", "Talk with a model."),
     ],

@@ -11,6 +11,7 @@ from ascendspeed_core.config.layout import Layout
 from ascendspeed_core.config.load import validate
 from ascendspeed_core.config.model import ArchitectureFlags, WeightQuantization
 from ascendspeed_core.config.parallel import ParallelConfig
+from ascendspeed_core.config.recipes import RecipeConfig
 from ascendspeed_core.config.source import ModelSourceConfig
 from ascendspeed_core.config.training import LaunchConfig, PrecisionConfig
 from ascendspeed_data.errors import ConfigError
@@ -331,6 +332,7 @@ class EngineConfig(Config):
 class LoadedModelConfig(Config):
     """What every command of inference takes."""
 
+    recipe: RecipeConfig = RecipeConfig()
     source: ModelSourceConfig
     engine: EngineConfig = EngineConfig()
     adapter: AdapterConfig = AdapterConfig()

@@ -31,7 +31,8 @@ def open_model_source(config: LoadedModelConfig, announces: bool = False) -> Wei
         config: the options.
         announces: log what the user should know of the adapter.
     """
-    source = with_adapter(open_source(config.source, config.sampling.seed), config.adapter, announces)
+    opened = open_source(config.source, config.sampling.seed, config.recipe.model)
+    source = with_adapter(opened, config.adapter, announces)
     return with_named_adapters(source, config.adapter.by_name) if config.adapter.by_name else source
 
 

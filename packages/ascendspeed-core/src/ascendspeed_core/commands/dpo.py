@@ -2,14 +2,27 @@
 
 from typing import Any
 
-from ascendspeed_core.commands.pretrain import DryRun, Recipe, run_training
+from ascendspeed_core.commands.pretrain import (
+    DryRun,
+    PreflightOnly,
+    Recipe,
+    RecipeName,
+    named_recipe,
+    run_training,
+)
 from ascendspeed_core.commands.records import config_with_records
 from ascendspeed_core.config.preference import DpoConfig
 from ascendspeed_data.command_line.options import options_from
 
 
 @options_from(DpoConfig)
-def dpo(config: Recipe = None, dry_run: DryRun = False, **given: Any) -> None:
+def dpo(
+    recipe: RecipeName = None,
+    config: Recipe = None,
+    dry_run: DryRun = False,
+    preflight_only: PreflightOnly = False,
+    **given: Any,
+) -> None:
     """Tune a checkpoint on pairs of a chosen and a rejected answer (direct preference optimization).
 
     --data-path names pairs made by a pair handler of asd-data, --data FILE the records themselves; batch sizes count
@@ -17,4 +30,5 @@ def dpo(config: Recipe = None, dry_run: DryRun = False, **given: Any) -> None:
     resumes, with the reference model that the run began with. Layouts, precision, recompute and what --save holds are
     those of `asd-core pretrain`.
     """
-    run_training(config_with_records(DpoConfig, config, given, "pairs"), dry_run)
+    named = named_recipe(recipe, "dpo")
+    run_training(config_with_records(DpoConfig, config, given, "pairs", named), dry_run, preflight_only)

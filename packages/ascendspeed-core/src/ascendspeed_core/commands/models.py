@@ -48,7 +48,9 @@ def models(
 
 
 def _config_of(name: str) -> dict[str, Any]:
-    from ascendspeed_core.models.families import known_families
+    from ascendspeed_core.models.families.published import published_size
 
-    family = next(family for family in known_families().values() if name in family.sizes)
-    return family.write_config(family.read_config(family.sizes[name]))
+    found = published_size(name)
+    assert found is not None
+    family, hf_config = found
+    return family.write_config(family.read_config(hf_config))

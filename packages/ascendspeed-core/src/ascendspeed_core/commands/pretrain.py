@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ascendspeed_core.config.load import load_config
+from ascendspeed_core.config.load import NamedRecipe, load_config
 from ascendspeed_core.config.training import PretrainConfig
+from ascendspeed_core.device import HOST
 from ascendspeed_core.launch import announce
 from ascendspeed_data.command_line import log
 from ascendspeed_data.command_line.options import options_from
@@ -22,21 +23,50 @@ if TYPE_CHECKING:
     from ascendspeed_core.weights.adapters.lora import AdaptedWeights
 
 
+RecipeName = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[RECIPE]",
+        help="Name of a recipe, or a TOML file; flags and --config win over it. `asd-core recipes` lists them.",
+    ),
+]
 Recipe = Annotated[Path | None, typer.Option(help="TOML recipe with the sections below; flags win over it.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, stop.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Check files and options, print the plan, stop: on any machine.")
+]
+PreflightOnly = Annotated[
+    bool,
+    typer.Option(
+        "--preflight-only",
+        help="Check what --dry-run does, and this machine too: its devices and their memory; stop.",
+    ),
+]
 
 
 @options_from(PretrainConfig)
-def pretrain(config: Recipe = None, dry_run: DryRun = False, **given: Any) -> None:
+def pretrain(
+    recipe: RecipeName = None,
+    config: Recipe = None,
+    dry_run: DryRun = False,
+    preflight_only: PreflightOnly = False,
+    **given: Any,
+) -> None:
     """Train a model on tokenized text, from random weights (--model-config) or from a checkpoint (--load).
 
+    RECIPE gives all of a published model but data, checkpoint and folder: its size, layout and hyper-parameters.
     Give --nproc-per-node N to use N devices of this machine, or start the command under torchrun. Results in --save:
     checkpoints that any layout can load, metrics.jsonl and loss.png.
     """
-    run_training(load_config(PretrainConfig, config, given, announce), dry_run)
+    named = named_recipe(recipe, "pretrain")
+    run_training(load_config(PretrainConfig, config, given, announce, named), dry_run, preflight_only)
 
 
-def run_training(config: PretrainConfig, dry_run: bool) -> None:
+def named_recipe(name: str | None, command: str) -> NamedRecipe | None:
+    """Return the recipe of a command line, if it names one."""
+    return None if name is None else NamedRecipe(name, command)
+
+
+def run_training(config: PretrainConfig, dry_run: bool, preflight_only: bool = False) -> None:
     """Plan a run, say what it will do, and do it: in processes that this one starts, or as one of them."""
     from ascendspeed_core.launch import is_worker, launch, planned_world_size, worker_errors
 
@@ -58,6 +88,10 @@ def run_training(config: PretrainConfig, dry_run: bool) -> None:
             describe(plan)
         if dry_run:
             return
+        if preflight_only or not is_worker():
+            check_machine(plan, preflight_only)
+        if preflight_only:
+            return
         if world_size > 1 and not is_worker():
             launch(
                 "ascendspeed_core.cli", sys.argv[1:], config.launch.nproc_per_node, config.launch.device, kept
@@ -71,11 +105,45 @@ def run_training(config: PretrainConfig, dry_run: bool) -> None:
             conclude(records, plan)
 
 
+def check_machine(plan: "RunPlan", says: bool) -> None:
+    """Check the devices of this machine and their memory, before processes start.
+
+    Args:
+        plan: of the run.
+        says: say what was found too.
+    """
+    from ascendspeed_core.device import check_device_count, choose_device
+    from ascendspeed_core.launch import is_worker
+    from ascendspeed_core.training.preflight import (
+        GIB,
+        Problems,
+        check_memory,
+        checkpoint_bytes,
+        resident_bytes,
+    )
+
+    config, layout = plan.config, plan.layout
+    problems = Problems()
+    processes = 1 if is_worker() else layout.world_size
+    kind = problems.value(check_device_count, config.launch.device, processes)
+    # A process that starts others leaves the accelerators to them.
+    if kind is not None and (says or layout.world_size == 1 or kind == HOST.kind):
+        problems.value(check_memory, config, plan.source, layout, choose_device(kind, quiet=True))
+    problems.raise_found()
+    if says:
+        each = resident_bytes(config, plan.source, layout) / GIB
+        log(
+            f"preflight: nothing is wrong; weights, gradients and optimizer state take {each:.2f} GiB on each rank, "
+            f"a checkpoint {checkpoint_bytes(config, plan.source) / 1e9:.2f} GB"
+        )
+
+
 @contextmanager
 def join_run(plan: "RunPlan") -> "Iterator[ParallelMesh]":
     """Join the other ranks of a run, if there are any; the first one holds the lock of the run's folder."""
     from ascendspeed_core.launch import process_group
     from ascendspeed_core.parallel.mesh import ParallelMesh
+    from ascendspeed_core.training.preflight import check_memory
     from ascendspeed_data.lock import output_lock
 
     save = plan.config.checkpoint.save
@@ -87,6 +155,8 @@ def join_run(plan: "RunPlan") -> "Iterator[ParallelMesh]":
         if save is not None and world.rank == 0:
             held.enter_context(output_lock(save / "run.lock", f"--save {save}"))
             keep_tokenizer(plan, save)
+        if device.memory_bytes() is not None:
+            check_memory(plan.config, plan.source, plan.layout, device)
         yield ParallelMesh.create(device, plan.layout)
 
 
@@ -111,7 +181,11 @@ def describe(plan: "RunPlan") -> None:
     """Say what a run will do."""
     from ascendspeed_core.weights.adapters.lora import AdaptedWeights
 
-    model, batch = plan.model, plan.config.batch
+    model, batch, recipe = plan.model, plan.config.batch, plan.config.recipe
+    if recipe.name is not None:
+        size, meant = plan.layout.world_size, recipe.devices
+        other = "" if meant in (None, size) else f"; its layout is for {meant} devices, this run has {size}"
+        log(f"recipe: {recipe.name}{other}")
     log(
         f"model: {model.family}, {model.num_parameters:,} parameters, {model.num_layers} layers, "
         f"hidden {model.hidden_size}, vocabulary {model.vocab_size}, weights: {plan.source.kind}"

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ascendspeed_core.config.finetune import TuneConfig
-from ascendspeed_core.config.load import merged_sections, validate
+from ascendspeed_core.config.load import NamedRecipe, merged_sections, validate
 from ascendspeed_core.config.records import RecordsConfig
 from ascendspeed_core.launch import announce, is_worker, world_of_environment
 from ascendspeed_data.column_names import columns_of_flag
@@ -19,7 +19,11 @@ Tuned = TypeVar("Tuned", bound=TuneConfig)
 
 
 def config_with_records(
-    config: type[Tuned], recipe: Path | None, given: dict[str, Any], wanted: Wanted
+    config: type[Tuned],
+    recipe: Path | None,
+    given: dict[str, Any],
+    wanted: Wanted,
+    named: NamedRecipe | None = None,
 ) -> Tuned:
     """Return the config of a run; if it begins with records, they are preprocessed, or found as they were.
 
@@ -28,12 +32,13 @@ def config_with_records(
         recipe: TOML file, or `None`.
         given: flags by field name.
         wanted: what the command trains on.
+        named: recipe that the command runs by name.
 
     Raises:
         ConfigError: an option is wrong, or the run has no folder or no tokenizer.
         AscendSpeedError: the records cannot be read.
     """
-    merged = merged_sections(config, recipe, given, announce)
+    merged = merged_sections(config, recipe, given, announce, named)
     records = validate(RecordsConfig, merged["records"])
     if records.data:
         prefix = _made(records, merged, wanted)

@@ -18,8 +18,9 @@ class ModelSourceConfig(Config):
     )
     model_config_file: Path | None = Field(
         None,
-        description="Start from random weights of this Hugging Face config.json. With --load: the architecture of a "
-        "checkpoint of AscendSpeed 2023, Megatron-LM or DeepSpeed that does not say it.",
+        description="Start from random weights of this Hugging Face config.json, or of a published size by its name "
+        "(llama2-7b; `asd-core models` lists them). With --load: the architecture of a checkpoint of AscendSpeed 2023, "
+        "Megatron-LM or DeepSpeed that does not say it.",
         json_schema_extra=spellings("--model-config"),
     )
     orig_vocab_size: int | None = Field(
@@ -33,8 +34,8 @@ class ModelSourceConfig(Config):
         if self.load is None and self.model_config_file is None:
             raise ValueError(
                 "neither of --load and --model-config given; give --load DIR to start from weights, or "
-                "--model-config FILE to start from random ones (`asd-core models llama2-7b --config` prints such a "
-                "file; --num-layers and the other sizes only check the model)"
+                "--model-config FILE to start from random ones (a config.json, or a size that `asd-core models` "
+                "lists; --num-layers and the other sizes only check the model)"
             )
         if self.load is None and self.orig_vocab_size is not None:
             raise ValueError(

@@ -16,6 +16,7 @@ from ascendspeed_core.config.model import ArchitectureFlags
 from ascendspeed_core.config.monitor import MonitorConfig
 from ascendspeed_core.config.optimizer import OptimizerConfig
 from ascendspeed_core.config.parallel import ParallelConfig
+from ascendspeed_core.config.recipes import RecipeConfig
 from ascendspeed_core.config.recompute import RecomputeConfig as RecomputeConfig
 from ascendspeed_core.config.source import ModelSourceConfig
 from ascendspeed_core.device import DeviceChoice
@@ -222,6 +223,7 @@ class DropoutConfig(Config):
 class PretrainConfig(Config):
     """Everything `asd-core pretrain` takes; the sections of a TOML recipe."""
 
+    recipe: RecipeConfig = RecipeConfig()
     start: StartConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
     model: ArchitectureFlags = ArchitectureFlags()

@@ -24,6 +24,7 @@ from ascendspeed_core.training.checkpoint import (
 )
 from ascendspeed_core.training.data_order import as_it_began, check_data_order, data_order
 from ascendspeed_core.training.eval_prompts import EvalPromptsPlan, plan_eval_prompts
+from ascendspeed_core.training.preflight import Problems, check_space
 from ascendspeed_core.training.run_length import num_samples, with_all_epochs, with_all_held_out
 from ascendspeed_core.weights import NativeSource, WeightSource, open_source, open_weights
 from ascendspeed_core.weights.adapters.ascendspeed import open_adapter
@@ -100,38 +101,82 @@ class RunPlan:
 
 
 def plan_run(config: PretrainConfig, world_size: int) -> RunPlan:
-    """Check a run from its config, the headers of its checkpoint and its data.
+    """Check a run from its config, the headers of its checkpoint and its data, and name all that is wrong.
 
     Raises:
-        ConfigError: options that contradict each other or the number of processes.
+        ConfigError: options that contradict each other or the number of processes; or several problems.
         AscendSpeedError: a file that is missing, damaged, or does not fit.
     """
+    problems = Problems()
+    layout = problems.value(_layout, config, world_size)
+    problems.value(config.optimizer.check_unit, in_samples=config.training.train_samples is not None)
+    problems.value(check_monitor, config, world_size)
+    problems.value(config.parallel.check_sequence, config.data.seq_length)
+    if layout is not None:
+        training = with_iterations(config.training, config.batch, layout.dp)
+        config = config.model_copy(update={"training": training})
+    opened = problems.value(_open_source, config)
+    if opened is not None:
+        _check_source(config, layout, opened[0], problems)
+    _say_what_scales_nothing(config)
+    kind = objective_of(config)
+    read = problems.value(_read_data, config, kind, layout) if layout is not None else None
+    if opened is not None and read is not None:
+        problems.value(_check_vocabulary, config, opened[0], read[2])
+    started = None
+    if opened is not None and read is not None:
+        started = problems.value(_start, read[0], kind, *opened)
+    problems.raise_found()
+    assert layout is not None
+    assert opened is not None
+    assert read is not None
+    assert started is not None
+    (source, checkpoint), (_, samples, manifest), (config, state) = opened, read, started
+    objective = kind.plan(config, source, checkpoint if state.iteration > 0 else None)
+    tokenizer = config.data.tokenizer_name_or_path or source.tokenizer
+    prompts = plan_eval_prompts(config.eval_prompts, source.config, layout, tokenizer)
+    return RunPlan(config, layout, source, state, checkpoint, samples, manifest, objective, prompts)
+
+
+def _layout(config: PretrainConfig, world_size: int) -> Layout:
     layout = config.parallel.layout(world_size)
     try:
         config.batch.resolve_global_batch_size(layout.dp)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    config.optimizer.check_unit(in_samples=config.training.train_samples is not None)
-    training = with_iterations(config.training, config.batch, layout.dp)
-    config = config.model_copy(update={"training": training})
-    check_monitor(config, world_size)
-    source, checkpoint = _open_source(config)
+    return layout
+
+
+def _check_source(
+    config: PretrainConfig, layout: Layout | None, source: WeightSource, problems: Problems
+) -> None:
+    """Check the options against the model."""
     where = str(source.path or config.start.model_config_file)
-    config.model.check(source.config, where)
-    _check_dropout(config, source)
-    config.parallel.check_model(source.config)
-    config.parallel.check_sequence(config.data.seq_length)
-    _check_experts(config, source)
-    _check_pipeline(config, layout, source.config)
-    check_engine(config, layout, source.config)
-    _say_what_scales_nothing(config)
-    _check_length(config, source.config, where)
-    kind = objective_of(config)
+    problems.value(config.model.check, source.config, where)
+    problems.value(_check_dropout, config, source)
+    problems.value(config.parallel.check_model, source.config)
+    problems.value(_check_experts, config, source)
+    if layout is not None:
+        problems.value(_check_pipeline, config, layout, source.config)
+        problems.value(check_engine, config, layout, source.config)
+    problems.value(_check_length, config, source.config, where)
+    problems.value(check_space, config, source)
+
+
+def _read_data(
+    config: PretrainConfig, kind: type[Objective], layout: Layout
+) -> tuple[PretrainConfig, tuple[int, int, int], DatasetManifest | None]:
+    """Return the config with the length that the data decides, the samples of the run, and the data's manifest."""
     config = with_all_epochs(config, kind, layout.dp)
     config = with_all_held_out(config, kind, layout.dp)
     samples = num_samples(config, layout.dp)
-    manifest = kind.check_data(config.data, samples)
-    _check_vocabulary(config, source, manifest)
+    return config, samples, kind.check_data(config.data, samples)
+
+
+def _start(
+    config: PretrainConfig, kind: type[Objective], source: WeightSource, checkpoint: NativeSource | None
+) -> tuple[PretrainConfig, TrainState]:
+    """Return where the run stands at its first step, and its config with the data as the run began with it."""
     state = _initial_state(config, checkpoint, data_order(config, kind.data_order))
     if checkpoint is not None and state.iteration > 0:
         began = load_train_state(checkpoint).data_order
@@ -142,10 +187,7 @@ def plan_run(config: PretrainConfig, world_size: int) -> RunPlan:
         for line in changed_options(run, config):
             announce(line)
     _check_save_folder(config, checkpoint, state)
-    objective = kind.plan(config, source, checkpoint if state.iteration > 0 else None)
-    tokenizer = config.data.tokenizer_name_or_path or source.tokenizer
-    prompts = plan_eval_prompts(config.eval_prompts, source.config, layout, tokenizer)
-    return RunPlan(config, layout, source, state, checkpoint, samples, manifest, objective, prompts)
+    return config, state
 
 
 def _check_experts(config: PretrainConfig, source: WeightSource) -> None:
@@ -190,7 +232,7 @@ def _open_source(config: PretrainConfig) -> tuple[WeightSource, NativeSource | N
         announce(f"auto_resume: {save} holds no checkpoint; this is a new run")
     if config.adapters is not None:
         return _open_adapted(config, config.adapters, found)
-    source = open_weights(found) if found else open_source(start, config.training.seed)
+    source = open_weights(found) if found else open_source(start, config.training.seed, config.recipe.model)
     return source, source if isinstance(source, NativeSource) else None
 
 
@@ -210,7 +252,7 @@ def _open_adapted(
 def _find_adapted(
     config: PretrainConfig, lora: LoraConfig, found: Path | None
 ) -> tuple[AdaptedWeights, NativeSource | None]:
-    base = open_source(config.start, config.training.seed)
+    base = open_source(config.start, config.training.seed, config.recipe.model)
     load = found or lora.lora_load
     if load is not None and ((load / TRACKER).is_file() or (load / DESCRIPTION).is_file()):
         checkpoint = NativeSource(load, is_adapter=True)

@@ -84,12 +84,13 @@ def detect_kind(path: Path) -> Kind:
     )
 
 
-def open_source(source: ModelSourceConfig, seed: int) -> WeightSource:
+def open_source(source: ModelSourceConfig, seed: int, size: str | None = None) -> WeightSource:
     """Open the checkpoint that a command starts from, or random weights of its config.
 
     Args:
         source: the options `--load` and `--model-config`.
         seed: of random weights.
+        size: published size that the checkpoint is to have, if a recipe says it.
 
     Raises:
         CheckpointError: there is no checkpoint, or it is of no known kind, incomplete or of an unsupported
@@ -108,7 +109,35 @@ def open_source(source: ModelSourceConfig, seed: int) -> WeightSource:
                 f"model it is; leave {flag} out"
             )
     config = read_model_config(path) if path is not None else None
-    return open_weights(source.load, config=config, vocab_size=source.orig_vocab_size)
+    meant = None if size is None else read_model_config(Path(size))
+    found = open_weights(
+        source.load, config=config, vocab_size=source.orig_vocab_size, fallback_config=lambda: meant
+    )
+    if meant is not None and config is None:
+        _check_size(source.load, found.config, meant, size)
+    return found
+
+
+_OF_A_SIZE = (
+    "family",
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
+"""Fields that a published size fixes; a vocabulary may have grown, a rotary base may have been changed."""
+
+
+def _check_size(path: Path, found: ModelConfig, meant: ModelConfig, size: str | None) -> None:
+    """Refuse a checkpoint of another size than a recipe is for."""
+    other = [name for name in _OF_A_SIZE if getattr(found, name) != getattr(meant, name)]
+    if other:
+        lines = (f"{name}={getattr(found, name)}, not {getattr(meant, name)}" for name in other)
+        raise CheckpointError(
+            f"{path} is another model than {size}, which the recipe is for: {', '.join(lines)}; take the recipe of "
+            "that model, or write this one down (asd-core recipes NAME) and change it"
+        )
 
 
 def open_weights(

@@ -20,6 +20,7 @@ from ascendspeed_eval.hub_datasets import find_data
 from ascendspeed_eval.model import Backend, EvaluatedModel
 from ascendspeed_eval.output_folder import SAMPLES
 from ascendspeed_eval.progress import log
+from ascendspeed_eval.recipes import with_recipe
 from ascendspeed_eval.report import markdown, warnings
 from ascendspeed_eval.runner import MAX_FAILURES, evaluate
 from ascendspeed_eval.small_files import read_text
@@ -30,12 +31,19 @@ from ascendspeed_eval.tasks.samples import GenerationSettings
 
 
 def run_command(
+    recipe: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[RECIPE]",
+            help="Name of a recipe, or a TOML file; flags win over it. `asd-eval recipes` lists them.",
+        ),
+    ] = None,
     task: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
             help="One or several benchmarks; `asd-eval tasks` lists them. Or your own task: a .yaml or .py file."
         ),
-    ],
+    ] = None,
     task_data_path: Annotated[
         list[str] | None,
         typer.Option(
@@ -134,6 +142,10 @@ def run_command(
     Each sample is written as soon as it is scored. Run the same command again to resume an interrupted run, or to ask
     for samples that failed; batch size, number of devices and a server's address may differ.
     """
+    if not task:
+        raise UsageError("task is missing; give --task, or a recipe (`asd-eval recipes` lists them)")
+    if recipe is not None:
+        log(f"recipe: {recipe}")
     backend, own = find_backends().choose(options)
     chat = ChatSettings.of_flags(
         apply_chat_template, system, chat_template_kwargs, chat_template_date, fewshot_as_multiturn
@@ -270,6 +282,8 @@ def with_backend_options(function: Callable[..., None], backends: Backends) -> C
             )
 
     def command(**arguments: Any) -> None:
+        if arguments.get("recipe") is not None:
+            arguments = with_recipe(arguments["recipe"], arguments)
         # An option that was not given is None, or an empty list where it may be given several times.
         given = {n: value for n, value in arguments.items() if n not in added or value not in (None, [])}
         function(**given)

@@ -6,7 +6,9 @@ from typing import Annotated
 import typer
 
 from ascendspeed_eval.protocol import describe_protocol
+from ascendspeed_eval.recipes import find_recipe, read_recipe, recipe_names
 from ascendspeed_eval.report import join_runs
+from ascendspeed_eval.small_files import read_text
 from ascendspeed_eval.tasks.base import Task
 from ascendspeed_eval.tasks.registry import all_tasks, find_task, find_variant
 from ascendspeed_eval.tasks.samples import Record
@@ -31,6 +33,25 @@ def tasks(
                 print(f"      question: {variant.template!r}")
             if task_data_path is not None and task is not None:
                 print(_first_prompt(one, variant.name, task_data_path))
+
+
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Recipe to print. [default: list all]")] = None,
+) -> None:
+    """List the recipes of evaluation, or print one as TOML.
+
+    A recipe is run by its name: asd-eval run mmlu --load MODEL --task-data-path DATA --output-dir OUT.
+    """
+    if name is not None:
+        print(read_text(find_recipe(name), f"recipe {name}", "the name of the recipe"), end="")
+        return
+    for one in recipe_names():
+        options = read_recipe(find_recipe(one))
+        print(f"{one}: {', '.join(f'{key} {_shown(value)}' for key, value in options.items())}")
+
+
+def _shown(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _first_prompt(task: Task, variant: str, path: str) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ascendspeed_core.config.load import load_config
+from ascendspeed_core.config.load import NamedRecipe, load_config
 from ascendspeed_data.command_line import log
 from ascendspeed_data.command_line.options import options_from
 from ascendspeed_data.command_line.progress import Progress
@@ -27,8 +27,18 @@ if TYPE_CHECKING:
     from ascendspeed_infer.text_generator import TextGenerator
 
 
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+
 @options_from(GenerateConfig)
 def generate(
+    recipe: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[RECIPE]",
+            help="Name of a recipe, or a TOML file; flags win over it. `asd-infer recipes` lists them.",
+        ),
+    ] = None,
     prompt: Annotated[
         list[str] | None, typer.Option(help="Texts to continue. [default: lines of stdin]")
     ] = None,
@@ -50,7 +60,8 @@ def generate(
 
     Completions go to stdout in the order of the prompts; everything else goes to stderr.
     """
-    config = load_config(GenerateConfig, None, given)
+    named = None if recipe is None else NamedRecipe(recipe, "generate", RECIPES)
+    config = load_config(GenerateConfig, None, given, named=named)
     if not config.sampling.detokenize and not as_json:
         raise ConfigError("--no-detokenize gives ids, which are printed with --json; add it")
     if prompt and prompt_file:

@@ -1,9 +1,11 @@
 """The published models of all families, with their sizes in numbers."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ascendspeed_core.config.model import ModelConfig
+from ascendspeed_core.models.families.base import Family
 from ascendspeed_core.models.families.registry import known_families
 
 WEIGHT_BYTES = 2
@@ -68,6 +70,18 @@ def _kept_per_token(config: ModelConfig) -> int:
     if config.kv_latent_dim is not None:
         return config.kv_latent_dim + (config.rotary_dim or 0)
     return 2 * config.num_key_value_heads * config.head_dim
+
+
+def published_size(name: str) -> tuple[Family, Mapping[str, Any]] | None:
+    """Return the family of a published size, and its Hugging Face config; `None` if no family has it."""
+    return next(
+        ((family, family.sizes[name]) for family in known_families().values() if name in family.sizes), None
+    )
+
+
+def published_names() -> list[str]:
+    """Return the names of all sizes."""
+    return [name for family in known_families().values() for name in family.sizes]
 
 
 def published_models() -> list[PublishedModel]:

@@ -1,5 +1,6 @@
 """Read the configs of a Hugging Face folder: `config.json` and `generation_config.json`."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -7,18 +8,22 @@ from pydantic import BaseModel
 
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.models.families import family_of_hugging_face
+from ascendspeed_core.models.families.base import Family
+from ascendspeed_core.models.families.published import published_names, published_size
 from ascendspeed_core.weights.files.json_file import read_json
+from ascendspeed_core.weights.source import CheckpointError
+from ascendspeed_data.errors import did_you_mean
 
 
 def read_model_config(path: Path) -> ModelConfig:
-    """Return the architecture that a `config.json` describes.
+    """Return the architecture that a `config.json` describes, or that of a published size by its name.
 
     Raises:
         CheckpointError: the file cannot be read.
         AscendSpeedError: no family supports the architecture, or an option of it.
     """
-    hf_config = read_json(path)
-    return family_of_hugging_face(hf_config, str(path)).read_config(hf_config, str(path))
+    family, hf_config = _family_and_config(path)
+    return family.read_config(hf_config, str(path))
 
 
 def dropout_of(path: Path) -> dict[str, float]:
@@ -28,8 +33,21 @@ def dropout_of(path: Path) -> dict[str, float]:
         CheckpointError: the file cannot be read.
         AscendSpeedError: no family supports the architecture, or a value is no share.
     """
-    hf_config = read_json(path)
-    return family_of_hugging_face(hf_config, str(path)).dropout_of(hf_config, str(path))
+    family, hf_config = _family_and_config(path)
+    return family.dropout_of(hf_config, str(path))
+
+
+def _family_and_config(path: Path) -> tuple[Family, Mapping[str, Any]]:
+    if path.exists() or path.suffix == ".json" or path.parent != Path():
+        hf_config = read_json(path)
+        return family_of_hugging_face(hf_config, str(path)), hf_config
+    found = published_size(str(path))
+    if found is None:
+        raise CheckpointError(
+            f"model_config_file={path} is neither a file nor a published size"
+            f"{did_you_mean(str(path), published_names())}; `asd-core models` lists the sizes"
+        )
+    return found
 
 
 class _GenerationConfig(BaseModel):

@@ -1,0 +1,65 @@
+"""Recipes by name: TOML files of this package, each the options of `asd-eval run` for one benchmark."""
+
+import tomllib
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from ascendspeed_eval.errors import UsageError
+from ascendspeed_eval.small_files import read_text
+
+FOLDER = Path(__file__).with_name("recipes")
+
+
+def recipe_names() -> list[str]:
+    """Return the names of all recipes."""
+    return sorted(path.stem for path in FOLDER.glob("*.toml"))
+
+
+def find_recipe(name: str) -> Path:
+    """Return the file of a recipe: one of this package by its name, or a TOML file by its path.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if name in recipe_names():
+        return FOLDER / f"{name}.toml"
+    if name.endswith(".toml") or "/" in name:
+        return Path(name)
+    close = get_close_matches(name, recipe_names(), n=1)
+    hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(recipe_names())}"
+    raise UsageError(f"{name} is no recipe; {hint}")
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Return the options of a recipe.
+
+    Raises:
+        UsageError: the file cannot be read, or is not TOML.
+    """
+    try:
+        return tomllib.loads(read_text(path, f"recipe {path}", "the name of the recipe"))
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"recipe {path} is not TOML: {error}; correct it") from None
+
+
+def with_recipe(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options with those of a recipe where none was given.
+
+    Args:
+        name: of the recipe.
+        given: all options of the command by name; `None` or an empty list where one was not given.
+
+    Raises:
+        UsageError: the recipe has an option that the command lacks.
+    """
+    path = find_recipe(name)
+    options = read_recipe(path)
+    unknown = sorted(options.keys() - given.keys())
+    if unknown:
+        close = get_close_matches(unknown[0], list(given), n=1)
+        raise UsageError(
+            f"recipe {path}: unknown key {unknown[0]}{f'; did you mean {close[0]}?' if close else ''}"
+        )
+    return {**given, **{key: value for key, value in options.items() if given[key] in (None, [])}}

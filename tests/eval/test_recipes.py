@@ -1,0 +1,60 @@
+"""Recipes of evaluation: one for each task of 2023, run by name."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ascendspeed_eval.errors import UsageError
+from ascendspeed_eval.recipes import find_recipe, read_recipe, recipe_names, with_recipe
+from ascendspeed_eval.tasks.registry import find_task, find_variant
+from support.commands import call
+
+TASKS = ["agieval", "bbh", "boolq", "ceval", "gsm8k", "human_eval", "mmlu"]
+
+
+def test_every_task_of_2023_has_its_recipe() -> None:
+    assert recipe_names() == TASKS
+    listed = call("asd-eval", "recipes").stdout.splitlines()
+    assert [line.partition(":")[0] for line in listed] == TASKS
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_recipe_asks_for_what_its_task_has(name: str) -> None:
+    recipe = read_recipe(find_recipe(name))
+    (task,) = recipe["task"]
+    variant = find_variant(find_task(task), recipe["protocol"])
+    # A length is given only where text is generated.
+    assert ("max_new_tokens" in recipe) <= bool(variant.max_new_tokens)
+    assert call("asd-eval", "recipes", name).stdout == find_recipe(name).read_text()
+
+
+def test_a_recipe_runs_by_name(tmp_path: Path) -> None:
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text(json.dumps({"contains": "", "logprobs": {" Yes": -1.0, " No": -2.0}}) + "\n")
+    more: list[object] = ["--task-data-path", "sample", "--scripted-answers", answers, "--output-dir"]
+    scores = []
+    for asked in (["boolq"], ["--task", "boolq", "--protocol", "ascendspeed"]):
+        done = call("asd-eval", "run", *asked, *more, tmp_path / str(len(asked)))
+        assert done.status == 0, done.stderr
+        results = json.loads((tmp_path / str(len(asked)) / "results.json").read_text())
+        scores.append(results["tasks"]["boolq"]["score"])
+        assert ("recipe: boolq" in done.stderr) == (asked == ["boolq"])
+    assert scores[0] == scores[1]
+
+
+def test_options_that_were_given_win() -> None:
+    given = {"task": [], "protocol": "lm-eval", "max_new_tokens": None, "limit": 3}
+    assert with_recipe("gsm8k", given) == {
+        "task": ["gsm8k"], "protocol": "lm-eval", "max_new_tokens": 256, "limit": 3
+    }  # fmt: skip
+
+
+def test_what_is_no_recipe(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"gsm8 is no recipe; did you mean gsm8k\?"):
+        with_recipe("gsm8", {})
+    (tmp_path / "mine.toml").write_text("tasks = ['mmlu']\n")
+    with pytest.raises(UsageError, match=r"unknown key tasks; did you mean task\?"):
+        with_recipe(str(tmp_path / "mine.toml"), {"task": None})
+    done = call("asd-eval", "run", "--task-data-path", "sample", "--load", tmp_path)
+    assert "task is missing; give --task, or a recipe" in done.complaint
