@@ -29,6 +29,11 @@ app = build_app(
         ),
         Command("models", "ascendspeed_core.commands.models:models", "List families and sizes of models."),
         Command(
+            "plan",
+            "ascendspeed_core.commands.planning:plan",
+            "Say what fits on some devices, and how fast it will be.",
+        ),
+        Command(
             "timeline",
             "ascendspeed_core.commands.timeline:timeline",
             "Draw what each pipeline device does in a step.",

@@ -50,7 +50,7 @@ class ActivationBytes:
         return self._width == 2
 
     @property
-    def _copies_wide(self) -> bool:
+    def copies_wide(self) -> bool:
         """Whether a norm keeps a wide copy of its input, which itself is not needed again."""
         return self._is_narrow and not self.is_fused and self.work.model.norm == "rmsnorm"
 
@@ -87,21 +87,23 @@ class ActivationBytes:
         kept = norms * (norm_kept + norm_given) + attention + mlp + self._between
         if model.norm_placement == "both":
             kept += 2 * norm_kept
-        if not self._copies_wide:
+        if not self.copies_wide:
             # The input of the first norm is the output of the layer before, which counts there.
             kept -= self._between
         selective = attention_products + mlp_products + self._between
         # Inputs and results of both blocks; a sequence that is gathered is there twice while its sum is scattered.
-        forward = kept + (3 if self._copies_wide else 2) * self._between
+        forward = kept + (3 if self.copies_wide else 2) * self._between
         if layout.sequence_parallel:
-            forward = kept + 2 * self._hidden + (0 if self._copies_wide else 3) * self._between
+            forward = kept + 2 * self._hidden + (0 if self.copies_wide else 3) * self._between
         # The MLP of a layer that keeps nothing, beside what its block and its residuals hold.
         bare = (3 if self.is_fused else 4) * inner + norm_given + 3 * self._between
         bare += self._hidden if layout.tp > 1 else 0.0
         backward = self._backward(inner, part)
         gradients = int(self.gradients(part))
         if mode == "full":
-            return PartMemory(int(self._between), int(min(bare, forward)), int(kept - self._between + backward), gradients)
+            return PartMemory(
+                int(self._between), int(min(bare, forward)), int(kept - self._between + backward), gradients
+            )
         if mode == "selective":
             peak = kept - selective + backward + self._hidden
             forward = min(bare + attention_products - self._hidden, forward)
@@ -124,10 +126,14 @@ class ActivationBytes:
             copies = max(work.layout.cp / key_heads, 1)
             kept += result + (copies - 1) * (keys + values)
         if model.qk_norm:
-            kept += (queries + keys) * ((3 if self._is_narrow else 1) if not self.is_fused else 1)
+            kept += (queries + keys) * (1 if self.is_fused else 3 if self._is_narrow else 2)
         products = queries + keys + values + result + logarithms + self._hidden
         if model.kv_latent_dim is not None:
-            latent = (model.kv_latent_dim + (model.rotary_dim or 0) + 2 * (model.q_latent_dim or 0)) * tokens * width
+            latent = (
+                (model.kv_latent_dim + (model.rotary_dim or 0) + 2 * (model.q_latent_dim or 0))
+                * tokens
+                * width
+            )
             kept, products = kept + 2 * latent, products + latent
         return kept, products
 
@@ -182,14 +188,16 @@ class ActivationBytes:
         weight = self.work.vocabulary * self.work.model.hidden_size * self._width
         whole = self._hidden if self.work.layout.tp > 1 else 0.0
         if self.work.model.embedding_norm:
-            kept += sum(self._norm(gathered=False))
-        return PartMemory(int(kept), int(kept + whole), int(weight + self._between + whole), int(self.gradients(part)))
+            kept += sum(self._norm(gathered=False)) - (0.0 if self.copies_wide else self._between)
+        return PartMemory(
+            int(kept), int(kept + whole), int(weight + self._between + whole), int(self.gradients(part))
+        )
 
     def head(self) -> PartMemory:
         """Return the bytes of final norm, head and loss."""
         part, width = self.work.head(), self._width
         norm_kept, norm_given = self._norm(self.work.layout.sequence_parallel)
-        kept = norm_kept + norm_given - (0.0 if self._copies_wide else self._between)
+        kept = norm_kept + norm_given - (0.0 if self.copies_wide else self._between)
         logits = self.work.tokens * self.work.vocabulary
         weight = self.work.vocabulary * self.work.model.hidden_size * width
         gradients = int(self.gradients(part))
@@ -199,7 +207,13 @@ class ActivationBytes:
             some = min(logits, 1 << 24) * 4
             return PartMemory(int(kept), int(kept + some), int(weight + whole + 2 * some), gradients)
         saved = logits * max(width, 4)
+        if self.work.layout.pp > 1:
+            # A pipeline keeps what a stage gave until its backward.
+            kept += logits * width
         narrow = logits * width if self._is_narrow else 0.0
         forward = kept + 2 * saved + narrow
-        backward = max(2 * saved - saved * (self.work.layout.tp > 1), weight + narrow + whole - saved + (0 if self._is_narrow else saved))  # fmt: skip  # noqa: E501
+        # In the middle of the loss two gradients of its logits; at the head's product its weight's and its input's.
+        in_loss = saved * (1 if self.work.layout.tp > 1 else 2)
+        at_product = weight + narrow + whole - (saved if self._is_narrow else 0.0)
+        backward = max(in_loss, at_product)
         return PartMemory(int(kept + saved), int(forward), int(backward), gradients)

@@ -267,7 +267,9 @@ class HardwareProfile(Config):
         return passes * (steps * latency + size * (ranks - 1) / ranks / rate)
 
     def _measured_collective(self, name: Collective, ranks: int, size: float) -> float | None:
-        sizes = [(int(key[1]), line) for key, line in self._lines.items() if key[0] == name and key[1].isdigit()]
+        sizes = [
+            (int(key[1]), line) for key, line in self._lines.items() if key[0] == name and key[1].isdigit()
+        ]
         if not sizes:
             return None
         nearest, line = min(sizes, key=lambda one: abs(log(one[0] / ranks)))

@@ -4,9 +4,10 @@ The orders are those of torch.distributed.pipelining, which runs them; tests com
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
-from ascendspeed_core.config.layout import SPLIT_BACKWARD_SCHEDULES, V_SCHEDULES, Layout
+from ascendspeed_core.config.layout import SPLIT_BACKWARD_SCHEDULES, V_SCHEDULES, Layout, PipelineSchedule
 from ascendspeed_core.parallel.timeline import Kind
 
 
@@ -31,30 +32,43 @@ def stages_per_rank(layout: Layout, num_layers: int) -> int:
     return num_layers // (layout.pp * layout.layers_per_stage) if layout.layers_per_stage else 1
 
 
-def pipeline_orders(layout: Layout, per_rank: int, micro_batches: int) -> list[list[PipelineWork]]:
-    """Return by pipeline rank what it computes, in order.
+def pipeline_orders(layout: Layout, per_rank: int, micro_batches: int) -> list[Sequence[PipelineWork]]:
+    """Return by pipeline rank what it computes, in order; see `order_of_rank`."""
+    return [order_of_rank(layout, per_rank, micro_batches, rank) for rank in range(layout.pp)]
+
+
+def order_of_rank(layout: Layout, per_rank: int, micro_batches: int, rank: int) -> Sequence[PipelineWork]:
+    """Return what a pipeline rank computes, in order.
 
     Args:
         layout: its schedule and number of ranks count.
         per_rank: stages of each rank.
         micro_batches: of a step.
+        rank: of the pipeline.
     """
-    pp, name = layout.pp, layout.schedule
+    return _order(layout.schedule, layout.pp, per_rank, micro_batches, rank)
+
+
+@lru_cache(maxsize=4096)
+def _order(name: PipelineSchedule, pp: int, per_rank: int, count: int, rank: int) -> tuple[PipelineWork, ...]:
     if name in SPLIT_BACKWARD_SCHEDULES:
-        return _of_torch(name, pp, per_rank, micro_batches)
-    if name == "gpipe" or (name == "1f1b" and micro_batches < pp):
-        return [_breadth_first([rank], micro_batches, list(range(micro_batches))) for rank in range(pp)]
+        return tuple(_of_torch(name, pp, per_rank, count, rank))
+    numbers = list(range(count))
+    if name == "gpipe" or (name == "1f1b" and count < pp):
+        return tuple(_breadth_first([rank], numbers, numbers))
     if name == "1f1b":
-        return [_one_forward_one_backward(rank, pp, micro_batches) for rank in range(pp)]
-    stages = [[local * pp + rank for local in range(per_rank)] for rank in range(pp)]
+        return tuple(_one_forward_one_backward(rank, pp, count))
     if name == "looped-bfs":
-        return [_breadth_first(own, micro_batches, list(range(micro_batches))[::-1]) for own in stages]
-    return [_interleaved(rank, pp, per_rank, micro_batches) for rank in range(pp)]
+        stages = [local * pp + rank for local in range(per_rank)]
+        return tuple(_breadth_first(stages, numbers, numbers[::-1]))
+    return tuple(_interleaved(rank, pp, per_rank, count))
 
 
-def _breadth_first(stages: list[int], count: int, backwards: list[int]) -> list[PipelineWork]:
-    forward = [PipelineWork("forward", stage, number) for stage in stages for number in range(count)]
-    return forward + [PipelineWork("backward", stage, number) for stage in stages[::-1] for number in backwards]
+def _breadth_first(stages: list[int], forwards: list[int], backwards: list[int]) -> list[PipelineWork]:
+    forward = [PipelineWork("forward", stage, number) for stage in stages for number in forwards]
+    return forward + [
+        PipelineWork("backward", stage, number) for stage in stages[::-1] for number in backwards
+    ]
 
 
 def _one_forward_one_backward(rank: int, pp: int, count: int) -> list[PipelineWork]:
@@ -92,7 +106,7 @@ def _interleaved(rank: int, pp: int, per_rank: int, count: int) -> list[Pipeline
     return order + [backward(step) for step in range(total - warm_up, total)]
 
 
-def _of_torch(name: str, pp: int, per_rank: int, count: int) -> list[list[PipelineWork]]:
+def _of_torch(name: str, pp: int, per_rank: int, count: int, rank: int) -> list[PipelineWork]:
     """Ask torch for the order of a schedule that takes input and weight gradients apart."""
     from torch.distributed.pipelining import schedules
 
@@ -113,12 +127,9 @@ def _of_torch(name: str, pp: int, per_rank: int, count: int) -> list[list[Pipeli
         "BACKWARD_WEIGHT": "weight gradient",
     }
     return [
-        [
-            PipelineWork(kinds[one.computation_type.name], one.stage_index, one.microbatch_index)
-            for action in schedule._calculate_single_rank_operations(rank)
-            for one in (() if action is None else action.sub_actions or (action,))
-        ]
-        for rank in range(pp)
+        PipelineWork(kinds[one.computation_type.name], one.stage_index, one.microbatch_index)
+        for action in schedule._calculate_single_rank_operations(rank)
+        for one in (() if action is None else action.sub_actions or (action,))
     ]
 
 

@@ -18,6 +18,9 @@ from ascendspeed_core.planner.workload import Message, PartWork, Workload
 MOST_SIMULATED = 20_000
 """Pieces of work of a pipeline up to which its order is walked through; above, its bubble has a closed form."""
 
+NOT_SIMULATED = 0
+"""For `StepTimer.most_simulated`: always the closed form."""
+
 
 class PartSeconds(NamedTuple):
     """Seconds of a part of a micro-batch.
@@ -110,11 +113,19 @@ class StepTimer:
         work: a micro-batch under its layout.
         profile: of the devices.
         slowdown: factor of computing, where several ranks share what the profile calls a device.
+        most_simulated: pieces of work of a pipeline up to which its order is walked through.
     """
 
-    def __init__(self, work: Workload, profile: HardwareProfile, slowdown: float = 1.0) -> None:
-        self.work, self.profile, self._slowdown = work, profile, slowdown
-        self._known: dict[tuple[PartWork, Mode], PartSeconds] = {}
+    def __init__(
+        self,
+        work: Workload,
+        profile: HardwareProfile,
+        slowdown: float = 1.0,
+        most_simulated: int = MOST_SIMULATED,
+    ) -> None:
+        self.work, self.profile = work, profile
+        self._slowdown, self._most_simulated = slowdown, most_simulated
+        self._known: dict[tuple[int, Mode], tuple[PartWork, PartSeconds]] = {}
 
     def message(self, one: Message) -> float:
         """Return the seconds of a collective."""
@@ -132,10 +143,11 @@ class StepTimer:
 
     def part(self, part: PartWork, mode: Mode) -> PartSeconds:
         """Return the seconds of a part of a micro-batch, of which a mode says what is computed again."""
-        key = (part, mode)
+        key = (id(part), mode)
         if key not in self._known:
-            self._known[key] = self._time(part, mode)
-        return self._known[key]
+            # The part stays alive here, so that its identity is its own.
+            self._known[key] = part, self._time(part, mode)
+        return self._known[key][1]
 
     def _time(self, part: PartWork, mode: Mode) -> PartSeconds:
         profile, dtype = self.profile, self.work.dtype
@@ -187,7 +199,11 @@ class StepTimer:
             part for stage in stages for part in self.work.parts(stage.layers, stage.is_first, stage.is_last)
         ]
         total = sum(part.parameters for part in parts)
-        if self.work.model.tie_word_embeddings and any(s.is_first for s in stages) and any(s.is_last for s in stages):
+        if (
+            self.work.model.tie_word_embeddings
+            and any(s.is_first for s in stages)
+            and any(s.is_last for s in stages)
+        ):
             total -= self.work.vocabulary * self.work.model.hidden_size
         return total, sum(part.expert_parameters for part in parts)
 
@@ -240,7 +256,7 @@ class StepTimer:
         if layout.pp == 1:
             return micro_batches * _busy(of_stage[0])
         sending = self._collective("send", "pp", self.work.sent_bytes)
-        if 2 * layout.pp * per_rank * micro_batches > MOST_SIMULATED:
+        if 2 * layout.pp * per_rank * micro_batches > self._most_simulated:
             busiest = max(map(_busy, of_stage.values())) * per_rank
             share = 1 / 3 if layout.schedule in SPLIT_BACKWARD_SCHEDULES else 1.0
             warm_up = (layout.pp - 1) / per_rank * share
@@ -260,7 +276,12 @@ class StepTimer:
         return makespan_of(orders, seconds, sending)
 
     def _reduction(
-        self, parameters: float, of_experts: float, micro_batches: int, mine: PartSeconds, last_backward: float
+        self,
+        parameters: float,
+        of_experts: float,
+        micro_batches: int,
+        mine: PartSeconds,
+        last_backward: float,
     ) -> float:
         """Return the seconds of sums over replicas, and of gathers of weights, that nothing hides.
 
@@ -311,7 +332,9 @@ class StepTimer:
     def _update(self, parameters: float, of_experts: float) -> float:
         layout, dtype = self.work.layout, self.work.dtype
         if layout.sharded_optimizer:
-            parameters = (parameters - of_experts) / _size(layout, "replicas") + of_experts / _size(layout, "edp")
+            parameters = (parameters - of_experts) / _size(layout, "replicas") + of_experts / _size(
+                layout, "edp"
+            )
         if layout.zero_stage:
             parameters /= layout.dp
         return self.profile.operator_seconds("adamw", parameters, dtype)[0] * self._slowdown

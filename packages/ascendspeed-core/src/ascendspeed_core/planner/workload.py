@@ -10,7 +10,7 @@ V vocabulary, E experts.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from ascendspeed_core.config.layout import Layout
 from ascendspeed_core.config.model import ModelConfig
@@ -113,7 +113,7 @@ class Workload:
     seq_length: int
     dtype: str
     large_logits: int = 1 << 30
-    _layers: dict[tuple[bool, bool], PartWork] = field(default_factory=dict, compare=False, repr=False)
+    _parts: dict[Any, PartWork] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def tokens(self) -> float:
@@ -143,9 +143,9 @@ class Workload:
     def layer(self, number: int) -> PartWork:
         """Return the work of a layer, by its number in the whole model."""
         kind = (self.model.has_experts(number), self.model.has_window(number))
-        if kind not in self._layers:
-            self._layers[kind] = self._make_layer(*kind)
-        return self._layers[kind]
+        if kind not in self._parts:
+            self._parts[kind] = self._make_layer(*kind)
+        return self._parts[kind]
 
     def _make_layer(self, has_experts: bool, has_window: bool) -> PartWork:
         model = self.model
@@ -204,7 +204,10 @@ class Workload:
         values = self._heads * model.value_head_dim
         of_queries = [Product(tokens, queries, hidden)]
         if model.q_latent_dim is not None:
-            of_queries = [Product(tokens, model.q_latent_dim, hidden), Product(tokens, queries, model.q_latent_dim)]
+            of_queries = [
+                Product(tokens, model.q_latent_dim, hidden),
+                Product(tokens, queries, model.q_latent_dim),
+            ]
         products = [
             *of_queries,
             Product(tokens, latent + rotary, hidden),
@@ -226,7 +229,10 @@ class Workload:
     ) -> tuple[list[Product], list[tuple[str, float]], float, float, tuple[Message, ...]]:
         model, part, tokens = self.model, inner / self.layout.tp, self.tokens
         ways_in = 2 if model.is_gated else 1
-        products = [Product(tokens, part, model.hidden_size, ways_in), Product(tokens, model.hidden_size, part)]
+        products = [
+            Product(tokens, part, model.hidden_size, ways_in),
+            Product(tokens, model.hidden_size, part),
+        ]
         operator = "gated" if model.is_gated else "activation"
         bias = has_bias * (ways_in * part + model.hidden_size)
         return products, [(operator, tokens * part)], _weights(products) + bias, 0.0, ()
@@ -285,6 +291,17 @@ class Workload:
 
     def embedding(self) -> PartWork:
         """Return the work of the embedding."""
+        if "embedding" not in self._parts:
+            self._parts["embedding"] = self._make_embedding()
+        return self._parts["embedding"]
+
+    def head(self) -> PartWork:
+        """Return the work of final norm, head and loss."""
+        if "head" not in self._parts:
+            self._parts["head"] = self._make_head()
+        return self._parts["head"]
+
+    def _make_embedding(self) -> PartWork:
         hidden = self.model.hidden_size
         forward: tuple[Message, ...] = ()
         backward: tuple[Message, ...] = ()
@@ -303,8 +320,7 @@ class Workload:
             parameters=self.vocabulary * hidden,
         )
 
-    def head(self) -> PartWork:
-        """Return the work of final norm, head and loss."""
+    def _make_head(self) -> PartWork:
         hidden, logits = self.model.hidden_size, self.tokens * self.vocabulary
         forward: tuple[Message, ...] = ()
         backward: tuple[Message, ...] = ()
