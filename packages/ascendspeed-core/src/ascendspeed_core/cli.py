@@ -34,6 +34,11 @@ app = build_app(
             "Say what fits on some devices, and how fast it will be.",
         ),
         Command(
+            "profile-device",
+            "ascendspeed_core.commands.profile_device:profile_device",
+            "Measure this device for `plan`.",
+        ),
+        Command(
             "timeline",
             "ascendspeed_core.commands.timeline:timeline",
             "Draw what each pipeline device does in a step.",

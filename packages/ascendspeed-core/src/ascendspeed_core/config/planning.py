@@ -3,10 +3,13 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ascendspeed_core.config.base import Config, spellings
 from ascendspeed_core.config.layout import PipelineSchedule
+from ascendspeed_core.config.training import LaunchConfig
+
+MEASURED_FORMATS = ("float32", "bfloat16", "float16")
 
 
 class PlanConfig(Config):
@@ -95,9 +98,25 @@ class ProfileDeviceConfig(Config):
     budget_seconds: float = Field(
         120.0, gt=0, description="About how long it measures; collectives take a fifth of it."
     )
-    dtypes: tuple[Literal["float32", "bfloat16", "float16"], ...] = Field(
-        ("float32", "bfloat16"), description="Formats to measure.", json_schema_extra=spellings("--dtype")
+    dtypes: tuple[str, ...] = Field(
+        ("float32", "bfloat16"),
+        description="Formats to measure: float32, bfloat16, float16.",
+        json_schema_extra=spellings("--dtype"),
     )
     watts: float = Field(
         300.0, gt=0, description="Power of one device under load, for energy; it cannot be measured here."
     )
+
+    @model_validator(mode="after")
+    def _formats_are_known(self) -> "ProfileDeviceConfig":
+        unknown = [name for name in self.dtypes if name not in MEASURED_FORMATS]
+        if unknown:
+            raise ValueError(f"dtypes={unknown[0]} is no format that is measured; choose {', '.join(MEASURED_FORMATS)}")
+        return self
+
+
+class DeviceProfilingConfig(Config):
+    """Everything `asd-core profile-device` takes."""
+
+    profile: ProfileDeviceConfig = ProfileDeviceConfig()
+    launch: LaunchConfig = LaunchConfig()

@@ -1,0 +1,188 @@
+"""How far `asd-core plan` is from published training rates, from steps measured here, and from counted memory.
+
+    python benchmarks/planner.py [published] [measured PROFILE] [search PROFILE]
+
+`published` needs nothing; the others need a profile of this machine, made with
+`asd-core profile-device --nproc-per-node 2 --output PROFILE`.
+"""
+
+import sys
+import time
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import exp, log
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from ascendspeed_core.config.layout import Layout
+from ascendspeed_core.config.model import ModelConfig
+from ascendspeed_core.config.recompute import Mode
+from ascendspeed_core.planner.hardware import HardwareProfile, load_profile
+from ascendspeed_core.planner.question import read_model
+from ascendspeed_core.planner.search import Plan, Question, candidates, make_plans, modes_of, search
+from support.models import tiny_config
+from support.tables import ReportTables
+
+PUBLISHED = Path(__file__).parent / "published_rates.toml"
+MPT = {
+    "760m": (1536, 12, 24), "1b": (2048, 16, 24), "3b": (2560, 20, 32), "7b": (4096, 32, 32), "13b": (5120, 40, 40),
+    "30b": (7168, 56, 48), "70b": (8192, 64, 80),
+}  # fmt: skip
+"""Width, heads, layers of MPT (llm-foundry, scripts/train/yamls)."""
+GPT = {"22b": (6144, 64, 48), "175b": (12288, 96, 96), "530b": (20480, 128, 105), "1t": (25600, 160, 128)}
+"""The same of the models of Korthikanti et al., 2022, table 3."""
+SHARES = tuple(share / 100 for share in range(30, 100, 1))
+
+
+@dataclass(frozen=True)
+class Row:
+    """A published rate with its settings."""
+
+    source: str
+    device: str
+    name: str
+    tokens_per_second: float
+    question: Question
+    layout: Layout
+    micro_batch: int
+    recompute: Mode
+    note: str
+
+    @property
+    def setting(self) -> str:
+        return f"{self.layout}, {self.question.seq_length}, {self.micro_batch}, {self.recompute}"
+
+    def predicted(self, profile: HardwareProfile) -> float:
+        """Tokens per second of a device."""
+        question = Question(**{**vars(self.question), "profile": profile})
+        return make_plans(question, self.layout, self.micro_batch, [self.recompute])[0].tokens_per_second
+
+
+def gpt_like(width: int, heads: int, layers: int, vocabulary: int, length: int) -> ModelConfig:
+    return tiny_config(
+        family="bloom", vocab_size=vocabulary, hidden_size=width, ffn_hidden_size=4 * width, num_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=heads, head_dim=width // heads, max_position_embeddings=length,
+        norm="layernorm", mlp="gelu", position="alibi", tie_word_embeddings=True,
+    )  # fmt: skip
+
+
+def model_of(name: str, length: int) -> ModelConfig:
+    kind, _, size = name.partition("-")
+    if kind == "mpt":
+        return gpt_like(*MPT[size], 50368, length)
+    return gpt_like(*GPT[size], 51200, length) if kind == "gpt" else read_model(name)[0]
+
+
+def read_rows() -> list[Row]:
+    found = []
+    for row in tomllib.loads(PUBLISHED.read_text(encoding="utf-8"))["row"]:
+        model = model_of(row["model"], row["seq_length"])
+        tp, pp = row.get("tp", 1), row.get("pp", 1)
+        dp = row["devices"] // (tp * pp)
+        stages = row.get("stages", 1)
+        layout = Layout(
+            tp=tp, pp=pp, dp=dp, sequence_parallel=row.get("sp", False), zero_stage=row.get("zero") if dp > 1 else None,
+            schedule="interleaved" if stages > 1 else "1f1b",
+            layers_per_stage=model.num_layers // (pp * stages) if stages > 1 else None,
+            overlap_grad_reduce=True, overlap_param_gather=True,
+        )  # fmt: skip
+        profile = load_profile("ascend-910b1" if row["device"] == "unknown" else row["device"])
+        question = Question(model, profile, row["devices"], row["seq_length"], row["global_batch"], row["dtype"])
+        found.append(
+            Row(row["source"], row["device"], row["model"], row["tokens_per_second"], question, layout,
+                row["micro_batch"], row["recompute"], row.get("note", ""))
+        )  # fmt: skip
+    return found
+
+
+def calibrated(profile: HardwareProfile, share: float) -> HardwareProfile:
+    """The profile with one number changed: what share of the data sheet products reach; attention three quarters of it."""
+    shares = profile.shares
+    changed = shares.model_copy(
+        update={
+            "products": shares.products.model_copy(update={"value": share}),
+            "attention": shares.attention.model_copy(update={"value": 0.75 * share}),
+        }
+    )
+    return profile.model_copy(update={"shares": changed})
+
+
+def errors_by_share(rows: Sequence[Row], profile: HardwareProfile) -> list[list[float]]:
+    """Logarithm of predicted over published, for each share and row."""
+    return [[log(row.predicted(calibrated(profile, s)) / row.tokens_per_second) for row in rows] for s in SHARES]
+
+
+def best_share(table: list[list[float]], use: Sequence[int]) -> int:
+    """Number of the share whose error has the median nearest to none."""
+    return min(range(len(SHARES)), key=lambda s: abs(median(table[s][row] for row in use)))
+
+
+def published(report: ReportTables) -> None:
+    rows = read_rows()
+    for device in dict.fromkeys(row.device for row in rows):
+        mine = [row for row in rows if row.device == device]
+        if device == "unknown":
+            unknown_hardware(report, mine)
+            continue
+        profile = load_profile(device)
+        table = errors_by_share(mine, profile)
+        everything = range(len(mine))
+        fitted = best_share(table, everything)
+        names = [row.name for row in mine]
+        errors = []
+        for number, row in enumerate(mine):
+            # Neither the row itself nor another row of the same model is fitted to.
+            others = [other for other in everything if names[other] != row.name] or [number]
+            share = best_share(table, others)
+            error = exp(table[share][number]) - 1
+            if others != [number]:
+                errors.append(abs(error))
+            report.add(
+                f"Published rates on {device}, one calibration of it, without the rows of the same model",
+                ("source", "model", "layout, length, micro-batch, recompute", "share of products", "predicted",
+                 "published", "error"),
+                row.source, row.name, row.setting, f"{SHARES[share]:.2f}",
+                f"{row.tokens_per_second * exp(table[share][number]):,.0f}", f"{row.tokens_per_second:,.0f}",
+                f"{error:+.1%}",
+            )  # fmt: skip
+        if errors:
+            report.add(
+                "Published rates: errors without the rows of the same model",
+                ("device", "rows", "share fitted to all", "median error", "90 % below", "worst"),
+                device, len(errors), f"{SHARES[fitted]:.2f}", f"{median(errors):.1%}",
+                f"{sorted(errors)[int(0.9 * len(errors))]:.1%}", f"{max(errors):.1%}",
+            )  # fmt: skip
+
+
+def unknown_hardware(report: ReportTables, rows: Sequence[Row]) -> None:
+    """Of rows whose hardware is not stated: what several profiles say."""
+    devices = ("ascend-910a", "ascend-910b1", "ascend-910b3", "a100-80gb")
+    for row in rows:
+        cells = []
+        for name in devices:
+            profile = load_profile(name)
+            if row.question.dtype not in profile.peak_tflops:
+                cells.append("no bfloat16")
+                continue
+            predicted = row.predicted(profile)
+            cells.append(f"{predicted:,.0f} ({predicted / row.tokens_per_second - 1:+.0%})")
+        report.add(
+            "Published rates whose hardware is not stated, by profile as it comes",
+            ("source", "model", "layout, length, micro-batch, recompute", "published", *devices),
+            row.source, row.name, row.setting, f"{row.tokens_per_second:,.0f}", *cells,
+        )  # fmt: skip
+
+
+def main(arguments: Sequence[str]) -> None:
+    report = ReportTables()
+    if not arguments or "published" in arguments:
+        published(report)
+    print("\n".join(report.render()))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
