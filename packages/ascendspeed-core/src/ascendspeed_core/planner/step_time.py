@@ -173,6 +173,11 @@ class StepTimer:
             again = operators_forward
         if mode == "full":
             again, waiting = products_forward + operators_forward, waiting + forward_waiting
+            if part.stops_early:
+                last = part.products[-1]
+                again -= profile.product_seconds(last.m, last.n, last.k, dtype)[0]
+                if part.block_messages:
+                    waiting -= self.message(part.forward_messages[part.block_messages - 1])
         factor = self._slowdown
         return PartSeconds(
             (products_forward + operators_forward) * factor,

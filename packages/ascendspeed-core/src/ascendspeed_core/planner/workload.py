@@ -81,6 +81,9 @@ class PartWork:
         expert_parameters: of them, those that are summed over `edp` instead of all replicas.
         attention_products: how many of `products`, counted from the first, are of the attention.
         hidden_loss: the logits are made again in the backward.
+        stops_early: the last product, and the message behind it, are not computed again by recompute, which ends when
+            the backward has what it needs (torch.utils.checkpoint's early stop); the first messages are of the blocks.
+        block_messages: how many of `forward_messages`, counted from the first, are of the blocks.
     """
 
     products: tuple[Product, ...] = ()
@@ -92,6 +95,8 @@ class PartWork:
     expert_parameters: float = 0
     attention_products: int = 0
     hidden_loss: bool = False
+    stops_early: bool = False
+    block_messages: int = 0
 
 
 @dataclass(frozen=True)
@@ -176,6 +181,8 @@ class Workload:
             parameters=weights + mlp_weights + norm_weights + expert_weights,
             expert_parameters=expert_weights,
             attention_products=len(attention),
+            stops_early=not has_experts and model.norm_placement == "before",
+            block_messages=len(forward),
         )
 
     @property
