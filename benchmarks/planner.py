@@ -6,8 +6,8 @@
 `asd-core profile-device --nproc-per-node 2 --output PROFILE`.
 """
 
+import os
 import sys
-import time
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +23,9 @@ from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.recompute import Mode
 from ascendspeed_core.planner.hardware import HardwareProfile, load_profile
 from ascendspeed_core.planner.question import read_model
-from ascendspeed_core.planner.search import Plan, Question, candidates, make_plans, modes_of, search
+from ascendspeed_core.planner.search import Question, make_plans
+from ascendspeed_core.planner.step_time import StepTimer
+from ascendspeed_core.planner.workload import Workload
 from support.models import tiny_config
 from support.tables import ReportTables
 
@@ -98,7 +100,9 @@ def read_rows() -> list[Row]:
             overlap_grad_reduce=True, overlap_param_gather=True,
         )  # fmt: skip
         profile = load_profile("ascend-910b1" if row["device"] == "unknown" else row["device"])
-        question = Question(model, profile, row["devices"], row["seq_length"], row["global_batch"], row["dtype"])
+        question = Question(
+            model, profile, row["devices"], row["seq_length"], row["global_batch"], row["dtype"]
+        )
         found.append(
             Row(row["source"], row["device"], row["model"], row["tokens_per_second"], question, layout,
                 row["micro_batch"], row["recompute"], row.get("note", ""), row.get("attention"))
@@ -114,7 +118,9 @@ def calibrated(profile: HardwareProfile, share: float) -> HardwareProfile:
 
 def errors_by_share(rows: Sequence[Row], profile: HardwareProfile) -> list[list[float]]:
     """Logarithm of predicted over published, for each share and row."""
-    return [[log(row.predicted(calibrated(profile, s)) / row.tokens_per_second) for row in rows] for s in SHARES]
+    return [
+        [log(row.predicted(calibrated(profile, s)) / row.tokens_per_second) for row in rows] for s in SHARES
+    ]
 
 
 def best_share(table: list[list[float]], use: Sequence[int]) -> int:
@@ -191,10 +197,87 @@ def unknown_hardware(report: ReportTables, rows: Sequence[Row]) -> None:
     )  # fmt: skip
 
 
+def llama_like(width: int, layers: int, vocabulary: int = 2048) -> ModelConfig:
+    return tiny_config(
+        hidden_size=width, ffn_hidden_size=width * 8 // 3 // 16 * 16, num_layers=layers, vocab_size=vocabulary,
+        num_attention_heads=width // 64, num_key_value_heads=max(width // 128, 1), head_dim=64,
+        max_position_embeddings=2048, initializer_range=0.02,
+    )  # fmt: skip
+
+
+SMALL, MIDDLE, WIDE = llama_like(256, 4), llama_like(512, 4), llama_like(768, 2, 4096)
+STEPS: list[tuple[ModelConfig, Layout, str, int, int, int, Mode]] = [
+    (SMALL, Layout(), "float32", 1, 1, 256, "none"),
+    (SMALL, Layout(), "float32", 4, 1, 512, "none"),
+    (SMALL, Layout(), "float32", 2, 2, 256, "full"),
+    (SMALL, Layout(), "bfloat16", 2, 2, 256, "none"),
+    (MIDDLE, Layout(), "float32", 1, 1, 512, "none"),
+    (MIDDLE, Layout(), "float32", 2, 2, 512, "full"),
+    (MIDDLE, Layout(), "float32", 1, 4, 1024, "none"),
+    (MIDDLE, Layout(), "bfloat16", 2, 1, 512, "none"),
+    (MIDDLE, Layout(), "bfloat16", 1, 2, 1024, "full"),
+    (WIDE, Layout(), "float32", 1, 2, 512, "none"),
+    (WIDE, Layout(), "float32", 2, 1, 512, "selective"),
+    (WIDE, Layout(), "bfloat16", 1, 1, 512, "none"),
+    (SMALL, Layout(tp=2), "float32", 2, 1, 512, "none"),
+    (MIDDLE, Layout(tp=2), "float32", 1, 2, 512, "full"),
+    (MIDDLE, Layout(tp=2, sequence_parallel=True), "float32", 2, 1, 512, "none"),
+    (MIDDLE, Layout(tp=2, sequence_parallel=True), "bfloat16", 2, 1, 512, "none"),
+    (MIDDLE, Layout(pp=2), "float32", 1, 4, 512, "none"),
+    (MIDDLE, Layout(pp=2), "float32", 1, 8, 256, "full"),
+    (MIDDLE, Layout(pp=2, schedule="interleaved", layers_per_stage=1), "float32", 1, 4, 512, "none"),
+    (MIDDLE, Layout(dp=2), "float32", 1, 2, 512, "none"),
+    (MIDDLE, Layout(dp=2, sharded_optimizer=True), "float32", 1, 2, 512, "none"),
+    (MIDDLE, Layout(dp=2, sharded_optimizer=True), "bfloat16", 2, 1, 512, "none"),
+    (MIDDLE, Layout(cp=2), "float32", 2, 1, 1024, "none"),
+    (WIDE, Layout(tp=2), "float32", 1, 2, 512, "none"),
+]
+"""Models, layouts, formats, rows and number of micro-batches, lengths, recompute: all on at most two processes."""
+REPEATS = 8
+
+
+def measured(report: ReportTables, profile: HardwareProfile) -> None:
+    """Steps measured here beside what a profile of this machine says; the least of repeats."""
+    from core.plan_steps import least_step_seconds
+    from support.processes import WorkerPool
+
+    workers, errors, of_processor = WorkerPool(), [], []
+    for config, layout, dtype, rows, count, length, mode in STEPS:
+        found = workers.run(
+            least_step_seconds, layout.world_size, config, layout, dtype, rows, count, length, mode, REPEATS
+        )
+        clock, processor = max(one for one, _ in found), max(one for _, one in found)
+        timer = StepTimer(Workload(config, layout, rows, length, dtype), profile)
+        seconds = timer.step(count, mode)
+        working = seconds.total - seconds.bubble
+        errors.append(abs(seconds.total / clock - 1))
+        of_processor.append(abs(working / processor - 1))
+        report.add(
+            "Steps measured on this machine, and predicted with its profile",
+            ("model", "layout", "format", "rows x micro-batches x length", "recompute", "predicted ms", "clock ms", "error",
+             "without bubble ms", "processor ms", "error "),
+            f"{config.hidden_size} x {config.num_layers}", str(layout), dtype, f"{rows} x {count} x {length}", mode,
+            f"{seconds.total * 1e3:.1f}", f"{clock * 1e3:.1f}", f"{seconds.total / clock - 1:+.1%}",
+            f"{working * 1e3:.1f}", f"{processor * 1e3:.1f}", f"{working / processor - 1:+.1%}",
+        )  # fmt: skip
+    for name, values in (("clock", errors), ("processor time, bubble left out", of_processor)):
+        report.add(
+            "Steps measured on this machine: errors",
+            ("against", "steps", "median", "worst"),
+            name, len(values), f"{median(values):.1%}", f"{max(values):.1%}",
+        )  # fmt: skip
+    load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
+    report.add("Load of the machine at the end", ("1, 5, 15 minutes", "processors"), load, os.cpu_count())
+    workers.close()
+
+
 def main(arguments: Sequence[str]) -> None:
     report = ReportTables()
     if not arguments or "published" in arguments:
         published(report)
+    for name, way in (("measured", measured),):
+        if name in arguments:
+            way(report, load_profile(arguments[arguments.index(name) + 1]))
     print("\n".join(report.render()))
 
 

@@ -98,6 +98,11 @@ class ProfileDeviceConfig(Config):
     budget_seconds: float = Field(
         120.0, gt=0, description="About how long it measures; collectives take a fifth of it."
     )
+    quick: bool = Field(
+        False,
+        description="Measure small sizes only: a rough profile in seconds.",
+        json_schema_extra={"off": ""},
+    )
     dtypes: tuple[str, ...] = Field(
         ("float32", "bfloat16"),
         description="Formats to measure: float32, bfloat16, float16.",
@@ -111,7 +116,9 @@ class ProfileDeviceConfig(Config):
     def _formats_are_known(self) -> "ProfileDeviceConfig":
         unknown = [name for name in self.dtypes if name not in MEASURED_FORMATS]
         if unknown:
-            raise ValueError(f"dtypes={unknown[0]} is no format that is measured; choose {', '.join(MEASURED_FORMATS)}")
+            raise ValueError(
+                f"dtypes={unknown[0]} is no format that is measured; choose {', '.join(MEASURED_FORMATS)}"
+            )
         return self
 
 

@@ -27,7 +27,16 @@ from ascendspeed_core.parallel.collectives import (
 from ascendspeed_core.parallel.cross_entropy import cross_entropy
 from ascendspeed_core.planner.hardware import HardwareProfile
 
-PRODUCTS = ((64, 64), (256, 256), (1024, 256), (256, 1024), (1024, 1024), (4096, 1024), (1024, 4096), (4096, 4096))
+PRODUCTS = (
+    (64, 64),
+    (256, 256),
+    (1024, 256),
+    (256, 1024),
+    (1024, 1024),
+    (4096, 1024),
+    (1024, 4096),
+    (4096, 4096),
+)
 """Outputs and inputs of linear layers."""
 
 ROWS = (64, 256, 1024, 4096)
@@ -39,6 +48,9 @@ HIDDEN = 256
 HEAD = 64
 VOCABULARY = 4096
 LEAST_RUNS, MOST_RUNS = 2, 30
+SMALL = 1 << 24
+"""Multiplications of a product, numbers of an operator times 256, and bytes of a message, up to which `--quick` goes."""
+
 LINKS_ASSUMED = "not measured: start it under torchrun with several processes"
 
 
@@ -121,22 +133,26 @@ def profile_device(config: ProfileDeviceConfig, device: Device, world_size: int)
     fused = False
     for name in config.dtypes:
         dtype = getattr(torch, name)
-        products += _products(watch, name, dtype)
-        rows, is_fused = _operators(watch, name, dtype)
+        products += _products(watch, name, dtype, config.quick)
+        rows, is_fused = _operators(watch, name, dtype, config.quick)
         operators, fused = operators + rows, fused or is_fused
-    collectives = _collectives(watch, world_size) if world_size > 1 else []
+    collectives = _collectives(watch, world_size, config.quick) if world_size > 1 else []
     return _content(config, device, world_size, products, operators, collectives, fused, watch)
 
 
-def _products(watch: Stopwatch, name: str, dtype: torch.dtype) -> list[dict[str, Any]]:
+def _products(watch: Stopwatch, name: str, dtype: torch.dtype, is_quick: bool) -> list[dict[str, Any]]:
     where, found = watch.device.torch, []
     for n, k in PRODUCTS:
         weight = torch.randn(n, k, device=where).to(dtype).requires_grad_()
         for m in ROWS:
+            if is_quick and m * n * k > SMALL:
+                continue
             x = torch.randn(m, k, device=where).to(dtype).requires_grad_()
             gradient = torch.randn(m, n, device=where).to(dtype)
 
-            def backward(out: torch.Tensor, x: Any = x, weight: Any = weight, gradient: Any = gradient) -> None:
+            def backward(
+                out: torch.Tensor, x: Any = x, weight: Any = weight, gradient: Any = gradient
+            ) -> None:
                 torch.autograd.grad(out, (x, weight), gradient)
 
             measured = watch.least_of_both(lambda x=x, weight=weight: F.linear(x, weight), backward)  # type: ignore[misc]
@@ -147,7 +163,9 @@ def _products(watch: Stopwatch, name: str, dtype: torch.dtype) -> list[dict[str,
     return found
 
 
-def _operators(watch: Stopwatch, name: str, dtype: torch.dtype) -> tuple[list[dict[str, Any]], bool]:
+def _operators(
+    watch: Stopwatch, name: str, dtype: torch.dtype, is_quick: bool
+) -> tuple[list[dict[str, Any]], bool]:
     """Measure operators as `auto` chooses them for this device, and tell whether the MLP's is fused."""
     device = watch.device
     context = KernelContext(device=device, dtype=dtype, seq_length=1024, micro_batch_tokens=1024)
@@ -160,6 +178,8 @@ def _operators(watch: Stopwatch, name: str, dtype: torch.dtype) -> tuple[list[di
     found = []
     for operator, make in _makers(kernels).items():
         for elements in ELEMENTS:
+            if is_quick and elements * HIDDEN > SMALL:
+                continue
             forward, backward, counted = make(elements, dtype, device)
             measured = watch.least_of_both(forward, backward)
             found.append(
@@ -261,11 +281,13 @@ def _makers(kernels: dict[str, Any]) -> dict[str, Maker]:
     }  # fmt: skip
 
 
-def _collectives(watch: Stopwatch, world_size: int) -> list[dict[str, Any]]:
+def _collectives(watch: Stopwatch, world_size: int, is_quick: bool) -> list[dict[str, Any]]:
     group = dist.group.WORLD
     assert group is not None
     rank, found = dist.get_rank(), []
     for size in MESSAGES:
+        if is_quick and size > SMALL >> 4:
+            continue
         count = size // 4 // world_size * world_size
         flat = torch.zeros(count, device=watch.device.torch)
         rows = flat.view(world_size, -1)
@@ -288,7 +310,9 @@ def _collectives(watch: Stopwatch, world_size: int) -> list[dict[str, Any]]:
             seconds = watch.collective(way)
             found.append({"name": name, "ranks": world_size, "bytes": flat.nbytes, "seconds": seconds})
         # There and back.
-        found.append({"name": "send", "ranks": 2, "bytes": flat.nbytes, "seconds": watch.collective(send) / 2})
+        found.append(
+            {"name": "send", "ranks": 2, "bytes": flat.nbytes, "seconds": watch.collective(send) / 2}
+        )
     return found
 
 
@@ -318,7 +342,9 @@ def _content(
         rate = 2e-12 * row["m"] * row["n"] * row["k"] / row["forward_seconds"]
         peaks[row["format"]] = max(peaks.get(row["format"], 0.0), rate)
     whole = device.memory_bytes()
-    memory = (os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // world_size) if whole is None else whole
+    memory = (
+        (os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // world_size) if whole is None else whole
+    )
     gathers = [row for row in collectives if row["name"] == "all_gather"]
     link = max((row["bytes"] / row["seconds"] / 1e9 for row in gathers), default=1.0)
     step = min((row["seconds"] * 1e6 for row in gathers), default=100.0)
@@ -364,7 +390,9 @@ def _content(
 
 def profile_text(content: dict[str, Any]) -> str:
     """Return a profile as TOML."""
-    lines = [f"{key} = {_toml(value)}" for key, value in content.items() if not isinstance(value, dict | list)]
+    lines = [
+        f"{key} = {_toml(value)}" for key, value in content.items() if not isinstance(value, dict | list)
+    ]
     for name, value in content.items():
         if isinstance(value, dict):
             lines += ["", f"[{name}]", *(f"{key} = {_toml(inner)}" for key, inner in value.items())]
