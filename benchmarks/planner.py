@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from math import exp, log
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
@@ -233,7 +232,7 @@ STEPS: list[tuple[ModelConfig, Layout, str, int, int, int, Mode]] = [
     (WIDE, Layout(tp=2), "float32", 1, 2, 512, "none"),
 ]
 """Models, layouts, formats, rows and number of micro-batches, lengths, recompute: all on at most two processes."""
-REPEATS = 8
+REPEATS = 5
 
 
 def measured(report: ReportTables, profile: HardwareProfile) -> None:
@@ -246,6 +245,7 @@ def measured(report: ReportTables, profile: HardwareProfile) -> None:
         found = workers.run(
             least_step_seconds, layout.world_size, config, layout, dtype, rows, count, length, mode, REPEATS
         )
+        print(layout, dtype, rows, count, length, mode, found, file=sys.stderr, flush=True)
         clock, processor = max(one for one, _ in found), max(one for _, one in found)
         timer = StepTimer(Workload(config, layout, rows, length, dtype), profile)
         seconds = timer.step(count, mode)
@@ -254,7 +254,7 @@ def measured(report: ReportTables, profile: HardwareProfile) -> None:
         of_processor.append(abs(working / processor - 1))
         report.add(
             "Steps measured on this machine, and predicted with its profile",
-            ("model", "layout", "format", "rows x micro-batches x length", "recompute", "predicted ms", "clock ms", "error",
+            ("model", "layout", "format", "rows x count x length", "recompute", "predicted ms", "clock ms", "error",
              "without bubble ms", "processor ms", "error "),
             f"{config.hidden_size} x {config.num_layers}", str(layout), dtype, f"{rows} x {count} x {length}", mode,
             f"{seconds.total * 1e3:.1f}", f"{clock * 1e3:.1f}", f"{seconds.total / clock - 1:+.1%}",

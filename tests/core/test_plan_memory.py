@@ -1,4 +1,4 @@
-"""`asd-core plan`: memory by formula is what steps really take, over layouts, schedules, formats, sizes and recompute."""
+"""`asd-core plan`: memory by formula is what steps take, over layouts, schedules, formats, sizes and recompute."""
 
 import pytest
 

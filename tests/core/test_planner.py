@@ -94,7 +94,7 @@ def test_work_of_a_step_is_the_models_operations() -> None:
     """Six operations for each weight in a product and token: as `observability.mfu` counts, without attention."""
     work = Workload(LLAMA, Layout(), 2, 512, "bfloat16")
     parts = list(work.parts(range(LLAMA.num_layers), True, True))
-    done = sum(one.m * one.n * one.k * one.count for part in parts for one in part.products)
+    done = sum(one.m * one.n * one.k * one.times for part in parts for one in part.products)
     assert done == 1024 * (LLAMA.weights_in_products + LLAMA.hidden_size * LLAMA.vocab_size)
     assert sum(part.parameters for part in parts) == LLAMA.num_parameters
 

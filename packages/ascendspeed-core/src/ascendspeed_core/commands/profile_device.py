@@ -38,6 +38,6 @@ def profile_device(**given: Any) -> None:
             if world.rank == 0:
                 config.profile.output.write_text(profile_text(content), encoding="utf-8")
                 log(
-                    f"{config.profile.output}: {len(content['products'])} products, {len(content['operators'])} operators, "
-                    f"{len(content['collectives'])} collectives, measured in {time.perf_counter() - started:.0f} s"
+                    f"{config.profile.output}: {len(content['products'])} products, "
+                    f"{len(content['operators'])} operators, {len(content['collectives'])} collectives, measured in {time.perf_counter() - started:.0f} s"
                 )

@@ -6,7 +6,7 @@ operator of `models/` saves for its backward (Korthikanti et al., 2022, section 
 - A norm in plain torch saves a wide copy of its input (16 bits only), what it normed, and what it gives; a fused one
   saves its input and what it gives. With sequence parallelism a block saves the whole sequence that it gathered.
 - Attention saves rotated queries and keys, values, its result, and a logarithm for each query and head.
-- A gated MLP in plain torch saves gate, up, the activated gate and their product; a fused one the first, second and last.
+- A gated MLP in plain torch saves gate, up, the activated gate and their product; a fused one all but the third.
 - Recompute of policy `selective` saves the results of products and of attention; of policy `full` what the layer gives.
 """
 

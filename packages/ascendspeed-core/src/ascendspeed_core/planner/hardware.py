@@ -171,14 +171,16 @@ class HardwareProfile(Config):
         """Measured operators, and collectives by ranks: at ascending sizes forwards and backwards."""
         found: dict[tuple[str, ...], list[tuple[int, float, float]]] = {}
         for row in self.operators:
-            key = (row.name, row.format)
-            found.setdefault(key, []).append((row.elements, row.forward_seconds, row.backward_seconds))
+            of_operator = (row.name, str(row.format))
+            found.setdefault(of_operator, []).append(
+                (row.elements, row.forward_seconds, row.backward_seconds)
+            )
         for one in self.collectives:
-            key = (one.name, str(one.ranks))
-            found.setdefault(key, []).append((one.bytes, one.seconds, one.seconds))
+            of_collective = (str(one.name), str(one.ranks))
+            found.setdefault(of_collective, []).append((one.bytes, one.seconds, one.seconds))
         return {key: sorted(rows) for key, rows in found.items()}
 
-    def product_seconds(self, m: int, n: int, k: int, dtype: str) -> tuple[float, float]:
+    def product_seconds(self, m: float, n: float, k: float, dtype: str) -> tuple[float, float]:
         """Return seconds of a linear layer, [m, k] with weights [n, k]: forwards, and backwards by both factors.
 
         Measured ones are interpolated: the logarithm of the rate, weighted by the inverse square of the distance in
@@ -198,7 +200,9 @@ class HardwareProfile(Config):
         once = max(flops / rate, self.memory_seconds(moved))
         return once + fixed, 2 * (once + fixed)
 
-    def attention_seconds(self, rows: int, heads: int, queries: float, keys: float, width: int, dtype: str) -> tuple[float, float]:  # fmt: skip  # noqa: E501
+    def attention_seconds(
+        self, rows: float, heads: float, queries: float, keys: float, width: float, dtype: str
+    ) -> tuple[float, float]:
         """Return seconds of attention without a mask in memory, forwards and backwards.
 
         Two products forwards, five backwards (Dao, 2023, FlashAttention-2, section 3.1); `keys` is what a query sees
@@ -307,7 +311,7 @@ def _interpolated(
 
 
 def _on_line(size: float, line: list[tuple[int, float, float]]) -> tuple[float, float]:
-    """Interpolate linearly between measured sizes; below the first one the fixed part stays, above the last the rate."""
+    """Interpolate linearly between measured sizes; below the first the fixed part stays, above the last the rate."""
     if len(line) == 1:
         known, *seconds = line[0]
         return seconds[0] * size / known, seconds[1] * size / known

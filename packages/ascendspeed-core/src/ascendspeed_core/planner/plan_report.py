@@ -160,13 +160,14 @@ def _why_others_do_not_fit(question: Question, found: Found) -> list[str]:
     faster = [plan for plan in found.others if plan.tokens_per_second > best.tokens_per_second]
     if not faster:
         return []
-    lines = [f"faster, but too large for {question.budget / GIB:.1f} GiB:"]
-    for plan in faster[:3]:
-        lines.append(
+    return [
+        f"faster, but too large for {question.budget / GIB:.1f} GiB:",
+        *(
             f"- {plan.layout}, micro-batch {plan.micro_batch}, recompute {plan.recompute}: "
             f"{plan.tokens_per_second / best.tokens_per_second - 1:+.0%} tokens/s, {_needs(plan)}"
-        )
-    return lines
+            for plan in faster[:3]
+        ),
+    ]
 
 
 def _why_nothing_fits(question: Question, found: Found) -> list[str]:

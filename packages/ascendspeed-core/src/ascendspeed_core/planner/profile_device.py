@@ -6,26 +6,24 @@ Under torchrun all ranks measure at the same time, as they train, and rank 0 wri
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from ascendspeed_core.config.optimizer import OptimizerConfig
 from ascendspeed_core.config.planning import ProfileDeviceConfig
 from ascendspeed_core.device import Device
 from ascendspeed_core.kernels.registry import KernelContext, choose
-from ascendspeed_core.optim.update_rule import make_update_rule
 from ascendspeed_core.parallel.collectives import (
     all_gather_rows,
     all_reduce_sum,
     exchange_rows,
     reduce_scatter_sum,
 )
-from ascendspeed_core.parallel.cross_entropy import cross_entropy
 from ascendspeed_core.planner.hardware import HardwareProfile
+from ascendspeed_core.planner.profile_operators import HIDDEN, operator_makers
 
 PRODUCTS = (
     (64, 64),
@@ -44,12 +42,9 @@ ELEMENTS = (1 << 13, 1 << 16, 1 << 19, 1 << 22)
 MESSAGES = (1 << 10, 1 << 14, 1 << 18, 1 << 20, 1 << 22, 1 << 24)
 """Bytes of collectives."""
 
-HIDDEN = 256
-HEAD = 64
-VOCABULARY = 4096
 LEAST_RUNS, MOST_RUNS = 2, 30
 SMALL = 1 << 24
-"""Multiplications of a product, numbers of an operator times 256, and bytes of a message, up to which `--quick` goes."""
+"""Multiplications of a product, elements of an operator times 256, bytes of a message times 16: up to which `quick` goes."""
 
 LINKS_ASSUMED = "not measured: start it under torchrun with several processes"
 
@@ -80,7 +75,8 @@ class Stopwatch:
     def least_of_both(self, forward: Callable[[], Any], backward: Callable[[Any], Any]) -> Measured:
         """Return the least seconds of a forward, and of a backward of what it gave."""
         backward(forward())
-        ahead, back = [], []
+        ahead: list[float] = []
+        back: list[float] = []
         ends = time.perf_counter() + self._seconds
         while len(ahead) < LEAST_RUNS or (time.perf_counter() < ends and len(ahead) < MOST_RUNS):
             self.device.synchronize()
@@ -115,7 +111,7 @@ class Stopwatch:
             times.append(time.perf_counter() - started)
         rows: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(rows, min(times[1:]))
-        return max(rows)
+        return float(max(rows))
 
 
 def profile_device(config: ProfileDeviceConfig, device: Device, world_size: int) -> dict[str, Any]:
@@ -176,7 +172,7 @@ def _operators(
         kernels[operator] = implementation.run
         is_fused = is_fused or (operator == "swiglu" and choice.implementation != "reference")
     found = []
-    for operator, make in _makers(kernels).items():
+    for operator, make in operator_makers(kernels).items():
         for elements in ELEMENTS:
             if is_quick and elements * HIDDEN > SMALL:
                 continue
@@ -187,98 +183,6 @@ def _operators(
                  "backward_seconds": measured.backward}
             )  # fmt: skip
     return found, is_fused
-
-
-Maker = Callable[[int, torch.dtype, Device], tuple[Callable[[], Any], Callable[[Any], Any], int]]
-
-
-def _by_autograd(inputs: Sequence[torch.Tensor], run: Callable[[], Any]) -> tuple[Callable[[], Any], Callable[[Any], Any]]:  # fmt: skip  # noqa: E501
-    """Return a forward, and the backward that autograd makes of it."""
-
-    def backward(out: Any) -> None:
-        outs = out if isinstance(out, tuple) else (out,)
-        torch.autograd.grad(outs, inputs, [torch.ones_like(one) for one in outs])
-
-    return run, backward
-
-
-def _makers(kernels: dict[str, Any]) -> dict[str, Maker]:
-    """Return by operator what makes its forward and backward for a number of elements."""
-
-    def leaf(shape: tuple[int, ...], dtype: torch.dtype, device: Device) -> torch.Tensor:
-        return torch.randn(shape, device=device.torch).to(dtype).requires_grad_()
-
-    def norm(elements: int, dtype: torch.dtype, device: Device) -> Any:
-        x, weight = leaf((elements // HIDDEN, HIDDEN), dtype, device), leaf((HIDDEN,), dtype, device)
-        return *_by_autograd((x, weight), lambda: kernels["rms_norm"](x, weight, 1e-6)), elements
-
-    def rotary(elements: int, dtype: torch.dtype, device: Device) -> Any:
-        length = max(elements // (HIDDEN * 2), 8)
-        q, k = (leaf((1, length, HIDDEN // HEAD, HEAD), dtype, device) for _ in range(2))
-        table = torch.randn(1, length, 1, HEAD, device=device.torch).to(dtype)
-        return *_by_autograd((q, k), lambda: kernels["rotary"](q, k, table, table)), 2 * length * HIDDEN
-
-    def gated(elements: int, dtype: torch.dtype, device: Device) -> Any:
-        gate, up = (leaf((elements // HIDDEN, HIDDEN), dtype, device) for _ in range(2))
-        return *_by_autograd((gate, up), lambda: kernels["swiglu"](gate, up)), elements
-
-    def activation(elements: int, dtype: torch.dtype, device: Device) -> Any:
-        x = leaf((elements // HIDDEN, HIDDEN), dtype, device)
-        return *_by_autograd((x,), lambda: F.gelu(x, approximate="tanh")), elements
-
-    def add(elements: int, dtype: torch.dtype, device: Device) -> Any:
-        x, y = (leaf((elements // HIDDEN, HIDDEN), dtype, device) for _ in range(2))
-        # Both gradients of a residual are added up where its branches meet.
-        return (lambda: x + y), (lambda out: out.detach() + out.detach()), elements
-
-    def embedding(elements: int, dtype: torch.dtype, device: Device) -> Any:
-        weight = leaf((VOCABULARY, HIDDEN), dtype, device)
-        ids = torch.randint(VOCABULARY, (max(elements // HIDDEN, 1),), device=device.torch)
-        return *_by_autograd((weight,), lambda: F.embedding(ids, weight)), elements
-
-    def loss(elements: int, dtype: torch.dtype, device: Device) -> Any:
-        tokens = max(elements // VOCABULARY, 1)
-        logits = leaf((tokens, VOCABULARY), dtype, device)
-        targets = torch.randint(VOCABULARY, (tokens,), device=device.torch)
-        run = lambda: cross_entropy(logits, targets, VOCABULARY, None, kernels["cross_entropy"])  # noqa: E731
-        return *_by_autograd((logits,), run), tokens * VOCABULARY
-
-    def permute(elements: int, dtype: torch.dtype, device: Device) -> Any:
-        x = leaf((max(elements // HIDDEN, 1), HIDDEN), dtype, device)
-        order = torch.randperm(len(x), device=device.torch)
-        return *_by_autograd((x,), lambda: x.index_select(0, order)), elements
-
-    def accumulate(elements: int, dtype: torch.dtype, device: Device) -> Any:
-        total = torch.zeros(elements, device=device.torch)
-        part = torch.ones(elements, device=device.torch).to(dtype)
-        return (lambda: None), (lambda _: total.add_(part)), elements
-
-    def adamw(elements: int, dtype: torch.dtype, device: Device) -> Any:
-        weight = torch.nn.Parameter(torch.randn(elements // HIDDEN, HIDDEN, device=device.torch))
-        weight.grad = torch.randn_like(weight)
-        rule = make_update_rule(OptimizerConfig(), [weight], [], device)
-        copy = weight.detach().to(dtype)
-
-        def update() -> None:
-            torch.nn.utils.get_total_norm([weight.grad])
-            assert weight.grad is not None
-            weight.grad.mul_(1.0)
-            rule.step()
-            if copy.dtype != weight.dtype:
-                copy.copy_(weight.detach())
-
-        return update, (lambda _: None), elements
-
-    def attention(elements: int, dtype: torch.dtype, device: Device) -> Any:
-        length = int((2 * elements / HIDDEN) ** 0.5) * 4
-        q, k, v = (leaf((1, HIDDEN // HEAD, length, HEAD), dtype, device) for _ in range(3))
-        run = lambda: kernels["attention"](q, k, v, None)  # noqa: E731
-        return *_by_autograd((q, k, v), run), HIDDEN * length * length // 2
-
-    return {
-        "norm": norm, "rotary": rotary, "gated": gated, "activation": activation, "add": add, "embedding": embedding,
-        "cross_entropy": loss, "permute": permute, "accumulate": accumulate, "adamw": adamw, "attention": attention,
-    }  # fmt: skip
 
 
 def _collectives(watch: Stopwatch, world_size: int, is_quick: bool) -> list[dict[str, Any]]:

@@ -33,8 +33,8 @@ def read_model(name: str) -> tuple[ModelConfig, dict[str, Any]]:
     path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
         raise ConfigError(
-            f"model={name} is no size of `asd-core models`{did_you_mean(name, sizes)}, and no folder with a config.json; "
-            "give one of them"
+            f"model={name} is no size of `asd-core models`{did_you_mean(name, sizes)}, and no folder with a "
+            "config.json; give one of them"
         )
     content = read_json(path, JsonObject, option="--model")
     family = family_of_hugging_face(content, str(path))

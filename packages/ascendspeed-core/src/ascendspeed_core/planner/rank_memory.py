@@ -16,8 +16,7 @@ from ascendspeed_core.planner.workload import Workload
 
 ALLOCATOR_MARGIN = 0.08
 """Of what tensors take: gaps that torch's caching allocator leaves between blocks of other sizes, workspaces of
-libraries, and the buffers of collectives. Stated, not measured: torchtitan's tables show 3 to 15 % between allocated and
-reserved bytes on H100."""
+libraries, and the buffers of collectives. Stated, not measured."""
 
 FIXED_BYTES = 1 << 30
 """Of an accelerator's memory: its context and its libraries."""
@@ -124,18 +123,7 @@ class MemoryPlanner:
         return parameters * FORMAT_BYTES[self.work.dtype] / (layout.dp if layout.zero_stage > 1 else 1)
 
     def _parameters(self, rank: int) -> tuple[float, float]:
-        total = of_experts = 0.0
-        stages = self._held[rank]
-        for stage in stages:
-            for part in self.work.parts(stage.layers, stage.is_first, stage.is_last):
-                total, of_experts = total + part.parameters, of_experts + part.expert_parameters
-        if self._shares_embedding(stages):
-            total -= self.work.vocabulary * self.work.model.hidden_size
-        return total, of_experts
-
-    def _shares_embedding(self, stages: Sequence[Stage]) -> bool:
-        is_both = any(stage.is_first for stage in stages) and any(stage.is_last for stage in stages)
-        return self.work.model.tie_word_embeddings and is_both
+        return self.work.parameters(self._held[rank])
 
     def _state(self, parameters: float, of_experts: float) -> float:
         """Return bytes of two moments and, of a narrow format, master weights; sharded ones over the replicas."""
@@ -147,7 +135,7 @@ class MemoryPlanner:
         if not layout.sharded_optimizer:
             return parameters * each
         of_each = layout.tp * layout.cp * layout.dp // (layout.ep * layout.expert_tp)
-        return each * ((parameters - of_experts) / layout.replicas + of_experts / of_each)
+        return each * ((parameters - of_experts) / (layout.dp * layout.cp) + of_experts / of_each)
 
     def _kind(self, number: int) -> int:
         """Return the first layer that was seen of the kind of one."""
@@ -194,7 +182,9 @@ class MemoryPlanner:
         per_rank = len(stages)
         # Memory repeats once the pipeline is full; GPipe and breadth-first keep every micro-batch.
         keeps_all = layout.schedule in ("gpipe", "looped-bfs")
-        walked = micro_batches if keeps_all else min(micro_batches, 2 * layout.pp)
+        walked = micro_batches
+        if not keeps_all:
+            walked = min(micro_batches, layout.pp + 1 if layout.schedule == "1f1b" else 2 * layout.pp)
         order = order_of_rank(layout, per_rank, max(walked, 1), rank)
         local = {stage.index: number for number, stage in enumerate(stages)}
         parameters, of_experts = self._parameters(rank)
@@ -203,9 +193,9 @@ class MemoryPlanner:
         if layout.pp > 1:
             ends = sum((not stage.is_first) + (not stage.is_last) for stage in stages)
             received = self.work.sent_bytes * micro_batches * ends
-        shared = self._shares_embedding(stages)
+        shared = self.work.shares_embedding(stages)
         gathered = 0.0
-        if layout.sharded_optimizer and layout.overlap_param_gather and layout.replicas > 1:
+        if layout.sharded_optimizer and layout.overlap_param_gather and layout.dp * layout.cp > 1:
             gathered = parameters * width
         return StepMemory(
             stages=[self._stage(stage, shared) for stage in stages],
@@ -224,8 +214,8 @@ class MemoryPlanner:
         """Return bytes of summing and applying gradients: themselves, and messages that are made beside them."""
         layout, width = self.work.layout, max(FORMAT_BYTES[self.work.dtype], 4)
         gradients = parameters * width
-        summed = parameters if layout.replicas // layout.ep > 1 else parameters - of_experts
-        if layout.zero_stage or layout.replicas == 1:
+        summed = parameters if layout.dp * layout.cp // layout.ep > 1 else parameters - of_experts
+        if layout.zero_stage or layout.dp * layout.cp == 1:
             return gradients
         if layout.sharded_optimizer:
             return gradients + summed * width

@@ -129,8 +129,14 @@ def make_plans(
 
 
 def _plan(
-    question: Question, layout: Layout, micro_batch: int, mode: Mode, memory: RankMemory, rank: int, seconds: StepSeconds
-) -> Plan:  # fmt: skip
+    question: Question,
+    layout: Layout,
+    micro_batch: int,
+    mode: Mode,
+    memory: RankMemory,
+    rank: int,
+    seconds: StepSeconds,
+) -> Plan:
     tokens = question.global_batch_size * question.seq_length
     rate = tokens / seconds.total
     flops = training_flops_per_token(question.model, question.seq_length)
@@ -171,12 +177,17 @@ def search(question: Question) -> Found:
     """
     plans: list[Plan] = []
     tried = 0
+    known_least: dict[tuple[int, ...], float] = {}
     hopeless: list[tuple[float, Layout, int]] = []
     for layout, micro_batch in candidates(question):
         modes = modes_of(question, layout)
         tried += len(modes)
-        work = Workload(question.model, layout, micro_batch, question.seq_length, question.dtype)
-        least = MemoryPlanner(work, question.is_fused).least()
+        if (layout.tp, layout.pp, layout.ep, layout.sharded_optimizer, layout.dp) not in known_least:
+            work = Workload(question.model, layout, micro_batch, question.seq_length, question.dtype)
+            known_least[layout.tp, layout.pp, layout.ep, layout.sharded_optimizer, layout.dp] = MemoryPlanner(
+                work, question.is_fused
+            ).least()
+        least = known_least[layout.tp, layout.pp, layout.ep, layout.sharded_optimizer, layout.dp]
         if least > question.budget:
             hopeless.append((least, layout, micro_batch))
             continue
@@ -184,8 +195,8 @@ def search(question: Question) -> Found:
     if not tried:
         raise ConfigError(
             f"devices={question.devices}: no layout divides them, the model's heads and layers, and "
-            f"global_batch_size={question.global_batch_size}; give a global batch that is a multiple of more numbers, or "
-            "another number of devices"
+            f"global_batch_size={question.global_batch_size}; give a global batch that is a multiple of more "
+            "numbers, or another number of devices"
         )
     for _, layout, micro_batch in sorted(hopeless, key=lambda one: one[0])[:FINALISTS]:
         # Those that come closest are named with what they need.
@@ -300,7 +311,7 @@ def _variants(question: Question, base: Layout) -> Iterator[Layout]:
             layout = replace(base, schedule=schedule, layers_per_stage=per_stage)
             if sharding in (None, "none"):
                 yield layout
-            if layout.replicas > 1 and sharding in (None, "optimizer"):
+            if layout.dp * layout.cp > 1 and sharding in (None, "optimizer"):
                 yield replace(layout, sharded_optimizer=True)
     if base.pp == 1 and base.dp > 1 and base.cp == 1 and question.model.experts is None:
         for stage in (1, 2, 3):

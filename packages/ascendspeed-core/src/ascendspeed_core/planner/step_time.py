@@ -154,8 +154,8 @@ class StepTimer:
         products_forward = products_backward = operators_forward = operators_backward = 0.0
         for product in part.products:
             forward, backward = profile.product_seconds(product.m, product.n, product.k, dtype)
-            products_forward += forward * product.count
-            products_backward += backward * product.count
+            products_forward += forward * product.times
+            products_backward += backward * product.times
         if part.hidden_loss:
             # The logits are made again, which is a forward of the head (Wijmans et al., 2025).
             products_backward += products_forward
@@ -198,20 +198,6 @@ class StepTimer:
             total = total.plus(self.part(self.work.head(), "none"))
         return total
 
-    def parameters(self, stages: Sequence[Stage]) -> tuple[float, float]:
-        """Return the weights of a rank's stages, and how many of them are of experts."""
-        parts = [
-            part for stage in stages for part in self.work.parts(stage.layers, stage.is_first, stage.is_last)
-        ]
-        total = sum(part.parameters for part in parts)
-        if (
-            self.work.model.tie_word_embeddings
-            and any(s.is_first for s in stages)
-            and any(s.is_last for s in stages)
-        ):
-            total -= self.work.vocabulary * self.work.model.hidden_size
-        return total, sum(part.expert_parameters for part in parts)
-
     def step(self, micro_batches: int, modes: Mode | Sequence[Sequence[Mode]]) -> StepSeconds:
         """Return the seconds of a step.
 
@@ -226,7 +212,7 @@ class StepTimer:
             mine = list(modes[rank]) if not isinstance(modes, str) else []
             for stage in stages:
                 count = len(stage.layers)
-                own: Sequence[Mode] = [modes] * count if isinstance(modes, str) else mine[:count]  # type: ignore[list-item]
+                own: Sequence[Mode] = [modes] * count if isinstance(modes, str) else mine[:count]
                 mine = mine[count:]
                 of_stage[stage.index] = self.stage(stage, own)
         spent = [_sum([of_stage[stage.index] for stage in stages]) for stages in held]
@@ -236,10 +222,10 @@ class StepTimer:
         busy = micro_batches * _busy(mine_seconds)
         last_backward = mine_seconds.backward + mine_seconds.again
         reduction = max(
-            self._reduction(*self.parameters(stages), micro_batches, spent[rank], last_backward)
+            self._reduction(*self.work.parameters(stages), micro_batches, spent[rank], last_backward)
             for rank, stages in enumerate(held)
         )
-        update = max(self._update(*self.parameters(stages)) for stages in held)
+        update = max(self._update(*self.work.parameters(stages)) for stages in held)
         return StepSeconds(
             compute=micro_batches * (mine_seconds.forward + mine_seconds.backward),
             recompute=micro_batches * mine_seconds.again,

@@ -4,15 +4,15 @@ Each part of a model, the embedding, a layer, the head with the loss, is a list 
 makes seconds of it. Shapes follow `models/` and `parallel/`: column-parallel projections, row-parallel ones, and one
 exchange at each end of a block.
 
-T tokens of a micro-batch on this rank, H hidden size, N query heads, K key-value heads, D head size, F width of the MLP,
-V vocabulary, E experts.
+T tokens of a micro-batch on this rank, H hidden size, N query heads, K key-value heads, D head size, F width of the
+MLP, V vocabulary, E experts.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from ascendspeed_core.config.layout import Layout
+from ascendspeed_core.config.layout import Layout, Stage
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.planner.hardware import FORMAT_BYTES, Collective
 
@@ -26,13 +26,13 @@ class Product(NamedTuple):
         m: rows.
         n: outputs.
         k: inputs.
-        count: how often.
+        times: how often.
     """
 
     m: float
     n: float
     k: float
-    count: int = 1
+    times: int = 1
 
 
 class AttentionWork(NamedTuple):
@@ -119,6 +119,7 @@ class Workload:
     dtype: str
     large_logits: int = 1 << 30
     _parts: dict[Any, PartWork] = field(default_factory=dict, compare=False, repr=False)
+    _known: dict[Any, tuple[float, float]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def tokens(self) -> float:
@@ -347,6 +348,22 @@ class Workload:
             hidden_loss=logits * 4 >= self.large_logits,
         )
 
+    def parameters(self, stages: Sequence[Stage]) -> tuple[float, float]:
+        """Return the weights of a rank's stages on it, and how many of them are of experts."""
+        key = ("parameters", *stages)
+        if key not in self._known:
+            parts = [part for one in stages for part in self.parts(one.layers, one.is_first, one.is_last)]
+            total = sum(part.parameters for part in parts)
+            if self.shares_embedding(stages):
+                total -= self.vocabulary * self.model.hidden_size
+            self._known[key] = total, sum(part.expert_parameters for part in parts)
+        return self._known[key]
+
+    def shares_embedding(self, stages: Sequence[Stage]) -> bool:
+        """Tell whether a rank has both the embedding and a head with the same weight."""
+        is_both = any(stage.is_first for stage in stages) and any(stage.is_last for stage in stages)
+        return self.model.tie_word_embeddings and is_both
+
     def parts(self, layers: range, is_first: bool, is_last: bool) -> Iterator[PartWork]:
         """Yield the parts of a stage in order."""
         if is_first:
@@ -358,4 +375,4 @@ class Workload:
 
 
 def _weights(products: list[Product]) -> float:
-    return sum(product.n * product.k * product.count for product in products)
+    return sum(product.n * product.k * product.times for product in products)
