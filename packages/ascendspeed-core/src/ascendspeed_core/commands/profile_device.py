@@ -37,7 +37,7 @@ def profile_device(**given: Any) -> None:
             content = measure(config.profile, device, world.size)
             if world.rank == 0:
                 config.profile.output.write_text(profile_text(content), encoding="utf-8")
-                log(
-                    f"{config.profile.output}: {len(content['products'])} products, "
-                    f"{len(content['operators'])} operators, {len(content['collectives'])} collectives, measured in {time.perf_counter() - started:.0f} s"
+                found = ", ".join(
+                    f"{len(content[kind])} {kind}" for kind in ("products", "operators", "collectives")
                 )
+                log(f"{config.profile.output}: {found}, measured in {time.perf_counter() - started:.0f} s")

@@ -184,7 +184,7 @@ class HardwareProfile(Config):
         """Return seconds of a linear layer, [m, k] with weights [n, k]: forwards, and backwards by both factors.
 
         Measured ones are interpolated: the logarithm of the rate, weighted by the inverse square of the distance in
-        (log m, log n, log k) (Shepard, 1968). Of a data sheet a product takes the longer of arithmetic and memory
+        (log m, log n, log k). Of a data sheet a product takes the longer of arithmetic and memory
         (Williams et al., 2009, Roofline), and the fixed part of a kernel.
         """
         if not min(m, n, k):

@@ -44,7 +44,7 @@ MESSAGES = (1 << 10, 1 << 14, 1 << 18, 1 << 20, 1 << 22, 1 << 24)
 
 LEAST_RUNS, MOST_RUNS = 2, 30
 SMALL = 1 << 24
-"""Multiplications of a product, elements of an operator times 256, bytes of a message times 16: up to which `quick` goes."""
+"""Multiplications of a product, elements of an operator x 256, bytes of a message x 16: as far as `quick` goes."""
 
 LINKS_ASSUMED = "not measured: start it under torchrun with several processes"
 
