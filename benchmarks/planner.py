@@ -22,7 +22,7 @@ from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.recompute import Mode
 from ascendspeed_core.planner.hardware import HardwareProfile, load_profile
 from ascendspeed_core.planner.question import read_model
-from ascendspeed_core.planner.search import Question, make_plans
+from ascendspeed_core.planner.search import Question, make_plans, search
 from ascendspeed_core.planner.step_time import StepTimer
 from ascendspeed_core.planner.workload import Workload
 from support.models import tiny_config
@@ -270,11 +270,55 @@ def measured(report: ReportTables, profile: HardwareProfile) -> None:
     workers.close()
 
 
+PROBLEMS: list[tuple[ModelConfig, str, int, int]] = [
+    (llama_like(128, 2, 512), "float32", 4, 128),
+    (llama_like(128, 4, 512), "float32", 8, 64),
+    (llama_like(128, 2, 4096), "float32", 4, 128),
+    (llama_like(256, 2, 512), "float32", 4, 128),
+    (llama_like(256, 2, 512), "bfloat16", 4, 128),
+    (llama_like(256, 4, 1024), "float32", 2, 256),
+    (llama_like(256, 4, 1024), "float32", 8, 64),
+    (llama_like(384, 2, 1024), "float32", 4, 128),
+    (llama_like(384, 2, 1024), "bfloat16", 4, 128),
+    (llama_like(512, 2, 1024), "float32", 2, 128),
+]
+"""Models, formats, global batches, lengths: small enough to run every layout of two processes."""
+
+
+def searched(report: ReportTables, profile: HardwareProfile) -> None:
+    """The winner of the search beside the best of all plans, each run here; the least of repeats."""
+    from core.plan_steps import least_step_seconds
+    from support.processes import WorkerPool
+
+    workers = WorkerPool()
+    for config, dtype, batch, length in PROBLEMS:
+        question = Question(config, profile, 2, length, batch, dtype, is_fused=False)
+        ran: dict[tuple[str, int, Mode], float] = {}
+        found = search(question)
+        for plan in (*found.fitting, *found.others):
+            count = batch // (plan.layout.dp * plan.micro_batch)
+            times = workers.run(
+                least_step_seconds, 2, config, plan.layout, dtype, plan.micro_batch, count, length,
+                plan.recompute, REPEATS,
+            )  # fmt: skip
+            ran[plan.key] = max(clock for clock, _ in times)
+        best, winner = min(ran, key=lambda key: ran[key]), found.fitting[0]
+        print(best, winner.key, ran[best], ran[winner.key], file=sys.stderr, flush=True)
+        report.add(
+            "The search's winner beside the best of all plans that were run",
+            ("model", "format", "batch x length", "plans", "winner", "ms", "best", "ms ", "slower"),
+            f"{config.hidden_size} x {config.num_layers}", dtype, f"{batch} x {length}", len(ran),
+            f"{winner.layout}, {winner.micro_batch}, {winner.recompute}", f"{ran[winner.key] * 1e3:.1f}",
+            f"{best[0]}, {best[1]}, {best[2]}", f"{ran[best] * 1e3:.1f}", f"{ran[winner.key] / ran[best] - 1:+.1%}",
+        )  # fmt: skip
+    workers.close()
+
+
 def main(arguments: Sequence[str]) -> None:
     report = ReportTables()
     if not arguments or "published" in arguments:
         published(report)
-    for name, way in (("measured", measured),):
+    for name, way in (("measured", measured), ("search", searched)):
         if name in arguments:
             way(report, load_profile(arguments[arguments.index(name) + 1]))
     print("\n".join(report.render()))

@@ -218,7 +218,7 @@ class HardwareProfile(Config):
         return flops / rate + fixed, 2.5 * flops / rate + fixed
 
     def memory_seconds(self, moved: float) -> float:
-        """Return how long a device takes to read and write so many bytes in all."""
+        """Return how long a device takes to read and write some bytes in all."""
         return moved / (self.memory.gb_per_second.value * 1e9 * self.shares.memory.value)
 
     def operator_seconds(self, name: str, elements: float, dtype: str) -> tuple[float, float]:

@@ -101,7 +101,12 @@ class MemoryPlanner:
         activations = max(peak - step.resident - gradients, 0)
         if zero:
             # What was counted for gradients of this rank is DeepSpeed's own, see `_gradients`.
-            peak = int(peak - self._kept_gradients(parameters) + gradients)
+            walked = peak - self._kept_gradients(parameters) + gradients
+            if zero == 3:
+                # The weights of a layer and of the head are there whole while they compute.
+                whole = self.work.layer(0).parameters + self.work.head().parameters
+                walked += whole * width
+            peak = int(max(walked, step.resident + self._zero_update(parameters)))
             activations = max(peak - step.resident - int(gradients), 0)
         return RankMemory(
             weights=int(weights),
@@ -116,14 +121,25 @@ class MemoryPlanner:
         return parameters * max(FORMAT_BYTES[self.work.dtype], 4)
 
     def _gradients(self, parameters: float) -> float:
-        """Return bytes of gradients: as wide as master weights; under DeepSpeed in the model's format, cut from stage 2 on."""  # fmt: skip  # noqa: E501
-        layout = self.work.layout
+        """Return bytes of gradients: as wide as master weights.
+
+        DeepSpeed has them in the model's format; of stage 1 in bf16 it adds them up in fp32 besides, from stage 2 on it
+        keeps a share, and in 16 bits another one on its way (counted in real steps, `tests/core/test_plan_memory.py`).
+        """
+        layout, width = self.work.layout, FORMAT_BYTES[self.work.dtype]
         if not layout.zero_stage:
             return self._kept_gradients(parameters)
-        return parameters * FORMAT_BYTES[self.work.dtype] / (layout.dp if layout.zero_stage > 1 else 1)
+        if layout.zero_stage == 1:
+            return parameters * (width if width > 2 else width + 4)
+        return parameters * (width if width > 2 else 2 * width) / layout.dp
 
-    def _parameters(self, rank: int) -> tuple[float, float]:
-        return self.work.parameters(self._held[rank])
+    def _zero_update(self, parameters: float) -> float:
+        """Return bytes that DeepSpeed's update takes, its gradients included; counted like them."""
+        layout, width = self.work.layout, FORMAT_BYTES[self.work.dtype]
+        share = parameters / layout.dp
+        if layout.zero_stage == 1:
+            return 10 * parameters if width == 2 else width * (parameters + share)
+        return 6 * share if width == 2 else 3 * width * share
 
     def _state(self, parameters: float, of_experts: float) -> float:
         """Return bytes of two moments and, of a narrow format, master weights; sharded ones over the replicas."""
@@ -214,8 +230,10 @@ class MemoryPlanner:
         """Return bytes of summing and applying gradients: themselves, and messages that are made beside them."""
         layout, width = self.work.layout, max(FORMAT_BYTES[self.work.dtype], 4)
         gradients = parameters * width
+        if layout.zero_stage:
+            return 0.0
         summed = parameters if layout.dp * layout.cp // layout.ep > 1 else parameters - of_experts
-        if layout.zero_stage or layout.dp * layout.cp == 1:
+        if layout.dp * layout.cp == 1:
             return gradients
         if layout.sharded_optimizer:
             return gradients + summed * width
