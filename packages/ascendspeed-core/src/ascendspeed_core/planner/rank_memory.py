@@ -133,6 +133,9 @@ class MemoryPlanner:
             return parameters * (width if width > 2 else width + 4)
         return parameters * (width if width > 2 else 2 * width) / layout.dp
 
+    def _parameters(self, rank: int) -> tuple[float, float]:
+        return self.work.parameters(self._held[rank])
+
     def _zero_update(self, parameters: float) -> float:
         """Return bytes that DeepSpeed's update takes, its gradients included; counted like them."""
         layout, width = self.work.layout, FORMAT_BYTES[self.work.dtype]
