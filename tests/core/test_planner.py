@@ -44,16 +44,24 @@ def test_profiles_are_whole_and_name_sources(name: str) -> None:
         *(fact for part in ("memory", "links", "machine", "shares") for _, fact in getattr(profile, part)),
     ]
     assert all(len(fact.source) > 4 for fact in facts)
-    # A square product on a device this large is bound by arithmetic, a vector's by memory.
-    assert profile.product_seconds(8192, 8192, 8192, "float16")[0] < 2 * 2 * 8192**3 / (
-        profile.peak_flops("float16") * profile.shares.products.value
-    )
-    thin = profile.product_seconds(1, 8192, 8192, "float16")[0]
-    assert thin > 2 * 8192 * 8192 / (profile.memory.gb_per_second.value * 1e9)
+    # A square product takes no longer than its share of the data sheet says, with as much for all else.
+    dtype = "bfloat16" if "bfloat16" in profile.peak_tflops else "float16"
+    least = 2 * 4096**3 / (profile.peak_flops(dtype) * profile.shares.products.value)
+    assert 0.7 * least < profile.product_seconds(4096, 4096, 4096, dtype)[0] < 2 * least
 
 
 def test_every_kind_of_device_has_a_profile() -> None:
-    wanted = {"ascend-910a", "ascend-910c", "a100-40gb", "a100-80gb", "h100-sxm", "h200", "b200", "mi300x"}
+    wanted = {
+        "cpu-epyc-core",
+        "ascend-910a",
+        "ascend-910c",
+        "a100-40gb",
+        "a100-80gb",
+        "h100-sxm",
+        "h200",
+        "b200",
+        "mi300x",
+    }
     assert wanted | {f"ascend-910b{grade}" for grade in (1, 2, 3, 4)} <= set(known_profiles())
 
 
@@ -148,7 +156,7 @@ def test_groups_that_leave_a_node() -> None:
     assert not spans_nodes(Layout(tp=8), "replicas", 8)
 
 
-@pytest.mark.parametrize("devices", [1, 8, 96, 4608, 100_000])
+@pytest.mark.parametrize("devices", [1, 96, 100_000])
 def test_search_from_one_device_to_a_hundred_thousand(devices: int) -> None:
     model = read_model("llama3.1-70b" if devices > 8 else "llama3.2-1b")[0]
     asked = question(
