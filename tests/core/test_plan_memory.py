@@ -109,10 +109,10 @@ def test_formula_of_experts_is_measured(workers: WorkerPool, report: ReportTable
     ids=str,
 )
 def test_formula_of_split_backwards_is_enough(workers: WorkerPool, layout: Layout) -> None:
-    """What waits for the gradients of weights is a share of the activations, not followed: rather too much than less."""
+    """What waits for the gradients of weights is a share of activations: rather too much than less."""
     found = workers.run(formula_and_measured, 2, PLAIN, layout, "float32", 2, 4, 128)
     ratios = [planned / measured for own in found for mode, planned, measured in own if mode == "none"]
-    assert 0.93 < min(ratios), ratios
+    assert min(ratios) > 0.93, ratios
     assert max(ratios) < 1.25, ratios
 
 

@@ -149,7 +149,8 @@ class MemoryPlanner:
         share = parameters / layout.dp
         if layout.zero_stage == 1:
             return 10 * parameters if width == 2 else width * (parameters + share)
-        return 6 * share if width == 2 else 3 * width * share
+        copies = 3 if layout.zero_stage == 2 else 2
+        return 6 * share if width == 2 else copies * width * share
 
     def _state(self, parameters: float, of_experts: float) -> float:
         """Return bytes of two moments and, of a narrow format, master weights; sharded ones over the replicas."""

@@ -167,7 +167,7 @@ class Workload:
             ("norm", norms * self.between_blocks * hidden),
             ("norm", self.tokens * of_heads * model.qk_norm),
             ("rotary", rotary),
-            ("add", 2 * self.between_blocks * hidden),
+            ("add", 2 * self.between_blocks * hidden + self._copies(of_heads)),
             *operators,
         ]
         norm_weights = norms * hidden * (2 if model.norm == "layernorm" and model.norm_bias else 1)
@@ -275,6 +275,17 @@ class Workload:
         if layout.tp > 1 and not layout.sequence_parallel:
             messages += (Message("all_gather", "tp", self.hidden_bytes),)
         return products, operators, router + shared_weights, weights, messages
+
+    def _copies(self, of_heads: float) -> float:
+        """Return the numbers that are laid out anew around messages: at both ends of a block, and for swapped heads.
+
+        (`parallel.collectives`: `_join_sequence`, `_sum_and_cut_sequence`, `_swap_cut`.)
+        """
+        copied = 4 * self.tokens * self.model.hidden_size * self.layout.sequence_parallel
+        if self.layout.cp > 1:
+            queries = self._heads * self.model.head_dim
+            copied += self.tokens * (3 * (2 * of_heads - queries) + 2 * queries)
+        return copied
 
     def _block_messages(self, blocks: int) -> tuple[list[Message], list[Message]]:
         """Both ends of attention and MLP: as many bytes with sequence parallelism as without."""
