@@ -69,7 +69,7 @@ class Device:
             getattr(torch, self.kind).synchronize(self.index)
 
     def computing_seconds(self) -> float:
-        """Return a clock of what this process computes: on a CPU its processor time, which other work does not stretch.
+        """Return a clock of what this process computes: on a CPU its processor time, which other work stretches least.
 
         Elsewhere it is the time of day, after `synchronize`.
         """
