@@ -177,17 +177,16 @@ def search(question: Question) -> Found:
     """
     plans: list[Plan] = []
     tried = 0
-    known_least: dict[tuple[int, ...], float] = {}
+    known_least: dict[tuple[int | None, ...], float] = {}
     hopeless: list[tuple[float, Layout, int]] = []
     for layout, micro_batch in candidates(question):
         modes = modes_of(question, layout)
         tried += len(modes)
-        if (layout.tp, layout.pp, layout.ep, layout.sharded_optimizer, layout.dp) not in known_least:
+        same = (layout.tp, layout.pp, layout.cp, layout.ep, layout.sharded_optimizer, layout.zero_stage)
+        if same not in known_least:
             work = Workload(question.model, layout, micro_batch, question.seq_length, question.dtype)
-            known_least[layout.tp, layout.pp, layout.ep, layout.sharded_optimizer, layout.dp] = MemoryPlanner(
-                work, question.is_fused
-            ).least()
-        least = known_least[layout.tp, layout.pp, layout.ep, layout.sharded_optimizer, layout.dp]
+            known_least[same] = MemoryPlanner(work, question.is_fused).least()
+        least = known_least[same]
         if least > question.budget:
             hopeless.append((least, layout, micro_batch))
             continue
