@@ -42,6 +42,13 @@ OF_DEEPSPEED = 0.1
 """Of peaks under DeepSpeed: its buckets and the copies that it makes of shares come and go unseen by the formula."""
 
 Case = tuple[ModelConfig, Layout, str, int, int, int]
+
+
+def name_of(case: Case) -> str:
+    config, layout, dtype, rows, count, length = case
+    return f"{config.hidden_size} wide, {layout}, {dtype}, {rows} x {count} x {length}"
+
+
 QUICK: list[Case] = [
     (PLAIN, Layout(), "float32", 2, 1, 128),
     (WIDE, Layout(), "bfloat16", 4, 1, 128),
@@ -81,13 +88,13 @@ MORE: list[Case] = [
 ]
 
 
-@pytest.mark.parametrize("case", QUICK, ids=str)
+@pytest.mark.parametrize("case", QUICK, ids=name_of)
 def test_formula_is_measured(workers: WorkerPool, report: ReportTables, case: Case) -> None:
     check(workers, report, case, TOLERANCE)
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("case", MORE, ids=str)
+@pytest.mark.parametrize("case", MORE, ids=name_of)
 def test_formula_is_measured_everywhere(workers: WorkerPool, report: ReportTables, case: Case) -> None:
     check(workers, report, case, TOLERANCE)
 
