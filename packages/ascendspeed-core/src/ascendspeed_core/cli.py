@@ -44,6 +44,16 @@ app = build_app(
             "Look at this environment: versions, devices, kernels, what is missing.",
         ),
         Command(
+            "plan",
+            "ascendspeed_core.commands.planning:plan",
+            "Say what fits on some devices, and how fast it will be.",
+        ),
+        Command(
+            "profile-device",
+            "ascendspeed_core.commands.profile_device:profile_device",
+            "Measure this device for `plan`.",
+        ),
+        Command(
             "timeline",
             "ascendspeed_core.commands.timeline:timeline",
             "Draw what each pipeline device does in a step.",

@@ -6,6 +6,7 @@ torch: it keeps torch_npu out for `--device cpu`, and turns the failure into adv
 
 import importlib
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,6 +121,13 @@ class Device:
 
         if self.kind != "cpu":
             getattr(torch, self.kind).synchronize(self.index)
+
+    def computing_seconds(self) -> float:
+        """Return a clock of what this process computes: on a CPU its processor time, which other work stretches least.
+
+        Elsewhere it is the time of day, after `synchronize`.
+        """
+        return time.process_time() if self.kind == "cpu" else time.perf_counter()
 
     def peak_memory_bytes(self) -> int:
         """Most memory that tensors held on the accelerator, or that the process held on a CPU."""
