@@ -114,6 +114,13 @@ def test_no_recipe_repeats_its_base() -> None:
         assert not double, path
 
 
+def test_what_flags_take_the_place_of_is_said() -> None:
+    said: list[str] = []
+    given = {"data_path": ["d"], "train_samples": 100, "use_distributed_optimizer": True}
+    load_config(PretrainConfig, None, given, said.append, NamedRecipe("llama-7b", "pretrain"))
+    assert said == ["recipe: train_iters, zero_stage left out; options that were given take the place"]
+
+
 def test_flags_and_config_win(tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text("[optimizer]\nlr = 1e-4\nmin_lr = 0.0\n[precision]\nbf16 = true\n")
     named = NamedRecipe("llama-7b", "pretrain")

@@ -19,6 +19,7 @@ from ascendspeed_core.config.finetune import FinetuneConfig
 from ascendspeed_core.config.load import load_config
 from ascendspeed_core.config.migrate import FORMAT_VERSION, migrate_config
 from ascendspeed_core.config.preference import DpoConfig
+from ascendspeed_core.config.recipes import RecipeConfig
 from ascendspeed_core.config.records import RecordsConfig
 from ascendspeed_core.config.training import PretrainConfig
 from ascendspeed_core.weights import NativeSource
@@ -71,6 +72,7 @@ def test_a_recipe_gives_the_settings_that_the_release_stored(run: str, command: 
     if command == "finetune":
         expected["records"] = RecordsConfig().model_dump(mode="json")
     expected["experts"] = ExpertsConfig().model_dump(mode="json")
+    expected["recipe"] = RecipeConfig().model_dump(mode="json")
     assert loaded.model_dump(mode="json") == expected
 
 

@@ -69,6 +69,8 @@ def scaled_model(name: str, sizes: dict[str, int]) -> ModelConfig:
         changes["experts"] = full.experts.model_copy(
             update={"count": 8, "per_token": min(full.experts.per_token, 2), "ffn_hidden_size": 16}
         )
+        if full.ffn_hidden_size == full.experts.ffn_hidden_size:
+            changes["ffn_hidden_size"] = 16
     if full.rotary_scaling is not None and full.rotary_scaling.original_max_position_embeddings is not None:
         changes["rotary_scaling"] = full.rotary_scaling.model_copy(
             update={"original_max_position_embeddings": 16}

@@ -97,15 +97,15 @@ def merged_sections(
     """
     merged: Sections = {name: {} for name in config.model_fields}
     if named is not None:
-        _lay_over(merged, named.sections(config))
+        _lay_over(merged, named.sections(config), say)
     if recipe is not None:
-        _lay_over(merged, _sorted_sections(config, _read_recipe(recipe, say), str(recipe)))
+        _lay_over(merged, _sorted_sections(config, _read_recipe(recipe, say), str(recipe)), say)
     sections = {name: _section(field.annotation) for name, field in config.model_fields.items()}
     flags: Sections = {}
     for key, value in given.items():
         section = next(name for name, inner in sections.items() if key in inner.model_fields)
         flags.setdefault(section, {})[key] = value
-    _lay_over(merged, flags)
+    _lay_over(merged, flags, say)
     _start_from_size(merged)
     for section, values in merged.items():
         merged[section] = {key: _fetched(key, value) for key, value in values.items()}
@@ -158,8 +158,8 @@ _DISPLACED = {
 """What of a recipe an option takes the place of."""
 
 
-def _lay_over(merged: Sections, over: Sections) -> None:
-    """Let values win over those of a recipe, in place."""
+def _lay_over(merged: Sections, over: Sections, say: Callable[[str], None]) -> None:
+    """Let values win over those of a recipe, in place, and say what they take the place of."""
     new = {key: value for values in over.values() for key, value in values.items()}
     gone = {
         other
@@ -168,6 +168,9 @@ def _lay_over(merged: Sections, over: Sections) -> None:
         for other in group
         if value and other not in new
     }
+    left_out = sorted(gone & {key for values in merged.values() for key in values})
+    if left_out:
+        say(f"recipe: {', '.join(left_out)} left out; options that were given take the place")
     for section in merged:
         kept = {key: value for key, value in merged[section].items() if key not in gone}
         merged[section] = kept | over.get(section, {})
