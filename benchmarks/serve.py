@@ -91,7 +91,8 @@ async def load(url: str, clients: int, rounds: int, scale: float) -> Measured:
 
         async def client(own: int) -> None:
             for turn in range(rounds):
-                await ask(session, url, own + clients * turn, scale, found)
+                # No prompt was sent before: servers keep what they computed of prompts.
+                await ask(session, url, clients * 1000 + clients * turn + own, scale, found)
 
         started = time.perf_counter()
         await asyncio.gather(*(client(number) for number in range(clients)))
