@@ -255,3 +255,32 @@ def test_scripts_that_cannot_be_read(tmp_path: Path) -> None:
         ("--bf16", []),
         ("--split", ["1,0,0"]),
     ]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("--num-layers 4", "--num-layers four", "num_layers=four is no whole number above zero"),
+        ("--num-layers 4", "--num-layers -4", "num_layers=-4 is no whole number above zero"),
+        ("--num-layers 4", "--num-layers 4 5", "is no whole number above zero"),
+        ("--num-layers 4", "", "nothing says num_layers"),
+        ("--vocab-size 400", "--vocab-size nan", "vocab_size=nan is no whole number above zero"),
+    ],
+)
+def test_counts_that_are_none(tmp_path: Path, old: str, new: str, words: str) -> None:
+    assert old in DEEPSEEK
+    (tmp_path / "run.sh").write_text(DEEPSEEK.replace(old, new))
+    done = call("asd-core", "from-megatron", tmp_path / "run.sh", "--model-config", tmp_path / "model.json")
+    assert done.status == 1
+    assert words in done.stderr
+    assert not (tmp_path / "model.json").exists()
+
+
+def test_a_config_that_exists_is_kept(tmp_path: Path) -> None:
+    translate(DEEPSEEK, tmp_path)
+    translate(DEEPSEEK, tmp_path)  # The same once more.
+    mine = tmp_path / "model.json"
+    mine.write_text("{}")
+    done = call("asd-core", "from-megatron", tmp_path / "run.sh", "--model-config", mine)
+    assert (done.status, mine.read_text()) == (1, "{}")
+    assert "model.json already exists and holds something else; name another file" in done.stderr

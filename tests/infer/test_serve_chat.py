@@ -149,3 +149,20 @@ def test_two_ranks_serve_and_drain(folder: Path) -> None:
     # A launcher of several ranks says which signal ended them.
     assert done.status == 128 + signal.SIGTERM, done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_key_of_a_message_without_effect_is_refused(server: Running) -> None:
+    def ask(**more: object) -> httpx.Response:
+        fields = {"messages": [{"role": "user", "content": "of", **more}], "max_tokens": 2, "temperature": 0}
+        return server.client.post("/v1/chat/completions", json=fields)
+
+    plain = ask()
+    assert plain.status_code == 200
+    for accepted in ({"id": "m1"}, {"refusal": None, "annotations": []}):
+        answer = ask(**accepted)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["choices"] == plain.json()["choices"]
+    answer = ask(one_more="x")
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "messages"
+    assert "message key 'one_more' is not read by the chat template" in answer.json()["error"]["message"]

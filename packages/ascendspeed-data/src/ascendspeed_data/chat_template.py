@@ -201,9 +201,9 @@ class ChatTemplate:
         self._check_variables(conversation)
         fitted = self._forms.fit(conversation.messages)
         text = self._render(fitted, conversation.variables, add_generation_prompt=True)
-        self._check(fitted, conversation, True, range(len(fitted)))
+        unused = self._check(fitted, conversation, True, range(len(fitted)))
         segments = self._segments(without_marks(text), False)
-        return Sample(tuple(segments), add_special_tokens=False, is_rendered=True)
+        return Sample(tuple(segments), add_special_tokens=False, is_rendered=True, unused=unused)
 
     def _render(
         self, messages: Sequence[Message], variables: Mapping[str, Any], add_generation_prompt: bool = False

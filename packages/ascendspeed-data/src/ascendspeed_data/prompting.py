@@ -135,10 +135,16 @@ class PromptLayout:
         Raises:
             DataError: the layout does not support the messages.
         """
+        return self.ids_and_unused(messages, parse_special)[0]
+
+    def ids_and_unused(
+        self, messages: Sequence[Message], parse_special: bool = False
+    ) -> tuple[list[int], tuple[str, ...]]:
+        """Return what `ids` returns, and the keys of messages that have no effect, see `fields.message_key`."""
         sample, tokenizer = self.rendered(messages, parse_special)
         encoder = ExactEncoder(tokenizer)
         ((ids, _),) = encode_samples([sample], tokenizer, encoder, [], self.append_eod)
-        return [int(token) for token in ids]
+        return [int(token) for token in ids], tuple(sample.unused)
 
     def rendered(self, messages: Sequence[Message], parse_special: bool = False) -> tuple[Sample, Tokenizer]:
         """Return a conversation as the layout writes it, and the tokenizer that reads it.

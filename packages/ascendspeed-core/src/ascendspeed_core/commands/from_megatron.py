@@ -93,7 +93,7 @@ def from_megatron(
             answers.accepted.extend(accepted)
             answers.lacking.extend(f"{written}: {line}" for line in lacking)
             answers.kept.extend(() if lacking else kept)
-    model_config.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    _write(model_config, json.dumps(config, indent=2) + "\n")
     for title, lines in (
         (f"in {model_config}", answers.of_model),
         ("means nothing here", answers.accepted),
@@ -107,6 +107,14 @@ def from_megatron(
         f"{script}: {len(flags)} flags, of which {len(answers.lacking)} have no answer; wrote {model_config}, a model "
         f"of type {config['model_type']}"
     )
+
+
+def _write(path: Path, text: str) -> None:
+    if path.exists() and (not path.is_file() or path.read_bytes() != text.encode()):
+        raise AscendSpeedError(
+            f"{path} already exists and holds something else; name another file with --model-config"
+        )
+    path.write_text(text, encoding="utf-8")
 
 
 def flags_of_script(text: str, path: Path) -> Iterator[tuple[str, list[str]]]:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from ascendspeed_data.errors import AscendSpeedError
+from ascendspeed_data.fields import message_key
 from ascendspeed_data.prompting import PromptLayout
 from ascendspeed_infer.answer_form import FORM_NAMES, AnswerForm
 from ascendspeed_infer.engine.sequence import GenerationSettings, TokenConstraint, TokenOutput
@@ -32,6 +33,12 @@ EFFORT = "reasoning_effort"
 
 
 FUNCTION_NAME = re.compile(r"[\w.-]{1,128}")
+
+
+OF_MESSAGES = frozenset(
+    message_key(name) for name in ("name", "tool_call_id", "refusal", "annotations", "audio", "id")
+)
+"""OpenAI's keys of messages: clients send them, also where the chat template does not read them."""
 
 
 class ChatCall:
@@ -63,9 +70,10 @@ class ChatCall:
                 param="tools",
             )
         try:
-            self._ids = layout.ids(body.messages)
+            self._ids, unused = layout.ids_and_unused(body.messages)
         except AscendSpeedError as error:
             raise ApiError(str(error), param="messages") from None
+        _check_unused(served, unused)
         self._thinks = self._form.opens_thoughts(served.model.tokenizer, self._ids)
         self._texts = self._new_texts(layout)
         self._parsers = [
@@ -244,3 +252,15 @@ def _check_tools(tools: Sequence[Json]) -> None:
             )
         if not isinstance(function.get("parameters") or {}, dict):
             raise ApiError(f"tools: the parameters of {name} are not an object", param="tools")
+
+
+def _check_unused(served: ServedModel, unused: Sequence[str]) -> None:
+    for name in unused:
+        if name in OF_MESSAGES:
+            continue
+        if not served.limits.lenient:
+            raise ApiError(
+                f"{name[:80]} is not read by the chat template, so it has no effect; leave it out",
+                param="messages",
+            )
+        served.say(f"a request has the {name[:80]}, which the chat template does not read")

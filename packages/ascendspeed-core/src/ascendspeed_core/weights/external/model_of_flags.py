@@ -76,6 +76,15 @@ def _value(values: Sequence[str]) -> Any:
     return values[0]
 
 
+def _count(arguments: Namespace, name: str, path: Path) -> int:
+    value = getattr(arguments, name, None)
+    if value is None:
+        raise AscendSpeedError(f"{path}: nothing says {name}; add the flag")
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise AscendSpeedError(f"{path}: {name}={value} is no whole number above zero; correct it")
+    return value
+
+
 def _facts(arguments: Namespace, path: Path) -> CheckpointFacts:
     """Return what the tensors of such a model would say."""
     has_biases = not getattr(arguments, "disable_bias_linear", False)
@@ -93,11 +102,7 @@ def _facts(arguments: Namespace, path: Path) -> CheckpointFacts:
         for name, is_there in tensors.items()
         if is_there
     }
-    layers, rows = getattr(arguments, "num_layers", None), getattr(arguments, "vocab_size", None)
-    if not isinstance(layers, int) or not isinstance(rows, int):
-        raise AscendSpeedError(
-            f"{path}: nothing says {'num_layers' if not isinstance(layers, int) else 'vocab_size'}; add the flag"
-        )
+    layers, rows = (_count(arguments, name, path) for name in ("num_layers", "vocab_size"))
     return CheckpointFacts("megatron", "megatron", path, shard_layout(layers), first, rows)
 
 
