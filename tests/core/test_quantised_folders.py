@@ -107,7 +107,7 @@ def test_the_method_is_named_with_or_without_a_config(
 
 
 @pytest.mark.parametrize("kind", ["gptq", "fp8"])
-def test_every_command_says_it_alike(plain: Path, tmp_path: Path, kind: str) -> None:
+def test_every_command_says_it_alike(plain: Path, dataset: Path, tmp_path: Path, kind: str) -> None:
     folder = quantised(plain, tmp_path / "x", kind, with_config=True)
     ids = tmp_path / "ids.jsonl"
     ids.write_text("[1, 5]\n")
@@ -117,7 +117,7 @@ def test_every_command_says_it_alike(plain: Path, tmp_path: Path, kind: str) -> 
         ("asd-ckpt", "convert", "--load", folder, "--save", tmp_path / "out"),
         ("asd-ckpt", "verify", folder, folder),
         ("asd-infer", "generate", "--load", folder, "--prompt-format", "jsonl", "--prompt-file", ids),
-        (*pretrain, "--load", folder, "--data-path", "x", "--dry-run"),
+        (*pretrain, "--load", folder, "--data-path", dataset, "--dry-run"),
     )
     done = [call(*command) for command in commands]
     assert [one.status for one in done] == [1] * len(done)

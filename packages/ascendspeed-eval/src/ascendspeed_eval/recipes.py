@@ -1,13 +1,12 @@
 """Recipes by name: TOML files of this package, each the options of `asd-eval run` for one benchmark."""
 
-import tomllib
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from ascendspeed_eval.errors import UsageError
-from ascendspeed_eval.small_files import read_text
+from ascendspeed_eval.small_files import read_toml
 
 FOLDER = Path(__file__).with_name("recipes")
 
@@ -36,12 +35,9 @@ def read_recipe(path: Path) -> dict[str, Any]:
     """Return the options of a recipe.
 
     Raises:
-        UsageError: the file cannot be read, or is not TOML.
+        EvaluationError: the file cannot be read, or is not TOML.
     """
-    try:
-        return tomllib.loads(read_text(path, f"recipe {path}", "the name of the recipe"))
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"recipe {path} is not TOML: {error}; correct it") from None
+    return read_toml(path, f"recipe {path}", "the name of the recipe")
 
 
 def with_recipe(name: str, given: Mapping[str, Any]) -> dict[str, Any]:

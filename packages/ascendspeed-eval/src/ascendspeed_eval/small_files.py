@@ -8,6 +8,7 @@ it is used. A contract test refuses `read_text` and `json.load` elsewhere. The o
 import codecs
 import gzip
 import json
+import tomllib
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -50,6 +51,20 @@ def read_bytes(path: Path, name: str = "", option: str = "the path") -> bytes:
         raise EvaluationError(f"{name} does not exist; check {option}") from None
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise EvaluationError(f"{name} cannot be read: {error}; copy it again") from None
+
+
+def read_toml(path: Path, name: str = "", option: str = "the path") -> dict[str, Any]:
+    """Read a TOML file, see `read_text`.
+
+    Raises:
+        EvaluationError: it cannot be read, or is not TOML.
+    """
+    name = name or str(path)
+    try:
+        return tomllib.loads(read_text(path, name, option))
+    except (tomllib.TOMLDecodeError, RecursionError, ValueError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise EvaluationError(f"{name} is not TOML: {reason}; correct it") from None
 
 
 def parse_json(text: str, where: str, allow_surrogates: bool = False) -> Any:

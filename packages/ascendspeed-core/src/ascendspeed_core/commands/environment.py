@@ -2,7 +2,6 @@
 
 import platform
 import re
-import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -12,6 +11,8 @@ from typing import Any, Literal
 
 from packaging.requirements import Requirement
 from packaging.version import Version
+
+from ascendspeed_data.small_files import read_toml
 
 KNOWN = Path(__file__).with_name("known_versions.toml")
 PACKAGES = (
@@ -50,7 +51,7 @@ class Fact:
 @cache
 def known_versions() -> Mapping[str, Any]:
     """Return the table of versions."""
-    return tomllib.loads(KNOWN.read_text(encoding="utf-8"))
+    return read_toml(KNOWN)
 
 
 def installed_version(name: str) -> str | None:

@@ -11,6 +11,7 @@ from typing import Literal
 
 from ascendspeed_core.device import CLUSTERS, ClusterFacts
 from ascendspeed_data.errors import ConfigError
+from ascendspeed_data.small_files import read_text
 
 Launcher = Literal["torchrun", "slurm", "kubernetes", "ascend"]
 """What starts the processes."""
@@ -195,7 +196,7 @@ def _check_hostfile(job: Job) -> None:
     """Refuse a hostfile that is there and names another number of machines."""
     if not job.hostfile.is_file():
         return
-    lines = job.hostfile.read_text(encoding="utf-8").splitlines()
+    lines = read_text(job.hostfile, "", "save it as UTF-8", ConfigError, "--hostfile").splitlines()
     named: Sequence[str] = [line.split()[0] for line in lines if line.strip() and not line.startswith("#")]
     if len(named) != job.nodes:
         raise ConfigError(

@@ -56,7 +56,7 @@ class ActivationBytes:
 
     def gradients(self, part: PartWork) -> float:
         """Of a part's weights: as wide as master weights."""
-        return part.parameters * max(self._width, 4)
+        return part.trained * max(self._width, 4)
 
     @property
     def attention_inputs(self) -> float:

@@ -82,11 +82,8 @@ class MemoryPlanner:
 
     def least(self) -> float:
         """Return bytes that the first rank needs whatever is recomputed: weights, optimizer state, gradients."""
-        parameters, of_experts = self._parameters(0)
-        width = FORMAT_BYTES[self.work.dtype]
-        zero = self.work.layout.zero_stage or 0
-        weights = parameters * width / (self.work.layout.dp if zero == 3 else 1)
-        return weights + self._state(parameters, of_experts) + self._gradients(parameters)
+        trained, of_experts = self._trained(0)
+        return self._weights(0) + self._state(trained, of_experts) + self._gradients(trained)
 
     def rank(self, rank: int, micro_batches: int, mode: Mode) -> RankMemory:
         """Return what a pipeline rank needs."""
@@ -95,12 +92,12 @@ class MemoryPlanner:
         step = self._steps[rank, micro_batches]
         modes = (mode,) * step.num_layers
         peak = step.peak(modes)
-        parameters, of_experts = self._parameters(rank)
+        trained, of_experts = self._trained(rank)
         width = FORMAT_BYTES[self.work.dtype]
         zero = self.work.layout.zero_stage or 0
-        weights = parameters * width / (self.work.layout.dp if zero == 3 else 1)
-        state = self._state(parameters, of_experts)
-        gradients = self._gradients(parameters)
+        weights = self._weights(rank)
+        state = self._state(trained, of_experts)
+        gradients = self._gradients(trained)
         messages = step.resident - weights - state
         activations = max(peak - step.resident - gradients, 0)
         if self.work.layout.schedule in SPLIT_BACKWARD_SCHEDULES:
@@ -108,12 +105,12 @@ class MemoryPlanner:
             peak += int(activations * BETWEEN_BACKWARDS / (1 + BETWEEN_BACKWARDS))
         if zero:
             # What was counted for gradients of this rank is DeepSpeed's own, see `_gradients`.
-            walked = peak - self._kept_gradients(parameters) + gradients
+            walked = peak - self._kept_gradients(trained) + gradients
             if zero == 3:
                 # The weights of a layer and of the head are there whole while they compute.
                 whole = self.work.layer(0).parameters + self.work.head().parameters
                 walked += whole * width
-            peak = int(max(walked, step.resident + self._zero_update(parameters)))
+            peak = int(max(walked, step.resident + self._zero_update(trained)))
             activations = max(peak - step.resident - int(gradients), 0)
         return RankMemory(
             weights=int(weights),
@@ -123,6 +120,13 @@ class MemoryPlanner:
             messages=int(messages),
             margin=int(self._margin * peak),
         )
+
+    def _weights(self, rank: int) -> float:
+        """Return bytes of the weights of a rank, those of a reference included, which stay whole."""
+        parameters, _ = self.work.parameters(self._held[rank])
+        layout, copies = self.work.layout, int(self.work.tuning.has_reference_copy)
+        each = 1 / layout.dp if layout.zero_stage == 3 else 1
+        return parameters * FORMAT_BYTES[self.work.dtype] * (each + copies)
 
     def _kept_gradients(self, parameters: float) -> float:
         return parameters * max(FORMAT_BYTES[self.work.dtype], 4)
@@ -140,8 +144,8 @@ class MemoryPlanner:
             return parameters * (width if width > 2 else width + 4)
         return parameters * (width if width > 2 else 2 * width) / layout.dp
 
-    def _parameters(self, rank: int) -> tuple[float, float]:
-        return self.work.parameters(self._held[rank])
+    def _trained(self, rank: int) -> tuple[float, float]:
+        return self.work.trained(self._held[rank])
 
     def _zero_update(self, parameters: float) -> float:
         """Return bytes that DeepSpeed's update takes, its gradients included; counted like them."""
@@ -214,8 +218,7 @@ class MemoryPlanner:
             walked = min(micro_batches, layout.pp + 1 if layout.schedule == "1f1b" else 2 * layout.pp)
         order = order_of_rank(layout, per_rank, max(walked, 1), rank)
         local = {stage.index: number for number, stage in enumerate(stages)}
-        parameters, of_experts = self._parameters(rank)
-        weights = parameters * width / (layout.dp if layout.zero_stage == 3 else 1)
+        trained, of_experts = self._trained(rank)
         received = 0.0
         if layout.pp > 1:
             ends = sum((not stage.is_first) + (not stage.is_last) for stage in stages)
@@ -223,7 +226,7 @@ class MemoryPlanner:
         shared = self.work.shares_embedding(stages)
         gathered = 0.0
         if layout.sharded_optimizer and layout.overlap_param_gather and layout.dp * layout.cp > 1:
-            gathered = parameters * width
+            gathered = trained * width
         return StepMemory(
             stages=[self._stage(stage, shared) for stage in stages],
             actions=[
@@ -232,8 +235,8 @@ class MemoryPlanner:
                 if _frees_or_keeps(work, layout.schedule in SPLIT_BACKWARD_SCHEDULES)
             ],
             sizes=[1.0] * max(walked, 1),
-            resident=int(weights + self._state(parameters, of_experts) + received),
-            update=int(self._update(parameters, of_experts)),
+            resident=int(self._weights(rank) + self._state(trained, of_experts) + received),
+            update=int(self._update(trained, of_experts)),
             gathered=int(gathered),
         )
 

@@ -152,10 +152,10 @@ class StepTimer:
     def _time(self, part: PartWork, mode: Mode) -> PartSeconds:
         profile, dtype = self.profile, self.work.dtype
         products_forward = products_backward = operators_forward = operators_backward = 0.0
-        for product in part.products:
+        for product in (*part.products, *part.adapters):
             forward, backward = profile.product_seconds(product.m, product.n, product.k, dtype)
             products_forward += forward * product.times
-            products_backward += backward * product.times
+            products_backward += backward * product.times / (2 if product.is_frozen else 1)
         if part.hidden_loss:
             # The logits are made again, which is a forward of the head (Wijmans et al., 2025).
             products_backward += products_forward
@@ -165,7 +165,7 @@ class StepTimer:
         for name, elements in part.operators:
             forward, backward = profile.operator_seconds(name, elements, dtype)
             operators_forward, operators_backward = operators_forward + forward, operators_backward + backward
-        operators_backward += profile.operator_seconds("accumulate", part.parameters, dtype)[1]
+        operators_backward += profile.operator_seconds("accumulate", part.trained, dtype)[1]
         forward_waiting = sum(self.message(one) for one in part.forward_messages)
         waiting = forward_waiting + sum(self.message(one) for one in part.backward_messages)
         again = 0.0
@@ -222,15 +222,21 @@ class StepTimer:
         busy = micro_batches * _busy(mine_seconds)
         last_backward = mine_seconds.backward + mine_seconds.again
         reduction = max(
-            self._reduction(*self.work.parameters(stages), micro_batches, spent[rank], last_backward)
+            self._reduction(stages, micro_batches, spent[rank], last_backward)
             for rank, stages in enumerate(held)
         )
-        update = max(self._update(*self.work.parameters(stages)) for stages in held)
+        update = max(self._update(*self.work.trained(stages)) for stages in held)
+        bubble = max(makespan - busy, 0.0)
+        read = NOTHING
+        if self.work.tuning.pairs:
+            # The reference reads all micro-batches first, one stage after the other.
+            read = mine_seconds
+            bubble += (layout.pp - 1) * (read.forward + read.forward_waiting)
         return StepSeconds(
-            compute=micro_batches * (mine_seconds.forward + mine_seconds.backward),
+            compute=micro_batches * (mine_seconds.forward + mine_seconds.backward + read.forward),
             recompute=micro_batches * mine_seconds.again,
-            model_messages=micro_batches * mine_seconds.waiting,
-            bubble=max(makespan - busy, 0.0),
+            model_messages=micro_batches * (mine_seconds.waiting + read.forward_waiting),
+            bubble=bubble,
             reduction=reduction,
             update=update,
         )
@@ -268,8 +274,7 @@ class StepTimer:
 
     def _reduction(
         self,
-        parameters: float,
-        of_experts: float,
+        stages: Sequence[Stage],
         micro_batches: int,
         mine: PartSeconds,
         last_backward: float,
@@ -280,8 +285,9 @@ class StepTimer:
         share of them can be hidden at best.
         """
         layout, width = self.work.layout, FORMAT_BYTES[self.work.dtype]
+        parameters, of_experts = self.work.trained(stages)
         if layout.zero_stage:
-            return self._zero_messages(parameters, micro_batches, mine)
+            return self._zero_messages(self.work.parameters(stages)[0], parameters, micro_batches, mine)
         master = max(width, 4)
         sums = gathers = 0.0
         for count, axis in ((parameters - of_experts, "replicas"), (of_experts, "edp")):
@@ -299,15 +305,18 @@ class StepTimer:
             left_gathers = max(gathers - hidden * mine.forward, gathers * (1 - hidden))
         return left + left_gathers
 
-    def _zero_messages(self, parameters: float, micro_batches: int, mine: PartSeconds) -> float:
+    def _zero_messages(
+        self, parameters: float, trained: float, micro_batches: int, mine: PartSeconds
+    ) -> float:
         """Return what DeepSpeed's stages send that nothing hides (Rajbhandari et al., 2020, sections 5 and 7.2).
 
         Stage 1 sums gradients once a step and gathers weights; stage 2 scatters sums of every micro-batch; stage 3
         gathers weights for every forward and backward as well.
         """
-        layout, size = self.work.layout, parameters * FORMAT_BYTES[self.work.dtype]
-        scatter = self._collective("reduce_scatter", "dp", size)
-        gather = self._collective("all_gather", "dp", size)
+        layout, width = self.work.layout, FORMAT_BYTES[self.work.dtype]
+        scatter = self._collective("reduce_scatter", "dp", trained * width)
+        gathered = parameters if layout.zero_stage == 3 else trained
+        gather = self._collective("all_gather", "dp", gathered * width)
         hidden = self.profile.shares.overlap.value
 
         def left(sent: float, beside: float) -> float:

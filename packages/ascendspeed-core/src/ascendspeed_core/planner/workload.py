@@ -9,7 +9,7 @@ MLP, V vocabulary, E experts.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 from ascendspeed_core.config.layout import Layout, Stage
@@ -27,12 +27,14 @@ class Product(NamedTuple):
         n: outputs.
         k: inputs.
         times: how often.
+        is_frozen: its weights get no gradient, which leaves out one of the backward's two products.
     """
 
     m: float
     n: float
     k: float
     times: int = 1
+    is_frozen: bool = False
 
 
 class AttentionWork(NamedTuple):
@@ -68,6 +70,31 @@ class Message(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Tuning:
+    """What of a model a run trains, and on what.
+
+    Attributes:
+        adapter_rank: of low-rank adapters, beside weights that stay as they are; `None` trains all weights.
+        adapts_mlp: MLPs have adapters too, not only attention; experts never have.
+        adapter_dropout: what is given to an adapter is dropped at random.
+        pairs: a sample is two sequences, which a reference reads too (DPO).
+    """
+
+    adapter_rank: int | None = None
+    adapts_mlp: bool = True
+    adapter_dropout: bool = False
+    pairs: bool = False
+
+    @property
+    def has_reference_copy(self) -> bool:
+        """Whether the reference is a model of its own; with adapters it is the model without them."""
+        return self.pairs and self.adapter_rank is None
+
+
+ALL_WEIGHTS = Tuning()
+
+
+@dataclass(frozen=True)
 class PartWork:
     """What one part asks for, forwards and backwards of one micro-batch.
 
@@ -77,8 +104,10 @@ class PartWork:
         operators: over memory: name and elements.
         forward_messages: what the forward waits for.
         backward_messages: what the backward waits for.
-        parameters: numbers of weights on this rank, of which the backward adds up gradients.
+        parameters: numbers of weights on this rank.
         expert_parameters: of them, those that are summed over `edp` instead of all replicas.
+        trained: of `parameters`, those of which the backward adds up gradients.
+        adapters: products of adapters, beside `products`.
         attention_products: how many of `products`, counted from the first, are of the attention.
         hidden_loss: the logits are made again in the backward.
         stops_early: the last product, and the message behind it, are not computed again by recompute, which ends when
@@ -93,6 +122,8 @@ class PartWork:
     backward_messages: tuple[Message, ...] = ()
     parameters: float = 0
     expert_parameters: float = 0
+    trained: float = 0
+    adapters: tuple[Product, ...] = ()
     attention_products: int = 0
     hidden_loss: bool = False
     stops_early: bool = False
@@ -109,6 +140,7 @@ class Workload:
         rows: samples of the micro-batch.
         seq_length: S.
         dtype: of weights and arithmetic.
+        tuning: what is trained.
         large_logits: bytes of fp32 logits from which on the loss is made of hidden states.
     """
 
@@ -117,6 +149,7 @@ class Workload:
     rows: int
     seq_length: int
     dtype: str
+    tuning: Tuning = ALL_WEIGHTS
     large_logits: int = 1 << 30
     _parts: dict[Any, PartWork] = field(default_factory=dict, compare=False, repr=False)
     _known: dict[Any, tuple[float, float]] = field(default_factory=dict, compare=False, repr=False)
@@ -124,7 +157,12 @@ class Workload:
     @property
     def tokens(self) -> float:
         """T: tokens of the micro-batch on this rank."""
-        return self.rows * self.seq_length / self.layout.cp
+        return self.sequences * self.seq_length / self.layout.cp
+
+    @property
+    def sequences(self) -> int:
+        """Of the micro-batch: two of each pair."""
+        return self.rows * (2 if self.tuning.pairs else 1)
 
     @property
     def between_blocks(self) -> float:
@@ -150,8 +188,32 @@ class Workload:
         """Return the work of a layer, by its number in the whole model."""
         kind = (self.model.has_experts(number), self.model.has_window(number))
         if kind not in self._parts:
-            self._parts[kind] = self._make_layer(*kind)
+            part = self._make_layer(*kind)
+            has_adapters = part.products[
+                : None if self.tuning.adapts_mlp and not kind[0] else part.attention_products
+            ]
+            self._parts[kind] = self._tuned(part, has_adapters)
         return self._parts[kind]
+
+    def _tuned(self, part: PartWork, has_adapters: Sequence[Product] = ()) -> PartWork:
+        """Return a part with what of it is trained: all, or the adapters beside some of its products."""
+        rank = self.tuning.adapter_rank
+        if rank is None:
+            return replace(part, trained=part.parameters)
+        adapters = tuple(
+            half
+            for m, n, k, times, _ in has_adapters
+            for half in (Product(m, rank, k, times), Product(m, n, rank, times))
+        )
+        trained = _weights(adapters)
+        frozen = tuple(product._replace(is_frozen=True) for product in part.products)
+        return replace(
+            part,
+            products=frozen,
+            parameters=part.parameters + trained,
+            trained=trained,
+            adapters=adapters,
+        )
 
     def _make_layer(self, has_experts: bool, has_window: bool) -> PartWork:
         model = self.model
@@ -230,7 +292,7 @@ class Workload:
         window = min(model.sliding_window or length, length) if has_window else length
         seen = window - window * window / (2 * length)
         width = (model.head_dim + (model.value_head_dim or model.head_dim)) // 2
-        return AttentionWork(self.rows, self._heads / self.layout.cp, length, seen, width)
+        return AttentionWork(self.sequences, self._heads / self.layout.cp, length, seen, width)
 
     def _dense_mlp(
         self, inner: int, has_bias: bool = False
@@ -311,13 +373,13 @@ class Workload:
     def embedding(self) -> PartWork:
         """Return the work of the embedding."""
         if "embedding" not in self._parts:
-            self._parts["embedding"] = self._make_embedding()
+            self._parts["embedding"] = self._tuned(self._make_embedding())
         return self._parts["embedding"]
 
     def head(self) -> PartWork:
         """Return the work of final norm, head and loss."""
         if "head" not in self._parts:
-            self._parts["head"] = self._make_head()
+            self._parts["head"] = self._tuned(self._make_head())
         return self._parts["head"]
 
     def _make_embedding(self) -> PartWork:
@@ -370,6 +432,16 @@ class Workload:
             self._known[key] = total, sum(part.expert_parameters for part in parts)
         return self._known[key]
 
+    def trained(self, stages: Sequence[Stage]) -> tuple[float, float]:
+        """Return the same of the weights that get gradients; experts do not beside adapters."""
+        if self.tuning.adapter_rank is None:
+            return self.parameters(stages)
+        key = ("trained", *stages)
+        if key not in self._known:
+            parts = [part for one in stages for part in self.parts(one.layers, one.is_first, one.is_last)]
+            self._known[key] = sum(part.trained for part in parts), 0.0
+        return self._known[key]
+
     def shares_embedding(self, stages: Sequence[Stage]) -> bool:
         """Tell whether a rank has both the embedding and a head with the same weight."""
         is_both = any(stage.is_first for stage in stages) and any(stage.is_last for stage in stages)
@@ -385,5 +457,5 @@ class Workload:
             yield self.head()
 
 
-def _weights(products: list[Product]) -> float:
+def _weights(products: Sequence[Product]) -> float:
     return sum(product.n * product.k * product.times for product in products)
