@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ascendspeed_eval.errors import UsageError
-from ascendspeed_eval.recipes import find_recipe, read_recipe, recipe_names, with_recipe
+from ascendspeed_eval.recipes import find_recipe, read_recipe, recipe_names, recipe_options
 from ascendspeed_eval.tasks.registry import find_task, find_variant
 from support.commands import call
 
@@ -39,22 +39,35 @@ def test_a_recipe_runs_by_name(tmp_path: Path) -> None:
         assert done.status == 0, done.stderr
         results = json.loads((tmp_path / str(len(asked)) / "results.json").read_text())
         scores.append(results["tasks"]["boolq"]["score"])
+        assert results["run"].get("recipe") == ("boolq" if asked == ["boolq"] else None)
         assert ("recipe: boolq" in done.stderr) == (asked == ["boolq"])
     assert scores[0] == scores[1]
 
 
-def test_options_that_were_given_win() -> None:
-    given = {"task": [], "protocol": "lm-eval", "max_new_tokens": None, "limit": 3}
-    assert with_recipe("gsm8k", given) == {
-        "task": ["gsm8k"], "protocol": "lm-eval", "max_new_tokens": 256, "limit": 3
-    }  # fmt: skip
+def test_options_that_were_given_win(tmp_path: Path) -> None:
+    """Options of every kind: lists, numbers with a default, flags, those of a backend."""
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text(json.dumps({"contains": "", "logprobs": {" Yes": -1.0, " No": -2.0}}) + "\n")
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text(
+        f"task = ['boolq']\ntask_data_path = ['sample']\nlimit = 3\nseed = 7\nallow_code_execution = true\n"
+        f"scripted_answers = '{answers}'\n"
+    )
+    for given, limit, seed in (((), 3, 7), (("--limit", 2, "--seed", 1234), 2, 1234)):
+        done = call("asd-eval", "run", recipe, *given, "--output-dir", tmp_path / str(seed))
+        assert done.status == 0, done.stderr
+        run = json.loads((tmp_path / str(seed) / "results.json").read_text())["run"]
+        assert (run["settings"]["limit"], run["settings"]["seed"]) == (limit, seed)
+        assert run["recipe"] == str(recipe)
+    recipe.write_text("task = ['boolq']\nlimit = 'many'\n")
+    assert "--limit" in call("asd-eval", "run", recipe).complaint
 
 
 def test_what_is_no_recipe(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"gsm8 is no recipe; did you mean gsm8k\?"):
-        with_recipe("gsm8", {})
+        recipe_options("gsm8", [])
     (tmp_path / "mine.toml").write_text("tasks = ['mmlu']\n")
     with pytest.raises(UsageError, match=r"unknown key tasks; did you mean task\?"):
-        with_recipe(str(tmp_path / "mine.toml"), {"task": None})
+        recipe_options(str(tmp_path / "mine.toml"), ["task"])
     done = call("asd-eval", "run", "--task-data-path", "sample", "--load", tmp_path)
     assert "task is missing; give --task, or a recipe" in done.complaint

@@ -24,6 +24,7 @@ class Evaluation:
         settings: all settings that `run.json` records.
         chat: how prompts become conversations; `None` where they are texts.
         data_origin: `org/name@commit` of data from a hub.
+        recipe: that the settings began with.
     """
 
     task: Task
@@ -34,6 +35,7 @@ class Evaluation:
     settings: Mapping[str, Any] = field(default_factory=dict)
     chat: ChatSettings | None = None
     data_origin: str | None = None
+    recipe: str | None = None
 
 
 def prepare_evaluation(

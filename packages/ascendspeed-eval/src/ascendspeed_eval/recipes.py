@@ -1,6 +1,6 @@
 """Recipes by name: TOML files of this package, each the options of `asd-eval run` for one benchmark."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -40,22 +40,23 @@ def read_recipe(path: Path) -> dict[str, Any]:
     return read_toml(path, f"recipe {path}", "the name of the recipe")
 
 
-def with_recipe(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options with those of a recipe where none was given.
+def recipe_options(name: str, known: Sequence[str]) -> dict[str, Any]:
+    """Return the options of a recipe by name, or of a file by its path.
 
     Args:
         name: of the recipe.
-        given: all options of the command by name; `None` or an empty list where one was not given.
+        known: options that the command has.
 
     Raises:
-        UsageError: the recipe has an option that the command lacks.
+        UsageError: there is no such recipe, or it has an option that the command lacks.
+        EvaluationError: the file cannot be read.
     """
     path = find_recipe(name)
     options = read_recipe(path)
-    unknown = sorted(options.keys() - given.keys())
+    unknown = sorted(options.keys() - set(known))
     if unknown:
-        close = get_close_matches(unknown[0], list(given), n=1)
+        close = get_close_matches(unknown[0], known, n=1)
         raise UsageError(
             f"recipe {path}: unknown key {unknown[0]}{f'; did you mean {close[0]}?' if close else ''}"
         )
-    return {**given, **{key: value for key, value in options.items() if given[key] in (None, [])}}
+    return options

@@ -192,6 +192,7 @@ def _results(
     identity: Mapping[str, Any],
     description: ModelDescription,
 ) -> dict[str, Any]:
+    origin = {"hub": evaluation.data_origin, "recipe": evaluation.recipe}
     return {
         "format_version": FORMAT_VERSION,
         "tasks": {evaluation.task.name: task_results(evaluation, scored)},
@@ -201,5 +202,5 @@ def _results(
             "fingerprint": description.fingerprint,
             "details": {**description.details, **getattr(description, "location", {})},
         },
-        "run": {**identity, **({"hub": evaluation.data_origin} if evaluation.data_origin else {})},
+        "run": {**identity, **{key: value for key, value in origin.items() if value is not None}},
     }

@@ -20,7 +20,7 @@ from ascendspeed_eval.hub_datasets import find_data
 from ascendspeed_eval.model import Backend, EvaluatedModel
 from ascendspeed_eval.output_folder import SAMPLES
 from ascendspeed_eval.progress import log
-from ascendspeed_eval.recipes import with_recipe
+from ascendspeed_eval.recipes import recipe_options
 from ascendspeed_eval.report import markdown, warnings
 from ascendspeed_eval.runner import MAX_FAILURES, evaluate
 from ascendspeed_eval.small_files import read_text
@@ -30,11 +30,21 @@ from ascendspeed_eval.tasks.registry import find_task, find_variant
 from ascendspeed_eval.tasks.samples import GenerationSettings
 
 
+def _take_recipe(context: typer.Context, name: str | None) -> str | None:
+    """Make the options of a recipe the defaults of the command, before its other options are read."""
+    if name is not None and not context.resilient_parsing:
+        known = [parameter.name or "" for parameter in context.command.params]
+        context.default_map = recipe_options(name, [one for one in known if one != "recipe"])
+    return name
+
+
 def run_command(
     recipe: Annotated[
         str | None,
         typer.Argument(
             metavar="[RECIPE]",
+            is_eager=True,
+            callback=_take_recipe,
             help="Name of a recipe, or a TOML file; flags win over it. `asd-eval recipes` lists them.",
         ),
     ] = None,
@@ -173,7 +183,7 @@ def run_command(
                 num_fewshot=num_fewshot, generation=settings, seed=seed,
                 chat=chat,
             )  # fmt: skip
-            prepared.append(replace(evaluation, data_origin=origin))
+            prepared.append(replace(evaluation, data_origin=origin, recipe=recipe))
         if backend.launch(_options_of(backend, own, prepared[0]), sys.argv[1:]):
             return
         for evaluation in prepared:
@@ -282,8 +292,6 @@ def with_backend_options(function: Callable[..., None], backends: Backends) -> C
             )
 
     def command(**arguments: Any) -> None:
-        if arguments.get("recipe") is not None:
-            arguments = with_recipe(arguments["recipe"], arguments)
         # An option that was not given is None, or an empty list where it may be given several times.
         given = {n: value for n, value in arguments.items() if n not in added or value not in (None, [])}
         function(**given)
