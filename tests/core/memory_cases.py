@@ -1,5 +1,6 @@
 """Cases that worker processes run: what a training step holds in memory, planned and measured."""
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -14,6 +15,7 @@ from ascendspeed_core.config.recompute import Mode
 from ascendspeed_core.data.micro_batch import MicroBatch
 from ascendspeed_core.device import Device
 from ascendspeed_core.models.transformer import Transformer
+from ascendspeed_core.objectives.objective import ObjectiveLoss
 from ascendspeed_core.optim.native_engine import NativeEngine
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.recompute import recomputed
@@ -49,20 +51,28 @@ def trainee(
     return model, engine, batches, mesh
 
 
-def measured_peak(model: Transformer, engine: NativeEngine, batches: list[MicroBatch], mesh: Any) -> int:
-    """Most bytes of tensors in a step, what stays between steps included."""
+def measured_peak(
+    model: Transformer,
+    engine: NativeEngine,
+    batches: list[MicroBatch],
+    mesh: Any,
+    objective: ObjectiveLoss | None = None,
+    beside: Sequence[torch.Tensor] = (),
+) -> int:
+    """Most bytes of tensors in a step, what stays between steps included, and tensors beside the model."""
     resident = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
         for tensor in (
             *model.parameters(),
             *model.buffers(),
+            *beside,
             *(weight for group in engine.rule.param_groups for weight in group["params"]),
             *(value for state in engine.rule.state.values() for value in state.values()),
         )
     }
     # As planned: experts with equal loads, whatever their scores say.
     with balanced_routers(model), LiveBytes() as live:
-        train_step(model, engine, batches, mesh)
+        train_step(model, engine, batches, mesh, objective=objective)
     return live.peak + sum(resident.values())
 
 

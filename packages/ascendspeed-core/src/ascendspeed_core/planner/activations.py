@@ -8,6 +8,7 @@ operator of `models/` saves for its backward (Korthikanti et al., 2022, section 
 - Attention saves rotated queries and keys, values, its result, and a logarithm for each query and head.
 - A gated MLP in plain torch saves gate, up, the activated gate and their product; a fused one all but the third.
 - Recompute of policy `selective` saves the results of products and of attention; of policy `full` what the layer gives.
+- Beside adapters nothing is saved for gradients of frozen weights: no normed copies, no inputs but those of adapters.
 """
 
 from dataclasses import dataclass
@@ -91,6 +92,11 @@ class ActivationBytes:
             # The input of the first norm is the output of the layer before, which counts there.
             kept -= self._between
         selective = attention_products + mlp_products + self._between
+        if self._is_frozen:
+            kept -= norms * self._normed
+            kept += self._beside_adapters(part, norm_given, inner)
+            # Results of the frozen product and of both of the adapter.
+            selective += sum(m * n * times for m, n, _, times, _ in part.adapters) * self._width
         # Inputs and results of both blocks; a sequence that is gathered is there twice while its sum is scattered.
         forward = kept + (3 if self.copies_wide else 2) * self._between
         if layout.sequence_parallel:
@@ -101,14 +107,43 @@ class ActivationBytes:
         backward = self._backward(inner, part)
         gradients = int(self.gradients(part))
         if mode == "full":
-            return PartMemory(
-                int(self._between), int(min(bare, forward)), int(kept - self._between + backward), gradients
-            )
+            again = kept - self._between + backward + self._hashes(part)
+            return PartMemory(int(self._between), int(min(bare, forward)), int(again), gradients)
         if mode == "selective":
             peak = kept - selective + backward + self._hidden
             forward = min(bare + attention_products - self._hidden, forward)
             return PartMemory(int(selective), int(forward), int(peak), gradients)
         return PartMemory(int(kept), int(forward), int(backward), gradients)
+
+    @property
+    def _is_frozen(self) -> bool:
+        return self.work.tuning.adapter_rank is not None
+
+    @property
+    def _normed(self) -> float:
+        """What a norm keeps for the gradient of its weight alone."""
+        return 0.0 if self.is_fused or self.work.model.norm == "layernorm" else self._between
+
+    def _hashes(self, part: PartWork) -> float:
+        """Return what choosing the numbers to drop takes for a moment, two hashes of 4 bytes for each of an input."""
+        if not self.work.tuning.adapter_dropout:
+            return 0.0
+        return max((one.m * one.k for one in part.adapters[::2]), default=0.0) * 8
+
+    def _beside_adapters(self, part: PartWork, norm_given: float, inner: float) -> float:
+        """Return what a layer keeps more, or less, where its products are frozen and some have adapters."""
+        into, width = part.adapters[::2], self._width
+        kept = sum(one.m * one.n * one.times for one in into) * width
+        of_mlp = len(into) > part.attention_products
+        if not of_mlp:
+            # Neither what the MLP is given nor what its last product is given is needed.
+            kept -= inner + (0.0 if self.work.model.parallel_blocks else norm_given)
+        if self.work.tuning.adapter_dropout:
+            # Each adapter keeps its own input, and which numbers of it were dropped.
+            kept += sum(one.m * one.k * one.times for one in into) * (width + 1)
+            blocks = 2 if of_mlp and not self.work.model.parallel_blocks else 1
+            kept -= blocks * norm_given + (inner if of_mlp else 0.0)
+        return kept
 
     def _attention(self) -> tuple[float, float]:
         """Return what attention keeps, and of it the results of products and of the operator."""
@@ -176,7 +211,7 @@ class ActivationBytes:
         """
         layout = self.work.layout
         given = self._between + (self._hidden if layout.sequence_parallel else 0.0)
-        largest = max((product.n * product.k for product in part.products), default=0.0) * self._width
+        largest = max((one.n * one.k for one in part.products if not one.is_frozen), default=0.0) * self._width
         product = given + inner + largest
         middle = given + (2 if self.work.model.is_gated else 1) * inner
         return max(product, middle)
@@ -185,7 +220,7 @@ class ActivationBytes:
         """Return the bytes of the embedding."""
         part = self.work.embedding()
         kept = self._between
-        weight = self.work.vocabulary * self.work.model.hidden_size * self._width
+        weight = 0.0 if self._is_frozen else self.work.vocabulary * self.work.model.hidden_size * self._width
         whole = self._hidden if self.work.layout.tp > 1 else 0.0
         if self.work.model.embedding_norm:
             kept += sum(self._norm(gathered=False)) - (0.0 if self.copies_wide else self._between)
@@ -200,6 +235,8 @@ class ActivationBytes:
         kept = norm_kept + norm_given - (0.0 if self.copies_wide else self._between)
         logits = self.work.tokens * self.work.vocabulary
         weight = self.work.vocabulary * self.work.model.hidden_size * width
+        if self._is_frozen:
+            kept, weight = kept - self._normed - norm_given, 0.0
         gradients = int(self.gradients(part))
         whole = self._hidden
         if part.hidden_loss:
