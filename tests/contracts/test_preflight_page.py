@@ -26,9 +26,11 @@ def test_a_run_without_problems_says_what_it_takes(tmp_path: Path) -> None:
     with inputs(tmp_path):
         done = run(Case("", "", ["--save", "run"]))
         assert done.status == 0, done.stderr
-        assert (
-            "preflight: nothing is wrong; weights, gradients and optimizer state take 0.00 GiB" in done.stderr
+        said = (
+            "preflight: nothing is wrong; weights, gradients and optimizer state take 0.00 GiB on each rank, with "
+            "activations and messages 0.00; a checkpoint takes 0.00 GB"
         )
+        assert said in done.stderr
         assert not Path("run").exists()
 
 

@@ -121,8 +121,8 @@ MORE_TUNED: list[tuple[ModelConfig, Layout, str, int, int, Tuning]] = [
     (WIDE, Layout(dp=2, sharded_optimizer=True), "bfloat16", 1, 2, PAIRS),
 ]  # fmt: skip
 OF_ADAPTERS = 0.07
-"""Of peaks beside frozen weights: what the first layer need not keep, as nothing before it is trained, is counted (2 %),
-and sums of results that selective recompute makes again are not (up to 7 % too low, with a cut layer or stage)."""
+"""Of peaks beside frozen weights: what the first layer need not keep, as nothing before it is trained, is counted
+(2 %), and sums of results that selective recompute makes again are not (up to 7 % too low, with a cut layer or stage)."""
 
 
 @pytest.mark.parametrize("case", TUNED, ids=lambda case: f"{case[1]}, {case[2]}, {case[-1]}")

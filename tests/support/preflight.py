@@ -71,6 +71,8 @@ CASES = (
     Case("checkpoint and config", "another model than the recipe's", ["llama-7b", "--load", "other-run"],
          ["--model-config"]),
     Case("memory", "a model that this machine cannot hold", ["--model-config", "llama-65b"]),
+    Case("memory", "activations that this machine cannot hold",
+         ["--micro-batch-size", 65_536, "--model-config", "long.json", "--seq-length", 4096]),
     Case("several at once", "layout, length and data",
          ["--tensor-model-parallel-size", 3, "--nproc-per-node", 3, "--seq-length", 4096, "--data-path", "nowhere"]),
     Case("several at once", "two options out of range", ["--lr", -1, "--train-iters", 0]),
@@ -87,8 +89,13 @@ def inputs(folder: Path) -> Iterator[None]:
         tokenizer = train_sentencepiece(["corpus.jsonl"], "text", Path("tokenizer"), TokenizerTraining(400))
         train_sentencepiece(["corpus.jsonl"], "text", Path("other-tokenizer"), TokenizerTraining(380))
         preprocess_dataset(PreprocessJob(("corpus.jsonl",), Path("corpus"), tokenizer))
-        for name, vocabulary in (("model", 400), ("small-vocabulary", 128)):
-            config = find_family("llama").write_config(tiny_config(vocab_size=vocabulary))
+        for name, vocabulary, length in (
+            ("model", 400, 64),
+            ("small-vocabulary", 128, 64),
+            ("long", 400, 4096),
+        ):
+            model = tiny_config(vocab_size=vocabulary, max_position_embeddings=length)
+            config = find_family("llama").write_config(model)
             Path(f"{name}.json").write_text(json.dumps(config))
         done = run(Case("", "", ["--save", "other-run"]), preflight=False)
         assert done.status == 0, done.stderr

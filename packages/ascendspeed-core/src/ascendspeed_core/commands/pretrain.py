@@ -115,11 +115,9 @@ def check_machine(plan: "RunPlan", says: bool) -> None:
     from ascendspeed_core.device import check_device_count, choose_device
     from ascendspeed_core.launch import is_worker
     from ascendspeed_core.training.preflight import (
-        GIB,
         Problems,
         check_memory,
         checkpoint_bytes,
-        resident_bytes,
     )
 
     config, layout = plan.config, plan.layout
@@ -127,15 +125,14 @@ def check_machine(plan: "RunPlan", says: bool) -> None:
     processes = 1 if is_worker() else layout.world_size
     kind = problems.value(check_device_count, config.launch.device, processes)
     # A process that starts others leaves the accelerators to them.
+    need = None
     if kind is not None and (says or layout.world_size == 1 or kind == HOST.kind):
-        problems.value(check_memory, config, plan.source, layout, choose_device(kind, quiet=True))
+        device = choose_device(kind, quiet=True)
+        need = problems.value(check_memory, config, plan.source, layout, device, trusts_plan=says)
     problems.raise_found()
     if says:
-        each = resident_bytes(config, plan.source, layout) / GIB
-        log(
-            f"preflight: nothing is wrong; weights, gradients and optimizer state take {each:.2f} GiB on each rank, "
-            f"a checkpoint {checkpoint_bytes(config, plan.source) / 1e9:.2f} GB"
-        )
+        size = checkpoint_bytes(config, plan.source) / 1e9
+        log(f"preflight: nothing is wrong; {need}; a checkpoint takes {size:.2f} GB")
 
 
 @contextmanager

@@ -1,13 +1,16 @@
 """`asd-core recipes`."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ascendspeed_core.config.load import validate
+from ascendspeed_core.config.finetune import FinetuneConfig
+from ascendspeed_core.config.load import NamedRecipe, load_config, validate
 from ascendspeed_core.config.parallel import ParallelConfig
+from ascendspeed_core.config.preference import DpoConfig
 from ascendspeed_core.config.recipes import (
     FOLDER,
     TABLE,
@@ -17,18 +20,83 @@ from ascendspeed_core.config.recipes import (
     recipe_names,
     written_recipe,
 )
+from ascendspeed_core.config.training import PretrainConfig
+from ascendspeed_core.planner.forecast import Forecast, forecast
+from ascendspeed_core.planner.hardware import HardwareProfile, load_profile
+from ascendspeed_core.planner.plan_report import GIB, aligned
+from ascendspeed_core.planner.question import read_model
+from ascendspeed_data.errors import ConfigError
+
+CONFIGS: dict[str, type[PretrainConfig]] = {
+    "pretrain": PretrainConfig, "finetune": FinetuneConfig, "dpo": DpoConfig
+}  # fmt: skip
+"""Options of each command that recipes are for."""
 
 
 def recipes(
     name: Annotated[str | None, typer.Argument(help="Recipe to print. [default: list all]")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per recipe.")] = False,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="Say what each takes on such devices, by the plan: a profile such as ascend-910b3, or a file of "
+            "`asd-core profile-device`."
+        ),
+    ] = None,
 ) -> None:
     """List the recipes, or print one: a TOML file with a note on each value that is not its model's own.
 
     A command runs one by its name: asd-core pretrain llama-7b --data-path DATA --save RUN. To change more of it than
     flags should, write it down and give the file by --config.
     """
-    print_recipes(FOLDER, name, as_json)
+    if device is None:
+        print_recipes(FOLDER, name, as_json)
+    elif as_json:
+        raise ConfigError("device means nothing with --json; leave one of them out")
+    else:
+        print("\n".join(forecast_table(recipe_names() if name is None else [name], device)))
+
+
+def forecast_table(names: Sequence[str], device: str) -> list[str]:
+    """Return what recipes take on devices of a profile as aligned lines."""
+    profile = load_profile(device)
+    columns = "recipe devices layout GiB of tokens/s/device computing recompute messages bubble optimizer"
+    rows: list[Sequence[str]] = [columns.split()]
+    for name in names:
+        sections = read_recipe(find_recipe(name))
+        found = forecast_of(name, profile)
+        shares = found.seconds.shares()
+        sent = shares["model_messages"] + shares["reduction"]
+        rows.append(
+            (name, str(sections[TABLE]["devices"]), layout_of(sections), f"{found.memory.total / GIB:.1f}",
+             f"{profile.memory_bytes / GIB:.0f}", f"{found.tokens_per_second:,.0f}",
+             *(f"{share:.1%}" for share in (shares["compute"], shares["recompute"], sent, shares["bubble"],
+                                            shares["update"])))
+        )  # fmt: skip
+    return aligned(rows)
+
+
+def forecast_of(name: str, profile: HardwareProfile) -> Forecast:
+    """Return what a recipe takes on devices of a profile, as many as its layout is for.
+
+    Raises:
+        ConfigError: the devices lack the recipe's format.
+    """
+    command = read_recipe(find_recipe(name))[TABLE]["command"]
+    start = {} if command == "pretrain" else {"load": Path("model")}
+    config = load_config(
+        CONFIGS[command], None, {"data_path": ["data"], **start}, lambda _: None, NamedRecipe(name, command)
+    )
+    assert config.recipe.model is not None
+    assert config.recipe.devices is not None
+    model, _ = read_model(config.recipe.model)
+    found = forecast(config, model, config.parallel.layout(config.recipe.devices), profile)
+    if found is None:
+        raise ConfigError(
+            f"recipe {name}: no formula knows the memory of its recompute; leave --device out, or change "
+            "checkpoint_policy in a file of your own"
+        )
+    return found
 
 
 def print_recipes(folder: Path, name: str | None, as_json: bool) -> None:

@@ -211,7 +211,9 @@ class ActivationBytes:
         """
         layout = self.work.layout
         given = self._between + (self._hidden if layout.sequence_parallel else 0.0)
-        largest = max((one.n * one.k for one in part.products if not one.is_frozen), default=0.0) * self._width
+        largest = (
+            max((one.n * one.k for one in part.products if not one.is_frozen), default=0.0) * self._width
+        )
         product = given + inner + largest
         middle = given + (2 if self.work.model.is_gated else 1) * inner
         return max(product, middle)
@@ -234,7 +236,7 @@ class ActivationBytes:
         norm_kept, norm_given = self._norm(self.work.layout.sequence_parallel)
         kept = norm_kept + norm_given - (0.0 if self.copies_wide else self._between)
         logits = self.work.tokens * self.work.vocabulary
-        weight = self.work.vocabulary * self.work.model.hidden_size * width
+        weight: float = self.work.vocabulary * self.work.model.hidden_size * width
         if self._is_frozen:
             kept, weight = kept - self._normed - norm_given, 0.0
         gradients = int(self.gradients(part))

@@ -85,12 +85,12 @@ class MemoryPlanner:
         trained, of_experts = self._trained(0)
         return self._weights(0) + self._state(trained, of_experts) + self._gradients(trained)
 
-    def rank(self, rank: int, micro_batches: int, mode: Mode) -> RankMemory:
-        """Return what a pipeline rank needs."""
+    def rank(self, rank: int, micro_batches: int, mode: Mode | Sequence[Mode]) -> RankMemory:
+        """Return what a pipeline rank needs, with one mode of all its layers, or one of each."""
         if (rank, micro_batches) not in self._steps:
             self._steps[rank, micro_batches] = self.step(rank, micro_batches)
         step = self._steps[rank, micro_batches]
-        modes = (mode,) * step.num_layers
+        modes: Sequence[Mode] = (mode,) * step.num_layers if isinstance(mode, str) else mode
         peak = step.peak(modes)
         trained, of_experts = self._trained(rank)
         width = FORMAT_BYTES[self.work.dtype]

@@ -1,12 +1,13 @@
 """What a run needs of its machine, and a list of all that is wrong rather than of the first problem only.
 
-What a rank holds in any case is counted here: weights, gradients, optimizer state. Activations come on top, so a run
-that is refused cannot fit, and one that is not refused may still not.
+What a rank holds in any case, weights, gradients and optimizer state, is counted tensor by tensor: a run whose share is
+more than the memory there is cannot fit. Activations and messages come on top by the planner's formulas.
 """
 
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -16,6 +17,7 @@ from ascendspeed_core.config.sharding import tensor_sharding, tensor_slice
 from ascendspeed_core.config.training import PretrainConfig
 from ascendspeed_core.device import Device
 from ascendspeed_core.launch import announce
+from ascendspeed_core.planner.forecast import planned_memory
 from ascendspeed_core.weights import WeightSource
 from ascendspeed_core.weights.adapters.lora import AdaptedWeights
 from ascendspeed_data.errors import AscendSpeedError, ConfigError
@@ -104,8 +106,8 @@ def checkpoint_bytes(config: PretrainConfig, source: WeightSource) -> int:
     return trained * (copies * size + master + state)
 
 
-def resident_bytes(config: PretrainConfig, source: WeightSource, layout: Layout) -> int:
-    """Return the bytes of weights, gradients and optimizer state on the rank that holds most.
+def resident_bytes(config: PretrainConfig, source: WeightSource, layout: Layout) -> list[int]:
+    """Return the bytes of weights, gradients and optimizer state of each pipeline rank.
 
     Args:
         config: of the run.
@@ -136,7 +138,7 @@ def resident_bytes(config: PretrainConfig, source: WeightSource, layout: Layout)
         for rank, own in enumerate(stages):
             if _is_in(parts, own, model.tie_word_embeddings):
                 by_rank[rank] += held * bytes_of_one
-    return int(max(by_rank))
+    return list(map(int, by_rank))
 
 
 def _is_in(parts: list[str], stages: Sequence[Stage], tied: bool) -> bool:
@@ -157,28 +159,96 @@ def _tensors(source: WeightSource) -> list[tuple[str, int, bool]]:
     ]
 
 
-def check_memory(config: PretrainConfig, source: WeightSource, layout: Layout, device: Device) -> None:
+@dataclass(frozen=True)
+class MemoryNeed:
+    """Bytes that a step of a run needs.
+
+    Attributes:
+        held: of each pipeline rank: weights, gradients, optimizer state.
+        beside: of each pipeline rank: activations and messages, as planned; `None` where no formula is known.
+        ranks: processes of each of these pipeline ranks.
+    """
+
+    held: list[int]
+    beside: list[int] | None
+    ranks: int
+
+    def largest(self) -> int:
+        """Bytes of the rank that needs most."""
+        return max(map(sum, zip(self.held, self.beside or [0] * len(self.held), strict=True)))
+
+    def __str__(self) -> str:
+        held = f"weights, gradients and optimizer state take {max(self.held) / GIB:.2f} GiB on each rank"
+        if self.beside is None:
+            return f"{held}, activations not counted"
+        return f"{held}, with activations and messages {self.largest() / GIB:.2f}"
+
+
+def memory_need(config: PretrainConfig, source: WeightSource, layout: Layout, device: Device) -> MemoryNeed:
+    """Return what the ranks of a run need.
+
+    Args:
+        config: of the run.
+        source: the model's weights, adapters included.
+        layout: of all ranks.
+        device: that they run on; an accelerator has fused operators, which keep less.
+    """
+    held = resident_bytes(config, source, layout)
+    planned = planned_memory(config, source.config, layout, is_fused=device.memory_bytes() is not None)
+    if planned is None:
+        return MemoryNeed(held, None, layout.world_size // layout.pp)
+    # DeepSpeed holds more than tensors tell, which the plan knows; trained embeddings are known to the tensors alone.
+    beside = [
+        max(one.total - own, one.activations + one.messages) for one, own in zip(planned, held, strict=True)
+    ]
+    return MemoryNeed(held, beside, layout.world_size // layout.pp)
+
+
+def check_memory(
+    config: PretrainConfig, source: WeightSource, layout: Layout, device: Device, trusts_plan: bool = False
+) -> MemoryNeed:
     """Refuse a run whose weights, gradients and optimizer state alone are more than the memory that is there.
+
+    Activations are planned, not known; where they do not fit a line of the log says so, or an error if it is to.
 
     Args:
         config: of the run.
         source: the model's weights.
         layout: of all ranks.
         device: of this process.
+        trusts_plan: refuse what does not fit as planned.
+
+    Returns:
+        What the run needs.
 
     Raises:
-        ConfigError: they do not fit.
+        ConfigError: it does not fit.
     """
-    each = resident_bytes(config, source, layout)
+    need = memory_need(config, source, layout, device)
     whole = device.memory_bytes()
-    ranks, where = 1, f"a device has {(whole or 0) / GIB:.1f}"
+    here, where = 1.0, f"a device has {(whole or 0) / GIB:.1f}"
+    held, largest = max(need.held), need.largest()
     if whole is None:
+        # All ranks of a machine share its memory.
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", str(layout.world_size)))
+        here = need.ranks * ranks / layout.world_size
+        held, largest = sum(need.held), sum(need.held) + sum(need.beside or [])
         whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         several = "its one process" if ranks == 1 else f"its {ranks} processes"
         where = f"this machine has {whole / GIB:.1f} for {several}"
-    if each * ranks > whole:
+    if held * here > whole:
         raise ConfigError(
-            f"weights, gradients and optimizer state take {each / GIB:.1f} GiB on each rank, and {where}; take more "
-            "devices for tensor or pipeline parallelism, --use-distributed-optimizer, or --lora-target-modules"
+            f"weights, gradients and optimizer state take {max(need.held) / GIB:.1f} GiB on each rank, and {where}; "
+            "take more devices for tensor or pipeline parallelism, --use-distributed-optimizer, or "
+            "--lora-target-modules"
         )
+    if largest * here > whole:
+        line = (
+            f"activations and messages of a step bring a rank from {max(need.held) / GIB:.1f} to "
+            f"{need.largest() / GIB:.1f} GiB as planned, and {where}; take --checkpoint-activations, a smaller "
+            "--micro-batch-size, --seq-length, or more devices (`asd-core plan` compares them)"
+        )
+        if trusts_plan:
+            raise ConfigError(line)
+        announce(f"warning: this run may run out of memory: {line}")
+    return need
