@@ -26,11 +26,16 @@ IN_2023 = {
 
 PLANNED_FOR = ("ascend-910b3", "h100-sxm")
 
+PLANNED = """Planned is what `asd-core recipes --device PROFILE` says ([Planning](planning.md)): memory of the fullest \
+rank with 8 % for the allocator, and tokens of full samples; of pairs both answers count. Nothing of it was measured \
+on these devices. The figures of 2023 are those of its README, for its own hyper-parameters and an Ascend 910 that it \
+does not name more closely; the plan takes a 910B3, whose one calibration is on these nine rates."""
+
 
 def training_rows() -> Iterator[str]:
     yield (
-        "| recipe | command | devices | layout | samples x tokens of a step | planned GiB of a device | planned tokens/s "
-        "per 910B3 | per H100 | 2023: per NPU (reference) |"
+        "| recipe | command | devices | layout | samples x tokens of a step | planned GiB of a device | planned "
+        "tokens/s per 910B3 | per H100 | 2023: per NPU (reference) |"
     )
     yield "|---|---|---|---|---|---|---|---|---|"
     profiles = [load_profile(name) for name in PLANNED_FOR]
@@ -70,10 +75,7 @@ def page() -> str:
     tasks = ", ".join(f"`{path.stem}`" for path in sorted(EVALUATION.glob("*.toml")))
     lines = [
         MARK, "", "## All recipes", "", *training_rows(), "",
-        "Planned is what `asd-core recipes --device PROFILE` says ([Planning](planning.md)): memory of the fullest rank "
-        "with 8 % for the allocator, and tokens of full samples; of pairs both answers count. Nothing of it was measured "
-        "on these devices. The figures of 2023 are those of its README, for its own hyper-parameters and an Ascend 910 that it "
-        "does not name more closely; the plan takes a 910B3, whose one calibration is on these nine rates.", "", *generation_rows(), "", f"Recipes of `asd-eval run`: {tasks}.",
+        PLANNED, "", *generation_rows(), "", f"Recipes of `asd-eval run`: {tasks}.",
     ]  # fmt: skip
     return own + "\n".join(lines) + "\n"
 

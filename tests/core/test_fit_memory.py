@@ -179,18 +179,19 @@ def test_peak_by_hand() -> None:
 
 
 def test_peak_of_a_stage_by_hand() -> None:
-    """Two layers alike: what the last one gives, of 6 bytes, is kept to the end of the backward, and no other."""
+    """Two layers alike. What the stage is given, 4 bytes, what its last layer gives, 6, and the gradient of that, 7, are
+    kept to the end of the backward, and no more."""
     layer = PartMemory(kept=10, forward=10, backward=30)
-    stage = StageMemory({"none": layer}, 2, output=6, received=4)
+    stage = StageMemory({"none": layer}, 2, output=6, received=4, gradient=7)
     memory = StepMemory(
         [stage], [PipelineAction(True, 0, 0), PipelineAction(False, 0, 0)], (1.0,), resident=100, update=0
     )
-    # The second layer's backward: both kept, but for a gradient in a buffer. The first's: itself and the output.
-    assert memory.peak(("none", "none")) == max(100 + 20 + 30 - 4, 100 + 10 + 6 + 30)
+    # The second layer's backward counts the gradient that it is given itself.
+    assert memory.peak(("none", "none")) == max(100 + 4 + 20 + 30, 100 + 4 + 10 + 6 + 7 + 30)
     memory = StepMemory(
         [stage], [PipelineAction(True, 0, 0), PipelineAction(False, 0, 0)] * 2, (1.0,), resident=100, update=0
     )
-    assert memory.peak(("none", "none")) == 146, "something was left behind by the first micro-batch"
+    assert memory.peak(("none", "none")) == 157, "something was left behind by the first micro-batch"
 
 
 def test_order_of_plans() -> None:

@@ -145,11 +145,39 @@ class _StageModule(nn.Module):
         return attach_losses(out, losses, self._auxiliary_scale)
 
 
-class _Stage(PipelineStage):
-    """A stage whose receive buffers fit each micro-batch.
+class _Receives(dict[int, Any]):
+    """What a stage receives into, by micro-batch: a shape alone until the message is due.
 
-    Shapes are known, so torch need not run the model to learn them. torch makes all buffers for one size; this is the
-    only place that touches its private tables of them (`tests/core/test_pipeline_schedules.py`).
+    torch makes the buffers of all micro-batches of a step when the step begins.
+    """
+
+    def __setitem__(self, micro_batch: int, infos: Any) -> None:
+        super().__setitem__(micro_batch, infos)
+        self.give_back(micro_batch)
+
+    def give_back(self, micro_batch: int) -> None:
+        """Let go of the buffers of a micro-batch."""
+        for info in self.get(micro_batch, ()):
+            buffer = getattr(info, "buffer", None)
+            if buffer is not None:
+                info.buffer = torch.empty_like(buffer, device="meta", requires_grad=buffer.requires_grad)
+
+    def make_room(self, micro_batch: int, rows: int, device: torch.device) -> None:
+        """Make the buffers of a micro-batch, for its number of rows."""
+        for info in self.get(micro_batch, ()):
+            buffer = getattr(info, "buffer", None)
+            if buffer is not None:
+                shape = (rows, *buffer.shape[1:])
+                info.buffer = torch.empty(
+                    shape, dtype=buffer.dtype, device=device, requires_grad=buffer.requires_grad
+                )
+
+
+class _Stage(PipelineStage):
+    """A stage that holds the messages of those micro-batches that are on their way, whatever their sizes.
+
+    Shapes are known, so torch need not run the model to learn them. This is the only place that touches torch's private
+    tables of buffers (`tests/core/test_pipeline_schedules.py`).
     """
 
     def __init__(
@@ -179,6 +207,8 @@ class _Stage(PipelineStage):
             output_args=(output if stage.is_last else hidden).requires_grad_(),
             group=mesh.group("pp"),
         )
+        self._inputs, self._gradients = _Receives(), _Receives()
+        self.args_recv_info, self.grad_recv_info = self._inputs, self._gradients
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         """Run one forward."""
@@ -194,7 +224,12 @@ class _Stage(PipelineStage):
             self._report_if_last(last_backward)
         with self._noted("backward" if full_backward else "input gradient", bwd_chunk_id):
             super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
+        self._inputs.give_back(bwd_chunk_id)
+        self._gradients.give_back(bwd_chunk_id)
         if full_backward:
+            if loss is not None:
+                # torch keeps the losses of a step, and with their graphs what the stage was given.
+                loss.detach_()
             self._report_if_done(last_backward)
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
@@ -222,12 +257,12 @@ class _Stage(PipelineStage):
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> Any:
         """Return the receives of one forward."""
-        self._fit(self.args_recv_info, fwd_chunk_id)
+        self._inputs.make_room(fwd_chunk_id, self._sizes[fwd_chunk_id], self.device)
         return super().get_fwd_recv_ops(fwd_chunk_id)
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> Any:
         """Return the receives of one backward."""
-        self._fit(self.grad_recv_info, bwd_chunk_id)
+        self._gradients.make_room(bwd_chunk_id, self._sizes[bwd_chunk_id], self.device)
         return super().get_bwd_recv_ops(bwd_chunk_id)
 
     def _validate_fwd_outputs(self, outputs: tuple[torch.Tensor, ...]) -> None:
@@ -238,10 +273,3 @@ class _Stage(PipelineStage):
         torch before 2.13 has them where two neighbouring stages share a rank."""
         own = dist.get_rank(self.group)
         return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != own]
-
-    def _fit(self, table: Any, number: int) -> None:
-        for info in table.get(number, ()):
-            buffer = getattr(info, "buffer", None)
-            if buffer is not None and buffer.shape[0] != self._sizes[number]:
-                fitting = buffer.new_empty(self._sizes[number], *buffer.shape[1:])
-                info.buffer = fitting.requires_grad_(buffer.requires_grad)

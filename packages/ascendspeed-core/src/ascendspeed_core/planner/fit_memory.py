@@ -219,7 +219,7 @@ def measure_step(
         stages=stages,
         actions=actions,
         sizes=[count / max(rows) for count in rows],
-        resident=_model_bytes(model) + taken.state_bytes + _message_bytes(model, mesh, micro_batches),
+        resident=_model_bytes(model) + taken.state_bytes,
         update=taken.update_bytes,
         gathered=taken.gathered_bytes,
     )
@@ -277,7 +277,7 @@ def _measure_stage(model: Transformer, mesh: ParallelMesh, stage: Stage, batch: 
     return StageMemory(
         layers, len(stage.layers), before, after, shared,
         output=prod(output_shape(batch.tokens, model, mesh)) * hidden.itemsize if stage.is_last else outer,
-        received=outer,
+        received=inner, gradient=outer,
         # With several stages on a rank torch keeps what it sent, hidden states and gradients, until the step ends.
         sent=inner + outer if len(model.stages) > 1 else 0,
         others=others,
@@ -368,12 +368,3 @@ def _model_bytes(model: Transformer) -> int:
         for tensor in (*model.parameters(), *model.buffers())
     }
     return sum(storages.values())
-
-
-def _message_bytes(model: Transformer, mesh: ParallelMesh, micro_batches: Sequence[MicroBatch]) -> int:
-    """Bytes of what torch's pipeline receives into: hidden states and their gradients of all micro-batches."""
-    if mesh.layout.pp == 1:
-        return 0
-    shapes = [hidden_shape(micro_batch.tokens, model, mesh) for micro_batch in micro_batches]
-    one = sum(prod(shape) for shape in shapes) * next(model.parameters()).itemsize
-    return sum(one * ((not stage.is_first) + (not stage.is_last)) for stage in model.stages)

@@ -43,7 +43,8 @@ class StageMemory:
         after: the head and the loss, in the last stage.
         attention_inputs: masks and rotary angles, kept while a micro-batch is between its forward and its backward.
         output: what a stage of a pipeline gives, which is kept to the end of its backward.
-        received: of the gradient that a backward is given, where it lies in a buffer that is there anyway.
+        received: what a stage of a pipeline is given by another, which is kept to the end of its backward.
+        gradient: what a backward is given by another stage, which is kept to its end.
         sent: what is kept after the backward to the end of the step, because it was sent.
     """
 
@@ -54,6 +55,7 @@ class StageMemory:
     attention_inputs: int = 0
     output: int = 0
     received: int = 0
+    gradient: int = 0
     sent: int = 0
     others: Mapping[int, Mapping[Mode, PartMemory]] = field(default_factory=dict)
 
@@ -86,7 +88,7 @@ class StepMemory:
         stages: of the rank.
         actions: its forwards and backwards, in order.
         sizes: of the micro-batches, as shares of the largest one.
-        resident: bytes that are always there: weights, optimizer state, message buffers.
+        resident: bytes that are always there: weights, optimizer state.
         update: most that reducing and applying the gradients takes besides, the gradients included.
         gathered: of messages with new parameters, which the first forward of each stage uses up.
     """
@@ -105,11 +107,15 @@ class StepMemory:
 
     def peak(self, modes: Sequence[Mode]) -> int:
         """Return the most bytes of a step, for a mode of each layer, stage after stage."""
+        return max(self.walked(modes), self.resident + self.update)
+
+    def walked(self, modes: Sequence[Mode]) -> int:
+        """Return the most bytes of its forwards and backwards."""
         by_stage, start = [], 0
         for stage in self.stages:
             by_stage.append(stage.parts(modes[start : start + stage.num_layers]))
             start += stage.num_layers
-        held, most = float(self.resident), float(self.resident + self.update)
+        held = most = float(self.resident)
         started: set[int] = set()
         waiting = [self.gathered * len(parts) / sum(map(len, by_stage)) for parts in by_stage]
         for action in self.actions:
@@ -119,7 +125,7 @@ class StepMemory:
                 self.sizes[action.micro_batch],
             )
             if action.is_forward:
-                held += stage.attention_inputs * share
+                held += (stage.attention_inputs + stage.received) * share
                 for part in parts:
                     most = max(most, held + part.forward * share + sum(waiting))
                     held += part.kept * share
@@ -129,15 +135,15 @@ class StepMemory:
                 continue
             for number in reversed(range(len(parts))):
                 part = parts[number]
-                # What the last part gives stays to the end, and its gradient may lie in a buffer that is there anyway.
+                # What the last part gives stays to the end; its backward counts the gradient that it is given.
                 is_last = number == len(parts) - 1
-                received, output = (stage.received, stage.output) if is_last else (0, 0)
+                output, given = (stage.output, 0) if is_last else (0, stage.gradient)
                 # Gradients of weights do not shrink with the micro-batch, so `backward` is not scaled.
-                most = max(most, held + part.backward - received * share)
+                most = max(most, held + part.backward + given * share)
                 held -= (part.kept - output) * share
                 held += 0 if action.stage in started else part.gradients
             started.add(action.stage)
-            held += (stage.sent - stage.output - stage.attention_inputs) * share
+            held += (stage.sent - stage.output - stage.attention_inputs - stage.received) * share
         return int(most)
 
 

@@ -150,7 +150,7 @@ REMEDIES = {
     "weights": "more tensor or pipeline parallelism",
     "gradients": "more tensor or pipeline parallelism",
     "activations": "recompute, smaller micro-batches, or sequence and context parallelism",
-    "messages": "fewer micro-batches in a step, which torch's pipeline keeps buffers for",
+    "messages": "more tensor or pipeline parallelism",
     "margin": "a smaller --allocator-margin, if yours leaves less",
 }
 

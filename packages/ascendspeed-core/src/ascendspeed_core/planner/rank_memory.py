@@ -34,8 +34,8 @@ class RankMemory:
         weights: that the model computes with.
         optimizer: master weights and moments.
         gradients: of all weights of the rank.
-        activations: and what else the micro-batches keep, with the largest transient.
-        messages: buffers of gradients and of hidden states on their way.
+        activations: what micro-batches keep, hidden states from other stages included, with the largest transient.
+        messages: of gradients on their way, as far as they take more than activations leave.
         margin: of the allocator.
     """
 
@@ -91,14 +91,13 @@ class MemoryPlanner:
             self._steps[rank, micro_batches] = self.step(rank, micro_batches)
         step = self._steps[rank, micro_batches]
         modes: Sequence[Mode] = (mode,) * step.num_layers if isinstance(mode, str) else mode
-        peak = step.peak(modes)
+        peak = step.walked(modes)
         trained, of_experts = self._trained(rank)
         width = FORMAT_BYTES[self.work.dtype]
         zero = self.work.layout.zero_stage or 0
         weights = self._weights(rank)
         state = self._state(trained, of_experts)
         gradients = self._gradients(trained)
-        messages = step.resident - weights - state
         activations = max(peak - step.resident - gradients, 0)
         if self.work.layout.schedule in SPLIT_BACKWARD_SCHEDULES:
             activations *= 1 + BETWEEN_BACKWARDS
@@ -112,6 +111,8 @@ class MemoryPlanner:
                 walked += whole * width
             peak = int(max(walked, step.resident + self._zero_update(trained)))
             activations = max(peak - step.resident - int(gradients), 0)
+        messages = max(step.update - gradients - activations, 0) if not zero else 0
+        peak = max(peak, step.resident + step.update)
         return RankMemory(
             weights=int(weights),
             optimizer=int(state),
@@ -202,7 +203,7 @@ class MemoryPlanner:
         output = (hidden if self.work.head().hidden_loss else logits) if stage.is_last else outer
         several = stages_per_rank(self.work.layout, self.work.model.num_layers) > 1
         return StageMemory(
-            own[0], len(own), before, after, inputs, output=output, received=outer,
+            own[0], len(own), before, after, inputs, output=output, received=inner, gradient=outer,
             sent=inner + outer if several else 0, others=others,
         )  # fmt: skip
 
@@ -219,10 +220,6 @@ class MemoryPlanner:
         order = order_of_rank(layout, per_rank, max(walked, 1), rank)
         local = {stage.index: number for number, stage in enumerate(stages)}
         trained, of_experts = self._trained(rank)
-        received = 0.0
-        if layout.pp > 1:
-            ends = sum((not stage.is_first) + (not stage.is_last) for stage in stages)
-            received = self.work.sent_bytes * micro_batches * ends
         shared = self.work.shares_embedding(stages)
         gathered = 0.0
         if layout.sharded_optimizer and layout.overlap_param_gather and layout.dp * layout.cp > 1:
@@ -235,7 +232,7 @@ class MemoryPlanner:
                 if _frees_or_keeps(work, layout.schedule in SPLIT_BACKWARD_SCHEDULES)
             ],
             sizes=[1.0] * max(walked, 1),
-            resident=int(self._weights(rank) + self._state(trained, of_experts) + received),
+            resident=int(self._weights(rank) + self._state(trained, of_experts)),
             update=int(self._update(trained, of_experts)),
             gathered=int(gathered),
         )
