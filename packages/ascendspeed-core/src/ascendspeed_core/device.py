@@ -33,8 +33,7 @@ PEAK_TFLOPS = {
 }  # fmt: skip
 """Dense operations per second in fp16, in 10^12, by a part of the device's name; the first that fits counts. Of the
 makers' data sheets; 910B2 to 910B4 of Huawei's msmodeling (github.com/Ascend/msmodeling, tensor_cast/device.py), which
-has bf16 6 to 12 % below. 910B1 is derived from its cores (planner/devices); for
-910ProB no publication was found."""
+has bf16 6 to 12 % below. 910B1 is derived from its cores (planner/devices); for 910ProB no publication was found."""
 
 TOOLKIT_SETUP = "/usr/local/Ascend/ascend-toolkit/set_env.sh"
 """Script that CANN installs, which sets its paths for a shell."""
