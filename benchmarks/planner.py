@@ -9,11 +9,13 @@
 import os
 import sys
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import exp, log
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
@@ -36,28 +38,57 @@ MPT = {
 """Width, heads, layers of MPT (llm-foundry, scripts/train/yamls)."""
 GPT = {"22b": (6144, 64, 48), "175b": (12288, 96, 96), "530b": (20480, 128, 105), "1t": (25600, 160, 128)}
 """The same of the models of Korthikanti et al., 2022, table 3."""
-FITTED_TO_UNKNOWN = "ascend-910b3"
+MEGATRON = {
+    "1.7b": (2048, 16, 24), "7.1b": (4096, 32, 30), "16b": (6144, 48, 32), "32b": (7168, 56, 48),
+    "70b": (8192, 64, 84), "119b": (10240, 80, 92), "177b": (12288, 96, 96), "314b": (16384, 128, 96),
+    "462b": (18432, 144, 112),
+}  # fmt: skip
+"""The same of Megatron-LM's model table; their sizes are right with a head of its own."""
+NOT_STATED = ("ascend-910a", "ascend-910b2", "ascend-910b3")
+"""Profiles beside rates whose devices, or whose grade, the source does not state."""
 SHARES = tuple(share / 100 for share in range(30, 100, 1))
+ERRORS = "Published rates: errors without the rows of the same model"
+ERROR_COLUMNS = ("device", "rows", "share fitted to all", "median error", "90 % below", "worst")
 
 
 @dataclass(frozen=True)
 class Row:
-    """A published rate with its settings."""
+    """A published rate with its settings; with several where the source leaves one out."""
 
     source: str
     device: str
     name: str
     tokens_per_second: float
     question: Question
-    layout: Layout
-    micro_batch: int
-    recompute: Mode
-    note: str
+    layouts: Sequence[Layout]
+    micro_batches: Sequence[int]
+    modes: Sequence[Mode]
     attention: float | None
+    is_device_stated: bool
+
+    @property
+    def is_open(self) -> bool:
+        """The source leaves a setting out."""
+        return len(self.layouts) * len(self.micro_batches) * len(self.modes) > 1
+
+    @cached_property
+    def choice(self) -> tuple[Layout, int, Mode]:
+        """The settings; of those that are left out the fastest that fit, by the device's profile."""
+        if not self.is_open:
+            return self.layouts[0], self.micro_batches[0], self.modes[0]
+        plans = [
+            plan
+            for layout in self.layouts
+            for micro_batch in self.micro_batches
+            for plan in make_plans(self.question, layout, micro_batch, self.modes, walk=False)
+        ]
+        best = max((plan for plan in plans if plan.fits), key=lambda plan: plan.tokens_per_second)
+        return best.layout, best.micro_batch, best.recompute
 
     @property
     def setting(self) -> str:
-        return f"{self.layout}, {self.question.seq_length}, {self.micro_batch}, {self.recompute}"
+        layout, micro_batch, mode = self.choice
+        return f"{layout}, {self.question.seq_length}, {micro_batch}, {mode}"
 
     def predicted(self, profile: HardwareProfile) -> float:
         """Tokens per second of a device."""
@@ -66,15 +97,18 @@ class Row:
             profile = profile.model_copy(
                 update={"shares": profile.shares.model_copy(update={"attention": attention})}
             )
+        layout, micro_batch, mode = self.choice
         question = Question(**{**vars(self.question), "profile": profile})
-        return make_plans(question, self.layout, self.micro_batch, [self.recompute])[0].tokens_per_second
+        return make_plans(question, layout, micro_batch, [mode])[0].tokens_per_second
 
 
-def gpt_like(width: int, heads: int, layers: int, vocabulary: int, length: int) -> ModelConfig:
+def gpt_like(
+    width: int, heads: int, layers: int, vocabulary: int, length: int, is_tied: bool = True
+) -> ModelConfig:
     return tiny_config(
         family="bloom", vocab_size=vocabulary, hidden_size=width, ffn_hidden_size=4 * width, num_layers=layers,
         num_attention_heads=heads, num_key_value_heads=heads, head_dim=width // heads, max_position_embeddings=length,
-        norm="layernorm", mlp="gelu", position="alibi", tie_word_embeddings=True,
+        norm="layernorm", mlp="gelu", position="alibi", tie_word_embeddings=is_tied,
     )  # fmt: skip
 
 
@@ -82,29 +116,70 @@ def model_of(name: str, length: int) -> ModelConfig:
     kind, _, size = name.partition("-")
     if kind == "mpt":
         return gpt_like(*MPT[size], 50368, length)
-    return gpt_like(*GPT[size], 51200, length) if kind == "gpt" else read_model(name)[0]
+    if kind == "gpt":
+        return gpt_like(*GPT[size], 51200, length)
+    if kind == "megatron":
+        return gpt_like(*MEGATRON[size], 131072, length, is_tied=False)
+    if name == "kempner-13b":  # mfu_bench.sh; its 14.84 billion parameters tell the width of the MLP
+        return read_model("llama3.1-8b")[0].model_copy(
+            update={
+                "hidden_size": 5120,
+                "num_layers": 40,
+                "num_attention_heads": 40,
+                "ffn_hidden_size": 17920,
+            }
+        )
+    return read_model(name)[0]
+
+
+def read_profile(name: str, devices: dict[str, dict[str, Any]]) -> HardwareProfile:
+    """The profile of a row's device: one that comes along, or one of the file's after one that comes along."""
+    if name not in devices:
+        return load_profile(name)
+    own = devices[name]
+    values = load_profile(own["profile"]).model_dump()
+    for part, key in (
+        ("memory", "gb_per_second"), ("memory", "gib"), ("machine", "devices_per_node"),
+    ):  # fmt: skip
+        given = own.get(f"{part}_{key}", own.get(key))
+        if given is not None:
+            values[part][key] = {"value": given, "kind": "published", "source": PUBLISHED.name}
+    return HardwareProfile(**{**values, "name": name, "title": own["title"]})
+
+
+def layouts_of(row: dict[str, Any], model: ModelConfig) -> list[Layout]:
+    tp, pp = row.get("tp", 1), row.get("pp", 1)
+    dp, stages = row["devices"] // (tp * pp), row.get("stages", 1)
+    of_a_rank = model.num_layers // pp
+    choices = [n for n in range(1, of_a_rank + 1) if of_a_rank % n == 0] if stages == "any" else [stages]
+    return [
+        Layout(
+            tp=tp, pp=pp, dp=dp, sequence_parallel=row.get("sp", False), zero_stage=row.get("zero") if dp > 1 else None,
+            sharded_optimizer=row.get("sharded", False) and dp > 1,
+            schedule="interleaved" if count > 1 else "1f1b",
+            layers_per_stage=of_a_rank // count if count > 1 else None,
+            overlap_grad_reduce=row.get("overlap", True), overlap_param_gather=row.get("overlap", True),
+        )
+        for count in choices
+    ]  # fmt: skip
 
 
 def read_rows() -> list[Row]:
+    content = tomllib.loads(PUBLISHED.read_text(encoding="utf-8"))
     found = []
-    for row in tomllib.loads(PUBLISHED.read_text(encoding="utf-8"))["row"]:
+    for row in ({**table, **row} for table in content["table"] for row in table["rows"]):
         model = model_of(row["model"], row["seq_length"])
-        tp, pp = row.get("tp", 1), row.get("pp", 1)
-        dp = row["devices"] // (tp * pp)
-        stages = row.get("stages", 1)
-        layout = Layout(
-            tp=tp, pp=pp, dp=dp, sequence_parallel=row.get("sp", False), zero_stage=row.get("zero") if dp > 1 else None,
-            schedule="interleaved" if stages > 1 else "1f1b",
-            layers_per_stage=model.num_layers // (pp * stages) if stages > 1 else None,
-            overlap_grad_reduce=True, overlap_param_gather=True,
-        )  # fmt: skip
-        profile = load_profile("ascend-910b1" if row["device"] == "unknown" else row["device"])
         question = Question(
-            model, profile, row["devices"], row["seq_length"], row["global_batch"], row["dtype"]
+            model, read_profile(row["device"], content["device"]), row["devices"], row["seq_length"],
+            row["global_batch"], row["dtype"], is_fused=row.get("fused", True),
+        )  # fmt: skip
+        micro_batches, modes = (
+            value if isinstance(value, list) else [value] for value in (row["micro_batch"], row["recompute"])
         )
         found.append(
-            Row(row["source"], row["device"], row["model"], row["tokens_per_second"], question, layout,
-                row["micro_batch"], row["recompute"], row.get("note", ""), row.get("attention"))
+            Row(row["source"], row["device"], row["model"], row["tokens_per_second"], question,
+                layouts_of(row, model), micro_batches, modes, row.get("attention"),
+                content["device"].get(row["device"], {}).get("is_stated", True))
         )  # fmt: skip
     return found
 
@@ -127,73 +202,62 @@ def best_share(table: list[list[float]], use: Sequence[int]) -> int:
     return min(range(len(SHARES)), key=lambda s: abs(median(table[s][row] for row in use)))
 
 
+def add_errors(report: ReportTables, title: str, share: str, errors: Sequence[float]) -> None:
+    sizes = sorted(map(abs, errors))
+    report.add(
+        ERRORS, ERROR_COLUMNS, title, len(sizes), share, f"{median(sizes):.1%}",
+        f"{sizes[int(0.9 * len(sizes))]:.1%}", f"{sizes[-1]:.1%}",
+    )  # fmt: skip
+
+
 def published(report: ReportTables) -> None:
+    """Each row beside what its device's profile says, with a share that no row of the same model was fitted to."""
     rows = read_rows()
     for device in dict.fromkeys(row.device for row in rows):
         mine = [row for row in rows if row.device == device]
-        if device == "unknown":
-            unknown_hardware(report, mine)
-            continue
-        profile = load_profile(device)
+        profile = mine[0].question.profile
         table = errors_by_share(mine, profile)
-        everything = range(len(mine))
-        fitted = best_share(table, everything)
-        names = [row.name for row in mine]
-        errors = []
+        stated = [number for number, row in enumerate(mine) if not row.is_open]
+        fitted = f"{SHARES[best_share(table, stated)]:.2f}"
+        is_stated = mine[0].is_device_stated
+        errors: dict[str, dict[str, list[float]]] = {"": {}, ", settings partly not stated": {}}
         for number, row in enumerate(mine):
-            # Neither the row itself nor another row of the same model is fitted to.
-            others = [other for other in everything if names[other] != row.name] or [number]
+            others = [other for other in stated if mine[other].name != row.name]
             share = best_share(table, others)
             error = exp(table[share][number]) - 1
-            if others != [number]:
-                errors.append(abs(error))
+            kind = ", settings partly not stated" if row.is_open else ""
+            errors[kind].setdefault(row.source, []).append(error)
             report.add(
-                f"Published rates on {device}, one calibration of it, without the rows of the same model",
+                f"Published rates: {profile.title}{kind}",
                 ("source", "model", "layout, length, micro-batch, recompute", "share of products", "predicted",
-                 "published", "error"),
+                 "published", "error", *(() if is_stated else NOT_STATED)),
                 row.source, row.name, row.setting, f"{SHARES[share]:.2f}",
-                f"{row.tokens_per_second * exp(table[share][number]):,.0f}", f"{row.tokens_per_second:,.0f}",
-                f"{error:+.1%}",
+                f"{row.tokens_per_second * (1 + error):,.0f}", f"{row.tokens_per_second:,.0f}", f"{error:+.1%}",
+                *(() if is_stated else of_profiles(row)),
             )  # fmt: skip
-        if errors:
-            report.add(
-                "Published rates: errors without the rows of the same model",
-                ("device", "rows", "share fitted to all", "median error", "90 % below", "worst"),
-                device, len(errors), f"{SHARES[fitted]:.2f}", f"{median(errors):.1%}",
-                f"{sorted(errors)[int(0.9 * len(errors))]:.1%}", f"{max(errors):.1%}",
-            )  # fmt: skip
+        for kind, by_source in errors.items():
+            if by_source:
+                add_errors(
+                    report, profile.title + kind, fitted, [one for some in by_source.values() for one in some]
+                )
+            for source, some in by_source.items():
+                report.add(
+                    "Published rates: errors by source",
+                    ("source", "device", "rows", "median of predicted over published", "median error", "worst"),
+                    source, profile.title, len(some), f"{median(some):+.1%}", f"{median(map(abs, some)):.1%}",
+                    f"{max(map(abs, some)):.1%}",
+                )  # fmt: skip
 
 
-def unknown_hardware(report: ReportTables, rows: Sequence[Row]) -> None:
-    """Of rows whose hardware is not stated: what several profiles say, and one of them calibrated on the other rows."""
-    devices = ("ascend-910a", "ascend-910b1", "ascend-910b3")
-    table = errors_by_share(rows, load_profile(FITTED_TO_UNKNOWN))
-    errors = []
-    for number, row in enumerate(rows):
-        cells = []
-        for name in devices:
-            profile = load_profile(name)
-            if row.question.dtype not in profile.peak_tflops:
-                cells.append("no bfloat16")
-                continue
-            predicted = row.predicted(profile)
-            cells.append(f"{predicted:,.0f} ({predicted / row.tokens_per_second - 1:+.0%})")
-        share = best_share(table, [other for other in range(len(rows)) if other != number])
-        errors.append(exp(table[share][number]) - 1)
-        report.add(
-            "Published rates whose hardware is not stated, by profile, and calibrated on the other rows",
-            ("source", "model", "layout, length, micro-batch, recompute", "published", *devices,
-             f"{FITTED_TO_UNKNOWN}, share", "error"),
-            row.source, row.name, row.setting, f"{row.tokens_per_second:,.0f}", *cells, f"{SHARES[share]:.2f}",
-            f"{errors[-1]:+.1%}",
-        )  # fmt: skip
-    sizes = sorted(map(abs, errors))
-    report.add(
-        "Published rates: errors without the rows of the same model",
-        ("device", "rows", "share fitted to all", "median error", "90 % below", "worst"),
-        f"unknown, as {FITTED_TO_UNKNOWN}", len(rows), f"{SHARES[best_share(table, range(len(rows)))]:.2f}",
-        f"{median(sizes):.1%}", f"{sizes[int(0.9 * len(sizes))]:.1%}", f"{sizes[-1]:.1%}",
-    )  # fmt: skip
+def of_profiles(row: Row) -> Iterator[str]:
+    """What several profiles say of a row, as they come."""
+    for name in NOT_STATED:
+        profile = load_profile(name)
+        if row.question.dtype not in profile.peak_tflops:
+            yield "no bfloat16"
+            continue
+        predicted = row.predicted(profile)
+        yield f"{predicted:,.0f} ({predicted / row.tokens_per_second - 1:+.0%})"
 
 
 def llama_like(width: int, layers: int, vocabulary: int = 2048) -> ModelConfig:

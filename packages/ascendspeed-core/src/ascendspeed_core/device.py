@@ -29,10 +29,11 @@ NO_FLOAT64_SUMS = frozenset(("hccl",))
 
 PEAK_TFLOPS = {
     "H100 PCIe": 756, "H100": 989, "H200": 989, "H800": 989, "H20": 148, "A100": 312, "A800": 312, "L40S": 362,
-    "RTX 4090": 165, "V100": 125, "910B1": 414, "910B2": 376, "910B3": 313, "910B4": 280, "910A": 256, "910ProB": 256,
+    "RTX 4090": 165, "V100": 125, "910B1": 386, "910B2": 376, "910B3": 313, "910B4": 280, "910A": 256, "910ProB": 256,
 }  # fmt: skip
-"""Dense 16-bit operations per second of the makers' data sheets, in 10^12, by a part of the device's name; the first
-that fits counts."""
+"""Dense operations per second in fp16, in 10^12, by a part of the device's name; the first that fits counts. Of the
+makers' data sheets; 910B2 to 910B4 of Huawei's msmodeling (github.com/Ascend/msmodeling, tensor_cast/device.py), which
+has bf16 6 to 12 % below. 910B1 is derived from its cores (planner/devices); for 910ProB no publication was found."""
 
 TOOLKIT_SETUP = "/usr/local/Ascend/ascend-toolkit/set_env.sh"
 """Script that CANN installs, which sets its paths for a shell."""

@@ -126,23 +126,23 @@ def toolkit_facts(find: Find, toolkit: str | None, is_needed: bool) -> Iterator[
         where = "install CANN from https://www.hiascend.com/software/cann, then source its set_env.sh"
         yield Fact("CANN", None, "for torch_npu", "missing", where)
     elif adaptor is not None:
-        yield _toolkit_pair(Version(adaptor).base_version, toolkit)
+        yield _toolkit_pair(Version(adaptor), toolkit)
 
 
-def _toolkit_pair(adaptor: str, toolkit: str) -> Fact:
-    pairs = [
-        (one["cann"], one["vllm-ascend"])
-        for one in known_versions()["sets"]
-        if Version(one["torch_npu"]).base_version == adaptor
-    ]
-    if not pairs:
+def _toolkit_pair(adaptor: Version, toolkit: str) -> Fact:
+    known = known_versions()
+    pairs = [(one["torch_npu"], one["cann"], f"torch_npu {one['torch_npu']}") for one in known["toolkits"]]
+    pairs += [(one["torch_npu"], one["cann"], f"vLLM Ascend {one['vllm-ascend']}") for one in known["sets"]]
+    same = [pair for pair in pairs if Version(pair[0]).public == adaptor.public]
+    same = same or [pair for pair in pairs if Version(pair[0]).base_version == adaptor.base_version]
+    if not same:
         return Fact("CANN", toolkit, f"no published set has torch_npu {adaptor}", "unknown")
-    wanted = ", ".join(f"{cann} (vLLM Ascend {release})" for cann, release in pairs)
-    if any(toolkit == cann for cann, _ in pairs):
+    wanted = ", ".join(f"{cann} ({source})" for _, cann, source in same)
+    if any(toolkit == cann for _, cann, _ in same):
         return Fact("CANN", toolkit, wanted, "fits")
     return Fact(
         "CANN", toolkit, f"{wanted} for torch_npu {adaptor}", "wrong",
-        f"install CANN {pairs[0][0]} from https://www.hiascend.com/software/cann",
+        f"install CANN {same[0][1]} from https://www.hiascend.com/software/cann",
     )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ FOLDER = Path(__file__).parent / "devices"
 """Profiles that come with the package."""
 
 ALIASES = {
-    "ascend-910b": "ascend-910b1", "910a": "ascend-910a", "910b": "ascend-910b1", "910c": "ascend-910c",
+    "ascend-910b": "ascend-910b3", "910a": "ascend-910a", "910b": "ascend-910b3", "910c": "ascend-910c",
     "a100": "a100-80gb", "h100": "h100-sxm",
 }  # fmt: skip
 """Shorter names of profiles."""
