@@ -99,7 +99,8 @@ def test_formula_is_measured(workers: WorkerPool, report: ReportTables, case: Ca
 def test_messages_of_a_pipeline_do_not_grow_with_micro_batches(workers: WorkerPool) -> None:
     """torch makes what all micro-batches of a step receive into when it begins; here one is there when it is due."""
     few, many = (
-        workers.run(formula_and_measured, 2, PLAIN, Layout(pp=2), "float32", 2, count, 128) for count in (4, 12)
+        workers.run(formula_and_measured, 2, PLAIN, Layout(pp=2), "float32", 2, count, 128)
+        for count in (4, 12)
     )
     hidden = 2 * 128 * PLAIN.hidden_size * 4
     for rank in range(2):

@@ -1,12 +1,14 @@
 """Measure this device for the planner: products, operators over memory, attention, collectives.
 
-Every number is the least of several runs, which other work on the machine disturbs least; on a CPU, of processor time.
+Every number is the least of several runs in several rounds, which other work on the machine disturbs least; on a CPU, of
+processor time. A product finds its operands in memory, as weights are in a step, an operator what the one before it
+just wrote.
 Under torchrun all ranks measure at the same time, as they train, and rank 0 writes what the slowest took.
 """
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -43,10 +45,19 @@ MESSAGES = (1 << 10, 1 << 14, 1 << 18, 1 << 20, 1 << 22, 1 << 24)
 """Bytes of collectives."""
 
 LEAST_RUNS, MOST_RUNS = 2, 30
+CACHE_BYTES = 1 << 26
+"""Written before a product: more than the caches of a processor or an accelerator hold."""
+
+ROUNDS = 3
+"""Through everything, so that a slow minute of a machine that others share spoils no number."""
+
 SMALL = 1 << 24
 """Multiplications of a product, elements of an operator x 256, bytes of a message x 16: as far as `quick` goes."""
 
 LINKS_ASSUMED = "not measured: start it under torchrun with several processes"
+
+
+Rows = list[dict[str, Any]]
 
 
 class Measured(NamedTuple):
@@ -67,33 +78,40 @@ class Stopwatch:
 
     def __init__(self, device: Device, is_shared: bool, seconds: float) -> None:
         self.device, self._is_shared, self._seconds = device, is_shared, seconds
+        self._others = torch.zeros(CACHE_BYTES // 4, device=device.torch)
 
     def least(self, work: Callable[[], Any]) -> float:
         """Return the least seconds of several runs, on the slowest rank."""
         return self.least_of_both(lambda: (work(), None)[1], lambda _: None).forward
 
-    def least_of_both(self, forward: Callable[[], Any], backward: Callable[[Any], Any]) -> Measured:
-        """Return the least seconds of a forward, and of a backward of what it gave."""
+    def least_of_both(
+        self, forward: Callable[[], Any], backward: Callable[[Any], Any], is_cold: bool = False
+    ) -> Measured:
+        """Return the least seconds of a forward, and of a backward of what it gave; `is_cold`: of operands in memory."""
         backward(forward())
         ahead: list[float] = []
         back: list[float] = []
         ends = time.perf_counter() + self._seconds
         while len(ahead) < LEAST_RUNS or (time.perf_counter() < ends and len(ahead) < MOST_RUNS):
-            self.device.synchronize()
-            started = self.device.computing_seconds()
-            result = forward()
-            self.device.synchronize()
-            middle = self.device.computing_seconds()
-            backward(result)
-            self.device.synchronize()
-            ahead.append(middle - started)
-            back.append(self.device.computing_seconds() - middle)
+            took, result = self._timed(forward, is_cold)
+            ahead.append(took)
+            back.append(self._timed(lambda result=result: backward(result), is_cold)[0])  # type: ignore[misc]
         found = torch.tensor([min(ahead), min(back)], dtype=torch.float64)
         if self._is_shared:
             rows: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(rows, found.tolist())
             found = torch.tensor(rows, dtype=torch.float64).amax(0)
         return Measured(*(max(float(value), 1e-9) for value in found))
+
+    def _timed(self, work: Callable[[], Any], is_cold: bool) -> tuple[float, Any]:
+        """Return the seconds of one run, and what it gave."""
+        if is_cold:
+            self._others.add_(1)
+        self.device.synchronize()
+        started = self.device.computing_seconds()
+        result = work()
+        self.device.synchronize()
+        return self.device.computing_seconds() - started, result
 
     def collective(self, work: Callable[[], Any]) -> float:
         """Return the least seconds of a collective that all ranks start together."""
@@ -123,17 +141,35 @@ def profile_device(config: ProfileDeviceConfig, device: Device, world_size: int)
         world_size: processes that measure together.
     """
     kinds = len(config.dtypes) * (len(PRODUCTS) * len(ROWS) + 8 * len(ELEMENTS)) + 5 * len(MESSAGES)
-    watch = Stopwatch(device, world_size > 1, config.budget_seconds / kinds)
-    products: list[dict[str, Any]] = []
-    operators: list[dict[str, Any]] = []
+    rounds = 1 if config.quick else ROUNDS
+    watch = Stopwatch(device, world_size > 1, config.budget_seconds / kinds / rounds)
     fused = False
-    for name in config.dtypes:
-        dtype = getattr(torch, name)
-        products += _products(watch, name, dtype, config.quick)
-        rows, is_fused = _operators(watch, name, dtype, config.quick)
-        operators, fused = operators + rows, fused or is_fused
-    collectives = _collectives(watch, world_size, config.quick) if world_size > 1 else []
-    return _content(config, device, world_size, products, operators, collectives, fused, watch)
+    products: list[Rows] = []
+    operators: list[Rows] = []
+    collectives: list[Rows] = []
+    for _ in range(rounds):
+        products.append([])
+        operators.append([])
+        for name in config.dtypes:
+            dtype = getattr(torch, name)
+            products[-1] += _products(watch, name, dtype, config.quick)
+            rows, is_fused = _operators(watch, name, dtype, config.quick)
+            operators[-1] += rows
+            fused = fused or is_fused
+        collectives.append(_collectives(watch, world_size, config.quick) if world_size > 1 else [])
+    measured = map(_least, (products, operators, collectives))
+    return _content(config, device, world_size, *measured, fused, watch)
+
+
+def _least(rounds: Sequence[Rows]) -> Rows:
+    """Return rows with the least seconds of all rounds."""
+    return [
+        {
+            key: min(row[key] for row in same) if key.endswith("seconds") else value
+            for key, value in same[0].items()
+        }
+        for same in zip(*rounds, strict=True)
+    ]
 
 
 def _products(watch: Stopwatch, name: str, dtype: torch.dtype, is_quick: bool) -> list[dict[str, Any]]:
@@ -151,7 +187,7 @@ def _products(watch: Stopwatch, name: str, dtype: torch.dtype, is_quick: bool) -
             ) -> None:
                 torch.autograd.grad(out, (x, weight), gradient)
 
-            measured = watch.least_of_both(lambda x=x, weight=weight: F.linear(x, weight), backward)  # type: ignore[misc]
+            measured = watch.least_of_both(lambda x=x, weight=weight: F.linear(x, weight), backward, True)  # type: ignore[misc]
             found.append(
                 {"format": name, "m": m, "n": n, "k": k, "forward_seconds": measured.forward,
                  "backward_seconds": measured.backward}
