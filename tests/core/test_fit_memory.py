@@ -179,8 +179,8 @@ def test_peak_by_hand() -> None:
 
 
 def test_peak_of_a_stage_by_hand() -> None:
-    """Two layers alike. What the stage is given, 4 bytes, what its last layer gives, 6, and the gradient of that, 7, are
-    kept to the end of the backward, and no more."""
+    """Two layers alike. What the stage is given, 4 bytes, what its last layer gives, 6, and the gradient of that, 7,
+    are kept to the end of the backward, and no more."""
     layer = PartMemory(kept=10, forward=10, backward=30)
     stage = StageMemory({"none": layer}, 2, output=6, received=4, gradient=7)
     memory = StepMemory(

@@ -87,7 +87,10 @@ class Stopwatch:
     def least_of_both(
         self, forward: Callable[[], Any], backward: Callable[[Any], Any], is_cold: bool = False
     ) -> Measured:
-        """Return the least seconds of a forward, and of a backward of what it gave; `is_cold`: of operands in memory."""
+        """Return the least seconds of a forward, and of a backward of what it gave.
+
+        `is_cold` puts the operands into memory first, out of the caches.
+        """
         backward(forward())
         ahead: list[float] = []
         back: list[float] = []
@@ -157,8 +160,9 @@ def profile_device(config: ProfileDeviceConfig, device: Device, world_size: int)
             operators[-1] += rows
             fused = fused or is_fused
         collectives.append(_collectives(watch, world_size, config.quick) if world_size > 1 else [])
-    measured = map(_least, (products, operators, collectives))
-    return _content(config, device, world_size, *measured, fused, watch)
+    return _content(
+        config, device, world_size, _least(products), _least(operators), _least(collectives), fused, watch
+    )
 
 
 def _least(rounds: Sequence[Rows]) -> Rows:
