@@ -1,7 +1,8 @@
 """Measure this device for the planner: products, operators over memory, attention, collectives.
 
 Every number is the least of several runs in several rounds, which other work on the machine disturbs least; on a CPU, of
-processor time. A product finds its operands in memory, as weights are in a step, an operator what the one before it
+processor time. Where several processes measure together it is the least of the rounds' middle runs: what the others do
+at the time belongs to it. A product finds its operands in memory, as weights are in a step, an operator what the one before it
 just wrote.
 Under torchrun all ranks measure at the same time, as they train, and rank 0 writes what the slowest took.
 """
@@ -9,6 +10,7 @@ Under torchrun all ranks measure at the same time, as they train, and rank 0 wri
 import os
 import time
 from collections.abc import Callable, Sequence
+from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -44,7 +46,7 @@ ELEMENTS = (1 << 13, 1 << 16, 1 << 19, 1 << 22)
 MESSAGES = (1 << 10, 1 << 14, 1 << 18, 1 << 20, 1 << 22, 1 << 24)
 """Bytes of collectives."""
 
-LEAST_RUNS, MOST_RUNS = 2, 30
+LEAST_RUNS, MOST_RUNS = 1, 30
 CACHE_BYTES = 1 << 26
 """Written before a product: more than the caches of a processor or an accelerator hold."""
 
@@ -82,12 +84,12 @@ class Stopwatch:
 
     def least(self, work: Callable[[], Any]) -> float:
         """Return the least seconds of several runs, on the slowest rank."""
-        return self.least_of_both(lambda: (work(), None)[1], lambda _: None).forward
+        return self.both(lambda: (work(), None)[1], lambda _: None).forward
 
-    def least_of_both(
+    def both(
         self, forward: Callable[[], Any], backward: Callable[[Any], Any], is_cold: bool = False
     ) -> Measured:
-        """Return the least seconds of a forward, and of a backward of what it gave.
+        """Return the seconds of a forward, and of a backward of what it gave.
 
         `is_cold` puts the operands into memory first, out of the caches.
         """
@@ -99,7 +101,8 @@ class Stopwatch:
             took, result = self._timed(forward, is_cold)
             ahead.append(took)
             back.append(self._timed(lambda result=result: backward(result), is_cold)[0])  # type: ignore[misc]
-        found = torch.tensor([min(ahead), min(back)], dtype=torch.float64)
+        of_runs = median if self._is_shared else min
+        found = torch.tensor([of_runs(ahead), of_runs(back)], dtype=torch.float64)
         if self._is_shared:
             rows: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(rows, found.tolist())
@@ -117,11 +120,11 @@ class Stopwatch:
         return self.device.computing_seconds() - started, result
 
     def collective(self, work: Callable[[], Any]) -> float:
-        """Return the least seconds of a collective that all ranks start together."""
+        """Return the seconds of a collective that all ranks start together."""
         times = []
         ends = time.perf_counter() + self._seconds
         for run in range(MOST_RUNS):
-            go_on = torch.tensor([float(run < LEAST_RUNS or time.perf_counter() < ends)])
+            go_on = torch.tensor([float(run <= LEAST_RUNS or time.perf_counter() < ends)])
             dist.broadcast(go_on.to(self.device.torch), 0)
             if not go_on.item():
                 break
@@ -131,7 +134,7 @@ class Stopwatch:
             self.device.synchronize()
             times.append(time.perf_counter() - started)
         rows: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(rows, min(times[1:]))
+        dist.all_gather_object(rows, median(times[1:]))
         return float(max(rows))
 
 
@@ -191,7 +194,7 @@ def _products(watch: Stopwatch, name: str, dtype: torch.dtype, is_quick: bool) -
             ) -> None:
                 torch.autograd.grad(out, (x, weight), gradient)
 
-            measured = watch.least_of_both(lambda x=x, weight=weight: F.linear(x, weight), backward, True)  # type: ignore[misc]
+            measured = watch.both(lambda x=x, weight=weight: F.linear(x, weight), backward, True)  # type: ignore[misc]
             found.append(
                 {"format": name, "m": m, "n": n, "k": k, "forward_seconds": measured.forward,
                  "backward_seconds": measured.backward}
@@ -217,7 +220,7 @@ def _operators(
             if is_quick and elements * HIDDEN > SMALL:
                 continue
             forward, backward, counted = make(elements, dtype, device)
-            measured = watch.least_of_both(forward, backward)
+            measured = watch.both(forward, backward)
             found.append(
                 {"name": operator, "format": name, "elements": counted, "forward_seconds": measured.forward,
                  "backward_seconds": measured.backward}

@@ -281,7 +281,8 @@ class StepTimer:
     ) -> float:
         """Return the seconds of sums over replicas, and of gathers of weights, that nothing hides.
 
-        Sums start while the last backward computes, gathers while the next first forward does; the profile says what
+        Gradients are copied into messages and back, gathered weights out of them (`optim/gradient_sum.py`), which takes
+        the device itself. Sums start while the last backward computes, gathers while the next first forward does; the profile says what
         share of them can be hidden at best.
         """
         layout, width = self.work.layout, FORMAT_BYTES[self.work.dtype]
@@ -289,13 +290,20 @@ class StepTimer:
         if layout.zero_stage:
             return self._zero_messages(self.work.parameters(stages)[0], parameters, micro_batches, mine)
         master = max(width, 4)
-        sums = gathers = 0.0
+        sums = gathers = copied = 0.0
         for count, axis in ((parameters - of_experts, "replicas"), (of_experts, "edp")):
+            ranks = _size(layout, axis)
+            if ranks == 1:
+                continue
+            # An empty message is written, gradients are read and written into it; what comes back is, too.
+            copied += 3 * count * master
             if layout.sharded_optimizer:
                 sums += self._collective("reduce_scatter", axis, count * master)
                 gathers += self._collective("all_gather", axis, count * width)
+                copied += 2 * count * (master / ranks + width)
             else:
                 sums += self._collective("all_reduce", axis, count * master)
+                copied += 2 * count * master
         hidden = self.profile.shares.overlap.value
         left = sums
         if layout.overlap_grad_reduce or layout.early_reduction:
@@ -303,7 +311,7 @@ class StepTimer:
         left_gathers = gathers
         if layout.overlap_param_gather:
             left_gathers = max(gathers - hidden * mine.forward, gathers * (1 - hidden))
-        return left + left_gathers
+        return left + left_gathers + self.profile.memory_seconds(copied) * self._slowdown
 
     def _zero_messages(
         self, parameters: float, trained: float, micro_batches: int, mine: PartSeconds
