@@ -358,8 +358,8 @@ PROBLEMS: list[tuple[ModelConfig, str, int, int]] = [
 """Models, formats, global batches, lengths: small enough to run every layout of two processes."""
 
 
-NEAR = 1.5
-"""Times the best that a plan took, up to which it is run again."""
+NEAR, NEAR_REPEATS = 1.5, 10
+"""Times the best that a plan took, up to which it is run again; and how often."""
 
 
 def searched(report: ReportTables, profiles: Sequence[HardwareProfile]) -> None:
@@ -391,7 +391,7 @@ def searched(report: ReportTables, profiles: Sequence[HardwareProfile]) -> None:
                 plan, count = tried[key]
                 times = workers.run(
                     least_step_seconds, 2, config, plan.layout, dtype, plan.micro_batch, count, length,
-                    plan.recompute, REPEATS,
+                    plan.recompute, NEAR_REPEATS,
                 )  # fmt: skip
                 ran[key] = min(ran[key], max(clock for clock, _ in times))
         best = min(near, key=lambda key: ran[key])

@@ -129,6 +129,8 @@ def _named(value: object) -> str:
 
 def _slower(best: Plan, other: Plan, name: str, value: object) -> str:
     loss = other.seconds.total / best.seconds.total - 1
+    if loss < -0.002:
+        return f"with {_named(value)} {-loss:.1%} faster as planned, less than the plan can tell; the simpler is taken"
     if loss < 0.002:
         return f"{_named(value)} is as fast, with {other.memory.total / GIB:.1f} GiB"
     grown = max(PARTS, key=lambda part: getattr(other.seconds, part) - getattr(best.seconds, part))

@@ -1,10 +1,10 @@
 """Measure this device for the planner: products, operators over memory, attention, collectives.
 
-Every number is the least of several runs in several rounds, which other work on the machine disturbs least; on a CPU, of
-processor time. Where several processes measure together it is the least of the rounds' middle runs: what the others do
-at the time belongs to it. A product finds its operands in memory, as weights are in a step, an operator what the one before it
-just wrote.
-Under torchrun all ranks measure at the same time, as they train, and rank 0 writes what the slowest took.
+Every number is the least of several runs in several rounds, which other work on the machine disturbs least; on a CPU,
+of processor time. Where several processes measure together it is the least of the rounds' middle runs: what the others
+do at the time belongs to it. A product finds its operands in memory, as weights are in a step, an operator what the one
+before it just wrote. Under torchrun all ranks measure at the same time, as they train, and rank 0 writes what the
+slowest took.
 """
 
 import os

@@ -14,6 +14,7 @@ from ascendspeed_core.config.parallel import ParallelConfig
 from ascendspeed_core.config.recompute import Mode
 from ascendspeed_core.observability.mfu import model_flops_utilization, training_flops_per_token
 from ascendspeed_core.planner.hardware import HardwareProfile
+from ascendspeed_core.planner.pipeline_order import stages_per_rank
 from ascendspeed_core.planner.rank_memory import FIXED_BYTES, MemoryPlanner, RankMemory
 from ascendspeed_core.planner.step_time import MOST_SIMULATED, NOT_SIMULATED, StepSeconds, StepTimer
 from ascendspeed_core.planner.workload import Workload
@@ -28,6 +29,10 @@ LONG_SEQUENCE = 8192
 
 MOST_SPLIT = 3
 """Best pipelines that are tried under schedules that split the backward, too."""
+
+AS_FAST = 0.05
+"""Share of a step that plans may differ by and still count as equally fast. Each piece of work of a pipeline costs a
+fixed time that the plan does not know (docs/planning.md)."""
 
 FINALISTS = 24
 """Plans whose pipeline is walked through; the others are ranked in closed form."""
@@ -205,9 +210,27 @@ def search(question: Question) -> Found:
     finalists = fitting[:FINALISTS]
     walked = [one for p in finalists for one in make_plans(question, p.layout, p.micro_batch, [p.recompute])]
     more = _split_backward_plans(question, finalists)
-    walked = sorted((*walked, *(plan for plan in more if plan.fits)), key=_order)
+    walked = _simplest_first(
+        sorted((*walked, *(plan for plan in more if plan.fits)), key=_order), question.model.num_layers
+    )
     others = sorted((*(p for p in ranked if not p.fits), *(p for p in more if not p.fits)), key=_order)
     return Found((*walked, *fitting[FINALISTS:]), tuple(others), tried + len(more))
+
+
+def _simplest_first(plans: Sequence[Plan], num_layers: int) -> list[Plan]:
+    """Put that of the plans first which has the simplest schedule of those that are as fast as the plan can tell."""
+    as_fast = [plan for plan in plans if plan.seconds.total <= plans[0].seconds.total * (1 + AS_FAST)]
+    best = min(as_fast, key=lambda plan: (_pieces(plan, num_layers), _order(plan)), default=None)
+    return [plan for plan in plans if plan is best] + [plan for plan in plans if plan is not best]
+
+
+def _pieces(plan: Plan, num_layers: int) -> int:
+    """Return how many pieces a schedule cuts the work of a micro-batch on a rank into."""
+    layout = plan.layout
+    if layout.pp == 1:
+        return 1
+    split = 3 if layout.schedule in SPLIT_BACKWARD_SCHEDULES else 2
+    return split * stages_per_rank(layout, num_layers)
 
 
 def _order(plan: Plan) -> tuple[float, int]:

@@ -282,8 +282,8 @@ class StepTimer:
         """Return the seconds of sums over replicas, and of gathers of weights, that nothing hides.
 
         Gradients are copied into messages and back, gathered weights out of them (`optim/gradient_sum.py`), which takes
-        the device itself. Sums start while the last backward computes, gathers while the next first forward does; the profile says what
-        share of them can be hidden at best.
+        the device itself. Sums start while the last backward computes, gathers while the next first forward does; the
+        profile says what share of them can be hidden at best.
         """
         layout, width = self.work.layout, FORMAT_BYTES[self.work.dtype]
         parameters, of_experts = self.work.trained(stages)
