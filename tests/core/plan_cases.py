@@ -21,8 +21,9 @@ from ascendspeed_core.parallel.dropout import apply_dropout
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.recompute import recomputed
 from ascendspeed_core.planner.fit_memory import LiveBytes, layers_of
+from ascendspeed_core.planner.part_work import Tuning
 from ascendspeed_core.planner.rank_memory import MemoryPlanner
-from ascendspeed_core.planner.workload import Tuning, Workload
+from ascendspeed_core.planner.workload import Workload
 from ascendspeed_core.training.step import train_step
 from ascendspeed_core.weights import InitialWeights, WeightSource
 from ascendspeed_core.weights.adapters.lora import drawn_adapters, plan_adapters

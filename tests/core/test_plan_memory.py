@@ -7,7 +7,7 @@ import pytest
 from ascendspeed_core.config.experts import Experts
 from ascendspeed_core.config.layout import Layout
 from ascendspeed_core.config.model import ModelConfig
-from ascendspeed_core.planner.workload import Tuning
+from ascendspeed_core.planner.part_work import Tuning
 from core.plan_cases import formula_and_measured, tuned_formula_and_measured, zero_formula_and_measured
 from support.models import tiny_config
 from support.processes import WorkerPool

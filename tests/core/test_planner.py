@@ -7,19 +7,20 @@ from pathlib import Path
 
 import pytest
 
-from ascendspeed_core.config.layout import Layout
+from ascendspeed_core.config.layout import SPLIT_BACKWARD_SCHEDULES, Layout
 from ascendspeed_core.config.load import load_config
 from ascendspeed_core.config.planning import PlanConfig
 from ascendspeed_core.config.training import PretrainConfig
+from ascendspeed_core.models.families import find_family
 from ascendspeed_core.planner.hardware import HardwareProfile, known_profiles, load_profile
 from ascendspeed_core.planner.plan_report import aligned, plan_lines
 from ascendspeed_core.planner.question import make_question, read_model
 from ascendspeed_core.planner.rank_memory import MemoryPlanner
-from ascendspeed_core.planner.search import Question, candidates, make_plans, pareto, search
+from ascendspeed_core.planner.search import AS_FAST, Question, candidates, make_plans, pareto, search
 from ascendspeed_core.planner.step_time import StepTimer, spans_nodes
 from ascendspeed_core.planner.workload import Workload
 from ascendspeed_data.errors import ConfigError
-from support.commands import call
+from support.commands import call, run_command
 from support.models import tiny_config
 
 LLAMA = read_model("llama-7b")[0]
@@ -251,6 +252,33 @@ def test_command_writes_a_recipe_that_pretrain_reads(tmp_path: Path) -> None:
     assert read_model(str(config.start.model_config_file))[0] == LLAMA
     for name in ("memory.png", "time.png", "pareto.png"):
         assert (charts / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_starts_from_a_plans_recipe(dataset: Path, tmp_path: Path) -> None:
+    model, recipe = tmp_path / "model.json", tmp_path / "plan.toml"
+    model.write_text(json.dumps(find_family("llama").write_config(tiny_config(vocab_size=400))))
+    planned = call(
+        "asd-core", "plan", "--model", model, "--device", "cpu-epyc-core", "--devices", 2, "--dtype", "float32",
+        "--seq-length", 32, "--global-batch-size", 4, "--recipe", recipe, "--json",
+    )  # fmt: skip
+    assert planned.status == 0, planned.stderr
+    best = json.loads(planned.stdout)["plans"][0]
+    done = run_command(
+        "asd-core", "pretrain", "--config", recipe, "--data-path", dataset, "--data-cache-path", tmp_path / "cache",
+        "--train-iters", 2, "--nproc-per-node", 2, "--device", "cpu",
+    )  # fmt: skip
+    assert done.status == 0, done.stderr
+    assert f"layout: {best['layout']}, float32; batch: 4 samples of 32 tokens" in done.stderr
+
+
+def test_the_simplest_of_equally_fast_plans_stands_first() -> None:
+    for devices, batch in ((8, 16), (32, 64), (64, 512)):
+        first, *others = search(question(devices=devices, global_batch_size=batch)).fitting
+        fastest = min(plan.seconds.total for plan in (first, *others))
+        assert first.seconds.total <= fastest * (1 + AS_FAST)
+        if first.layout.schedule in SPLIT_BACKWARD_SCHEDULES:
+            as_fast = [plan for plan in others if plan.seconds.total <= fastest * (1 + AS_FAST)]
+            assert all(plan.layout.schedule in SPLIT_BACKWARD_SCHEDULES for plan in as_fast)
 
 
 def test_command_needs_no_torch() -> None:

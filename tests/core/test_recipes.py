@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
+from ascendspeed_core.commands.recipes import CONFIGS, forecast_of
 from ascendspeed_core.config.finetune import FinetuneConfig
 from ascendspeed_core.config.load import NamedRecipe, load_config
-from ascendspeed_core.config.preference import DpoConfig
 from ascendspeed_core.config.recipes import FOLDER, find_recipe, read_recipe, recipe_names, written_recipe
 from ascendspeed_core.config.training import PretrainConfig
 from ascendspeed_core.observability.metrics import read_metrics
+from ascendspeed_core.planner.hardware import load_profile
 from ascendspeed_core.training.checkpoint import saved_iterations
 from ascendspeed_data.errors import ConfigError
 from support.commands import call, run_command
@@ -22,9 +23,6 @@ from support.recipes import kept_features, published, scaled
 from support.tables import ReportTables
 
 RECIPES = {name: read_recipe(find_recipe(name)) for name in recipe_names()}
-CONFIGS: dict[str, type[PretrainConfig]] = {
-    "pretrain": PretrainConfig, "finetune": FinetuneConfig, "dpo": DpoConfig
-}  # fmt: skip
 TODAY = (
     "llama3.1-8b",
     "llama3.1-70b",
@@ -95,6 +93,24 @@ def test_the_list_names_all() -> None:
     assert row.split(maxsplit=4)[1:] == ["llama-65b", "pretrain", "32", "tp8 x pp4 x dp1 + sp"]
     rows = [json.loads(line) for line in call("asd-core", "recipes", "--json").stdout.splitlines()]
     assert {row.pop("name"): row for row in rows} == RECIPES
+
+
+def test_what_a_recipe_takes_of_a_device() -> None:
+    done = call("asd-core", "recipes", "llama-65b", "--device", "ascend-910b3")
+    header, row = (line.split() for line in done.stdout.splitlines())
+    assert header[:5] == ["recipe", "devices", "layout", "GiB", "of"]
+    assert row[:7] == ["llama-65b", "32", "tp8", "x", "pp4", "x", "dp1"]
+    with_all, of_adapters, of_pairs = (
+        forecast_of(f"llama3.1-8b-{kind}", load_profile("h100")) for kind in ("finetune", "lora", "dpo")
+    )
+    assert of_adapters.memory.optimizer < with_all.memory.optimizer / 20
+    # Frozen weights need no gradients: of six products of a token two are left out, and none of recompute.
+    assert 1.1 < of_adapters.tokens_per_second / with_all.tokens_per_second < 1.6
+    # A reference of its own, which reads every pair too.
+    assert of_pairs.memory.weights == 2 * with_all.memory.weights
+    assert 0.6 < of_pairs.tokens_per_second / with_all.tokens_per_second < 1
+    lacks = call("asd-core", "recipes", "llama-65b", "--device", "ascend-910a")
+    assert "the profile ascend-910a has no products in it" in lacks.complaint
 
 
 def test_no_recipe_repeats_its_base() -> None:

@@ -17,7 +17,8 @@ from functools import cached_property
 from ascendspeed_core.config.recompute import Mode
 from ascendspeed_core.planner.hardware import FORMAT_BYTES
 from ascendspeed_core.planner.memory import PartMemory
-from ascendspeed_core.planner.workload import PartWork, Workload
+from ascendspeed_core.planner.part_work import PartWork
+from ascendspeed_core.planner.workload import Workload
 
 
 @dataclass(frozen=True)

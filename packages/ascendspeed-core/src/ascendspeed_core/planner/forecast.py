@@ -8,10 +8,11 @@ from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.config.recompute import Mode, RecomputeConfig
 from ascendspeed_core.config.training import PretrainConfig
 from ascendspeed_core.planner.hardware import HardwareProfile
+from ascendspeed_core.planner.part_work import Tuning
 from ascendspeed_core.planner.question import is_fused
 from ascendspeed_core.planner.rank_memory import ALLOCATOR_MARGIN, MemoryPlanner, RankMemory
 from ascendspeed_core.planner.step_time import StepSeconds, StepTimer
-from ascendspeed_core.planner.workload import Tuning, Workload
+from ascendspeed_core.planner.workload import Workload
 
 ATTENTION_NAMES = frozenset(("q_proj", "k_proj", "v_proj", "o_proj", "query_key_value", "dense"))
 """Layers of attention by their names in `--lora-target-modules`."""

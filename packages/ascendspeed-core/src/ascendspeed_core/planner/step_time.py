@@ -7,13 +7,14 @@ from typing import NamedTuple
 from ascendspeed_core.config.layout import SPLIT_BACKWARD_SCHEDULES, Layout, Stage, stages_of_ranks
 from ascendspeed_core.config.recompute import Mode
 from ascendspeed_core.planner.hardware import FORMAT_BYTES, HardwareProfile
+from ascendspeed_core.planner.part_work import Message, PartWork
 from ascendspeed_core.planner.pipeline_order import (
     PipelineWork,
     makespan_of,
     pipeline_orders,
     stages_per_rank,
 )
-from ascendspeed_core.planner.workload import Message, PartWork, Workload
+from ascendspeed_core.planner.workload import Workload
 
 MOST_SIMULATED = 20_000
 """Pieces of work of a pipeline up to which its order is walked through; above, its bubble has a closed form."""
