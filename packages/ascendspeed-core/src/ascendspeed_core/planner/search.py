@@ -32,7 +32,7 @@ MOST_SPLIT = 3
 
 AS_FAST = 0.05
 """Share of a step that plans may differ by and still count as equally fast. Each piece of work of a pipeline costs a
-fixed time that the plan does not know (docs/planning.md)."""
+fixed time that the plan does not know, as does each message beside computing (docs/planning.md)."""
 
 FINALISTS = 24
 """Plans whose pipeline is walked through; the others are ranked in closed form."""
@@ -218,9 +218,13 @@ def search(question: Question) -> Found:
 
 
 def _simplest_first(plans: Sequence[Plan], num_layers: int) -> list[Plan]:
-    """Put that of the plans first which has the simplest schedule of those that are as fast as the plan can tell."""
+    """Put the simplest of those plans first that are as fast as the plan can tell: in schedule, then in sharding."""
     as_fast = [plan for plan in plans if plan.seconds.total <= plans[0].seconds.total * (1 + AS_FAST)]
-    best = min(as_fast, key=lambda plan: (_pieces(plan, num_layers), _order(plan)), default=None)
+    best = min(
+        as_fast,
+        key=lambda plan: (_pieces(plan, num_layers), plan.layout.sharded_optimizer, _order(plan)),
+        default=None,
+    )
     return [plan for plan in plans if plan is best] + [plan for plan in plans if plan is not best]
 
 
