@@ -15,7 +15,8 @@ from ascendspeed_core.config.training import PretrainConfig
 from ascendspeed_core.device import Device
 from ascendspeed_core.models.families import find_family
 from ascendspeed_core.planner.forecast import modes_of_ranks, planned_memory
-from ascendspeed_core.planner.rank_memory import ALLOCATOR_MARGIN
+from ascendspeed_core.planner.hardware import load_profile
+from ascendspeed_core.planner.rank_memory import ALLOCATOR_MARGIN, FIXED_BYTES
 from ascendspeed_core.training.preflight import (
     Problems,
     check_memory,
@@ -36,8 +37,8 @@ from support.tables import ReportTables
 CONFIGS: dict[str, type[PretrainConfig]] = {
     "pretrain": PretrainConfig, "finetune": FinetuneConfig, "dpo": DpoConfig
 }  # fmt: skip
-DEVICE_BYTES = 64e9
-"""Of the devices that the recipes are for: Ascend 910B, 64 GB."""
+DEVICE_BYTES = load_profile("ascend-910b3").memory_bytes - FIXED_BYTES
+"""Of the devices that the recipes are for: Ascend 910B, 64 GB, of which 60 GiB are left for a step."""
 
 
 def config_of(command: str = "pretrain", **given: Any) -> PretrainConfig:

@@ -153,16 +153,16 @@ class _Receives(dict[int, Any]):
 
     def __setitem__(self, micro_batch: int, infos: Any) -> None:
         super().__setitem__(micro_batch, infos)
-        self.give_back(micro_batch)
+        self.release(micro_batch)
 
-    def give_back(self, micro_batch: int) -> None:
+    def release(self, micro_batch: int) -> None:
         """Let go of the buffers of a micro-batch."""
         for info in self.get(micro_batch, ()):
             buffer = getattr(info, "buffer", None)
             if buffer is not None:
                 info.buffer = torch.empty_like(buffer, device="meta", requires_grad=buffer.requires_grad)
 
-    def make_room(self, micro_batch: int, rows: int, device: torch.device) -> None:
+    def allocate(self, micro_batch: int, rows: int, device: torch.device) -> None:
         """Make the buffers of a micro-batch, for its number of rows."""
         for info in self.get(micro_batch, ()):
             buffer = getattr(info, "buffer", None)
@@ -224,8 +224,8 @@ class _Stage(PipelineStage):
             self._report_if_last(last_backward)
         with self._noted("backward" if full_backward else "input gradient", bwd_chunk_id):
             super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
-        self._inputs.give_back(bwd_chunk_id)
-        self._gradients.give_back(bwd_chunk_id)
+        self._inputs.release(bwd_chunk_id)
+        self._gradients.release(bwd_chunk_id)
         if full_backward:
             if loss is not None:
                 # torch keeps the losses of a step, and with their graphs what the stage was given.
@@ -257,12 +257,12 @@ class _Stage(PipelineStage):
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> Any:
         """Return the receives of one forward."""
-        self._inputs.make_room(fwd_chunk_id, self._sizes[fwd_chunk_id], self.device)
+        self._inputs.allocate(fwd_chunk_id, self._sizes[fwd_chunk_id], self.device)
         return super().get_fwd_recv_ops(fwd_chunk_id)
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> Any:
         """Return the receives of one backward."""
-        self._gradients.make_room(bwd_chunk_id, self._sizes[bwd_chunk_id], self.device)
+        self._gradients.allocate(bwd_chunk_id, self._sizes[bwd_chunk_id], self.device)
         return super().get_bwd_recv_ops(bwd_chunk_id)
 
     def _validate_fwd_outputs(self, outputs: tuple[torch.Tensor, ...]) -> None:

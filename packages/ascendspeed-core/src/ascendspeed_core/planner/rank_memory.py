@@ -246,11 +246,15 @@ class MemoryPlanner:
         summed = parameters if layout.dp * layout.cp // layout.ep > 1 else parameters - of_experts
         if layout.dp * layout.cp == 1:
             return gradients
-        if layout.sharded_optimizer:
-            return gradients + summed * width
         # A bucket may exceed its size by its last parameter; the messages of experts are others.
         largest = self.work.vocabulary * self.work.model.hidden_size
-        return gradients + min(max(summed - of_experts, of_experts), layout.bucket_elements + largest) * width
+        bucket = min(max(summed - of_experts, of_experts), layout.bucket_elements + largest)
+        if not layout.sharded_optimizer:
+            return gradients + bucket * width
+        if not self._activations.is_fused:
+            # Under gloo the parts of all ranks arrive, and are added up.
+            return gradients + summed * width
+        return gradients + (bucket + summed / (layout.dp * layout.cp)) * width
 
 
 def _frees_or_keeps(work: PipelineWork, is_split: bool) -> bool:
