@@ -10,6 +10,7 @@ loads this module as it loads torch_npu: by an entry point of the group `torch.b
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -68,6 +69,9 @@ class NpuModule:
 
     def get_device_name(self, device_name: int | None = None) -> str:
         return "look-alike"
+
+    def get_device_properties(self, device: int | None = None) -> SimpleNamespace:
+        return SimpleNamespace(total_memory=8 << 30)
 
     def synchronize(self, device: int | None = None) -> None:
         pass
