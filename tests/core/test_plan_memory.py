@@ -96,16 +96,24 @@ def test_formula_is_measured(workers: WorkerPool, report: ReportTables, case: Ca
     check(workers, report, case, TOLERANCE)
 
 
-def test_messages_of_a_pipeline_do_not_grow_with_micro_batches(workers: WorkerPool) -> None:
-    """torch makes what all micro-batches of a step receive into when it begins; here one is there when it is due."""
+@pytest.mark.parametrize(
+    ("layout", "growth"),
+    [(Layout(pp=2), 0), (Layout(pp=2, schedule="interleaved", layers_per_stage=1), 3)],
+    ids=str,
+)
+def test_what_a_pipeline_keeps_of_every_micro_batch(workers: WorkerPool, layout: Layout, growth: int) -> None:
+    """What 1F1B receives is there while it is due, where torch makes buffers for all micro-batches of a step.
+
+    With several stages on a rank torch keeps what it sent: here two hidden states and a gradient, or the reverse.
+    """
     few, many = (
-        workers.run(formula_and_measured, 2, PLAIN, Layout(pp=2), "float32", 2, count, 128)
-        for count in (4, 12)
+        workers.run(formula_and_measured, 2, PLAIN, layout, "float32", 2, count, 128) for count in (4, 12)
     )
     hidden = 2 * 128 * PLAIN.hidden_size * 4
     for rank in range(2):
-        for (mode, _, less), (_, _, more) in zip(few[rank], many[rank], strict=True):
-            assert abs(more - less) < hidden / 2, (rank, mode)
+        for (mode, planned, less), (_, planned_of_more, more) in zip(few[rank], many[rank], strict=True):
+            assert round((more - less) / 8 / hidden, 1) == growth, (rank, mode)
+            assert round((planned_of_more - planned) / 8 / hidden, 1) == growth, (rank, mode)
 
 
 @pytest.mark.nightly

@@ -109,8 +109,29 @@ def test_what_a_recipe_takes_of_a_device() -> None:
     # A reference of its own, which reads every pair too.
     assert of_pairs.memory.weights == 2 * with_all.memory.weights
     assert 0.6 < of_pairs.tokens_per_second / with_all.tokens_per_second < 1
+    (as_json,) = call("asd-core", "recipes", "llama-65b", "--device", "h100", "--json").stdout.splitlines()
+    told = json.loads(as_json)
+    assert told["name"] == "llama-65b"
+    assert told["memory_bytes"]["total"] == forecast_of("llama-65b", load_profile("h100")).memory.total
     lacks = call("asd-core", "recipes", "llama-65b", "--device", "ascend-910a")
     assert "the profile ascend-910a has no products in it" in lacks.complaint
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[precision]\ndtype = 'bfloat16'", "[recipe] must have command"),
+        ("recipe = 3", "[recipe] must have command"),
+        ("[recipe]\ncommand = 'serve'\nmodel = 'llama-7b'\ndevices = 8", "[recipe] must have command"),
+        ("[recipe]\ncommand = 'pretrain'\nmodel = 'llama-7b'\ndevices = 'many'", "devices='many'"),
+        ("[recipe]\ncommand = 'pretrain'\nmodel = 'llama-7b'\ndevices = 8\nnodes = 2", "nodes"),
+    ],
+)
+def test_a_file_that_does_not_say_what_it_is_for(text: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text(text + "\n")
+    done = call("asd-core", "recipes", tmp_path / "mine.toml", "--device", "h100")
+    assert done.status == 2, done.stderr
+    assert words in done.complaint
 
 
 def test_no_recipe_repeats_its_base() -> None:

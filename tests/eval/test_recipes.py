@@ -63,11 +63,36 @@ def test_options_that_were_given_win(tmp_path: Path) -> None:
     assert "--limit" in call("asd-eval", "run", recipe).complaint
 
 
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("limit = true", "limit is not one value"),
+        ("limit = [1, 2]", "limit is not one value"),
+        ("limit = {a = 1}", "limit is not one value"),
+        ("limit = nan", "--limit"),
+        ("temperature = inf", "--temperature"),
+        ("task = [['boolq']]", "task is not a list of values"),
+        ("allow_code_execution = 'perhaps'", "allow_code_execution is not true or false"),
+        ("[run]", "unknown key run"),
+        ("limit = ", "is not TOML"),
+    ],
+)
+def test_values_that_are_none(tmp_path: Path, line: str, words: str) -> None:
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text(
+        ("" if line.startswith("task") else "task = 'boolq'\n") + f"task_data_path = 'sample'\n{line}\n"
+    )
+    done = call("asd-eval", "run", recipe, "--load", tmp_path)
+    assert done.status == 2 or "is not TOML" in words, done.stderr
+    assert words in done.complaint
+    assert done.stdout == ""
+
+
 def test_what_is_no_recipe(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"gsm8 is no recipe; did you mean gsm8k\?"):
-        recipe_options("gsm8", [])
+        recipe_options("gsm8", {})
     (tmp_path / "mine.toml").write_text("tasks = ['mmlu']\n")
     with pytest.raises(UsageError, match=r"unknown key tasks; did you mean task\?"):
-        recipe_options(str(tmp_path / "mine.toml"), ["task"])
+        recipe_options(str(tmp_path / "mine.toml"), {"task": "list"})
     done = call("asd-eval", "run", "--task-data-path", "sample", "--load", tmp_path)
     assert "task is missing; give --task, or a recipe" in done.complaint

@@ -1,7 +1,7 @@
 """`asd-core recipes`."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +14,7 @@ from ascendspeed_core.config.preference import DpoConfig
 from ascendspeed_core.config.recipes import (
     FOLDER,
     TABLE,
+    RecipeConfig,
     find_recipe,
     read_recipe,
     recipe_comments,
@@ -51,20 +52,22 @@ def recipes(
     """
     if device is None:
         print_recipes(FOLDER, name, as_json)
-    elif as_json:
-        raise ConfigError("device means nothing with --json; leave one of them out")
-    else:
-        print("\n".join(forecast_table(recipe_names() if name is None else [name], device)))
-
-
-def forecast_table(names: Sequence[str], device: str) -> list[str]:
-    """Return what recipes take on devices of a profile as aligned lines."""
+        return
     profile = load_profile(device)
+    found = {one: forecast_of(one, profile) for one in (recipe_names() if name is None else [name])}
+    if as_json:
+        for one, takes in found.items():
+            print(json.dumps({"name": one, "device": profile.name, **takes.as_json()}))
+    else:
+        print("\n".join(forecast_table(found, profile)))
+
+
+def forecast_table(forecasts: Mapping[str, Forecast], profile: HardwareProfile) -> list[str]:
+    """Return what recipes take on devices of a profile as aligned lines."""
     columns = "recipe devices layout GiB of tokens/s/device computing recompute messages bubble optimizer"
     rows: list[Sequence[str]] = [columns.split()]
-    for name in names:
+    for name, found in forecasts.items():
         sections = read_recipe(find_recipe(name))
-        found = forecast_of(name, profile)
         shares = found.seconds.shares()
         sent = shares["model_messages"] + shares["reduction"]
         rows.append(
@@ -80,17 +83,22 @@ def forecast_of(name: str, profile: HardwareProfile) -> Forecast:
     """Return what a recipe takes on devices of a profile, as many as its layout is for.
 
     Raises:
-        ConfigError: the devices lack the recipe's format.
+        ConfigError: the devices lack the recipe's format, or the recipe does not say what it is for.
     """
-    command = read_recipe(find_recipe(name))[TABLE]["command"]
+    table = read_recipe(find_recipe(name)).get(TABLE)
+    purpose = validate(RecipeConfig, dict(table) if isinstance(table, dict) else {})
+    command = purpose.command or ""
+    if command not in CONFIGS or purpose.model is None or purpose.devices is None:
+        raise ConfigError(
+            f"recipe {name}: [recipe] must have command ({', '.join(CONFIGS)}), model (a size of `asd-core models`) "
+            "and devices to say what it takes; add them"
+        )
     start = {} if command == "pretrain" else {"load": Path("model")}
     config = load_config(
         CONFIGS[command], None, {"data_path": ["data"], **start}, lambda _: None, NamedRecipe(name, command)
     )
-    assert config.recipe.model is not None
-    assert config.recipe.devices is not None
-    model, _ = read_model(config.recipe.model)
-    found = forecast(config, model, config.parallel.layout(config.recipe.devices), profile)
+    model, _ = read_model(purpose.model)
+    found = forecast(config, model, config.parallel.layout(purpose.devices), profile)
     if found is None:
         raise ConfigError(
             f"recipe {name}: no formula knows the memory of its recompute; leave --device out, or change "

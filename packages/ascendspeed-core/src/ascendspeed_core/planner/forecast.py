@@ -1,7 +1,8 @@
 """What a plan says of a run with all its options: a workload, the memory of its ranks, its speed. No torch."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ascendspeed_core.config.layout import Layout, Stage, stages_of_ranks
 from ascendspeed_core.config.model import ModelConfig
@@ -18,27 +19,37 @@ ATTENTION_NAMES = frozenset(("q_proj", "k_proj", "v_proj", "o_proj", "query_key_
 """Layers of attention by their names in `--lora-target-modules`."""
 
 
-def tuning_of(config: PretrainConfig) -> Tuning:
-    """Return what a run trains; adapters count as those of all layers of attention, or of the MLP too."""
+def tuning_of(config: PretrainConfig, adapted: Collection[str] | None = None) -> Tuning:
+    """Return what a run trains; adapters count as those of all layers of attention, or of the MLP too.
+
+    Args:
+        config: of the run.
+        adapted: names of the layers with adapters, where they are known; else those that its options name count.
+    """
     lora = config.adapters
     pairs = config.objective == "dpo"
     if lora is None:
         return Tuning(pairs=pairs)
-    names = {name.rpartition(".")[2] for name in lora.lora_target_modules}
+    if adapted is None:
+        names = {name.rpartition(".")[2] for name in lora.lora_target_modules}
+        adapts_mlp = not names <= ATTENTION_NAMES
+    else:
+        adapts_mlp = any(".mlp." in name for name in adapted)
     return Tuning(
         adapter_rank=lora.lora_r,
-        adapts_mlp=not names <= ATTENTION_NAMES,
+        adapts_mlp=adapts_mlp,
         adapter_dropout=lora.lora_dropout > 0,
         pairs=pairs,
     )
 
 
-def workload_of(config: PretrainConfig, model: ModelConfig, layout: Layout) -> Workload:
+def workload_of(
+    config: PretrainConfig, model: ModelConfig, layout: Layout, adapted: Collection[str] | None = None
+) -> Workload:
     """Return the largest micro-batch of a run."""
-    rows = max((config.batch.micro_batch_size, *config.batch.manual_sizes()))
-    return Workload(
-        model, layout, rows, config.data.seq_length, config.precision.dtype_name, tuning_of(config)
-    )
+    sizes = config.batch.manual_sizes() or (config.batch.micro_batch_size,)
+    tuning = tuning_of(config, adapted)
+    return Workload(model, layout, max(sizes), config.data.seq_length, config.precision.dtype_name, tuning)
 
 
 def micro_batches_of(config: PretrainConfig, layout: Layout) -> int:
@@ -80,7 +91,12 @@ def modes_of_ranks(config: RecomputeConfig, num_layers: int, layout: Layout) -> 
 
 
 def planned_memory(
-    config: PretrainConfig, model: ModelConfig, layout: Layout, is_fused: bool, margin: float = 0.0
+    config: PretrainConfig,
+    model: ModelConfig,
+    layout: Layout,
+    is_fused: bool,
+    margin: float = 0.0,
+    adapted: Collection[str] | None = None,
 ) -> list[RankMemory] | None:
     """Return the memory of each pipeline rank in a step of a run; `None` where a formula is missing.
 
@@ -90,8 +106,9 @@ def planned_memory(
         layout: of all ranks.
         is_fused: see `ActivationBytes`.
         margin: share for the allocator.
+        adapted: see `tuning_of`.
     """
-    planner = MemoryPlanner(workload_of(config, model, layout), is_fused, margin)
+    planner = MemoryPlanner(workload_of(config, model, layout, adapted), is_fused, margin)
     count = micro_batches_of(config, layout)
     modes = modes_of_ranks(config.recompute, model.num_layers, layout)
     return None if modes is None else [planner.rank(rank, count, own) for rank, own in enumerate(modes)]
@@ -110,6 +127,14 @@ class Forecast:
     memory: RankMemory
     seconds: StepSeconds
     tokens_per_second: float
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        return {
+            "tokens_per_second_per_device": self.tokens_per_second,
+            "step_seconds": vars(self.seconds) | {"total": self.seconds.total},
+            "memory_bytes": vars(self.memory) | {"total": self.memory.total},
+        }
 
 
 def forecast(

@@ -91,6 +91,7 @@ class StepMemory:
         resident: bytes that are always there: weights, optimizer state.
         update: most that reducing and applying the gradients takes besides, the gradients included.
         gathered: of messages with new parameters, which the first forward of each stage uses up.
+        left: of micro-batches before those of `actions`: what their stages sent and torch keeps.
     """
 
     stages: Sequence[StageMemory]
@@ -99,6 +100,7 @@ class StepMemory:
     resident: int
     update: int
     gathered: int = 0
+    left: int = 0
 
     @property
     def num_layers(self) -> int:
@@ -115,7 +117,7 @@ class StepMemory:
         for stage in self.stages:
             by_stage.append(stage.parts(modes[start : start + stage.num_layers]))
             start += stage.num_layers
-        held = most = float(self.resident)
+        held = most = float(self.resident + self.left)
         started: set[int] = set()
         waiting = [self.gathered * len(parts) / sum(map(len, by_stage)) for parts in by_stage]
         for action in self.actions:

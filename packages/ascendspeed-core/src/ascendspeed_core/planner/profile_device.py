@@ -10,6 +10,7 @@ slowest took.
 import os
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -47,8 +48,9 @@ MESSAGES = (1 << 10, 1 << 14, 1 << 18, 1 << 20, 1 << 22, 1 << 24)
 """Bytes of collectives."""
 
 LEAST_RUNS, MOST_RUNS = 1, 30
-CACHE_BYTES = 1 << 26
-"""Written before a product: more than the caches of a processor or an accelerator hold."""
+PROCESSOR_CACHE, ACCELERATOR_CACHE = 1 << 26, 1 << 28
+"""Bytes that are written before a product, so that caches hold none of its operands: twice the 32 MB that cores of an
+EPYC share; 256 MiB on an accelerator, as `triton.testing.do_bench` does."""
 
 ROUNDS = 3
 """Through everything, so that a slow minute of a machine that others share spoils no number."""
@@ -80,13 +82,14 @@ class Stopwatch:
 
     def __init__(self, device: Device, is_shared: bool, seconds: float) -> None:
         self.device, self._is_shared, self._seconds = device, is_shared, seconds
-        self._others = torch.zeros(CACHE_BYTES // 4, device=device.torch)
+        size = PROCESSOR_CACHE if device.memory_bytes() is None else ACCELERATOR_CACHE
+        self._evicting = torch.zeros(size // 4, device=device.torch)
 
     def least(self, work: Callable[[], Any]) -> float:
         """Return the least seconds of several runs, on the slowest rank."""
-        return self.both(lambda: (work(), None)[1], lambda _: None).forward
+        return self.forward_and_backward(lambda: (work(), None)[1], lambda _: None).forward
 
-    def both(
+    def forward_and_backward(
         self, forward: Callable[[], Any], backward: Callable[[Any], Any], is_cold: bool = False
     ) -> Measured:
         """Return the seconds of a forward, and of a backward of what it gave.
@@ -112,7 +115,7 @@ class Stopwatch:
     def _timed(self, work: Callable[[], Any], is_cold: bool) -> tuple[float, Any]:
         """Return the seconds of one run, and what it gave."""
         if is_cold:
-            self._others.add_(1)
+            self._evicting.add_(1)
         self.device.synchronize()
         started = self.device.computing_seconds()
         result = work()
@@ -194,7 +197,8 @@ def _products(watch: Stopwatch, name: str, dtype: torch.dtype, is_quick: bool) -
             ) -> None:
                 torch.autograd.grad(out, (x, weight), gradient)
 
-            measured = watch.both(lambda x=x, weight=weight: F.linear(x, weight), backward, True)  # type: ignore[misc]
+            forward = partial(F.linear, x, weight)
+            measured = watch.forward_and_backward(forward, backward, is_cold=True)
             found.append(
                 {"format": name, "m": m, "n": n, "k": k, "forward_seconds": measured.forward,
                  "backward_seconds": measured.backward}
@@ -220,7 +224,7 @@ def _operators(
             if is_quick and elements * HIDDEN > SMALL:
                 continue
             forward, backward, counted = make(elements, dtype, device)
-            measured = watch.both(forward, backward)
+            measured = watch.forward_and_backward(forward, backward)
             found.append(
                 {"name": operator, "format": name, "elements": counted, "forward_seconds": measured.forward,
                  "backward_seconds": measured.backward}

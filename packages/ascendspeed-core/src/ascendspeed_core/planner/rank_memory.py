@@ -11,7 +11,7 @@ from ascendspeed_core.config.recompute import Mode
 from ascendspeed_core.planner.activations import ActivationBytes
 from ascendspeed_core.planner.hardware import FORMAT_BYTES
 from ascendspeed_core.planner.memory import PartMemory, PipelineAction, StageMemory, StepMemory
-from ascendspeed_core.planner.pipeline_order import PipelineWork, order_of_rank, stages_per_rank
+from ascendspeed_core.planner.pipeline_order import PipelineWork, order_of_rank
 from ascendspeed_core.planner.workload import Workload
 
 ALLOCATOR_MARGIN = 0.08
@@ -100,8 +100,8 @@ class MemoryPlanner:
         gradients = self._gradients(trained)
         activations = max(peak - step.resident - gradients, 0)
         if self.work.layout.schedule in SPLIT_BACKWARD_SCHEDULES:
-            activations *= 1 + BETWEEN_BACKWARDS
-            peak += int(activations * BETWEEN_BACKWARDS / (1 + BETWEEN_BACKWARDS))
+            waiting = BETWEEN_BACKWARDS * max(activations - step.left, 0)
+            activations, peak = activations + waiting, peak + int(waiting)
         if zero:
             # What was counted for gradients of this rank is DeepSpeed's own, see `_gradients`.
             walked = peak - self._kept_gradients(trained) + gradients
@@ -184,7 +184,7 @@ class MemoryPlanner:
             self._layers[key] = part
         return self._layers[key]
 
-    def _stage(self, stage: Stage, is_shared: bool) -> StageMemory:
+    def _stage(self, stage: Stage, own_stages: Sequence[Stage], is_shared: bool) -> StageMemory:
         modes: tuple[Mode, ...] = ("none", "selective", "full")
         kinds = [self._kind(number) for number in stage.layers]
         by_kind = {kind: {mode: self._layer(kind, mode) for mode in modes} for kind in set(kinds)}
@@ -201,10 +201,12 @@ class MemoryPlanner:
         inner, outer = (0 if is_end else hidden for is_end in (stage.is_first, stage.is_last))
         logits = int(self.work.tokens * self.work.vocabulary * FORMAT_BYTES[self.work.dtype])
         output = (hidden if self.work.head().hidden_loss else logits) if stage.is_last else outer
-        several = stages_per_rank(self.work.layout, self.work.model.num_layers) > 1
+        mine = {one.index for one in own_stages}
+        # With several stages on a rank torch keeps what it sent until the step ends; neighbours on a rank send nothing.
+        sent = inner * (stage.index - 1 not in mine) + outer * (stage.index + 1 not in mine)
         return StageMemory(
             own[0], len(own), before, after, inputs, output=output, received=inner, gradient=outer,
-            sent=inner + outer if several else 0, others=others,
+            sent=sent if len(mine) > 1 else 0, others=others,
         )  # fmt: skip
 
     def step(self, rank: int, micro_batches: int) -> StepMemory:
@@ -224,8 +226,9 @@ class MemoryPlanner:
         gathered = 0.0
         if layout.sharded_optimizer and layout.overlap_param_gather and layout.dp * layout.cp > 1:
             gathered = trained * width
+        held = [self._stage(stage, stages, shared) for stage in stages]
         return StepMemory(
-            stages=[self._stage(stage, shared) for stage in stages],
+            stages=held,
             actions=[
                 PipelineAction(work.kind == "forward", local[work.stage], work.micro_batch)
                 for work in order
@@ -235,6 +238,7 @@ class MemoryPlanner:
             resident=int(self._weights(rank) + self._state(trained, of_experts)),
             update=int(self._update(trained, of_experts)),
             gathered=int(gathered),
+            left=(micro_batches - walked) * sum(stage.sent for stage in held),
         )
 
     def _update(self, parameters: float, of_experts: float) -> float:

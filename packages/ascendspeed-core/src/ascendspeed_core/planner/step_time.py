@@ -228,15 +228,15 @@ class StepTimer:
         )
         update = max(self._update(*self.work.trained(stages)) for stages in held)
         bubble = max(makespan - busy, 0.0)
-        read = NOTHING
+        reference = NOTHING
         if self.work.tuning.pairs:
             # The reference reads all micro-batches first, one stage after the other.
-            read = mine_seconds
-            bubble += (layout.pp - 1) * (read.forward + read.forward_waiting)
+            reference = mine_seconds
+            bubble += (layout.pp - 1) * (reference.forward + reference.forward_waiting)
         return StepSeconds(
-            compute=micro_batches * (mine_seconds.forward + mine_seconds.backward + read.forward),
+            compute=micro_batches * (mine_seconds.forward + mine_seconds.backward + reference.forward),
             recompute=micro_batches * mine_seconds.again,
-            model_messages=micro_batches * (mine_seconds.waiting + read.forward_waiting),
+            model_messages=micro_batches * (mine_seconds.waiting + reference.forward_waiting),
             bubble=bubble,
             reduction=reduction,
             update=update,

@@ -194,7 +194,10 @@ def memory_need(config: PretrainConfig, source: WeightSource, layout: Layout, de
         device: that they run on; an accelerator has fused operators, which keep less.
     """
     held = resident_bytes(config, source, layout)
-    planned = planned_memory(config, source.config, layout, is_fused=device.memory_bytes() is not None)
+    planned = planned_memory(
+        config, source.config, layout, is_fused=device.memory_bytes() is not None,
+        adapted=None if source.adapters is None else source.adapters.layers,
+    )  # fmt: skip
     if planned is None:
         return MemoryNeed(held, None, layout.world_size // layout.pp)
     # DeepSpeed holds more than tensors tell, which the plan knows; trained embeddings are known to the tensors alone.

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from math import isfinite
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -20,7 +21,7 @@ from ascendspeed_eval.hub_datasets import find_data
 from ascendspeed_eval.model import Backend, EvaluatedModel
 from ascendspeed_eval.output_folder import SAMPLES
 from ascendspeed_eval.progress import log
-from ascendspeed_eval.recipes import recipe_options
+from ascendspeed_eval.recipes import Kind, recipe_options
 from ascendspeed_eval.report import markdown, warnings
 from ascendspeed_eval.runner import MAX_FAILURES, evaluate
 from ascendspeed_eval.small_files import read_text
@@ -33,8 +34,12 @@ from ascendspeed_eval.tasks.samples import GenerationSettings
 def _take_recipe(context: typer.Context, name: str | None) -> str | None:
     """Make the options of a recipe the defaults of the command, before its other options are read."""
     if name is not None and not context.resilient_parsing:
-        known = [parameter.name or "" for parameter in context.command.params]
-        context.default_map = recipe_options(name, [one for one in known if one != "recipe"])
+        kinds: dict[str, Kind] = {}
+        for option in context.command.params:
+            if option.name not in (None, "recipe"):
+                kind: Kind = "list" if getattr(option, "multiple", False) else "value"
+                kinds[str(option.name)] = "flag" if getattr(option, "is_flag", False) else kind
+        context.default_map = recipe_options(name, kinds)
     return name
 
 
@@ -230,6 +235,8 @@ def _options_of(backend: Backend, given: Mapping[str, Any], evaluation: Evaluati
 
 
 def _check_generation(task: Task, generation: GenerationSettings) -> None:
+    if not isfinite(generation.temperature):
+        raise UsageError(f"--temperature {generation.temperature} is not finite; give 0, or 0.8 to sample")
     if generation.num_samples > 1 and generation.temperature == 0:
         raise UsageError(
             f"num_samples={generation.num_samples} at temperature 0 generates the same text each time; give "
