@@ -70,7 +70,7 @@ class NpuModule:
     def get_device_name(self, device_name: int | None = None) -> str:
         return "look-alike"
 
-    def get_device_properties(self, device: int | None = None) -> SimpleNamespace:
+    def get_device_properties(self, device_name: int | None = None) -> SimpleNamespace:
         return SimpleNamespace(total_memory=8 << 30)
 
     def synchronize(self, device: int | None = None) -> None:
