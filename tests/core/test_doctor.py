@@ -43,7 +43,9 @@ def test_this_environment_is_sound() -> None:
 def test_requirements_are_those_of_the_packages() -> None:
     facts = {fact.name: fact for fact in requirement_facts({"torch": "1.11.0", "numpy": "2.0"}.get)}
     assert facts["torch"].status == "wrong"
-    project = tomllib.loads((ROOT / "packages" / "ascendspeed-core" / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((ROOT / "packages" / "ascendspeed-core" / "pyproject.toml").read_text())[
+        "project"
+    ]
     (needed,) = (item for item in project["dependencies"] if re.match(r"torch\W", item))
     assert facts["torch"].remedy == f'python -m pip install "{needed}"'
     assert facts["numpy"].status == "fits"

@@ -223,21 +223,50 @@ def process_group(
     import torch.distributed as dist
 
     timeout = timedelta(seconds=timeout_seconds)
-    if world.size == 1:
-        alone = dist.HashStore()  # type: ignore[attr-defined] # public, but not listed
-        dist.init_process_group(chosen.backend, store=alone, rank=0, world_size=1, timeout=timeout)
-    else:
+    with _stdout_for_results():
+        if world.size == 1:
+            alone = dist.HashStore()  # type: ignore[attr-defined] # public, but not listed
+            dist.init_process_group(chosen.backend, store=alone, rank=0, world_size=1, timeout=timeout)
+        else:
+            try:
+                dist.init_process_group(chosen.backend, timeout=timeout)
+            except dist.DistError as error:
+                reason = str(error).partition("\n")[0]
+                raise AscendSpeedError(
+                    f"the {world.size} processes of the run did not find each other: {reason}"
+                ) from None
         try:
-            dist.init_process_group(chosen.backend, timeout=timeout)
-        except dist.DistError as error:
-            reason = str(error).partition("\n")[0]
-            raise AscendSpeedError(
-                f"the {world.size} processes of the run did not find each other: {reason}"
-            ) from None
+            yield world, chosen
+        finally:
+            dist.destroy_process_group()
+
+
+@contextmanager
+def _stdout_for_results() -> Iterator[None]:
+    """Send to standard error what libraries write to the process's standard output: gloo of torch 2.10 says there who
+    is connected. What Python prints goes where it went."""
+    import ctypes
+
+    outside = sys.stdout
     try:
-        yield world, chosen
+        number = outside.fileno()
+    except OSError:
+        # Somebody reads what Python prints, and not the process's output.
+        yield
+        return
+    outside.flush()
+    kept = os.dup(number)
+    os.dup2(sys.stderr.fileno(), number)
+    sys.stdout = open(kept, "w", encoding=outside.encoding, errors=outside.errors)
+    try:
+        yield
     finally:
-        dist.destroy_process_group()
+        sys.stdout.flush()
+        # What libraries have not written yet goes the same way.
+        ctypes.CDLL(None).fflush(None)
+        os.dup2(kept, number)
+        sys.stdout.close()
+        sys.stdout = outside
 
 
 def _quiet_elastic() -> None:

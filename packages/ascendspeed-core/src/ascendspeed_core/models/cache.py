@@ -18,6 +18,7 @@ from math import prod
 import torch
 
 from ascendspeed_core.kernels.lengths import LengthsAttention
+from ascendspeed_core.kernels.native import TokenAttention
 from ascendspeed_data.errors import AscendSpeedError
 
 BLOCK_TOKENS = 16
@@ -90,6 +91,7 @@ class KeyValueCache:
         device: where it is kept.
         lengths_attention: attends to keys and values of all chunks of a pass in one call; `None` where each chunk
             needs a call of its own.
+        token_attention: stores and attends for all chunks of one token in one call; `None` likewise.
 
     Attributes:
         layers: tensors of each layer, one for each thing that it keeps, [..., C, D]; keys and values are [K, C, D].
@@ -103,9 +105,10 @@ class KeyValueCache:
         dtype: torch.dtype,
         device: torch.device,
         lengths_attention: LengthsAttention | None = None,
+        token_attention: TokenAttention | None = None,
     ) -> None:
         self.device = device
-        self.lengths_attention = lengths_attention
+        self.lengths_attention, self.token_attention = lengths_attention, token_attention
         self.windows = [layer.window for layer in layers]
         self.num_blocks = self.free_blocks = blocks_of(capacity_tokens)
         self.groups: list[_LayerGroup] = []

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from ascendspeed_core.kernels.lengths import TextLengths
+from ascendspeed_core.kernels.native import SingleTokens
 from ascendspeed_core.models.cache import KeyValueCache, SequenceChunk
 
 _ViewsByLayer = Sequence[tuple[torch.Tensor, ...]]
@@ -67,6 +68,10 @@ class CachedPass:
             self._rows = torch.tensor(rows, device=cache.device)
         if is_one_call:
             self.lengths = lengths_of(chunks, cache.device)
+        self._singles: SingleTokens | None = None
+        """The chunks of one token, where one call stores and attends for all of them."""
+        if cache.token_attention is not None and is_apart and length is None:
+            self._singles = single_tokens_of(chunks)
         self._visible: list[_ViewsByLayer] = []
         self._stored: list[_ViewsByLayer] = []
 
@@ -94,6 +99,12 @@ class CachedPass:
         """
         if self.lengths is not None:
             return self._attend_at_once(layer, q, kept)
+        of_singles: Sequence[torch.Tensor] = ()
+        if self._singles is not None:
+            found = self._attend_from_single_tokens(self._singles, layer, q, kept)
+            if len(self._singles.rows) == len(self.chunks):
+                return found
+            of_singles = found.transpose(1, 2).split(self._counts, dim=2)
         if not self._visible:
             self._make_views()
         queries = q.transpose(1, 2).split(self._counts, dim=2)
@@ -105,6 +116,9 @@ class CachedPass:
                 whole.index_copy_(-2, self._rows, mine.narrow(-2, 0, used))
         parts, done = [], 0
         for number, chunk in enumerate(self.chunks):
+            if of_singles and chunk.count == 1:
+                parts.append(of_singles[number])
+                continue
             if self._rows is None:
                 for view, mine in zip(self._stored[number][layer], new, strict=True):
                     rest = view.shape[-2] - chunk.count
@@ -148,6 +162,24 @@ class CachedPass:
         window = self.cache.windows[layer]
         return self.cache.lengths_attention(q[0], keys, values, self.lengths, window).unsqueeze(0)
 
+    def _attend_from_single_tokens(
+        self, singles: SingleTokens, layer: int, q: torch.Tensor, kept: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        """Store and attend for the chunks of one token: [1, M, N, D], of which their rows are filled."""
+        assert self.cache.token_attention is not None
+        keys, values = self.cache.layers[layer]
+        new_keys, new_values = kept
+        attended = q.new_empty(q.shape)
+        self.cache.token_attention(
+            q[0],
+            (new_keys[0], new_values[0]),
+            (keys, values),
+            singles,
+            self.cache.windows[layer],
+            attended[0],
+        )
+        return attended
+
     def _make_views(self) -> None:
         """Make the views of what each chunk sees and stores, of all layers at once: far cheaper than layer by layer."""
         for chunk, attended in zip(self.chunks, self.attended, strict=True):
@@ -183,7 +215,7 @@ class SingleTokenPass(CachedPass):
         self, cache: KeyValueCache, positions: torch.Tensor, starts: torch.Tensor, most_keys: int
     ) -> None:
         self.cache, self.chunks, self.length = cache, (), len(positions)
-        self.attended, self._is_tiled = (), False
+        self.attended, self._is_tiled, self._singles = (), False, None
         self.positions = positions.unsqueeze(0)
         self._rows = starts + positions
         self.lengths = TextLengths(
@@ -193,6 +225,17 @@ class SingleTokenPass(CachedPass):
             1,
             most_keys,
         )
+
+
+def single_tokens_of(chunks: Sequence[SequenceChunk]) -> SingleTokens | None:
+    """Return where the chunks of one token lie, on the host; `None` if there are none."""
+    rows = accumulate((chunk.count for chunk in chunks), initial=0)
+    found = [
+        (row, chunk.slot.start, chunk.end)
+        for row, chunk in zip(rows, chunks, strict=False)
+        if chunk.count == 1
+    ]
+    return SingleTokens(*torch.tensor(found).T.contiguous()) if found else None
 
 
 def lengths_of(chunks: Sequence[SequenceChunk], device: torch.device) -> TextLengths:

@@ -277,6 +277,14 @@ class _Stage(PipelineStage):
         self._gradients.allocate(bwd_chunk_id, self._sizes[bwd_chunk_id], self.device)
         return super().get_bwd_recv_ops(bwd_chunk_id)
 
+    def get_fwd_send_ops(self, fwd_chunk_id: int) -> Any:
+        """Return the sends of one forward, of numbers alone: torch before 2.13 keeps what is sent, and with an output
+        its graph and the input of the stage."""
+        operations = super().get_fwd_send_ops(fwd_chunk_id)
+        for operation in operations:
+            operation.tensor = operation.tensor.detach()
+        return operations
+
     def _validate_fwd_outputs(self, outputs: tuple[torch.Tensor, ...]) -> None:
         """Nothing: torch before 2.13 asks that all micro-batches have the size of the first."""
 

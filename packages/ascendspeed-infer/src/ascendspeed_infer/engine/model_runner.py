@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from ascendspeed_core.kernels.lengths import lengths_attention
+from ascendspeed_core.kernels.native import token_attention
 from ascendspeed_core.models.attention import changed_scores
 from ascendspeed_core.models.cache import CacheSlot, KeyValueCache, SequenceChunk
 from ascendspeed_core.models.cached_pass import CachedPass
@@ -215,9 +216,14 @@ def make_cache(model: Transformer, mesh: ParallelMesh, cache_tokens: int) -> Key
     # One latent for keys and values is not what that call reads.
     is_latent = config.kv_latent_dim is not None
     changes_scores = is_latent or config.position == "alibi" or changed_scores(config) is not None
-    attention = lengths_attention(mesh.device, dtype, config.head_dim, changes_scores, config.attention_scale)
+    given = (mesh.device, dtype, config.head_dim, changes_scores, config.attention_scale)
     return KeyValueCache(
-        model.layer_caches(mesh.layout.tp), cache_tokens, dtype, mesh.device.torch, attention
+        model.layer_caches(mesh.layout.tp),
+        cache_tokens,
+        dtype,
+        mesh.device.torch,
+        lengths_attention(*given),
+        token_attention(*given),
     )
 
 
