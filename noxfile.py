@@ -197,14 +197,16 @@ def install(session: nox.Session, *extra: str) -> None:
     start a great many processes, and PYTHONDONTWRITEBYTECODE may keep them from writing it.
     """
     pins = pins_of(session)
-    shared = Path(session.cache_dir) / f"dependencies-{sys.version_info.major}.{sys.version_info.minor}"
+    environment = Path(session.virtualenv.location).absolute()
+    (library,) = environment.glob("lib/python3*")
+    shared = Path(session.cache_dir) / f"dependencies-{library.name.removeprefix('python')}"
     if not (shared / "bin" / "python").exists():
-        make_environment(shared)
+        make_environment(shared, environment / "bin" / "python")
     pip = ("python", "-m", "pip", "--python", str(shared / "bin" / "python"), "install", *pins)
     # torch alone first: asked for together with others, pip may resolve it to a build with CUDA.
     session.run(*pip, pinned("torch", pins), silent=True)
     session.run(*pip, *dependencies(), silent=True)
-    borrow(Path(session.virtualenv.location), shared)
+    borrow(environment, shared)
     packages = [argument for name in PACKAGES for argument in ("-e", package(name))]
     session.install(*pins, *packages, *extra)
 
@@ -275,9 +277,9 @@ def make_isolated(session: nox.Session, name: str, folder: Path, made: set[str])
     made.add(name)
 
 
-def make_environment(folder: Path) -> None:
-    """Make an empty environment, without pip: that of the session installs into it."""
-    subprocess.run([sys.executable, "-m", "venv", "--clear", "--without-pip", str(folder)], check=True)
+def make_environment(folder: Path, python: str | Path = sys.executable) -> None:
+    """Make an empty environment of a Python, without pip: that of the session installs into it."""
+    subprocess.run([python, "-m", "venv", "--clear", "--without-pip", str(folder)], check=True)
 
 
 def borrow(borrower: Path, lender: Path) -> None:

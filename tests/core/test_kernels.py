@@ -1,7 +1,7 @@
 """Each implementation of each operator gives what the plain one gives, forward and backward, or says why it cannot."""
 
-from collections.abc import re
-import Callable
+import re
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any

@@ -257,7 +257,7 @@ def _stdout_for_results() -> Iterator[None]:
     outside.flush()
     kept = os.dup(number)
     os.dup2(sys.stderr.fileno(), number)
-    sys.stdout = open(kept, "w", encoding=outside.encoding, errors=outside.errors)
+    sys.stdout = os.fdopen(kept, "w", encoding=outside.encoding, errors=outside.errors)
     try:
         yield
     finally:

@@ -82,7 +82,7 @@ def _compile(source: str, command: tuple[str, ...], made: Path) -> None:
             said = next((line for line in done.stderr.splitlines() if "error" in line), "it says nothing")
             raise CannotCompileError(f"{command[0]} does not compile {source}: {said.strip()}")
         # Processes that compile the same at a time each put a whole file here.
-        os.replace(out, made)
+        out.replace(made)
     logger.info("compiled %s into %s", source, made)
 
 
@@ -112,8 +112,7 @@ def _processor() -> str:
 @cache
 def _folder() -> Path:
     """Return where libraries are kept: a folder that only this user can write to, else one for this process."""
-    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    folder = Path(root) / "ascendspeed" / "kernels"
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ascendspeed" / "kernels"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = folder.stat()

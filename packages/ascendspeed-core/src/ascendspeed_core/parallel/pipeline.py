@@ -53,7 +53,7 @@ class _DualPipeV(ScheduleDualPipeV):
 
     def _calculate_single_rank_operations(self, rank: int) -> list[Any]:
         actions = super()._calculate_single_rank_operations(rank)
-        return [one for action in actions for one in (action and action.sub_actions or (action,))]
+        return [one for action in actions for one in (getattr(action, "sub_actions", None) or (action,))]
 
 
 SCHEDULES: dict[str, Any] = {
