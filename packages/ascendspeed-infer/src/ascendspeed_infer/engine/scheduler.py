@@ -18,6 +18,7 @@ from typing import Protocol
 
 import torch
 
+from ascendspeed_core.kernels.largest import largest
 from ascendspeed_core.models.cache import CacheSlot, SequenceChunk, blocks_of
 from ascendspeed_infer.engine.batch_invariant import PassShapes
 from ascendspeed_infer.engine.model_runner import ScheduledChunk
@@ -397,6 +398,6 @@ def _likeliest_tokens(output: SchedulerOutput, logits: Sequence[torch.Tensor]) -
     ]
     if not chunks:
         return {}
-    rows = torch.cat([logits[chunk] for chunk in chunks])
-    tokens = torch.where(rows.amax(-1).isfinite(), rows.argmax(-1), NOT_FINITE)
+    numbers, places = largest(torch.cat([logits[chunk] for chunk in chunks]))
+    tokens = torch.where(numbers.isfinite(), places, NOT_FINITE)
     return dict(zip(chunks, tokens.tolist(), strict=True))
