@@ -98,15 +98,24 @@ def examine() -> Report:
 
 
 def kernels_here() -> list[dict[str, str]]:
-    """Return what bf16 training of a plain model would use on the first device that `--device auto` takes."""
+    """Return what bf16 training of a plain model would use on the first device that `--device auto` takes, and on a CPU
+    what decoding would."""
     import torch
 
-    from ascendspeed_core.device import choose_device
-    from ascendspeed_core.kernels.registry import OPERATORS, KernelContext, choose, update_choice
+    from ascendspeed_core.device import HOST, choose_device
+    from ascendspeed_core.kernels import native
+    from ascendspeed_core.kernels.registry import OPERATORS, Choice, KernelContext, choose, update_choice
 
-    context = KernelContext(device=choose_device("auto", quiet=True), dtype=torch.bfloat16, seq_length=4096)
+    device = choose_device("auto", quiet=True)
+    context = KernelContext(device=device, dtype=torch.bfloat16, seq_length=4096)
     rows = [choose(operator, "auto", context)[1] for operator in OPERATORS]
     rows.append(update_choice("adam", context))
+    if device == HOST:
+        reason = native.why_not()
+        name = "text by text" if reason else "native"
+        rows.append(
+            Choice("decoding", name, reason or "attention of new tokens in C++, compiled for this processor")
+        )
     return [
         {"operator": row.operator, "implementation": row.implementation, "reason": row.reason} for row in rows
     ]

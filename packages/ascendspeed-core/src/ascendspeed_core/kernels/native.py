@@ -69,13 +69,25 @@ def token_attention(
     if device.kind != "cpu" or not is_taken:
         return None
     try:
-        library = compiled("attention.cpp", f"-DHEAD_DIM={head_dim}", "-ffp-contract=fast")
+        function = getattr(_library(head_dim), f"attend_tokens_{FORMATS[dtype]}")
     except CannotCompileError as error:
         logger.warning("each text has a call of its own for the attention of its next token: %s", error)
         return None
-    function = getattr(library, f"attend_tokens_{FORMATS[dtype]}")
     function.restype = None
     return partial(attend_tokens, function, head_dim**-0.5 if scale is None else scale)
+
+
+def why_not() -> str | None:
+    """Say why no such attention can be made on this machine; `None` if it can."""
+    try:
+        _library(LANES)
+    except CannotCompileError as error:
+        return str(error)
+    return None
+
+
+def _library(head_dim: int) -> ctypes.CDLL:
+    return compiled("attention.cpp", f"-DHEAD_DIM={head_dim}", "-ffp-contract=fast")
 
 
 def attend_tokens(
