@@ -44,6 +44,7 @@ ALLOWED = {
     "ascendspeed_core/data/build_index.py": "what the process above wrote on stdin",
     "ascendspeed_core/data/sample_index.py": "the cache, which is built again when it is damaged",
     "ascendspeed_core/device.py": "what the installer of CANN wrote, searched for its version",
+    "ascendspeed_core/kernels/cpp_library.py": "what the system says of the processor",
     "ascendspeed_core/observability/watchdog.py": "what another rank put into the store",
     "ascendspeed_core/weights/files/safetensors_files.py": "headers inside weight files",
     "ascendspeed_infer/engine/control_channel.py": "what rank 0 sent",

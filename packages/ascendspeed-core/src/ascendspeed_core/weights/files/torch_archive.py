@@ -81,7 +81,10 @@ class TorchArchive:
             raise
 
     def _give_up(self) -> None:
-        # Half an archive is of no use, and `zipfile` would try to end it, and complain, when it is collected.
+        # Half an archive is of no use, and `zipfile` would try to end it and its record, and complain, when they are
+        # collected.
+        if self._record is not None:
+            io.BufferedIOBase.close(self._record)
         self._zip.fp = None
 
     def _end_tensor(self) -> None:

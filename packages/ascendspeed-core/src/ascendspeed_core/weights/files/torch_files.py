@@ -52,7 +52,8 @@ INERT_PACKAGES = (
 STANDARD_DATA = frozenset(
     (
         "pathlib.PosixPath", "pathlib.PurePosixPath", "pathlib.WindowsPath", "pathlib.PureWindowsPath", "pathlib.Path",
-        "pathlib._local.PosixPath", "pathlib._local.WindowsPath", "_io.BytesIO", "io.BytesIO", "_io.StringIO",
+        "pathlib._local.PosixPath", "pathlib._local.PurePosixPath", "pathlib._local.WindowsPath",
+        "pathlib._local.PureWindowsPath", "pathlib._local.Path", "_io.BytesIO", "io.BytesIO", "_io.StringIO",
         "collections.defaultdict", "collections.deque", "collections.Counter", "types.SimpleNamespace",
         "datetime.datetime", "datetime.timedelta", "datetime.date", "datetime.timezone", "decimal.Decimal", "uuid.UUID",
         "functools.partial", "builtins.object", "builtins.complex", "builtins.frozenset", "builtins.slice",
