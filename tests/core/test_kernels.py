@@ -19,7 +19,7 @@ from ascendspeed_core.config.optimizer import OptimizerConfig
 from ascendspeed_core.config.training import DataConfig
 from ascendspeed_core.data.micro_batch import MicroBatch
 from ascendspeed_core.device import Device
-from ascendspeed_core.kernels import int8, liger, npu
+from ascendspeed_core.kernels import int8, liger, native_attention, npu
 from ascendspeed_core.kernels.mask_rule import attention_mask
 from ascendspeed_core.kernels.reference import GatedFunction, silu_gated_joined
 from ascendspeed_core.kernels.registry import (
@@ -279,8 +279,9 @@ def chosen(kind: str, dtype: torch.dtype = torch.bfloat16, **more: Any) -> dict[
 
 
 def test_what_auto_takes() -> None:
+    attention = "sdpa" if native_attention.why_not(torch.bfloat16, 128) else "native"
     assert chosen("cpu") == {
-        "attention": "sdpa", "scaled_masked_softmax": "reference", "rms_norm": "reference", "layer_norm": "torch",
+        "attention": attention, "scaled_masked_softmax": "reference", "rms_norm": "reference", "layer_norm": "torch",
         "rotary": "reference", "swiglu": "reference", "token_permutation": "reference",
         "grouped_product": "reference", "cross_entropy": "torch",
     }  # fmt: skip
@@ -360,7 +361,7 @@ def test_help_says_what_auto_takes() -> None:
         name: str(ComputeConfig.model_fields[name].description).rpartition("auto: ")[2] for name in KERNELS
     }
     assert said == {
-        "attention": "npu on an NPU, sdpa elsewhere.",
+        "attention": "npu on an NPU, sdpa on CUDA, native (if not installed: sdpa) on a CPU.",
         "scaled_masked_softmax": "npu on an NPU, reference elsewhere.",
         "rms_norm": "npu on an NPU, torch on CUDA, reference on a CPU.",
         "layer_norm": "torch.",
@@ -376,8 +377,8 @@ def test_help_says_what_auto_takes() -> None:
         setting = KernelContext(Device(kind), torch.float32, micro_batch_tokens=128)
         for operator in ("attention", "rms_norm", "layer_norm", "cross_entropy"):
             taken = choose(operator, "auto", setting)[0].name
-            # On CUDA the first of two may not be installed.
-            where = rf"{taken}( \(if not installed: \w+\)|\))? on CUDA"
+            # The first of two may not be installed.
+            where = rf"{taken}( \(if not installed: \w+\)|\))? on {'CUDA' if kind == 'cuda' else 'a CPU'}"
             assert re.search(where, said[operator]) or taken in said[operator].rpartition(",")[2]
 
 

@@ -1,180 +1,111 @@
-"""Attention of single new tokens in C++ gives what a call for each text gives, and says why where it cannot be made."""
+"""Attention of whole texts in C++ is the plain one in float64, forward and backward, whatever the shapes."""
 
-import logging
 import random
-import shutil
-import stat
-from collections.abc import Iterator
-from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from ascendspeed_core.build import load_model
-from ascendspeed_core.config.layout import Layout
-from ascendspeed_core.device import Device
-from ascendspeed_core.kernels import cpp_library
-from ascendspeed_core.kernels.lengths import TextLengths, attend_text_by_text
-from ascendspeed_core.kernels.native import SingleTokens, token_attention
-from ascendspeed_core.models.cache import KeyValueCache, SequenceChunk
-from ascendspeed_core.models.cached_pass import CachedPass
-from ascendspeed_core.models.transformer import ModelInput
-from ascendspeed_core.parallel.mesh import ParallelMesh
-from ascendspeed_core.weights import InitialWeights
-from support.models import tiny_config
+from ascendspeed_core.kernels import native_attention as native
+from ascendspeed_core.kernels.mask_rule import MaskRule, attention_mask
+from ascendspeed_core.kernels.reference import reference_attention
+from ascendspeed_core.parallel.recompute import _keep_products
 from support.tables import ReportTables
 
-CPU = Device("cpu")
-
+CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(
-    not any(map(shutil.which, cpp_library.COMPILERS)), reason="there is no C++ compiler"
+    native.why_not(torch.float32, 64) is not None, reason="there is no C++ compiler"
 )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    ("heads", "key_heads", "size"),
-    [(12, 3, 64), (8, 8, 32), (7, 1, 16), (6, 2, 128), (5, 5, 256), (20, 2, 80)],
-)
-def test_single_tokens(
-    report: ReportTables, dtype: torch.dtype, heads: int, key_heads: int, size: int
-) -> None:
-    draw = random.Random(heads * size)
-    torch.manual_seed(heads)
-    attend = token_attention(CPU, dtype, size, changes_scores=False)
-    assert attend is not None
-    largest = 0.0
-    for _ in range(6):
-        counts = [
-            draw.choice((1, 2, 15, 16, 17, 255, 256, 257, draw.randint(1, 700)))
-            for _ in range(draw.randint(1, 9))
-        ]
-        firsts = [sum(counts[:number]) + 3 * number for number in range(len(counts))]
-        tokens = sum(counts) + 3 * len(counts)
-        # More rows than texts, in another order, and heads of a wider product, as joined projections leave them.
-        rows = draw.sample(range(len(counts) + 3), len(counts))
-        q = torch.randn(len(counts) + 3, heads + 2, size).to(dtype)[:, :heads]
-        new = [torch.randn(len(q), key_heads, size).to(dtype) for _ in range(2)]
-        cache = [torch.randn(key_heads, tokens, size).to(dtype) for _ in range(2)]
-        before = [one.clone() for one in cache]
-        out = torch.full((len(q), heads, size), 7.0, dtype=dtype)
-        window = draw.choice((None, 1, 5, 300))
-        places = SingleTokens(*(torch.tensor(numbers) for numbers in (rows, firsts, counts)))
-        attend(q, tuple(new), tuple(cache), places, window, out)
-        for whole, mine, old in zip(cache, new, before, strict=True):
-            for row, first, count in zip(rows, firsts, counts, strict=True):
-                old[:, first + count - 1] = mine[row]
-            assert torch.equal(whole, old)
-        lengths = TextLengths(
-            torch.arange(len(rows) + 1), torch.tensor([*firsts, 0]), torch.tensor(counts), 1, max(counts)
-        )
-        wanted = attend_text_by_text(q[rows].double(), *(one.double() for one in cache), lengths, window)
-        largest = max(largest, float((out[rows].double() - wanted).abs().max() / wanted.abs().max()))
-        untouched = [row for row in range(len(q)) if row not in rows]
-        assert bool((out[untouched] == 7).all())
-    report.add(
-        "Attention of single tokens in C++ against float64",
-        ("format", "query heads", "key heads", "size", "largest relative difference"),
-        str(dtype), heads, key_heads, size, largest,
-    )  # fmt: skip
-    # Sums of fp32, of which bf16 keeps 8 bits.
-    assert largest < (1e-6 if dtype == torch.float32 else 2**-8)
-
-
-@pytest.mark.parametrize(
-    "changes", [{}, {"family": "mistral", "sliding_window": 7}, {"num_key_value_heads": 8}], ids=str
-)
-def test_passes_of_prompts_and_single_tokens(changes: dict[str, object]) -> None:
-    """As the engine runs them: some chunks are of one token, some of many, some texts have one token in all."""
-    config = tiny_config(max_position_embeddings=256, head_dim=16, **changes)
-    model = load_model(InitialWeights(config, 1), ParallelMesh(CPU, Layout()), torch.float32).eval()
-    draw = random.Random(str(changes))
-    attend = token_attention(CPU, torch.float32, 16, changes_scores=False)
-    assert attend is not None
-    caches = [
-        KeyValueCache(model.layer_caches(1), 2048, torch.float32, CPU.torch, None, attention)
-        for attention in (None, attend)
+def drawn(
+    draw: random.Random, dtype: torch.dtype
+) -> tuple[list[torch.Tensor], torch.Tensor, MaskRule | None]:
+    """Queries, keys and values, what the gradient of the result is, and the rule, all of drawn sizes."""
+    head_dim, groups = draw.choice((16, 32, 64, 80, 128)), draw.choice((1, 2, 3))
+    heads, batch = groups * draw.choice((1, 2, 4)), draw.choice((1, 2))
+    queries = draw.choice((2, 3, 47, 48, 49, 64, 65, draw.randint(2, 300)))
+    kind = draw.choice(("whole", "window", "texts", "earlier"))
+    keys = queries + (draw.choice((1, 50, 200)) if kind == "earlier" else 0)
+    rule = None
+    if kind == "window":
+        rule = MaskRule(queries, CPU, None, None, dtype, None).within(draw.choice((2, 7, 64, 100)))
+    elif kind == "texts":
+        ends = sorted(draw.sample(range(1, queries), min(draw.randint(0, 3), queries - 1)))
+        texts = torch.zeros(batch, queries, dtype=torch.long)
+        for end in ends:
+            texts[:, end:] += 1
+        rule = MaskRule(queries, CPU, draw.choice((None, 20)), None, dtype, texts)
+    # As projections leave them: heads beside each other, and more numbers between tokens.
+    wide = [
+        torch.randn(batch, length, number + 1, head_dim).to(dtype)[:, :, :number].transpose(1, 2)
+        for length, number in ((queries, heads), (keys, groups), (keys, groups))
     ]
-    slots = [[cache.reserve(160) for _ in range(5)] for cache in caches]
-    ends = [0] * 5
-    for _ in range(40):
-        chosen = sorted(draw.sample(range(5), draw.randint(1, 5)))
-        counts = [draw.choice((1, 1, draw.randint(2, 9))) for _ in chosen]
-        if max(end + 9 for end in ends) > 160:
-            ends = [0] * 5
-        ids = torch.tensor([draw.choices(range(128), k=sum(counts))])
-        found = []
-        for cache, own in zip(caches, slots, strict=True):
-            chunks = [
-                SequenceChunk(own[text], ends[text], count)
-                for text, count in zip(chosen, counts, strict=True)
-            ]
-            with torch.no_grad():
-                found.append(model(ModelInput(ids, cache=CachedPass(cache, chunks))).logits)
-        for text, count in zip(chosen, counts, strict=True):
-            ends[text] += count
-        # Sums in another order.
-        torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=2e-6)
+    return [x.requires_grad_() for x in wide], torch.randn(batch, heads, queries, head_dim).to(dtype), rule
 
 
-@pytest.mark.parametrize(
-    ("dtype", "size", "device"),
-    [(torch.float16, 64, "cpu"), (torch.float64, 64, "cpu"), (torch.float32, 8, "cpu"), (torch.float32, 512, "cpu"),
-     (torch.float32, 64, "npu")],
-)  # fmt: skip
-def test_what_it_does_not_take(dtype: torch.dtype, size: int, device: str) -> None:
-    assert token_attention(Device(device), dtype, size, changes_scores=False) is None
-    assert token_attention(CPU, torch.float32, 64, changes_scores=True) is None
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_forward_and_backward(report: ReportTables, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    draw, largest = random.Random(str(dtype)), [0.0] * 4
+    for _ in range(80):
+        inputs, of_out, rule = drawn(draw, dtype)
+        out = native.native_attention(*inputs, rule)
+        found = (out, *torch.autograd.grad(out, inputs, of_out))
+        exact = [x.detach().double().requires_grad_() for x in inputs]
+        queries, keys = exact[0].shape[2], exact[1].shape[2]
+        mask = None
+        if rule is not None:
+            mask = attention_mask(queries, keys, rule.window, None, torch.float64, CPU, rule.segments)
+        wanted = reference_attention(*exact, mask)
+        all_wanted = (wanted, *torch.autograd.grad(wanted, exact, of_out.double()))
+        for number, (ours, theirs) in enumerate(zip(found, all_wanted, strict=True)):
+            difference = float((ours.detach().double() - theirs.detach()).abs().max())
+            # Texts of one token have no gradients of queries and keys.
+            size = max(float(theirs.detach().abs().max()), 0.1)
+            largest[number] = max(largest[number], difference / size)
+    report.add(
+        "Attention of whole texts in C++ against float64, largest relative difference",
+        ("format", "output", "of queries", "of keys", "of values"), str(dtype), *largest,
+    )  # fmt: skip
+    # Sums of fp32 over up to 500 keys; bf16 keeps 8 bits of each result.
+    assert max(largest) < (5e-6 if dtype == torch.float32 else 2**-7)
 
 
-def forget() -> None:
-    """Forget what was found and compiled in this process."""
-    for cached in (cpp_library.compiled, cpp_library.find_compiler, cpp_library._folder):
-        cached.cache_clear()
+def test_a_row_does_not_depend_on_those_beside_it() -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 130, 32) for heads in (4, 2, 2))
+    with torch.no_grad():
+        whole = native.native_attention(q, k, v, None)
+        for first, end in ((0, 130), (100, 130), (64, 130), (128, 130)):
+            part = native.native_attention(q[:1, :, first:end], k[:1, :, :end], v[:1, :, :end], None)
+            assert torch.equal(part, whole[:1, :, first:end])
 
 
-@pytest.fixture
-def forgotten() -> Iterator[None]:
-    forget()
-    yield
-    forget()
+def test_what_it_leaves_to_torch() -> None:
+    q, k, v = (torch.randn(1, 2, 5, 8) for _ in range(3))
+    assert native.why_not(torch.float32, 8) == "it takes heads of a multiple of 16 up to 256, not of 8"
+    assert native.why_not(torch.float64, 16) == "it takes float32 and bfloat16, not float64"
+    torch.testing.assert_close(native.native_attention(q, k, v, None), reference_attention(q, k, v, None))
+    mask = torch.ones(5, 5, dtype=torch.bool).tril().logical_or(torch.eye(5, dtype=torch.bool).roll(1, 0))
+    q, k, v = (torch.randn(1, 2, 5, 16) for _ in range(3))
+    torch.testing.assert_close(native.native_attention(q, k, v, mask), reference_attention(q, k, v, mask))
 
 
-@pytest.mark.parametrize(
-    ("command", "said"),
-    [("/no/such/compiler", "CXX=/no/such/compiler is no command"), ("", "CXX= is no command"),
-     ("false", "false does not compile attention.cpp")],
-)  # fmt: skip
-def test_without_a_compiler_the_reason_is_said(
-    forgotten: None,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    tmp_path: Path,
-    command: str,
-    said: str,
-) -> None:
-    monkeypatch.setenv("CXX", command)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with caplog.at_level(logging.WARNING):
-        assert token_attention(CPU, torch.float32, 64, changes_scores=False) is None
-    assert said in caplog.text
+def test_selective_recompute_keeps_what_it_gives() -> None:
+    calls = []
+    call = native._call
 
+    def counted(direction: str, *rest: object) -> None:
+        calls.append(direction)
+        call(direction, *rest)  # type: ignore[arg-type]
 
-def test_what_was_compiled_is_kept_for_this_user_alone(
-    forgotten: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    compile_it = partial(cpp_library.compiled, "attention.cpp", "-DHEAD_DIM=16")
-    compile_it()
-    folder = tmp_path / "ascendspeed" / "kernels"
-    (made,) = folder.iterdir()
-    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    changed = made.stat().st_mtime_ns
-    forget()
-    compile_it()
-    assert made.stat().st_mtime_ns == changed
-    # Somebody else could put a library there: it is not read.
-    folder.chmod(0o777)
-    forget()
-    assert Path(compile_it()._name).parent != folder
+    q, k, v = (torch.randn(1, 2, 33, 16, requires_grad=True) for _ in range(3))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(native, "_call", counted)
+        out = checkpoint(
+            lambda *x: native.native_attention(*x, None).sin(), q, k, v, use_reentrant=False,
+            context_fn=lambda: create_selective_checkpoint_contexts(_keep_products),
+        )  # fmt: skip
+        out.sum().backward()
+    assert calls == ["forward", "backward"]

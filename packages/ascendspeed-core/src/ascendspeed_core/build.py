@@ -227,6 +227,7 @@ def apply_kernels(
     """
     context = replace(
         context or KernelContext(),
+        head_dim=model.config.head_dim,
         changes_scores=changed_scores(model.config),
         expert_layers=_expert_layers(model),
     )

@@ -103,7 +103,7 @@ def kernels_here() -> list[dict[str, str]]:
     import torch
 
     from ascendspeed_core.device import HOST, choose_device
-    from ascendspeed_core.kernels import native
+    from ascendspeed_core.kernels import single_tokens
     from ascendspeed_core.kernels.registry import OPERATORS, Choice, KernelContext, choose, update_choice
 
     device = choose_device("auto", quiet=True)
@@ -111,7 +111,7 @@ def kernels_here() -> list[dict[str, str]]:
     rows = [choose(operator, "auto", context)[1] for operator in OPERATORS]
     rows.append(update_choice("adam", context))
     if device == HOST:
-        reason = native.why_not()
+        reason = single_tokens.why_not()
         name = "text by text" if reason else "native"
         rows.append(
             Choice("decoding", name, reason or "attention of new tokens in C++, compiled for this processor")

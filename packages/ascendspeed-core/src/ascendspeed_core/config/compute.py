@@ -43,6 +43,7 @@ KERNELS: Mapping[str, Mapping[str, Kernel]] = MappingProxyType(
     {
         "attention": {
             "npu": Kernel(f"{_FUSED_NPU} npu_fusion_attention", ("npu",)),
+            "native": Kernel("C++, compiled for a CPU when it is first needed", ("cpu",), is_optional=True),
             "sdpa": Kernel(
                 "torch's fused kernels, of packed texts by their lengths, by blocks where a mask is large",
                 EVERYWHERE,

@@ -22,6 +22,7 @@ from ascendspeed_core.kernels.experts import (
 )
 from ascendspeed_core.kernels.flex import flex_attention
 from ascendspeed_core.kernels.fused_attention import causal_attention
+from ascendspeed_core.kernels.native_attention import native_attention, why_not
 from ascendspeed_core.kernels.reference import (
     GatedFunction,
     JoinedGatedFunction,
@@ -51,6 +52,7 @@ class KernelContext:
     Attributes:
         device: of the model.
         dtype: of its weights.
+        head_dim: size of a head.
         tp: ranks that share the vocabulary.
         has_additive_mask: scores get something added, as ALiBi does.
         drops_attention: attention's weights are dropped from.
@@ -66,6 +68,7 @@ class KernelContext:
 
     device: Device = HOST
     dtype: torch.dtype = torch.float32
+    head_dim: int = 128
     tp: int = 1
     has_additive_mask: bool = False
     drops_attention: bool = False
@@ -132,6 +135,14 @@ def _needs_flex(setting: KernelContext) -> str | None:
     if setting.device.kind != "cuda":
         return f"torch's flex_attention has gradients on CUDA only, this is {setting.device.kind}"
     return _needs_compiler(setting)
+
+
+def _needs_cpu(setting: KernelContext) -> str | None:
+    if setting.device.kind != "cpu":
+        return f"it is C++ for a CPU, this is {setting.device.kind}"
+    if setting.has_additive_mask:
+        return "it takes no ALiBi"
+    return why_not(setting.dtype, setting.head_dim)
 
 
 def _needs_npu(setting: KernelContext) -> str | None:
@@ -250,6 +261,7 @@ def _attach(operator: str, functions: Mapping[str, Attached]) -> tuple[Implement
 _FUNCTIONS: Mapping[str, Mapping[str, Attached]] = {
     "attention": {
         "npu": (npu.npu_attention, _first(_needs_npu, _drops_weights, _changes_scores)),
+        "native": (native_attention, _first(_drops_weights, _changes_scores, _needs_cpu)),
         "sdpa": (causal_attention, _first(_drops_weights, _changes_scores)),
         "triangle": (triangle_attention, _drops_weights),
         "flex": (flex_attention, _first(_drops_weights, _needs_flex)),

@@ -18,7 +18,7 @@ from math import prod
 import torch
 
 from ascendspeed_core.kernels.lengths import LengthsAttention
-from ascendspeed_core.kernels.native import TokenAttention
+from ascendspeed_core.kernels.single_tokens import TokenAttention
 from ascendspeed_data.errors import AscendSpeedError
 
 BLOCK_TOKENS = 16

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from ascendspeed_core.kernels.lengths import TextLengths
-from ascendspeed_core.kernels.native import SingleTokens
+from ascendspeed_core.kernels.single_tokens import SingleTokens
 from ascendspeed_core.models.cache import KeyValueCache, SequenceChunk
 
 _ViewsByLayer = Sequence[tuple[torch.Tensor, ...]]

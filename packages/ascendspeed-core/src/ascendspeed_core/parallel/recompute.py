@@ -22,6 +22,7 @@ from torch.utils.checkpoint import (
 
 from ascendspeed_core.config.recompute import Mode
 from ascendspeed_core.config.training import RecomputeConfig
+from ascendspeed_core.kernels.native_attention import NATIVE_OPERATOR
 from ascendspeed_core.kernels.triangle import TRIANGLE_OPERATOR
 from ascendspeed_core.models.transformer import Transformer
 
@@ -38,6 +39,7 @@ KEPT_OPERATORS = (
     aten._scaled_dot_product_cudnn_attention.default,
     aten._scaled_dot_product_fused_attention_overrideable.default,
     TRIANGLE_OPERATOR,
+    NATIVE_OPERATOR,
 )
 """What policy `selective` keeps: the operators that take the time. The others take the memory."""
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from ascendspeed_core.kernels.lengths import lengths_attention
-from ascendspeed_core.kernels.native import token_attention
+from ascendspeed_core.kernels.single_tokens import token_attention
 from ascendspeed_core.models.attention import changed_scores
 from ascendspeed_core.models.cache import CacheSlot, KeyValueCache, SequenceChunk
 from ascendspeed_core.models.cached_pass import CachedPass

@@ -42,7 +42,7 @@ TokenAttention = Callable[..., None]
 
 
 class _Given(ctypes.Structure):
-    """`Tokens` of cpp/attention.cpp."""
+    """`Tokens` of cpp/single_tokens.cpp."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("q", "k", "v", "keys", "values", "out")),
@@ -87,7 +87,7 @@ def why_not() -> str | None:
 
 
 def _library(head_dim: int) -> ctypes.CDLL:
-    return compiled("attention.cpp", f"-DHEAD_DIM={head_dim}", "-ffp-contract=fast")
+    return compiled("single_tokens.cpp", f"-DHEAD_DIM={head_dim}", "-ffp-contract=fast")
 
 
 def attend_tokens(
