@@ -68,8 +68,9 @@ def test_forward_and_backward(report: ReportTables, dtype: torch.dtype) -> None:
         "Attention of whole texts in C++ against float64, largest relative difference",
         ("format", "output", "of queries", "of keys", "of values"), str(dtype), *largest,
     )  # fmt: skip
-    # Sums of fp32 over up to 500 keys; bf16 keeps 8 bits of each result.
-    assert max(largest) < (5e-6 if dtype == torch.float32 else 2**-7)
+    # Sums of fp32 over up to 500 keys; bf16 keeps 8 bits of each result. Gradients of scores are differences of numbers
+    # that are nearly equal where a text is short.
+    assert max(largest) < (2e-5 if dtype == torch.float32 else 2**-6)
 
 
 def test_a_row_does_not_depend_on_those_beside_it() -> None:
