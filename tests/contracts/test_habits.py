@@ -72,7 +72,8 @@ def test_the_workflow_tests_every_declared_python() -> None:
 def test_the_workflow_tests_the_ends_of_the_declared_ranges(name: str) -> None:
     runs = read_yaml(WORKFLOW)["jobs"]["ranges"]["strategy"]["matrix"]["include"]
     asked = [
-        {wanted.name: wanted.specifier for wanted in map(Requirement, run["versions"].split())} for run in runs
+        {wanted.name: wanted.specifier for wanted in map(Requirement, run["versions"].split())}
+        for run in runs
     ]
     declared = core_requirements()[name].specifier
     (bound,) = (one for one in declared if one.operator == ">=")
@@ -89,9 +90,7 @@ def test_the_workflow_runs_the_rows_of_versions_toml() -> None:
         for run in jobs["ranges"]["strategy"]["matrix"]["include"]
     }
     rows = tomllib.loads((ROOT / "versions.toml").read_text())["row"]
-    assert ran == {
-        (row["python"], " ".join(row["versions"]), " ".join(row.get("tests", ()))) for row in rows
-    }
+    assert ran == {(row["python"], " ".join(row["versions"]), " ".join(row.get("tests", ()))) for row in rows}
 
 
 def test_the_rows_of_versions_toml_name_tests_that_exist() -> None:

@@ -22,7 +22,9 @@ def iterations_of_megatron_lm(train_samples: int, rampup: tuple[int, ...], size:
     if not rampup:
         return train_samples // size
     if not hasattr(calculator, "RampupBatchsizeNumMicroBatchesCalculator"):
-        pytest.skip(f"megatron-core {package_info.__version__} has no ramp-up any more; install 0.17 or older")
+        pytest.skip(
+            f"megatron-core {package_info.__version__} has no ramp-up any more; install 0.17 or older"
+        )
     running = calculator.RampupBatchsizeNumMicroBatchesCalculator(size, 1, dp, False, -1, *rampup)
     iterations = consumed = 0
     while consumed <= rampup[2]:

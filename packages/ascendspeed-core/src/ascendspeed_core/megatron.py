@@ -57,7 +57,10 @@ def _compiled_when_called() -> Iterator[None]:
         torch.compile = compile_now
 
 
-ASKS_FOR_TRITON = ("megatron.core.transformer.moe.paged_stash", "megatron.core.transformer.moe.ops.paged_stash")
+ASKS_FOR_TRITON = (
+    "megatron.core.transformer.moe.paged_stash",
+    "megatron.core.transformer.moe.ops.paged_stash",
+)
 """Modules of megatron-core 0.18 and 0.19 that import triton without asking whether it is there, as others do."""
 
 

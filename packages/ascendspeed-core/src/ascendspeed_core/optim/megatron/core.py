@@ -56,7 +56,8 @@ def check_sharded_optimizer() -> None:
         version = megatron("package_info").__version__
         raise AscendSpeedError(
             f"engine=megatron with use_distributed_optimizer=true: the one of megatron-core {version} wants "
-            "Transformer Engine, which is not installed; install it, or megatron-core 0.16 or newer, or leave the option out"
+            "Transformer Engine, which is not installed; install it, or megatron-core 0.13 or newer, or leave the "
+            "option out"
         ) from None
 
 
