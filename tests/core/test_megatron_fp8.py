@@ -21,6 +21,7 @@ from ascendspeed_core.optim.megatron.settings import layer_fields
 from ascendspeed_core.optim.megatron.specs import block_spec
 from ascendspeed_data.errors import AscendSpeedError, ConfigError
 from support.models import tiny_config
+from support.versions import skip_before
 
 CALLERS = {
     "transformer/attention.py": ("linear_qkv", "linear_proj"),
@@ -75,6 +76,7 @@ def test_layers_take_what_they_are_called_with(file: str, name: str) -> None:
 
 
 def test_specs_and_fields() -> None:
+    skip_before("megatron-core", "0.14", "does not name its layers of Transformer Engine without it")
     layers: Any = megatron("extensions.transformer_engine")
     options = LayerOptions(fp8="hybrid", fp8_recipe="tensorwise")
     (spec,) = block_spec(tiny_config(), [0], options).layer_specs

@@ -83,6 +83,8 @@ def start_groups(layout: Layout, stages_per_rank: int) -> None:
     """Make megatron-core's process groups; ranks are numbered as in `config.layout`."""
     state = megatron("parallel_state")
     state.destroy_model_parallel()
+    # In 0.12 they stay as they were, and belong to groups that are gone.
+    state._POSITION_EMBEDDING_GLOBAL_RANKS = None
     state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
