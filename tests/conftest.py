@@ -79,6 +79,10 @@ class TablesOfProcesses:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    from ascendspeed_core.megatron import spare_triton
+
+    # Tests import megatron-core themselves.
+    spare_triton()
     config.pluginmanager.register(TablesOfProcesses())
 
 

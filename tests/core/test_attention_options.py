@@ -156,7 +156,7 @@ def test_yarn_is_that_of_transformers(mscale: tuple[float, float] | None, trunca
     stated = {"factor": 40.0, "original_max_position_embeddings": 64, "truncate": truncate, **own}
     theirs = LlamaConfig(
         hidden_size=64, num_attention_heads=1, max_position_embeddings=2560,
-        rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, **stated},
+        rope_theta=1e4, rope_scaling={"rope_type": "yarn", **stated},
     )  # fmt: skip
     frequencies, factor = ROPE_INIT_FUNCTIONS["yarn"](theirs, torch.device("cpu"))
     scaling = tiny_config(rotary_scaling={"kind": "yarn", **stated}).rotary_scaling

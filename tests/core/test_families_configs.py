@@ -12,6 +12,7 @@ from ascendspeed_core.models.families import FAMILIES, family_of_hugging_face, f
 from ascendspeed_core.weights import open_weights
 from ascendspeed_data.errors import AscendSpeedError
 from support.commands import call, run_command
+from support.families import rotary_of
 from support.models import save_hugging_face, tiny_config
 
 # Parameters as the makers state them: the totals of the published checkpoint files.
@@ -113,9 +114,9 @@ def test_transformers_reads_the_published_sizes_as_we_do() -> None:
             )
             assert (getattr(theirs, "sliding_window", None) or None) == config.sliding_window
             if config.position == "rotary":
-                assert theirs.rope_parameters["rope_theta"] == config.rotary_base
+                assert rotary_of(theirs)["rope_theta"] == config.rotary_base
                 kind = config.rotary_scaling.kind if config.rotary_scaling else "default"
-                assert theirs.rope_parameters["rope_type"] == kind
+                assert rotary_of(theirs)["rope_type"] == kind
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The same .bin/.idx, seed and split give megatron-core's own samples, in the order of Megatron-LM's sampler."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,6 @@ import pytest
 import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-from megatron.core.tokenizers import MegatronTokenizer
 
 from ascendspeed_core.config.layout import Layout
 from ascendspeed_core.config.training import DataConfig
@@ -39,6 +39,18 @@ def configs(prefixes: list[str]) -> dict[str, DataConfig]:
     }
 
 
+def null_tokenizer() -> Any:
+    """Megatron-LM's tokenizer of data that are ids already, which megatron-core has from 0.15 on."""
+    try:
+        from megatron.core.tokenizers import MegatronTokenizer, megatron_tokenizer
+    except ModuleNotFoundError:
+        identifiers = {"class": "_NullTokenizer", "vocab_size": VOCABULARY}
+        return SimpleNamespace(eod=VOCABULARY - 1, pad=-1, unique_identifiers=identifiers)
+    # Its name in 0.17 and later, and before.
+    library = "null-text" if hasattr(megatron_tokenizer, "TEXT_LIBRARIES") else "null"
+    return MegatronTokenizer.from_pretrained(metadata_path={"library": library}, vocab_size=VOCABULARY)
+
+
 def theirs(config: DataConfig, cache: Path) -> list[Any]:
     """What megatron-core builds, called as Megatron-LM's pretrain_gpt.py calls it."""
     prefixes, weights = config.blend()
@@ -52,7 +64,7 @@ def theirs(config: DataConfig, cache: Path) -> list[Any]:
         blend=(prefixes, weights),
         split=config.split,
         path_to_cache=str(cache),
-        tokenizer=MegatronTokenizer.from_pretrained(metadata_path={"library": "null"}, vocab_size=VOCABULARY),
+        tokenizer=null_tokenizer(),
         reset_position_ids=False,
         reset_attention_mask=False,
         eod_mask_loss=False,

@@ -18,6 +18,7 @@ from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.tensor import gather_logits
 from ascendspeed_core.weights import open_weights
 from core.training_cases import whole
+from support.families import rotary_of
 from support.models import save_hugging_face, tiny_config
 from support.processes import WorkerPool
 from support.tables import ReportTables
@@ -89,4 +90,4 @@ def test_configs_survive_the_round_trip(tmp_path: Path) -> None:
         assert open_weights(tmp_path).config == config
         theirs = AutoConfig.from_pretrained(tmp_path)
         assert theirs.num_key_value_heads == config.num_key_value_heads
-        assert theirs.rope_parameters["rope_theta"] == config.rotary_base
+        assert rotary_of(theirs)["rope_theta"] == config.rotary_base

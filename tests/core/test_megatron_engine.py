@@ -21,11 +21,12 @@ from core.megatron_cases import (
     train_on_broken_weights,
     weights_around_waiting,
 )
-from core.megatron_comparison import OVERLAP, compare
+from core.megatron_comparison import OVERLAP, SHARDS_WITH_TRANSFORMER_ENGINE, compare
 from core.test_megatron_experts import DEEPSEEK_V3
 from support.models import tiny_config
 from support.processes import WorkerPool
 from support.tables import ReportTables
+from support.versions import skip_before
 
 QUICK = (
     Layout(tp=2, sequence_parallel=True),
@@ -189,6 +190,7 @@ def test_documents(
 
 
 def test_late_gathers_can_be_waited_for(megatron_workers: WorkerPool) -> None:
+    skip_before("megatron-core", "0.13", SHARDS_WITH_TRANSFORMER_ENGINE)
     layout = Layout(dp=2, sharded_optimizer=True, **OVERLAP)
     (before, after), (before_2, after_2) = megatron_workers.run(
         weights_around_waiting, 2, tiny_config(), layout

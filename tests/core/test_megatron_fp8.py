@@ -16,11 +16,12 @@ from ascendspeed_core.config.megatron import LayerOptions, check_megatron
 from ascendspeed_core.config.parallel import ParallelConfig
 from ascendspeed_core.config.training import PretrainConfig
 from ascendspeed_core.megatron import megatron
-from ascendspeed_core.optim.megatron.core import check_transformer_engine, config_class
+from ascendspeed_core.optim.megatron.core import check_transformer_engine, config_class, submodules_of
 from ascendspeed_core.optim.megatron.settings import layer_fields
 from ascendspeed_core.optim.megatron.specs import block_spec
 from ascendspeed_data.errors import AscendSpeedError, ConfigError
 from support.models import tiny_config
+from support.versions import skip_before
 
 CALLERS = {
     "transformer/attention.py": ("linear_qkv", "linear_proj"),
@@ -75,16 +76,17 @@ def test_layers_take_what_they_are_called_with(file: str, name: str) -> None:
 
 
 def test_specs_and_fields() -> None:
+    skip_before("megatron-core", "0.14", "does not name its layers of Transformer Engine without it")
     layers: Any = megatron("extensions.transformer_engine")
     options = LayerOptions(fp8="hybrid", fp8_recipe="tensorwise")
     (spec,) = block_spec(tiny_config(), [0], options).layer_specs
-    attention, mlp = spec.submodules.self_attention.submodules, spec.submodules.mlp.submodules
+    attention, mlp = spec.submodules.self_attention.submodules, submodules_of(spec.submodules.mlp)
     assert attention.linear_qkv is layers.TEColumnParallelLinear
     assert attention.linear_proj is layers.TERowParallelLinear
     assert mlp.linear_fc1 is layers.TEColumnParallelLinear
     assert mlp.linear_fc2 is layers.TERowParallelLinear
     (plain,) = block_spec(tiny_config(), [0], LayerOptions()).layer_specs
-    assert plain.submodules.mlp.submodules.linear_fc1 is not layers.TEColumnParallelLinear
+    assert submodules_of(plain.submodules.mlp).linear_fc1 is not layers.TEColumnParallelLinear
     fields = layer_fields(tiny_config(), options)
     assert fields == {"fp8": "hybrid", "fp8_recipe": "tensorwise"}
     made = config_class("TransformerConfig")(num_layers=1, hidden_size=8, num_attention_heads=1, **fields)

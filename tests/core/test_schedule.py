@@ -17,9 +17,14 @@ from support.commands import call
 def iterations_of_megatron_lm(train_samples: int, rampup: tuple[int, ...], size: int, dp: int) -> int:
     """`update_train_iters` of Megatron-LM's training.py, on megatron-core's own calculator."""
     from megatron.core import num_microbatches_calculator as calculator
+    from megatron.core import package_info
 
     if not rampup:
         return train_samples // size
+    if not hasattr(calculator, "RampupBatchsizeNumMicroBatchesCalculator"):
+        pytest.skip(
+            f"megatron-core {package_info.__version__} has no ramp-up any more; install 0.17 or older"
+        )
     running = calculator.RampupBatchsizeNumMicroBatchesCalculator(size, 1, dp, False, -1, *rampup)
     iterations = consumed = 0
     while consumed <= rampup[2]:
@@ -46,6 +51,18 @@ def test_a_run_that_ends_within_the_ramp_up_takes_no_more_than_it_was_given() ->
     batch = BatchConfig(global_batch_size=16, rampup_batch_size=(4, 4, 300))
     made = with_iterations(TrainingConfig(train_samples=20), batch, 1)
     assert (made.train_iters, samples_of_run(made, batch, 1)) == (5, 20)
+
+
+def test_a_ramp_up_over_no_samples_is_none() -> None:
+    batch = BatchConfig(global_batch_size=16, rampup_batch_size=(4, 4, 0))
+    made = with_iterations(TrainingConfig(train_samples=32), batch, 1)
+    assert (made.train_iters, samples_of_run(made, batch, 1)) == (2, 32)
+
+
+@pytest.mark.parametrize("rampup", [(0, 4, 30), (4, 0, 30), (4, 5, 30), (20, 4, 30)])
+def test_a_ramp_up_that_does_not_lead_to_the_batch_is_refused(rampup: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="lead in whole increments to global_batch_size=16"):
+        BatchConfig(global_batch_size=16, rampup_batch_size=rampup).resolve_global_batch_size(1)
 
 
 def test_less_than_a_step_is_refused() -> None:

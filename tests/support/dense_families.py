@@ -101,7 +101,7 @@ DENSE_REFERENCES: dict[str, Reference] = {
     "Phi 3": _reference("phi3", "Phi3", sliding_window=7),
     "Phi 4 with part of a head": _reference(
         "phi3", "Phi3", num_attention_heads=4, num_key_value_heads=2,
-        rope_parameters=_PARTIAL | {"partial_rotary_factor": 0.75},
+        rope_parameters=_PARTIAL | {"partial_rotary_factor": 0.75}, partial_rotary_factor=0.75,
     ),
     "OLMo 2": _reference("olmo2", "Olmo2", rope_theta=500000.0),
     "OLMo 3": _reference(

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from support.baichuan import BaichuanForCausalLM, BaichuanShape
+from support.versions import skip_before
 
 LLAMA_3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -58,7 +60,12 @@ class Reference:
 
         assert self.classes is not None
         config_name, model_name = self.classes
-        model: Any = getattr(transformers, model_name)(getattr(transformers, config_name)(**self.options))
+        if "swiglu_limit" in self.options:
+            skip_before("transformers", "5.0", "has a clamp of 7 in gpt-oss, whatever its config says")
+        # All weights are drawn below; those of norms without a bias transformers 4 cannot draw.
+        is_4 = transformers.__version__.startswith("4.")
+        with transformers.modeling_utils.no_init_weights() if is_4 else nullcontext():
+            model: Any = getattr(transformers, model_name)(getattr(transformers, config_name)(**self.options))
         _fill(model)
         model.save_pretrained(folder)
         if self.renamed is not dict:
@@ -87,6 +94,14 @@ def _fill(model: nn.Module) -> None:
     for name, buffer in model.named_buffers():
         if name.endswith("e_score_correction_bias"):
             nn.init.normal_(buffer, 0.0, 0.15)
+
+
+def rotary_of(config: Any) -> Mapping[str, Any]:
+    """Return type and base of the rotary positions of a config of transformers, 4 or 5."""
+    stated: Mapping[str, Any] | None = getattr(config, "rope_parameters", None)
+    if stated is None:
+        stated = {"rope_type": "default", **(config.rope_scaling or {}), "rope_theta": config.rope_theta}
+    return stated
 
 
 def logits_of(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
@@ -225,7 +240,7 @@ EXPERT_REFERENCES: dict[str, Reference] = {
         ("GptOssConfig", "GptOssForCausalLM"),
         _llama(
             num_local_experts=4, num_experts_per_tok=2, head_dim=6, sliding_window=7, swiglu_limit=0.5,
-            rope_parameters=YARN | {"rope_theta": 150000.0, "truncate": False},
+            rope_theta=150000.0, rope_scaling=YARN | {"truncate": False},
         ),
         {},
     ),

@@ -35,7 +35,6 @@ from support.forked_command import ADDRESS
 PACKAGES = tuple(f"ascendspeed_{name}" for name in ("core", "data", "ckpt", "infer", "eval"))
 ALSO = ("matplotlib.pyplot", "torch._dynamo", "torch.distributed.run", "transformers.tokenization_utils_base")
 MEGATRON = (
-    "num_microbatches_calculator",
     "optimizer_param_scheduler",
     "datasets.gpt_dataset",
     "pipeline_parallel",

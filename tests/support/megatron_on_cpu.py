@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from ascendspeed_core.megatron import spare_triton
+
 CPU = torch.device("cpu")
 FACTORIES = ("arange", "empty", "empty_like", "full", "ones", "tensor", "zeros", "zeros_like")
 USED = (
@@ -60,6 +62,7 @@ def install() -> None:
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     if "torch._dynamo" in sys.modules:
         sys.modules["torch._dynamo"].config.disable = True  # type: ignore[attr-defined]
+    spare_triton()
     for name in USED:
         importlib.import_module(f"megatron.core.{name}")
     random = {

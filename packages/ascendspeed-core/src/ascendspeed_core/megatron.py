@@ -1,11 +1,16 @@
 """Import megatron-core: late, because it takes seconds, and without its warnings about extensions it can do without."""
 
+import builtins
 import importlib
 import logging
+import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 from ascendspeed_core.device import HOST
@@ -13,6 +18,7 @@ from ascendspeed_core.device import HOST
 
 def megatron(module: str) -> Any:
     """Return `megatron.core.<module>`."""
+    spare_triton()
     with warnings.catch_warnings(), _compiled_when_called():
         warnings.simplefilter("ignore")
         logging.getLogger("megatron.core").setLevel(logging.WARNING)
@@ -49,6 +55,59 @@ def _compiled_when_called() -> Iterator[None]:
         yield
     finally:
         torch.compile = compile_now
+
+
+ASKS_FOR_TRITON = (
+    "megatron.core.transformer.moe.paged_stash",
+    "megatron.core.transformer.moe.ops.paged_stash",
+)
+"""Modules of megatron-core 0.18 and 0.19 that import triton without asking whether it is there, as others do."""
+
+
+def spare_triton() -> None:
+    """Let megatron-core be imported where triton is not installed: on CPUs, and with torch's builds for them.
+
+    From 0.18 on it imports kernels that move the tokens of experts out of a GPU's memory (`moe_paged_stash`, off unless
+    it is asked for) wherever it is imported itself. Without triton they are there, and fail when they are called.
+    """
+    if find_spec("triton") is None and not any(isinstance(one, _WithoutTriton) for one in sys.meta_path):
+        sys.meta_path.insert(0, _WithoutTriton())
+
+
+class _WithoutTriton:
+    """Finds the modules that ask for triton as Python does, and gives them a stand-in for it, them alone."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        spec = PathFinder.find_spec(name, path, target) if name in ASKS_FOR_TRITON else None
+        if spec is not None and isinstance(spec.loader, SourceFileLoader):
+            spec.loader = _LoaderWithoutTriton(spec.loader.name, spec.loader.path)
+        return spec
+
+
+class _LoaderWithoutTriton(SourceFileLoader):
+    def exec_module(self, module: ModuleType) -> None:
+        def import_most(name: str, *more: Any, **named: Any) -> Any:
+            absent = name.split(".")[0] == "triton"
+            return _NoTriton() if absent else builtins.__import__(name, *more, **named)
+
+        # Its own import statements take this one; nobody else's do.
+        module.__dict__["__builtins__"] = vars(builtins) | {"__import__": import_most}
+        super().exec_module(module)
+
+
+class _NoTriton:
+    """Whatever is defined with triton; started, it fails."""
+
+    def __getattr__(self, name: str) -> "_NoTriton":
+        return self
+
+    def __call__(self, *_: Any, **__: Any) -> "_NoTriton":
+        return self
+
+    def __getitem__(self, grid: Any) -> Any:
+        raise ModuleNotFoundError("triton is not installed, which this kernel of megatron-core needs")
 
 
 @contextmanager

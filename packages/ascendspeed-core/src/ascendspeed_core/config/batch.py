@@ -93,7 +93,7 @@ class BatchConfig(Config):
                 f"global_batch_size={size} is not a multiple of micro_batch_size x dp = "
                 f"{self.micro_batch_size} x {dp} = {step}; choose {max(size // step, 1) * step}"
             )
-        if start % step or increment % step or start > size or (increment and (size - start) % increment):
+        if start % step or increment % step or not 0 < start <= size or (size - start) % (increment or size):
             raise ValueError(
                 f"rampup_batch_size={start} {increment}: both must be multiples of micro_batch_size x dp = {step}, "
                 f"and lead in whole increments to global_batch_size={size}"

@@ -75,8 +75,9 @@ def build_datasets(
         dataset_config.mid_level_dataset_surplus = surplus
     elif surplus > usual:
         raise DataError(
-            f"data_path: a blend of few samples of many files needs a surplus of {surplus:g} in each, where this "
-            f"version of megatron-core always takes {usual:g}; install megatron-core 0.16, or train on more samples"
+            f"data_path: a blend of few samples of many files needs a surplus of {surplus:g} in each, where "
+            f"megatron-core {megatron('package_info').__version__} always takes {usual:g}; install megatron-core 0.16 "
+            "or newer, or train on more samples"
         )
     if not config.has_own_paths:
         # A split that nothing is drawn from is not built.

@@ -1,4 +1,4 @@
-"""Learning rate and number of micro-batches over a run: megatron-core's own, so that runs agree with Megatron-LM."""
+"""Learning rate, by megatron-core's own scheduler, and samples of a step over a run, as Megatron-LM has them."""
 
 from typing import Any
 
@@ -31,25 +31,24 @@ class Schedule:
     ) -> None:
         self.global_batch_size = batch.resolve_global_batch_size(dp)
         self.consumed_samples = self.skipped_samples = 0
-        self._calculator = _micro_batch_calculator(batch, self.global_batch_size, dp)
+        self._batch, self._samples_of_micro_batches = batch, batch.micro_batch_size * dp
         self._rate = _rate_scheduler(engine, optimizer, training, self.global_batch_size)
 
     @property
     def num_micro_batches(self) -> int:
         """Micro-batches that each data-parallel rank takes in the next step."""
-        return int(self._calculator.get())
+        return self.step_samples // self._samples_of_micro_batches
 
     @property
     def step_samples(self) -> int:
         """Samples of the next step over all ranks."""
-        return int(self._calculator.get_current_running_global_batch_size())
+        return samples_of_step(self._batch, self.global_batch_size, self.consumed_samples)
 
     def advance(self, samples: int, skipped: int = 0) -> None:
         """Count consumed samples and set the rates of the next step, which those of skipped steps do not change."""
         self.consumed_samples += samples
         self.skipped_samples += skipped
         self._rate.step(samples - skipped)
-        self._calculator.update(self.consumed_samples, consistency_check=False)
 
 
 def with_iterations(training: TrainingConfig, batch: BatchConfig, dp: int) -> TrainingConfig:
@@ -63,13 +62,11 @@ def with_iterations(training: TrainingConfig, batch: BatchConfig, dp: int) -> Tr
     size = batch.resolve_global_batch_size(dp)
     consumed = iterations = 0
     if batch.rampup_batch_size:
-        calculator = _micro_batch_calculator(batch, size, dp)
         while consumed <= batch.rampup_batch_size[2]:
-            step = int(calculator.get_current_running_global_batch_size())
+            step = samples_of_step(batch, size, consumed)
             if consumed + step > training.train_samples:
                 break
             consumed, iterations = consumed + step, iterations + 1
-            calculator.update(consumed, consistency_check=False)
     if consumed == 0 or consumed > batch.rampup_batch_size[2]:
         iterations += (training.train_samples - consumed) // size
     if iterations == 0:
@@ -95,11 +92,9 @@ def with_epochs(
     size = batch.resolve_global_batch_size(dp)
     consumed = iterations = 0
     if batch.rampup_batch_size:
-        calculator = _micro_batch_calculator(batch, size, dp)
         while consumed < samples and consumed <= batch.rampup_batch_size[2]:
-            consumed += int(calculator.get_current_running_global_batch_size())
+            consumed += samples_of_step(batch, size, consumed)
             iterations += 1
-            calculator.update(consumed, consistency_check=False)
     full = max(-(-(samples - consumed) // size), 0)
     return training.model_copy(update={"train_iters": iterations + full}), consumed + full * size
 
@@ -109,21 +104,27 @@ def samples_of_run(training: TrainingConfig, batch: BatchConfig, dp: int) -> int
     size = batch.resolve_global_batch_size(dp)
     if not batch.rampup_batch_size:
         return training.train_iters * size
-    calculator = _micro_batch_calculator(batch, size, dp)
     consumed = 0
     for _ in range(training.train_iters):
-        consumed += int(calculator.get_current_running_global_batch_size())
-        calculator.update(consumed, consistency_check=False)
+        consumed += samples_of_step(batch, size, consumed)
     return consumed
 
 
-def _micro_batch_calculator(batch: BatchConfig, global_batch_size: int, dp: int) -> Any:
-    calculators = megatron("num_microbatches_calculator")
-    # rank=-1: the calculators report each growth of the batch from rank 0; the trainer's metrics do.
-    common = (global_batch_size, batch.micro_batch_size, dp, False, -1)
-    if not batch.rampup_batch_size or batch.rampup_batch_size[0] == global_batch_size:
-        return calculators.ConstantNumMicroBatchesCalculator(*common)
-    return calculators.RampupBatchsizeNumMicroBatchesCalculator(*common, *batch.rampup_batch_size)
+def samples_of_step(batch: BatchConfig, size: int, consumed: int) -> int:
+    """Return how many samples the next step takes over all ranks.
+
+    The rule is that of `RampupBatchsizeNumMicroBatchesCalculator`, which megatron-core had up to 0.17.
+
+    Args:
+        batch: batch sizes, ramp-up.
+        size: of the global batch after it.
+        consumed: samples of the steps before.
+    """
+    start, increment, samples = batch.rampup_batch_size or (size, 1, 0)
+    if start == size or not samples or consumed > samples:
+        return size
+    samples_of_increment = samples / ((size - start) // increment)
+    return start + int(consumed / samples_of_increment) * increment
 
 
 def _rate_scheduler(

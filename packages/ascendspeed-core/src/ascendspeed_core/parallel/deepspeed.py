@@ -46,7 +46,7 @@ def start_deepspeed(device: Device) -> Any:
     # compiler. There is no public switch.
     importlib.import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
     # Its tables of groups are global and outlive torch's groups, for instance from a model trained before.
-    importlib.import_module("deepspeed.utils.groups")._release_process_group_references()
+    _forget_groups(importlib.import_module("deepspeed.utils.groups"))
     communication: Any = importlib.import_module("deepspeed.comm.comm")
     communication.cdb = None
     if not dist.is_initialized():
@@ -59,6 +59,29 @@ def start_deepspeed(device: Device) -> Any:
     os.environ.setdefault("LOCAL_RANK", str(device.index))
     deepspeed.init_distributed(dist_backend=device.backend, verbose=False)
     return deepspeed
+
+
+def _forget_groups(groups: Any) -> None:
+    """Empty the tables of groups; 0.19.4 and older have no function for it."""
+    forget = getattr(groups, "_release_process_group_references", None)
+    if forget is not None:
+        forget()
+        return
+    for name in ("EXPERT_PARALLEL_GROUP", "EXPERT_DATA_PARALLEL_GROUP"):
+        getattr(groups, f"_{name}").clear()
+        getattr(groups, f"_{name}_RANKS").clear()
+    groups._ALL_TO_ALL_GROUP.clear()
+    for name in (
+        "WORLD",
+        "ZERO_PARAM_INTRA_PARALLEL",
+        "TENSOR_MODEL_PARALLEL",
+        "MODEL_PARALLEL",
+        "DATA_PARALLEL",
+    ):
+        setattr(groups, f"_{name}_GROUP", None)
+    groups._MPU_TENSOR_MODEL_PARALLEL_WORLD_SIZE = groups._MPU_TENSOR_MODEL_PARALLEL_RANK = None
+    groups.mesh_device = groups.mpu = None
+    groups.expert_tensor_parallel_world_size = 1
 
 
 class GroupsForDeepSpeed:

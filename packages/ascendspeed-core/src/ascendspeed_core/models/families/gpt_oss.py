@@ -38,10 +38,11 @@ class StatedRotary(Rotary):
         return super().read(hf if is_inside else {**hf, **stated})
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
-        """Return the keys of transformers 4, which 5 reads too; without scaling those of 5."""
+        """Return the keys of transformers 4, which 5 reads too; without scaling those of both, which differ."""
         if config.rotary_scaling is not None:
             return super().write(config)
-        return {"rope_parameters": {"rope_type": "default", "rope_theta": config.rotary_base}}
+        said = {"rope_type": "default", "rope_theta": config.rotary_base}
+        return {"rope_scaling": None, "rope_theta": config.rotary_base, "rope_parameters": said}
 
 
 _EXPERT_RULES = (

@@ -8,6 +8,7 @@ import importlib
 import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,7 +56,8 @@ def check_sharded_optimizer() -> None:
         version = megatron("package_info").__version__
         raise AscendSpeedError(
             f"engine=megatron with use_distributed_optimizer=true: the one of megatron-core {version} wants "
-            "Transformer Engine, which is not installed; install it, or megatron-core 0.16, or leave the option out"
+            "Transformer Engine, which is not installed; install it, or megatron-core 0.13 or newer, or leave the "
+            "option out"
         ) from None
 
 
@@ -81,6 +83,8 @@ def start_groups(layout: Layout, stages_per_rank: int) -> None:
     """Make megatron-core's process groups; ranks are numbered as in `config.layout`."""
     state = megatron("parallel_state")
     state.destroy_model_parallel()
+    # In 0.12 they stay as they were, and belong to groups that are gone.
+    state._POSITION_EMBEDDING_GLOBAL_RANKS = None
     state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
@@ -114,9 +118,10 @@ def make_config(kind: str, fields: Mapping[str, Any], more: Mapping[str, Any]) -
             warnings.simplefilter("ignore")
             return made(**{name: value for name, value in fields.items() if name in known}, **more)
     except (ValueError, AssertionError, TypeError) as error:
+        version = megatron("package_info").__version__
         raise AscendSpeedError(
-            f"engine=megatron: {kind} refuses the run: {str(error) or repr(error)}; change --megatron-args, or the "
-            "layout"
+            f"engine=megatron: {kind} of megatron-core {version} refuses the run: "
+            f"{(str(error) or repr(error)).rstrip('.')}; change --megatron-args, or the layout"
         ) from None
 
 
@@ -146,6 +151,11 @@ def make_gpt_model(stage: int, stages_per_rank: int, **arguments: Any) -> Any:
         else:
             megatron("parallel_state").set_virtual_pipeline_model_parallel_rank(stage)
     return model(**arguments)
+
+
+def submodules_of(spec: Any) -> Any:
+    """Return what a layer is made of: of its spec, or from 0.18 on of what makes it."""
+    return spec.keywords["submodules"] if isinstance(spec, partial) else spec.submodules
 
 
 def latent_attention() -> Any:

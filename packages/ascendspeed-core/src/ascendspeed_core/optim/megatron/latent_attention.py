@@ -3,7 +3,8 @@
 megatron-core makes the rotary embedding inside the layer, of positions from 0 on, and its own down-projections are cut
 over tensor-parallel ranks, so that the gradient of the numbers that all keys share is each rank's own only. Here
 positions come with the mask, because a layer that is recomputed gets nothing but tensors, and the down-projections are
-whole on every rank, as those of Transformer Engine are.
+whole on every rank, as those of Transformer Engine are. The norms of latents are put in here too: from 0.19 on
+megatron-core takes none from a spec beside queries without a latent.
 
 Shapes: S sequence, B batch, R the turned end of a head.
 """
@@ -16,10 +17,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from ascendspeed_core.config.model import ModelConfig
-from ascendspeed_core.models.latent_attention import score_scale
+from ascendspeed_core.models.latent_attention import LATENT_EPSILON, score_scale
 from ascendspeed_core.models.position import RotaryKind, magnitude_of
 from ascendspeed_core.optim.megatron.core import latent_attention
-from ascendspeed_core.optim.megatron.layers import Rotary, mark_partial, rotary_angles
+from ascendspeed_core.optim.megatron.layers import Rotary, mark_partial, norm_class, rotary_angles
 
 
 def with_positions(positions: torch.Tensor, segments: torch.Tensor | None, parts: int) -> torch.Tensor:
@@ -46,10 +47,11 @@ def latent_attention_class(model: ModelConfig, kind: RotaryKind) -> type:
         kind: its rotary embedding.
     """
     base: Any = latent_attention()
+    norm: Any = norm_class(model, True, LATENT_EPSILON)
     has_bias, magnitude = model.qkv_bias, magnitude_of(kind.scaling)
 
     class LatentAttention(base):
-        """megatron-core's, with whole down-projections and the positions of the tokens."""
+        """megatron-core's, with whole down-projections, this project's norms and the positions of the tokens."""
 
         def __init__(self, config: Any, *args: Any, **options: Any) -> None:
             super().__init__(config, *args, **options)
@@ -59,15 +61,16 @@ def latent_attention_class(model: ModelConfig, kind: RotaryKind) -> type:
                 self.config = copy(config)
                 self.config.rope_type = "yarn"
             self.core_attention.options = {"scale": score_scale(model)}
-            widths = {
-                "linear_q_down_proj": model.q_latent_dim,
-                "linear_kv_down_proj": config.kv_lora_rank + config.qk_pos_emb_head_dim,
+            latents = {
+                "q": (config.q_lora_rank, config.q_lora_rank),
+                "kv": (config.kv_lora_rank, config.kv_lora_rank + config.qk_pos_emb_head_dim),
             }
-            for name, width in widths.items():
-                if width is not None:
+            for name, (latent, width) in latents.items():
+                if latent is not None:
                     down = WholeLinear(model.hidden_size, width, has_bias)
                     mark_partial(down, config)
-                    setattr(self, name, down)
+                    setattr(self, f"linear_{name}_down_proj", down)
+                    setattr(self, f"{name}_layernorm", norm(config, latent, config.layernorm_epsilon))
 
         def forward(
             self, hidden: torch.Tensor, attention_mask: torch.Tensor, *args: Any, **options: Any

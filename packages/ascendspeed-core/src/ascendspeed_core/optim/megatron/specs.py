@@ -6,8 +6,8 @@ from typing import Any
 from ascendspeed_core.config.megatron import LayerOptions
 from ascendspeed_core.config.model import ModelConfig
 from ascendspeed_core.megatron import megatron
-from ascendspeed_core.models.latent_attention import LATENT_EPSILON
 from ascendspeed_core.models.layer import attention_kind
+from ascendspeed_core.optim.megatron.core import submodules_of
 from ascendspeed_core.optim.megatron.latent_attention import latent_attention_class
 from ascendspeed_core.optim.megatron.layers import CoreAttention, norm_class
 
@@ -43,11 +43,10 @@ def _layer_spec(model: ModelConfig, norm: type, layer: int, in_fp8: bool) -> Any
         rotary = attention_kind(model, layer).rotary
         assert rotary is not None
         parts.self_attention.module = latent_attention_class(model, rotary)
-        attention.q_layernorm = attention.kv_layernorm = norm_class(model, True, LATENT_EPSILON)
     elif model.qk_norm:
         attention.q_layernorm = attention.k_layernorm = norm_class(model, of_heads=True)
     if in_fp8:
-        _multiply_in_fp8(attention, parts.mlp.submodules)
+        _multiply_in_fp8(attention, submodules_of(parts.mlp))
     if model.output_bias and not model.mlp_bias:
         attention.linear_proj = _biased(attention.linear_proj)
     return spec
