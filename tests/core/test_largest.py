@@ -16,14 +16,14 @@ def test_largest_is_the_first_of_torch(dtype: torch.dtype) -> None:
         count = draw.choice([1, 5, 127, 128, 129, 255, 256, 1000, 1024, 32000, 32001])
         rows = torch.randn(draw.randint(1, 5), count).to(dtype)
         if draw.random() < 0.5:
-            # Few different numbers: the largest stands in many places.
+            # Few different numbers: the largest stands in many positions.
             rows = rows.round()
         for row in rows:
             if draw.random() < 0.3:
                 row[draw.randrange(count)] = draw.choice([torch.nan, torch.inf, -torch.inf])
             if draw.random() < 0.1:
                 row.fill_(-torch.inf)
-        numbers, places = largest(rows)
+        numbers, positions = largest(rows)
         wanted = rows.max(-1)
-        assert torch.equal(places, rows.argmax(-1))
+        assert torch.equal(positions, rows.argmax(-1))
         torch.testing.assert_close(numbers, wanted.values, rtol=0, atol=0, equal_nan=True)

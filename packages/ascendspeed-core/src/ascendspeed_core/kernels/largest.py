@@ -11,13 +11,13 @@ bf16 argmax takes 7 ms, the amax of blocks and the argmax of one block 1 ms."""
 
 
 def largest(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the largest number of each row and the first place where it stands; a NaN is larger than all numbers.
+    """Return the largest number of each row and the first position where it stands; a NaN is larger than all numbers.
 
     Args:
         rows: [R, V].
 
     Returns:
-        Numbers and places, [R] each.
+        Numbers and positions, [R] each.
     """
     count = rows.shape[1] // BLOCK * BLOCK
     if rows.device.type != "cpu" or not count:
@@ -27,9 +27,9 @@ def largest(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     block = most.argmax(-1, keepdim=True)
     number = most.gather(1, block).squeeze(1)
     of_block = blocks.take_along_dim(block.unsqueeze(-1), 1).squeeze(1).argmax(-1)
-    place = block.squeeze(1) * BLOCK + of_block
+    position = block.squeeze(1) * BLOCK + of_block
     if count == rows.shape[1]:
-        return number, place
+        return number, position
     other, at = rows[:, count:].max(-1)
     is_other = (other > number) | (other.isnan() & ~number.isnan())
-    return torch.where(is_other, other, number), torch.where(is_other, at + count, place)
+    return torch.where(is_other, other, number), torch.where(is_other, at + count, position)
