@@ -178,3 +178,20 @@ def test_what_was_compiled_is_kept_for_this_user_alone(
     folder.chmod(0o777)
     forget()
     assert Path(compile_it()._name).parent != folder
+
+
+@pytest.mark.parametrize("size", [0, 20, 3000])
+def test_a_cut_library_is_made_again(
+    forgotten: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, size: int
+) -> None:
+    """Loaded, it would end the process."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "whole"))
+    whole = Path(cpp_library.compiled("single_tokens.cpp", "-DHEAD_DIM=32")._name)
+    folder = tmp_path / "cut" / "ascendspeed" / "kernels"
+    folder.mkdir(mode=0o700, parents=True)
+    (folder / whole.name).write_bytes(whole.read_bytes()[:size])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cut"))
+    forget()
+    made = Path(cpp_library.compiled("single_tokens.cpp", "-DHEAD_DIM=32")._name)
+    assert made == folder / whole.name
+    assert len(made.read_bytes()) == len(whole.read_bytes())

@@ -4,6 +4,7 @@ A compiler takes a second or two; what it made is kept in the user's cache, by e
 compiler nothing is lost but time: who asks gets the reason, and computes with plain torch.
 """
 
+import atexit
 import ctypes
 import hashlib
 import logging
@@ -40,11 +41,13 @@ def compiled(source: str, *options: str) -> ctypes.CDLL:
     Raises:
         CannotCompileError: see there.
     """
-    compiler = find_compiler()
-    command = (*compiler, *OPTIONS, *options)
-    made = _folder() / f"{Path(source).stem}-{_digest(source, command)}.so"
-    if not made.exists():
-        _compile(source, command, made)
+    command = (*find_compiler(), *OPTIONS, *options)
+    try:
+        made = _folder() / f"{Path(source).stem}-{_digest(source, command)}.so"
+        if not _is_whole(made):
+            _compile(source, command, made)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise CannotCompileError(f"{source} was not compiled with {command[0]}: {error}") from error
     try:
         return ctypes.CDLL(str(made))
     except OSError as error:
@@ -74,16 +77,24 @@ def _compile(source: str, command: tuple[str, ...], made: Path) -> None:
     with tempfile.TemporaryDirectory(dir=made.parent) as scratch:
         out = Path(scratch) / made.name
         given = (*command, str(SOURCES / source), "-o", str(out))
-        try:
-            done = subprocess.run(given, capture_output=True, text=True, timeout=TIMEOUT, check=False)
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise CannotCompileError(f"{command[0]} did not run: {error}") from error
+        done = subprocess.run(given, capture_output=True, text=True, timeout=TIMEOUT, check=False)
         if done.returncode:
             said = next((line for line in done.stderr.splitlines() if "error" in line), "it says nothing")
             raise CannotCompileError(f"{command[0]} does not compile {source}: {said.strip()}")
+        content = out.read_bytes()
+        out.write_bytes(content + hashlib.sha256(content).digest())
         # Processes that compile the same at a time each put a whole file here.
         out.replace(made)
     logger.info("compiled %s into %s", source, made)
+
+
+def _is_whole(made: Path) -> bool:
+    """Whether a library is there as it was written, its checksum behind it: half of one would end the process."""
+    if not made.exists():
+        return False
+    content = made.read_bytes()
+    size = hashlib.sha256().digest_size
+    return hashlib.sha256(content[:-size]).digest() == content[-size:]
 
 
 def _digest(source: str, command: tuple[str, ...]) -> str:
@@ -112,12 +123,18 @@ def _processor() -> str:
 @cache
 def _folder() -> Path:
     """Return where libraries are kept: a folder that only this user can write to, else one for this process."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ascendspeed" / "kernels"
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "ascendspeed" / "kernels"
     try:
+        folder = folder.expanduser()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = folder.stat()
         is_own = found.st_uid == os.geteuid() and not found.st_mode & 0o022 and os.access(folder, os.W_OK)
-    except OSError as error:
-        logger.info("%s cannot be used (%s): C++ is compiled anew in each process", folder, error)
-        is_own = False
-    return folder if is_own else Path(tempfile.mkdtemp(prefix="ascendspeed-kernels-"))
+        reason = "" if is_own else "others can write to it, or this user cannot"
+    except (OSError, RuntimeError) as error:
+        reason = str(error)
+    if not reason:
+        return folder
+    logger.info("%s is not used (%s): C++ is compiled anew in each process", folder, reason)
+    own = tempfile.mkdtemp(prefix="ascendspeed-kernels-")
+    atexit.register(shutil.rmtree, own, ignore_errors=True)
+    return Path(own)
