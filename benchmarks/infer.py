@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from ascendspeed_core.build import load_model
 from ascendspeed_core.config.layout import Layout
 from ascendspeed_core.device import Device
-from ascendspeed_core.models.onednn_weight import pack_weights
+from ascendspeed_core.models.packed_weight import pack_weights
 from ascendspeed_core.models.transformer import Transformer
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.weights import open_weights

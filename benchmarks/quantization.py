@@ -24,7 +24,7 @@ from ascendspeed_core.device import Device
 from ascendspeed_core.kernels import int8
 from ascendspeed_core.kernels.onednn import packed, packed_linear
 from ascendspeed_core.models.int8 import Int8Weight, largest_of_rows, quantize, weights_nbytes
-from ascendspeed_core.models.onednn_weight import pack_weights
+from ascendspeed_core.models.packed_weight import pack_weights
 from ascendspeed_core.models.transformer import Transformer
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.weights import open_weights

@@ -9,7 +9,7 @@ from ascendspeed_core.build import load_model
 from ascendspeed_core.config.layout import Layout
 from ascendspeed_core.device import Device
 from ascendspeed_core.models.cache import BLOCK_TOKENS, KeyValueCache, LayerCache, SequenceChunk
-from ascendspeed_core.models.onednn_weight import pack_weights
+from ascendspeed_core.models.packed_weight import pack_weights
 from ascendspeed_core.models.transformer import ModelInput, Transformer
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.parallel.stages import forward_through_stages

@@ -15,7 +15,7 @@ from ascendspeed_core.config.parallel import ParallelConfig
 from ascendspeed_core.config.source import ModelSourceConfig
 from ascendspeed_core.device import choose_device
 from ascendspeed_core.launch import world_of_environment
-from ascendspeed_core.models.onednn_weight import pack_weights
+from ascendspeed_core.models.packed_weight import pack_weights
 from ascendspeed_core.models.transformer import Transformer
 from ascendspeed_core.parallel.deepspeed import answer_from_shares
 from ascendspeed_core.parallel.mesh import ParallelMesh

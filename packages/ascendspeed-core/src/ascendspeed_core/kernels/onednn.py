@@ -36,3 +36,24 @@ def packed_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
     """
     out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return out
+
+
+class OneDnnMatrix:
+    """A weight that oneDNN multiplies, in its order or as torch lays it out.
+
+    Args:
+        whole: of `packed`, or plain; [O, I].
+    """
+
+    def __init__(self, whole: torch.Tensor) -> None:
+        self.whole, self.shape, self.dtype = whole, whole.shape, whole.dtype
+        self.nbytes = whole.numel() * whole.itemsize if whole.is_mkldnn else 0
+        """None where it shares the memory of a plain weight."""
+
+    def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """See `packed_linear`."""
+        return packed_linear(x, self.whole, bias)
+
+    def plain(self) -> torch.Tensor:
+        """Return a copy of the weight as torch lays it out, [O, I]."""
+        return self.whole.to_dense() if self.whole.is_mkldnn else self.whole.clone()

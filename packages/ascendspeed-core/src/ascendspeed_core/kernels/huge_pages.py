@@ -1,0 +1,48 @@
+"""Memory in large pages: a processor that reads all weights for each token spends much of its time on finding pages.
+
+Linux makes pages of 2 MB for memory that asks for them, which reads twice as fast as pages of 4 kB in a virtual machine.
+Where it does not, the memory is ordinary.
+"""
+
+import logging
+import mmap
+
+import torch
+
+PAGE = 1 << 21
+BLOCK = 1 << 25
+"""What is asked of the system at a time, in bytes; what is not written to takes none."""
+ALIGNED = 64
+
+logger = logging.getLogger(__name__)
+
+
+class HugePages:
+    """Gives out pieces of memory in large pages; a block is freed with its last piece."""
+
+    def __init__(self) -> None:
+        self._block = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, numbers: int, dtype: torch.dtype) -> torch.Tensor:
+        """Return memory for some numbers, not yet written, [numbers]."""
+        size = numbers * dtype.itemsize
+        room = -(-size // ALIGNED) * ALIGNED
+        if room > len(self._block):
+            self._block = _block(max(room, BLOCK))
+        piece, self._block = self._block[:size], self._block[room:]
+        return piece.view(dtype)
+
+
+def _block(size: int) -> torch.Tensor:
+    """Return memory that begins with a large page: bytes, [size] or a little more."""
+    size = -(-size // PAGE) * PAGE
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(size, dtype=torch.uint8)
+    memory = mmap.mmap(-1, size + PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    except OSError as error:
+        logger.debug("this system has no large pages: %s", error)
+    whole = torch.frombuffer(memory, dtype=torch.uint8)
+    start = -whole.data_ptr() % PAGE
+    return whole[start : start + size]
