@@ -1,7 +1,7 @@
-"""Memory in large pages: a processor that reads all weights for each token spends much of its time on finding pages.
+"""Memory in large pages: a processor that reads all weights for each token takes long to find pages of 4 kB.
 
-Linux makes pages of 2 MB for memory that asks for them, which reads twice as fast as pages of 4 kB in a virtual machine.
-Where it does not, the memory is ordinary.
+Linux makes pages of 2 MB for memory that asks for them; in a virtual machine they are read up to twice as fast. Where
+it does not, the memory is ordinary.
 """
 
 import logging

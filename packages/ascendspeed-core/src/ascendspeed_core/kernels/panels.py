@@ -64,8 +64,8 @@ class Panels:
         """
         if x.dtype != self.dtype or x.shape[-1] != self._inputs or not x.is_cpu:
             raise ValueError(
-                f"a packed weight of {self.dtype}, {list(self.shape)}, does not multiply {x.dtype}, {list(x.shape)}, on "
-                f"{x.device}"
+                f"a packed weight of {self.dtype}, {list(self.shape)}, does not multiply {x.dtype}, "
+                f"{list(x.shape)}, on {x.device}"
             )
         rows = x if x.dim() == 2 else x.reshape(-1, self._inputs)
         if rows.stride(1) != 1:

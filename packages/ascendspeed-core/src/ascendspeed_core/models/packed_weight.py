@@ -20,7 +20,6 @@ from ascendspeed_core.models.lm_head import NormalisedHead
 from ascendspeed_core.models.projections import Projections
 from ascendspeed_core.models.transformer import Transformer
 
-
 logger = logging.getLogger(__name__)
 
 PackedMatrix = Panels | OneDnnMatrix
@@ -69,7 +68,7 @@ class PackedWeight(InferenceWeight):
         return PackedWeight(self.whole, self.rows)
 
     def _is_whole(self) -> bool:
-        return self.rows.stop - self.rows.start == self.whole.shape[0]
+        return self.numel() == self.whole.shape.numel()
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"PackedWeight({self.plain()!r})"
