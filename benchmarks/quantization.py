@@ -22,19 +22,19 @@ from ascendspeed_core.build import load_model
 from ascendspeed_core.config.layout import Layout
 from ascendspeed_core.device import Device
 from ascendspeed_core.kernels import int8
-from ascendspeed_core.kernels.onednn import packed, packed_linear
+from ascendspeed_core.kernels.huge_pages import HugePages
 from ascendspeed_core.models.int8 import Int8Weight, largest_of_rows, quantize, weights_nbytes
-from ascendspeed_core.models.packed_weight import pack_weights
-from ascendspeed_core.models.transformer import Transformer
+from ascendspeed_core.models.packed_weight import PackedMatrix, pack, pack_weights
 from ascendspeed_core.parallel.mesh import ParallelMesh
 from ascendspeed_core.weights import open_weights
+from ascendspeed_infer.engine.llm_engine import LLMEngine
 from infer import NEW_TOKENS, PROMPT_TOKENS, SIZES, VOCAB, best, loaded_ours, ours_alone, row, save_model
 
 SIDE, COPIES, ROWS = 4096, 4, (1, 4, 16, 128, 512)
 SECONDS_PER_CASE = 2.0
 
 
-def loaded_int8(folder: Path, dtype: str) -> tuple[Transformer, ParallelMesh]:
+def loaded_int8(folder: Path, dtype: str) -> LLMEngine:
     mesh = ParallelMesh.create(Device("cpu"), Layout())
     model = load_model(
         open_weights(folder),
@@ -44,7 +44,7 @@ def loaded_int8(folder: Path, dtype: str) -> tuple[Transformer, ParallelMesh]:
         weight_quantization="int8",
     )
     pack_weights(model)
-    return model.eval(), mesh
+    return LLMEngine(model.eval(), mesh)
 
 
 def milliseconds(works: Mapping[str, Callable[[int], object]]) -> dict[str, float]:
@@ -65,7 +65,8 @@ def milliseconds(works: Mapping[str, Callable[[int], object]]) -> dict[str, floa
 def measure_products(dtype: torch.dtype) -> None:
     plain = [torch.randn(SIDE, SIDE).mul_(0.02).to(dtype) for _ in range(COPIES)]
     # What a model that answers on a CPU holds.
-    floats = [packed(weight) for weight in plain]
+    memory = HugePages()
+    floats = [pack(weight, memory) for weight in plain]
     workspace = int8.Workspace()
     held = [quantize(weight, largest_of_rows(weight), workspace) for weight in plain]
     name = str(dtype).removeprefix("torch.")
@@ -91,8 +92,8 @@ def measure_products(dtype: torch.dtype) -> None:
         )
 
 
-def multiply(x: torch.Tensor, weights: Sequence[torch.Tensor], copy: int) -> torch.Tensor:
-    return packed_linear(x, weights[copy], None)
+def multiply(x: torch.Tensor, weights: Sequence[PackedMatrix], copy: int) -> torch.Tensor:
+    return weights[copy].product(x, None)
 
 
 def multiply_int8(
@@ -119,14 +120,14 @@ def measure_decoding(size: str, dtype: str, rounds: int) -> None:
         folder = Path(name)
         save_model(size, dtype, folder)
         peaks = [peak_of_loading(folder, dtype, function) for function in ("loaded_ours", "loaded_int8")]
-        (plain, mesh), (held, _) = loaded_ours(folder, dtype), loaded_int8(folder, dtype)
+        plain, held = loaded_ours(folder, dtype), loaded_int8(folder, dtype)
         loading = best(rounds, lambda: loaded_ours(folder, dtype), lambda: loaded_int8(folder, dtype))
     prompt = random.Random(0).choices(range(3, VOCAB), k=PROMPT_TOKENS)
-    works = [ours_alone(model, mesh, prompt, new) for model in (plain, held) for new in (1, NEW_TOKENS + 1)]
+    works = [ours_alone(engine, prompt, new) for engine in (plain, held) for new in (1, NEW_TOKENS + 1)]
     first, whole, held_first, held_whole = best(rounds, *works)
     step, held_step = (whole - first) / NEW_TOKENS, (held_whole - held_first) / NEW_TOKENS
-    print(f"\n{dtype}: {size}, {plain.config.num_parameters / 1e6:.0f} million parameters")
-    sizes = [weights_nbytes(model) / 1e6 for model in (plain, held)]
+    print(f"\n{dtype}: {size}, {plain.model.config.num_parameters / 1e6:.0f} million parameters")
+    sizes = [weights_nbytes(engine.model) / 1e6 for engine in (plain, held)]
     row("weights, int8", f"{sizes[1]:.0f} MB", f"{dtype} {sizes[0]:.0f} MB")
     row("peak memory of loading", f"{peaks[1] / 1e6:.0f} MB", f"{dtype} {peaks[0] / 1e6:.0f} MB")
     row("time of loading", f"{loading[1]:.2f} s", f"{dtype} {loading[0]:.2f} s")
