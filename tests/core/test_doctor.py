@@ -33,6 +33,7 @@ def test_this_environment_is_sound() -> None:
     assert "machine: " in done.stdout
     for operator in OPERATORS:
         assert f"  {operator}: " in done.stdout
+    assert any(f"  inference weights: {name} (" in done.stdout for name in ("panels", "oneDNN", "torch"))
     assert "  decoding: native (" in done.stdout or "  decoding: text by text (" in done.stdout
     report = json.loads(call("asd-core", "doctor", "--json").stdout)
     assert {"versions", "devices", "cores", "memory_bytes", "kernels", "problems"} == set(report)

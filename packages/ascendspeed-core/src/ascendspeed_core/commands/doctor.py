@@ -103,7 +103,8 @@ def kernels_here() -> list[dict[str, str]]:
     import torch
 
     from ascendspeed_core.device import HOST, choose_device
-    from ascendspeed_core.kernels import single_tokens
+    from ascendspeed_core.kernels import panels, single_tokens
+    from ascendspeed_core.kernels.onednn import has_packed_product
     from ascendspeed_core.kernels.registry import OPERATORS, Choice, KernelContext, choose, update_choice
 
     device = choose_device("auto", quiet=True)
@@ -116,6 +117,10 @@ def kernels_here() -> list[dict[str, str]]:
         rows.append(
             Choice("decoding", name, reason or "attention of new tokens in C++, compiled for this processor")
         )
+        reason = panels.why_not(context.dtype, 2)
+        without = "oneDNN" if has_packed_product(context.dtype, device.torch) else "torch"
+        name = without if reason else "panels"
+        rows.append(Choice("inference weights", name, reason or "products in C++, compiled for this processor"))
     return [
         {"operator": row.operator, "implementation": row.implementation, "reason": row.reason} for row in rows
     ]

@@ -26,10 +26,10 @@ class HugePages:
     def take(self, numbers: int, dtype: torch.dtype) -> torch.Tensor:
         """Return memory for some numbers, not yet written, [numbers]."""
         size = numbers * dtype.itemsize
-        room = -(-size // ALIGNED) * ALIGNED
-        if room > len(self._block):
-            self._block = _block(max(room, BLOCK))
-        piece, self._block = self._block[:size], self._block[room:]
+        aligned = -(-size // ALIGNED) * ALIGNED
+        if aligned > len(self._block):
+            self._block = _block(max(aligned, BLOCK))
+        piece, self._block = self._block[:size], self._block[aligned:]
         return piece.view(dtype)
 
 

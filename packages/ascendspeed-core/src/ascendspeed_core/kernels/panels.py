@@ -86,7 +86,7 @@ class Panels:
 
 
 def why_not(dtype: torch.dtype, inputs: int) -> str | None:
-    """Say why weights of a format and so many inputs have no panels on this machine; `None` if they have."""
+    """Say why weights of a format and a number of inputs have no panels on this machine; `None` if they have."""
     if dtype not in FORMATS:
         return f"they take float32 and bfloat16, not {str(dtype).removeprefix('torch.')}"
     if dtype == torch.bfloat16:

@@ -109,7 +109,7 @@ def pack(weight: torch.Tensor, memory: HugePages) -> PackedMatrix:
     reason = why_not(weight.dtype, weight.shape[1])
     if reason is None:
         return Panels(weight, memory)
-    logger.debug("oneDNN multiplies a weight of %s: %s", list(weight.shape), reason)
+    logger.info("oneDNN multiplies with a weight of %s: %s", list(weight.shape), reason)
     return OneDnnMatrix(packed(weight))
 
 
