@@ -19,7 +19,7 @@ from ascendspeed_core.config.optimizer import OptimizerConfig
 from ascendspeed_core.config.training import DataConfig
 from ascendspeed_core.data.micro_batch import MicroBatch
 from ascendspeed_core.device import Device
-from ascendspeed_core.kernels import int8, liger, native_attention, npu
+from ascendspeed_core.kernels import int8, liger, native_attention, native_elementwise, npu
 from ascendspeed_core.kernels.mask_rule import attention_mask
 from ascendspeed_core.kernels.reference import GatedFunction, silu_gated_joined
 from ascendspeed_core.kernels.registry import (
@@ -280,9 +280,10 @@ def chosen(kind: str, dtype: torch.dtype = torch.bfloat16, **more: Any) -> dict[
 
 def test_what_auto_takes() -> None:
     attention = "sdpa" if native_attention.why_not(torch.bfloat16, 128) else "native"
+    element = "reference" if native_elementwise.why_not(torch.bfloat16) else "native"
     assert chosen("cpu") == {
-        "attention": attention, "scaled_masked_softmax": "reference", "rms_norm": "reference", "layer_norm": "torch",
-        "rotary": "reference", "swiglu": "reference", "token_permutation": "reference",
+        "attention": attention, "scaled_masked_softmax": "reference", "rms_norm": element, "layer_norm": "torch",
+        "rotary": element, "swiglu": element, "token_permutation": "reference",
         "grouped_product": "reference", "cross_entropy": "torch",
     }  # fmt: skip
     assert chosen("npu") == dict.fromkeys(OPERATORS, "npu") | {"layer_norm": "torch"}
@@ -315,8 +316,10 @@ def test_the_table_says_why() -> None:
 @pytest.mark.parametrize(
     ("operator", "name", "setting", "complaint"),
     [
-        ("rms_norm", "npu", KernelContext(), "rms_norm=npu cannot run here: it needs an NPU, this is cpu; choose "
-         "auto or torch, reference"),
+        ("rms_norm", "npu", KernelContext(dtype=torch.float64), "rms_norm=npu cannot run here: it needs an NPU, this "
+         "is cpu; choose auto or torch, reference"),
+        ("rms_norm", "native", KernelContext(Device("cuda")), "it is C++ for a CPU, this is cuda; choose"),
+        ("rotary", "native", KernelContext(dtype=torch.float16), "it takes float32 and bfloat16, not float16"),
         ("swiglu", "liger", KernelContext(), "Liger-Kernel needs a GPU, this is cpu"),
         ("swiglu", "liger", KernelContext(Device("cuda")), "the package liger-kernel is not installed"),
         ("rotary", "npu", KernelContext(Device("npu"), torch.float64), "float32, not float64"),
@@ -363,10 +366,12 @@ def test_help_says_what_auto_takes() -> None:
     assert said == {
         "attention": "npu on an NPU, sdpa on CUDA, native (if not installed: sdpa) on a CPU.",
         "scaled_masked_softmax": "npu on an NPU, reference elsewhere.",
-        "rms_norm": "npu on an NPU, torch on CUDA, reference on a CPU.",
+        "rms_norm": "npu on an NPU, torch on CUDA, native (if not installed: reference) on a CPU.",
         "layer_norm": "torch.",
-        "rotary": "npu on an NPU, compiled (if not installed: liger) on CUDA, reference on a CPU.",
-        "swiglu": "npu on an NPU, compiled (if not installed: liger) on CUDA, reference on a CPU.",
+        "rotary": "npu on an NPU, compiled (if not installed: liger) on CUDA, native "
+        "(if not installed: reference) on a CPU.",
+        "swiglu": "npu on an NPU, compiled (if not installed: liger) on CUDA, native "
+        "(if not installed: reference) on a CPU.",
         "token_permutation": "npu on an NPU, reference elsewhere.",
         "grouped_product": "npu on an NPU, grouped_mm on CUDA, reference on a CPU.",
         "cross_entropy": "hidden where a micro-batch's logits take a GiB, else npu on an NPU, compiled "

@@ -36,6 +36,7 @@ class Kernel:
 _LIGER_ASKED = Kernel("Liger-Kernel", is_optional=True)
 _NPU = Kernel(_FUSED_NPU, ("npu",))
 _LIGER = Kernel("Liger-Kernel", ("cuda",), is_optional=True)
+_NATIVE = Kernel("C++, compiled for a CPU when it is first needed", ("cpu",), is_optional=True)
 _COMPILED = Kernel("plain torch, fused by torch.compile", ("cuda",), is_optional=True)
 _PLAIN = Kernel("plain torch", EVERYWHERE)
 
@@ -43,7 +44,7 @@ KERNELS: Mapping[str, Mapping[str, Kernel]] = MappingProxyType(
     {
         "attention": {
             "npu": Kernel(f"{_FUSED_NPU} npu_fusion_attention", ("npu",)),
-            "native": Kernel("C++, compiled for a CPU when it is first needed", ("cpu",), is_optional=True),
+            "native": _NATIVE,
             "sdpa": Kernel(
                 "torch's fused kernels, of packed texts by their lengths, by blocks where a mask is large",
                 EVERYWHERE,
@@ -55,6 +56,7 @@ KERNELS: Mapping[str, Mapping[str, Kernel]] = MappingProxyType(
         "scaled_masked_softmax": {"npu": _NPU, "reference": _PLAIN},
         "rms_norm": {
             "npu": _NPU,
+            "native": _NATIVE,
             "liger": _LIGER_ASKED,
             "torch": Kernel("torch's fused rms_norm", ("cuda",)),
             "reference": _PLAIN,
@@ -66,11 +68,18 @@ KERNELS: Mapping[str, Mapping[str, Kernel]] = MappingProxyType(
         },
         "rotary": {
             "npu": Kernel(f"{_FUSED_NPU} npu_rotary_mul", ("npu",)),
+            "native": _NATIVE,
             "compiled": _COMPILED,
             "liger": _LIGER,
             "reference": _PLAIN,
         },
-        "swiglu": {"npu": _NPU, "compiled": _COMPILED, "liger": _LIGER, "reference": _PLAIN},
+        "swiglu": {
+            "npu": _NPU,
+            "native": _NATIVE,
+            "compiled": _COMPILED,
+            "liger": _LIGER,
+            "reference": _PLAIN,
+        },
         "token_permutation": {
             "npu": Kernel(f"{_FUSED_NPU}s npu_moe_init_routing and npu_moe_finalize_routing", ("npu",)),
             "reference": _PLAIN,

@@ -69,7 +69,7 @@ def find_compiler() -> tuple[str, ...]:
             if asked is not None
             else f"none of {', '.join(COMPILERS)} is installed"
         )
-        raise CannotCompileError(f"{missing}; a C++ compiler makes attention on a CPU faster")
+        raise CannotCompileError(f"{missing}; a C++ compiler makes models on a CPU faster")
     return tuple(names)
 
 

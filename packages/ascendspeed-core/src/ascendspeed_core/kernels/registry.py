@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from ascendspeed_core.config.compute import KERNELS
 from ascendspeed_core.device import HOST, Device
-from ascendspeed_core.kernels import compiled, liger, npu, reference
+from ascendspeed_core.kernels import compiled, liger, native_attention, native_elementwise, npu, reference
 from ascendspeed_core.kernels.adamw import adamw_implementation
 from ascendspeed_core.kernels.experts import (
     PermuteFunction,
@@ -22,7 +22,6 @@ from ascendspeed_core.kernels.experts import (
 )
 from ascendspeed_core.kernels.flex import flex_attention
 from ascendspeed_core.kernels.fused_attention import causal_attention
-from ascendspeed_core.kernels.native_attention import native_attention, why_not
 from ascendspeed_core.kernels.reference import (
     GatedFunction,
     JoinedGatedFunction,
@@ -140,9 +139,17 @@ def _needs_flex(setting: KernelContext) -> str | None:
 def _needs_cpu(setting: KernelContext) -> str | None:
     if setting.device.kind != "cpu":
         return f"it is C++ for a CPU, this is {setting.device.kind}"
+    return None
+
+
+def _attention_fits(setting: KernelContext) -> str | None:
     if setting.has_additive_mask:
         return "it takes no ALiBi"
-    return why_not(setting.dtype, setting.head_dim)
+    return native_attention.why_not(setting.dtype, setting.head_dim)
+
+
+def _elements_fit(setting: KernelContext) -> str | None:
+    return native_elementwise.why_not(setting.dtype)
 
 
 def _needs_npu(setting: KernelContext) -> str | None:
@@ -261,7 +268,10 @@ def _attach(operator: str, functions: Mapping[str, Attached]) -> tuple[Implement
 _FUNCTIONS: Mapping[str, Mapping[str, Attached]] = {
     "attention": {
         "npu": (npu.npu_attention, _first(_needs_npu, _drops_weights, _changes_scores)),
-        "native": (native_attention, _first(_drops_weights, _changes_scores, _needs_cpu)),
+        "native": (
+            native_attention.native_attention,
+            _first(_drops_weights, _changes_scores, _needs_cpu, _attention_fits),
+        ),
         "sdpa": (causal_attention, _first(_drops_weights, _changes_scores)),
         "triangle": (triangle_attention, _drops_weights),
         "flex": (flex_attention, _first(_drops_weights, _needs_flex)),
@@ -273,6 +283,7 @@ _FUNCTIONS: Mapping[str, Mapping[str, Attached]] = {
     },
     "rms_norm": {
         "npu": (npu.npu_rms_norm, _needs_npu),
+        "native": (native_elementwise.native_rms_norm, _first(_needs_cpu, _elements_fit)),
         "liger": (liger.liger_rms_norm, _needs_liger),
         "torch": (_torch_rms_norm, _anywhere),
         "reference": (rms_norm, _anywhere),
@@ -284,12 +295,14 @@ _FUNCTIONS: Mapping[str, Mapping[str, Attached]] = {
     },
     "rotary": {
         "npu": (npu.npu_rotate, _needs_npu),
+        "native": (native_elementwise.native_rotate, _first(_needs_cpu, _elements_fit)),
         "compiled": (compiled.rotate_both, _needs_compiler),
         "liger": (liger.liger_rotate, _needs_liger),
         "reference": (rotate_both, _anywhere),
     },
     "swiglu": {
         "npu": (npu.npu_gated, _needs_npu),
+        "native": (native_elementwise.native_gated, _first(_needs_cpu, _elements_fit)),
         "compiled": (compiled.silu_gated, _needs_compiler),
         "liger": (liger.liger_gated, _needs_liger),
         "reference": (silu_gated, _anywhere),
@@ -324,6 +337,7 @@ OPERATORS: dict[str, tuple[Implementation, ...]] = {
 
 JOINED_GATED: Mapping[GatedFunction, JoinedGatedFunction] = {
     npu.npu_gated: npu.npu_gated_joined,
+    native_elementwise.native_gated: native_elementwise.native_gated_joined,
     compiled.silu_gated: compiled.silu_gated_joined,
 }
 """What some implementations of `swiglu` do with gate and up side by side, as joined projections leave them."""

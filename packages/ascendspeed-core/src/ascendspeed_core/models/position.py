@@ -209,8 +209,12 @@ class RotaryEmbedding:
         if self._frequencies is None or self._frequencies.device != positions.device:
             self._frequencies = rotary_frequencies(self._kind).to(positions.device)
         angles = positions.float().unsqueeze(-1) * self._frequencies
-        angles = torch.cat([angles, angles], dim=-1).unsqueeze(-2)
-        return (angles.cos() * self._magnitude).to(dtype), (angles.sin() * self._magnitude).to(dtype)
+        cos, sin = angles.cos(), angles.sin()
+        if self._magnitude != 1:
+            cos, sin = cos * self._magnitude, sin * self._magnitude
+        cos, sin = cos.to(dtype), sin.to(dtype)
+        # Both numbers of a pair have the same angle.
+        return torch.cat([cos, cos], dim=-1).unsqueeze(-2), torch.cat([sin, sin], dim=-1).unsqueeze(-2)
 
 
 def rotary_frequencies(kind: RotaryKind) -> torch.Tensor:

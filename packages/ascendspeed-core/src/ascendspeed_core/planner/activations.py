@@ -27,7 +27,8 @@ class ActivationBytes:
 
     Attributes:
         work: the micro-batch.
-        is_fused: norms, rotary embedding and MLP are fused operators, as `auto` takes on accelerators.
+        is_fused: norms, rotary embedding and MLP are fused operators, as `auto` takes on accelerators, and with a
+            compiler on a CPU.
     """
 
     work: Workload

@@ -327,7 +327,7 @@ def _content(
             "attention": fact(1.0, source="attention is measured by size"),
             "memory": fact(1.0, source="operators are measured by size"),
             "links": fact(1.0, source="collectives are measured by size"),
-            "overlap": fact(0.8, assumed, "messages beside computing") if is_fused
+            "overlap": fact(0.8, assumed, "messages beside computing") if whole is not None
             else fact(0.01, assumed, "the processor that computes sends the messages too"),
             "kernel_microseconds": fact(5.0, assumed, "within what is measured"),
         },

@@ -191,7 +191,8 @@ def memory_need(config: PretrainConfig, source: WeightSource, layout: Layout, de
         config: of the run.
         source: the model's weights, adapters included.
         layout: of all ranks.
-        device: that they run on; an accelerator has fused operators, which keep less.
+        device: that they run on; an accelerator has fused operators, which keep less. A CPU has them with a compiler
+            only, and is planned without.
     """
     held = resident_bytes(config, source, layout)
     planned = planned_memory(
