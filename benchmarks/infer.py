@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ascendspeed_core.build import load_model
+from ascendspeed_core.build import apply_inference_kernels, load_model
 from ascendspeed_core.config.layout import Layout
 from ascendspeed_core.device import Device
 from ascendspeed_core.models.packed_weight import pack_weights
@@ -84,6 +84,7 @@ def loaded_ours(folder: Path, dtype: str) -> LLMEngine:
     mesh = ParallelMesh.create(Device("cpu"), Layout())
     model = load_model(open_weights(folder), mesh, getattr(torch, dtype), joined_projections=True).eval()
     pack_weights(model)
+    apply_inference_kernels(model, mesh)
     return LLMEngine(model, mesh)
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from ascendspeed_core.build import load_model
+from ascendspeed_core.build import apply_inference_kernels, load_model
 from ascendspeed_core.config.layout import Layout
 from ascendspeed_core.device import Device
 from ascendspeed_core.kernels import int8
@@ -44,6 +44,7 @@ def loaded_int8(folder: Path, dtype: str) -> LLMEngine:
         weight_quantization="int8",
     )
     pack_weights(model)
+    apply_inference_kernels(model, mesh)
     return LLMEngine(model.eval(), mesh)
 
 
