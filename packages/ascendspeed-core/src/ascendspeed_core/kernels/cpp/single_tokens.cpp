@@ -6,6 +6,10 @@
 
 #include "vectors.h"
 
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
 namespace {
 
 constexpr int PARTS = HEAD_DIM / LANES;
@@ -27,27 +31,61 @@ inline Vector sums_of(Vector *vectors) {
     return vectors[0];
 }
 
+// Queries of some heads, and their products with a key, spread over lanes.
+template <int HEADS, typename T> struct Queries {
+    Vector numbers[HEADS][PARTS];
+
+    explicit Queries(const T *from) {
+        for (int head = 0; head < HEADS; head++)
+            for (int part = 0; part < PARTS; part++) numbers[head][part] = load(from + head * HEAD_DIM + part * LANES);
+    }
+
+    void multiply(const T *key, Vector *sums) const {
+        for (int part = 0; part < PARTS; part++) {
+            const Vector of_key = load(key + part * LANES);
+            for (int head = 0; head < HEADS; head++) sums[head] += numbers[head][part] * of_key;
+        }
+    }
+};
+
+#if defined(__AVX512BF16__) && HEAD_DIM % 32 == 0
+// The processor multiplies pairs of bf16, and adds them up in fp32.
+template <int HEADS> struct Queries<HEADS, bf16> {
+    static constexpr int PAIRS = 2 * LANES;
+    __m512bh numbers[HEADS][HEAD_DIM / PAIRS];
+
+    explicit Queries(const bf16 *from) {
+        for (int head = 0; head < HEADS; head++)
+            for (int part = 0; part < HEAD_DIM / PAIRS; part++)
+                numbers[head][part] = (__m512bh)_mm512_loadu_si512(from + head * HEAD_DIM + part * PAIRS);
+    }
+
+    void multiply(const bf16 *key, Vector *sums) const {
+        for (int part = 0; part < HEAD_DIM / PAIRS; part++) {
+            const __m512bh of_key = (__m512bh)_mm512_loadu_si512(key + part * PAIRS);
+            for (int head = 0; head < HEADS; head++)
+                sums[head] = (Vector)_mm512_dpbf16_ps((__m512)sums[head], numbers[head][part], of_key);
+        }
+    }
+};
+#endif
+
 // Query heads that share their keys and values, with their softmax so far.
 template <int HEADS> struct Group {
-    Vector queries[HEADS][PARTS];
     Vector sums[HEADS][PARTS] = {};
     alignas(64) float weights[HEADS][BLOCK];
     float most[HEADS];
     float total[HEADS] = {};
 
-    template <typename T> void score(const T *keys, int count) {
+    template <typename T> void score(const Queries<HEADS, T> &queries, const T *keys, int count, float scale) {
         for (int first = 0; first < count; first += LANES) {
             Vector products[HEADS][LANES];
             for (int i = 0; i < LANES; i++) {
-                const T *key = keys + std::min(first + i, count - 1) * HEAD_DIM;
                 Vector sum[HEADS] = {};
-                for (int part = 0; part < PARTS; part++) {
-                    const Vector numbers = load(key + part * LANES);
-                    for (int head = 0; head < HEADS; head++) sum[head] += queries[head][part] * numbers;
-                }
+                queries.multiply(keys + std::min(first + i, count - 1) * HEAD_DIM, sum);
                 for (int head = 0; head < HEADS; head++) products[head][i] = sum[head];
             }
-            for (int head = 0; head < HEADS; head++) store(weights[head] + first, sums_of(products[head]));
+            for (int head = 0; head < HEADS; head++) store(weights[head] + first, sums_of(products[head]) * scale);
         }
         for (int head = 0; head < HEADS; head++)
             for (int i = count; i % LANES; i++) weights[head][i] = NOTHING;
@@ -86,15 +124,12 @@ template <int HEADS> struct Group {
 
 template <int HEADS, typename T>
 void attend(const T *queries, const T *keys, const T *values, int64_t count, float scale, T *out) {
+    const Queries<HEADS, T> read(queries);
     Group<HEADS> group;
-    for (int head = 0; head < HEADS; head++) {
-        group.most[head] = NOTHING;
-        for (int part = 0; part < PARTS; part++)
-            group.queries[head][part] = load(queries + head * HEAD_DIM + part * LANES) * scale;
-    }
+    for (int head = 0; head < HEADS; head++) group.most[head] = NOTHING;
     for (int64_t start = 0; start < count; start += BLOCK) {
         const int size = (int)std::min<int64_t>(BLOCK, count - start);
-        group.score(keys + start * HEAD_DIM, size);
+        group.score(read, keys + start * HEAD_DIM, size, scale);
         for (int head = 0; head < HEADS; head++) group.weigh(head, size, start == 0);
         group.add(values + start * HEAD_DIM, size);
     }
