@@ -106,11 +106,13 @@ class Worker:
 def measure(workers: dict[str, Worker], batch: int, new: int, rounds: int) -> dict[str, tuple[float, float]]:
     """Return of each engine new tokens per second, of whole calls and of decoding alone."""
     draw = random.Random(batch)
+    lengths = [draw.randint(8, LONGEST_PROMPT) for _ in range(batch)]
     whole: dict[str, list[float]] = {name: [] for name in workers}
     first: dict[str, list[float]] = {name: [] for name in workers}
     for turn in range(rounds + 1):
         for times, count in ((first, 1), (whole, new)):
-            prompts = [draw.choices(range(3, VOCAB), k=draw.randint(8, LONGEST_PROMPT)) for _ in range(batch)]
+            # Other prompts each time, that nothing is remembered of, of the same lengths.
+            prompts = [draw.choices(range(3, VOCAB), k=length) for length in lengths]
             for name, worker in workers.items():
                 took = worker.seconds(prompts, count)
                 if turn:

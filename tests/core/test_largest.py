@@ -1,11 +1,11 @@
-"""The largest number of a row, found by blocks, is torch's."""
+"""The largest number of a row, found by C++ or by blocks, is torch's."""
 
 import random
 
 import pytest
 import torch
 
-from ascendspeed_core.kernels.largest import largest
+from ascendspeed_core.kernels.largest import largest, largest_of_blocks
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -23,7 +23,14 @@ def test_largest_is_the_first_of_torch(dtype: torch.dtype) -> None:
                 row[draw.randrange(count)] = draw.choice([torch.nan, torch.inf, -torch.inf])
             if draw.random() < 0.1:
                 row.fill_(-torch.inf)
-        numbers, positions = largest(rows)
-        wanted = rows.max(-1)
-        assert torch.equal(positions, rows.argmax(-1))
-        torch.testing.assert_close(numbers, wanted.values, rtol=0, atol=0, equal_nan=True)
+        apart = [row.clone() if draw.random() < 0.5 else row for row in rows]
+        for numbers, positions in (largest(apart), largest_of_blocks(rows)):
+            assert torch.equal(positions, rows.argmax(-1))
+            torch.testing.assert_close(numbers, rows.max(-1).values, rtol=0, atol=0, equal_nan=True)
+
+
+def test_rows_that_are_no_pieces_of_memory() -> None:
+    rows = torch.randn(300, 3).T
+    numbers, positions = largest(list(rows))
+    assert torch.equal(numbers, rows.amax(-1))
+    assert torch.equal(positions, rows.argmax(-1))

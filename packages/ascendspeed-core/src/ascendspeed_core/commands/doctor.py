@@ -120,7 +120,9 @@ def kernels_here() -> list[dict[str, str]]:
         reason = panels.why_not(context.dtype, 2)
         without = "oneDNN" if has_packed_product(context.dtype, device.torch) else "torch"
         name = without if reason else "panels"
-        rows.append(Choice("inference weights", name, reason or "products in C++, compiled for this processor"))
+        rows.append(
+            Choice("inference weights", name, reason or "products in C++, compiled for this processor")
+        )
     return [
         {"operator": row.operator, "implementation": row.implementation, "reason": row.reason} for row in rows
     ]

@@ -398,6 +398,6 @@ def _likeliest_tokens(output: SchedulerOutput, logits: Sequence[torch.Tensor]) -
     ]
     if not chunks:
         return {}
-    numbers, positions = largest(torch.cat([logits[chunk] for chunk in chunks]))
+    numbers, positions = largest([logits[chunk][0] for chunk in chunks])
     tokens = torch.where(numbers.isfinite(), positions, NOT_FINITE)
     return dict(zip(chunks, tokens.tolist(), strict=True))
