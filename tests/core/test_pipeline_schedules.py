@@ -74,9 +74,11 @@ def test_weight_gradients_apart_are_added_up_in_fp32(workers: WorkerPool, layout
         join_stages(ranks, layout), one_process("bfloat16", False, 128)
     )
     if torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        # The same sums in the same order; only those of the norm are taken stage by stage.
-        assert losses == gradients == weights == 0
-        assert norms < 1e-6
+        # The same sums in the same order. Those of the norm are taken stage by stage: the factor of clipping may differ
+        # by a unit of fp32, which now and then makes a weight of bf16 its neighbour, 2**-8 away; others follow.
+        assert gradients == 0
+        assert max(losses, norms) < 2**-10
+        assert weights < 2**-7
     else:
         # Without AVX-512 torch's bf16 products sum in an order that depends on which operand is transposed. Adding up
         # in bf16 instead of fp32 makes the norm wrong by 40 %.
