@@ -20,6 +20,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+PAUSE = 0.5
+"""Seconds between two calls: threads of the one that is done go on asking for work for some tenths of a second."""
 ENGINES = ("ours", "vllm", "transformers")
 VOCAB, LONGEST_PROMPT = 32000, 256
 Generate = Callable[[list[list[int]], int], object]
@@ -114,6 +116,7 @@ def measure(workers: dict[str, Worker], batch: int, new: int, rounds: int) -> di
             # Other prompts each time, that nothing is remembered of, of the same lengths.
             prompts = [draw.choices(range(3, VOCAB), k=length) for length in lengths]
             for name, worker in workers.items():
+                time.sleep(PAUSE)
                 took = worker.seconds(prompts, count)
                 if turn:
                     times[name].append(took)

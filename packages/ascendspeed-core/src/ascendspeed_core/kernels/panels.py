@@ -2,7 +2,7 @@
 
 A decoding pass reads every weight for a few rows. A panel is what a processor reads from one end to the other while
 the sums of 8 rows stay in its registers; it lies in large pages (`kernels.huge_pages`). Beside oneDNN's packed product
-one row takes 0.6 of the time, 16 rows 0.7 to 0.8, and thousands the same (`benchmarks/products.py`).
+one row takes 0.4 to 0.6 of the time, 16 rows 0.8, and thousands the same (`benchmarks/products.py`).
 
 Shapes: O output and I input size of a layer.
 """
