@@ -122,6 +122,9 @@ def test_what_packed_weights_refuse() -> None:
     for x in (torch.ones(1, 5), torch.ones(1, 4).double(), torch.ones(1, 4, device="meta")):
         with pytest.raises(ValueError, match=r"packed weight of torch.float32, \[4, 4\], does not multiply"):
             F.linear(x, weight)
+    for bias in (torch.ones(3), torch.ones(4).double(), torch.ones(8)[::2]):
+        with pytest.raises(ValueError, match=r"the bias of a packed weight of torch.float32, \[4, 4\], is"):
+            F.linear(torch.ones(1, 4), weight, bias)
     assert not has_packed_product(torch.float64, torch.device("cpu"))
     assert not has_packed_product(torch.float32, torch.device("meta"))
     assert why_not(torch.float64, 4) == "they take float32 and bfloat16, not float64"

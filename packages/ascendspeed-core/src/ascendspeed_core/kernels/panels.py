@@ -67,6 +67,12 @@ class Panels:
                 f"a packed weight of {self.dtype}, {list(self.shape)}, does not multiply {x.dtype}, "
                 f"{list(x.shape)}, on {x.device}"
             )
+        if bias is not None and (
+            bias.dtype != self.dtype or bias.shape != self.shape[:1] or bias.stride(0) != 1
+        ):
+            raise ValueError(
+                f"the bias of a packed weight of {self.dtype}, {list(self.shape)}, is {bias.dtype}, {list(bias.shape)}"
+            )
         rows = x if x.dim() == 2 else x.reshape(-1, self._inputs)
         if rows.stride(1) != 1:
             rows = rows.contiguous()

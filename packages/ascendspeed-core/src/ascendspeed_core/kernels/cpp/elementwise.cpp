@@ -182,14 +182,7 @@ inline Vector one_and_exponential(Vector x) {
     const Vector shifted = bounded * -1.44269504088896341f + ROUNDING;
     const Vector n = shifted - ROUNDING;
     const Vector r = -bounded - n * 0.693359375f + n * 2.12194440e-4f;
-    Vector p = Vector{} + 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    const Vector power = (Vector)((Bits)p + ((Bits)shifted << 23));
+    const Vector power = (Vector)((Bits)small_exponential(r) + ((Bits)shifted << 23));
     return 1.0f + (x < LOWEST ? Vector{} + INFINITY : power);
 }
 

@@ -43,21 +43,25 @@ inline void store(bf16 *to, Vector values) {
     std::memcpy(to, &halves, sizeof halves);
 }
 
-// e to the power of x, within 2 units of the last place: 2^n e^r with |r| <= log(2) / 2, e^r by a polynomial (Cephes).
-inline Vector exponential(Vector x) {
-    const Vector bounded = x < -87.0f ? Vector{} - 87.0f : (x > 88.0f ? Vector{} + 88.0f : x);
-    // Shifted to where numbers are positive, so that cutting off is rounding down.
-    const Integers n = __builtin_convertvector(bounded * 1.44269504088896341f + 128.5f, Integers) - 128;
-    const Vector whole = __builtin_convertvector(n, Vector);
-    const Vector r = bounded - whole * 0.693359375f + whole * 2.12194440e-4f;
+// e to the power of r, of at most log(2) / 2 in size, by a polynomial (Cephes).
+inline Vector small_exponential(Vector r) {
     Vector p = Vector{} + 1.9875691500e-4f;
     p = p * r + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    const Vector power = p * (Vector)((n + 127) << 23);
+    return p * r * r + r + 1.0f;
+}
+
+// e to the power of x, within 2 units of the last place: 2^n e^r with |r| <= log(2) / 2.
+inline Vector exponential(Vector x) {
+    const Vector bounded = x < -87.0f ? Vector{} - 87.0f : (x > 88.0f ? Vector{} + 88.0f : x);
+    // Shifted to where numbers are positive, so that cutting off is rounding down.
+    const Integers n = __builtin_convertvector(bounded * 1.44269504088896341f + 128.5f, Integers) - 128;
+    const Vector whole = __builtin_convertvector(n, Vector);
+    const Vector r = bounded - whole * 0.693359375f + whole * 2.12194440e-4f;
+    const Vector power = small_exponential(r) * (Vector)((n + 127) << 23);
     return x == x ? power : x;
 }
 
