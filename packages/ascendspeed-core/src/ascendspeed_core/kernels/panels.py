@@ -103,9 +103,11 @@ def why_not(dtype: torch.dtype, inputs: int) -> str | None:
         if inputs % 2:
             return f"bfloat16 is multiplied in pairs, a row has {inputs} numbers"
     try:
-        _library()
+        library = _library()
     except CannotCompileError as error:
         return str(error)
+    if not hasattr(library, f"multiply_{FORMATS[dtype]}"):
+        return "the compiler knows no products of bfloat16 in AVX-512"
     return None
 
 
